@@ -1,0 +1,146 @@
+"""A slim model on disk: model.safetensors + model.json. Loading needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+
+from job.data.transforms import Preprocessing
+from job.errors import DataError, GammaslimError, InputNotFound, shown, writing
+from job.files import new_directory
+from job.models import build
+from job.models.weights import load_state, read_state
+from job.slimming.plan import LayerChannels, Layers, compose
+from job.slimming.surgery import narrowed
+from job.versions import versions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """All that is known of a network but its weights.
+
+    ``layers`` holds the channels kept, as indices into the base network.
+    """
+
+    model: str
+    args: dict[str, Any]
+    num_classes: int
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] = ()
+    width: float = 1.0
+    layers: Layers = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The network of this card with fresh weights; torch's random state is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            return narrowed(build(self.model, self.num_classes, self.args), self.layers)
+
+    def cut(self, layers: Layers, width: float) -> ModelCard:
+        """The card after ``layers`` (indices into the present network) are cut."""
+        return replace(self, layers=compose(self.layers, layers), width=width)
+
+
+def save_model(folder: Path, network: nn.Module, card: ModelCard) -> None:
+    """Write the two files of a model into ``folder``, all or nothing; raises StorageError."""
+    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    content = {
+        "format": FORMAT,
+        "model": card.model,
+        "args": card.args,
+        "num_classes": card.num_classes,
+        "class_names": list(card.class_names),
+        "width": card.width,
+        "layers": {name: kept.to_dict() for name, kept in card.layers.items()},
+        "widths": {k[:-7]: len(v) for k, v in state.items() if k.endswith(".weight")},
+        "input": card.preprocessing.to_dict(),
+        "metrics": card.metrics,
+        "lineage": card.lineage,
+        "versions": versions(),
+    }
+    with new_directory(folder) as temporary, writing(folder):
+        (temporary / "model.safetensors").write_bytes(safetensors_bytes(state, {"format": "pt"}))
+        lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+        (temporary / "model.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+
+
+def load_model(folder: Path) -> tuple[nn.Module, ModelCard]:
+    """The network in eval mode and its card; raises InputNotFound or DataError."""
+    card = read_card(folder)
+    try:
+        network = card.build()
+    except (GammaslimError, IndexError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{shown(folder / 'model.json')} describes no network: {error}") from error
+    weights = folder / "model.safetensors"
+    load_state(network, read_state(weights), shown(weights))
+    return network.eval(), card
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card in ``folder``/model.json; raises InputNotFound or DataError."""
+    path = folder / "model.json"
+    if not path.is_file():
+        raise InputNotFound(f"{shown(path)} does not exist")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if content["format"] != FORMAT:
+            raise DataError(f"format {content['format']} is not {FORMAT}; use a newer gammaslim")
+        return ModelCard(
+            model=str(content["model"]),
+            args=dict(content["args"]),
+            num_classes=int(content["num_classes"]),
+            preprocessing=Preprocessing.from_dict(content["input"]),
+            class_names=tuple(map(str, content["class_names"])),
+            width=float(content["width"]),
+            layers={k: LayerChannels.from_dict(v) for k, v in content["layers"].items()},
+            metrics=dict(content["metrics"]),
+            lineage=dict(content["lineage"]),
+        )
+    except DataError as error:
+        raise DataError(f"{shown(path)}: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{shown(path)} is not a model card: {reason}") from error
+
+
+def find_model(path: str | Path) -> Path:
+    """The model folder that ``path`` means: itself, or the recommended model of a run.
+
+    Raises InputNotFound or DataError.
+    """
+    folder = Path(path)
+    if (folder / "model.json").is_file():
+        return folder
+    summary = folder / "summary.json"
+    if not summary.is_file():
+        raise InputNotFound(
+            f"{shown(path)} is not a model: expected a run folder (summary.json), "
+            "a model folder (model.json), or a weights file with --model"
+        )
+    try:
+        recommended = json.loads(summary.read_text("utf-8"))["recommended"]
+        return folder / str(recommended)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{shown(summary)} names no recommended model") from error
+
+
+def load(path: str | Path) -> nn.Module:
+    """The slim network saved at ``path`` (a run, a round or a model folder), in eval mode.
+
+    Executes no pickle. Raises InputNotFound or DataError.
+
+    >>> network = job.load("runs/student-fashion-mnist")  # doctest: +SKIP
+    >>> logits = network(torch.rand(1, 3, 32, 32))  # doctest: +SKIP
+    """
+    return load_model(find_model(path))[0]

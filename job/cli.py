@@ -1,0 +1,175 @@
+"""The command line: parse, validate, call. Imports no torch before it is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from job.config import DEFAULT_BASE_EPOCHS, PruneConfig
+from job.launch import ensure_processes
+from job.options import (
+    DEFAULTS,
+    POSITIVE,
+    Command,
+    Target,
+    data_option,
+    json_option,
+    model_args,
+    model_options,
+    num_classes,
+    option,
+    preprocessing,
+    running,
+)
+
+PREFIX = "GAMMASLIM"
+
+
+@click.group(context_settings={"auto_envvar_prefix": PREFIX, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gammaslim")
+def gammaslim() -> None:
+    """Make trained CNNs smaller and faster: slim by BatchNorm γ, fine-tune, repeat.
+
+    MODEL is a run folder (its recommended model), a round or model folder, or a weights file
+    together with --model.
+    """
+
+
+@gammaslim.command(cls=Command)
+@data_option
+@option("--output", metavar="RUN", help="Run folder; default: runs/MODEL-DATA.")
+@option(
+    "--resume",
+    type=click.Choice(["auto", "never", "require"]),
+    default=DEFAULTS.resume,
+    help="Go on with the run in the folder: if there is one, never, or it must be there.",
+)
+@option("--model", default=DEFAULTS.model, help="The network: student.")
+@model_args
+@option("--weights", metavar="FILE", help="State dict: .safetensors, .pt, .pth or .bin.")
+@num_classes
+@preprocessing
+@option(
+    "--base-epochs",
+    type=click.IntRange(0),
+    help=f"Epochs of base training; default: {DEFAULT_BASE_EPOCHS}, or 0 with --weights.",
+)
+@option("--rounds", type=click.IntRange(0), default=DEFAULTS.rounds)
+@option(
+    "--rate",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=DEFAULTS.rate,
+    help="Width of each round, relative to the one before.",
+)
+@option("--epochs", type=POSITIVE, default=DEFAULTS.epochs, help="Fine-tune epochs a round.")
+@option(
+    "--batch-size", type=POSITIVE, default=DEFAULTS.batch_size, help="Global: split over processes."
+)
+@option("--optimizer", type=click.Choice(["adamw", "sgd"]), default=DEFAULTS.optimizer)
+@option("--lr", type=click.FloatRange(0, min_open=True), default=DEFAULTS.lr)
+@option("--weight-decay", type=click.FloatRange(0), default=DEFAULTS.weight_decay)
+@option("--schedule", type=click.Choice(["constant", "cosine", "step"]), default=DEFAULTS.schedule)
+@option("--policy", type=click.Choice(["uniform"]), default=DEFAULTS.policy)
+@option("--importance", type=click.Choice(["gamma"]), default=DEFAULTS.importance)
+@option("--compensate", type=click.Choice(["none"]), default=DEFAULTS.compensate)
+@option(
+    "--batchnorm",
+    type=click.Choice(["sync", "local"]),
+    default=DEFAULTS.batchnorm,
+    help="Statistics of the global batch, or of each process's part.",
+)
+@running
+@option(
+    "--wandb",
+    type=click.Choice(["auto", "online", "offline", "off"]),
+    default=DEFAULTS.wandb,
+    help="auto: online when an API key is configured, else offline in the run folder.",
+)
+@option("--wandb-project", default=DEFAULTS.wandb_project)
+@click.option("--dry-run", is_flag=True, help="Check everything, show the plan, train nothing.")
+def prune(**options: Any) -> None:
+    """Train or take a base network, then slim and fine-tune it round after round."""
+    config = PruneConfig(**options)
+    ensure_processes()
+    from job.pipeline import prune as run
+
+    run(config)
+
+
+def _model(options: dict[str, Any]) -> Any:
+    from job.commands.model import ModelOptions
+
+    names = ("path", "model", "model_arg", "num_classes", "transform", "image_size")
+    return ModelOptions(**{name: options.pop(name) for name in names})
+
+
+@gammaslim.command(cls=Command)
+@model_options
+@data_option
+@option(
+    "--split",
+    type=click.Choice(["training", "validation", "testing", "evaluation"]),
+    default="validation",
+)
+@running
+@json_option
+def evaluate(as_json: bool, **options: Any) -> None:
+    """Loss, accuracy, per-class accuracy and confusion matrix of MODEL on a split."""
+    ensure_processes()
+    from job.commands import score
+
+    model = _model(options)
+    score.evaluate(model, score.DataOptions(**options), as_json)
+
+
+@gammaslim.command(cls=Command)
+@model_options
+@data_option
+@option(
+    "--split",
+    type=click.Choice(["training", "validation", "testing", "evaluation"]),
+    default="testing",
+)
+@running
+@click.option("--output", metavar="FILE", required=True, help="CSV to write: Id,Category.")
+def predict(output: str, **options: Any) -> None:
+    """Write the class that MODEL predicts for each picture, in file order."""
+    ensure_processes()
+    from job.commands import score
+
+    model = _model(options)
+    score.predict(model, score.DataOptions(**options), output)
+
+
+@gammaslim.command(cls=Command)
+@model_options
+@json_option
+def inspect(as_json: bool, **options: Any) -> None:
+    """Channel groups, γ, costs by layer, what can be slimmed and what cannot, and why."""
+    from job.commands.inspect import inspect as run
+
+    run(_model(options), as_json)
+
+
+@gammaslim.command(cls=Command)
+@model_options
+@click.option("--output", metavar="DIR", required=True, help="Model folder to write.")
+@option("--policy", type=click.Choice(["uniform"]), default=DEFAULTS.policy)
+@option("--target", type=Target(), default="width=0.95", help="What to cut to: width=VALUE.")
+def slim(output: str, policy: str, target: float, **options: Any) -> None:
+    """Cut MODEL once, without training, and save the slim model."""
+    from job.commands import cut
+
+    cut.slim(_model(options), output, target)
+
+
+@gammaslim.command(cls=Command)
+@model_options
+@option("--format", "format_", type=click.Choice(["state-dict"]), default="state-dict")
+@click.option("--output", metavar="FILE", required=True, help="File to write.")
+def export(format_: str, output: str, **options: Any) -> None:
+    """Write MODEL for other programs; a state dict loads into StudentNet(width_mult=…)."""
+    from job.commands import cut
+
+    cut.export(_model(options), output)

@@ -1,0 +1,1 @@
+"""What is done with a model: evaluate, predict, inspect, slim, export."""

@@ -1,0 +1,76 @@
+"""MODEL on a command line: a run, round or model folder, or a weights file with --model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.artifact import ModelCard, find_model, load_model
+from job.data import default_preprocessing
+from job.data.transforms import Preprocessing
+from job.errors import OutputError, UsageError, shown
+from job.files import write_bytes
+from job.models import build
+from job.models.weights import load_state, read_state
+from job.preparation import check_size
+from job.processes import digest
+from job.run import check_writable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How to read MODEL: a run, round or model folder needs nothing but its path."""
+
+    path: str
+    model: str | None = None
+    model_arg: tuple[tuple[str, Any], ...] = ()
+    num_classes: int | None = None
+    transform: str = "auto"
+    image_size: int | None = None
+
+
+def open_model(options: ModelOptions, largest: int = 0) -> tuple[nn.Module, ModelCard]:
+    """The network that MODEL means, in eval mode, and its card.
+
+    A weights file has no card: its preprocessing follows from ``largest``, the largest side of the
+    pictures. Raises InputNotFound, DataError or UsageError.
+    """
+    path = Path(options.path)
+    if path.is_dir() or not path.exists():
+        network, card = load_model(find_model(path))
+    else:
+        network, card = _open_weights(options, path, largest)
+    preset, size = card.preprocessing.preset, card.preprocessing.size
+    if options.transform != "auto":
+        preset = options.transform
+    preprocessing = Preprocessing(preset, options.image_size or size)
+    check_size(preprocessing.size)
+    return network, replace(card, preprocessing=preprocessing)
+
+
+def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.Module, ModelCard]:
+    if options.model is None:
+        raise UsageError(f"{shown(path)} is a weights file: say of which network, --model student")
+    state = read_state(path)
+    classes = options.num_classes or len(state.get("fc.0.bias", ())) or 11
+    args = dict(options.model_arg)
+    network = build(options.model, classes, args)
+    load_state(network, state, shown(path))
+    preprocessing = default_preprocessing(options.transform, options.image_size, largest or 256)
+    width = float(args.get("width_mult", 1))
+    lineage = {"base_weights": shown(path), "base_sha256": digest(state)}
+    card = ModelCard(options.model, args, classes, preprocessing, width=width, lineage=lineage)
+    return network.eval(), card
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write the file that ``--output`` names; raises OutputError."""
+    if path.is_dir():
+        raise OutputError(f"--output {shown(path)} is a folder; it takes a file name")
+    check_writable(path.absolute().parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, content)

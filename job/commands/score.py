@@ -1,0 +1,163 @@
+"""Run a model over a split: ``evaluate`` and ``predict``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from job.commands.model import ModelOptions, open_model, write_output
+from job.console import progress, say, table
+from job.data import Dataset, Split, check_pictures, open_data
+from job.data.batches import default_workers
+from job.data.dataset import FileSplit, with_validation
+from job.errors import DataError, shown
+from job.processes import local_world, on_main, start
+from job.training.evaluation import Evaluation, Evaluator
+
+if TYPE_CHECKING:
+    import torch
+
+    from job.artifact import ModelCard
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which pictures to use, and where to run."""
+
+    data: str | None
+    split: str
+    on_bad_image: str
+    device: str
+    precision: str
+    workers: int | None
+    seed: int
+
+
+def evaluate(model: ModelOptions, options: DataOptions, as_json: bool) -> None:
+    """Print loss, accuracy, per-class accuracy and the confusion matrix of one split."""
+    accelerator = start(options.device, options.precision)
+    data, largest = on_main(lambda: _open_split(options, labelled=True))
+    network, card = on_main(lambda: open_model(model, largest))
+    split = _in_classes_of(card, data, data.split(options.split))
+    workers = _workers(options, accelerator.device)
+    evaluator = Evaluator(split, card.num_classes, card.preprocessing, accelerator, workers)
+    bar = progress("evaluating")
+    result = evaluator(network, lambda batches: bar(batches, len(evaluator.batches)))
+    names = card.class_names or tuple(str(number) for number in range(card.num_classes))
+    if as_json:
+        say(json.dumps(_evaluation_record(result, names, data, options.split), indent=1))
+    else:
+        say(_evaluation_text(result, names, data, options.split))
+
+
+def _open_split(options: DataOptions, *, labelled: bool) -> tuple[Dataset, int]:
+    """The data set with only the split that is asked for, its pictures checked if need be."""
+    data = open_data(options.data)
+    if options.split == "validation" and "training" in data.splits:
+        data = with_validation(data, options.seed)
+    split = data.labelled(options.split) if labelled else data.split(options.split)
+    data = replace(data, splits={options.split: split})
+    if options.on_bad_image == "fail" and isinstance(split, FileSplit):
+        largest = max(split.picture(0).size)  # the others are read, and checked, as they are used
+        return data, largest
+    return check_pictures(data, [options.split], options.on_bad_image, progress("checking"))
+
+
+def _in_classes_of(card: ModelCard, data: Dataset, split: Split) -> Split:
+    """``split`` with its labels as the model numbers classes; raises DataError for others.
+
+    Named classes are matched by name; numbered ones are taken as they are.
+    """
+    if not card.class_names or data.numbered or data.class_names == card.class_names:
+        return split
+    index = {name: number for number, name in enumerate(card.class_names)}
+    unknown = [name for name in data.class_names if name not in index]
+    if unknown:
+        raise DataError(
+            f"{data.root} has the class {unknown[0]!r}, which the model does not know; "
+            f"its classes: {', '.join(card.class_names[:12])}"
+        )
+    numbers = np.array([index[name] for name in data.class_names])
+    everything = np.arange(len(split))
+    return split.take(everything, numbers[split.labels])
+
+
+def _workers(options: DataOptions, device: torch.device) -> int:
+    if options.workers is not None:
+        return options.workers
+    return default_workers(local_world(), device.type == "cuda")
+
+
+def _evaluation_record(
+    result: Evaluation, names: tuple[str, ...], data: Dataset, split: str
+) -> dict[str, Any]:
+    return {
+        "data": data.root,
+        "split": split,
+        "count": result.count,
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "class_accuracy": dict(zip(names, result.class_accuracy, strict=True)),
+        "confusion": result.confusion.tolist(),
+        "class_names": list(names),
+        "skipped": [shown(name) for name in data.skipped],
+    }
+
+
+def _evaluation_text(result: Evaluation, names: tuple[str, ...], data: Dataset, split: str) -> str:
+    counts = result.confusion.sum(1).tolist()
+    rows = [
+        (shown(name), f"{count:,}", "" if accuracy is None else f"{accuracy:.4f}")
+        for name, count, accuracy in zip(names, counts, result.class_accuracy, strict=True)
+    ]
+    parts = [
+        f"{split} split of {data.root}: {result.count:,} pictures",
+        f"loss {result.loss:.4f}, accuracy {result.accuracy:.4f}",
+        "",
+        table(("class", "pictures", "accuracy"), rows),
+    ]
+    if data.skipped:
+        parts.insert(1, f"{len(data.skipped)} pictures that cannot be read are left out:")
+        parts[2:2] = [f"  {shown(name)}" for name in data.skipped]
+    if len(names) <= 20:
+        header = ("true \\ predicted", *(str(number) for number in range(len(names))))
+        lines = [
+            (f"{number} {shown(name)}", *map(str, row))
+            for number, (name, row) in enumerate(zip(names, result.confusion.tolist(), strict=True))
+        ]
+        parts += ["", table(header, lines)]
+    return "\n".join(parts)
+
+
+def predict(model: ModelOptions, options: DataOptions, output: str) -> None:
+    """Write ``Id,Category`` rows in file order, the homework's Kaggle format.
+
+    Id is the number that is a file's whole name (0007.jpg: 7), else its place in the order.
+    """
+    accelerator = start(options.device, options.precision)
+    data, largest = on_main(lambda: _open_split(options, labelled=False))
+    network, card = on_main(lambda: open_model(model, largest))
+    split = data.split(options.split)
+    split = split.take(np.arange(len(split)), 0 * split.labels)  # any class fits
+    workers = _workers(options, accelerator.device)
+    evaluator = Evaluator(split, card.num_classes, card.preprocessing, accelerator, workers)
+    bar = progress("predicting")
+    classes = evaluator.predict(network, lambda batches: bar(batches, len(evaluator.batches)))
+    stems = [Path(split.name(index)).stem for index in range(len(split))]
+    numbered = all(stem.isdecimal() for stem in stems)
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("Id", "Category"))
+    for place, (stem, category) in enumerate(zip(stems, classes, strict=True)):
+        rows.writerow((int(stem) if numbered else place, category))
+    on_main(lambda: write_output(Path(output), text.getvalue().encode()))
+    say(f"{len(classes):,} predictions in {shown(output)}")
+    if data.skipped:
+        say(f"{len(data.skipped)} pictures that cannot be read are left out:")
+        say("\n".join(f"  {shown(name)}" for name in data.skipped))

@@ -1,0 +1,174 @@
+"""Configuration of the main job: frozen; defaults < TOML file < environment < command line."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.errors import ConfigError, InputNotFound, UsageError, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+# Options that may differ when a run is resumed: they cannot change its result.
+HARMLESS = frozenset(
+    {"data", "output", "resume", "weights", "workers", "wandb", "wandb_project", "dry_run"}
+)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Every option of ``gammaslim prune``; ``None`` means: found out from the data or weights."""
+
+    data: str | None = None
+    output: str | None = None
+    resume: str = "auto"
+    on_bad_image: str = "fail"
+    transform: str = "auto"
+    image_size: int | None = None
+    model: str = "student"
+    model_arg: tuple[tuple[str, int | float | str], ...] = ()
+    weights: str | None = None
+    num_classes: int | None = None
+    base_epochs: int | None = None
+    rounds: int = 5
+    rate: float = 0.95
+    epochs: int = 5
+    batch_size: int = 32
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    schedule: str = "cosine"
+    policy: str = "uniform"
+    importance: str = "gamma"
+    compensate: str = "none"
+    batchnorm: str = "sync"
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    workers: int | None = None
+    wandb: str = "auto"
+    wandb_project: str = "gammaslim"
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise UsageError where options contradict each other."""
+        if self.device == "cpu" and self.precision == "fp16":
+            raise UsageError("--precision fp16 needs a GPU: use bf16 or fp32 with --device cpu")
+
+    @property
+    def first_epochs(self) -> int:
+        """Epochs of base training: none when there are weights, unless asked for."""
+        if self.base_epochs is not None:
+            return self.base_epochs
+        return 0 if self.weights else DEFAULT_BASE_EPOCHS
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """``--model-arg`` as keyword arguments."""
+        return dict(self.model_arg)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Options that are set, as TOML can hold them."""
+        values = asdict(self) | {"model_arg": [f"{key}={value}" for key, value in self.model_arg]}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+DEFAULT_BASE_EPOCHS = 12
+
+
+def read_toml(source: str, command: str, options: Iterable[str]) -> dict[str, Any]:
+    """Values for ``command`` in a recipe or TOML file: keys at the top and in ``[command]``.
+
+    Tables of other commands and those that a run adds to its own config.toml are passed over.
+    Raises InputNotFound, or ConfigError for TOML that is wrong or a key that is no option.
+    """
+    name, text = _config_text(source)
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name} is not valid TOML: {error}") from error
+    own = content.pop(command, {})
+    if not isinstance(own, dict):
+        raise ConfigError(f"{name}: {command} must be a table, [{command}]")
+    top = {key: value for key, value in content.items() if not isinstance(value, dict)}
+    for table in set(content) - set(top) - TABLES:
+        near = nearest(table, TABLES)
+        raise ConfigError(f"{name}: there is no table [{table}]{near}")
+    known = {option.replace("-", "_") for option in options}
+    values = {}
+    for key, value in {**top, **own}.items():
+        plain = key.replace("-", "_")
+        if plain not in known:
+            raise ConfigError(f"{name}: {command} has no option {key}{nearest(plain, known)}")
+        values[plain] = value
+    return values
+
+
+TABLES = frozenset(
+    {"prune", "evaluate", "predict", "inspect", "slim", "export", "versions", "dataset"}
+)
+
+
+def nearest(key: str, known: Iterable[str], likeness: float = 0.5) -> str:
+    """``; did you mean …?`` for the closest of ``known``, or nothing."""
+    close = difflib.get_close_matches(key, sorted(known), 1, likeness)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def recipes() -> dict[str, str]:
+    """The built-in configurations: name -> TOML text."""
+    folder = resources.files("job") / "recipes"
+    files = sorted(folder.iterdir(), key=lambda f: f.name)
+    return {f.name[:-5]: f.read_text("utf-8") for f in files if f.name.endswith(".toml")}
+
+
+def _config_text(source: str) -> tuple[str, str]:
+    built_in = recipes()
+    if source in built_in:
+        return f"recipe {source}", built_in[source]
+    path = Path(source)
+    if not path.is_file():
+        raise InputNotFound(
+            f"--config {shown(source)} is neither a file nor a recipe ({', '.join(built_in)})"
+        )
+    try:
+        return shown(source), path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{shown(source)} cannot be read: {error}") from error
+
+
+def write_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """TOML text of tables of strings, numbers, booleans and lists of strings."""
+    lines = []
+    for table, values in tables.items():
+        lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), ""]
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    text = shown(str(value)).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04X}" for c in text) + '"'
+
+
+def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str) -> None:
+    """Raise ConfigError when an option that shapes the result differs from the run's own."""
+    present = now.to_dict()
+    for field in fields(PruneConfig):
+        name = field.name
+        if name not in HARMLESS and stored.get(name) != present.get(name):
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{run} was begun with {option} {stored.get(name)}, now it is {present.get(name)}: "
+                "give the same options to resume it, or another --output to start afresh"
+            )

@@ -1,0 +1,99 @@
+"""From folders to batches: layout -> samples -> checked pictures -> augmented batches."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from job.data.dataset import ArraySplit, Dataset, FileSplit, Split
+from job.data.images import check_image
+from job.data.layout import open_builtin, open_folder
+from job.data.transforms import Preprocessing
+from job.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+SMALL = 64  # pixels: pictures up to this side get the `small` preset by default
+
+
+def open_data(path: str | None) -> Dataset:
+    """The data set at ``path``, or the built-in one; raises InputNotFound or DataError."""
+    return open_folder(path) if path else open_builtin()
+
+
+def check_pictures(
+    data: Dataset,
+    names: Iterable[str],
+    on_bad_image: str,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda results, _: results,
+) -> tuple[Dataset, int]:
+    """Read every picture of the splits ``names`` once; returns the data set and its largest side.
+
+    A picture that cannot be read raises DataError (``fail``) or is left out and listed in
+    ``skipped`` (``skip``).
+    """
+    largest = 0
+    for name in names:
+        split = data.splits[name]
+        if isinstance(split, ArraySplit):
+            largest = max(largest, *split.images.shape[1:3])
+            continue
+        assert isinstance(split, FileSplit)
+        good, bad = [], []
+        for index, result in enumerate(progress(_checked(split), len(split))):
+            if isinstance(result, DataError):
+                if on_bad_image == "fail":
+                    raise DataError(f"{result}; mend or remove it, or pass --on-bad-image skip")
+                bad.append(split.name(index))
+            else:
+                good.append(index)
+                largest = max(largest, *result)
+        if not good:
+            raise DataError(f"no picture of the {name} split of {data.root} can be read")
+        if bad:
+            data = replace(
+                data.with_splits(**{name: split.take(np.array(good))}),
+                skipped=(*data.skipped, *bad),
+            )
+    return data, largest
+
+
+def _checked(split: FileSplit) -> Iterable[tuple[int, int] | DataError]:
+    def check(index: int) -> tuple[int, int] | DataError:
+        try:
+            return check_image(split.path(index))
+        except DataError as error:
+            return error
+
+    # threads do: Pillow decodes outside the interpreter lock
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(check, range(len(split)))
+
+
+def default_preprocessing(preset: str, size: int | None, largest: int) -> Preprocessing:
+    """Fill in what ``auto`` leaves open, from the largest side of any picture.
+
+    Pictures up to 64 pixels: ``small`` at that side rounded up to a multiple of 16, at least 32
+    (28 is padded to 32). Larger ones: the homework's 256; 224 for ``imagenet``.
+    """
+    if preset == "auto":
+        preset = "small" if largest <= SMALL else "homework"
+    if size is None:
+        whole = max(32, -(-largest // 16) * 16)
+        size = {"small": min(whole, SMALL), "homework": 256, "imagenet": 224}[preset]
+    return Preprocessing(preset, size)
+
+
+__all__ = [
+    "Dataset",
+    "Preprocessing",
+    "Split",
+    "check_pictures",
+    "default_preprocessing",
+    "open_data",
+]

@@ -1,0 +1,156 @@
+"""Batches of one rank: its rows of each global batch, decoded and augmented."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from job.data.dataset import ArraySplit, Split
+from job.data.table import Draw, epoch_table
+from job.data.transforms import center_arrays, small_arrays
+from job.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from job.data.transforms import Preprocessing
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # images (B, H, W, 3) uint8, labels (B,) int64
+
+
+@dataclass(frozen=True)
+class TrainingPictures:
+    """Augmented pictures by table row; what the loader's workers see."""
+
+    split: Split
+    preprocessing: Preprocessing
+
+    def __getitems__(self, draws: list[Draw]) -> Batch | DataError:
+        """One rank's part of a global batch, possibly empty; an error travels as a value."""
+        size = self.preprocessing.size
+        if self.preprocessing.preset == "small" and isinstance(self.split, ArraySplit):
+            images = small_arrays(self.split.images, draws, size)
+            return _batch(images, self.split, [d.index for d in draws], size)
+        try:
+            pictures = [self.preprocessing.train(self.split.picture(d.index), d) for d in draws]
+        except DataError as error:  # raised here, a worker's traceback would become its message
+            return error
+        arrays = [np.asarray(picture) for picture in pictures]
+        return _batch(arrays, self.split, [d.index for d in draws], size)
+
+
+@dataclass(frozen=True)
+class EvaluationPictures:
+    """Pictures as evaluation sees them, by index."""
+
+    split: Split
+    preprocessing: Preprocessing
+
+    def __getitems__(self, indices: list[int]) -> Batch | DataError:
+        """The pictures at ``indices``."""
+        size = self.preprocessing.size
+        if self.preprocessing.preset != "imagenet" and isinstance(self.split, ArraySplit):
+            images = center_arrays(self.split.images[indices], size)
+            return _batch(images, self.split, indices, size)
+        try:
+            pictures = [self.preprocessing.evaluate(self.split.picture(i)) for i in indices]
+        except DataError as error:
+            return error
+        return _batch([np.asarray(p) for p in pictures], self.split, indices, size)
+
+
+def _batch(images: Any, split: Split, indices: list[int], size: int) -> Batch:
+    stacked = np.asarray(images, np.uint8)
+    if stacked.ndim == 3:
+        stacked = np.repeat(stacked[..., None], 3, axis=3)
+    stacked = np.ascontiguousarray(stacked.reshape(len(indices), size, size, 3))
+    return torch.from_numpy(stacked), torch.from_numpy(split.labels[indices])
+
+
+class GlobalBatches:
+    """Batch sampler: this rank's rows of every global batch of the epoch set by ``set_epoch``.
+
+    Rank r of W takes rows r, r + W, … of a global batch, so that shares differ by at most one
+    and every sample is taken once, the last short batch included.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int, world: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world = rank, world
+        self.round, self.epoch = 0, 0
+
+    def set_epoch(self, round_: int, epoch: int) -> None:
+        """Choose the table that the next pass follows."""
+        self.round, self.epoch = round_, epoch
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def sizes(self) -> list[int]:
+        """Samples in each global batch."""
+        return [min(self.batch_size, self.count - s) for s in range(0, self.count, self.batch_size)]
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        table = epoch_table(self.count, self.seed, self.round, self.epoch)
+        for start in range(0, self.count, self.batch_size):
+            stop = min(start + self.batch_size, self.count)
+            yield table.rows(range(start + self.rank, stop, self.world))
+
+
+class RankShare:
+    """Batch sampler for evaluation: pictures r, r + W, … of rank r, each exactly once."""
+
+    def __init__(self, count: int, batch_size: int, rank: int, world: int) -> None:
+        self.indices, self.batch_size = range(rank, count, world), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield list(self.indices[start : start + self.batch_size])
+
+
+def loader(pictures: Any, sampler: Any, *, workers: int, pin: bool) -> DataLoader[Any]:
+    """A DataLoader over ``pictures``; arrays in memory need no workers and get none."""
+    workers = 0 if isinstance(pictures.split, ArraySplit) else workers
+    return DataLoader(
+        pictures,
+        batch_sampler=sampler,
+        collate_fn=_as_is,
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_stop_signals,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def checked(batches: DataLoader[Any]) -> Iterator[Batch]:
+    """The loader's batches; a DataError that came in place of one is raised."""
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def default_workers(local_world: int, cuda: bool) -> int:
+    """Loader processes for each rank: a core stays with the training process on a CPU."""
+    cores = len(os.sched_getaffinity(0)) // max(1, local_world)
+    return max(1, min(8, cores if cuda else cores - 1))
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_stop_signals(_worker: int) -> None:
+    # launchers signal the whole process group, and a dead worker would kill the save
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,179 @@
+"""Data sets in memory: splits of labelled pictures, whatever folder they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from job.data.images import load_rgb
+from job.data.table import stable_order
+from job.errors import DataError, InputNotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+Labels = np.ndarray[Any, np.dtype[np.int64]]
+UNLABELLED = -1
+
+
+class Split(Protocol):
+    """Pictures in a fixed order; ``labels`` (N,) int64, all -1 when the split has none."""
+
+    @property
+    def labels(self) -> Labels:
+        """Class indices (N,)."""
+
+    def __len__(self) -> int: ...
+
+    def picture(self, index: int) -> Image.Image:
+        """The picture in RGB; raises DataError."""
+
+    def name(self, index: int) -> str:
+        """What to call a picture in a message or a prediction."""
+
+    def take(self, chosen: Labels, labels: Labels | None = None) -> Split:
+        """The pictures at ``chosen``, in that order, under new labels if given."""
+
+    def digest(self) -> bytes:
+        """SHA-256 of what the split holds."""
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Pictures as files: ``paths`` relative to ``root``."""
+
+    root: Path
+    paths: tuple[str, ...]
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> Path:
+        """Where picture ``index`` lies."""
+        return self.root / self.paths[index]
+
+    def picture(self, index: int) -> Image.Image:  # noqa: D102
+        return load_rgb(self.path(index))
+
+    def name(self, index: int) -> str:  # noqa: D102
+        return self.paths[index]
+
+    def take(self, chosen: Labels, labels: Labels | None = None) -> FileSplit:  # noqa: D102
+        kept = tuple(self.paths[i] for i in chosen)
+        return FileSplit(self.root, kept, self.labels[chosen] if labels is None else labels)
+
+    def digest(self) -> bytes:
+        """SHA-256 of names, sizes and labels (contents would mean reading the whole set again)."""
+        sha = hashlib.sha256(self.labels.astype("<i8").tobytes())
+        for index, path in enumerate(self.paths):
+            sha.update(os.fsencode(path) + b"\0%d\0" % self.path(index).stat().st_size)
+        return sha.digest()
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """Pictures as one array: ``images`` (N, H, W) grey or (N, H, W, 3) RGB, uint8."""
+
+    images: np.ndarray[Any, np.dtype[np.uint8]]
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def picture(self, index: int) -> Image.Image:  # noqa: D102
+        return Image.fromarray(self.images[index]).convert("RGB")
+
+    def name(self, index: int) -> str:  # noqa: D102
+        return str(index)
+
+    def take(self, chosen: Labels, labels: Labels | None = None) -> ArraySplit:  # noqa: D102
+        return ArraySplit(self.images[chosen], self.labels[chosen] if labels is None else labels)
+
+    def digest(self) -> bytes:  # noqa: D102
+        shape = repr(self.images.shape).encode()
+        return hashlib.sha256(
+            shape + self.images.tobytes() + self.labels.astype("<i8").tobytes()
+        ).digest()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Splits by canonical name: ``training``, ``validation``, ``testing``, ``evaluation``."""
+
+    layout: str
+    root: str
+    class_names: tuple[str, ...]
+    splits: Mapping[str, Split]
+    numbered: bool = False  # the classes have numbers in place of names
+    notes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = field(default=())  # pictures left out by --on-bad-image skip
+
+    def split(self, name: str) -> Split:
+        """The split ``name``; ``testing`` and ``evaluation`` stand in for one another.
+
+        Raises InputNotFound when there is none.
+        """
+        others = {"testing": "evaluation", "evaluation": "testing"}
+        found = self.splits.get(name) or self.splits.get(others.get(name, ""))
+        if not found:
+            there = ", ".join(self.splits)
+            raise InputNotFound(f"{self.root} has no {name} split; it has: {there}")
+        return found
+
+    def labelled(self, name: str) -> Split:
+        """The split ``name``, whose pictures all have a class; raises DataError otherwise."""
+        split = self.split(name)
+        if (split.labels == UNLABELLED).any():
+            raise DataError(
+                f"the {name} split of {self.root} has no labels: use `gammaslim predict` on it"
+            )
+        return split
+
+    def fingerprint(self, names: Sequence[str]) -> str:
+        """SHA-256 over the splits ``names`` and the class names, as hexadecimal digits."""
+        sha = hashlib.sha256("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
+        for name in names:
+            sha.update(name.encode() + self.splits[name].digest())
+        return sha.hexdigest()
+
+    def with_splits(self, **changed: Split) -> Dataset:
+        """The same data set with some splits replaced."""
+        return replace(self, splits={**self.splits, **changed})
+
+
+def with_validation(data: Dataset, seed: int) -> Dataset:
+    """Hold a stratified tenth of training out, by ``seed``, when there is no validation split.
+
+    Each class gives a tenth of its pictures, at least one of those that have two or more.
+    """
+    if "validation" in data.splits:
+        return data
+    training = data.labelled("training")
+    order = stable_order(len(training), seed, stream="hold-out")
+    held: list[int] = []
+    for label in np.unique(training.labels):
+        members = order[training.labels[order] == label]
+        if len(members) > 1:
+            held.extend(members[: max(1, round(len(members) / 10))].tolist())
+    if not held:
+        raise DataError(
+            f"{data.root} has no validation split and too few pictures to hold some out: "
+            "add a validation folder"
+        )
+    mask = np.zeros(len(training), bool)
+    mask[held] = True
+    note = f"no validation split: a stratified tenth of training ({len(held):,}) is held out"
+    return replace(
+        data.with_splits(
+            training=training.take(np.flatnonzero(~mask)),
+            validation=training.take(np.flatnonzero(mask)),
+        ),
+        notes=(*data.notes, note),
+    )

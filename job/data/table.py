@@ -1,0 +1,65 @@
+"""The data stream as a pure function of (seed, round, epoch, position).
+
+One table an epoch: row p says which sample stands at position p and holds the uniform numbers from
+which its crop, flip and angle follow. Global batch b is rows b*B to (b+1)*B, whatever the number of
+processes, loader workers or restarts. Philox (Salmon et al. 2011) is counter-based, and NumPy
+promises that the raw output of its bit generators never changes (not so for Generator methods).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+COLUMNS = ("top", "left", "flip", "angle", "area", "ratio")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One row: sample ``index`` and its uniform numbers in [0, 1), one a column of COLUMNS."""
+
+    index: int
+    top: float
+    left: float
+    flip: float
+    angle: float
+    area: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class EpochTable:
+    """``order`` (N,) sample indices and ``uniforms`` (N, 6) float64 in [0, 1), by position."""
+
+    order: np.ndarray[Any, np.dtype[np.int64]]
+    uniforms: np.ndarray[Any, np.dtype[np.float64]]
+
+    def rows(self, positions: range) -> list[Draw]:
+        """The rows at ``positions``."""
+        return [Draw(int(self.order[p]), *self.uniforms[p].tolist()) for p in positions]
+
+
+def _raw(count: int, seed: int, stream: str, round_: int, epoch: int) -> Any:
+    key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
+    # the lowest counter word counts the draws themselves
+    generator = np.random.Philox(
+        key=np.array([seed % 2**64, key], np.uint64),
+        counter=np.array([0, epoch, round_, 0], np.uint64),
+    )
+    return generator.random_raw(count)
+
+
+def stable_order(count: int, seed: int, *, stream: str, round_: int = 0, epoch: int = 0) -> Any:
+    """A permutation of ``range(count)``: the order of ``count`` random 64-bit numbers."""
+    return np.argsort(_raw(count, seed, stream, round_, epoch), kind="stable")
+
+
+def epoch_table(count: int, seed: int, round_: int, epoch: int) -> EpochTable:
+    """The table of one epoch over ``count`` samples."""
+    order = stable_order(count, seed, stream="order", round_=round_, epoch=epoch)
+    bits = _raw(count * len(COLUMNS), seed, "augmentation", round_, epoch)
+    uniforms = (bits >> np.uint64(11)) * 2.0**-53
+    return EpochTable(order, uniforms.reshape(count, len(COLUMNS)))

@@ -1,0 +1,56 @@
+"""StudentNet, the network of Hung-yi Lee's ML2020 homework 7 (architecture by Arvin Liu)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+MULTIPLIERS = (1, 2, 4, 8, 16, 16, 16, 16)
+SCALED = range(3, 7)  # blocks whose output width follows width_mult
+POOLED = range(4)  # blocks that halve the resolution
+
+
+class StudentNet(nn.Module):
+    """Eight depthwise-separable blocks, global average pooling, one linear layer.
+
+    Block i writes ``base * MULTIPLIERS[i]`` channels, those of blocks 3 to 6 times ``width_mult``,
+    rounded down. 256,779 parameters at base 16, width 1 and 11 classes. State-dict keys are the
+    homework's: ``cnn.{block}.{layer}.*`` and ``fc.0.*``. Raises ValueError when a block would be
+    left without channels.
+    """
+
+    def __init__(self, base: int = 16, width_mult: float = 1, num_classes: int = 11) -> None:
+        super().__init__()
+        widths = [base * multiplier for multiplier in MULTIPLIERS]
+        for block in SCALED:
+            widths[block] = int(widths[block] * width_mult)
+        if min(widths) < 1:
+            raise ValueError(f"width_mult {width_mult} leaves a block without channels")
+        self.base, self.width_mult = base, width_mult
+        blocks: list[nn.Module] = [_stem(widths[0])]
+        blocks += [
+            _separable(widths[i - 1], widths[i], pool=i in POOLED) for i in range(1, len(widths))
+        ]
+        self.cnn = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d((1, 1)))
+        self.fc = nn.Sequential(nn.Linear(widths[-1], num_classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W) in [0, 1] -> logits (B, num_classes)."""
+        logits: torch.Tensor = self.fc(self.cnn(images).flatten(1))
+        return logits
+
+
+def _stem(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU6(), nn.MaxPool2d(2, 2, 0)
+    )
+
+
+def _separable(width: int, written: int, *, pool: bool) -> nn.Sequential:
+    layers: list[nn.Module] = [
+        nn.Conv2d(width, width, 3, 1, 1, groups=width),
+        nn.BatchNorm2d(width),
+        nn.ReLU6(),
+        nn.Conv2d(width, written, 1),
+    ]
+    return nn.Sequential(*layers, *([nn.MaxPool2d(2, 2, 0)] if pool else []))

@@ -1,0 +1,190 @@
+"""What the commands share: configuration sources, exit codes, option types, groups of options."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import traceback
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from job.config import PruneConfig, nearest, read_toml, recipes
+from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DEFAULTS = PruneConfig()
+option = partial(click.option, show_default=True)
+
+
+class Command(click.Command):
+    """A command that takes ``--config``, its own environment variables, and ``--debug``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        names = ", ".join(recipes())
+        self.params += [
+            click.Option(
+                ["--config"], metavar="NAME|FILE", is_eager=True, expose_value=False,
+                callback=_use_config, help=f"A recipe ({names}) or a TOML file of options.",
+            ),
+            click.Option(["--debug"], is_flag=True, help="Show a traceback with an error."),
+        ]  # fmt: skip
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse after the environment has been checked for misspelt options."""
+        _check_environment(self, ctx)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; end with a documented exit code and one line on stderr."""
+        debug = ctx.params.pop("debug")
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, StopRequest) as error:
+            self._fail(ctx, StopRequest(str(error) or "stopped by request"), debug)
+        except GammaslimError as error:
+            self._fail(ctx, error, debug)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `| head`: click ends quietly
+                raise
+            self._fail(ctx, StorageError(f"{error}; run the same command again"), debug)
+
+    def _fail(self, ctx: click.Context, error: GammaslimError, debug: bool) -> None:
+        if not getattr(error, "reported", False):
+            if debug:
+                traceback.print_exception(error)
+            click.echo(f"Error: {error}", err=True)
+        ctx.exit(error.exit_code)
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _use_config(ctx: click.Context, _param: click.Parameter, source: str | None) -> None:
+    if source is None:
+        return
+    command = ctx.command
+    options = {p.name: p for p in command.params if isinstance(p, click.Option) and p.name}
+    taken = [name for name in options if name not in ("config", "debug")]
+    try:
+        values = read_toml(source, str(ctx.info_name), taken)
+        for name, value in values.items():
+            try:
+                options[name].type_cast_value(ctx, value)
+            except click.BadParameter as error:
+                raise ConfigError(
+                    f"{shown(source)}: {name} = {value!r}: {error.message}"
+                ) from error
+    except GammaslimError as error:
+        click.echo(f"Error: {error}", err=True)
+        ctx.exit(error.exit_code)
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+
+
+def _check_environment(command: click.Command, ctx: click.Context) -> None:
+    """Refuse GAMMASLIM_<COMMAND>_… variables that are nearly, but not quite, an option's."""
+    prefix = f"{ctx.auto_envvar_prefix}_"
+    known = {str(p.name).upper() for p in command.params if isinstance(p, click.Option)}
+    for name in sorted(os.environ):
+        own = name.removeprefix(prefix)
+        # far ones pass: Kubernetes sets …_SERVICE_HOST and the like for a Service of that name
+        if own != name and own not in known and (near := nearest(own, known, 0.7)):
+            click.echo(f"Error: {name} names no option of {ctx.info_name}{near}", err=True)
+            ctx.exit(ConfigError.exit_code)
+
+
+class KeyValue(click.ParamType):  # type: ignore[type-arg]
+    """``K=V``, the value as an int or a float where it is one."""
+
+    name = "K=V"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, int | float | str]:
+        """Split and convert; fails without ``=``."""
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = str(value).partition("=")
+        if not (key and equals):
+            self.fail(f"{value!r} is not of the form K=V", param, ctx)
+        for kind in (int, float):
+            try:
+                return key, kind(text)
+            except ValueError:
+                continue
+        return key, text
+
+
+class Target(click.ParamType):  # type: ignore[type-arg]
+    """``width=V``: what to cut to."""
+
+    name = "METRIC=VALUE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """The width as a float in (0, 1]."""
+        if isinstance(value, float):
+            return value
+        metric, _, text = str(value).partition("=")
+        if metric != "width":
+            self.fail(f"{value!r} is not of the form width=VALUE", param, ctx)
+        return float(click.FloatRange(0, 1, min_open=True)(text, param, ctx))
+
+
+def options_of(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, in the order given."""
+
+    def decorate(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+POSITIVE = click.IntRange(1)
+model_args = option(
+    "--model-arg",
+    type=KeyValue(),
+    multiple=True,
+    help="An argument of the network, as width_mult=0.95.",
+)
+num_classes = option("--num-classes", type=POSITIVE, help="Default: as in the data or weights.")
+preprocessing = options_of(
+    option(
+        "--transform",
+        type=click.Choice(["auto", "homework", "small", "imagenet"]),
+        default=DEFAULTS.transform,
+        help="Preset of crops, flips and rotations; auto: small up to 64 pixels, else homework.",
+    ),
+    option("--image-size", type=POSITIVE, help="Side of the network's input, in pixels."),
+)
+running = options_of(
+    option("--on-bad-image", type=click.Choice(["fail", "skip"]), default=DEFAULTS.on_bad_image),
+    option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=DEFAULTS.device),
+    option(
+        "--precision",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        default=DEFAULTS.precision,
+        help="auto: bf16 on a GPU that has it, fp32 on a CPU.",
+    ),
+    option("--workers", type=click.IntRange(0), help="Loader processes; default: by the cores."),
+    option("--seed", type=click.IntRange(0), default=DEFAULTS.seed),
+)
+data_option = option(
+    "--data",
+    metavar="PATH",
+    help="Folder with pictures or IDX files; default: built-in Fashion-MNIST.",
+)
+model_options = options_of(
+    click.argument("path", metavar="MODEL"),
+    option("--model", help="The network, where MODEL is a weights file: student."),
+    model_args,
+    num_classes,
+    preprocessing,
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

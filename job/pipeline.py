@@ -1,0 +1,237 @@
+"""The story of the main job: base -> (slim by γ -> fine-tune -> keep the best) x rounds."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.console import epoch_line, progress, rounds_table, say
+from job.data.batches import default_workers
+from job.errors import GammaslimError, StopRequest, shown
+from job.preparation import (
+    base_network,
+    dataset_record,
+    default_output,
+    dry_run,
+    planned_rounds,
+    prepare_data,
+)
+from job.processes import accelerator_name, check_same, digest, is_main, local_world, on_main, start
+from job.run import Run
+from job.slimming.cost import Cost, layer_costs, network_cost
+from job.slimming.plan import uniform_plan
+from job.slimming.surgery import narrowed
+from job.slimming.verification import verify
+from job.tracking import Tracker, gammas
+from job.training.evaluation import Evaluator
+from job.training.fit import EpochResult, Trainer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from job.artifact import ModelCard
+    from job.config import PruneConfig
+    from job.data import Dataset, Preprocessing
+
+
+def prune(config: PruneConfig) -> None:
+    """Run the main job, or with ``--dry-run`` check all that it needs. Raises GammaslimError."""
+    accelerator = start(config.device, config.precision)
+    data, preprocessing = prepare_data(config)
+    network, card = base_network(config, data, preprocessing)
+    planned = planned_rounds(config, network, card)
+    output = Path(config.output) if config.output else default_output(config)
+    if config.dry_run:
+        return dry_run(config, planned, output)
+    job = Job(config, accelerator, data, preprocessing, Run(output))
+    try:
+        job.begin()
+        network, card = job.base(network, card)
+        for _ in range(config.rounds):
+            network, card = job.round(network, card)
+        job.finish()
+    except KeyboardInterrupt:
+        job.abandon("stopped", StopRequest.exit_code)
+        raise StopRequest(job.where_stopped()) from None
+    except BaseException as error:
+        job.abandon("failed", getattr(error, "exit_code", 1))
+        raise
+    return None
+
+
+class Job:
+    """One attempt at a run: what stays the same from round to round, and where it stands."""
+
+    def __init__(
+        self,
+        config: PruneConfig,
+        accelerator: Accelerator,
+        data: Dataset,
+        preprocessing: Preprocessing,
+        run: Run,
+    ) -> None:
+        self.config, self.accelerator, self.data = config, accelerator, data
+        self.preprocessing, self.run = preprocessing, run
+        self.saved = 0  # rounds that an earlier attempt completed, the base included
+        self.entries: list[dict[str, Any]] = []  # of the base and of each round
+        self.at = (0, 0, 0)  # round, epoch, step
+        self.tracker: Tracker | None = None
+
+    def begin(self) -> None:
+        """Open or create the run directory, the loaders and the W&B run."""
+        config, accelerator = self.config, self.accelerator
+        record = on_main(lambda: dataset_record(self.data))
+        self.saved = on_main(lambda: self.run.open(config, record))
+        if is_main():
+            mode = "off" if self.run.finished_summary() else config.wandb
+            self.tracker = Tracker(
+                mode, config.wandb_project, self.run.path, config.to_dict() | record
+            )
+        if not self.saved:
+            self.status("running", None)
+        again = f"; {self.saved} models of an earlier attempt" if self.saved else ""
+        say(f"run: {shown(self.run.path)} on {accelerator_name(accelerator)}{again}")
+        workers = config.workers
+        if workers is None:
+            workers = default_workers(local_world(), accelerator.device.type == "cuda")
+        classes = config.num_classes or len(self.data.class_names)
+        shared = (self.preprocessing, accelerator, workers)
+        self.evaluator = Evaluator(self.data.splits["validation"], classes, *shared)
+        self.trainer = Trainer(self.data.splits["training"], self.evaluator, config, *shared)
+
+    def base(self, network: nn.Module, card: ModelCard) -> tuple[nn.Module, ModelCard]:
+        """Round 0: train the base network, or take it as its weights are."""
+        if self.saved:
+            return self.restore()
+        began = time.perf_counter()
+        if self.config.first_epochs:
+            best = self.fit(network, card, self.config.first_epochs)
+            scores = _best_scores(best)
+        else:
+            valid = self.evaluator(network)
+            scores = {"valid_acc": valid.accuracy, "valid_loss": valid.loss}
+            say(f"base: valid loss: {valid.loss:6.4f}, acc {valid.accuracy:6.4f}")
+        return self.keep(network, card, scores, began, wide=network)
+
+    def round(self, network: nn.Module, card: ModelCard) -> tuple[nn.Module, ModelCard]:
+        """Slim by γ, fine-tune, keep the best."""
+        if len(self.entries) < self.saved:
+            return self.restore()
+        began = time.perf_counter()
+        narrow, card, error = self.slim(network, card)
+        pruned = self.evaluator(narrow)
+        self.log(
+            "slim", {"width": card.width, "valid_acc_pruned": pruned.accuracy,
+                     "valid_loss_pruned": pruned.loss, "verification_error": error},
+        )  # fmt: skip
+        best = self.fit(narrow, card, self.config.epochs)
+        scores = {"valid_acc_pruned": pruned.accuracy, **_best_scores(best)}
+        return self.keep(narrow, card, scores, began, wide=network)
+
+    def slim(self, network: nn.Module, card: ModelCard) -> tuple[nn.Module, ModelCard, float]:
+        """Decide on the main process, cut on every one, prove it; returns the proof's error too."""
+        width = card.width * self.config.rate
+        plan = on_main(lambda: uniform_plan(network.cpu(), width))
+        narrow = narrowed(network.cpu(), plan.layers)
+        check_same(digest(narrow.state_dict()), "the slimmed network")
+        error = on_main(lambda: verify(network, narrow, plan, self.preprocessing.size))
+        return narrow, card.cut(plan.layers, width), error
+
+    def fit(self, network: nn.Module, card: ModelCard, epochs: int) -> EpochResult:
+        """Train ``network`` for ``epochs``; it keeps the best epoch's weights."""
+        round_, first_step = len(self.entries), self.at[2]
+        cost = network_cost(network, self.preprocessing.size)
+
+        def on_epoch(result: EpochResult) -> None:
+            say(epoch_line(card.width, result))
+            self.at = (result.round, result.epoch, result.step)
+            values = {**result.to_dict(), "width": card.width}
+            self.log("epoch", values | {"params": cost.params, "macs": cost.macs})
+            self.status("running", None)
+
+        bar = progress(f"round {round_}")
+        return self.trainer.fit(network, round_, epochs, first_step, on_epoch, bar)
+
+    def keep(
+        self,
+        network: nn.Module,
+        card: ModelCard,
+        scores: dict[str, Any],
+        began: float,
+        wide: nn.Module,
+    ) -> tuple[nn.Module, ModelCard]:
+        """Save a round's best model with its numbers, and write the summary so far."""
+        cost: Cost = network_cost(network, self.preprocessing.size)
+        round_ = len(self.entries)
+        entry = {"round": round_, "width": card.width, **cost.to_dict(), **scores}
+        entry |= {"step": self.at[2], "seconds": round(time.perf_counter() - began, 3)}
+        lineage = {"run": shown(self.run.path.absolute()), "round": round_}
+        card = replace(card, metrics=entry, lineage={**card.lineage, **lineage})
+        if round_ == 0:
+            base_sha256 = digest({k: v.cpu() for k, v in network.state_dict().items()})
+            card = replace(card, lineage={"base_sha256": base_sha256, **card.lineage})
+        on_main(lambda: self.run.save_round(round_, network, card))
+        self.entries.append(entry)
+        self.log("round", entry)
+        on_main(lambda: self.run.summarise(self.entries, "running"))
+        if self.tracker:
+            layers = layer_costs(network, self.preprocessing.size)
+            self.tracker.log_round(
+                entry, gammas(wide), gammas(network), layers, self.run.round_path(round_)
+            )
+        return network, card
+
+    def restore(self) -> tuple[nn.Module, ModelCard]:
+        """The best model of a round that an earlier attempt completed."""
+        network, card = on_main(lambda: self.run.load_round(len(self.entries)))
+        self.entries.append(card.metrics)
+        self.at = (card.metrics["round"], 0, card.metrics["step"])
+        return network, card
+
+    def log(self, event: str, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; epochs go to the dashboard too."""
+        on_main(lambda: self.run.log({"event": event, **values}))
+        if self.tracker and event == "epoch":
+            self.tracker.log(event, values)
+
+    def status(self, state: str, exit_code: int | None) -> None:
+        """Write status.json."""
+        on_main(lambda: self.run.status(state, exit_code, *self.at))
+
+    def finish(self) -> None:
+        """Write the final summary and show the table of rounds."""
+        summary = on_main(self.run.finished_summary)
+        if not summary:
+            summary = on_main(lambda: self.run.summarise(self.entries, "finished"))
+            self.status("finished", 0)
+        if self.tracker:
+            chosen = self.entries[int(summary["recommended"].split("/")[1])]
+            self.tracker.finish({"recommended": summary["recommended"], **chosen})
+        say("")
+        say(rounds_table(self.entries))
+        say(f"\nrecommended: {summary['recommended']} ({summary['reason']})")
+        say(f"{summary['seconds']:.0f} seconds; all files are in {shown(self.run.path)}")
+
+    def abandon(self, state: str, exit_code: int) -> None:
+        """Say in status.json and on the dashboard why the run ended early, as far as possible."""
+        if not self.tracker:  # not the main process, or the run is not open
+            return
+        with suppress(GammaslimError):  # a full disk may be the reason
+            self.run.status(state, exit_code, *self.at)
+            self.run.log({"event": "stop", "state": state, "exit_code": exit_code})
+        self.tracker.finish({}, exit_code)
+
+    def where_stopped(self) -> str:
+        """The position, and what a later attempt goes on with."""
+        done = len(self.entries)
+        saved = f"the base and {done - 1} rounds are saved" if done else "nothing is saved yet"
+        return f"stopped by request in round {done}; {saved}: run the same command to go on"
+
+
+def _best_scores(best: EpochResult) -> dict[str, Any]:
+    scores = {"valid_acc": best.valid_acc, "valid_loss": best.valid_loss}
+    return {**scores, "best_epoch": best.epoch, "train_acc": best.train_acc}

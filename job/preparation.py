@@ -1,0 +1,161 @@
+"""What a run needs before it starts: data, base network, a feasible plan; and the dry run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from job.artifact import ModelCard
+from job.console import progress, rounds_table, say
+from job.data import Dataset, check_pictures, default_preprocessing, open_data
+from job.data.dataset import with_validation
+from job.data.layout import SPLIT_NAMES
+from job.errors import StorageError, UsageError, shown
+from job.models import MIN_SIZE, build
+from job.models.weights import load_state, read_state
+from job.processes import digest, on_main
+from job.run import check_writable
+from job.slimming.cost import network_cost
+from job.slimming.plan import uniform_plan
+from job.slimming.surgery import narrowed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from job.config import PruneConfig
+    from job.data import Preprocessing
+
+SPLITS = ("training", "validation")  # the testing split never chooses a model
+
+
+def prepare_data(config: PruneConfig) -> tuple[Dataset, Preprocessing]:
+    """The data set with its pictures checked, and how they become inputs; the same on all ranks.
+
+    Raises InputNotFound, DataError or UsageError.
+    """
+
+    def prepare() -> tuple[Dataset, Preprocessing]:
+        data = open_data(config.data)
+        for split in SPLITS:
+            if split in data.splits or split == "training":
+                data.labelled(split)
+        bar = progress("checking pictures")
+        present = [split for split in SPLITS if split in data.splits]
+        data, largest = check_pictures(data, present, config.on_bad_image, bar)
+        data = with_validation(data, config.seed)
+        return data, default_preprocessing(config.transform, config.image_size, largest)
+
+    data, preprocessing = on_main(prepare)
+    check_size(preprocessing.size)
+    say(describe(data, preprocessing))
+    return data, preprocessing
+
+
+def check_size(size: int) -> None:
+    """Raise UsageError when pictures are too small for the network."""
+    if size < MIN_SIZE:
+        raise UsageError(f"--image-size {size} is too small for the network: at least {MIN_SIZE}")
+
+
+def describe(data: Dataset, preprocessing: Preprocessing) -> str:
+    """What was recognised, for the console; a line each for notes and skipped pictures."""
+    present = [name for name in SPLIT_NAMES if name in data.splits]
+    counts = ", ".join(f"{len(data.splits[name]):,} {name}" for name in present)
+    lines = [
+        f"data: {data.layout} in {data.root}: {counts}, {len(data.class_names)} classes; "
+        f"{preprocessing.preset} transforms at {preprocessing.size} pixels"
+    ]
+    lines += [f"data: {note}" for note in data.notes]
+    if data.skipped:
+        lines.append(f"data: {len(data.skipped)} pictures cannot be read and are skipped:")
+        lines += [f"  {shown(name)}" for name in data.skipped]
+    return "\n".join(lines)
+
+
+def dataset_record(data: Dataset) -> dict[str, Any]:
+    """The data set as config.toml names it."""
+    record: dict[str, Any] = {"layout": data.layout, "root": data.root}
+    record |= {name: len(data.splits[name]) for name in SPLITS}
+    return record | {"skipped": len(data.skipped), "fingerprint": data.fingerprint(SPLITS)}
+
+
+def base_network(
+    config: PruneConfig, data: Dataset, preprocessing: Preprocessing
+) -> tuple[nn.Module, ModelCard]:
+    """The network that the rounds start from, with its weights if there are any, and its card.
+
+    Raises UsageError, InputNotFound or DataError.
+    """
+    num_classes = config.num_classes or len(data.class_names)
+    if num_classes < len(data.class_names):
+        raise UsageError(
+            f"--num-classes {num_classes} is less than the {len(data.class_names)} of the data"
+        )
+    torch.manual_seed(config.seed)
+    network = build(config.model, num_classes, config.args)
+    lineage: dict[str, Any] = {}
+    if config.weights:
+        state = on_main(lambda: read_state(str(config.weights)))
+        load_state(network, state, shown(config.weights))
+        lineage = {"base_weights": shown(config.weights), "base_sha256": digest(state)}
+    unnamed = (str(number) for number in range(len(data.class_names), num_classes))
+    card = ModelCard(
+        model=config.model,
+        args=config.args,
+        num_classes=num_classes,
+        preprocessing=preprocessing,
+        class_names=(*data.class_names, *unnamed),
+        width=float(config.args.get("width_mult", 1)),
+        lineage=lineage,
+    )
+    return network, card
+
+
+def planned_rounds(
+    config: PruneConfig, network: nn.Module, card: ModelCard
+) -> list[dict[str, Any]]:
+    """Width and cost of the base and of every round; raises UsageError for an impossible width."""
+    entries = []
+    width = card.width
+    for round_ in range(config.rounds + 1):
+        if round_:
+            width *= config.rate
+            network = narrowed(network, uniform_plan(network, width).layers)
+        cost = network_cost(network, card.preprocessing.size)
+        entries.append({"round": round_, "width": width, **cost.to_dict()})
+    return entries
+
+
+def dry_run(config: PruneConfig, planned: list[dict[str, Any]], output: Path) -> None:
+    """Check that the output can be written and say what a run would do; trains nothing.
+
+    Raises OutputError or StorageError.
+    """
+
+    def check_output() -> None:
+        check_writable(output)
+        place = next(p for p in (output, *output.absolute().parents) if p.exists())
+        # each round's model, W&B's copy of it, and as much again for files being replaced
+        needed = 3 * sum(entry["bytes"] for entry in planned) + 2**20
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise StorageError(
+                f"{shown(place)} has {free:,} bytes free, the run needs about {needed:,}: "
+                "free some space or choose another --output"
+            )
+
+    on_main(check_output)
+    trained = config.first_epochs
+    say(f"output: {shown(output)} can be written")
+    say(f"plan: {trained} epochs of base training, then {config.rounds} rounds of {config.epochs}")
+    say(rounds_table(planned))
+    say("dry run: all is well, nothing was trained")
+
+
+def default_output(config: PruneConfig) -> Path:
+    """``runs/MODEL-DATA``: the same name for the same command, so that it resumes itself."""
+    data = Path(config.data).absolute().name if config.data else "fashion-mnist"
+    return Path("runs") / f"{config.model}-{data}"

@@ -1,0 +1,159 @@
+"""What the processes of one job share: who is main, broadcasts, sums, the main one's errors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from job.errors import GammaslimError, StopRequest, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # longest time that one process may work while others wait
+_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def start(device: str, precision: str) -> Accelerator:
+    """Join the other processes, if any; raises GammaslimError when they cannot be reached."""
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if device == "cuda" and cpu:
+        raise UsageError("--device cuda: torch finds no CUDA GPU here")
+    if cpu:
+        # without it Accelerate makes worlds of one from what torchrun starts on a CPU
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        _keep_freed_memory()
+    # torch 2.14 renames it, Accelerate's handler does not know the new name yet
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=_mixed_precision(precision, cpu),
+        kwargs_handlers=[
+            # every rank computes the same BatchNorm statistics, or averages them itself
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise GammaslimError(
+            f"{expected} processes were started but they form a world of "
+            f"{accelerator.num_processes}: check the launcher's --num_processes"
+        )
+    return accelerator
+
+
+def _mixed_precision(precision: str, cpu: bool) -> str:
+    if precision != "auto":
+        return _MIXED[precision]
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched in ("bf16", "fp16"):
+        return launched
+    if cpu:
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep big blocks: half of a CPU step is page faults on fresh activations."""
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # not glibc
+        return
+    for option, value in ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 256 << 20)):
+        mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+def accelerator_name(accelerator: Accelerator) -> str:
+    """How many processes on what, at which precision."""
+    count = f"{world()} processes" if world() > 1 else "1 process"
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return f"{count}, {accelerator.device.type}, {precision}"
+
+
+def rank() -> int:
+    """This process's number in the world."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world() -> int:
+    """How many processes there are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process decides and writes."""
+    return rank() == 0
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Run ``work`` on the main process and give every process its result.
+
+    An error that ``work`` raises there is raised everywhere, so that nobody waits for ever; on the
+    other processes it is marked ``reported``, since the main one prints it.
+    """
+    if world() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if is_main():
+        try:
+            outcome[0] = work()
+        except BaseException as error:
+            failure = error
+            stopped = StopRequest if isinstance(error, KeyboardInterrupt) else GammaslimError
+            kind = type(error) if isinstance(error, GammaslimError) else stopped
+            outcome[1] = (kind, str(error))
+    dist.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        kind, message = outcome[1]
+        copy = kind(message)
+        copy.reported = True
+        raise copy
+    result: T = outcome[0]
+    return result
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of ``values`` over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of a state dict."""
+    sha = hashlib.sha256()
+    for key, value in state.items():
+        sha.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def check_same(value: str, what: str) -> None:
+    """Raise GammaslimError on every process when ``value`` is not the same on all of them."""
+    if world() == 1:
+        return
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        ranks = [r for r, other in enumerate(values) if other != values[0]]
+        raise GammaslimError(f"{what} differs between processes: ranks {ranks} from rank 0")

@@ -1,0 +1,178 @@
+"""The run directory on shared storage; only the main process makes one of these."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+from job.artifact import ModelCard, load_model, save_model
+from job.config import PruneConfig, check_unchanged, write_toml
+from job.errors import ConfigError, InputNotFound, OutputError, shown, writing
+from job.files import write_bytes, write_json
+from job.versions import versions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+MAX_DROP = 0.01  # of accuracy below the base that a recommended model may have
+
+
+class Run:
+    """One run's files. ``saved`` says how many rounds, the base included, are complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.began = time.time()
+        self.earlier_seconds = 0.0
+
+    @property
+    def saved(self) -> int:
+        """Complete models in ``rounds/``, counted from the base without a gap."""
+        count = 0
+        while (self.round_path(count) / "model.json").is_file():
+            count += 1
+        return count
+
+    def round_path(self, round_: int) -> Path:
+        """Where the best model of a round lies."""
+        return self.path / "rounds" / f"{round_:02d}"
+
+    def open(self, config: PruneConfig, dataset: Mapping[str, Any]) -> int:
+        """Create the run, or go on with it where its options and data are the same.
+
+        Returns how many rounds are complete, the base included.
+
+        Raises OutputError, InputNotFound (``--resume require``) or ConfigError.
+        """
+        stored = self.path / "config.toml"
+        if stored.is_file():
+            self._resume(stored, config, dataset)
+        elif config.resume == "require":
+            raise InputNotFound(f"--resume require: there is no run in {shown(self.path)}")
+        else:
+            self._create(config, dataset)
+        return self.saved
+
+    def _create(self, config: PruneConfig, dataset: Mapping[str, Any]) -> None:
+        check_writable(self.path)
+        tables = {"prune": config.to_dict(), "dataset": dataset, "versions": versions()}
+        try:
+            (self.path / "rounds").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {shown(self.path)}: {error.strerror}") from error
+        write_bytes(self.path / "config.toml", write_toml(tables).encode())
+
+    def _resume(self, stored: Path, config: PruneConfig, dataset: Mapping[str, Any]) -> None:
+        if config.resume == "never":
+            raise OutputError(
+                f"--resume never: {shown(self.path)} already holds a run; choose another --output"
+            )
+        try:
+            tables = tomllib.loads(stored.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{shown(stored)} cannot be read: {error}") from error
+        check_unchanged(tables.get("prune", {}), config, shown(self.path))
+        if tables.get("dataset", {}).get("fingerprint") != dataset["fingerprint"]:
+            raise ConfigError(
+                f"{shown(self.path)} was begun on other data: give the same --data to resume it, "
+                "or another --output to start afresh"
+            )
+        self._mend_metrics()
+        try:
+            self.earlier_seconds = float(json.loads(self._read("summary.json"))["seconds"])
+        except (OSError, ValueError, KeyError):
+            self.earlier_seconds = 0.0  # stopped before the first round was saved
+        if not self.finished_summary():
+            self.log({"event": "resume", "round": self.saved})
+
+    def _read(self, name: str) -> str:
+        return (self.path / name).read_text("utf-8")
+
+    def _mend_metrics(self) -> None:
+        """Drop a last line that a killed process left unfinished."""
+        path = self.path / "metrics.jsonl"
+        with writing(path):
+            if path.is_file():
+                content = path.read_bytes()
+                os.truncate(path, content.rfind(b"\n") + 1)
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(event)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def status(self, state: str, exit_code: int | None, round_: int, epoch: int, step: int) -> None:
+        """Replace status.json."""
+        content = {"state": state, "exit_code": exit_code, "round": round_, "epoch": epoch}
+        write_json(self.path / "status.json", content | {"step": step, "time": time.time()})
+
+    def save_round(self, round_: int, network: nn.Module, card: ModelCard) -> None:
+        """Write the best model of a round; complete or not at all."""
+        save_model(self.round_path(round_), network, card)
+
+    def load_round(self, round_: int) -> tuple[nn.Module, ModelCard]:
+        """The best model of an earlier round; raises DataError when it is damaged."""
+        return load_model(self.round_path(round_))
+
+    def finished_summary(self) -> dict[str, Any] | None:
+        """The summary of a run that is finished already."""
+        try:
+            summary: dict[str, Any] = json.loads(self._read("summary.json"))
+        except (OSError, ValueError):
+            return None
+        return summary if summary.get("state") == "finished" else None
+
+    def summarise(self, entries: Sequence[Mapping[str, Any]], state: str) -> dict[str, Any]:
+        """Write summary.json from the base's and the rounds' entries, and return it."""
+        recommended, reason = recommend(entries)
+        summary = {
+            "format": 1,
+            "state": state,
+            "base": dict(entries[0]),
+            "rounds": [dict(entry) for entry in entries[1:]],
+            "recommended": f"rounds/{recommended:02d}",
+            "reason": reason,
+            "seconds": round(self.earlier_seconds + time.time() - self.began, 3),
+        }
+        write_json(self.path / "summary.json", summary)
+        return summary
+
+
+def recommend(entries: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
+    """The round to use and why: the smallest whose validation accuracy is near the base's."""
+    base = entries[0]["valid_acc"]
+    near = [entry for entry in entries if base - entry["valid_acc"] <= MAX_DROP + 1e-9]
+    chosen = min(near, key=lambda entry: (entry["params"], entry["round"]))
+    if chosen["round"] == 0:
+        if len(entries) == 1:
+            return 0, "the base: no round is finished"
+        return 0, f"the base: every round falls more than {100 * MAX_DROP:g} point below it"
+    change = 100 * (chosen["valid_acc"] - base)
+    return chosen["round"], (
+        f"the fewest parameters within {100 * MAX_DROP:g} point of the base: "
+        f"{chosen['params'] / entries[0]['params']:.1%} of them, accuracy {change:+.2f} points"
+    )
+
+
+def check_writable(path: Path) -> None:
+    """Raise OutputError unless ``path`` is, or could be made, a folder that takes files."""
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    probe = existing / f".gammaslim-{os.getpid()}.tmp"
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(20, "it is not a folder")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write into {shown(existing)}: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""Slimming: channel groups, importance, plan, surgery, verification, cost."""

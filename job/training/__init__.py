@@ -1,0 +1,1 @@
+"""Training: one round of fine-tuning, evaluation, what several processes need."""

@@ -1,0 +1,118 @@
+"""Loss, accuracy and confusion of a network on a split, each picture counted exactly once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from job.data.batches import EvaluationPictures, RankShare, checked, loader
+from job.errors import DataError, GammaslimError
+from job.processes import rank, total, world
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from accelerate import Accelerator
+    from torch import nn
+
+    from job.data import Preprocessing, Split
+
+PIXELS = 256 * 32 * 32  # in one evaluation batch of a process, about
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``confusion`` (C, C) int64 counts pictures by true class (row) and predicted class."""
+
+    loss: float
+    confusion: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        """How many pictures were evaluated."""
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions."""
+        return int(self.confusion.diagonal().sum()) / self.count
+
+    @property
+    def class_accuracy(self) -> list[float | None]:
+        """Share of right predictions of each true class; None where there is no picture."""
+        counts = self.confusion.sum(1).tolist()
+        right = self.confusion.diagonal().tolist()
+        return [r / n if n else None for r, n in zip(right, counts, strict=True)]
+
+
+class Evaluator:
+    """Evaluates networks on one split; keeps its loader and workers between calls."""
+
+    def __init__(
+        self,
+        split: Split,
+        num_classes: int,
+        preprocessing: Preprocessing,
+        accelerator: Accelerator,
+        workers: int,
+    ) -> None:
+        highest = int(split.labels.max(initial=0))
+        if highest >= num_classes:
+            raise DataError(
+                f"the data have a class {highest} but the network has {num_classes} classes, "
+                "numbered from 0"
+            )
+        self.split, self.preprocessing, self.num_classes = split, preprocessing, num_classes
+        self.accelerator = accelerator
+        batch = max(1, min(256, PIXELS // preprocessing.size**2))
+        self.batches = loader(
+            EvaluationPictures(split, preprocessing),
+            RankShare(len(split), batch, rank(), world()),
+            workers=workers,
+            pin=accelerator.device.type == "cuda",
+        )
+
+    def _outputs(
+        self, network: nn.Module, progress: Callable[[Iterable[Any]], Iterable[Any]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits (B, C) float32 and labels (B,), batch by batch, of this rank's pictures."""
+        device = self.accelerator.device
+        network.to(device).eval()
+        with torch.inference_mode(), self.accelerator.autocast():
+            for images, labels in progress(checked(self.batches)):
+                inputs = self.preprocessing.to_input(images.to(device, non_blocking=True))
+                yield network(inputs).float(), labels.to(device, non_blocking=True)
+
+    def __call__(
+        self,
+        network: nn.Module,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
+    ) -> Evaluation:
+        """Evaluate ``network`` with all processes; every one gets the same result."""
+        device, classes = self.accelerator.device, self.num_classes
+        loss = torch.zeros(1, dtype=torch.float64, device=device)
+        confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+        for logits, labels in self._outputs(network, progress):
+            loss += F.cross_entropy(logits, labels, reduction="sum")
+            confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
+        total(loss), total(confusion)
+        result = Evaluation(float(loss) / len(self.split), confusion.view(classes, classes).cpu())
+        if result.count != len(self.split):
+            raise GammaslimError(f"{result.count} of {len(self.split)} pictures were evaluated")
+        return result
+
+    def predict(
+        self,
+        network: nn.Module,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
+    ) -> list[int]:
+        """The predicted class of every picture of the split, in its order, on every process."""
+        mine = [logits.argmax(1) for logits, _ in self._outputs(network, progress)]
+        found = torch.zeros(len(self.split), dtype=torch.int64, device=self.accelerator.device)
+        if mine:
+            found[rank() :: world()] = torch.cat(mine)
+        predictions: list[int] = total(found).tolist()
+        return predictions

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Install what the tests need and run them all: lint, format, types, pytest.
+# On Debian or Ubuntu as root, missing Debian packages are installed too.
+#   bash tests/run.sh [pytest options]        VENV=… uses another virtual environment
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+debian_packages=(python3-venv)
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  missing=()
+  # a Python of another origin brings its own venv
+  if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then missing+=("${debian_packages[@]}"); fi
+  if [ "${#missing[@]}" -gt 0 ]; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+  fi
+fi
+
+venv=${VENV:-.venv}
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --editable '.[test]'
+
+export WANDB_MODE=${WANDB_MODE:-offline}
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/mypy" --strict job
+exec "$venv/bin/python" -m pytest "$@"

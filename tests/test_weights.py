@@ -1,0 +1,157 @@
+"""Weights files of every age are read without executing anything in them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from conftest import gammaslim, randomise
+from job.errors import DataError, InputNotFound
+from job.models import build
+from job.models.weights import load_state, read_state
+
+State = dict[str, torch.Tensor]
+
+
+def state(**args: float) -> State:
+    return randomise(build("student", 11, args)).state_dict()
+
+
+def save_as_the_homework_did(path: Path, values: State) -> None:
+    """Legacy (non-zip) serialisation of tensors that lie on cuda:0, made without a GPU."""
+    torch.save(values, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    location = b"X\x03\x00\x00\x00cpu"
+    assert content.count(location) == 1  # the pickle memoises it
+    content = content.replace(location, b"X\x06\x00\x00\x00cuda:0")
+    for kind in (b"FloatStorage", b"LongStorage"):
+        assert b"ctorch\n" + kind in content
+        content = content.replace(b"ctorch\n" + kind, b"ctorch.cuda\n" + kind)
+    path.write_bytes(content)
+
+
+def test_the_homeworks_kind_of_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "student_custom_small.bin"
+    original = state()
+    save_as_the_homework_did(path, original)
+    assert not path.read_bytes().startswith(b"PK")
+    assert b"cuda:0" in path.read_bytes()
+    loaded = read_state(path)
+    assert len(loaded) == 72
+    network = build("student", 11, {})
+    load_state(network, loaded, "file")
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, original[key]), key
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.bin", "w.safetensors"])
+def test_every_kind_of_file_is_read(tmp_path: Path, name: str) -> None:
+    original = state(width_mult=0.5)
+    if name.endswith(".safetensors"):
+        save_file(original, tmp_path / name)
+    else:
+        torch.save(original, tmp_path / name)
+    loaded = read_state(tmp_path / name)
+    assert all(torch.equal(loaded[key], value) for key, value in original.items())
+
+
+class Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch executed",)
+
+
+def test_a_pickle_with_code_is_refused_and_not_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Code()}, "zip.pt")
+    torch.save({"a": Code()}, "legacy.pt", _use_new_zipfile_serialization=False)
+    Path("plain.pt").write_bytes(pickle.dumps({"a": Code()}))
+    for name in ("zip.pt", "legacy.pt"):
+        with pytest.raises(DataError, match=r"Python code \(posix.system\), which is never"):
+            read_state(name)
+    with pytest.raises(DataError, match="never executed"):
+        read_state("plain.pt")
+    torch.save(build("student", 11, {}), "whole.pt")
+    with pytest.raises(DataError, match="StudentNet"):
+        read_state("whole.pt")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"PK\3\4 nothing", b"\x80\x02}q\x00."])
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name):
+        read_state(tmp_path / name)
+
+
+def test_a_truncated_file_and_a_missing_one(tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "w.pt")
+    whole = (tmp_path / "w.pt").read_bytes()
+    (tmp_path / "w.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"w\.pt"):
+        read_state(tmp_path / "w.pt")
+    with pytest.raises(InputNotFound, match="do not exist"):
+        read_state(tmp_path / "none.pt")
+
+
+def other(change: str) -> State:
+    values = state()
+    if change == "classes":
+        return randomise(build("student", 10, {})).state_dict()
+    if change == "width":
+        return state(width_mult=0.95)
+    if change == "missing":
+        del values["cnn.3.1.weight"]
+    elif change == "extra":
+        values["cnn.9.0.weight"] = torch.zeros(1)
+    elif change == "nan":
+        values["cnn.3.1.weight"][0] = float("nan")
+    return values
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("classes", "they have 10 classes, the data or --num-classes 11"),
+        (
+            "width",
+            r"cnn\.3\.3\.weight is \(121, 64, 1, 1\), expected \(128, 64, 1, 1\).*width_mult",
+        ),
+        ("missing", r"they lack cnn\.3\.1\.weight"),
+        ("extra", r"they also have cnn\.9\.0\.weight"),
+        ("nan", r"not finite, in cnn\.3\.1\.weight"),
+    ],
+)
+def test_what_does_not_fit_is_said(change: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_state(build("student", 11, {}), other(change), "w.bin")
+
+
+def test_something_else_than_a_state_dict(tmp_path: Path) -> None:
+    for number, value in enumerate(([1], {}, {"epoch": 3}, {1: torch.zeros(1)}, torch.zeros(3))):
+        torch.save(value, tmp_path / f"{number}.pt")
+        with pytest.raises(DataError, match="state dict"):
+            read_state(tmp_path / f"{number}.pt")
+
+
+def test_prune_ends_with_65_and_one_line(flat_data: Path, tmp_path: Path) -> None:
+    save_as_the_homework_did(tmp_path / "w.bin", state())
+    done = gammaslim(
+        "prune", "--data", flat_data, "--weights", tmp_path / "w.bin", "--dry-run", cwd=tmp_path
+    )
+    assert done.code == 65, done
+    assert done.err.count("\n") == 1
+    assert "they have 11 classes, the data or --num-classes 3" in done.err
+    fine = gammaslim(
+        "prune", "--data", flat_data, "--weights", tmp_path / "w.bin", "--num-classes", 11,
+        "--dry-run", cwd=tmp_path,
+    )  # fmt: skip
+    assert fine.code == 0, fine
+    assert "236,066" in fine.out
