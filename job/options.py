@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import traceback
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,11 @@ class Command(click.Command):
             if error.errno == errno.EPIPE:  # `| head`: click ends quietly
                 raise
             self._fail(ctx, StorageError(f"{error}; run the same command again"), debug)
+        finally:
+            if "job.processes" in sys.modules:
+                from job.processes import leave
+
+                leave()
 
     def _fail(self, ctx: click.Context, error: GammaslimError, debug: bool) -> None:
         if not getattr(error, "reported", False):

@@ -75,6 +75,12 @@ def _keep_freed_memory() -> None:
         mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
+def leave() -> None:
+    """Part from the other processes; without it gloo's threads may abort a process at its exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def accelerator_name(accelerator: Accelerator) -> str:
     """How many processes on what, at which precision."""
     count = f"{world()} processes" if world() > 1 else "1 process"

@@ -80,7 +80,11 @@ class Evaluator:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Logits (B, C) float32 and labels (B,), batch by batch, of this rank's pictures."""
         device = self.accelerator.device
-        network.to(device).eval()
+        if next(network.parameters()).device.type != device.type:  # "cpu" is also called "cpu:0"
+            # never .to() without need: it renews the parameters' gradient accumulators, and with
+            # them goes DDP's hook; each process would train on by itself from here on
+            network.to(device)
+        network.eval()
         with torch.inference_mode(), self.accelerator.autocast():
             for images, labels in progress(checked(self.batches)):
                 inputs = self.preprocessing.to_input(images.to(device, non_blocking=True))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from job.data.batches import GlobalBatches, TrainingPictures, checked, loader
 from job.errors import GammaslimError
-from job.processes import rank, total, world
+from job.processes import check_same, digest, rank, total, world
 from job.training.optimizer import learning_rate, new_optimizer
 from job.training.sync_batchnorm import average_running_statistics, synchronised
 
@@ -116,6 +116,7 @@ class Trainer:
                 network.load_state_dict(trained.state_dict())
             on_epoch(result)
         assert best is not None
+        check_same(digest(trained.state_dict()), "the trained network")
         self.accelerator.free_memory()
         return best
 
