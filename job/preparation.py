@@ -64,8 +64,9 @@ def describe(data: Dataset, preprocessing: Preprocessing) -> str:
     """What was recognised, for the console; a line each for notes and skipped pictures."""
     present = [name for name in SPLIT_NAMES if name in data.splits]
     counts = ", ".join(f"{len(data.splits[name]):,} {name}" for name in present)
+    place = data.root if data.layout == "built-in" else f"{data.layout} in {data.root}"
     lines = [
-        f"data: {data.layout} in {data.root}: {counts}, {len(data.class_names)} classes; "
+        f"data: {place}: {counts}, {len(data.class_names)} classes; "
         f"{preprocessing.preset} transforms at {preprocessing.size} pixels"
     ]
     lines += [f"data: {note}" for note in data.notes]

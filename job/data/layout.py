@@ -46,7 +46,8 @@ def open_builtin() -> Dataset:
     """The sample of Fashion-MNIST that comes with the package."""
     data = _open_idx(Path(str(resources.files("job") / "data" / "fashion_mnist")))
     assert data is not None
-    return replace(data, layout="built-in Fashion-MNIST sample", class_names=FASHION_CLASSES)
+    title = "built-in Fashion-MNIST sample"
+    return replace(data, layout="built-in", root=title, class_names=FASHION_CLASSES, numbered=False)
 
 
 def open_folder(path: str | os.PathLike[str]) -> Dataset:
