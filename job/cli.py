@@ -24,6 +24,9 @@ from job.options import (
 )
 
 PREFIX = "GAMMASLIM"
+seed_of_split = option(
+    "--seed", type=click.IntRange(0), help="Seed of a held-out split; default: that of MODEL's run."
+)
 
 
 @click.group(context_settings={"auto_envvar_prefix": PREFIX, "help_option_names": ["-h", "--help"]})
@@ -80,6 +83,7 @@ def gammaslim() -> None:
     help="Statistics of the global batch, or of each process's part.",
 )
 @running
+@option("--seed", type=click.IntRange(0), default=DEFAULTS.seed)
 @option(
     "--wandb",
     type=click.Choice(["auto", "online", "offline", "off"]),
@@ -113,6 +117,7 @@ def _model(options: dict[str, Any]) -> Any:
     default="validation",
 )
 @running
+@seed_of_split
 @json_option
 def evaluate(as_json: bool, **options: Any) -> None:
     """Loss, accuracy, per-class accuracy and confusion matrix of MODEL on a split."""
@@ -132,6 +137,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
     default="testing",
 )
 @running
+@seed_of_split
 @click.option("--output", metavar="FILE", required=True, help="CSV to write: Id,Category.")
 def predict(output: str, **options: Any) -> None:
     """Write the class that MODEL predicts for each picture, in file order."""

@@ -179,7 +179,6 @@ running = options_of(
         help="auto: bf16 on a GPU that has it, fp32 on a CPU.",
     ),
     option("--workers", type=click.IntRange(0), help="Loader processes; default: by the cores."),
-    option("--seed", type=click.IntRange(0), default=DEFAULTS.seed),
 )
 data_option = option(
     "--data",

@@ -86,12 +86,14 @@ class Job:
         config, accelerator = self.config, self.accelerator
         record = on_main(lambda: dataset_record(self.data))
         self.saved = on_main(lambda: self.run.open(config, record))
+        finished = on_main(self.run.finished_summary)
         if is_main():
-            mode = "off" if self.run.finished_summary() else config.wandb
+            mode = "off" if finished else config.wandb
             self.tracker = Tracker(
                 mode, config.wandb_project, self.run.path, config.to_dict() | record
             )
-        if not self.saved:
+        if not finished:
+            self.at = (self.saved, 0, 0)
             self.status("running", None)
         again = f"; {self.saved} models of an earlier attempt" if self.saved else ""
         say(f"run: {shown(self.run.path)} on {accelerator_name(accelerator)}{again}")

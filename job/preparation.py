@@ -80,7 +80,8 @@ def dataset_record(data: Dataset) -> dict[str, Any]:
     """The data set as config.toml names it."""
     record: dict[str, Any] = {"layout": data.layout, "root": data.root}
     record |= {name: len(data.splits[name]) for name in SPLITS}
-    return record | {"skipped": len(data.skipped), "fingerprint": data.fingerprint(SPLITS)}
+    skipped = [shown(name) for name in data.skipped]
+    return record | {"skipped": skipped, "fingerprint": data.fingerprint(SPLITS)}
 
 
 def base_network(
@@ -97,11 +98,11 @@ def base_network(
         )
     torch.manual_seed(config.seed)
     network = build(config.model, num_classes, config.args)
-    lineage: dict[str, Any] = {}
+    lineage: dict[str, Any] = {"seed": config.seed}
     if config.weights:
         state = on_main(lambda: read_state(str(config.weights)))
         load_state(network, state, shown(config.weights))
-        lineage = {"base_weights": shown(config.weights), "base_sha256": digest(state)}
+        lineage |= {"base_weights": shown(config.weights), "base_sha256": digest(state)}
     unnamed = (str(number) for number in range(len(data.class_names), num_classes))
     card = ModelCard(
         model=config.model,

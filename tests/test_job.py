@@ -195,6 +195,21 @@ def test_weights_start_without_base_training(finished_run: Path, flat_data: Path
     assert base == weights.read_bytes()
 
 
+def test_evaluate_finds_the_pictures_that_the_run_held_out(tmp_path: Path) -> None:
+    data = write_flat(tmp_path / "data", {"training": 20})
+    done = gammaslim(
+        "prune", "--data", data, "--base-epochs", 6, "--rounds", 0, "--seed", 5, "--wandb", "off",
+        "--batch-size", 6, "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert "a stratified tenth of training (6) is held out" in done.out, done
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    record = json.loads(gammaslim("evaluate", tmp_path / "run", "--data", data, "--json").out)
+    assert record["count"] == 6
+    assert record["loss"] == pytest.approx(summary["base"]["valid_loss"], rel=1e-5)
+    other = gammaslim("evaluate", tmp_path / "run", "--data", data, "--json", "--seed", 6)
+    assert json.loads(other.out)["loss"] != pytest.approx(record["loss"], rel=1e-5)
+
+
 def test_recommended_is_the_smallest_near_the_base() -> None:
     def entries(*accuracies: float) -> list[dict[str, float]]:
         return [

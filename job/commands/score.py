@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from job.artifact import find_model, read_card
 from job.commands.model import ModelOptions, open_model, write_output
 from job.console import progress, say, table
 from job.data import Dataset, Split, check_pictures, open_data
@@ -36,13 +37,14 @@ class DataOptions:
     device: str
     precision: str
     workers: int | None
-    seed: int
+    seed: int | None
 
 
 def evaluate(model: ModelOptions, options: DataOptions, as_json: bool) -> None:
     """Print loss, accuracy, per-class accuracy and the confusion matrix of one split."""
     accelerator = start(options.device, options.precision)
-    data, largest = on_main(lambda: _open_split(options, labelled=True))
+    seed = _seed(model, options)
+    data, largest = on_main(lambda: _open_split(options, seed, labelled=True))
     network, card = on_main(lambda: open_model(model, largest))
     split = _in_classes_of(card, data, data.split(options.split))
     workers = _workers(options, accelerator.device)
@@ -56,11 +58,18 @@ def evaluate(model: ModelOptions, options: DataOptions, as_json: bool) -> None:
         say(_evaluation_text(result, names, data, options.split))
 
 
-def _open_split(options: DataOptions, *, labelled: bool) -> tuple[Dataset, int]:
+def _seed(model: ModelOptions, options: DataOptions) -> int:
+    """The seed that held out the validation pictures: that of MODEL's run, unless one is given."""
+    if options.seed is None and Path(model.path).is_dir():
+        return int(read_card(find_model(model.path)).lineage.get("seed", 0))
+    return options.seed or 0
+
+
+def _open_split(options: DataOptions, seed: int, *, labelled: bool) -> tuple[Dataset, int]:
     """The data set with only the split that is asked for, its pictures checked if need be."""
     data = open_data(options.data)
     if options.split == "validation" and "training" in data.splits:
-        data = with_validation(data, options.seed)
+        data = with_validation(data, seed)
     split = data.labelled(options.split) if labelled else data.split(options.split)
     data = replace(data, splits={options.split: split})
     if options.on_bad_image == "fail" and isinstance(split, FileSplit):
@@ -141,7 +150,8 @@ def predict(model: ModelOptions, options: DataOptions, output: str) -> None:
     Id is the number that is a file's whole name (0007.jpg: 7), else its place in the order.
     """
     accelerator = start(options.device, options.precision)
-    data, largest = on_main(lambda: _open_split(options, labelled=False))
+    seed = _seed(model, options)
+    data, largest = on_main(lambda: _open_split(options, seed, labelled=False))
     network, card = on_main(lambda: open_model(model, largest))
     split = data.split(options.split)
     split = split.take(np.arange(len(split)), 0 * split.labels)  # any class fits

@@ -106,10 +106,10 @@ class Trainer:
                 valid.loss, valid.accuracy, lr, self.sampler.count / took,
                 time.perf_counter() - began,
             )  # fmt: skip
-            if not math.isfinite(loss):
+            if not math.isfinite(loss + valid.loss):
                 raise GammaslimError(
-                    f"the training loss became {loss} in round {round_}, epoch {epoch}: "
-                    "try a lower --lr, or --precision fp32"
+                    f"round {round_}, epoch {epoch}: the training loss became {loss}, that of "
+                    f"validation {valid.loss}: try a lower --lr, or --precision fp32"
                 )
             if best is None or result.valid_acc > best.valid_acc:
                 best = result
