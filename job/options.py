@@ -44,7 +44,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; end with a documented exit code and one line on stderr."""
         debug = ctx.params.pop("debug")
-        signal.signal(signal.SIGTERM, _interrupt)
+        for number in (signal.SIGTERM, signal.SIGINT):  # a script's background jobs ignore SIGINT
+            signal.signal(number, _interrupt)
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, StopRequest) as error:
