@@ -21,12 +21,10 @@ from job.options import (
     option,
     preprocessing,
     running,
+    scoring,
 )
 
 PREFIX = "GAMMASLIM"
-seed_of_split = option(
-    "--seed", type=click.IntRange(0), help="Seed of a held-out split; default: that of MODEL's run."
-)
 
 
 @click.group(context_settings={"auto_envvar_prefix": PREFIX, "help_option_names": ["-h", "--help"]})
@@ -109,15 +107,7 @@ def _model(options: dict[str, Any]) -> Any:
 
 
 @gammaslim.command(cls=Command)
-@model_options
-@data_option
-@option(
-    "--split",
-    type=click.Choice(["training", "validation", "testing", "evaluation"]),
-    default="validation",
-)
-@running
-@seed_of_split
+@scoring("validation")
 @json_option
 def evaluate(as_json: bool, **options: Any) -> None:
     """Loss, accuracy, per-class accuracy and confusion matrix of MODEL on a split."""
@@ -129,15 +119,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
 
 
 @gammaslim.command(cls=Command)
-@model_options
-@data_option
-@option(
-    "--split",
-    type=click.Choice(["training", "validation", "testing", "evaluation"]),
-    default="testing",
-)
-@running
-@seed_of_split
+@scoring("testing")
 @click.option("--output", metavar="FILE", required=True, help="CSV to write: Id,Category.")
 def predict(output: str, **options: Any) -> None:
     """Write the class that MODEL predicts for each picture, in file order."""

@@ -194,3 +194,16 @@ model_options = options_of(
     preprocessing,
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def scoring(split: str) -> Callable[[Any], Any]:
+    """What a command takes that runs MODEL over a split of the data, by default ``split``."""
+    splits = click.Choice(["training", "validation", "testing", "evaluation"])
+    held_out = "Seed of a held-out split; default: that of MODEL's run."
+    return options_of(
+        model_options,
+        data_option,
+        option("--split", type=splits, default=split),
+        running,
+        option("--seed", type=click.IntRange(0), help=held_out),
+    )

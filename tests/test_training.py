@@ -20,7 +20,7 @@ from job.models import build
 from job.processes import start
 from job.slimming.plan import uniform_plan
 from job.slimming.surgery import narrowed
-from job.training.evaluation import Evaluator
+from job.training.evaluation import Evaluation, Evaluator
 from job.training.fit import EpochResult, Trainer
 from job.training.optimizer import learning_rate, new_optimizer
 from job.training.sync_batchnorm import synchronised
@@ -92,6 +92,25 @@ def test_the_best_epoch_is_kept_the_first_of_equals(tmp_path: Path) -> None:
     again = training.evaluator(network)
     assert again.accuracy == best.valid_acc
     assert again.loss == pytest.approx(best.valid_loss, abs=1e-6)
+
+
+def test_the_first_of_equally_good_epochs_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = trainer(tmp_path)
+    scores, states = iter([0, 2, 1, 2, 2]), []
+
+    def evaluate(network: nn.Module) -> Evaluation:
+        states.append(copy.deepcopy(network.state_dict()))
+        right = next(scores)
+        return Evaluation(1.0, torch.tensor([[right, 3 - right], [0, 0]]))
+
+    monkeypatch.setattr(training, "evaluator", evaluate)
+    network = build("student", 4, {})
+    best = training.fit(network, 0, 5, 0, lambda _: None)
+    assert best.epoch == 1
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, states[1][key]), key
 
 
 def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
