@@ -89,6 +89,12 @@ def gammaslim() -> None:
     help="auto: online when an API key is configured, else offline in the run folder.",
 )
 @option("--wandb-project", default=DEFAULTS.wandb_project)
+@option(
+    "--checkpoint-every",
+    type=click.FloatRange(0),
+    default=DEFAULTS.checkpoint_every,
+    help="Seconds between saved positions within an epoch.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, train nothing.")
 def prune(**options: Any) -> None:
     """Train or take a base network, then slim and fine-tune it round after round."""

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
 # Options that may differ when a run is resumed: they cannot change its result.
 HARMLESS = frozenset(
-    {"data", "output", "resume", "weights", "workers", "wandb", "wandb_project", "dry_run"}
+    {
+        "data",
+        "output",
+        "resume",
+        "weights",
+        "workers",
+        "wandb",
+        "wandb_project",
+        "dry_run",
+        "checkpoint_every",
+    }
 )
 
 
@@ -53,6 +63,7 @@ class PruneConfig:
     workers: int | None = None
     wandb: str = "auto"
     wandb_project: str = "gammaslim"
+    checkpoint_every: float = 300.0
     dry_run: bool = False
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.checkpoint import Position, newest_position, save_position
 from job.console import epoch_line, progress, rounds_table, say
 from job.data.batches import default_workers
 from job.errors import GammaslimError, StopRequest, shown
@@ -19,8 +20,18 @@ from job.preparation import (
     planned_rounds,
     prepare_data,
 )
-from job.processes import accelerator_name, check_same, digest, is_main, local_world, on_main, start
+from job.processes import (
+    accelerator_name,
+    check_same,
+    digest,
+    is_main,
+    local_world,
+    on_main,
+    start,
+    world,
+)
 from job.run import Run
+from job.signals import Watch
 from job.slimming.cost import Cost, layer_costs, network_cost
 from job.slimming.plan import uniform_plan
 from job.slimming.surgery import narrowed
@@ -47,19 +58,20 @@ def prune(config: PruneConfig) -> None:
     output = Path(config.output) if config.output else default_output(config)
     if config.dry_run:
         return dry_run(config, planned, output)
-    job = Job(config, accelerator, data, preprocessing, Run(output))
-    try:
-        job.begin()
-        network, card = job.base(network, card)
-        for _ in range(config.rounds):
-            network, card = job.round(network, card)
-        job.finish()
-    except KeyboardInterrupt:
-        job.abandon("stopped", StopRequest.exit_code)
-        raise StopRequest(job.where_stopped()) from None
-    except BaseException as error:
-        job.abandon("failed", getattr(error, "exit_code", 1))
-        raise
+    with Watch(output / "STOP", config.checkpoint_every) as watch:
+        job = Job(config, accelerator, data, preprocessing, Run(output), watch)
+        try:
+            job.begin()
+            network, card = job.base(network, card)
+            for _ in range(config.rounds):
+                network, card = job.round(network, card)
+            job.finish()
+        except (KeyboardInterrupt, StopRequest):
+            job.abandon("stopped", StopRequest.exit_code)
+            raise StopRequest(job.where_stopped()) from None
+        except BaseException as error:
+            job.abandon("failed", getattr(error, "exit_code", 1))
+            raise
     return None
 
 
@@ -73,10 +85,12 @@ class Job:
         data: Dataset,
         preprocessing: Preprocessing,
         run: Run,
+        watch: Watch,
     ) -> None:
         self.config, self.accelerator, self.data = config, accelerator, data
-        self.preprocessing, self.run = preprocessing, run
+        self.preprocessing, self.run, self.watch = preprocessing, run, watch
         self.saved = 0  # rounds that an earlier attempt completed, the base included
+        self.start: Position | None = None  # where it stood in the round after those
         self.entries: list[dict[str, Any]] = []  # of the base and of each round
         self.at = (0, 0, 0)  # round, epoch, step
         self.tracker: Tracker | None = None
@@ -87,6 +101,8 @@ class Job:
         record = on_main(lambda: dataset_record(self.data))
         self.saved = on_main(lambda: self.run.open(config, record))
         finished = on_main(self.run.finished_summary)
+        if not finished:
+            self.start = on_main(self.rewind)
         if is_main():
             mode = "off" if finished else config.wandb
             self.tracker = Tracker(
@@ -109,12 +125,12 @@ class Job:
         """Round 0: train the base network, or take it as its weights are."""
         if self.saved:
             return self.restore()
-        began = time.perf_counter()
+        began = self.began()
         if self.config.first_epochs:
-            best = self.fit(network, card, self.config.first_epochs)
+            best = self.fit(network, card, self.config.first_epochs, {}, began)
             scores = _best_scores(best)
         else:
-            valid = self.evaluator(network)
+            valid = self.evaluator(network, watch=self.watch)
             scores = {"valid_acc": valid.accuracy, "valid_loss": valid.loss}
             say(f"base: valid loss: {valid.loss:6.4f}, acc {valid.accuracy:6.4f}")
         return self.keep(network, card, scores, began, wide=network)
@@ -123,16 +139,40 @@ class Job:
         """Slim by γ, fine-tune, keep the best."""
         if len(self.entries) < self.saved:
             return self.restore()
-        began = time.perf_counter()
+        began = self.began()
+        self.watch.check()
         narrow, card, error = self.slim(network, card)
-        pruned = self.evaluator(narrow)
-        self.log(
-            "slim", {"width": card.width, "valid_acc_pruned": pruned.accuracy,
-                     "valid_loss_pruned": pruned.loss, "verification_error": error},
-        )  # fmt: skip
-        best = self.fit(narrow, card, self.config.epochs)
-        scores = {"valid_acc_pruned": pruned.accuracy, **_best_scores(best)}
-        return self.keep(narrow, card, scores, began, wide=network)
+        if self.start:
+            scores = self.start.values["scores"]
+        else:
+            pruned = self.evaluator(narrow, watch=self.watch)
+            scores = {"valid_acc_pruned": pruned.accuracy}
+            cut = {"width": card.width, **scores, "valid_loss_pruned": pruned.loss}
+            self.log("slim", {"round": len(self.entries), **cut, "verification_error": error})
+        best = self.fit(narrow, card, self.config.epochs, scores, began)
+        return self.keep(narrow, card, scores | _best_scores(best), began, wide=network)
+
+    def rewind(self) -> Position | None:
+        """Find where an earlier attempt stood, and drop the metrics that came after it."""
+        self.watch.forget_old_request()
+        self.run.remove_unfinished()
+        start, problems = newest_position(self.run.path / "checkpoints", self.saved)
+        for problem in problems:
+            say(f"Warning: {problem}; going on from the one before")
+        self.run.rewind_metrics(self.saved, start.values["metrics_size"] if start else None)
+        if self.saved or start:
+            before = start.values["processes"] if start else None
+            entry = {"round": self.saved, "epoch": start.epoch if start else 0}
+            batch = start.batch if start else 0
+            processes = {"processes": world(), "processes_before": before}
+            self.run.log({"event": "resume", **entry, "batch": batch, **processes})
+        if start:
+            self.run.earlier_seconds = start.values["run_seconds"]
+        return start
+
+    def began(self) -> float:
+        """When the round that begins now began, as if no attempt had been interrupted."""
+        return time.perf_counter() - (self.start.values["round_seconds"] if self.start else 0)
 
     def slim(self, network: nn.Module, card: ModelCard) -> tuple[nn.Module, ModelCard, float]:
         """Decide on the main process, cut on every one, prove it; returns the proof's error too."""
@@ -143,10 +183,18 @@ class Job:
         error = on_main(lambda: verify(network, narrow, plan, self.preprocessing.size))
         return narrow, card.cut(plan.layers, width), error
 
-    def fit(self, network: nn.Module, card: ModelCard, epochs: int) -> EpochResult:
+    def fit(
+        self,
+        network: nn.Module,
+        card: ModelCard,
+        epochs: int,
+        scores: dict[str, Any],
+        began: float,
+    ) -> EpochResult:
         """Train ``network`` for ``epochs``; it keeps the best epoch's weights."""
         round_, first_step = len(self.entries), self.at[2]
         cost = network_cost(network, self.preprocessing.size)
+        start, self.start = self.start, None
 
         def on_epoch(result: EpochResult) -> None:
             say(epoch_line(card.width, result))
@@ -155,8 +203,21 @@ class Job:
             self.log("epoch", values | {"params": cost.params, "macs": cost.macs})
             self.status("running", None)
 
+        def save(position: Position) -> None:
+            def write() -> None:
+                position.values["scores"] = scores
+                position.values["metrics_size"] = self.run.metrics_size
+                position.values["round_seconds"] = time.perf_counter() - began
+                position.values["run_seconds"] = self.run.seconds
+                save_position(self.run.path / "checkpoints", position)
+
+            on_main(write)
+
         bar = progress(f"round {round_}")
-        return self.trainer.fit(network, round_, epochs, first_step, on_epoch, bar)
+        return self.trainer.fit(
+            network, round_, epochs, first_step, on_epoch, bar,
+            watch=self.watch, save=save, start=start,
+        )  # fmt: skip
 
     def keep(
         self,
@@ -191,7 +252,10 @@ class Job:
         """The best model of a round that an earlier attempt completed."""
         network, card = on_main(lambda: self.run.load_round(len(self.entries)))
         self.entries.append(card.metrics)
-        self.at = (card.metrics["round"], 0, card.metrics["step"])
+        round_, step = card.metrics["round"], card.metrics["step"]
+        self.at = (round_, 0, step)
+        if is_main() and not self.run.has_line("round", round_):
+            self.run.log({"event": "round", **card.metrics})  # killed between the two
         return network, card
 
     def log(self, event: str, values: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import tomllib
 from typing import TYPE_CHECKING, Any
@@ -83,24 +84,61 @@ class Run:
                 f"{shown(self.path)} was begun on other data: give the same --data to resume it, "
                 "or another --output to start afresh"
             )
-        self._mend_metrics()
         try:
             self.earlier_seconds = float(json.loads(self._read("summary.json"))["seconds"])
         except (OSError, ValueError, KeyError):
             self.earlier_seconds = 0.0  # stopped before the first round was saved
-        if not self.finished_summary():
-            self.log({"event": "resume", "round": self.saved})
 
     def _read(self, name: str) -> str:
         return (self.path / name).read_text("utf-8")
 
-    def _mend_metrics(self) -> None:
-        """Drop a last line that a killed process left unfinished."""
+    @property
+    def seconds(self) -> float:
+        """How long this run has taken, earlier attempts included."""
+        return self.earlier_seconds + time.time() - self.began
+
+    @property
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl so far."""
         path = self.path / "metrics.jsonl"
+        return path.stat().st_size if path.is_file() else 0
+
+    def remove_unfinished(self) -> None:
+        """Remove temporary files that a killed attempt left."""
+        for place in (self.path, self.path / "rounds", self.path / "checkpoints"):
+            for left in place.glob(".*.tmp"):
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
+
+    def rewind_metrics(self, saved: int, size: int | None) -> None:
+        """Drop the lines of metrics.jsonl that a resumed run will write again.
+
+        What stays is the file up to ``size``, where a position says so; otherwise up to the line
+        that ends round ``saved`` - 1, or all whole lines when that one was not written any more.
+        """
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return
         with writing(path):
-            if path.is_file():
-                content = path.read_bytes()
-                os.truncate(path, content.rfind(b"\n") + 1)
+            content = path.read_bytes()
+            keep = content.rfind(b"\n") + 1
+            if size is not None and size <= keep:
+                keep = size
+            elif saved == 0:
+                keep = 0
+            else:
+                mark = f'{{"event": "round", "round": {saved - 1},'.encode()
+                end = content.find(b"\n", content.rfind(mark))
+                keep = end + 1 if mark in content and end >= 0 else keep
+            os.truncate(path, keep)
+
+    def has_line(self, event: str, round_: int) -> bool:
+        """Whether metrics.jsonl has an ``event`` of ``round_``."""
+        mark = f'{{"event": "{event}", "round": {round_},'
+        path = self.path / "metrics.jsonl"
+        return path.is_file() and mark in path.read_text("utf-8")
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -141,7 +179,7 @@ class Run:
             "rounds": [dict(entry) for entry in entries[1:]],
             "recommended": f"rounds/{recommended:02d}",
             "reason": reason,
-            "seconds": round(self.earlier_seconds + time.time() - self.began, 3),
+            "seconds": round(self.seconds, 3),
         }
         write_json(self.path / "summary.json", summary)
         return summary

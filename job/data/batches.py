@@ -83,11 +83,11 @@ class GlobalBatches:
     def __init__(self, count: int, batch_size: int, seed: int, rank: int, world: int) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world = rank, world
-        self.round, self.epoch = 0, 0
+        self.round, self.epoch, self.first = 0, 0, 0
 
-    def set_epoch(self, round_: int, epoch: int) -> None:
-        """Choose the table that the next pass follows."""
-        self.round, self.epoch = round_, epoch
+    def set_epoch(self, round_: int, epoch: int, first: int = 0) -> None:
+        """Choose the table that the next pass follows, and the batch that it begins with."""
+        self.round, self.epoch, self.first = round_, epoch, first
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
@@ -98,7 +98,7 @@ class GlobalBatches:
 
     def __iter__(self) -> Iterator[list[Draw]]:
         table = epoch_table(self.count, self.seed, self.round, self.epoch)
-        for start in range(0, self.count, self.batch_size):
+        for start in range(self.first * self.batch_size, self.count, self.batch_size):
             stop = min(start + self.batch_size, self.count)
             yield table.rows(range(start + self.rank, stop, self.world))
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.data import Preprocessing, Split
+    from job.signals import Watch
 
 PIXELS = 256 * 32 * 32  # in one evaluation batch of a process, about
 
@@ -67,10 +68,10 @@ class Evaluator:
             )
         self.split, self.preprocessing, self.num_classes = split, preprocessing, num_classes
         self.accelerator = accelerator
-        batch = max(1, min(256, PIXELS // preprocessing.size**2))
+        self.batch_size = max(1, min(256, PIXELS // preprocessing.size**2))
         self.batches = loader(
             EvaluationPictures(split, preprocessing),
-            RankShare(len(split), batch, rank(), world()),
+            RankShare(len(split), self.batch_size, rank(), world()),
             workers=workers,
             pin=accelerator.device.type == "cuda",
         )
@@ -94,12 +95,19 @@ class Evaluator:
         self,
         network: nn.Module,
         progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
+        watch: Watch | None = None,
     ) -> Evaluation:
-        """Evaluate ``network`` with all processes; every one gets the same result."""
+        """Evaluate ``network`` with all processes; every one gets the same result.
+
+        Raises StopRequest when ``watch`` says so.
+        """
         device, classes = self.accelerator.device, self.num_classes
         loss = torch.zeros(1, dtype=torch.float64, device=device)
         confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
-        for logits, labels in self._outputs(network, progress):
+        common = len(self.split) // world() // self.batch_size  # batches that every process has
+        for number, (logits, labels) in enumerate(self._outputs(network, progress)):
+            if watch and number < common:
+                watch.check()
             loss += F.cross_entropy(logits, labels, reduction="sum")
             confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
         total(loss), total(confusion)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from job.config import PruneConfig
@@ -41,3 +43,28 @@ def learning_rate(config: PruneConfig, step: int, steps: int) -> float:
     if config.schedule == "step":
         return config.lr * (1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01)
     return config.lr
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The state of ``optimizer`` as ``optimizer.{parameter number}.{name}`` -> tensor."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{number}.{name}": value
+        for number, values in state.items()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Load what ``optimizer_tensors`` gave, keys without their first part, laid out as needed."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, value in tensors.items():
+        number, name = key.split(".")
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:
+            # fused kernels walk both in memory order: the layout must be the parameter's
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        optimizer.state[parameter][name] = value

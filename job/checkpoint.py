@@ -1,0 +1,111 @@
+"""Positions of a run on disk: written aside, verified on load, never executing a pickle.
+
+``checkpoints/RRR-EEEE-BBBBBBB/`` (round, epoch, batch) holds the tensors (state.safetensors), the
+rest (position.json) and, last, a manifest of sizes and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as tensor_bytes
+
+from job.errors import StorageError, shown, writing
+from job.files import new_directory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+KEPT = 2
+_NAME = re.compile(r"(\d{3})-(\d{4})-(\d{7})")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a round stands: ``values`` as JSON can hold them, and named ``tensors``."""
+
+    round: int
+    epoch: int
+    batch: int
+    values: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        """Its folder's name; names sort as positions do."""
+        return f"{self.round:03d}-{self.epoch:04d}-{self.batch:07d}"
+
+
+def save_position(folder: Path, position: Position) -> None:
+    """Write ``position`` into ``folder``, all or nothing, then drop all but the newest two.
+
+    Raises StorageError.
+    """
+    tensors = {k: v.detach().cpu().contiguous() for k, v in position.tensors.items()}
+    rest = {"round": position.round, "epoch": position.epoch, "batch": position.batch}
+    files = {
+        "state.safetensors": tensor_bytes(tensors),
+        "position.json": json.dumps({**rest, "values": position.values}).encode(),
+    }
+    manifest = {
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
+    path = folder / position.name
+    with new_directory(path) as temporary, writing(path):
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    for old in _names(folder)[:-KEPT]:
+        # a half-deleted one would be reported as damaged: take its manifest away last of all
+        shutil.rmtree(folder / old, ignore_errors=True)
+
+
+def newest_position(folder: Path, round_: int) -> tuple[Position | None, list[str]]:
+    """The newest whole position of ``round_``, and what is wrong with newer ones, a line each.
+
+    None when the round has no position at all. Raises StorageError when it has some but none is
+    whole: nothing may be overwritten then.
+    """
+    problems: list[str] = []
+    for name in reversed(_names(folder)):
+        if int(name[:3]) != round_:
+            continue
+        try:
+            return _load(folder / name), problems
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(f"checkpoint {shown(folder / name)} is damaged: {error}")
+    if problems:
+        raise StorageError(
+            f"no whole checkpoint of round {round_}: {'; '.join(problems)}; restore one, or remove "
+            f"{shown(folder)} to repeat the round"
+        )
+    return None, []
+
+
+def _names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if _NAME.fullmatch(entry.name))
+
+
+def _load(path: Path) -> Position:
+    manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+    files = {}
+    for name in ("state.safetensors", "position.json"):
+        content = (path / name).read_bytes()
+        if len(content) != manifest[name]["size"]:
+            raise ValueError(f"{name} has {len(content):,} bytes, not {manifest[name]['size']:,}")
+        if hashlib.sha256(content).hexdigest() != manifest[name]["sha256"]:
+            raise ValueError(f"{name} does not match its SHA-256")
+        files[name] = content
+    rest = json.loads(files["position.json"])
+    return Position(**rest, tensors=load_tensors(files["state.safetensors"]))

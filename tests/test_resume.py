@@ -1,0 +1,188 @@
+"""A run that is killed at any instant ends as one that never was."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import Result, gammaslim, run, write_noise_idx
+
+KILL_AT = Path(__file__).parent / "workers" / "kill_at.py"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+# 48 pictures in batches of 16: 3 steps an epoch; base and two rounds of 2 epochs: 18 steps, and
+# 1 + 2 + 2 * (1 + 2) evaluations; a position after every step and every epoch: 24
+POINTS = [
+    ("step", 1), ("step", 2), ("step", 5), ("step", 8), ("step", 12), ("step", 18),
+    ("evaluation", 1), ("evaluation", 3), ("evaluation", 4), ("evaluation", 8),
+    ("surgery", 1), ("surgery", 2), ("proof of a cut", 1),
+    ("file write", 1), ("file write", 6), ("file write", 20),
+    ("fsync", 2), ("fsync", 30), ("rename", 4), ("after a rename", 9), ("replace", 3),
+    ("metrics line", 1), ("metrics line", 3), ("metrics line", 4),
+    ("round saved", 1), ("round saved", 2), ("summary", 2), ("old checkpoint", 3),
+]  # fmt: skip
+
+
+def options(data: Path, output: Path, *more: object) -> tuple[object, ...]:
+    return (
+        "prune", "--data", data, "--output", output, "--base-epochs", 2, "--rounds", 2,
+        "--epochs", 2, "--batch-size", 16, "--wandb", "off", "--checkpoint-every", 0, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_noise_idx(tmp_path_factory.mktemp("noise") / "idx", 48, 20)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = gammaslim(*options(noise, output))
+    assert done.code == 0, done
+    return output
+
+
+def metrics(output: Path) -> list[dict[str, object]]:
+    """The run's lines but for times and for what tells of interruptions."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    clocks = {"seconds", "images_per_second"}
+    return [
+        {key: value for key, value in line.items() if key not in clocks}
+        for line in lines
+        if line["event"] not in ("resume", "stop")
+    ]
+
+
+def assert_same(output: Path, undisturbed: Path) -> None:
+    for round_ in ("00", "01", "02"):
+        name = Path("rounds") / round_ / "model.safetensors"
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes(), round_
+    assert metrics(output) == metrics(undisturbed)
+    assert not list(output.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(("place", "passage"), POINTS, ids=[f"{p} {n}" for p, n in POINTS])
+def test_a_killed_run_resumes_to_the_same_weights(
+    noise: Path, undisturbed: Path, tmp_path: Path, place: str, passage: int
+) -> None:
+    output, proof = tmp_path / "run", tmp_path / "proof"
+    killed = run(sys.executable, KILL_AT, place, passage, proof, *options(noise, output))
+    assert killed.code == -signal.SIGKILL, killed
+    assert proof.read_text() == place
+    again = gammaslim(*options(noise, output))
+    assert again.code == 0, again
+    assert_same(output, undisturbed)
+
+
+def test_killed_again_and_again(noise: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    for attempt in range(4):
+        killed = run(
+            sys.executable, KILL_AT, "step", 3, tmp_path / f"{attempt}", *options(noise, output)
+        )
+        assert killed.code == -signal.SIGKILL, killed
+    assert gammaslim(*options(noise, output)).code == 0
+    assert_same(output, undisturbed)
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "STOP"])
+def test_a_request_stops_the_run_and_saves_its_position(
+    noise: Path, undisturbed: Path, tmp_path: Path, how: str
+) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "job", *map(str, options(noise, output))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    wait_for(output / "checkpoints", process)
+    began = time.monotonic()
+    if how == "STOP":
+        (output / "STOP").touch()
+    else:
+        process.send_signal(getattr(signal, how))
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 15
+    status = json.loads((output / "status.json").read_text())
+    if process.returncode == 0:  # so small a run may be over before the file is looked for
+        assert how == "STOP"
+    else:
+        assert process.returncode == 75, errors
+        assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    again = gammaslim(*options(noise, output))  # a STOP that was left does not stop it again
+    assert again.code == 0, again
+    assert_same(output, undisturbed)
+
+
+def damage(path: Path, kind: str) -> None:
+    state = path / "state.safetensors"
+    if kind == "truncated":
+        state.write_bytes(state.read_bytes()[:-100])
+    elif kind == "bit-flipped":
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
+    else:
+        (path / {"no manifest": "manifest.json", "no state": state.name}[kind]).unlink()
+
+
+def killed_in_the_base(noise: Path, output: Path) -> Result:
+    return run(sys.executable, KILL_AT, "step", 5, output.parent / "p", *options(noise, output))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "bit-flipped", "no manifest", "no state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    noise: Path, undisturbed: Path, tmp_path: Path, kind: str
+) -> None:
+    output = tmp_path / "run"
+    killed_in_the_base(noise, output)
+    _older, newest = sorted((output / "checkpoints").iterdir())
+    damage(newest, kind)
+    again = gammaslim(*options(noise, output))
+    assert again.code == 0, again
+    assert newest.name in again.out
+    assert_same(output, undisturbed)
+
+
+def test_without_a_whole_checkpoint_nothing_is_overwritten(noise: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    killed_in_the_base(noise, output)
+    for path in (output / "checkpoints").iterdir():
+        damage(path, "bit-flipped")
+    before = {p: p.read_bytes() for p in (output / "checkpoints").rglob("*") if p.is_file()}
+    again = gammaslim(*options(noise, output))
+    assert again.code == 74, again
+    assert "does not match its SHA-256" in again.err
+    assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    noise: Path, undisturbed: Path, tmp_path: Path, first: int, then: int
+) -> None:
+    output = tmp_path / "run"
+    sgd = options(noise, output, "--optimizer", "sgd", "--lr", "0.001")
+    reference = gammaslim(*options(noise, tmp_path / "one", "--optimizer", "sgd", "--lr", "0.001"))
+    assert reference.code == 0
+    kill = (KILL_AT, "step", 5, tmp_path / "proof")
+    killed = run(*((*TORCHRUN, first) if first > 1 else (sys.executable,)), *kill, *sgd)
+    assert killed.code != 0
+    again = run(*((*TORCHRUN, then) if then > 1 else (sys.executable,)), "-m", "job", *sgd)
+    assert again.code == 0, again
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    resume = next(line for line in lines if line["event"] == "resume")
+    assert (resume["processes_before"], resume["processes"]) == (first, then)
+    for ours, theirs in zip(metrics(output), metrics(tmp_path / "one"), strict=True):
+        if ours["event"] == "epoch":
+            assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)

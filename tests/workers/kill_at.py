@@ -1,0 +1,118 @@
+"""Run ``gammaslim`` and kill it with SIGKILL at the N-th passage of a place in the code.
+
+    python kill_at.py PLACE N PROOF prune …
+
+PROOF is a file that gets the place's name right before the kill.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import job.checkpoint
+import job.files
+import job.pipeline
+import job.run
+import job.training.evaluation
+import job.training.fit
+from job.__main__ import main
+
+place, count, proof = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+sys.argv = ["gammaslim", *sys.argv[4:]]
+passed = 0
+
+
+def die() -> None:
+    descriptor = os.open(proof, os.O_CREAT | os.O_WRONLY)
+    os.write(descriptor, place.encode())
+    os.fsync(descriptor)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def due() -> bool:
+    global passed
+    passed += 1
+    return passed == count
+
+
+def before(owner: Any, name: str) -> None:
+    original = getattr(owner, name)
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        if due():
+            die()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, killing)
+
+
+def after(owner: Any, name: str) -> None:
+    original = getattr(owner, name)
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if due():
+            die()
+        return result
+
+    setattr(owner, name, killing)
+
+
+def half_a_file() -> None:
+    original = Path.write_bytes
+
+    def killing(path: Path, content: bytes) -> int:
+        if due():
+            original(path, content[: len(content) // 2])
+            die()
+        return original(path, content)
+
+    Path.write_bytes = killing  # type: ignore[method-assign]
+
+
+def in_evaluation() -> None:
+    original = job.training.evaluation.Evaluator._outputs
+
+    def killing(self: Any, *args: Any) -> Any:
+        for outputs in original(self, *args):
+            if due():
+                die()
+            yield outputs
+
+    job.training.evaluation.Evaluator._outputs = killing  # type: ignore[method-assign]
+
+
+def half_deleted() -> None:
+    original = shutil.rmtree
+
+    def killing(path: Path, **kwargs: Any) -> None:
+        if Path(path).parent.name == "checkpoints" and Path(path).exists() and due():
+            next(Path(path).iterdir()).unlink()
+            die()
+        original(path, **kwargs)
+
+    shutil.rmtree = killing  # type: ignore[assignment]
+
+
+PLACES = {
+    "step": lambda: after(job.training.fit._Round, "step"),
+    "evaluation": in_evaluation,
+    "surgery": lambda: before(job.pipeline, "narrowed"),
+    "proof of a cut": lambda: after(job.pipeline, "verify"),
+    "file write": half_a_file,
+    "fsync": lambda: before(job.files, "sync_path"),
+    "rename": lambda: before(Path, "rename"),
+    "after a rename": lambda: after(Path, "rename"),
+    "replace": lambda: before(Path, "replace"),
+    "metrics line": lambda: after(job.run.Run, "log"),
+    "round saved": lambda: after(job.run.Run, "save_round"),
+    "summary": lambda: before(job.run.Run, "summarise"),
+    "old checkpoint": half_deleted,
+}
+PLACES[place]()
+main()
