@@ -121,7 +121,7 @@ def read_toml(source: str, command: str, options: Iterable[str]) -> dict[str, An
 
 
 TABLES = frozenset(
-    {"prune", "evaluate", "predict", "inspect", "slim", "export", "versions", "dataset"}
+    {"prune", "evaluate", "predict", "inspect", "slim", "export", "versions", "dataset", "base"}
 )
 
 

@@ -14,6 +14,7 @@ from job.data.batches import default_workers
 from job.errors import GammaslimError, StopRequest, shown
 from job.preparation import (
     base_network,
+    base_record,
     dataset_record,
     default_output,
     dry_run,
@@ -61,7 +62,7 @@ def prune(config: PruneConfig) -> None:
     with Watch(output / "STOP", config.checkpoint_every) as watch:
         job = Job(config, accelerator, data, preprocessing, Run(output), watch)
         try:
-            job.begin()
+            job.begin(base_record(config, card))
             network, card = job.base(network, card)
             for _ in range(config.rounds):
                 network, card = job.round(network, card)
@@ -95,11 +96,11 @@ class Job:
         self.at = (0, 0, 0)  # round, epoch, step
         self.tracker: Tracker | None = None
 
-    def begin(self) -> None:
+    def begin(self, base: dict[str, Any]) -> None:
         """Open or create the run directory, the loaders and the W&B run."""
         config, accelerator = self.config, self.accelerator
         record = on_main(lambda: dataset_record(self.data))
-        self.saved = on_main(lambda: self.run.open(config, record))
+        self.saved = on_main(lambda: self.run.open(config, record, base))
         finished = on_main(self.run.finished_summary)
         if not finished:
             self.start = on_main(self.rewind)

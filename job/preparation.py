@@ -84,6 +84,14 @@ def dataset_record(data: Dataset) -> dict[str, Any]:
     return record | {"skipped": skipped, "fingerprint": data.fingerprint(SPLITS)}
 
 
+def base_record(config: PruneConfig, card: ModelCard) -> dict[str, Any]:
+    """What the base comes from, as config.toml names it: a run is resumed from the same only."""
+    return {
+        "weights_sha256": card.lineage.get("base_sha256", ""),
+        "epochs": config.first_epochs,
+    }
+
+
 def base_network(
     config: PruneConfig, data: Dataset, preprocessing: Preprocessing
 ) -> tuple[nn.Module, ModelCard]:

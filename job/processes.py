@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
+import signal
 import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -76,7 +78,14 @@ def _keep_freed_memory() -> None:
 
 
 def leave() -> None:
-    """Part from the other processes; without it gloo's threads may abort a process at its exit."""
+    """End the loader's workers and part from the other processes.
+
+    Workers ignore SIGTERM, so an exit that only asks them would wait for ever; and without the
+    parting gloo's threads may abort a process at its exit.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+    for child in multiprocessing.active_children():
+        child.kill()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -148,7 +157,7 @@ def total(values: torch.Tensor) -> torch.Tensor:
 def digest(state: dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, shapes and bytes of a state dict."""
     sha = hashlib.sha256()
-    for key, value in state.items():
+    for key, value in sorted(state.items()):  # safetensors gives them in any order
         sha.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

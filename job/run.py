@@ -44,8 +44,8 @@ class Run:
         """Where the best model of a round lies."""
         return self.path / "rounds" / f"{round_:02d}"
 
-    def open(self, config: PruneConfig, dataset: Mapping[str, Any]) -> int:
-        """Create the run, or go on with it where its options and data are the same.
+    def open(self, config: PruneConfig, dataset: Mapping[str, Any], base: Mapping[str, Any]) -> int:
+        """Create the run, or go on with it where its options, data and base are the same.
 
         Returns how many rounds are complete, the base included.
 
@@ -53,23 +53,32 @@ class Run:
         """
         stored = self.path / "config.toml"
         if stored.is_file():
-            self._resume(stored, config, dataset)
+            self._resume(stored, config, dataset, base)
         elif config.resume == "require":
             raise InputNotFound(f"--resume require: there is no run in {shown(self.path)}")
         else:
-            self._create(config, dataset)
+            self._create(config, dataset, base)
         return self.saved
 
-    def _create(self, config: PruneConfig, dataset: Mapping[str, Any]) -> None:
+    def _create(
+        self, config: PruneConfig, dataset: Mapping[str, Any], base: Mapping[str, Any]
+    ) -> None:
         check_writable(self.path)
-        tables = {"prune": config.to_dict(), "dataset": dataset, "versions": versions()}
+        tables = {"prune": config.to_dict(), "dataset": dataset, "base": base}
+        tables["versions"] = versions()
         try:
             (self.path / "rounds").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write {shown(self.path)}: {error.strerror}") from error
         write_bytes(self.path / "config.toml", write_toml(tables).encode())
 
-    def _resume(self, stored: Path, config: PruneConfig, dataset: Mapping[str, Any]) -> None:
+    def _resume(
+        self,
+        stored: Path,
+        config: PruneConfig,
+        dataset: Mapping[str, Any],
+        base: Mapping[str, Any],
+    ) -> None:
         if config.resume == "never":
             raise OutputError(
                 f"--resume never: {shown(self.path)} already holds a run; choose another --output"
@@ -83,6 +92,11 @@ class Run:
             raise ConfigError(
                 f"{shown(self.path)} was begun on other data: give the same --data to resume it, "
                 "or another --output to start afresh"
+            )
+        if tables.get("base") != dict(base):
+            raise ConfigError(
+                f"{shown(self.path)} was begun from other --weights or --base-epochs: give "
+                "the same to resume it, or another --output to start afresh"
             )
         try:
             self.earlier_seconds = float(json.loads(self._read("summary.json"))["seconds"])

@@ -13,11 +13,13 @@ import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import job
-from conftest import ROOT, gammaslim, run, write_flat
+from conftest import ROOT, Result, gammaslim, picture, run, write_flat
 from job.artifact import load_model
 from job.errors import DataError
 from job.run import recommend
@@ -208,6 +210,93 @@ def test_evaluate_finds_the_pictures_that_the_run_held_out(tmp_path: Path) -> No
     assert record["loss"] == pytest.approx(summary["base"]["valid_loss"], rel=1e-5)
     other = gammaslim("evaluate", tmp_path / "run", "--data", data, "--json", "--seed", 6)
     assert json.loads(other.out)["loss"] != pytest.approx(record["loss"], rel=1e-5)
+
+
+def test_other_weights_do_not_pass_for_the_runs_own(
+    finished_run: Path, flat_data: Path, tmp_path: Path
+) -> None:
+    def prune(*weights: object) -> Result:
+        return gammaslim(
+            "prune", "--data", flat_data, "--output", tmp_path / "run", "--rounds", 0,
+            "--wandb", "off", *weights,
+        )  # fmt: skip
+
+    first, other = (finished_run / "rounds" / r / "model.safetensors" for r in ("00", "01"))
+    assert prune("--weights", first).code == 0
+    again = prune("--weights", other, "--model-arg", "width_mult=0.95")
+    assert again.code == 78, again
+    copied = tmp_path / "copy.safetensors"
+    shutil.copy(first, copied)
+    assert prune("--weights", copied).code == 0  # the same content in another place
+    state = load_file(first)
+    state["fc.0.bias"] += 1
+    save_file(state, copied)
+    for changed in (prune("--weights", copied), prune()):
+        assert changed.code == 78, changed
+        assert "begun from other --weights" in changed.err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bfloat16_on_a_cpu(tmp_path: Path, workers: int) -> None:
+    data = write_flat(tmp_path / "data", {"training": 4, "validation": 2})
+    done = gammaslim(
+        "prune", "--data", data, "--base-epochs", 1, "--rounds", 1, "--epochs", 1, "--wandb", "off",
+        "--precision", "bf16", "--workers", workers, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done
+    assert "bf16" in done.out
+
+
+def test_a_bug_ends_the_process_in_spite_of_loader_workers(tmp_path: Path) -> None:
+    data = write_flat(tmp_path / "data", {"training": 8, "validation": 2})
+    script = (
+        "import job.training.fit as f\n"
+        "def bug(*_): raise RuntimeError('a bug')\n"
+        "f._Round.step = bug\n"
+        "from job.__main__ import main\nmain()\n"
+    )
+    began = time.monotonic()
+    done = run(
+        sys.executable, "-c", script, "prune", "--data", data, "--wandb", "off", "--workers", 2,
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert done.code == 1, done
+    assert "a bug" in done.err
+    assert time.monotonic() - began < 40
+
+
+def test_skipped_pictures_do_not_change_what_was_held_out(tmp_path: Path) -> None:
+    data = write_flat(tmp_path / "data", {"training": 20})
+    (data / "training" / "0_0.png").write_text("no picture")
+    done = gammaslim(
+        "prune", "--data", data, "--base-epochs", 6, "--rounds", 0, "--batch-size", 6,
+        "--on-bad-image", "skip", "--wandb", "off", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert done.code == 0, done
+    base = json.loads((tmp_path / "run" / "summary.json").read_text())["base"]
+    args = ("evaluate", tmp_path / "run", "--data", data, "--json", "--on-bad-image")
+    record = json.loads(gammaslim(*args, "skip").out)
+    assert record["skipped"] == ["training/0_0.png"]
+    assert record["loss"] == pytest.approx(base["valid_loss"], rel=1e-5)
+    assert gammaslim(*args, "fail").code == 65
+    training = gammaslim(*args, "skip", "--split", "training")
+    assert json.loads(training.out)["count"] == 59 - record["count"]  # none counts in both
+
+
+def test_a_weights_file_is_evaluated_as_prune_would(finished_run: Path, tmp_path: Path) -> None:
+    data = write_flat(tmp_path / "data", {"training": 2, "validation": 4})
+    picture(np.random.default_rng(0), 1, 300, 300).save(data / "validation" / "1_9.png")
+    weights = finished_run / "rounds" / "00" / "model.safetensors"
+    done = gammaslim(
+        "prune", "--data", data, "--weights", weights, "--rounds", 0, "--wandb", "off",
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert done.code == 0, done
+    base = json.loads((tmp_path / "run" / "summary.json").read_text())["base"]
+    args = ("evaluate", weights, "--model", "student", "--data", data, "--json")
+    for flag in ("fail", "skip"):
+        record = json.loads(gammaslim(*args, "--on-bad-image", flag).out)
+        assert record["loss"] == pytest.approx(base["valid_loss"], rel=1e-5)
 
 
 def test_recommended_is_the_smallest_near_the_base() -> None:

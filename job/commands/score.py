@@ -16,8 +16,9 @@ from job.commands.model import ModelOptions, open_model, write_output
 from job.console import progress, say, table
 from job.data import Dataset, Split, check_pictures, open_data
 from job.data.batches import default_workers
-from job.data.dataset import FileSplit, with_validation
+from job.data.dataset import with_validation
 from job.errors import DataError, shown
+from job.preparation import SPLITS as TRAINING_SPLITS
 from job.processes import local_world, on_main, start
 from job.training.evaluation import Evaluation, Evaluator
 
@@ -43,8 +44,7 @@ class DataOptions:
 def evaluate(model: ModelOptions, options: DataOptions, as_json: bool) -> None:
     """Print loss, accuracy, per-class accuracy and the confusion matrix of one split."""
     accelerator = start(options.device, options.precision)
-    seed = _seed(model, options)
-    data, largest = on_main(lambda: _open_split(options, seed, labelled=True))
+    data, largest = on_main(lambda: _open_split(model, options, labelled=True))
     network, card = on_main(lambda: open_model(model, largest))
     split = _in_classes_of(card, data, data.split(options.split))
     workers = _workers(options, accelerator.device)
@@ -65,17 +65,33 @@ def _seed(model: ModelOptions, options: DataOptions) -> int:
     return options.seed or 0
 
 
-def _open_split(options: DataOptions, seed: int, *, labelled: bool) -> tuple[Dataset, int]:
-    """The data set with only the split that is asked for, its pictures checked if need be."""
-    data = open_data(options.data)
-    if options.split == "validation" and "training" in data.splits:
-        data = with_validation(data, seed)
-    split = data.labelled(options.split) if labelled else data.split(options.split)
-    data = replace(data, splits={options.split: split})
-    if options.on_bad_image == "fail" and isinstance(split, FileSplit):
-        largest = max(split.picture(0).size)  # the others are read, and checked, as they are used
-        return data, largest
-    return check_pictures(data, [options.split], options.on_bad_image, progress("checking"))
+def _open_split(
+    model: ModelOptions, options: DataOptions, *, labelled: bool
+) -> tuple[Dataset, int]:
+    """The data set with only the split that is asked for, and the largest side of any picture.
+
+    Pictures are checked first where the result depends on it: a tenth is held out of those that
+    can be read, as ``prune`` does it, and a weights file's preset follows from all their sizes.
+    """
+    data, name = open_data(options.data), options.split
+    held_out = name in ("training", "validation") and "validation" not in data.splits
+    held_out = held_out and "training" in data.splits
+    unsized = model.transform == "auto" and Path(model.path).is_file()
+    if not held_out:
+        data.split(name)  # fails before any picture is read
+    trained = [split for split in TRAINING_SPLITS if split in data.splits]
+    checked, largest = trained if held_out or unsized else [], 0
+    data, largest = check_pictures(data, checked, options.on_bad_image, progress("checking"))
+    if held_out:
+        data = with_validation(data, _seed(model, options))
+    split = data.labelled(name) if labelled else data.split(name)
+    data = replace(data, splits={name: split})
+    if name not in checked and not held_out and options.on_bad_image == "skip":
+        data, own = check_pictures(data, [name], options.on_bad_image, progress("checking"))
+        largest = largest or own
+    elif unsized and not largest:
+        data, largest = check_pictures(data, [name], options.on_bad_image, progress("checking"))
+    return data, largest
 
 
 def _in_classes_of(card: ModelCard, data: Dataset, split: Split) -> Split:
@@ -150,8 +166,7 @@ def predict(model: ModelOptions, options: DataOptions, output: str) -> None:
     Id is the number that is a file's whole name (0007.jpg: 7), else its place in the order.
     """
     accelerator = start(options.device, options.precision)
-    seed = _seed(model, options)
-    data, largest = on_main(lambda: _open_split(options, seed, labelled=False))
+    data, largest = on_main(lambda: _open_split(model, options, labelled=False))
     network, card = on_main(lambda: open_model(model, largest))
     split = data.split(options.split)
     split = split.take(np.arange(len(split)), 0 * split.labels)  # any class fits

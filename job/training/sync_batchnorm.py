@@ -52,7 +52,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         output: torch.Tensor
-        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
+        # in float32 whatever the precision: counts and means are lost in bfloat16
+        with torch.autocast(input.device.type, enabled=False):
+            wide = input if input.dtype == torch.float64 else input.float()
+            output, mean, variance, count = _Normalise.apply(wide, self.weight, self.bias, self.eps)
         with torch.no_grad():
             if self.running_mean is not None and self.running_var is not None:
                 assert self.momentum is not None
@@ -61,7 +64,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
                 self.running_var.lerp_(unbiased, self.momentum)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
-        return output
+        return output.to(input.dtype)
 
 
 class _Normalise(torch.autograd.Function):
