@@ -11,7 +11,9 @@ from job.launch import ensure_processes
 from job.options import (
     DEFAULTS,
     POSITIVE,
+    SEED,
     Command,
+    Finite,
     Target,
     data_option,
     json_option,
@@ -59,7 +61,7 @@ def gammaslim() -> None:
 @option("--rounds", type=click.IntRange(0), default=DEFAULTS.rounds)
 @option(
     "--rate",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Finite(0, 1, min_open=True),
     default=DEFAULTS.rate,
     help="Width of each round, relative to the one before.",
 )
@@ -68,8 +70,8 @@ def gammaslim() -> None:
     "--batch-size", type=POSITIVE, default=DEFAULTS.batch_size, help="Global: split over processes."
 )
 @option("--optimizer", type=click.Choice(["adamw", "sgd"]), default=DEFAULTS.optimizer)
-@option("--lr", type=click.FloatRange(0, min_open=True), default=DEFAULTS.lr)
-@option("--weight-decay", type=click.FloatRange(0), default=DEFAULTS.weight_decay)
+@option("--lr", type=Finite(0, min_open=True), default=DEFAULTS.lr)
+@option("--weight-decay", type=Finite(0), default=DEFAULTS.weight_decay)
 @option("--schedule", type=click.Choice(["constant", "cosine", "step"]), default=DEFAULTS.schedule)
 @option("--policy", type=click.Choice(["uniform"]), default=DEFAULTS.policy)
 @option("--importance", type=click.Choice(["gamma"]), default=DEFAULTS.importance)
@@ -81,7 +83,7 @@ def gammaslim() -> None:
     help="Statistics of the global batch, or of each process's part.",
 )
 @running
-@option("--seed", type=click.IntRange(0), default=DEFAULTS.seed)
+@option("--seed", type=SEED, default=DEFAULTS.seed)
 @option(
     "--wandb",
     type=click.Choice(["auto", "online", "offline", "off"]),
@@ -91,7 +93,7 @@ def gammaslim() -> None:
 @option("--wandb-project", default=DEFAULTS.wandb_project)
 @option(
     "--checkpoint-every",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=DEFAULTS.checkpoint_every,
     help="Seconds between saved positions within an epoch.",
 )
@@ -115,13 +117,13 @@ def _model(options: dict[str, Any]) -> Any:
 @gammaslim.command(cls=Command)
 @scoring("validation")
 @json_option
-def evaluate(as_json: bool, **options: Any) -> None:
+def evaluate(json: bool, **options: Any) -> None:
     """Loss, accuracy, per-class accuracy and confusion matrix of MODEL on a split."""
     ensure_processes()
     from job.commands import score
 
     model = _model(options)
-    score.evaluate(model, score.DataOptions(**options), as_json)
+    score.evaluate(model, score.DataOptions(**options), json)
 
 
 @gammaslim.command(cls=Command)
@@ -139,11 +141,11 @@ def predict(output: str, **options: Any) -> None:
 @gammaslim.command(cls=Command)
 @model_options
 @json_option
-def inspect(as_json: bool, **options: Any) -> None:
+def inspect(json: bool, **options: Any) -> None:
     """Channel groups, γ, costs by layer, what can be slimmed and what cannot, and why."""
     from job.commands.inspect import inspect as run
 
-    run(_model(options), as_json)
+    run(_model(options), json)
 
 
 @gammaslim.command(cls=Command)
@@ -160,9 +162,9 @@ def slim(output: str, policy: str, target: float, **options: Any) -> None:
 
 @gammaslim.command(cls=Command)
 @model_options
-@option("--format", "format_", type=click.Choice(["state-dict"]), default="state-dict")
+@option("--format", type=click.Choice(["state-dict"]), default="state-dict")
 @click.option("--output", metavar="FILE", required=True, help="File to write.")
-def export(format_: str, output: str, **options: Any) -> None:
+def export(format: str, output: str, **options: Any) -> None:
     """Write MODEL for other programs; a state dict loads into StudentNet(width_mult=…)."""
     from job.commands import cut
 

@@ -68,8 +68,9 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         """Raise UsageError where options contradict each other."""
-        if self.device == "cpu" and self.precision == "fp16":
-            raise UsageError("--precision fp16 needs a GPU: use bf16 or fp32 with --device cpu")
+        for name in ("data", "output", "weights"):
+            if getattr(self, name) == "":  # as from a shell variable that is not set
+                raise UsageError(f"--{name} is empty: give a path, or leave the option out")
 
     @property
     def first_epochs(self) -> int:
@@ -169,7 +170,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
     text = shown(str(value)).replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04X}" for c in text) + '"'
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in text) + '"'
 
 
 def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str) -> None:

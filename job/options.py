@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
@@ -13,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from job.config import PruneConfig, nearest, read_toml, recipes
-from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, shown
+from job.errors import (
+    ConfigError,
+    GammaslimError,
+    InputNotFound,
+    OutputError,
+    StopRequest,
+    StorageError,
+    shown,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +64,7 @@ class Command(click.Command):
         except OSError as error:
             if error.errno == errno.EPIPE:  # `| head`: click ends quietly
                 raise
-            self._fail(ctx, StorageError(f"{error}; run the same command again"), debug)
+            self._fail(ctx, _storage_error(ctx, error), debug)
         finally:
             if "job.processes" in sys.modules:
                 from job.processes import leave
@@ -68,6 +77,14 @@ class Command(click.Command):
                 traceback.print_exception(error)
             click.echo(f"Error: {error}", err=True)
         ctx.exit(error.exit_code)
+
+
+def _storage_error(ctx: click.Context, error: OSError) -> GammaslimError:
+    if error.errno == errno.ENAMETOOLONG:
+        output = ctx.params.get("output")
+        kind = OutputError if output and str(error.filename).startswith(output) else InputNotFound
+        return kind(f"{shown(str(error.filename)[:40])}…: {error.strerror}")
+    return StorageError(f"{error}; run the same command again")
 
 
 def _interrupt(_signal: int, _frame: Any) -> None:
@@ -83,16 +100,23 @@ def _use_config(ctx: click.Context, _param: click.Parameter, source: str | None)
     try:
         values = read_toml(source, str(ctx.info_name), taken)
         for name, value in values.items():
-            try:
-                options[name].type_cast_value(ctx, value)
-            except click.BadParameter as error:
-                raise ConfigError(
-                    f"{shown(source)}: {name} = {value!r}: {error.message}"
-                ) from error
+            _check_value(ctx, options[name], f"{shown(source)}: {name} = {value!r}", value)
     except GammaslimError as error:
         click.echo(f"Error: {error}", err=True)
         ctx.exit(error.exit_code)
     ctx.default_map = {**(ctx.default_map or {}), **values}
+
+
+def _check_value(ctx: click.Context, option: click.Option, where: str, value: Any) -> None:
+    """Raise ConfigError unless ``value``, of TOML, is one that ``option`` takes."""
+    if isinstance(option.type, type(click.INT)) and type(value) not in (int, str):
+        raise ConfigError(f"{where}: not a whole number")
+    try:
+        option.type_cast_value(ctx, value)
+    except click.BadParameter as error:
+        raise ConfigError(f"{where}: {error.message}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _check_environment(command: click.Command, ctx: click.Context) -> None:
@@ -139,7 +163,7 @@ class Target(click.ParamType):  # type: ignore[type-arg]
         metric, _, text = str(value).partition("=")
         if metric != "width":
             self.fail(f"{value!r} is not of the form width=VALUE", param, ctx)
-        return float(click.FloatRange(0, 1, min_open=True)(text, param, ctx))
+        return float(Finite(0, 1, min_open=True)(text, param, ctx))
 
 
 def options_of(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -153,7 +177,19 @@ def options_of(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+class Finite(click.FloatRange):
+    """A float within bounds, and neither infinite nor nan, which pass click's own comparison."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """As FloatRange does; fails for what is not finite."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
 POSITIVE = click.IntRange(1)
+SEED = click.IntRange(0, 2**63 - 1)
 model_args = option(
     "--model-arg",
     type=KeyValue(),
@@ -193,7 +229,7 @@ model_options = options_of(
     num_classes,
     preprocessing,
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
 
 def scoring(split: str) -> Callable[[Any], Any]:
@@ -205,5 +241,5 @@ def scoring(split: str) -> Callable[[Any], Any]:
         data_option,
         option("--split", type=splits, default=split),
         running,
-        option("--seed", type=click.IntRange(0), help=held_out),
+        option("--seed", type=SEED, help=held_out),
     )

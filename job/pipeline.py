@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from job.checkpoint import Position, newest_position, save_position
 from job.console import epoch_line, progress, rounds_table, say
 from job.data.batches import default_workers
-from job.errors import GammaslimError, StopRequest, shown
+from job.errors import DataError, GammaslimError, StopRequest, shown
 from job.preparation import (
     base_network,
     base_record,
@@ -54,10 +57,13 @@ def prune(config: PruneConfig) -> None:
     """Run the main job, or with ``--dry-run`` check all that it needs. Raises GammaslimError."""
     accelerator = start(config.device, config.precision)
     data, preprocessing = prepare_data(config)
-    network, card = base_network(config, data, preprocessing)
-    planned = planned_rounds(config, network, card)
+    torch.manual_seed(config.seed)
+    network, card = on_main(lambda: base_network(config, data, preprocessing))
+    planned = on_main(lambda: planned_rounds(config, network, card))
     output = Path(config.output) if config.output else default_output(config)
     if config.dry_run:
+        origin = base_record(config, card)
+        on_main(lambda: Run(output).check(config, dataset_record(data), origin))
         return dry_run(config, planned, output)
     with Watch(output / "STOP", config.checkpoint_every) as watch:
         job = Job(config, accelerator, data, preprocessing, Run(output), watch)
@@ -132,6 +138,8 @@ class Job:
             scores = _best_scores(best)
         else:
             valid = self.evaluator(network, watch=self.watch)
+            if not math.isfinite(valid.loss):
+                raise DataError(f"the loss of --weights is {valid.loss}: they are damaged")
             scores = {"valid_acc": valid.accuracy, "valid_loss": valid.loss}
             say(f"base: valid loss: {valid.loss:6.4f}, acc {valid.accuracy:6.4f}")
         return self.keep(network, card, scores, began, wide=network)

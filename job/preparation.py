@@ -108,7 +108,7 @@ def base_network(
     network = build(config.model, num_classes, config.args)
     lineage: dict[str, Any] = {"seed": config.seed}
     if config.weights:
-        state = on_main(lambda: read_state(str(config.weights)))
+        state = read_state(str(config.weights))
         load_state(network, state, shown(config.weights))
         lineage |= {"base_weights": shown(config.weights), "base_sha256": digest(state)}
     unnamed = (str(number) for number in range(len(data.class_names), num_classes))

@@ -30,6 +30,8 @@ def start(device: str, precision: str) -> Accelerator:
     cpu = device == "cpu" or not torch.cuda.is_available()
     if device == "cuda" and cpu:
         raise UsageError("--device cuda: torch finds no CUDA GPU here")
+    if cpu and precision == "fp16":
+        raise UsageError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     if cpu:
         # without it Accelerate makes worlds of one from what torchrun starts on a CPU
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -60,6 +62,8 @@ def _mixed_precision(precision: str, cpu: bool) -> str:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched in ("bf16", "fp16"):
         return launched
+    if cpu and precision == "fp16":
+        raise UsageError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     if cpu:
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"

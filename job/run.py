@@ -51,14 +51,26 @@ class Run:
 
         Raises OutputError, InputNotFound (``--resume require``) or ConfigError.
         """
-        stored = self.path / "config.toml"
-        if stored.is_file():
-            self._resume(stored, config, dataset, base)
-        elif config.resume == "require":
-            raise InputNotFound(f"--resume require: there is no run in {shown(self.path)}")
+        if self.check(config, dataset, base):
+            try:
+                self.earlier_seconds = float(json.loads(self._read("summary.json"))["seconds"])
+            except (OSError, ValueError, KeyError):
+                self.earlier_seconds = 0.0  # stopped before the first round was saved
         else:
             self._create(config, dataset, base)
         return self.saved
+
+    def check(
+        self, config: PruneConfig, dataset: Mapping[str, Any], base: Mapping[str, Any]
+    ) -> bool:
+        """Whether there is a run to go on with; writes nothing. Raises as ``open`` does."""
+        stored = self.path / "config.toml"
+        if stored.is_file():
+            self._check_resume(stored, config, dataset, base)
+            return True
+        if config.resume == "require":
+            raise InputNotFound(f"--resume require: there is no run in {shown(self.path)}")
+        return False
 
     def _create(
         self, config: PruneConfig, dataset: Mapping[str, Any], base: Mapping[str, Any]
@@ -72,7 +84,7 @@ class Run:
             raise OutputError(f"cannot write {shown(self.path)}: {error.strerror}") from error
         write_bytes(self.path / "config.toml", write_toml(tables).encode())
 
-    def _resume(
+    def _check_resume(
         self,
         stored: Path,
         config: PruneConfig,
@@ -98,10 +110,6 @@ class Run:
                 f"{shown(self.path)} was begun from other --weights or --base-epochs: give "
                 "the same to resume it, or another --output to start afresh"
             )
-        try:
-            self.earlier_seconds = float(json.loads(self._read("summary.json"))["seconds"])
-        except (OSError, ValueError, KeyError):
-            self.earlier_seconds = 0.0  # stopped before the first round was saved
 
     def _read(self, name: str) -> str:
         return (self.path / name).read_text("utf-8")

@@ -27,7 +27,7 @@ class Tracker:
         self.run: Any = None
         if mode != "off":
             self.run = _start(mode, project, run, config)
-            self._try(self._define_axes)
+            self._try(self._define_axes)  # does nothing when W&B did not begin
 
     def _define_axes(self) -> None:
         # own x axes: W&B drops what is logged with a step below the last one
@@ -111,16 +111,16 @@ def _start(mode: str, project: str, run: Path, config: Mapping[str, Any]) -> Any
     wanted = mode
     if mode == "auto":
         wanted = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-    settings = wandb.Settings(
-        init_timeout=INIT_TIMEOUT,
-        silent=True,
-        console="off",
-        disable_git=True,
-        x_disable_stats=True,
-    )
 
     def init(mode: Any) -> Any:
-        return wandb.init(
+        settings = wandb.Settings(
+            init_timeout=INIT_TIMEOUT,
+            silent=True,
+            console="off",
+            disable_git=True,
+            x_disable_stats=True,
+        )
+        begun = wandb.init(
             mode=mode,
             project=os.environ.get("WANDB_PROJECT", project),
             name=os.environ.get("WANDB_NAME", run.name),
@@ -128,20 +128,22 @@ def _start(mode: str, project: str, run: Path, config: Mapping[str, Any]) -> Any
             config=dict(config),
             settings=settings,
         )
+        place = "off" if mode == "disabled" else begun.url
+        click.echo(f"W&B: {_offline(begun) if mode == 'offline' else place}")
+        return begun
 
-    try:
-        begun = init(wanted)
-        click.echo(f"W&B: {_offline(begun) if begun.offline else begun.url}")
-        return begun
-    except Exception as error:  # see _try
-        click.echo(
-            f"Warning: W&B cannot be reached within {INIT_TIMEOUT} s ({_line(error)}): "
-            "going on offline",
-            err=True,
-        )
-        begun = init("offline")
-        click.echo(f"W&B: {_offline(begun)}")
-        return begun
+    for attempt in (wanted, "offline"):
+        try:
+            return init(attempt)
+        except Exception as error:  # see _try
+            then = "going on without it" if attempt == "offline" else "going on offline"
+            click.echo(
+                f"Warning: W&B did not begin within {INIT_TIMEOUT} s ({_line(error)}): {then}",
+                err=True,
+            )
+            if attempt == "offline":
+                break
+    return None
 
 
 def _offline(begun: Any) -> str:

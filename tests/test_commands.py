@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import job
-from conftest import gammaslim, run, write_flat
+from conftest import gammaslim, picture, run, write_flat
 from job.cli import gammaslim as group
 from job.config import PruneConfig
 from reference import PlainStudentNet
@@ -83,6 +85,44 @@ def test_predict_writes_the_homeworks_rows(
     assert all(row[1] in "012" for row in rows[1:])
     folder = gammaslim("predict", finished_run, "--data", flat_data, "--output", tmp_path)
     assert folder.code == 73
+
+
+def test_ids_of_files_with_the_same_number_are_places(finished_run: Path, tmp_path: Path) -> None:
+    for name in ("0", "1"):
+        (tmp_path / "data" / "test" / name).mkdir(parents=True)
+        for number in range(2):
+            file = tmp_path / "data" / "test" / name / f"{number}.png"
+            picture(np.random.default_rng(0), 0, 40, 40).save(file)
+    (tmp_path / "data" / "test" / "0" / "1.png").write_text("no picture")
+    done = gammaslim(
+        "predict", finished_run, "--data", tmp_path / "data", "--output", tmp_path / "p.csv",
+        "--on-bad-image", "skip",
+    )  # fmt: skip
+    assert done.code == 0, done
+    rows = list(csv.reader((tmp_path / "p.csv").open()))[1:]
+    assert [row[0] for row in rows] == ["0", "2", "3"]  # the skipped one keeps its place
+
+
+def test_output_goes_through_links_and_into_pipes(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "target.pt").touch()
+    (tmp_path / "link.pt").symlink_to("target.pt")
+    assert gammaslim("export", finished_run, "--output", tmp_path / "link.pt").code == 0
+    assert (tmp_path / "link.pt").is_symlink()
+    assert (tmp_path / "target.pt").stat().st_size > 100_000
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "copy").open("wb") as copy:
+        reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=copy)
+    assert gammaslim("export", finished_run, "--output", tmp_path / "pipe").code == 0
+    assert reader.wait(timeout=30) == 0
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "copy").stat().st_size > 100_000
+
+
+def test_every_option_has_its_variable(finished_run: Path, tmp_path: Path) -> None:
+    shown = gammaslim("inspect", finished_run, env={"GAMMASLIM_INSPECT_JSON": "1"})
+    assert json.loads(shown.out)["model"] == "student"
+    env = {"GAMMASLIM_EXPORT_FORMAT": "state-dict", "GAMMASLIM_EXPORT_OUTPUT": "w.pt"}
+    assert gammaslim("export", finished_run, env=env, cwd=tmp_path).code == 0
 
 
 def test_class_folders_are_matched_by_name(tmp_path: Path) -> None:
@@ -169,6 +209,16 @@ def test_a_weights_file_needs_the_network_named(finished_run: Path, tmp_path: Pa
         (["prune", "--rate", "1.5"], 2, "--rate"),
         (["prune", "--policy", "globl"], 2, "uniform"),
         (["prune", "--nope"], 2, "--nope"),
+        (["prune", "--rate", "nan"], 2, "not a finite number"),
+        (["prune", "--lr", "inf"], 2, "not a finite number"),
+        (["prune", "--seed", "18446744073709551616"], 2, "--seed"),
+        (["prune", "--model-arg", "width_mult=inf"], 2, "width_mult=inf"),
+        (["prune", "--data", ""], 2, "--data is empty"),
+        (["prune", "--precision", "fp16"], 2, "needs a GPU"),
+        (["prune", "--data", "x" * 300], 66, "File name too long"),
+        (["prune", "--output", "x" * 300], 73, "File name too long"),
+        (["slim", "missing", "--output", "x", "--target", "width=nan"], 2, "not a finite"),
+        (["prune", "--resume", "require", "--dry-run"], 66, "no run in"),
         (["prune", "--model-arg", "width_mult"], 2, "K=V"),
         (["prune", "--image-size", "8"], 2, "at least 32"),
         (["prune", "--rate", "0.01"], 2, "leaves no channel"),
@@ -228,6 +278,10 @@ def test_configuration_comes_from_file_environment_and_options(tmp_path: Path) -
         ("[prun]\nrate = 0.9", "did you mean prune?"),
         ("rate = 'fast'", "rate = 'fast'"),
         ("rate = 3.0", "rate = 3.0"),
+        ("rounds = [1, 2]", "not a whole number"),
+        ("epochs = 2.7", "not a whole number"),
+        ("rounds = true", "not a whole number"),
+        ("seed = 1979-05-27", "not a whole number"),
         ("rate == 3", "not valid TOML"),
         ("prune = 3", "must be a table"),
     ],

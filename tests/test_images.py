@@ -73,6 +73,19 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     assert check_image(tmp_path / "a.png") == (4, 8)
 
 
+@pytest.mark.parametrize("value", [9, 0])
+def test_a_senseless_orientation_leaves_the_picture_upright(tmp_path: Path, value: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    Image.new("RGB", (8, 4), RED).save(tmp_path / "a.jpg", exif=exif)
+    assert load_rgb(tmp_path / "a.jpg").size == check_image(tmp_path / "a.jpg") == (8, 4)
+
+
+def test_a_damaged_exif_block_does_not_refuse_a_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 4), RED).save(tmp_path / "a.png", exif=b"nothing of the kind")
+    assert load_rgb(tmp_path / "a.png").size == check_image(tmp_path / "a.png") == (8, 4)
+
+
 def broken(folder: Path, kind: str) -> Path:
     path = folder / "1_99.jpg"
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -69,6 +69,31 @@ def test_class_folders_in_any_spelling_and_case(tmp_path: Path) -> None:
     assert data.splits["testing"].labels.tolist() == [0]
 
 
+def test_hidden_folders_and_circles_of_links_add_no_pictures(tmp_path: Path) -> None:
+    for path in ("train/a/0.png", "train/b/0.png", "train/a/.thumbnails/0.png"):
+        save(tmp_path / path)
+    (tmp_path / "train" / "a" / "up").symlink_to("..")
+    (tmp_path / "train" / "a" / "same").symlink_to(".")
+    save(tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "train" / "b" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "val").mkdir()
+    assert open_data(str(tmp_path)).splits["training"].labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "labels", [np.zeros((3, 2, 2)), np.zeros(()), np.zeros((3, 0)), [0, 1, 255]]
+)
+def test_idx_labels_that_are_none_are_refused(tmp_path: Path, labels: object) -> None:
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((3, 28, 28)))
+    path = tmp_path / "train-labels-idx1-ubyte"
+    if isinstance(labels, list):
+        path.write_bytes(b"\0\0\x09\1\0\0\0\3" + bytes(labels))  # signed: the last is -1
+    else:
+        write_idx(path, labels)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="not labels"):
+        open_data(str(tmp_path))
+
+
 def test_a_class_that_training_lacks_is_named(tmp_path: Path) -> None:
     save(tmp_path / "train" / "cat" / "a.jpg")
     save(tmp_path / "val" / "cow" / "a.jpg")

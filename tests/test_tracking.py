@@ -123,6 +123,27 @@ def test_an_unreachable_server_costs_one_warning_and_thirty_seconds(tmp_path: Pa
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
 
 
+@pytest.mark.parametrize(
+    ("args", "env"),
+    [
+        (("--wandb", "offline", "--wandb-project", "a/b#c"), {}),
+        ((), {"WANDB_MODE": "bogus"}),
+        ((), {"WANDB_MODE": "disabled"}),
+    ],
+)
+def test_wrong_settings_of_wandb_do_not_end_the_job(
+    tmp_path: Path, args: tuple[str, ...], env: dict[str, str]
+) -> None:
+    data = write_flat(tmp_path / "data", {"training": 3, "validation": 2})
+    done = gammaslim(
+        "prune", "--data", data, "--base-epochs", 1, "--rounds", 0, "--output", tmp_path / "run",
+        *args, env=env,
+    )  # fmt: skip
+    assert done.code == 0, done
+    assert "Traceback" not in done.err
+    assert ("Warning" in done.err) == ("disabled" not in env.values())
+
+
 def test_off_means_off(tmp_path: Path) -> None:
     data = write_flat(tmp_path / "data", {"training": 3, "validation": 2})
     done = gammaslim(

@@ -134,6 +134,31 @@ def test_what_does_not_fit_is_said(change: str, message: str) -> None:
         load_state(build("student", 11, {}), other(change), "w.bin")
 
 
+@pytest.mark.parametrize("kind", ["float8", "sparse", "meta", "negative variance", "shape"])
+def test_tensors_that_make_no_sense_are_refused(tmp_path: Path, kind: str) -> None:
+    values = state()
+    if kind == "float8":
+        values = {k: v.to(torch.float8_e4m3fn) if v.dim() > 1 else v for k, v in values.items()}
+        values["fc.0.weight"] = values["fc.0.weight"].float() * float("inf")
+    elif kind == "sparse":
+        values["fc.0.weight"] = values["fc.0.weight"].to_sparse()
+    elif kind == "meta":
+        values["fc.0.weight"] = values["fc.0.weight"].to("meta")
+    elif kind == "negative variance":
+        values["cnn.5.1.running_var"][3] = -1
+    else:
+        values["fc.0.bias"] = torch.tensor(1.0)
+    torch.save(values, tmp_path / "w.pt")
+    with pytest.raises(DataError, match=r"w\.pt"):
+        load_state(build("student", 11, {}), read_state(tmp_path / "w.pt"), "w.pt")
+
+
+def test_safetensors_are_known_by_their_content(tmp_path: Path) -> None:
+    for name in ("w.bin", "W.SAFETENSORS"):
+        save_file(state(), tmp_path / name)
+        assert len(read_state(tmp_path / name)) == 72
+
+
 def test_something_else_than_a_state_dict(tmp_path: Path) -> None:
     for number, value in enumerate(([1], {}, {"epoch": 3}, {1: torch.zeros(1)}, torch.zeros(3))):
         torch.save(value, tmp_path / f"{number}.pt")

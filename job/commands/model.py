@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from job.artifact import ModelCard, find_model, load_model
 from job.data import default_preprocessing
 from job.data.transforms import Preprocessing
-from job.errors import OutputError, UsageError, shown
+from job.errors import OutputError, UsageError, shown, writing
 from job.files import write_bytes
 from job.models import build
 from job.models.weights import load_state, read_state
@@ -56,7 +57,9 @@ def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.M
     if options.model is None:
         raise UsageError(f"{shown(path)} is a weights file: say of which network, --model student")
     state = read_state(path)
-    classes = options.num_classes or len(state.get("fc.0.bias", ())) or 11
+    head = state.get("fc.0.bias")
+    known = len(head) if head is not None and head.dim() == 1 else 0
+    classes = options.num_classes or known or 11
     args = dict(options.model_arg)
     network = build(options.model, classes, args)
     load_state(network, state, shown(path))
@@ -71,6 +74,11 @@ def write_output(path: Path, content: bytes) -> None:
     """Write the file that ``--output`` names; raises OutputError."""
     if path.is_dir():
         raise OutputError(f"--output {shown(path)} is a folder; it takes a file name")
-    check_writable(path.absolute().parent)
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not path.is_file():  # a pipe or a device cannot be replaced by a file
+        with writing(path):
+            path.write_bytes(content)
+        return
+    check_writable(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,10 @@ def evaluate(model: ModelOptions, options: DataOptions, as_json: bool) -> None:
     evaluator = Evaluator(split, card.num_classes, card.preprocessing, accelerator, workers)
     bar = progress("evaluating")
     result = evaluator(network, lambda batches: bar(batches, len(evaluator.batches)))
+    if not math.isfinite(result.loss):
+        raise DataError(
+            f"the loss of {shown(model.path)} is {result.loss}: its weights are damaged"
+        )
     names = card.class_names or tuple(str(number) for number in range(card.num_classes))
     if as_json:
         say(json.dumps(_evaluation_record(result, names, data, options.split), indent=1))
@@ -160,10 +165,23 @@ def _evaluation_text(result: Evaluation, names: tuple[str, ...], data: Dataset, 
     return "\n".join(parts)
 
 
+def _ids(options: DataOptions, data: Dataset, split: Split) -> list[int]:
+    """The number that each file's name is, if they all are different ones; else places."""
+    names = [split.name(index) for index in range(len(split))]
+    stems = [Path(name).stem for name in names]
+    if all(stem.isdecimal() for stem in stems) and len({int(s) for s in stems}) == len(stems):
+        return [int(stem) for stem in stems]
+    if not data.skipped:
+        return list(range(len(names)))
+    whole = open_data(options.data).split(options.split)  # skipped pictures keep their places
+    places = {whole.name(index): index for index in range(len(whole))}
+    return [places[name] for name in names]
+
+
 def predict(model: ModelOptions, options: DataOptions, output: str) -> None:
     """Write ``Id,Category`` rows in file order, the homework's Kaggle format.
 
-    Id is the number that is a file's whole name (0007.jpg: 7), else its place in the order.
+    Id is the number that is a file's whole name (0007.jpg: 7) where these differ, else its place.
     """
     accelerator = start(options.device, options.precision)
     data, largest = on_main(lambda: _open_split(model, options, labelled=False))
@@ -174,13 +192,11 @@ def predict(model: ModelOptions, options: DataOptions, output: str) -> None:
     evaluator = Evaluator(split, card.num_classes, card.preprocessing, accelerator, workers)
     bar = progress("predicting")
     classes = evaluator.predict(network, lambda batches: bar(batches, len(evaluator.batches)))
-    stems = [Path(split.name(index)).stem for index in range(len(split))]
-    numbered = all(stem.isdecimal() for stem in stems)
+    ids = _ids(options, data, split)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("Id", "Category"))
-    for place, (stem, category) in enumerate(zip(stems, classes, strict=True)):
-        rows.writerow((int(stem) if numbered else place, category))
+    rows.writerows(zip(ids, classes, strict=True))
     on_main(lambda: write_output(Path(output), text.getvalue().encode()))
     say(f"{len(classes):,} predictions in {shown(output)}")
     if data.skipped:

@@ -34,7 +34,7 @@ def check_image(path: Path) -> tuple[int, int]:
 
     def check(image: Image.Image) -> tuple[int, int]:
         width, height = image.size
-        if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientations that lie on their side
+        if _orientation(image) >= 5:  # those that lie on their side
             width, height = height, width
         image.draft("RGB", (1, 1))
         image.load()
@@ -57,8 +57,17 @@ def _reading(path: Path, read: Callable[[Image.Image], T]) -> T:
         raise DataError(f"{shown(path)} cannot be read as a picture: {reason}") from error
 
 
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 (upright) to 8; 1 where the block is damaged, as viewers take it."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # as in _reading: a damaged block, not a damaged picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
-    shown_image = ImageOps.exif_transpose(image)
+    shown_image = ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
     if shown_image.mode.startswith("I"):
         levels = np.asarray(shown_image, np.float32) * (255 / 65535)
         shown_image = Image.fromarray(np.clip(levels + 0.5, 0, 255).astype(np.uint8))

@@ -115,13 +115,23 @@ def _class_folders(folder: Path) -> dict[str, list[str]]:
     for entry in _visible(folder):
         if not (folder / entry).is_dir():
             continue
-        below = [
-            os.path.relpath(Path(place, name), folder)
-            for place, _, _ in os.walk(folder / entry, followlinks=True)
-            for name in _pictures(Path(place))
-        ]
+        below = [os.path.relpath(path, folder) for path in _pictures_below(folder / entry)]
         if below:
             found[entry] = sorted(below, key=natural_key)
+    return found
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    """Pictures in ``folder`` and its visible sub-folders; links are followed, but in no circle."""
+    found, seen, root = [], set(), Path(os.path.realpath(folder))
+    for place, inside, _ in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        if here in seen or (root != Path(here) and root.is_relative_to(here)):
+            inside.clear()
+            continue
+        seen.add(here)
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        found += [Path(place, name) for name in _pictures(Path(place))]
     return found
 
 
@@ -204,8 +214,8 @@ def _class_numbers(root: Path, tokens: set[str]) -> tuple[str, ...]:
     highest = max(map(int, tokens))
     if highest >= max(1000, 10 * len(tokens)):
         raise DataError(
-            f"{shown(root)} has a file of class {highest:,} but only {len(tokens)} classes: "
-            "files are called CLASS_NUMBER.jpg with classes numbered from 0, as 3_45.jpg"
+            f"{shown(root)} has a picture of class {highest:,} but only {len(tokens)} classes: "
+            "classes are numbered from 0, and Food-11 files called CLASS_NUMBER.jpg, as 3_45.jpg"
         )
     return tuple(str(number) for number in range(highest + 1))
 
@@ -246,8 +256,8 @@ def _open_idx(root: Path) -> Dataset | None:
     }
     if not splits:
         raise DataError(f"{shown(root)} has IDX labels but no IDX images")
-    count = max(int(split.labels.max(initial=0)) for split in splits.values()) + 1
-    names = tuple(str(number) for number in range(count))
+    labels = {str(n) for s in splits.values() for n in np.unique(s.labels) if n != UNLABELLED}
+    names = _class_numbers(root, labels or {"0"})
     return Dataset("IDX files", shown(root), names, splits, numbered=True)
 
 
@@ -262,7 +272,13 @@ def _idx_split(images_path: Path, labels_path: Path | None) -> ArraySplit:
     labels: Labels = np.full(len(images), UNLABELLED, np.int64)
     if labels_path is not None:
         stored = read_idx(labels_path)
-        stored = stored[:, 0] if stored.ndim == 2 else stored  # QMNIST: class, writer, …
+        if stored.ndim == 2 and stored.shape[1]:
+            stored = stored[:, 0]  # QMNIST: class, writer, …
+        if stored.ndim != 1 or stored.dtype.kind not in "iu" or (stored < 0).any():
+            raise DataError(
+                f"{shown(labels_path)} holds {stored.dtype} of shape {stored.shape}, not labels: "
+                "one whole number from 0 a picture"
+            )
         if len(stored) != len(images):
             raise DataError(
                 f"{shown(labels_path)} has {len(stored):,} labels for {len(images):,} pictures"

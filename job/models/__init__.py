@@ -22,6 +22,6 @@ def build(name: str, num_classes: int, args: Mapping[str, Any]) -> nn.Module:
         raise UsageError(f"--model {name!r} is unknown; models: {', '.join(MODELS)}")
     try:
         return MODELS[name](num_classes=num_classes, **args)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         given = " ".join(f"--model-arg {key}={value}" for key, value in args.items())
         raise UsageError(f"--model {name} does not take {given}: {error}") from error

@@ -41,11 +41,15 @@ def read_state(path: str | Path) -> State:
             raise DataError(
                 f"weights {shown(path)} are not a state dict: {key!r} is a {type(value).__name__}"
             )
+        if value.is_meta or value.layout is not torch.strided or value.is_quantized:
+            raise DataError(f"weights {shown(path)} hold {key} without plain numbers")
     return dict(loaded)
 
 
 def _load(path: Path) -> object:
-    if path.suffix == ".safetensors":
+    with path.open("rb") as file:
+        head = file.read(9)
+    if path.suffix.lower() == ".safetensors" or head[8:] == b"{":
         return load_safetensors(path.read_bytes())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -82,8 +86,10 @@ def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], source: st
     if wrong:
         raise DataError(f"weights {source} do not fit the network: {_mismatch(own, state, wrong)}")
     for key, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not value.double().isfinite().all():
             raise DataError(f"weights {source} hold values that are not finite, in {key}")
+        if key.endswith("running_var") and (value.double() < 0).any():
+            raise DataError(f"weights {source} hold a negative variance, in {key}")
         if value.is_floating_point() != own[key].is_floating_point():
             raise DataError(f"weights {source} hold {key} as {value.dtype}, not {own[key].dtype}")
     network.load_state_dict(state)
@@ -92,11 +98,18 @@ def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], source: st
 def _mismatch(own: State, state: Mapping[str, torch.Tensor], wrong: list[str]) -> str:
     """Say whether it is the number of classes or the width that differs, and what to type."""
     head = [key for key in wrong if key.startswith("fc.")]
-    if len(head) == len(wrong) and own["fc.0.weight"].shape[1:] == state["fc.0.weight"].shape[1:]:
+    whole = all(state[key].dim() == own[key].dim() for key in wrong)
+    if (
+        whole
+        and len(head) == len(wrong)
+        and own["fc.0.weight"].shape[1:] == state["fc.0.weight"].shape[1:]
+    ):
         theirs, ours = len(state["fc.0.weight"]), len(own["fc.0.weight"])
         return f"they have {theirs} classes, the data or --num-classes {ours}"
     key = next(key for key in wrong if key not in head) if len(head) < len(wrong) else wrong[0]
     theirs_shape, ours_shape = tuple(state[key].shape), tuple(own[key].shape)
+    if not whole:
+        return f"{key} is {theirs_shape}, expected {ours_shape}"
     return (
         f"{key} is {theirs_shape}, expected {ours_shape}: another width? "
         "pass --model-arg width_mult=… (or base=…) as it was trained"
