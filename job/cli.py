@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
 
 from job.config import DEFAULT_BASE_EPOCHS, PruneConfig
 from job.launch import ensure_processes
+from job.launch import launch as run_launch
+from job.nodes import find_nodes, nodes_left_out
 from job.options import (
     DEFAULTS,
     POSITIVE,
     SEED,
     Command,
     Finite,
+    ProcessCount,
     Target,
     data_option,
     json_option,
@@ -25,6 +29,7 @@ from job.options import (
     running,
     scoring,
 )
+from job.signals import starting
 
 PREFIX = "GAMMASLIM"
 
@@ -101,10 +106,51 @@ def gammaslim() -> None:
 def prune(**options: Any) -> None:
     """Train or take a base network, then slim and fine-tune it round after round."""
     config = PruneConfig(**options)
-    ensure_processes()
-    from job.pipeline import prune as run
+    with starting():
+        ensure_processes()
+        from job.pipeline import prune as run
 
     run(config)
+
+
+@gammaslim.command(cls=Command, context_settings={"allow_interspersed_args": False})
+@option("--nproc", type=ProcessCount(), default="auto", help="Processes here; auto: one a GPU.")
+@option("--nnodes", type=POSITIVE, help="Machines, one launch on each; default: srun's, or 1.")
+@option("--node-rank", type=click.IntRange(0), help="Number of this machine, from 0.")
+@option("--master-addr", metavar="HOST", help="Machine 0, as the others reach it.")
+@option("--master-port", type=click.IntRange(1, 65535), help="A free port of machine 0.")
+@click.argument("command", metavar="-- COMMAND …", nargs=-1, type=click.UNPROCESSED, required=True)
+@click.pass_context
+def launch(
+    ctx: click.Context,
+    command: tuple[str, ...],
+    nproc: int | None,
+    nnodes: int | None,
+    node_rank: int | None,
+    master_addr: str | None,
+    master_port: int | None,
+) -> None:
+    """Run prune, evaluate or predict in several processes: launch --nproc 2 -- prune …
+
+    Signals become stop requests, and the processes' exit code is kept. Machines find each other by
+    the options, by NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, in a Slurm step (srun
+    --ntasks-per-node=1) by themselves, in a Kubernetes Indexed Job with NNODES alone.
+    """
+    name, *args = command
+    if name not in ("prune", "evaluate", "predict"):
+        raise click.UsageError(f"launch runs prune, evaluate or predict, not {name}", ctx)
+    assert ctx.parent
+    gammaslim.commands[name].make_context(name, list(args), ctx.parent)  # says what is wrong, once
+    nodes = find_nodes(
+        os.environ, count=nnodes, rank=node_rank, address=master_addr, port=master_port
+    )
+    if unused := nodes_left_out(os.environ):
+        click.echo(
+            f"Warning: {unused} more nodes of this allocation are not used: srun starts a "
+            "launch on each",
+            err=True,
+        )
+    ctx.exit(run_launch(command, nproc, nodes))
 
 
 def _model(options: dict[str, Any]) -> Any:
@@ -119,8 +165,9 @@ def _model(options: dict[str, Any]) -> Any:
 @json_option
 def evaluate(json: bool, **options: Any) -> None:
     """Loss, accuracy, per-class accuracy and confusion matrix of MODEL on a split."""
-    ensure_processes()
-    from job.commands import score
+    with starting():
+        ensure_processes()
+        from job.commands import score
 
     model = _model(options)
     score.evaluate(model, score.DataOptions(**options), json)
@@ -131,8 +178,9 @@ def evaluate(json: bool, **options: Any) -> None:
 @click.option("--output", metavar="FILE", required=True, help="CSV to write: Id,Category.")
 def predict(output: str, **options: Any) -> None:
     """Write the class that MODEL predicts for each picture, in file order."""
-    ensure_processes()
-    from job.commands import score
+    with starting():
+        ensure_processes()
+        from job.commands import score
 
     model = _model(options)
     score.predict(model, score.DataOptions(**options), output)
@@ -143,7 +191,8 @@ def predict(output: str, **options: Any) -> None:
 @json_option
 def inspect(json: bool, **options: Any) -> None:
     """Channel groups, γ, costs by layer, what can be slimmed and what cannot, and why."""
-    from job.commands.inspect import inspect as run
+    with starting():
+        from job.commands.inspect import inspect as run
 
     run(_model(options), json)
 
@@ -155,7 +204,8 @@ def inspect(json: bool, **options: Any) -> None:
 @option("--target", type=Target(), default="width=0.95", help="What to cut to: width=VALUE.")
 def slim(output: str, policy: str, target: float, **options: Any) -> None:
     """Cut MODEL once, without training, and save the slim model."""
-    from job.commands import cut
+    with starting():
+        from job.commands import cut
 
     cut.slim(_model(options), output, target)
 
@@ -166,6 +216,7 @@ def slim(output: str, policy: str, target: float, **options: Any) -> None:
 @click.option("--output", metavar="FILE", required=True, help="File to write.")
 def export(format: str, output: str, **options: Any) -> None:
     """Write MODEL for other programs; a state dict loads into StudentNet(width_mult=…)."""
-    from job.commands import cut
+    with starting():
+        from job.commands import cut
 
     cut.export(_model(options), output)

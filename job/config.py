@@ -122,7 +122,8 @@ def read_toml(source: str, command: str, options: Iterable[str]) -> dict[str, An
 
 
 TABLES = frozenset(
-    {"prune", "evaluate", "predict", "inspect", "slim", "export", "versions", "dataset", "base"}
+    {"prune", "launch", "evaluate", "predict", "inspect", "slim", "export"}
+    | {"versions", "dataset", "base"}
 )
 
 

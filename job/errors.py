@@ -15,6 +15,8 @@ class GammaslimError(Exception):
     """Base of all errors with a documented exit code; by itself: a failed internal check (1)."""
 
     exit_code = 1
+    reported = False  # another process says it
+    late = False  # another process has the reason, and should speak first
 
 
 class UsageError(GammaslimError):
@@ -51,6 +53,10 @@ class StopRequest(GammaslimError):  # noqa: N818
     """Somebody asked the job to stop; its position is saved (75)."""
 
     exit_code = 75
+
+    def __init__(self, message: str, *, abrupt: bool = False) -> None:
+        super().__init__(message)
+        self.abrupt = abrupt  # something that would keep the process from ending is left behind
 
 
 class ConfigError(GammaslimError):

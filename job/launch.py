@@ -1,18 +1,51 @@
-"""Start as many processes as the launcher was asked for, where it would start only one."""
+"""Start as many processes as the launcher was asked for: our own, or one that starts too few."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from job.cores import available_cores
+from job.signals import starting
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from job.nodes import Nodes
+
+
+def launch(command: Sequence[str], nproc: int | None, nodes: Nodes) -> int:
+    """Run ``gammaslim COMMAND`` in ``nproc`` processes here, as part of ``nodes``; its exit code.
+
+    By default one process for each GPU, and one on a CPU, whose cores one process uses best.
+    torch's elastic agent starts and watches them. Raises GammaslimError or StopRequest.
+    """
+    with starting():
+        if nproc is None:
+            import torch
+
+            nproc = max(1, torch.cuda.device_count())
+        if nproc * nodes.count > 1:
+            from job.agent import run_agent
+    program = [sys.executable, "-m", "job", *command]
+    if nproc * nodes.count == 1:
+        os.execv(sys.executable, program)
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // nproc))
+    return run_agent(program, nproc, nodes)
 
 
 def ensure_processes() -> None:
     """On a CPU, turn ``accelerate launch --num_processes N`` into N processes; may not return.
 
     Without GPUs its simple launcher starts a single process whatever N is (accelerate 1.15), and
-    every accuracy would come from a world of one. This process then becomes torchrun with N.
+    every accuracy would come from a world of one. This process then becomes ``launch`` with N.
     """
+    if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        _end_with_parent()
     if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return
     count = _asked_of_accelerate(_parent_command())
@@ -23,8 +56,21 @@ def ensure_processes() -> None:
     if torch.cuda.is_available():
         return
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    os.execv(sys.executable, [*launcher, f"--nproc-per-node={count}", "-m", "job", *sys.argv[1:]])
+    launcher = [sys.executable, "-m", "job", "launch", f"--nproc={count}", "--nnodes=1", "--"]
+    os.execv(sys.executable, [*launcher, *sys.argv[1:]])
+
+
+def _end_with_parent() -> None:
+    """Be asked to stop when the launcher dies: not every one passes signals on.
+
+    ``accelerate launch`` and torchrun leave their processes running after a SIGUSR1 or SIGKILL.
+    """
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+    except AttributeError:  # not Linux
+        return
 
 
 def _parent_command() -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import math
 import os
-import signal
 import sys
+import time
 import traceback
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,13 @@ from job.errors import (
     StorageError,
     shown,
 )
+from job.signals import ignore_requests, listen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 DEFAULTS = PruneConfig()
+REASON_FIRST = 5.0  # seconds that a process waits whose word may not be the first
 option = partial(click.option, show_default=True)
 
 
@@ -53,30 +55,66 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; end with a documented exit code and one line on stderr."""
         debug = ctx.params.pop("debug")
-        for number in (signal.SIGTERM, signal.SIGINT):  # a script's background jobs ignore SIGINT
-            signal.signal(number, _interrupt)
+        listen()
         try:
             return super().invoke(ctx)
-        except (KeyboardInterrupt, StopRequest) as error:
-            self._fail(ctx, StopRequest(str(error) or "stopped by request"), debug)
+        except KeyboardInterrupt:
+            # by the usual way out, one raised within exec() would end Python by SIGINT (CPython)
+            self._fail(ctx, StopRequest("stopped by request", abrupt=True), debug)
         except GammaslimError as error:
             self._fail(ctx, error, debug)
+        except RuntimeError as error:
+            if not _lost_others(error):
+                raise
+            lost = GammaslimError(f"the other processes are gone: {error}")
+            lost.late = True
+            self._fail(ctx, lost, debug)
         except OSError as error:
             if error.errno == errno.EPIPE:  # `| head`: click ends quietly
                 raise
             self._fail(ctx, _storage_error(ctx, error), debug)
         finally:
-            if "job.processes" in sys.modules:
-                from job.processes import leave
-
-                leave()
+            _leave()
 
     def _fail(self, ctx: click.Context, error: GammaslimError, debug: bool) -> None:
-        if not getattr(error, "reported", False):
+        if not error.reported and _has_the_word(error):
             if debug:
                 traceback.print_exception(error)
             click.echo(f"Error: {error}", err=True)
+        if isinstance(error, StopRequest) and error.abrupt:
+            _leave()
+            sys.stdout.flush()
+            os._exit(error.exit_code)
         ctx.exit(error.exit_code)
+
+
+def _has_the_word(error: GammaslimError) -> bool:
+    """Let the process speak first that failed first; False when the launcher ends us meanwhile."""
+    main = os.environ.get("RANK", "0") == "0"
+    if isinstance(error, StopRequest):
+        return main
+    if error.late or not main:
+        try:
+            time.sleep(REASON_FIRST)
+        except KeyboardInterrupt:
+            return False
+    return True
+
+
+def _lost_others(error: RuntimeError) -> bool:
+    if "job.processes" not in sys.modules:
+        return False
+    from job.processes import lost_others
+
+    return lost_others(error)
+
+
+def _leave() -> None:
+    ignore_requests()
+    if "job.processes" in sys.modules:
+        from job.processes import leave
+
+        leave()
 
 
 def _storage_error(ctx: click.Context, error: OSError) -> GammaslimError:
@@ -85,10 +123,6 @@ def _storage_error(ctx: click.Context, error: OSError) -> GammaslimError:
         kind = OutputError if output and str(error.filename).startswith(output) else InputNotFound
         return kind(f"{shown(str(error.filename)[:40])}…: {error.strerror}")
     return StorageError(f"{error}; run the same command again")
-
-
-def _interrupt(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _use_config(ctx: click.Context, _param: click.Parameter, source: str | None) -> None:
@@ -129,6 +163,18 @@ def _check_environment(command: click.Command, ctx: click.Context) -> None:
         if own != name and own not in known and (near := nearest(own, known, 0.7)):
             click.echo(f"Error: {name} names no option of {ctx.info_name}{near}", err=True)
             ctx.exit(ConfigError.exit_code)
+
+
+class ProcessCount(click.ParamType):  # type: ignore[type-arg]
+    """A number of processes, or ``auto`` (None)."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        """The number; fails below 1."""
+        if value in ("auto", None):
+            return None
+        return int(POSITIVE(value, param, ctx))
 
 
 class KeyValue(click.ParamType):  # type: ignore[type-arg]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.checkpoint import Position, newest_position, save_position
+from job.attempt import Attempt
+from job.checkpoint import Position, save_position
 from job.console import epoch_line, progress, rounds_table, say
 from job.data.batches import default_workers
-from job.errors import DataError, GammaslimError, StopRequest, shown
+from job.errors import DataError, StopRequest, shown
 from job.preparation import (
     base_network,
     base_record,
@@ -32,15 +32,14 @@ from job.processes import (
     local_world,
     on_main,
     start,
-    world,
 )
 from job.run import Run
-from job.signals import Watch
+from job.signals import Watch, deferred
 from job.slimming.cost import Cost, layer_costs, network_cost
 from job.slimming.plan import uniform_plan
 from job.slimming.surgery import narrowed
 from job.slimming.verification import verify
-from job.tracking import Tracker, gammas
+from job.tracking import gammas
 from job.training.evaluation import Evaluator
 from job.training.fit import EpochResult, Trainer
 
@@ -55,18 +54,22 @@ if TYPE_CHECKING:
 
 def prune(config: PruneConfig) -> None:
     """Run the main job, or with ``--dry-run`` check all that it needs. Raises GammaslimError."""
-    accelerator = start(config.device, config.precision)
-    data, preprocessing = prepare_data(config)
-    torch.manual_seed(config.seed)
-    network, card = on_main(lambda: base_network(config, data, preprocessing))
-    planned = on_main(lambda: planned_rounds(config, network, card))
     output = Path(config.output) if config.output else default_output(config)
-    if config.dry_run:
-        origin = base_record(config, card)
-        on_main(lambda: Run(output).check(config, dataset_record(data), origin))
-        return dry_run(config, planned, output)
-    with Watch(output / "STOP", config.checkpoint_every) as watch:
-        job = Job(config, accelerator, data, preprocessing, Run(output), watch)
+    watch = Watch(output / "STOP", config.checkpoint_every)
+    accelerator = start(config.device, config.precision)
+    with deferred():
+        watch.join()
+        data, preprocessing = prepare_data(config, watch.check_here)
+        torch.manual_seed(config.seed)
+        network, card = on_main(lambda: base_network(config, data, preprocessing), interrupt=True)
+        planned = on_main(lambda: planned_rounds(config, network, card), interrupt=True)
+        if config.dry_run:
+            origin = base_record(config, card)
+            on_main(lambda: Run(output).check(config, dataset_record(data), origin))
+            return dry_run(config, planned, output)
+        watch.check()
+        attempt = Attempt(config, Run(output), watch)
+        job = Job(config, accelerator, data, preprocessing, attempt)
         try:
             job.begin(base_record(config, card))
             network, card = job.base(network, card)
@@ -74,16 +77,20 @@ def prune(config: PruneConfig) -> None:
                 network, card = job.round(network, card)
             job.finish()
         except (KeyboardInterrupt, StopRequest):
-            job.abandon("stopped", StopRequest.exit_code)
-            raise StopRequest(job.where_stopped()) from None
+            done = attempt.abandon("stopped", StopRequest.exit_code)
+            stop = StopRequest(job.where_stopped(), abrupt=not done)
+            stop.reported = not is_main()
+            raise stop from None
         except BaseException as error:
-            job.abandon("failed", getattr(error, "exit_code", 1))
+            attempt.abandon("failed", getattr(error, "exit_code", 1))
             raise
+        finally:
+            attempt.end()
     return None
 
 
 class Job:
-    """One attempt at a run: what stays the same from round to round, and where it stands."""
+    """What stays the same from round to round."""
 
     def __init__(
         self,
@@ -91,46 +98,31 @@ class Job:
         accelerator: Accelerator,
         data: Dataset,
         preprocessing: Preprocessing,
-        run: Run,
-        watch: Watch,
+        attempt: Attempt,
     ) -> None:
         self.config, self.accelerator, self.data = config, accelerator, data
-        self.preprocessing, self.run, self.watch = preprocessing, run, watch
-        self.saved = 0  # rounds that an earlier attempt completed, the base included
-        self.start: Position | None = None  # where it stood in the round after those
+        self.preprocessing, self.attempt = preprocessing, attempt
+        self.run, self.watch = attempt.run, attempt.watch
+        self.start: Position | None = None  # where an earlier attempt stood within a round
         self.entries: list[dict[str, Any]] = []  # of the base and of each round
-        self.at = (0, 0, 0)  # round, epoch, step
-        self.tracker: Tracker | None = None
 
     def begin(self, base: dict[str, Any]) -> None:
         """Open or create the run directory, the loaders and the W&B run."""
-        config, accelerator = self.config, self.accelerator
         record = on_main(lambda: dataset_record(self.data))
-        self.saved = on_main(lambda: self.run.open(config, record, base))
-        finished = on_main(self.run.finished_summary)
-        if not finished:
-            self.start = on_main(self.rewind)
-        if is_main():
-            mode = "off" if finished else config.wandb
-            self.tracker = Tracker(
-                mode, config.wandb_project, self.run.path, config.to_dict() | record
-            )
-        if not finished:
-            self.at = (self.saved, 0, 0)
-            self.status("running", None)
-        again = f"; {self.saved} models of an earlier attempt" if self.saved else ""
-        say(f"run: {shown(self.run.path)} on {accelerator_name(accelerator)}{again}")
-        workers = config.workers
+        self.start = self.attempt.begin(record, base)
+        again = f"; {self.attempt.saved} models of an earlier attempt" if self.attempt.saved else ""
+        say(f"run: {shown(self.run.path)} on {accelerator_name(self.accelerator)}{again}")
+        workers = self.config.workers
         if workers is None:
-            workers = default_workers(local_world(), accelerator.device.type == "cuda")
-        classes = config.num_classes or len(self.data.class_names)
-        shared = (self.preprocessing, accelerator, workers)
+            workers = default_workers(local_world(), self.accelerator.device.type == "cuda")
+        classes = self.config.num_classes or len(self.data.class_names)
+        shared = (self.preprocessing, self.accelerator, workers)
         self.evaluator = Evaluator(self.data.splits["validation"], classes, *shared)
-        self.trainer = Trainer(self.data.splits["training"], self.evaluator, config, *shared)
+        self.trainer = Trainer(self.data.splits["training"], self.evaluator, self.config, *shared)
 
     def base(self, network: nn.Module, card: ModelCard) -> tuple[nn.Module, ModelCard]:
         """Round 0: train the base network, or take it as its weights are."""
-        if self.saved:
+        if self.attempt.saved:
             return self.restore()
         began = self.began()
         if self.config.first_epochs:
@@ -146,7 +138,7 @@ class Job:
 
     def round(self, network: nn.Module, card: ModelCard) -> tuple[nn.Module, ModelCard]:
         """Slim by γ, fine-tune, keep the best."""
-        if len(self.entries) < self.saved:
+        if len(self.entries) < self.attempt.saved:
             return self.restore()
         began = self.began()
         self.watch.check()
@@ -157,27 +149,11 @@ class Job:
             pruned = self.evaluator(narrow, watch=self.watch)
             scores = {"valid_acc_pruned": pruned.accuracy}
             cut = {"width": card.width, **scores, "valid_loss_pruned": pruned.loss}
-            self.log("slim", {"round": len(self.entries), **cut, "verification_error": error})
+            self.attempt.log(
+                "slim", {"round": len(self.entries), **cut, "verification_error": error}
+            )
         best = self.fit(narrow, card, self.config.epochs, scores, began)
         return self.keep(narrow, card, scores | _best_scores(best), began, wide=network)
-
-    def rewind(self) -> Position | None:
-        """Find where an earlier attempt stood, and drop the metrics that came after it."""
-        self.watch.forget_old_request()
-        self.run.remove_unfinished()
-        start, problems = newest_position(self.run.path / "checkpoints", self.saved)
-        for problem in problems:
-            say(f"Warning: {problem}; going on from the one before")
-        self.run.rewind_metrics(self.saved, start.values["metrics_size"] if start else None)
-        if self.saved or start:
-            before = start.values["processes"] if start else None
-            entry = {"round": self.saved, "epoch": start.epoch if start else 0}
-            batch = start.batch if start else 0
-            processes = {"processes": world(), "processes_before": before}
-            self.run.log({"event": "resume", **entry, "batch": batch, **processes})
-        if start:
-            self.run.earlier_seconds = start.values["run_seconds"]
-        return start
 
     def began(self) -> float:
         """When the round that begins now began, as if no attempt had been interrupted."""
@@ -189,7 +165,8 @@ class Job:
         plan = on_main(lambda: uniform_plan(network.cpu(), width))
         narrow = narrowed(network.cpu(), plan.layers)
         check_same(digest(narrow.state_dict()), "the slimmed network")
-        error = on_main(lambda: verify(network, narrow, plan, self.preprocessing.size))
+        size = self.preprocessing.size
+        error = on_main(lambda: verify(network, narrow, plan, size), interrupt=True)
         return narrow, card.cut(plan.layers, width), error
 
     def fit(
@@ -201,16 +178,16 @@ class Job:
         began: float,
     ) -> EpochResult:
         """Train ``network`` for ``epochs``; it keeps the best epoch's weights."""
-        round_, first_step = len(self.entries), self.at[2]
+        round_, first_step = len(self.entries), self.attempt.at[2]
         cost = network_cost(network, self.preprocessing.size)
         start, self.start = self.start, None
 
         def on_epoch(result: EpochResult) -> None:
             say(epoch_line(card.width, result))
-            self.at = (result.round, result.epoch, result.step)
+            self.attempt.at = (result.round, result.epoch, result.step)
             values = {**result.to_dict(), "width": card.width}
-            self.log("epoch", values | {"params": cost.params, "macs": cost.macs})
-            self.status("running", None)
+            self.attempt.log("epoch", values | {"params": cost.params, "macs": cost.macs})
+            self.attempt.status("running", None)
 
         def save(position: Position) -> None:
             def write() -> None:
@@ -220,7 +197,7 @@ class Job:
                 position.values["run_seconds"] = self.run.seconds
                 save_position(self.run.path / "checkpoints", position)
 
-            on_main(write)
+            self.attempt.write(write)
 
         bar = progress(f"round {round_}")
         return self.trainer.fit(
@@ -240,19 +217,19 @@ class Job:
         cost: Cost = network_cost(network, self.preprocessing.size)
         round_ = len(self.entries)
         entry = {"round": round_, "width": card.width, **cost.to_dict(), **scores}
-        entry |= {"step": self.at[2], "seconds": round(time.perf_counter() - began, 3)}
+        entry |= {"step": self.attempt.at[2], "seconds": round(time.perf_counter() - began, 3)}
         lineage = {"run": shown(self.run.path.absolute()), "round": round_}
         card = replace(card, metrics=entry, lineage={**card.lineage, **lineage})
         if round_ == 0:
             base_sha256 = digest({k: v.cpu() for k, v in network.state_dict().items()})
             card = replace(card, lineage={"base_sha256": base_sha256, **card.lineage})
-        on_main(lambda: self.run.save_round(round_, network, card))
+        self.attempt.write(lambda: self.run.save_round(round_, network, card))
         self.entries.append(entry)
-        self.log("round", entry)
-        on_main(lambda: self.run.summarise(self.entries, "running"))
-        if self.tracker:
+        self.attempt.log("round", entry)
+        self.attempt.write(lambda: self.run.summarise(self.entries, "running"))
+        if self.attempt.tracker:
             layers = layer_costs(network, self.preprocessing.size)
-            self.tracker.log_round(
+            self.attempt.tracker.log_round(
                 entry, gammas(wide), gammas(network), layers, self.run.round_path(round_)
             )
         return network, card
@@ -262,49 +239,30 @@ class Job:
         network, card = on_main(lambda: self.run.load_round(len(self.entries)))
         self.entries.append(card.metrics)
         round_, step = card.metrics["round"], card.metrics["step"]
-        self.at = (round_, 0, step)
-        if is_main() and not self.run.has_line("round", round_):
+        self.attempt.at = (round_, 0, step)
+        if self.attempt.lock.held and not self.run.has_line("round", round_):
             self.run.log({"event": "round", **card.metrics})  # killed between the two
         return network, card
-
-    def log(self, event: str, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl; epochs go to the dashboard too."""
-        on_main(lambda: self.run.log({"event": event, **values}))
-        if self.tracker and event == "epoch":
-            self.tracker.log(event, values)
-
-    def status(self, state: str, exit_code: int | None) -> None:
-        """Write status.json."""
-        on_main(lambda: self.run.status(state, exit_code, *self.at))
 
     def finish(self) -> None:
         """Write the final summary and show the table of rounds."""
         summary = on_main(self.run.finished_summary)
         if not summary:
-            summary = on_main(lambda: self.run.summarise(self.entries, "finished"))
-            self.status("finished", 0)
-        if self.tracker:
+            summary = self.attempt.write(lambda: self.run.summarise(self.entries, "finished"))
+            self.attempt.status("finished", 0)
+        if self.attempt.tracker:
             chosen = self.entries[int(summary["recommended"].split("/")[1])]
-            self.tracker.finish({"recommended": summary["recommended"], **chosen})
+            self.attempt.tracker.finish({"recommended": summary["recommended"], **chosen})
         say("")
         say(rounds_table(self.entries))
         say(f"\nrecommended: {summary['recommended']} ({summary['reason']})")
         say(f"{summary['seconds']:.0f} seconds; all files are in {shown(self.run.path)}")
 
-    def abandon(self, state: str, exit_code: int) -> None:
-        """Say in status.json and on the dashboard why the run ended early, as far as possible."""
-        if not self.tracker:  # not the main process, or the run is not open
-            return
-        with suppress(GammaslimError):  # a full disk may be the reason
-            self.run.status(state, exit_code, *self.at)
-            self.run.log({"event": "stop", "state": state, "exit_code": exit_code})
-        self.tracker.finish({}, exit_code)
-
     def where_stopped(self) -> str:
         """The position, and what a later attempt goes on with."""
         done = len(self.entries)
-        saved = f"the base and {done - 1} rounds are saved" if done else "nothing is saved yet"
-        return f"stopped by request in round {done}; {saved}: run the same command to go on"
+        saved = f"the base and {done - 1} rounds are saved" if done else "the base is not finished"
+        return f"stopped by request in round {done}, {saved}: run the same command to go on"
 
 
 def _best_scores(best: EpochResult) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from job.slimming.plan import uniform_plan
 from job.slimming.surgery import narrowed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from torch import nn
 
     from job.config import PruneConfig
@@ -31,10 +33,13 @@ if TYPE_CHECKING:
 SPLITS = ("training", "validation")  # the testing split never chooses a model
 
 
-def prepare_data(config: PruneConfig) -> tuple[Dataset, Preprocessing]:
+def prepare_data(
+    config: PruneConfig, look: Callable[[], None] = lambda: None
+) -> tuple[Dataset, Preprocessing]:
     """The data set with its pictures checked, and how they become inputs; the same on all ranks.
 
-    Raises InputNotFound, DataError or UsageError.
+    ``look`` is called between pictures and may raise. Raises InputNotFound, DataError or
+    UsageError.
     """
 
     def prepare() -> tuple[Dataset, Preprocessing]:
@@ -42,13 +47,19 @@ def prepare_data(config: PruneConfig) -> tuple[Dataset, Preprocessing]:
         for split in SPLITS:
             if split in data.splits or split == "training":
                 data.labelled(split)
-        bar = progress("checking pictures")
+        shown_bar = progress("checking pictures")
+
+        def bar(results: Iterable[Any], count: int) -> Iterable[Any]:
+            for result in shown_bar(results, count):
+                look()
+                yield result
+
         present = [split for split in SPLITS if split in data.splits]
         data, largest = check_pictures(data, present, config.on_bad_image, bar)
         data = with_validation(data, config.seed)
         return data, default_preprocessing(config.transform, config.image_size, largest)
 
-    data, preprocessing = on_main(prepare)
+    data, preprocessing = on_main(prepare, interrupt=True)
     check_size(preprocessing.size)
     say(describe(data, preprocessing))
     return data, preprocessing

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from job.errors import GammaslimError, StopRequest, UsageError
+from job.signals import interruptible, starting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,15 +39,18 @@ def start(device: str, precision: str) -> Accelerator:
         _keep_freed_memory()
     # torch 2.14 renames it, Accelerate's handler does not know the new name yet
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=_mixed_precision(precision, cpu),
-        kwargs_handlers=[
-            # every rank computes the same BatchNorm statistics, or averages them itself
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=TIMEOUT),
-        ],
-    )
+    with starting():
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=_mixed_precision(precision, cpu),
+            kwargs_handlers=[
+                # every rank computes the same BatchNorm statistics, or averages them itself
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
+                InitProcessGroupKwargs(timeout=TIMEOUT),
+            ],
+        )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise GammaslimError(
@@ -94,6 +98,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def lost_others(error: RuntimeError) -> bool:
+    """Whether ``error`` says that another process has gone, which has the reason."""
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 def accelerator_name(accelerator: Accelerator) -> str:
     """How many processes on what, at which precision."""
     count = f"{world()} processes" if world() > 1 else "1 process"
@@ -121,12 +130,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def on_main(work: Callable[[], T]) -> T:
+def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
     """Run ``work`` on the main process and give every process its result.
+
+    With ``interrupt`` a request to stop interrupts it: for long work that writes nothing.
 
     An error that ``work`` raises there is raised everywhere, so that nobody waits for ever; on the
     other processes it is marked ``reported``, since the main one prints it.
     """
+    if interrupt:
+        return on_main(lambda: _interruptibly(work))
     if world() == 1:
         return work()
     outcome: list[Any] = [None, None]
@@ -149,6 +162,11 @@ def on_main(work: Callable[[], T]) -> T:
         raise copy
     result: T = outcome[0]
     return result
+
+
+def _interruptibly(work: Callable[[], T]) -> T:
+    with interruptible():
+        return work()
 
 
 def total(values: torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,21 @@
-"""Requests to stop, from signals or a STOP file, that all processes answer at the same step."""
+"""Requests to stop, from signals or a STOP file, that all processes answer at the same step.
+
+Needs no torch before several processes are joined: signals count from a command's first moment.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-
 from job.errors import StopRequest
-from job.processes import is_main, world
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -21,62 +23,173 @@ FILE_INTERVAL = 1.0  # seconds between looks for the STOP file: shared storage i
 NOTHING, SAVE, STOP = range(3)
 
 
-class Watch:
-    """Whether to stop or to save now; a context in which signals ask instead of killing.
+class _Requests:
+    """What signals have asked of this process, and whether they may interrupt what it does."""
 
-    A second SIGINT stops at once. ``poll`` is collective: every process calls it at the same
-    places and gets the same answer.
+    asked = False
+    interrupts = True
+
+
+def listen() -> None:
+    """Take the four signals as requests to stop; they raise KeyboardInterrupt but in ``deferred``.
+
+    SIGINT too, which a script's background jobs ignore. A second SIGINT always interrupts.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _ask)
+
+
+def _ask(number: int, _frame: Any) -> None:
+    again = _Requests.asked and number == signal.SIGINT
+    _Requests.asked = True
+    if _Requests.interrupts or again:
+        raise KeyboardInterrupt
+
+
+def ignore_requests() -> None:
+    """Let no signal disturb a process that is ending already; the launcher may send it one."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _interrupts(value: bool) -> Iterator[None]:
+    before, _Requests.interrupts = _Requests.interrupts, value
+    try:
+        yield
+    finally:
+        _Requests.interrupts = before
+
+
+def deferred() -> Any:
+    """A context in which a request only sets a flag, for ``Watch`` to find at the next poll."""
+    return _interrupts(False)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A context within ``deferred`` in which a request, an earlier one too, interrupts."""
+    with _interrupts(True):
+        if _Requests.asked:
+            raise KeyboardInterrupt
+        yield
+
+
+@contextmanager
+def answered_at_once(answer: Callable[[int], None]) -> Iterator[None]:
+    """Call ``answer`` with each signal's number from a thread, instead of the usual handlers.
+
+    Those run between bytecodes, hence not while torch waits in C++ for other processes.
+    """
+    handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write)
+
+    def watch() -> None:
+        while (number := os.read(read, 1)) != b"\0":
+            if number[0] in SIGNALS:
+                answer(number[0])
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        os.write(write, b"\0")
+        thread.join()
+        os.close(read)
+        os.close(write)
+
+
+def starting() -> Any:
+    """A context for imports and for waiting for other processes: a request ends this one at once.
+
+    Nothing is there to be saved yet, and torch's initialisation takes no exception.
+    """
+    return answered_at_once(_leave_now)
+
+
+def _leave_now(_number: int) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"Error: stopped by request before it began\n")
+    os._exit(StopRequest.exit_code)
+
+
+class Watch:
+    """Whether to stop or to save now. ``poll`` is collective.
+
+    Every process calls it at the same places and gets the same answer.
     """
 
     def __init__(self, stop_file: Path, save_every: float) -> None:
         self.stop_file, self.save_every = stop_file, save_every
-        self.requested = False
-        self._handlers: dict[int, Any] = {}
         self._looked = self._saved = time.monotonic()
         self._group: Any = None
+        self._old = self._identity()
 
-    def __enter__(self) -> Watch:
-        for number in SIGNALS:
-            self._handlers[number] = signal.signal(number, self._ask)
-        if world() > 1 and dist.get_backend() != "gloo":
+    def join(self) -> None:
+        """Prepare to poll together with the other processes; collective."""
+        import torch.distributed as dist
+
+        if dist.is_initialized() and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")  # no GPU need wait for this
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = self.stop_file.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     def forget_old_request(self) -> None:
-        """Remove a STOP file that an earlier attempt left; the main process calls it at start."""
-        with suppress(OSError):
-            self.stop_file.unlink(missing_ok=True)
+        """Remove a STOP file that an earlier attempt left; a newer one stays and counts.
+
+        The main process calls it once the run is its own.
+        """
+        if self._old and self._identity() == self._old:
+            with suppress(OSError):
+                self.stop_file.unlink(missing_ok=True)
 
     def saved(self) -> None:
         """Start counting the time to the next save."""
         self._saved = time.monotonic()
 
+    def asked(self) -> bool:
+        """Whether this process has been asked to stop, or a new STOP file lies there."""
+        now = time.monotonic()
+        if not _Requests.asked and now - self._looked >= FILE_INTERVAL:
+            self._looked = now
+            found = self._identity()
+            _Requests.asked = found is not None and found != self._old
+        return _Requests.asked
+
     def poll(self) -> int:
         """NOTHING, SAVE (``save_every`` seconds have passed) or STOP, the same on every process."""
-        answer = STOP if self.requested else NOTHING
-        now = time.monotonic()
+        from job.processes import is_main, world
+
+        answer = STOP if _Requests.asked else NOTHING
         if is_main() and answer == NOTHING:
-            if now - self._looked >= FILE_INTERVAL:
-                self._looked = now
-                self.requested = self.stop_file.exists()
-            due = now - self._saved >= self.save_every
-            answer = STOP if self.requested else SAVE if due else NOTHING
+            due = time.monotonic() - self._saved >= self.save_every
+            answer = STOP if self.asked() else SAVE if due else NOTHING
         if world() > 1:
+            import torch
+            import torch.distributed as dist
+
             shared = torch.tensor(answer)
             dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
             answer = int(shared)
         return answer
 
     def check(self) -> None:
-        """Raise StopRequest on every process when somebody has asked to stop."""
+        """Raise StopRequest on every process when somebody has asked to stop; collective."""
         if self.poll() == STOP:
+            raise StopRequest("stopped by request")
+
+    def check_here(self) -> None:
+        """Raise StopRequest when this process has been asked to stop, as within ``on_main``."""
+        if self.asked():
             raise StopRequest("stopped by request")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from job.errors import StopRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from job.slimming.cost import LayerCost
 
 INIT_TIMEOUT = 30  # seconds
+PATIENCE = 8.0  # seconds for W&B's last words when the job was asked to stop
 
 
 class Tracker:
@@ -79,6 +83,20 @@ class Tracker:
             self._try(lambda: self.run.finish(exit_code=exit_code))
             self.run = None
 
+    def abandon(self, exit_code: int) -> bool:
+        """End the W&B run of a job that ends early; False when that takes more than some seconds.
+
+        A job that is to be run again says so: W&B shows it as preempted, not as crashed.
+        """
+        if not self.run:
+            return True
+        if exit_code == StopRequest.exit_code:
+            self._try(lambda: self.run.mark_preempting())
+        thread = threading.Thread(target=self.finish, args=({}, exit_code), daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        return not thread.is_alive()
+
     def _try(self, call: Callable[[], Any]) -> None:
         """A dashboard must not end the job: the first failure is said, then W&B is left alone."""
         try:
@@ -128,8 +146,7 @@ def _start(mode: str, project: str, run: Path, config: Mapping[str, Any]) -> Any
             config=dict(config),
             settings=settings,
         )
-        place = "off" if mode == "disabled" else begun.url
-        click.echo(f"W&B: {_offline(begun) if mode == 'offline' else place}")
+        click.echo(f"W&B: {_place(begun, mode)}")
         return begun
 
     for attempt in (wanted, "offline"):
@@ -146,7 +163,11 @@ def _start(mode: str, project: str, run: Path, config: Mapping[str, Any]) -> Any
     return None
 
 
-def _offline(begun: Any) -> str:
+def _place(begun: Any, mode: str) -> str:
+    if mode == "disabled":
+        return "off"
+    if mode == "online":
+        return str(begun.url)
     return f"offline; later: wandb sync {shlex.quote(str(Path(begun.dir).parent))}"
 
 

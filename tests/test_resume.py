@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Result, gammaslim, run, write_noise_idx
+from conftest import Result, gammaslim, run, write_flat, write_noise_idx
 
-KILL_AT = Path(__file__).parent / "workers" / "kill_at.py"
+WORKERS = Path(__file__).parent / "workers"
+KILL_AT, RECORD = WORKERS / "kill_at.py", WORKERS / "record_batches.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 # 48 pictures in batches of 16: 3 steps an epoch; base and two rounds of 2 epochs: 18 steps, and
 # 1 + 2 + 2 * (1 + 2) evaluations; a position after every step and every epoch: 24
@@ -78,6 +79,35 @@ def test_a_killed_run_resumes_to_the_same_weights(
     again = gammaslim(*options(noise, output))
     assert again.code == 0, again
     assert_same(output, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("pair") / "run"
+    done = run(*TORCHRUN, 2, "-m", "job", *options(noise, output))
+    assert done.code == 0, done
+    return output
+
+
+@pytest.mark.parametrize(
+    ("place", "passage", "victim"),
+    [
+        ("step", 4, "0"), ("step", 8, "1"), ("step", 14, ""), ("evaluation", 2, "1"),
+        ("surgery", 1, ""), ("file write", 5, "0"), ("metrics line", 3, "0"),
+    ],
+)  # fmt: skip
+def test_two_processes_of_which_one_or_both_are_killed_resume_to_the_same_weights(
+    noise: Path, undisturbed_pair: Path, tmp_path: Path, place: str, passage: int, victim: str
+) -> None:
+    output, proof = tmp_path / "run", tmp_path / "proof"
+    env = {"KILL_RANK": victim}
+    command = (*TORCHRUN, 2, KILL_AT, place, passage, proof, *options(noise, output))
+    killed = run(*command, env=env)
+    assert killed.code != 0
+    assert proof.read_text() == place
+    again = run(*TORCHRUN, 2, "-m", "job", *options(noise, output))
+    assert again.code == 0, again
+    assert_same(output, undisturbed_pair)
 
 
 def test_killed_again_and_again(noise: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -186,3 +216,42 @@ def test_a_run_goes_on_with_another_number_of_processes(
     for ours, theirs in zip(metrics(output), metrics(tmp_path / "one"), strict=True):
         if ours["event"] == "epoch":
             assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+
+
+def recorded(path: Path) -> dict[tuple[int, int], list[str]]:
+    """Hashes of the pictures of each global batch, by round and step."""
+    batches: dict[tuple[int, int], list[str]] = {}
+    for line in path.read_text().splitlines():
+        round_, step, hashes = json.loads(line)
+        batches.setdefault((round_, step), []).extend(hashes)
+    return {key: sorted(hashes) for key, hashes in batches.items()}
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_global_batches_do_not_depend_on_processes_workers_and_interruptions(
+    tmp_path: Path, first: int, then: int
+) -> None:
+    # 21 pictures in batches of 4: 6 steps an epoch, the last of one picture
+    data = write_flat(tmp_path / "data", {"training": 7, "validation": 2})
+    args = (
+        "prune", "--data", data, "--base-epochs", 2, "--rounds", 1, "--epochs", 1,
+        "--batch-size", 4, "--wandb", "off", "--checkpoint-every", 0,
+    )  # fmt: skip
+
+    def train(name: str, count: int, last: int, workers: int, output: str) -> Result:
+        start = (*TORCHRUN, count) if count > 1 else (sys.executable,)
+        more = ("--workers", workers, "--output", tmp_path / output)
+        return run(*start, RECORD, tmp_path / name, last, *args, *more)
+
+    assert train("alone", 1, 0, 0, "undisturbed").code == 0
+    assert train("before", first, 4, 2, "moved").code != 0
+    again = train("after", then, 0, 1, "moved")
+    assert again.code == 0, again
+    alone, before, after = (recorded(tmp_path / name) for name in ("alone", "before", "after"))
+    assert sorted(alone) == [(0, step) for step in range(12)] + [(1, step) for step in range(6)]
+    assert sorted(map(len, alone.values())) == [1] * 3 + [4] * 15
+    assert len({hash_ for hashes in alone.values() for hash_ in hashes}) > 50  # augmented anew
+    assert before == {(0, step): alone[0, step] for step in range(4)}
+    assert min(after) in {(0, 3), (0, 4)}  # at most what came after the last position
+    assert after == {key: alone[key] for key in after}
+    assert set(before) | set(after) == set(alone)

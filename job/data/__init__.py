@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from job.data.transforms import Preprocessing
 from job.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Generator, Iterable
 
 SMALL = 64  # pixels: pictures up to this side get the `small` preset by default
 
@@ -45,14 +46,15 @@ def check_pictures(
             continue
         assert isinstance(split, FileSplit)
         good, bad = [], []
-        for index, result in enumerate(progress(_checked(split), len(split))):
-            if isinstance(result, DataError):
-                if on_bad_image == "fail":
-                    raise DataError(f"{result}; mend or remove it, or pass --on-bad-image skip")
-                bad.append(split.name(index))
-            else:
-                good.append(index)
-                largest = max(largest, *result)
+        with closing(_checked(split)) as results:
+            for index, result in enumerate(progress(results, len(split))):
+                if isinstance(result, DataError):
+                    if on_bad_image == "fail":
+                        raise DataError(f"{result}; mend or remove it, or pass --on-bad-image skip")
+                    bad.append(split.name(index))
+                else:
+                    good.append(index)
+                    largest = max(largest, *result)
         if not good:
             raise DataError(f"no picture of the {name} split of {data.root} can be read")
         if bad:
@@ -63,7 +65,7 @@ def check_pictures(
     return data, largest
 
 
-def _checked(split: FileSplit) -> Iterable[tuple[int, int] | DataError]:
+def _checked(split: FileSplit) -> Generator[tuple[int, int] | DataError]:
     def check(index: int) -> tuple[int, int] | DataError:
         try:
             return check_image(split.path(index))
@@ -71,8 +73,11 @@ def _checked(split: FileSplit) -> Iterable[tuple[int, int] | DataError]:
             return error
 
     # threads do: Pillow decodes outside the interpreter lock
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
         yield from pool.map(check, range(len(split)))
+    finally:
+        pool.shutdown(cancel_futures=True)  # a stop request must not wait for all pictures
 
 
 def default_preprocessing(preset: str, size: int | None, largest: int) -> Preprocessing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from job.data.dataset import ArraySplit, Split
 from job.data.table import Draw, epoch_table
 from job.data.transforms import center_arrays, small_arrays
 from job.errors import DataError
+from job.signals import ignore_requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,5 +152,4 @@ def _as_is(batch: Any) -> Any:
 
 def _ignore_stop_signals(_worker: int) -> None:
     # launchers signal the whole process group, and a dead worker would kill the save
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_requests()

@@ -1,0 +1,43 @@
+"""Run ``gammaslim`` and write down the hash of every picture that is trained on.
+
+    python record_batches.py FILE LAST prune …
+
+FILE gets a line for each step and process: round, step of the round, hashes of pictures with their
+labels, as this process got them. After LAST steps, if that is not 0, it kills itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import job.training.fit
+from job.__main__ import main
+
+file, last = Path(sys.argv[1]), int(sys.argv[2])
+sys.argv = ["gammaslim", *sys.argv[3:]]
+original = job.training.fit._Round.step
+steps = 0
+
+
+def recording(self: Any, images: Any, labels: Any, size: int, number: int) -> None:
+    global steps
+    hashes = [
+        hashlib.sha256(image.numpy().tobytes() + bytes([label])).hexdigest()[:16]
+        for image, label in zip(images, labels.tolist(), strict=True)
+    ]
+    with file.open("a") as lines:
+        lines.write(json.dumps([self.round, number, hashes]) + "\n")
+    original(self, images, labels, size, number)
+    steps += 1
+    if steps == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+job.training.fit._Round.step = recording  # type: ignore[method-assign]
+main()
