@@ -263,8 +263,12 @@ class Job:
         self.entries.append(card.metrics)
         round_, step = card.metrics["round"], card.metrics["step"]
         self.at = (round_, 0, step)
-        if is_main() and not self.run.has_line("round", round_):
-            self.run.log({"event": "round", **card.metrics})  # killed between the two
+
+        def complete_metrics() -> None:
+            if not self.run.has_line("round", round_):  # killed between the two
+                self.run.log({"event": "round", **card.metrics})
+
+        on_main(complete_metrics)
         return network, card
 
     def log(self, event: str, values: dict[str, Any]) -> None:
@@ -282,6 +286,7 @@ class Job:
         summary = on_main(self.run.finished_summary)
         if not summary:
             summary = on_main(lambda: self.run.summarise(self.entries, "finished"))
+        if on_main(lambda: self.run.state) != "finished":  # a full disk may have kept it out
             self.status("finished", 0)
         if self.tracker:
             chosen = self.entries[int(summary["recommended"].split("/")[1])]
