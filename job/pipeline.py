@@ -204,6 +204,9 @@ class Job:
         round_, first_step = len(self.entries), self.at[2]
         cost = network_cost(network, self.preprocessing.size)
         start, self.start = self.start, None
+        if start and start.epoch:  # there may be no epoch left that would say so
+            step = first_step + start.epoch * len(self.trainer.sampler)
+            self.at = (round_, start.epoch - 1, step)
 
         def on_epoch(result: EpochResult) -> None:
             say(epoch_line(card.width, result))

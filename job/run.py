@@ -14,12 +14,13 @@ from job.errors import (
     ConfigError,
     InputNotFound,
     OutputError,
+    StorageError,
     cannot_begin,
     reading,
     shown,
     writing,
 )
-from job.files import append_line, is_file, tidy, write_bytes, write_json
+from job.files import append_line, is_file, remove, tidy, write_bytes, write_json
 from job.versions import versions
 
 if TYPE_CHECKING:
@@ -177,15 +178,21 @@ class Run:
         append_line(self.path / "metrics.jsonl", json.dumps(dict(event)))
 
     def status(self, state: str, exit_code: int | None, round_: int, epoch: int, step: int) -> None:
-        """Replace status.json."""
-        reserve = self.path / ".reserve"
-        if state != "running":
-            with writing(reserve):
-                reserve.unlink(missing_ok=True)
-        elif not is_file(reserve):
-            write_bytes(reserve, os.urandom(RESERVE))  # no file system stores this smaller
+        """Replace status.json; room for the last one is kept while the run lasts."""
+        path, reserve = self.path / "status.json", self.path / ".reserve"
         content = {"state": state, "exit_code": exit_code, "round": round_, "epoch": epoch}
-        write_json(self.path / "status.json", content | {"step": step, "time": time.time()})
+        content |= {"step": step, "time": time.time()}
+        if state == "running":
+            if not is_file(reserve):
+                write_bytes(reserve, os.urandom(RESERVE))  # no file system stores this smaller
+            return write_json(path, content)
+        try:
+            write_json(path, content)
+        except StorageError:
+            remove(reserve)
+            write_json(path, content)
+        remove(reserve)
+        return None
 
     @property
     def state(self) -> str | None:

@@ -1,15 +1,15 @@
 """Serve ``gammaslim`` commands, each in a fork, and let the storage fail at a chosen instant.
 
-Reads a JSON object a line: ``args``, ``env``, ``output`` (a prefix for .out and .err), and, if
-wanted, ``event`` and ``match`` (an audit event of Python's or ``fsync``, and a pattern of its path),
-``passage`` (the N-th of them) and ``fault``: an errno's name, or ``fill:FOLDER``, which fills that
-file system. Answers with the exit code, a line each. A fork spares the seconds that torch takes to
-be imported.
+Reads a JSON object a line: ``args``, ``output`` (a prefix for .out and .err) and, if wanted,
+``event`` and ``match`` (what is done, and a pattern of the path), ``passage`` (the N-th of them)
+and ``fault``: an errno's name, or ``fill:FOLDER``, which fills that file system. Answers with the
+exit code. A fork spares the seconds that torch takes to be imported.
 """
 
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import re
@@ -78,13 +78,13 @@ def child(request: dict[str, Any]) -> None:
     for number, ending in ((1, ".out"), (2, ".err")):
         target = os.open(request["output"] + ending, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(target, number)
-    os.environ.update(request.get("env", {}))
     sys.argv = ["gammaslim", *request["args"]]
     if "event" in request:
         lay_in_wait(request)
     main()
 
 
+gc.freeze()  # a collection in a child would copy all of torch
 for line in sys.stdin:
     process = os.fork()
     if process == 0:
