@@ -88,6 +88,13 @@ def cannot_begin(path: str | os.PathLike[str], error: OSError) -> GammaslimError
     return OutputError(f"cannot write into {shown(path)}: {error.strerror}")
 
 
+def exit_code(error: BaseException) -> int:
+    """The code that a command ends with when ``error`` ends it."""
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:
+        return StorageError.exit_code
+    return getattr(error, "exit_code", 1)
+
+
 @contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn an OSError that the storage of ``path`` is to blame for into a StorageError (74)."""

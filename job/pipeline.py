@@ -14,7 +14,7 @@ import torch
 from job.checkpoint import Position, newest_position, save_position
 from job.console import epoch_line, progress, rounds_table, say
 from job.data.batches import default_workers
-from job.errors import DataError, GammaslimError, StopRequest, shown
+from job.errors import DataError, GammaslimError, StopRequest, exit_code, shown
 from job.preparation import (
     base_network,
     base_record,
@@ -77,7 +77,7 @@ def prune(config: PruneConfig) -> None:
             job.abandon("stopped", StopRequest.exit_code)
             raise StopRequest(job.where_stopped()) from None
         except BaseException as error:
-            job.abandon("failed", getattr(error, "exit_code", 1))
+            job.abandon("failed", exit_code(error))
             raise
     return None
 

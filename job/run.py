@@ -180,8 +180,8 @@ class Run:
     def status(self, state: str, exit_code: int | None, round_: int, epoch: int, step: int) -> None:
         """Replace status.json; room for the last one is kept while the run lasts."""
         path, reserve = self.path / "status.json", self.path / ".reserve"
-        content = {"state": state, "exit_code": exit_code, "round": round_, "epoch": epoch}
-        content |= {"step": step, "time": time.time()}
+        at = {"round": round_, "epoch": epoch, "step": step}
+        content = {"state": state, "exit_code": exit_code, **at, "time": time.time()}
         if state == "running":
             if not is_file(reserve):
                 write_bytes(reserve, os.urandom(RESERVE))  # no file system stores this smaller

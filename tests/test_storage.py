@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import TORCHRUN, assert_same, metrics
+import torch
+from test_resume import TORCHRUN, assert_same, damage, metrics
 from test_resume import options as resume_options
 
 from conftest import ROOT, Result, run, write_flat, write_noise_idx
+from job.checkpoint import Position, newest_position, save_position
 from job.errors import StorageError
 from job.files import append_line, new_directory, tidy
 
@@ -161,7 +163,7 @@ def test_disks_of_many_sizes_fill_up_and_are_extended(
     """The kernel says no wherever it comes to; ``disk`` is only asked for being root."""
     total = sum(f.stat().st_size for f in undisturbed.rglob("*") if f.is_file()) // 1024
     hit = set()
-    for size in (4, 8, 12, 16, 24, total // 6, total // 3, total // 2, 2 * total // 3, total - 70):
+    for size in (4, 8, 16, 24, total // 6, total // 3, total // 2, 2 * total // 3, total - 70):
         with mounted(tmp_path / "small", f"size={size}k") as small:
             command = options(noise, small / "run")
             full = call(*command)
@@ -196,9 +198,10 @@ def test_the_disk_is_full_at_a_chosen_moment(
     if "config" not in match and "reserve" not in match:
         status = json.loads((disk / "run" / "status.json").read_text())
         assert (status["state"], status["exit_code"]) == ("failed", 74)
-    still = call(*command)
-    assert still.code == 74, still
-    assert_intact(disk / "run", undisturbed)
+    if passage > 2:  # a retry too early
+        still = call(*command)
+        assert still.code == 74, still
+        assert_intact(disk / "run", undisturbed)
     (disk / "filler").unlink()
     assert_goes_on(call, command, undisturbed)
 
@@ -211,6 +214,15 @@ def test_a_disk_that_is_full_at_the_end_has_room_for_the_last_status(
     assert done.code == 0, done
     assert (disk / "filler").exists()
     assert_goes_on(call, options(noise, disk / "run"), undisturbed)  # it is only shown
+
+
+def test_standard_output_on_a_full_disk(noise: Path, tmp_path: Path) -> None:
+    command = ("prune", "--data", noise, "--output", tmp_path / "run", "--wandb", "off")
+    shell = ('exec "$@" > /dev/full', "sh", sys.executable, "-m", "job")
+    full = run("sh", "-c", *shell, *command, "--base-epochs", 1, "--rounds", 0)
+    assert full.code == 74, full
+    assert full.err.startswith("Error: cannot read or write standard output"), full
+    assert full.err.count("\n") == 1
 
 
 def test_wandb_on_a_full_disk_neither_hangs_nor_hides_the_reason(
@@ -393,3 +405,31 @@ def test_a_folder_that_is_replaced_is_there_before_and_after(tmp_path: Path) -> 
         assert (tmp_path / "model" / "content").read_text() == "old"
     make("new")
     assert (tmp_path / "model" / "content").read_text() == "new"
+
+
+def keep(folder: Path, *places: tuple[int, int]) -> list[str]:
+    """Save positions at (round, batch); the names that are kept, all of them whole."""
+    for round_, batch in places:
+        save_position(folder, Position(round_, 0, batch, {}, {"w": torch.zeros(9)}))
+    kept = sorted(folder.glob("[0-9]*"))
+    assert all(len(list(path.iterdir())) == 3 for path in kept)
+    return [path.name for path in kept]
+
+
+def test_two_whole_positions_are_kept_beside_damaged_and_later_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (f"000-0000-000000{n}" for n in (1, 2, 3))
+    assert keep(tmp_path, (0, 1), (0, 2)) == [first, second]
+    damage(tmp_path / second, "bit-flipped")
+    position, problems = newest_position(tmp_path, 0)
+    assert position
+    assert position.name == first
+    assert len(problems) == 1
+    assert keep(tmp_path, (0, 3)) == [first, third]
+    # rounds/01 was removed to be repeated: positions of round 2 are of no use
+    keep(tmp_path, (2, 1), (2, 2))
+    assert keep(tmp_path, (1, 1)) == ["001-0000-0000001"]
+    # deleting stops half way
+    monkeypatch.setattr("shutil.rmtree", lambda path, **_: next(path.iterdir()).unlink())
+    assert len(keep(tmp_path, (1, 2), (1, 3), (1, 4))) == 2
