@@ -222,6 +222,9 @@ def test_a_disk_that_is_full_at_the_end_has_room_for_the_last_status(
     assert done.code == 0, done
     assert (disk / "filler").exists()
     assert_goes_on(call, options(noise, disk / "run"), undisturbed)  # it is only shown
+    (disk / "filler").unlink()
+    (disk / "run" / "status.json").unlink()  # killed right before it
+    assert_goes_on(call, options(noise, disk / "run"), undisturbed)
 
 
 def test_standard_output_on_a_full_disk(noise: Path, tmp_path: Path) -> None:
