@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from job.data.transforms import Preprocessing
-from job.errors import DataError, GammaslimError, InputNotFound, shown, writing
-from job.files import new_directory
+from job.errors import DataError, GammaslimError, InputNotFound, reading, shown, writing
+from job.files import is_file, new_directory
 from job.models import build
 from job.models.weights import load_state, read_state
 from job.slimming.plan import LayerChannels, Layers, compose
@@ -90,10 +90,11 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelCard]:
 def read_card(folder: Path) -> ModelCard:
     """The card in ``folder``/model.json; raises InputNotFound or DataError."""
     path = folder / "model.json"
-    if not path.is_file():
+    if not is_file(path):
         raise InputNotFound(f"{shown(path)} does not exist")
     try:
-        content = json.loads(path.read_text("utf-8"))
+        with reading(path):
+            content = json.loads(path.read_text("utf-8"))
         if content["format"] != FORMAT:
             raise DataError(f"format {content['format']} is not {FORMAT}; use a newer gammaslim")
         return ModelCard(
@@ -120,16 +121,17 @@ def find_model(path: str | Path) -> Path:
     Raises InputNotFound or DataError.
     """
     folder = Path(path)
-    if (folder / "model.json").is_file():
+    if is_file(folder / "model.json"):
         return folder
     summary = folder / "summary.json"
-    if not summary.is_file():
+    if not is_file(summary):
         raise InputNotFound(
             f"{shown(path)} is not a model: expected a run folder (summary.json), "
             "a model folder (model.json), or a weights file with --model"
         )
     try:
-        recommended = json.loads(summary.read_text("utf-8"))["recommended"]
+        with reading(summary):
+            recommended = json.loads(summary.read_text("utf-8"))["recommended"]
         return folder / str(recommended)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{shown(summary)} names no recommended model") from error

@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 
-from job.errors import StorageError, shown, writing
-from job.files import new_directory
+from job.errors import StorageError, reading, shown, writing
+from job.files import discard, new_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 KEPT = 2
 _NAME = re.compile(r"(\d{3})-(\d{4})-(\d{7})")
+_DAMAGED = ".damaged"  # ends the name of one that was passed over: it must not count as kept
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Position:
 
 
 def save_position(folder: Path, position: Position) -> None:
-    """Write ``position`` into ``folder``, all or nothing, then drop all but the newest two.
+    """Write ``position`` into ``folder``, all or nothing, then drop all but it and the one before.
 
     Raises StorageError.
     """
@@ -64,25 +64,36 @@ def save_position(folder: Path, position: Position) -> None:
         for name, content in files.items():
             (temporary / name).write_bytes(content)
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for old in _names(folder)[:-KEPT]:
-        # a half-deleted one would be reported as damaged: take its manifest away last of all
-        shutil.rmtree(folder / old, ignore_errors=True)
+    names = _names(folder)
+    before = [name for name in names if name <= position.name]
+    # a later one is of a future that will be lived again
+    for name in set(names) - set(before[-KEPT:]):
+        discard(folder / name)
+    for damaged in folder.glob(f"*{_DAMAGED}"):
+        discard(damaged)
 
 
 def newest_position(folder: Path, round_: int) -> tuple[Position | None, list[str]]:
     """The newest whole position of ``round_``, and what is wrong with newer ones, a line each.
 
-    None when the round has no position at all. Raises StorageError when it has some but none is
-    whole: nothing may be overwritten then.
+    Those newer ones are put out of the way. None when the round has no position at all. Raises
+    StorageError when it has some but none is whole: nothing may be overwritten then.
     """
     problems: list[str] = []
+    damaged: list[Path] = []
     for name in reversed(_names(folder)):
         if int(name[:3]) != round_:
             continue
         try:
-            return _load(folder / name), problems
+            position = _load(folder / name)
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems.append(f"checkpoint {shown(folder / name)} is damaged: {error}")
+            damaged.append(folder / name)
+            continue
+        for path in damaged:
+            with writing(path):
+                path.rename(path.with_name(path.name + _DAMAGED))
+        return position, problems
     if problems:
         raise StorageError(
             f"no whole checkpoint of round {round_}: {'; '.join(problems)}; restore one, or remove "
@@ -92,9 +103,11 @@ def newest_position(folder: Path, round_: int) -> tuple[Position | None, list[st
 
 
 def _names(folder: Path) -> list[str]:
-    if not folder.is_dir():
+    try:
+        with reading(folder):
+            return sorted(entry.name for entry in folder.iterdir() if _NAME.fullmatch(entry.name))
+    except FileNotFoundError:
         return []
-    return sorted(entry.name for entry in folder.iterdir() if _NAME.fullmatch(entry.name))
 
 
 def _load(path: Path) -> Position:

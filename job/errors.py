@@ -70,14 +70,52 @@ def shown(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+# the storage is to blame, not what it holds: worth another try
+_STORAGE = {
+    errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO,
+    errno.EHOSTDOWN, errno.ENOTCONN, errno.ENOLINK,
+}  # fmt: skip
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def cannot(verb: str, path: str | os.PathLike[str], error: OSError) -> StorageError:
+    """The StorageError (74) that names ``path``, what is wrong and what to do."""
+    advice = "free some space" if error.errno in _FULL else "mend that"
+    reason = error.strerror or str(error)
+    return StorageError(
+        f"cannot {verb} {shown(path)}: {reason}; {advice} and run the same command again"
+    )
+
+
+def cannot_begin(path: str | os.PathLike[str], error: OSError) -> GammaslimError:
+    """An OutputError (73) that names ``path``; a full or failing disk is a StorageError (74)."""
+    if error.errno in _STORAGE | _FULL:
+        return cannot("write into", path, error)
+    return OutputError(f"cannot write into {shown(path)}: {error.strerror}")
+
+
+def exit_code(error: BaseException) -> int:
+    """The code that a command ends with when ``error`` ends it."""
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:
+        return StorageError.exit_code
+    return getattr(error, "exit_code", 1)
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError that the storage of ``path`` is to blame for into a StorageError (74)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _STORAGE:
+            raise cannot("read", path, error) from error
+        raise
+
+
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn an OSError raised while ``path`` is written into a StorageError (74) that names it."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-        raise StorageError(
-            f"cannot write {shown(path)}: {reason}; {advice} and run the same command again"
-        ) from error
+        raise cannot("write", path, error) from error

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from contextlib import contextmanager
+import stat
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from job.errors import writing
+from job.errors import reading, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+_LEFT = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
 
 
 def sync_path(path: Path) -> None:
@@ -24,9 +28,21 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a file; raises StorageError when the storage does not answer.
+
+    Path.is_file may answer False then (Python 3.14), and a run would begin anew over its own files.
+    """
+    with reading(path):
+        try:
+            return stat.S_ISREG(path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content`` atomically; raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path, "tmp")
     with writing(path):
         try:
             with temporary.open("wb") as file:
@@ -35,7 +51,7 @@ def write_bytes(path: Path, content: bytes) -> None:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
             raise
         sync_path(path.parent)
 
@@ -45,23 +61,98 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append ``line`` to ``path``, or leave the file as it is and raise StorageError."""
+    with writing(path):
+        size = path.stat().st_size if is_file(path) else 0
+        try:
+            with path.open("ab") as file:
+                file.write(line.encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                os.truncate(path, size)  # a full disk takes half a line
+            raise
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of ``path`` when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Yield a temporary folder that takes the place of ``path`` when the block ends well.
+
+    Raises StorageError.
+    """
+    temporary = _beside(path, "tmp")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sync_path(path.parent.parent)
+        remove(temporary)
         temporary.mkdir()
         try:
             yield temporary
             for file in temporary.iterdir():
                 sync_path(file)
             sync_path(temporary)
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.rename(path)
+            _take_place(temporary, path)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
             raise
         sync_path(path.parent)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Rename ``temporary`` to ``path``; what is there now is set aside until that is done.
+
+    A folder cannot be replaced in one step; ``tidy`` brings back what a kill between the two left.
+    """
+    old = _beside(path, "old")
+    if os.path.lexists(path):
+        path.rename(old)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            old.rename(path)
+        raise
+    remove(old)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder, unrecognisable first: half of it must not be taken for a damaged one.
+
+    One that cannot be removed stays.
+    """
+    temporary = _beside(path, "tmp")
+    with suppress(OSError):
+        path.rename(temporary)
+    remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder as far as possible."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Clear away in ``folder`` what a killed attempt left; raises StorageError.
+
+    What was set aside and has no successor gets its name back.
+    """
+    if not folder.is_dir():
+        return
+    with writing(folder):
+        for left in list(folder.iterdir()):
+            match = _LEFT.fullmatch(left.name)
+            if match and match[2] == "old" and not os.path.lexists(folder / match[1]):
+                left.rename(folder / match[1])
+            elif match:
+                remove(left)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")

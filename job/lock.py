@@ -35,7 +35,12 @@ class Lock:
         self.path = run / "lock.json"
         self.held = False
         self.lost = False  # another job has taken over: this one was silent for too long
-        self._mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), **_place(), **_self()}
+        self._mine = {
+            "id": str(uuid.uuid4().int),
+            "host": socket.gethostname(),
+            **_place(),
+            **_self(),
+        }
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -143,6 +148,8 @@ class Lock:
             try:
                 probe.write_bytes(b"?")
                 now = probe.stat().st_mtime_ns
+            except FileNotFoundError:  # tidied away by the job that lives
+                return 0.0
             finally:
                 probe.unlink(missing_ok=True)
         beat = self._beat()

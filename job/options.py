@@ -20,7 +20,7 @@ from job.errors import (
     InputNotFound,
     OutputError,
     StopRequest,
-    StorageError,
+    cannot,
     shown,
 )
 from job.signals import ignore_requests, listen
@@ -122,7 +122,7 @@ def _storage_error(ctx: click.Context, error: OSError) -> GammaslimError:
         output = ctx.params.get("output")
         kind = OutputError if output and str(error.filename).startswith(output) else InputNotFound
         return kind(f"{shown(str(error.filename)[:40])}…: {error.strerror}")
-    return StorageError(f"{error}; run the same command again")
+    return cannot("read or write", error.filename or "standard output or an open file", error)
 
 
 def _use_config(ctx: click.Context, _param: click.Parameter, source: str | None) -> None:

@@ -14,7 +14,7 @@ from job.attempt import Attempt
 from job.checkpoint import Position, save_position
 from job.console import epoch_line, progress, rounds_table, say
 from job.data.batches import default_workers
-from job.errors import DataError, StopRequest, shown
+from job.errors import DataError, StopRequest, exit_code, shown
 from job.preparation import (
     base_network,
     base_record,
@@ -82,7 +82,7 @@ def prune(config: PruneConfig) -> None:
             stop.reported = not is_main()
             raise stop from None
         except BaseException as error:
-            attempt.abandon("failed", getattr(error, "exit_code", 1))
+            attempt.abandon("failed", exit_code(error))
             raise
         finally:
             attempt.end()
@@ -181,6 +181,9 @@ class Job:
         round_, first_step = len(self.entries), self.attempt.at[2]
         cost = network_cost(network, self.preprocessing.size)
         start, self.start = self.start, None
+        if start and start.epoch:  # there may be no epoch left that would say so
+            step = first_step + start.epoch * len(self.trainer.sampler)
+            self.attempt.at = (round_, start.epoch - 1, step)
 
         def on_epoch(result: EpochResult) -> None:
             say(epoch_line(card.width, result))
@@ -240,8 +243,13 @@ class Job:
         self.entries.append(card.metrics)
         round_, step = card.metrics["round"], card.metrics["step"]
         self.attempt.at = (round_, 0, step)
-        if self.attempt.lock.held and not self.run.has_line("round", round_):
-            self.run.log({"event": "round", **card.metrics})  # killed between the two
+
+        def complete_metrics() -> None:
+            unwritten = not self.run.has_line("round", round_)
+            if self.attempt.lock.held and unwritten:  # killed between the two
+                self.run.log({"event": "round", **card.metrics})
+
+        on_main(complete_metrics)
         return network, card
 
     def finish(self) -> None:
@@ -249,6 +257,7 @@ class Job:
         summary = on_main(self.run.finished_summary)
         if not summary:
             summary = self.attempt.write(lambda: self.run.summarise(self.entries, "finished"))
+        if on_main(lambda: self.run.state) != "finished":  # a full disk may have kept it out
             self.attempt.status("finished", 0)
         if self.attempt.tracker:
             chosen = self.entries[int(summary["recommended"].split("/")[1])]

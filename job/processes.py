@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from job.errors import GammaslimError, StopRequest, UsageError
+from job.errors import GammaslimError, StopRequest, StorageError, UsageError
 from job.signals import interruptible, starting
 
 if TYPE_CHECKING:
@@ -149,9 +149,7 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
             outcome[0] = work()
         except BaseException as error:
             failure = error
-            stopped = StopRequest if isinstance(error, KeyboardInterrupt) else GammaslimError
-            kind = type(error) if isinstance(error, GammaslimError) else stopped
-            outcome[1] = (kind, str(error))
+            outcome[1] = (_shared_kind(error), str(error))
     dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
@@ -167,6 +165,15 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
 def _interruptibly(work: Callable[[], T]) -> T:
     with interruptible():
         return work()
+
+
+def _shared_kind(error: BaseException) -> type[GammaslimError]:
+    """What the other processes raise for the main one's ``error``: the same exit code."""
+    if isinstance(error, GammaslimError):
+        return type(error)
+    if isinstance(error, KeyboardInterrupt):
+        return StopRequest
+    return StorageError if isinstance(error, OSError) else GammaslimError
 
 
 def total(values: torch.Tensor) -> torch.Tensor:

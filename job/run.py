@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 import tomllib
 from typing import TYPE_CHECKING, Any
 
 from job.artifact import ModelCard, load_model, save_model
 from job.config import PruneConfig, check_unchanged, write_toml
-from job.errors import ConfigError, InputNotFound, OutputError, shown, writing
-from job.files import write_bytes, write_json
+from job.errors import (
+    ConfigError,
+    InputNotFound,
+    OutputError,
+    StorageError,
+    cannot_begin,
+    reading,
+    shown,
+    writing,
+)
+from job.files import append_line, is_file, remove, tidy, write_bytes, write_json
 from job.versions import versions
 
 if TYPE_CHECKING:
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MAX_DROP = 0.01  # of accuracy below the base that a recommended model may have
+RESERVE = 8192  # bytes kept so that a full disk still takes the last status
 
 
 class Run:
@@ -36,7 +45,7 @@ class Run:
     def saved(self) -> int:
         """Complete models in ``rounds/``, counted from the base without a gap."""
         count = 0
-        while (self.round_path(count) / "model.json").is_file():
+        while is_file(self.round_path(count) / "model.json"):
             count += 1
         return count
 
@@ -65,7 +74,7 @@ class Run:
     ) -> bool:
         """Whether there is a run to go on with; writes nothing. Raises as ``open`` does."""
         stored = self.path / "config.toml"
-        if stored.is_file():
+        if is_file(stored):
             self._check_resume(stored, config, dataset, base)
             return True
         if config.resume == "require":
@@ -81,7 +90,7 @@ class Run:
         try:
             (self.path / "rounds").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot write {shown(self.path)}: {error.strerror}") from error
+            raise cannot_begin(self.path, error) from error
         write_bytes(self.path / "config.toml", write_toml(tables).encode())
 
     def _check_resume(
@@ -96,7 +105,8 @@ class Run:
                 f"--resume never: {shown(self.path)} already holds a run; choose another --output"
             )
         try:
-            tables = tomllib.loads(stored.read_text("utf-8"))
+            with reading(stored):
+                tables = tomllib.loads(stored.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{shown(stored)} cannot be read: {error}") from error
         check_unchanged(tables.get("prune", {}), config, shown(self.path))
@@ -112,7 +122,8 @@ class Run:
             )
 
     def _read(self, name: str) -> str:
-        return (self.path / name).read_text("utf-8")
+        with reading(self.path / name):
+            return (self.path / name).read_text("utf-8")
 
     @property
     def seconds(self) -> float:
@@ -126,13 +137,13 @@ class Run:
         return path.stat().st_size if path.is_file() else 0
 
     def remove_unfinished(self) -> None:
-        """Remove temporary files that a killed attempt left."""
+        """Clear away what a killed attempt left half done; then raise unless all can be written.
+
+        Raises OutputError or StorageError.
+        """
         for place in (self.path, self.path / "rounds", self.path / "checkpoints"):
-            for left in place.glob(".*.tmp"):
-                if left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
+            tidy(place)
+        check_writable(self.path)
 
     def rewind_metrics(self, saved: int, size: int | None) -> None:
         """Drop the lines of metrics.jsonl that a resumed run will write again.
@@ -164,16 +175,32 @@ class Run:
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
-        with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(event)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path / "metrics.jsonl", json.dumps(dict(event)))
 
     def status(self, state: str, exit_code: int | None, round_: int, epoch: int, step: int) -> None:
-        """Replace status.json."""
-        content = {"state": state, "exit_code": exit_code, "round": round_, "epoch": epoch}
-        write_json(self.path / "status.json", content | {"step": step, "time": time.time()})
+        """Replace status.json; room for the last one is kept while the run lasts."""
+        path, reserve = self.path / "status.json", self.path / ".reserve"
+        at = {"round": round_, "epoch": epoch, "step": step}
+        content = {"state": state, "exit_code": exit_code, **at, "time": time.time()}
+        if state == "running":
+            if not is_file(reserve):
+                write_bytes(reserve, os.urandom(RESERVE))  # no file system stores this smaller
+            return write_json(path, content)
+        try:
+            write_json(path, content)
+        except StorageError:
+            remove(reserve)
+            write_json(path, content)
+        remove(reserve)
+        return None
+
+    @property
+    def state(self) -> str | None:
+        """What status.json says of the run."""
+        try:
+            return str(json.loads(self._read("status.json"))["state"])
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
 
     def save_round(self, round_: int, network: nn.Module, card: ModelCard) -> None:
         """Write the best model of a round; complete or not at all."""
@@ -187,7 +214,7 @@ class Run:
         """The summary of a run that is finished already."""
         try:
             summary: dict[str, Any] = json.loads(self._read("summary.json"))
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return None
         return summary if summary.get("state") == "finished" else None
 
@@ -224,15 +251,18 @@ def recommend(entries: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError unless ``path`` is, or could be made, a folder that takes files."""
+    """Raise OutputError unless ``path`` is, or could be made, a folder that takes files.
+
+    Raises StorageError when the disk is full or failing.
+    """
     existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    probe = existing / f".gammaslim-{os.getpid()}.tmp"
     try:
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        probe = existing / f".gammaslim.{os.getpid()}.tmp"
         if not existing.is_dir():
             raise NotADirectoryError(20, "it is not a folder")
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OutputError(f"cannot write into {shown(existing)}: {error.strerror}") from error
+        raise cannot_begin(existing, error) from error

@@ -25,7 +25,8 @@ POINTS = [
     ("file write", 1), ("file write", 6), ("file write", 20),
     ("fsync", 2), ("fsync", 30), ("rename", 4), ("after a rename", 9), ("replace", 3),
     ("metrics line", 1), ("metrics line", 3), ("metrics line", 4),
-    ("round saved", 1), ("round saved", 2), ("summary", 2), ("old checkpoint", 3),
+    ("round to be saved", 2), ("round saved", 1), ("round saved", 2), ("summary", 2),
+    ("old checkpoint", 3),
 ]  # fmt: skip
 
 

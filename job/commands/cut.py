@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from job.artifact import save_model
-from job.commands.model import ModelOptions, open_model, write_output
+from job.commands.model import ModelOptions, check_output, open_model, write_output
 from job.console import say, table
 from job.errors import OutputError, shown
 from job.run import check_writable
@@ -45,6 +45,7 @@ def slim(model: ModelOptions, output: str, width: float) -> None:
 
 def export(model: ModelOptions, output: str) -> None:
     """Write the network's state dict: .safetensors, or a torch file for any other ending."""
+    check_output(Path(output))
     network, card = open_model(model)
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
     if Path(output).suffix == ".safetensors":

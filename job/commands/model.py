@@ -70,15 +70,30 @@ def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.M
     return network.eval(), card
 
 
-def write_output(path: Path, content: bytes) -> None:
-    """Write the file that ``--output`` names; raises OutputError."""
+def check_output(path: Path) -> Path:
+    """The file that ``--output`` names, links resolved: a link stays a link.
+
+    Raises OutputError or StorageError when it cannot be written, as known before any work is done.
+    """
     if path.is_dir():
         raise OutputError(f"--output {shown(path)} is a folder; it takes a file name")
-    path = Path(os.path.realpath(path))  # a link stays a link
-    if path.exists() and not path.is_file():  # a pipe or a device cannot be replaced by a file
-        with writing(path):
+    path = Path(os.path.realpath(path))
+    if not _is_special(path):
+        check_writable(path.parent)
+    return path
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write the file that ``--output`` names; raises OutputError or StorageError."""
+    path = check_output(path)
+    with writing(path):
+        if _is_special(path):
             path.write_bytes(content)
-        return
-    check_writable(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, content)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether ``path`` is a pipe or a device, which a file cannot replace."""
+    return path.exists() and not path.is_file()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from job.artifact import find_model, read_card
-from job.commands.model import ModelOptions, open_model, write_output
+from job.commands.model import ModelOptions, check_output, open_model, write_output
 from job.console import progress, say, table
 from job.data import Dataset, Split, check_pictures, open_data
 from job.data.batches import default_workers
@@ -184,6 +184,7 @@ def predict(model: ModelOptions, options: DataOptions, output: str) -> None:
     Id is the number that is a file's whole name (0007.jpg: 7) where these differ, else its place.
     """
     accelerator = start(options.device, options.precision)
+    on_main(lambda: check_output(Path(output)))
     data, largest = on_main(lambda: _open_split(model, options, labelled=False))
     network, card = on_main(lambda: open_model(model, largest))
     split = data.split(options.split)

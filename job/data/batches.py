@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from job.data.dataset import ArraySplit, Split
 from job.data.table import Draw, epoch_table
 from job.data.transforms import center_arrays, small_arrays
-from job.errors import DataError
+from job.errors import DataError, StorageError
 from job.signals import ignore_requests
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from job.data.transforms import Preprocessing
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (B, H, W, 3) uint8, labels (B,) int64
+Failure = DataError | StorageError
+FAILURES = (DataError, StorageError)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class TrainingPictures:
     split: Split
     preprocessing: Preprocessing
 
-    def __getitems__(self, draws: list[Draw]) -> Batch | DataError:
+    def __getitems__(self, draws: list[Draw]) -> Batch | Failure:
         """One rank's part of a global batch, possibly empty; an error travels as a value."""
         size = self.preprocessing.size
         if self.preprocessing.preset == "small" and isinstance(self.split, ArraySplit):
@@ -39,7 +41,7 @@ class TrainingPictures:
             return _batch(images, self.split, [d.index for d in draws], size)
         try:
             pictures = [self.preprocessing.train(self.split.picture(d.index), d) for d in draws]
-        except DataError as error:  # raised here, a worker's traceback would become its message
+        except FAILURES as error:  # raised here, a worker's traceback would become its message
             return error
         arrays = [np.asarray(picture) for picture in pictures]
         return _batch(arrays, self.split, [d.index for d in draws], size)
@@ -52,7 +54,7 @@ class EvaluationPictures:
     split: Split
     preprocessing: Preprocessing
 
-    def __getitems__(self, indices: list[int]) -> Batch | DataError:
+    def __getitems__(self, indices: list[int]) -> Batch | Failure:
         """The pictures at ``indices``."""
         size = self.preprocessing.size
         if self.preprocessing.preset != "imagenet" and isinstance(self.split, ArraySplit):
@@ -60,7 +62,7 @@ class EvaluationPictures:
             return _batch(images, self.split, indices, size)
         try:
             pictures = [self.preprocessing.evaluate(self.split.picture(i)) for i in indices]
-        except DataError as error:
+        except FAILURES as error:
             return error
         return _batch([np.asarray(p) for p in pictures], self.split, indices, size)
 
@@ -133,9 +135,9 @@ def loader(pictures: Any, sampler: Any, *, workers: int, pin: bool) -> DataLoade
 
 
 def checked(batches: DataLoader[Any]) -> Iterator[Batch]:
-    """The loader's batches; a DataError that came in place of one is raised."""
+    """The loader's batches; an error that came in place of one is raised."""
     for batch in batches:
-        if isinstance(batch, DataError):
+        if isinstance(batch, FAILURES):
             raise batch
         yield batch
 

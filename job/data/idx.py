@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.errors import DataError, shown
+from job.errors import DataError, reading, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,9 +20,10 @@ _DTYPES: dict[int, np.dtype[Any]] = {code: np.dtype(name) for code, name in _COD
 
 
 def read_idx(path: Path) -> np.ndarray[Any, Any]:
-    """The array of an IDX file, gzipped or not; raises DataError when the file is not whole."""
+    """The array of an IDX file, gzipped or not; raises DataError when it is not whole."""
     try:
-        content = path.read_bytes()
+        with reading(path):
+            content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from job.errors import DataError, shown
+from job.errors import DataError, StorageError, reading, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,13 +21,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 def load_rgb(path: Path) -> Image.Image:
     """Decode ``path``: EXIF rotation applied, transparency over white, 16-bit grey scaled to 8.
 
-    Raises DataError that names the file when it is not a whole picture.
+    Raises DataError that names the file when it is not a whole picture, StorageError when it
+    cannot be told.
     """
     return _reading(path, _as_rgb)
 
 
 def check_image(path: Path) -> tuple[int, int]:
-    """Read ``path`` to its end and return its (width, height) as shown; raises DataError.
+    """Read ``path`` to its end and return its (width, height) as shown; raises as load_rgb.
 
     JPEG is decoded at an eighth of its size: every byte is still read, in a third of the time.
     """
@@ -48,8 +49,10 @@ def _reading(path: Path, read: Callable[[Image.Image], T]) -> T:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)
-            with Image.open(path) as image:
+            with reading(path), Image.open(path) as image:
                 return read(image)
+    except StorageError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a corrupt file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "cannot identify image file" in reason:

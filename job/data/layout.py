@@ -17,7 +17,7 @@ import numpy as np
 from job.data.dataset import UNLABELLED, ArraySplit, Dataset, FileSplit, Labels, Split
 from job.data.idx import read_idx
 from job.data.images import SUFFIXES
-from job.errors import DataError, InputNotFound, shown
+from job.errors import DataError, InputNotFound, reading, shown
 
 SPLIT_NAMES = {
     "training": ("training", "train"),
@@ -80,7 +80,8 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 def _visible(folder: Path) -> list[str]:
     try:
-        names = os.listdir(folder)
+        with reading(folder):
+            names = os.listdir(folder)
     except OSError as error:
         raise DataError(f"{shown(folder)} cannot be read: {error.strerror}") from error
     return sorted(name for name in names if not name.startswith("."))

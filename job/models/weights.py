@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import warnings
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load as load_safetensors
 
-from job.errors import DataError, InputNotFound, shown
+from job.errors import DataError, InputNotFound, StorageError, reading, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +23,7 @@ State = dict[str, torch.Tensor]
 
 
 def read_state(path: str | Path) -> State:
-    """The state dict in ``path`` on the CPU; raises InputNotFound or DataError.
+    """The state dict in ``path`` on the CPU; raises InputNotFound, DataError or StorageError.
 
     Reads .safetensors, and torch files of any age (zipped or legacy, saved on any device) with
     ``weights_only=True``.
@@ -32,6 +33,8 @@ def read_state(path: str | Path) -> State:
         raise InputNotFound(f"weights {shown(path)} do not exist")
     try:
         loaded = _load(path)
+    except StorageError:
+        raise
     except Exception as error:  # torch's unpickler raises nearly anything on a damaged file
         raise DataError(f"weights {shown(path)} refused: {_refusal(path, error)}") from error
     if not isinstance(loaded, dict) or not loaded:
@@ -47,13 +50,13 @@ def read_state(path: str | Path) -> State:
 
 
 def _load(path: Path) -> object:
-    with path.open("rb") as file:
-        head = file.read(9)
-    if path.suffix.lower() == ".safetensors" or head[8:] == b"{":
-        return load_safetensors(path.read_bytes())
+    with reading(path):
+        content = path.read_bytes()
+    if path.suffix.lower() == ".safetensors" or content[8:9] == b"{":
+        return load_safetensors(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _refusal(path: Path, error: Exception) -> str:

@@ -113,6 +113,7 @@ PLACES = {
     "after a rename": lambda: after(Path, "rename"),
     "replace": lambda: before(Path, "replace"),
     "metrics line": lambda: after(job.run.Run, "log"),
+    "round to be saved": lambda: before(job.run.Run, "save_round"),
     "round saved": lambda: after(job.run.Run, "save_round"),
     "summary": lambda: before(job.run.Run, "summarise"),
     "old checkpoint": half_deleted,
