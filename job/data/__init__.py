@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from job.data.dataset import ArraySplit, Dataset, FileSplit, Split
-from job.data.images import check_image
+from job.data.images import check_image, quiet
 from job.data.layout import open_builtin, open_folder
 from job.data.transforms import Preprocessing
 from job.errors import DataError
@@ -71,7 +71,7 @@ def _checked(split: FileSplit) -> Iterable[tuple[int, int] | DataError]:
             return error
 
     # threads do: Pillow decodes outside the interpreter lock
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with quiet(), ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
         yield from pool.map(check, range(len(split)))
 
 

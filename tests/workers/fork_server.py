@@ -49,7 +49,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         _become(case)
-    ready, _, _ = select.select([os.pidfd_open(child)], [], [], case["limit"])
+    handle = os.pidfd_open(child)
+    ready, _, _ = select.select([handle], [], [], case["limit"])
+    os.close(handle)
     if not ready:
         os.killpg(child, signal.SIGKILL)
     _, status, usage = os.wait4(child, 0)
