@@ -1,7 +1,8 @@
 """Bad input, in numbers: whatever is thrown at the commands, they end as documented.
 
-Every case is a command line on generated input (tests/hostile), run in a fork of one process; a
-few are run in a process of their own too, which must end the same way.
+Every case is a command line on generated input (tests/hostile), run in a fork of one process; some
+are run in a process of their own too, which must end the same way. GAMMASLIM_FUZZ_LOG=FILE keeps a
+line a case.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import stat
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, gammaslim
-from hostile import models, options, pictures, weights
+from hostile import idx, models, options, pictures, weights
 from hostile.case import DOCUMENTED, Case, Originals
 
 SECONDS, MEMORY = 20, 2 << 30
 GENERATORS = (
-    pictures.damaged, pictures.places, pictures.idx_files, pictures.large, weights.files,
+    pictures.damaged, pictures.places, idx.idx_files, pictures.large, weights.files,
     models.model_folders, models.runs, options.tomls, options.variables, options.command_lines,
     options.names,
 )  # fmt: skip
@@ -42,6 +43,9 @@ class End:
     err: str
     seconds: float
     memory: int
+
+
+Run = Callable[[list[str], dict[str, str], Path, Path], End]
 
 
 class Server:
@@ -123,14 +127,23 @@ def complaints(case: Case, end: End) -> list[str]:
     return found
 
 
-def play(case: Case, folder: Path, run: object) -> tuple[End, list[str]]:
+def log(case: Case, end: End, found: list[str]) -> None:
+    """A line on the case for who looks into it."""
+    if place := os.environ.get("GAMMASLIM_FUZZ_LOG"):
+        numbers = f"{end.seconds:.2f} s {end.memory >> 20} MiB"
+        line = (case.kind, repr(case.name), end.code, numbers, found, repr(end.err[-300:]))
+        with Path(place).open("a") as file:
+            print(*line, file=file)
+
+
+def play(case: Case, folder: Path, run: Run) -> tuple[End, list[str]]:
     """Build a case in ``folder``, run it, look at what it left; the folder is removed."""
     inputs, cwd, out, logs = (folder / name for name in ("in", "cwd", "out", "logs"))
     for place in (inputs, cwd, out, logs):
         place.mkdir(parents=True)
     args = [os.fsdecode(os.fsencode(str(a))).replace("$OUT", str(out)) for a in case.build(inputs)]
     before = fingerprint(inputs)
-    end: End = run(args, dict(case.env), cwd, logs)  # type: ignore[operator]
+    end = run(args, dict(case.env), cwd, logs)
     found = complaints(case, end)
     touched = fingerprint(inputs) != before and not case.resumes
     found += ["the input was touched"] * touched
@@ -152,11 +165,25 @@ def test_bad_input_in_numbers(server: Server, originals: Originals, tmp_path: Pa
         kinds[case.kind] += 1
         if found:
             problems.append(f"{case.kind}: {case.name}: {'; '.join(found)}\n{end.err[-400:]}")
-        if os.environ.get("FUZZ_LOG"):
-            with open(os.environ["FUZZ_LOG"], "a") as log:
-                print(case.kind, repr(case.name), end.code, f"{end.seconds:.2f} s {end.memory >> 20} MiB", found, repr(end.err[-300:]), file=log)
+        log(case, end, found)
     print(dict(codes), dict(kinds))
     assert not problems, f"{len(problems)} of {codes.total()} cases:\n" + "\n".join(problems)
     assert fingerprint(originals.flat.parent) == before
     assert codes.total() >= 500
     assert codes.total() - codes[0] >= 400
+
+
+def in_a_process(args: list[str], env: dict[str, str], cwd: Path, logs: Path) -> End:
+    """Run ``python -m job ARGS``."""
+    done = gammaslim(*args, env={**env, "PYTHONPATH": str(ROOT)}, cwd=cwd)
+    return End(done.code, done.out, done.err, 0, 0)
+
+
+def test_the_fork_server_is_faithful(server: Server, originals: Originals, tmp_path: Path) -> None:
+    """One case of each generator ends with the same code and words in a process of its own."""
+    for number, generate in enumerate(GENERATORS):
+        case = list(generate(random.Random(number), originals))[3 + 2 * number]
+        forked, _ = play(case, tmp_path / "case", server.run)
+        own, found = play(case, tmp_path / "case", in_a_process)
+        assert not found, (case, found, own)
+        assert (own.code, own.out, own.err) == (forked.code, forked.out, forked.err)

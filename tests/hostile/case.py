@@ -109,3 +109,14 @@ def sparse(path: Path, size: int, start: bytes = b"") -> Path:
     replaced(path, start)
     os.truncate(path, size)
     return path
+
+
+def score(originals: Originals, data: Path, command: int, *more: object) -> Args:
+    """One of three commands that read a split each: training, validation, testing."""
+    if command == 0:
+        plan = ("--model-arg", "base=2", "--rounds", 1)
+        return ("prune", "--data", data, "--dry-run", *plan, *more)
+    use = ("--data", data, "--workers", 0, *more)
+    if command == 1:
+        return ("evaluate", originals.model, *use)
+    return ("predict", originals.model, *use, "--output", "$OUT/p.csv")

@@ -44,9 +44,7 @@ def use(originals: Originals, model: Path, number: int) -> Args:
     )[number % 5]
 
 
-def with_file(
-    originals: Originals, number: int, name: str, content: bytes, folder: Path
-) -> Args:
+def with_file(originals: Originals, number: int, name: str, content: bytes, folder: Path) -> Args:
     """A model folder in which the file ``name`` has ``content``, under command ``number``."""
     model = linked(originals.model, folder / "model")
     replaced(model / name, content)
@@ -186,7 +184,17 @@ def summaries(rng: random.Random) -> Iterator[tuple[str, Callable[[Path], object
     for value in (None, "x", [], float("nan"), -1):
         yield f"seconds {value}", changed("summary.json", seconds=value)
     for number, content in enumerate(
-        (b"", b"[]", b"{", b"[" * 10**5, b'{"a":' * 10**5, b"null", b"\xff", b"1" * 5000, b'"finished"')
+        (
+            b"",
+            b"[]",
+            b"{",
+            b"[" * 10**5,
+            b'{"a":' * 10**5,
+            b"null",
+            b"\xff",
+            b"1" * 5000,
+            b'"finished"',
+        )
     ):
         yield f"summary {number}", write("summary.json", content)
     yield "sparse summary", lambda run: sparse(run / "summary.json", 10 << 30)
@@ -208,22 +216,19 @@ def run_files(rng: random.Random, config: bytes) -> Iterator[tuple[str, Callable
     for number, content in enumerate(lines):
         yield f"metrics {number}", both(unfinished, write("metrics.jsonl", content))
         yield f"metrics of the finished {number}", write("metrics.jsonl", content)
-    yield "sparse metrics", both(
-        unfinished, lambda run: sparse(run / "metrics.jsonl", 10 << 30)
-    )
+    yield "sparse metrics", both(unfinished, lambda run: sparse(run / "metrics.jsonl", 10 << 30))
     for number, content in enumerate((b"", b"[]", b"\xff", b"{")):
         yield f"status {number}", write("status.json", content)
     for key, value in (("metrics", {}), ("metrics", {"round": "x", "step": None}), ("metrics", []),
                        ("width", float("nan")), ("args", {"base": 3}), ("lineage", {})):  # fmt: skip
         yield f"base {key} {value}", changed("rounds/00/model.json", **{key: value})
-        yield f"resumed base {key} {value}", both(
-            unfinished, changed("rounds/00/model.json", **{key: value})
+        yield (
+            f"resumed base {key} {value}",
+            both(unfinished, changed("rounds/00/model.json", **{key: value})),
         )
     for key, value in (("valid_acc", "x"), ("valid_acc", None), ("params", "many"), ("round", 7),
                        ("round", 10**9), ("step", "x"), ("width", [])):  # fmt: skip
-        yield f"base says {key} {value}", both(
-            unfinished, partial(say_of_base, key, value)
-        )
+        yield f"base says {key} {value}", both(unfinished, partial(say_of_base, key, value))
     yield "no metrics of round 1", changed("rounds/01/model.json", metrics={})
     yield "round 0 gone", lambda run: shutil.rmtree(run / "rounds" / "00")
     yield "rounds a file", both(lambda run: shutil.rmtree(run / "rounds"), write("rounds", b""))
@@ -250,23 +255,35 @@ def checkpoints(rng: random.Random) -> Iterator[tuple[str, Callable[[Path], obje
             yield f"{name} {number}", both(unfinished, spoil)
     for key in ("round", "epoch", "batch", "values"):
         for value in (None, "x", -5, 10**9, [], {}):
-            yield f"position {key} {value}", position(
-                lambda values, key=key, value=value: values.update({key: value})  # type: ignore[misc]
+            yield (
+                f"position {key} {value}",
+                position(
+                    lambda values, key=key, value=value: values.update({key: value})  # type: ignore[misc]
+                ),
             )
     yield "position of nothing", position(lambda values: values.clear())
     yield "position with more", position(lambda values: values.update(more=1))
     for key in ("scores", "metrics_size", "round_seconds", "run_seconds", "processes"):
         yield f"position without {key}", position(lambda values, key=key: values["values"].pop(key))  # type: ignore[misc]
-        yield f"position's {key} odd", position(
-            lambda values, key=key: values["values"].update({key: "\x1b[2J"})  # type: ignore[misc]
+        yield (
+            f"position's {key} odd",
+            position(
+                lambda values, key=key: values["values"].update({key: "\x1b[2J"})  # type: ignore[misc]
+            ),
         )
     for name in ("x", "000-0000", "001-0000-0000009", "001-9999-9999999", "\x1b[2J\n", "a" * 255):
-        yield f"checkpoint {name[:20]!r}", both(
-            unfinished,
-            lambda run, name=name: (run / "checkpoints" / name).mkdir(),  # type: ignore[misc]
+        yield (
+            f"checkpoint {name[:20]!r}",
+            both(
+                unfinished,
+                lambda run, name=name: (run / "checkpoints" / name).mkdir(),  # type: ignore[misc]
+            ),
         )
-    yield "checkpoints a file", both(
-        unfinished, lambda run: shutil.rmtree(run / "checkpoints"), write("checkpoints", b"x")
+    yield (
+        "checkpoints a file",
+        both(
+            unfinished, lambda run: shutil.rmtree(run / "checkpoints"), write("checkpoints", b"x")
+        ),
     )
     yield "STOP a folder", both(unfinished, lambda run: (run / "STOP").mkdir())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import random
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from conftest import write_idx
 from hostile.case import (
     Args,
     Case,
@@ -24,6 +22,7 @@ from hostile.case import (
     flips,
     linked,
     replaced,
+    score,
     sparse,
     truncations,
 )
@@ -91,9 +90,12 @@ def contents(rng: random.Random) -> Iterator[tuple[str, str, bytes, frozenset[in
             yield f"{format} flipped {number}", suffix, spoilt, MAYBE
         for length in (2, 8, 12, 26):
             yield f"{format} header of {length}", suffix, whole[:length], BAD
-            yield f"{format} header and noise {length}", suffix, whole[:length] + rng.randbytes(
-                400
-            ), BAD
+            yield (
+                f"{format} header and noise {length}",
+                suffix,
+                whole[:length] + rng.randbytes(400),
+                BAD,
+            )
         yield f"{format} empty", suffix, b"", BAD
         yield f"{format} noise", suffix, rng.randbytes(500), BAD
         yield f"{format} zeros", suffix, bytes(5000), BAD
@@ -152,22 +154,10 @@ def spoil_folder(
     return score(originals, data, command)
 
 
-def score(originals: Originals, data: Path, command: int, *more: object) -> Args:
-    """One of three commands that read a split each: training, validation, testing."""
-    if command == 0:
-        return ("prune", "--data", data, "--dry-run", "--model-arg", "base=2", *more)
-    use = ("--data", data, "--workers", 0, *more)
-    if command == 1:
-        return ("evaluate", originals.model, *use)
-    return ("predict", originals.model, *use, "--output", "$OUT/p.csv")
-
-
 def damaged(rng: random.Random, originals: Originals) -> Iterator[Case]:
     """One damaged picture among good ones, in both layouts of files, under three commands."""
     for number, (name, suffix, content, codes) in enumerate(contents(rng)):
-        build = partial(
-            spoil_folder, content, suffix, number % 3, originals, number % 2 == 1
-        )
+        build = partial(spoil_folder, content, suffix, number % 3, originals, number % 2 == 1)
         yield Case("picture", name, build, codes)
 
 
@@ -192,10 +182,12 @@ def large(rng: random.Random, originals: Originals) -> Iterator[Case]:
 
             yield Case("large picture", f"{name} {preset}", build, MAYBE)
 
-        def train(folder: Path, content: bytes = content, preset: str = preset) -> Args:
+    for name in ("RGBA", "16 bit", "wide", "tall"):
+        preset = {"RGBA": "homework", "16 bit": "small"}.get(name, "imagenet")
+
+        def train(folder: Path, content: bytes = pictures[name], preset: str = preset) -> Args:
             data = linked(originals.flat, folder / "data")
-            for number in range(3):
-                replaced(data / "training" / f"1_7{number}.png", content)
+            replaced(data / "training" / "1_77.png", content)
             return (*originals.prune(data, Path("$OUT/run")), "--transform", preset)
 
         yield Case("large picture", f"{name} trained", train, MAYBE)
@@ -247,7 +239,9 @@ def places(rng: random.Random, originals: Originals) -> Iterator[Case]:
 
         yield Case("place", f"data set {name}", build, frozenset({65, 66}))
     for kind in ("empty", "of empty folders", "archive", "only hidden", "training only"):
-        yield Case("place", f"data set {kind}", partial(empty_set, kind, originals), frozenset({65, 66}))
+        yield Case(
+            "place", f"data set {kind}", partial(empty_set, kind, originals), frozenset({65, 66})
+        )
 
 
 def empty_set(kind: str, originals: Originals, folder: Path) -> Args:
@@ -267,78 +261,3 @@ def empty_set(kind: str, originals: Originals, folder: Path) -> Args:
             archive.add(originals.flat, "food-11")
         data = folder / "data.tar"
     return score(originals, data, 1)
-
-
-def idx_files(rng: random.Random, originals: Originals) -> Iterator[Case]:
-    """IDX files that are cut, flipped, that lie about their shape, or unpack to far too much."""
-    images = (originals.idx / "train-images-idx3-ubyte").read_bytes()
-    labels = (originals.idx / "train-labels-idx1-ubyte").read_bytes()
-
-    def header(*shape: int, code: int = 8) -> bytes:
-        return struct.pack(f">HBB{len(shape)}I", 0, code, len(shape), *shape)
-
-    one = b"\7"
-    spoilt: list[tuple[str, str, bytes, frozenset[int]]] = []
-    for number, part in enumerate(truncations(rng, images, 6, 1)):
-        spoilt.append((f"cut {number}", "images-idx3-ubyte", part, BAD))
-        packed = gzip.compress(images)
-        part = packed[: rng.randrange(2, len(packed) - 1)]
-        spoilt.append((f"gzip cut {number}", "images-idx3-ubyte.gz", part, BAD))
-        part = next(flips(rng, packed, 1, 9))
-        spoilt.append((f"gzip flipped {number}", "images-idx3-ubyte.gz", part, MAYBE))
-        flipped = next(flips(rng, images[:16], 1, 2)) + images[16:]
-        spoilt.append((f"flipped {number}", "images-idx3-ubyte", flipped, MAYBE))
-        flipped = next(flips(rng, labels, 1, 3))
-        spoilt.append((f"labels flipped {number}", "labels-idx1-ubyte", flipped, MAYBE))
-    shapes = (
-        (0, 32, 32), (6, 0, 32), (6, 32, 32, 4), (2**32 - 1,) * 3, (6,), (), (1,) * 60, (1,) * 100,
-        (0,) * 255, (2**32 - 1, 2**32 - 1, 0), (5, 32, 32), (6, 32, 33), (6, 1, 1),
-    )  # fmt: skip
-    for shape in shapes:
-        body = one if set(shape) == {1} else images[16:]
-        if 0 in shape:
-            body = b""
-        codes = BAD
-        spoilt.append((f"images {shape[:4]}", "images-idx3-ubyte", header(*shape) + body, codes))
-        spoilt.append((f"labels {shape[:4]}", "labels-idx1-ubyte", header(*shape) + body, codes))
-    for code in (0, 7, 9, 11, 12, 13, 14, 255):
-        content = header(6, 32, 32, code=code) + images[16:]
-        spoilt.append((f"type {code}", "images-idx3-ubyte", content, BAD))
-    for values in ([2**31 - 1] * 6, [-1] * 6, [0, 1, 2, 0, 1, 1999]):
-        content = header(6, code=12) + struct.pack(">6i", *values)
-        spoilt.append((f"labels {values[-1]}", "labels-idx1-ubyte", content, BAD))
-    spoilt.append(("other labels", "labels-idx1-ubyte", header(4) + b"\0\1\2\0", BAD))
-    spoilt.append(("empty", "images-idx3-ubyte", b"", BAD))
-    spoilt.append(("empty gzip", "images-idx3-ubyte.gz", gzip.compress(b""), BAD))
-    for kind in ("honest", "lying"):
-        packed = packed_zeros(3 << 30, header(3 << 20 if kind == "honest" else 6, 32, 32))
-        spoilt.append((f"gzip bomb {kind}", "images-idx3-ubyte.gz", packed, BAD))
-    spoilt.append(("gzip wide", "images-idx3-ubyte.gz", packed_zeros(6 * 10**8, header(6, 1, 10**8)), BAD))
-    spoilt.append(("gzip bomb labels", "labels-idx1-ubyte.gz", packed_zeros(3 << 30, header(3 << 30)), BAD))
-    for name, suffix, content, codes in spoilt:
-
-        def build(folder: Path, suffix: str = suffix, content: bytes = content) -> Args:
-            data = linked(originals.idx, folder / "data")
-            plain = suffix.removesuffix(".gz")
-            (data / f"train-{plain}").unlink()
-            replaced(data / f"train-{suffix}", content)
-            return score(originals, data, 0)
-
-        yield Case("IDX", name, build, codes)
-
-    def wide(folder: Path) -> Args:
-        data = linked(originals.idx, folder / "data")
-        replaced(data / "validation-images-idx3-ubyte", header(3, 1, 2 * 10**7) + bytes(6 * 10**7))
-        return score(originals, data, 1, "--transform", "small")
-
-    yield Case("IDX", "wide", wide, MAYBE)
-    write_idx  # noqa: B018
-
-
-def packed_zeros(size: int, start: bytes) -> bytes:
-    """``start`` and ``size`` zeros as a gzip file, of a thousandth of that."""
-    squeeze = zlib.compressobj(9, wbits=31)
-    block = bytes(1 << 24)
-    parts = [squeeze.compress(start)]
-    parts += [squeeze.compress(block[: min(size - at, 1 << 24)]) for at in range(0, size, 1 << 24)]
-    return b"".join(parts) + squeeze.flush()

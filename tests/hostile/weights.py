@@ -21,7 +21,11 @@ from safetensors.torch import load_file, save
 from hostile.case import SMALL, Args, Case, Originals, flips, replaced, sparse, truncations
 
 BAD, MAYBE = frozenset({65}), frozenset({0, 65})
-BY_NAME = ("--model", "student", *(p for k, v in SMALL.items() for p in ("--model-arg", f"{k}={v}")))
+BY_NAME = (
+    "--model",
+    "student",
+    *(p for k, v in SMALL.items() for p in ("--model-arg", f"{k}={v}")),
+)
 
 
 class Code:
@@ -55,7 +59,18 @@ def headers(whole: bytes) -> Iterator[tuple[str, bytes]]:
     """Safetensors with headers that lie or are none."""
     length = struct.unpack("<Q", whole[:8])[0]
     header, body = json.loads(whole[8 : 8 + length]), whole[8 + length :]
-    for claimed in (0, 1, 2, length - 1, length + 1, len(whole), 10**8, 10**8 + 1, 2**63, 2**64 - 1):
+    for claimed in (
+        0,
+        1,
+        2,
+        length - 1,
+        length + 1,
+        len(whole),
+        10**8,
+        10**8 + 1,
+        2**63,
+        2**64 - 1,
+    ):
         yield f"length {claimed}", struct.pack("<Q", claimed) + whole[8:]
 
     def rebuilt(text: bytes, rest: bytes = body) -> bytes:
@@ -78,7 +93,16 @@ def headers(whole: bytes) -> Iterator[tuple[str, bytes]]:
     ]
     changes += [
         ("data_offsets", value)
-        for value in ([0, 0], [0, 64], [64, 0], [-1, 64], [2**62, 2**63], [0], "x", [0, len(body) + 64])
+        for value in (
+            [0, 0],
+            [0, 64],
+            [64, 0],
+            [-1, 64],
+            [2**62, 2**63],
+            [0],
+            "x",
+            [0, len(body) + 64],
+        )
     ]
     for field, value in changes:
         spoilt = {name: dict(entry) for name, entry in header.items()}
@@ -136,7 +160,8 @@ def bombs() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
                     elif name.endswith("data.pkl"):
                         size = struct.pack("<i", (1 << 20) * repeat)
                         content = content.replace(struct.pack("<i", 1 << 20), size)
-                    target.writestr(name, content, compression if big else zipfile.ZIP_STORED)
+                    kind = compression if big else zipfile.ZIP_STORED
+                    target.writestr(name, content, kind, compresslevel=1)
 
         return make
 
@@ -154,8 +179,10 @@ def bombs() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
     yield "open text", ".safetensors", lambda path: sparse(path, 9 * 10**7 + 8, blank)
     legacy = torch_file({"a": torch.zeros(70_000)}, legacy=True)
     numel = struct.pack("<i", 70_000)
-    yield "legacy claim", ".pt", lambda path: path.write_bytes(
-        legacy.replace(numel, struct.pack("<i", 2**31 - 1))
+    yield (
+        "legacy claim",
+        ".pt",
+        lambda path: path.write_bytes(legacy.replace(numel, struct.pack("<i", 2**31 - 1))),
     )
     text4 = b"\x80\x02X\xff\xff\xff\x7f"
     yield "pickle claim", ".pt", lambda path: path.write_bytes(text4 + b"a" * 50)
@@ -181,7 +208,11 @@ def files(rng: random.Random, originals: Originals) -> Iterator[Case]:
             spoilt += [(f"{suffix} {bits} flipped {n}", suffix, part, MAYBE) for n, part in turned]
         turned = enumerate(flips(rng, content[:600], 4, 3))
         spoilt += [(f"{suffix} head {n}", suffix, h + content[600:], MAYBE) for n, h in turned]
-        for name, odd in (("empty", b""), ("text", b"no weights\n" * 9), ("noise", rng.randbytes(999))):
+        for name, odd in (
+            ("empty", b""),
+            ("text", b"no weights\n" * 9),
+            ("noise", rng.randbytes(999)),
+        ):
             spoilt.append((f"{suffix} {name}", suffix, odd, BAD))
     spoilt += [(name, ".safetensors", content, MAYBE) for name, content in headers(whole)]
     for number, (name, value) in enumerate(states(state)):
@@ -192,10 +223,14 @@ def files(rng: random.Random, originals: Originals) -> Iterator[Case]:
     spoilt.append(("code", ".bin", pickle.dumps({"a": Code()}), BAD))
     spoilt.append(("code of old", ".pt", b"cos\nsystem\n(S'touch executed'\ntR.", BAD))
     for number, (name, suffix, content, codes) in enumerate(spoilt):
-        yield Case("weights", name, partial(write_and_use, originals, number, suffix, content), codes)
+        yield Case(
+            "weights", name, partial(write_and_use, originals, number, suffix, content), codes
+        )
     for number, (name, suffix, maker) in enumerate(bombs()):
 
-        def build(folder: Path, suffix: str = suffix, maker: Any = maker, number: int = number) -> Args:
+        def build(
+            folder: Path, suffix: str = suffix, maker: Any = maker, number: int = number
+        ) -> Args:
             maker(folder / f"w{suffix}")
             return use(originals, folder / f"w{suffix}", number)
 
