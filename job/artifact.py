@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +13,11 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from job.data.transforms import Preprocessing
-from job.errors import DataError, GammaslimError, InputNotFound, reading, shown, writing
+from job.errors import DataError, GammaslimError, InputNotFound, shown, writing
 from job.files import is_file, new_directory
-from job.models import build
+from job.models import MAX_SIZE, MIN_SIZE, build
 from job.models.weights import load_state, read_state
+from job.reading import read_json
 from job.slimming.plan import LayerChannels, Layers, compose
 from job.slimming.surgery import narrowed
 from job.versions import versions
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
+RECOMMENDED = r"rounds/[0-9]{2,4}"  # a summary's word for its model
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,10 @@ def read_card(folder: Path) -> ModelCard:
     if not is_file(path):
         raise InputNotFound(f"{shown(path)} does not exist")
     try:
-        with reading(path):
-            content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
         if content["format"] != FORMAT:
             raise DataError(f"format {content['format']} is not {FORMAT}; use a newer gammaslim")
-        return ModelCard(
+        card = ModelCard(
             model=str(content["model"]),
             args=dict(content["args"]),
             num_classes=int(content["num_classes"]),
@@ -108,11 +111,22 @@ def read_card(folder: Path) -> ModelCard:
             metrics=dict(content["metrics"]),
             lineage=dict(content["lineage"]),
         )
+        _check_card(card)
     except DataError as error:
         raise DataError(f"{shown(path)}: {error}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{shown(path)} is not a model card: {reason}") from error
+    return card
+
+
+def _check_card(card: ModelCard) -> None:
+    if card.num_classes < 1 or len(card.class_names) not in (0, card.num_classes):
+        raise DataError(f"{len(card.class_names)} class names for {card.num_classes} classes")
+    if not (math.isfinite(card.width) and card.width > 0):
+        raise DataError(f"a width of {card.width}")
+    if not MIN_SIZE <= card.preprocessing.size <= MAX_SIZE:
+        raise DataError(f"inputs of {card.preprocessing.size} pixels")
 
 
 def find_model(path: str | Path) -> Path:
@@ -130,11 +144,12 @@ def find_model(path: str | Path) -> Path:
             "a model folder (model.json), or a weights file with --model"
         )
     try:
-        with reading(summary):
-            recommended = json.loads(summary.read_text("utf-8"))["recommended"]
-        return folder / str(recommended)
+        recommended = read_json(summary)["recommended"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{shown(summary)} names no recommended model") from error
+        raise DataError(f"{shown(summary)} names no recommended model: {error}") from error
+    if not (isinstance(recommended, str) and re.fullmatch(RECOMMENDED, recommended)):
+        raise DataError(f"{shown(summary)} recommends {recommended!r}, which is no rounds/NN")
+    return folder / recommended
 
 
 def load(path: str | Path) -> nn.Module:

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     import torch
 
 KEPT = 2
+# what a run goes on from besides the tensors
+_VALUES: dict[str, Any] = {
+    "scores": dict,
+    "metrics_size": int,
+    "round_seconds": (int, float),
+    "run_seconds": (int, float),
+    "processes": int,
+    "seconds": (int, float),
+    "best": (dict, type(None)),
+}
 _NAME = re.compile(r"(\d{3})-(\d{4})-(\d{7})")
 _DAMAGED = ".damaged"  # ends the name of one that was passed over: it must not count as kept
 
@@ -86,7 +96,7 @@ def newest_position(folder: Path, round_: int) -> tuple[Position | None, list[st
             continue
         try:
             position = _load(folder / name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             problems.append(f"checkpoint {shown(folder / name)} is damaged: {error}")
             damaged.append(folder / name)
             continue
@@ -121,4 +131,10 @@ def _load(path: Path) -> Position:
             raise ValueError(f"{name} does not match its SHA-256")
         files[name] = content
     rest = json.loads(files["position.json"])
-    return Position(**rest, tensors=load_tensors(files["state.safetensors"]))
+    position = Position(**rest, tensors=load_tensors(files["state.safetensors"]))
+    if position.name != path.name:
+        raise ValueError(f"position.json is of {position.name}")
+    for key, kind in _VALUES.items():
+        if not isinstance(position.values[key], kind):
+            raise TypeError(f"position.json has {key} {position.values[key]!r}")
+    return position

@@ -17,6 +17,7 @@ from job.options import (
     SEED,
     Command,
     Finite,
+    Group,
     ProcessCount,
     Target,
     data_option,
@@ -34,7 +35,10 @@ from job.signals import starting
 PREFIX = "GAMMASLIM"
 
 
-@click.group(context_settings={"auto_envvar_prefix": PREFIX, "help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Group,
+    context_settings={"auto_envvar_prefix": PREFIX, "help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="gammaslim")
 def gammaslim() -> None:
     """Make trained CNNs smaller and faster: slim by BatchNorm γ, fine-tune, repeat.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import ConfigError, InputNotFound, UsageError, shown
+from job.reading import parse_toml, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -101,8 +101,8 @@ def read_toml(source: str, command: str, options: Iterable[str]) -> dict[str, An
     """
     name, text = _config_text(source)
     try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        content = parse_toml(text)
+    except ValueError as error:
         raise ConfigError(f"{name} is not valid TOML: {error}") from error
     own = content.pop(command, {})
     if not isinstance(own, dict):
@@ -150,8 +150,8 @@ def _config_text(source: str) -> tuple[str, str]:
             f"--config {shown(source)} is neither a file nor a recipe ({', '.join(built_in)})"
         )
     try:
-        return shown(source), path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return shown(source), read_bytes(path).decode()
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{shown(source)} cannot be read: {error}") from error
 
 

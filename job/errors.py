@@ -65,9 +65,19 @@ class ConfigError(GammaslimError):
     exit_code = 78
 
 
+def printable(text: str) -> str:
+    """``text`` on one line: what a terminal would obey or could not show becomes escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def shown(path: str | os.PathLike[str]) -> str:
     """A path as it can be printed anywhere: bytes that are not UTF-8 become escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what another library says, or the error's name when it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 # the storage is to blame, not what it holds: worth another try

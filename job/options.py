@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,13 @@ from job.errors import (
     OutputError,
     StopRequest,
     cannot,
+    printable,
     shown,
 )
 from job.signals import ignore_requests, listen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 DEFAULTS = PruneConfig()
 REASON_FIRST = 5.0  # seconds that a process waits whose word may not be the first
@@ -50,7 +52,8 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse after the environment has been checked for misspelt options."""
         _check_environment(self, ctx)
-        return super().parse_args(ctx, args)
+        with _quoting():
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; end with a documented exit code and one line on stderr."""
@@ -80,7 +83,7 @@ class Command(click.Command):
         if not error.reported and _has_the_word(error):
             if debug:
                 traceback.print_exception(error)
-            click.echo(f"Error: {error}", err=True)
+            _report(error)
         if isinstance(error, StopRequest) and error.abrupt:
             _leave()
             sys.stdout.flush()
@@ -117,6 +120,37 @@ def _leave() -> None:
         leave()
 
 
+@contextmanager
+def _quoting() -> Iterator[None]:
+    """Make click's messages, which quote what was typed, fit for a terminal."""
+    try:
+        yield
+    except click.UsageError as error:
+        message = error.format_message()
+        if message.isprintable():
+            raise
+        raise click.UsageError(printable(message), error.ctx) from error
+
+
+class Group(click.Group):
+    """The commands; what is typed in place of one is quoted without its control characters."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """As click does it."""
+        with _quoting():
+            return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does it."""
+        with _quoting() if args else nullcontext():  # without any the help is shown
+            return super().parse_args(ctx, args)
+
+
+def _report(error: object) -> None:
+    """The one line on stderr: it may quote names and values from outside."""
+    click.echo(f"Error: {printable(str(error))}", err=True)
+
+
 def _storage_error(ctx: click.Context, error: OSError) -> GammaslimError:
     if error.errno == errno.ENAMETOOLONG:
         output = ctx.params.get("output")
@@ -136,7 +170,7 @@ def _use_config(ctx: click.Context, _param: click.Parameter, source: str | None)
         for name, value in values.items():
             _check_value(ctx, options[name], f"{shown(source)}: {name} = {value!r}", value)
     except GammaslimError as error:
-        click.echo(f"Error: {error}", err=True)
+        _report(error)
         ctx.exit(error.exit_code)
     ctx.default_map = {**(ctx.default_map or {}), **values}
 
@@ -145,6 +179,10 @@ def _check_value(ctx: click.Context, option: click.Option, where: str, value: An
     """Raise ConfigError unless ``value``, of TOML, is one that ``option`` takes."""
     if isinstance(option.type, type(click.INT)) and type(value) not in (int, str):
         raise ConfigError(f"{where}: not a whole number")
+    if isinstance(value, bool) != option.is_flag:
+        raise ConfigError(f"{where}: {'neither true nor false' if option.is_flag else 'a boolean'}")
+    if "\0" in str(value):  # in no path, nor in any name
+        raise ConfigError(f"{where}: it holds a NUL character")
     try:
         option.type_cast_value(ctx, value)
     except click.BadParameter as error:
@@ -161,7 +199,7 @@ def _check_environment(command: click.Command, ctx: click.Context) -> None:
         own = name.removeprefix(prefix)
         # far ones pass: Kubernetes sets …_SERVICE_HOST and the like for a Service of that name
         if own != name and own not in known and (near := nearest(own, known, 0.7)):
-            click.echo(f"Error: {name} names no option of {ctx.info_name}{near}", err=True)
+            _report(f"{name} names no option of {ctx.info_name}{near}")
             ctx.exit(ConfigError.exit_code)
 
 

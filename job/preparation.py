@@ -14,7 +14,7 @@ from job.data import Dataset, check_pictures, default_preprocessing, open_data
 from job.data.dataset import with_validation
 from job.data.layout import SPLIT_NAMES
 from job.errors import StorageError, UsageError, shown
-from job.models import MIN_SIZE, build
+from job.models import MAX_SIZE, MIN_SIZE, build
 from job.models.weights import load_state, read_state
 from job.processes import digest, on_main
 from job.run import check_writable
@@ -66,7 +66,9 @@ def prepare_data(
 
 
 def check_size(size: int) -> None:
-    """Raise UsageError when pictures are too small for the network."""
+    """Raise UsageError when pictures are too small for the network, or for any memory too large."""
+    if size > MAX_SIZE:
+        raise UsageError(f"--image-size {size} is too large: at most {MAX_SIZE}")
     if size < MIN_SIZE:
         raise UsageError(f"--image-size {size} is too small for the network: at least {MIN_SIZE}")
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from job.errors import GammaslimError, StopRequest, StorageError, UsageError
+from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, UsageError
 from job.signals import interruptible, starting
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 def start(device: str, precision: str) -> Accelerator:
     """Join the other processes, if any; raises GammaslimError when they cannot be reached."""
+    _check_variables()
     cpu = device == "cpu" or not torch.cuda.is_available()
     if device == "cuda" and cpu:
         raise UsageError("--device cuda: torch finds no CUDA GPU here")
@@ -58,6 +59,14 @@ def start(device: str, precision: str) -> Accelerator:
             f"{accelerator.num_processes}: check the launcher's --num_processes"
         )
     return accelerator
+
+
+def _check_variables() -> None:
+    """Raise ConfigError where a launcher's variable is no number; others would only trip on it."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdigit()):
+            raise ConfigError(f"the environment variable {name} is {value!r}, not a whole number")
 
 
 def _mixed_precision(precision: str, cpu: bool) -> str:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-import tomllib
 from typing import TYPE_CHECKING, Any
 
-from job.artifact import ModelCard, load_model, save_model
+from job.artifact import RECOMMENDED, ModelCard, load_model, save_model
 from job.config import PruneConfig, check_unchanged, write_toml
 from job.errors import (
     ConfigError,
+    DataError,
     InputNotFound,
     OutputError,
     StorageError,
     cannot_begin,
-    reading,
     shown,
     writing,
 )
 from job.files import append_line, is_file, remove, tidy, write_bytes, write_json
+from job.reading import parse_toml, read_bytes, read_json
 from job.versions import versions
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+# what a round's entry has at least
+ENTRY = ("round", "step", "width", "channels", "params", "macs", "bytes", "valid_acc", "valid_loss")
 MAX_DROP = 0.01  # of accuracy below the base that a recommended model may have
 RESERVE = 8192  # bytes kept so that a full disk still takes the last status
 
@@ -62,8 +65,8 @@ class Run:
         """
         if self.check(config, dataset, base):
             try:
-                self.earlier_seconds = float(json.loads(self._read("summary.json"))["seconds"])
-            except (OSError, ValueError, KeyError):
+                self.earlier_seconds = float(read_json(self.path / "summary.json")["seconds"])
+            except (OSError, ValueError, KeyError, TypeError):
                 self.earlier_seconds = 0.0  # stopped before the first round was saved
         else:
             self._create(config, dataset, base)
@@ -105,10 +108,11 @@ class Run:
                 f"--resume never: {shown(self.path)} already holds a run; choose another --output"
             )
         try:
-            with reading(stored):
-                tables = tomllib.loads(stored.read_text("utf-8"))
+            tables = parse_toml(read_bytes(stored).decode())
         except (OSError, ValueError) as error:
             raise ConfigError(f"{shown(stored)} cannot be read: {error}") from error
+        if not all(isinstance(tables.get(name, {}), dict) for name in ("prune", "dataset")):
+            raise ConfigError(f"{shown(stored)} is not a run's: its tables are none")
         check_unchanged(tables.get("prune", {}), config, shown(self.path))
         if tables.get("dataset", {}).get("fingerprint") != dataset["fingerprint"]:
             raise ConfigError(
@@ -120,10 +124,6 @@ class Run:
                 f"{shown(self.path)} was begun from other --weights or --base-epochs: give "
                 "the same to resume it, or another --output to start afresh"
             )
-
-    def _read(self, name: str) -> str:
-        with reading(self.path / name):
-            return (self.path / name).read_text("utf-8")
 
     @property
     def seconds(self) -> float:
@@ -155,7 +155,10 @@ class Run:
         if not path.is_file():
             return
         with writing(path):
-            content = path.read_bytes()
+            try:
+                content = read_bytes(path)
+            except ValueError as error:
+                raise DataError(f"{shown(path)} cannot be a run's: {error}") from error
             keep = content.rfind(b"\n") + 1
             if size is not None and size <= keep:
                 keep = size
@@ -171,7 +174,7 @@ class Run:
         """Whether metrics.jsonl has an ``event`` of ``round_``."""
         mark = f'{{"event": "{event}", "round": {round_},'
         path = self.path / "metrics.jsonl"
-        return path.is_file() and mark in path.read_text("utf-8")
+        return path.is_file() and mark.encode() in path.read_bytes()
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -198,8 +201,8 @@ class Run:
     def state(self) -> str | None:
         """What status.json says of the run."""
         try:
-            return str(json.loads(self._read("status.json"))["state"])
-        except (FileNotFoundError, ValueError, KeyError):
+            return str(read_json(self.path / "status.json")["state"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
     def save_round(self, round_: int, network: nn.Module, card: ModelCard) -> None:
@@ -208,15 +211,25 @@ class Run:
 
     def load_round(self, round_: int) -> tuple[nn.Module, ModelCard]:
         """The best model of an earlier round; raises DataError when it is damaged."""
-        return load_model(self.round_path(round_))
+        network, card = load_model(self.round_path(round_))
+        numbers = (card.metrics.get(key) for key in ENTRY)
+        if card.metrics.get("round") != round_ or not all(type(n) in (int, float) for n in numbers):
+            raise DataError(
+                f"{shown(self.round_path(round_) / 'model.json')} has not the numbers of round "
+                f"{round_}: restore it, or remove {shown(self.path / 'rounds')} to start again"
+            )
+        return network, card
 
     def finished_summary(self) -> dict[str, Any] | None:
-        """The summary of a run that is finished already."""
+        """The summary of a run that is finished already; a damaged one is written anew."""
         try:
-            summary: dict[str, Any] = json.loads(self._read("summary.json"))
-        except (FileNotFoundError, ValueError):
+            summary: dict[str, Any] = read_json(self.path / "summary.json")
+            chosen, seconds = str(summary["recommended"]), summary["seconds"]
+            whole = summary["state"] == "finished" and re.fullmatch(RECOMMENDED, chosen)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        return summary if summary.get("state") == "finished" else None
+        whole = whole and type(seconds) in (int, float) and int(chosen[7:]) < self.saved
+        return {"reason": "", **summary} if whole else None
 
     def summarise(self, entries: Sequence[Mapping[str, Any]], state: str) -> dict[str, Any]:
         """Write summary.json from the base's and the rounds' entries, and return it."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from job.errors import StopRequest
+from job.errors import StopRequest, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -103,7 +103,7 @@ class Tracker:
             if self.run:
                 call()
         except Exception as error:  # wandb raises its own, requests' and protobuf's errors
-            click.echo(f"Warning: W&B failed and is off from here on: {_line(error)}", err=True)
+            click.echo(f"Warning: W&B failed and is off from here on: {reason(error)}", err=True)
             self.run = None
 
 
@@ -155,7 +155,7 @@ def _start(mode: str, project: str, run: Path, config: Mapping[str, Any]) -> Any
         except Exception as error:  # see _try
             then = "going on without it" if attempt == "offline" else "going on offline"
             click.echo(
-                f"Warning: W&B did not begin within {INIT_TIMEOUT} s ({_line(error)}): {then}",
+                f"Warning: W&B did not begin within {INIT_TIMEOUT} s ({reason(error)}): {then}",
                 err=True,
             )
             if attempt == "offline":
@@ -175,7 +175,3 @@ def _has_key() -> bool:
     import wandb
 
     return bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.login(prompt=False, verify=False))
-
-
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -24,6 +24,8 @@ def slim(model: ModelOptions, output: str, width: float) -> None:
     """Cut MODEL to ``width`` without training and save it, after the proof in float64."""
     network, card = open_model(model)
     folder = Path(output)
+    if folder.absolute() == Path.cwd():  # complete or not at all: it is put there as a whole
+        raise OutputError(f"--output {shown(output)!r} is the current folder; choose a new one")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"--output {shown(output)} exists already; choose another")
     check_writable(folder)

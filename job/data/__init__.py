@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from job.data.dataset import ArraySplit, Dataset, FileSplit, Split
-from job.data.images import check_image
+from job.data.images import check_image, quiet
 from job.data.layout import open_builtin, open_folder
 from job.data.transforms import Preprocessing
 from job.errors import DataError
@@ -73,9 +73,10 @@ def _checked(split: FileSplit) -> Generator[tuple[int, int] | DataError]:
             return error
 
     # threads do: Pillow decodes outside the interpreter lock
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0))))
     try:
-        yield from pool.map(check, range(len(split)))
+        with quiet():
+            yield from pool.map(check, range(len(split)))
     finally:
         pool.shutdown(cancel_futures=True)  # a stop request must not wait for all pictures
 

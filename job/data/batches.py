@@ -58,7 +58,7 @@ class EvaluationPictures:
         """The pictures at ``indices``."""
         size = self.preprocessing.size
         if self.preprocessing.preset != "imagenet" and isinstance(self.split, ArraySplit):
-            images = center_arrays(self.split.images[indices], size)
+            images = center_arrays(self.split.images, indices, size)
             return _batch(images, self.split, indices, size)
         try:
             pictures = [self.preprocessing.evaluate(self.split.picture(i)) for i in indices]

@@ -6,7 +6,7 @@ import gzip
 import math
 import struct
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,25 +19,46 @@ _CODES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: "
 _DTYPES: dict[int, np.dtype[Any]] = {code: np.dtype(name) for code, name in _CODES.items()}
 
 
+MAX_DIMENSIONS = 4  # (N, height, width, 3)
+MOST_UNPACKED = 100  # times a gzip file's size; pictures come to ten at the most
+ALWAYS_UNPACKED = 64 << 20  # bytes
+
+
 def read_idx(path: Path) -> np.ndarray[Any, Any]:
-    """The array of an IDX file, gzipped or not; raises DataError when it is not whole."""
+    """The array of an IDX file, gzipped or not; raises DataError when the file is not whole.
+
+    No more is read than its header says, and a gzip file that unpacks beyond all reason is refused.
+    """
     try:
-        with reading(path):
-            content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        with reading(path), path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with reading(path), gzip.open(path) if packed else path.open("rb") as file:
+            dtype, shape = _read_header(path, file)
+            expected = math.prod(shape) * dtype.itemsize
+            size = path.stat().st_size
+            if packed and expected > max(ALWAYS_UNPACKED, MOST_UNPACKED * size):
+                raise DataError(f"{shown(path)} unpacks to {expected:,} bytes from {size:,}")
+            content = file.read(expected + 1) if packed or expected <= size else file.read(size)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{shown(path)} cannot be read: {error}") from error
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _DTYPES:
-        raise DataError(f"{shown(path)} is not an IDX file: its first four bytes are wrong")
-    dtype, dimensions = _DTYPES[content[2]], content[3]
-    start = 4 + 4 * dimensions
-    if len(content) < start:
-        raise DataError(f"{shown(path)} is cut short inside its header")
-    shape = struct.unpack_from(f">{dimensions}I", content, 4)
-    expected = start + math.prod(shape) * dtype.itemsize
     if len(content) != expected:
-        raise DataError(
-            f"{shown(path)} has {len(content):,} bytes where {shape} needs {expected:,}"
-        )
-    return np.frombuffer(content, dtype, offset=start).reshape(shape)
+        has = "more" if len(content) > expected else f"{len(content):,}"
+        raise DataError(f"{shown(path)} has {has} bytes where {shape} needs {expected:,}")
+    try:
+        return np.frombuffer(content, dtype).reshape(shape)
+    except ValueError as error:
+        raise DataError(f"{shown(path)} cannot be of shape {shape}: {error}") from error
+
+
+def _read_header(
+    path: Path, file: IO[bytes] | gzip.GzipFile
+) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES:
+        raise DataError(f"{shown(path)} is not an IDX file: its first four bytes are wrong")
+    if magic[3] > MAX_DIMENSIONS:
+        raise DataError(f"{shown(path)} has {magic[3]} dimensions; pictures and labels have 1 to 4")
+    sizes = file.read(4 * magic[3])
+    if len(sizes) < 4 * magic[3]:
+        raise DataError(f"{shown(path)} is cut short inside its header")
+    return _DTYPES[magic[2]], struct.unpack(f">{magic[3]}I", sizes)

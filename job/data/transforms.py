@@ -31,6 +31,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ANGLE = 15.0  # degrees
 SMALL_PAD = 4  # pixels
+LONGEST = 64  # sides to one, of a picture that `imagenet` resizes whole
 CROP_AREA = (0.08, 1.0)  # share of the picture
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height
 
@@ -46,7 +47,7 @@ class Preprocessing:
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """Read back what ``to_dict`` gave; raises DataError."""
         preset, size = values.get("preset"), values.get("size")
-        if preset not in PRESETS or not isinstance(size, int) or size < 1:
+        if preset not in PRESETS or type(size) is not int or size < 1:
             raise DataError(f"unknown preprocessing {dict(values)}")
         return cls(preset, size)
 
@@ -73,9 +74,9 @@ class Preprocessing:
     def evaluate(self, picture: Image.Image) -> Image.Image:
         """The picture without chance: its centre, RGB of ``size`` x ``size``."""
         if self.preset == "imagenet":
-            picture = F.resize(picture, round(self.size * 256 / 224))
-        centre: Image.Image = F.center_crop(picture, [self.size, self.size])
-        return centre
+            picture = F.resize(_without_long_ends(picture), round(self.size * 256 / 224))
+        left, top = (_centre(side, self.size) for side in picture.size)
+        return picture.crop((left, top, left + self.size, top + self.size))
 
     def to_input(self, images: torch.Tensor) -> torch.Tensor:
         """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, same device, channels last in memory."""
@@ -96,10 +97,26 @@ def draw_flip(draw: Draw) -> bool:
     return draw.flip < 0.5
 
 
-def _crop_and_flip(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
-    top = draw_offset(draw.top, picture.height - size)
-    left = draw_offset(draw.left, picture.width - size)
-    return _flip(F.crop(picture, top, left, size, size), draw)
+def _centre(side: int, size: int) -> int:
+    """Where ``size`` pixels about the centre of ``side`` begin, below 0 in front of it.
+
+    Rounded as torchvision's center_crop does it, which pads a whole picture before it crops.
+    """
+    return -((size - side) // 2) if side < size else round((side - size) / 2)
+
+
+def _without_long_ends(picture: Image.Image) -> Image.Image:
+    """The middle of a picture of more than 64 times its other side: only that will be seen.
+
+    Resized as a whole, a line of a million pixels would be 256 million high.
+    """
+    most = LONGEST * min(picture.size)
+    if max(picture.size) <= most:
+        return picture
+    left, top = (max(0, (side - most) // 2) for side in picture.size)
+    return picture.crop(
+        (left, top, min(picture.width, left + most), min(picture.height, top + most))
+    )
 
 
 def _flip(picture: Image.Image, draw: Draw) -> Image.Image:
@@ -108,18 +125,32 @@ def _flip(picture: Image.Image, draw: Draw) -> Image.Image:
 
 
 def _homework(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
-    # as torchvision's RandomCrop(pad_if_needed=True): the whole shortfall on both sides
+    # as torchvision's RandomCrop(pad_if_needed=True): the whole shortfall on both sides; but a
+    # side that is long enough is cropped first, or a line of a picture would be padded to a sheet
     short_x, short_y = max(0, size - picture.width), max(0, size - picture.height)
+    left = draw_offset(draw.left, picture.width + 2 * short_x - size)
+    top = draw_offset(draw.top, picture.height + 2 * short_y - size)
+    across = (0, picture.width) if short_x else (left, left + size)
+    down = (0, picture.height) if short_y else (top, top + size)
+    picture = picture.crop((across[0], down[0], across[1], down[1]))
     if short_x or short_y:
         picture = F.pad(picture, [short_x, short_y], padding_mode="symmetric")
-    picture = _crop_and_flip(picture, draw, size)
-    rotated: Image.Image = F.rotate(picture, (2 * draw.angle - 1) * MAX_ANGLE)
+        picture = F.crop(picture, top * bool(short_y), left * bool(short_x), size, size)
+    rotated: Image.Image = F.rotate(_flip(picture, draw), (2 * draw.angle - 1) * MAX_ANGLE)
     return rotated
 
 
 def _small(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
-    framed = F.center_crop(picture, [max(size, picture.height), max(size, picture.width)])
-    return _crop_and_flip(F.pad(framed, [SMALL_PAD, SMALL_PAD]), draw, size)
+    # centred in a frame of at least ``size``, padded all round; only the crop itself is made
+    left = _small_offset(picture.width, size, draw.left)
+    top = _small_offset(picture.height, size, draw.top)
+    return _flip(picture.crop((left, top, left + size, top + size)), draw)
+
+
+def _small_offset(side: int, size: int, uniform: float) -> int:
+    """Where the crop begins on a side of the picture: below 0 in the padding in front of it."""
+    frame = max(size, side)
+    return _centre(side, frame) - SMALL_PAD + draw_offset(uniform, frame + 2 * SMALL_PAD - size)
 
 
 def _resized_crop(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
@@ -145,30 +176,29 @@ def small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarray[Any, A
     images (N, H, W) or (N, H, W, 3) uint8 are the split's; returns (B, size, size[, 3]) uint8, the
     same pixels as ``Preprocessing.train`` gives one by one.
     """
-    batch = center_arrays(images[[d.index for d in draws]], size, at_least=True)
-    pad = [(0, 0), (SMALL_PAD, SMALL_PAD), (SMALL_PAD, SMALL_PAD)] + [(0, 0)] * (batch.ndim - 3)
-    batch = np.pad(batch, pad)
-    top = np.array([draw_offset(d.top, batch.shape[1] - size) for d in draws], np.intp)
-    left = np.array([draw_offset(d.left, batch.shape[2] - size) for d in draws], np.intp)
+    height, width = images.shape[1:3]
+    top = np.array([_small_offset(height, size, d.top) for d in draws], np.intp)
+    left = np.array([_small_offset(width, size, d.left) for d in draws], np.intp)
     rows, columns = top[:, None] + np.arange(size), left[:, None] + np.arange(size)
     flipped = np.array([draw_flip(d) for d in draws], bool)
     columns[flipped] = columns[flipped, ::-1]
-    crops = batch[np.arange(len(draws))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    index = np.array([d.index for d in draws], np.intp)[:, None, None]
+    crops = images[
+        index, rows.clip(0, height - 1)[:, :, None], columns.clip(0, width - 1)[:, None, :]
+    ]
+    crops[(rows < 0) | (rows >= height)] = 0
+    outside = (columns < 0) | (columns >= width)
+    crops[np.broadcast_to(outside[:, None, :], crops.shape[:3])] = 0
     return np.asarray(crops)
 
 
-def center_arrays(batch: Any, size: int, *, at_least: bool = False) -> np.ndarray[Any, Any]:
-    """Zero-pad or crop (B, H, W[, 3]) to ``size`` about the centre, as torchvision's center_crop.
+def center_arrays(images: Any, indices: list[int], size: int) -> np.ndarray[Any, Any]:
+    """Pictures of (N, H, W[, 3]) cropped or zero-padded to ``size`` about the centre.
 
-    With ``at_least`` nothing is cropped.
+    As torchvision's center_crop; cropped before they are copied.
     """
-    for axis in (1, 2):
-        missing = size - batch.shape[axis]
-        if missing > 0:
-            pad = [(0, 0)] * batch.ndim
-            pad[axis] = (missing // 2, (missing + 1) // 2)
-            batch = np.pad(batch, pad)
-        elif missing < 0 and not at_least:
-            start = round(-missing / 2)
-            batch = batch.take(range(start, start + size), axis)
-    return np.asarray(batch)
+    top, left = (max(0, _centre(side, size)) for side in images.shape[1:3])
+    batch = images[:, top : top + size, left : left + size][indices]
+    missing = [size - side for side in batch.shape[1:3]]
+    pad = [(m // 2, (m + 1) // 2) for m in missing]
+    return np.pad(batch, [(0, 0), *pad, *[(0, 0)] * (batch.ndim - 3)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from job.errors import UsageError
+from job.errors import UsageError, reason
 from job.models.student import StudentNet
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MODELS = {"student": StudentNet}
 MIN_SIZE = 32  # pixels: StudentNet halves its input four times and BatchNorm needs two values
+MAX_SIZE = 4096  # pixels: a single input of StudentNet's takes about a GiB
 
 
 def build(name: str, num_classes: int, args: Mapping[str, Any]) -> nn.Module:
@@ -24,4 +25,4 @@ def build(name: str, num_classes: int, args: Mapping[str, Any]) -> nn.Module:
         return MODELS[name](num_classes=num_classes, **args)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         given = " ".join(f"--model-arg {key}={value}" for key, value in args.items())
-        raise UsageError(f"--model {name} does not take {given}: {error}") from error
+        raise UsageError(f"--model {name} does not take {given}: {reason(error)}") from error

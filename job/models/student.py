@@ -8,6 +8,7 @@ from torch import nn
 MULTIPLIERS = (1, 2, 4, 8, 16, 16, 16, 16)
 SCALED = range(3, 7)  # blocks whose output width follows width_mult
 POOLED = range(4)  # blocks that halve the resolution
+MOST_PARAMS = 2**26  # 67 million, 260 times the homework's: a slip of the keyboard is far above
 
 
 class StudentNet(nn.Module):
@@ -16,7 +17,7 @@ class StudentNet(nn.Module):
     Block i writes ``base * MULTIPLIERS[i]`` channels, those of blocks 3 to 6 times ``width_mult``,
     rounded down. 256,779 parameters at base 16, width 1 and 11 classes. State-dict keys are the
     homework's: ``cnn.{block}.{layer}.*`` and ``fc.0.*``. Raises ValueError when a block would be
-    left without channels.
+    left without channels, or the network would be no student any more.
     """
 
     def __init__(self, base: int = 16, width_mult: float = 1, num_classes: int = 11) -> None:
@@ -26,6 +27,9 @@ class StudentNet(nn.Module):
             widths[block] = int(widths[block] * width_mult)
         if min(widths) < 1:
             raise ValueError(f"width_mult {width_mult} leaves a block without channels")
+        pairs = zip(widths, [*widths[1:], num_classes], strict=True)
+        if sum(read * written for read, written in pairs) > MOST_PARAMS:
+            raise ValueError(f"it would have more than {MOST_PARAMS:,} parameters")
         self.base, self.width_mult = base, width_mult
         blocks: list[nn.Module] = [_stem(widths[0])]
         blocks += [

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file as load_safetensors
 
-from job.errors import DataError, InputNotFound, StorageError, reading, shown
+from job.errors import DataError, InputNotFound, StorageError, reading, reason, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 State = dict[str, torch.Tensor]
+CHUNK = 16 << 20  # bytes read at a time
 
 
 def read_state(path: str | Path) -> State:
@@ -50,13 +51,27 @@ def read_state(path: str | Path) -> State:
 
 
 def _load(path: Path) -> object:
-    with reading(path):
-        content = path.read_bytes()
-    if path.suffix.lower() == ".safetensors" or content[8:9] == b"{":
-        return load_safetensors(content)
+    with reading(path), path.open("rb") as file:
+        head = file.read(9)
+        while file.read(CHUNK):  # a disk that fails would kill a process that has it mapped
+            continue
+    if path.suffix.lower() == ".safetensors" or head[8:] == b"{":
+        return load_safetensors(path)
+    zipped = head.startswith(b"PK") and _unpacks_to_its_size(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        # mapped, as safetensors are: what does not fit is refused before it fills the memory
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _unpacks_to_its_size(path: Path) -> bool:
+    """True for a torch file of the zipped kind, whose entries are never compressed; or raises."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    size = path.stat().st_size
+    if unpacked > size:
+        raise ValueError(f"it unpacks to {unpacked:,} bytes from {size:,}: torch packs nothing")
+    return True
 
 
 def _refusal(path: Path, error: Exception) -> str:
@@ -71,8 +86,7 @@ def _refusal(path: Path, error: Exception) -> str:
                     "save model.state_dict() with torch.save or safetensors"
                 )
         return "it is no file of torch.save or safetensors, or it is damaged"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"it is damaged ({reason})"
+    return f"it is damaged ({reason(error)})"
 
 
 def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from job.errors import DataError, UsageError
@@ -44,9 +45,12 @@ class LayerChannels:
             sides = [values.get("out"), values.get("in")]
         for kept in sides:
             if kept is not None and not (
-                isinstance(kept, list) and kept and all(type(i) is int and i >= 0 for i in kept)
+                isinstance(kept, list)
+                and kept
+                and all(type(i) is int and 0 <= i < 2**31 for i in kept)
+                and all(before < i for before, i in pairwise(kept))
             ):
-                raise DataError("a layer's kept channels are not lists of indices")
+                raise DataError("a layer's kept channels are not lists of rising indices")
         return cls(*(None if kept is None else tuple(kept) for kept in sides))
 
 

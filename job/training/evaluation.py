@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from job.data import Preprocessing, Split
     from job.signals import Watch
 
+MOST_CLASSES = 10_000  # the confusion matrix then takes 0.8 GB
 PIXELS = 256 * 32 * 32  # in one evaluation batch of a process, about
 
 
@@ -66,6 +67,8 @@ class Evaluator:
                 f"the data have a class {highest} but the network has {num_classes} classes, "
                 "numbered from 0"
             )
+        if num_classes > MOST_CLASSES:
+            raise DataError(f"{num_classes:,} classes are too many: at most {MOST_CLASSES:,}")
         self.split, self.preprocessing, self.num_classes = split, preprocessing, num_classes
         self.accelerator = accelerator
         self.batch_size = max(1, min(256, PIXELS // preprocessing.size**2))
