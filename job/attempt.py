@@ -10,6 +10,7 @@ from job.console import say
 from job.errors import GammaslimError
 from job.lock import Lock
 from job.processes import on_main, world
+from job.run import check_writable
 from job.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Attempt:
         """
         start = None
         if not on_main(lambda: self.finished(record, base)):
+            on_main(lambda: check_writable(self.run.path))
             on_main(lambda: self.lock.acquire(say), interrupt=True)
             start = on_main(lambda: self.claim(record, base))
         self.saved = on_main(lambda: self.run.saved)

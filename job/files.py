@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -38,6 +39,10 @@ def is_file(path: Path) -> bool:
             return stat.S_ISREG(path.stat().st_mode)
         except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # links in a circle
+                return False
+            raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:

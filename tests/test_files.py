@@ -38,10 +38,16 @@ def test_a_folder_that_is_replaced_is_there_before_and_after(tmp_path: Path) -> 
     assert (tmp_path / "model" / "content").read_text() == "new"
 
 
+VALUES = {
+    "scores": {}, "metrics_size": 0, "round_seconds": 1.0, "run_seconds": 1.0, "processes": 1,
+    "seconds": 0.0, "best": None,
+}  # fmt: skip
+
+
 def keep(folder: Path, *places: tuple[int, int]) -> list[str]:
     """Save positions at (round, batch); the names that are kept, all of them whole."""
     for round_, batch in places:
-        save_position(folder, Position(round_, 0, batch, {}, {"w": torch.zeros(9)}))
+        save_position(folder, Position(round_, 0, batch, VALUES, {"w": torch.zeros(9)}))
     kept = sorted(folder.glob("[0-9]*"))
     assert all(len(list(path.iterdir())) == 3 for path in kept)
     return [path.name for path in kept]

@@ -270,8 +270,10 @@ def checkpoints(rng: random.Random) -> Iterator[tuple[str, Callable[[Path], obje
     yield "position of nothing", position(lambda values: values.clear())
     yield "position with more", position(lambda values: values.update(more=1))
     for key in ("scores", "metrics_size", "round_seconds", "run_seconds", "processes"):
-        yield (f"position without {key}",)
-        position(lambda values, key=key: values["values"].pop(key))  # type: ignore[misc]
+        yield (
+            f"position without {key}",
+            position(lambda values, key=key: values["values"].pop(key)),  # type: ignore[misc]
+        )
         yield (
             f"position's {key} odd",
             position(
