@@ -27,6 +27,7 @@ KEPT = 2
 # what a run goes on from besides the tensors
 _VALUES: dict[str, Any] = {
     "scores": dict,
+    "plan": dict,
     "metrics_size": int,
     "round_seconds": (int, float),
     "run_seconds": (int, float),

@@ -181,6 +181,13 @@ class Job:
         round_, first_step = len(self.entries), self.attempt.at[2]
         cost = network_cost(network, self.preprocessing.size)
         start, self.start = self.start, None
+        plan = {"layers": {name: kept.to_dict() for name, kept in card.layers.items()}}
+        plan["base"] = card.lineage.get("base_sha256", "")
+        if start and start.values["plan"] != plan:
+            raise DataError(
+                f"checkpoint {start.name} was cut from another model than {shown(self.run.path)} "
+                f"has in rounds/: restore that model, or remove the checkpoints to repeat the round"
+            )
         if start and start.epoch:  # there may be no epoch left that would say so
             step = first_step + start.epoch * len(self.trainer.sampler)
             self.attempt.at = (round_, start.epoch - 1, step)
@@ -195,6 +202,7 @@ class Job:
         def save(position: Position) -> None:
             def write() -> None:
                 position.values["scores"] = scores
+                position.values["plan"] = plan
                 position.values["metrics_size"] = self.run.metrics_size
                 position.values["round_seconds"] = time.perf_counter() - began
                 position.values["run_seconds"] = self.run.seconds

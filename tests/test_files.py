@@ -39,8 +39,8 @@ def test_a_folder_that_is_replaced_is_there_before_and_after(tmp_path: Path) -> 
 
 
 VALUES = {
-    "scores": {}, "metrics_size": 0, "round_seconds": 1.0, "run_seconds": 1.0, "processes": 1,
-    "seconds": 0.0, "best": None,
+    "scores": {}, "plan": {}, "metrics_size": 0, "round_seconds": 1.0, "run_seconds": 1.0,
+    "processes": 1, "seconds": 0.0, "best": None,
 }  # fmt: skip
 
 

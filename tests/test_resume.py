@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,65 @@ def test_a_request_stops_the_run_and_saves_its_position(
     again = gammaslim(*options(noise, output))  # a STOP that was left does not stop it again
     assert again.code == 0, again
     assert_same(output, undisturbed)
+
+
+STOPS = [
+    ("step", 2, 1), ("evaluation", 1, 1), ("evaluation", 4, 1), ("surgery", 1, 1),
+    ("proof of a cut", 1, 1), ("file write", 3, 1), ("metrics line", 3, 1), ("round saved", 1, 1),
+    ("W&B begins", 1, 1), ("step", 5, 2), ("evaluation", 2, 2), ("surgery", 1, 2),
+    ("proof of a cut", 1, 2), ("W&B begins", 1, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "passage", "processes"), STOPS)
+def test_a_request_is_honoured_wherever_it_comes(
+    noise: Path, undisturbed: Path, tmp_path: Path, place: str, passage: int, processes: int
+) -> None:
+    """Of two processes one is asked, and both stop."""
+    output, proof = tmp_path / "run", tmp_path / "proof"
+    env = {"KILL_SIGNAL": "SIGTERM", "KILL_RANK": "0" if "proof" in place else "1"}
+    start = (*TORCHRUN, processes) if processes > 1 else (sys.executable,)
+    if processes == 1 or place == "W&B begins":
+        env["KILL_RANK"] = "0"
+    stopped = run(*start, KILL_AT, place, passage, proof, *options(noise, output), env=env)
+    assert proof.read_text() == place
+    assert (stopped.code, "exitcode  : 75" in stopped.err) in {(75, False), (1, True)}, stopped
+    status = json.loads((output / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    again = gammaslim(*options(noise, output))
+    assert again.code == 0, again
+    if processes == 1:
+        assert_same(output, undisturbed)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_request_is_honoured_while_pictures_are_checked(tmp_path: Path, processes: int) -> None:
+    data = write_flat(
+        tmp_path / "data", {"training": 60, "validation": 2}
+    )  # minutes, a second each
+    start = (*TORCHRUN, processes) if processes > 1 else (sys.executable,)
+    args = ("prune", "--data", data, "--output", tmp_path / "run")
+    began = time.monotonic()
+    stopped = run(
+        *start, KILL_AT, "data check", 3, tmp_path / "proof", *args,
+        env={"KILL_SIGNAL": "SIGUSR1", "KILL_RANK": "0"},
+    )  # fmt: skip
+    assert (tmp_path / "proof").exists()
+    assert (stopped.code, "exitcode  : 75" in stopped.err) in {(75, False), (1, True)}, stopped
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_plan_is_refused(noise: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(sys.executable, KILL_AT, "step", 9, tmp_path / "proof", *options(noise, output))
+    other = tmp_path / "other"
+    assert gammaslim(*options(noise, other, "--seed", 5)).code == 0
+    card = json.loads((output / "rounds/00/model.json").read_text())
+    shutil.copy(other / "rounds/00/model.safetensors", output / "rounds/00/model.safetensors")
+    again = gammaslim(*options(noise, output))
+    assert again.code == 65, (again, card["lineage"])
+    assert "was cut from another model" in again.err
 
 
 def damage(path: Path, kind: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from wandb.proto import wandb_internal_pb2 as pb
 
-from conftest import gammaslim, write_flat
+from conftest import ROOT, gammaslim, run, write_flat, write_noise_idx
 from job.errors import GammaslimError
 from job.tracking import Tracker
 
@@ -97,6 +98,19 @@ def test_the_offline_run_holds_what_the_run_directory_does(finished_run: Path) -
     }
     assert summary["recommended"].startswith("rounds/")
     assert summary["valid_acc"] in [line["valid_acc"] for line in rounds]
+
+
+def test_a_stopped_run_is_marked_as_preempted(tmp_path: Path) -> None:
+    kill_at = ROOT / "tests" / "workers" / "kill_at.py"
+    data = write_noise_idx(tmp_path / "idx", 48, 20)
+    args = ("prune", "--data", data, "--output", tmp_path / "run", "--batch-size", 16)
+    proof, env = tmp_path / "proof", {"KILL_SIGNAL": "SIGTERM", "WANDB_MODE": "offline"}
+    done = run(sys.executable, kill_at, "step", 2, proof, *args, env=env)
+    assert done.code == 75, done
+    kinds = [record.WhichOneof("record_type") for record in records(tmp_path / "run")]
+    assert "preempting" in kinds
+    exit_code = next(r.exit.exit_code for r in records(tmp_path / "run") if r.HasField("exit"))
+    assert exit_code == 75
 
 
 def test_an_unreachable_server_costs_one_warning_and_thirty_seconds(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     python kill_at.py PLACE N PROOF prune …
 
 PROOF is a file that gets the place's name right before the kill. KILL_RANK in the environment kills
-one of several processes only.
+one of several processes only. KILL_SIGNAL=SIGTERM asks it to stop there instead.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import job.attempt
 import job.checkpoint
+import job.data
 import job.files
 import job.pipeline
 import job.run
@@ -32,7 +35,7 @@ def die() -> None:
     descriptor = os.open(proof, os.O_CREAT | os.O_WRONLY)
     os.write(descriptor, place.encode())
     os.fsync(descriptor)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), getattr(signal, os.environ.get("KILL_SIGNAL", "SIGKILL")))
 
 
 def due() -> bool:
@@ -102,7 +105,22 @@ def half_deleted() -> None:
     shutil.rmtree = killing  # type: ignore[assignment]
 
 
+def slow_check() -> None:
+    """Reading a picture takes long: there are as many as one wants."""
+    original = job.data.check_image
+
+    def checking(path: Path) -> tuple[int, int]:
+        time.sleep(1)
+        if due():
+            die()
+        return original(path)
+
+    job.data.check_image = checking
+
+
 PLACES = {
+    "data check": slow_check,
+    "W&B begins": lambda: before(job.attempt, "Tracker"),
     "step": lambda: after(job.training.fit._Round, "step"),
     "evaluation": in_evaluation,
     "surgery": lambda: before(job.pipeline, "narrowed"),
