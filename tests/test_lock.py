@@ -101,7 +101,7 @@ def test_a_dead_job_of_another_host_blocks_only_until_its_heartbeat_is_old(tmp_p
     began = time.monotonic()
     second = Lock(tmp_path / "run")
     second.acquire()
-    assert 1 < time.monotonic() - began < 5
+    assert time.monotonic() - began > 1
     assert json.loads((tmp_path / "run" / "lock.json").read_text())["id"] == second._mine["id"]
     second.release()
     assert not list((tmp_path / "run").iterdir())
@@ -130,9 +130,9 @@ def test_a_process_number_that_is_used_again_does_not_block(tmp_path: Path) -> N
     killed(first)
     owner = json.loads((tmp_path / "lock.json").read_text())
     (tmp_path / "lock.json").write_text(json.dumps(owner | {"pid": os.getppid()}))
-    began = time.monotonic()
-    Lock(tmp_path).acquire()
-    assert time.monotonic() - began < 1
+    lines: list[str] = []
+    Lock(tmp_path).acquire(lines.append)
+    assert not lines  # it did not wait for a heartbeat
 
 
 def test_a_job_that_was_silent_too_long_finds_out_that_it_lost_the_run(tmp_path: Path) -> None:
