@@ -11,15 +11,11 @@ from job.config import DEFAULT_BASE_EPOCHS, PruneConfig
 from job.launch import ensure_processes
 from job.launch import launch as run_launch
 from job.nodes import find_nodes, nodes_left_out
+from job.option_types import POSITIVE, SEED, Finite, ProcessCount, Target
 from job.options import (
     DEFAULTS,
-    POSITIVE,
-    SEED,
     Command,
-    Finite,
     Group,
-    ProcessCount,
-    Target,
     data_option,
     json_option,
     model_args,
