@@ -19,7 +19,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
 from job.errors import GammaslimError, StopRequest
-from job.signals import answered_at_once
+from job.signals import TOO_EARLY, answered_at_once, leave_now
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,8 +56,7 @@ class Agent(LocalElasticAgent):
         with self._starting:
             self.asked.append(number)
             if not self.pids:
-                os.write(2, b"Error: stopped by request before it began\n")
-                os._exit(StopRequest.exit_code)
+                leave_now()
             self._send(number)
         if self.asked.count(signal.SIGINT) > 1:
             time.sleep(FORCE)
@@ -122,7 +121,7 @@ def _exit_code(failures: list[ProcessFailure], asked: list[int]) -> int:
     stopped = {StopRequest.exit_code, -signal.SIGKILL, *(-number for number in asked)}
     if asked and all(failure.exitcode in stopped for failure in failures):
         if all(failure.exitcode < 0 for failure in failures):  # before they could say so
-            click.echo("Error: stopped by request before it began", err=True)
+            click.echo(f"Error: {TOO_EARLY}", err=True)
         return StopRequest.exit_code
 
     def order(failure: ProcessFailure) -> tuple[int, int]:

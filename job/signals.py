@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 FILE_INTERVAL = 1.0  # seconds between looks for the STOP file: shared storage is slow
 NOTHING, SAVE, STOP = range(3)
+TOO_EARLY = "stopped by request before it began"
 
 
 class _Requests:
@@ -110,12 +111,13 @@ def starting() -> Any:
 
     Nothing is there to be saved yet, and torch's initialisation takes no exception.
     """
-    return answered_at_once(_leave_now)
+    return answered_at_once(leave_now)
 
 
-def _leave_now(_number: int) -> None:
+def leave_now(_number: int = 0) -> None:
+    """End this process, which has nothing to save, from whatever thread."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"Error: stopped by request before it began\n")
+        os.write(2, f"Error: {TOO_EARLY}\n".encode())
     os._exit(StopRequest.exit_code)
 
 
@@ -164,17 +166,17 @@ class Watch:
         if not _Requests.asked and now - self._looked >= FILE_INTERVAL:
             self._looked = now
             found = self._identity()
-            _Requests.asked = found is not None and found != self._old
+            if found is not None and found != self._old:  # else a signal may have come meanwhile
+                _Requests.asked = True
         return _Requests.asked
 
     def poll(self) -> int:
         """NOTHING, SAVE (``save_every`` seconds have passed) or STOP, the same on every process."""
         from job.processes import is_main, world
 
-        answer = STOP if _Requests.asked else NOTHING
-        if is_main() and answer == NOTHING:
-            due = time.monotonic() - self._saved >= self.save_every
-            answer = STOP if self.asked() else SAVE if due else NOTHING
+        stop = self.asked() if is_main() else _Requests.asked
+        due = is_main() and time.monotonic() - self._saved >= self.save_every
+        answer = STOP if stop else SAVE if due else NOTHING
         if world() > 1:
             import torch
             import torch.distributed as dist

@@ -1,0 +1,42 @@
+"""Requests to stop: none is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from job import signals
+from job.signals import STOP, Watch
+
+
+@pytest.fixture(autouse=True)
+def _nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals._Requests, "asked", False)
+    monkeypatch.setattr(signals, "FILE_INTERVAL", 0.0)
+
+
+def test_a_signal_that_comes_while_the_file_is_looked_for_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(tmp_path / "STOP", 300)
+
+    def slow_storage(_: Watch) -> None:
+        signals._Requests.asked = True  # as the handler does
+
+    monkeypatch.setattr(Watch, "_identity", slow_storage)
+    assert watch.asked()
+    assert watch.poll() == STOP
+
+
+def test_an_old_file_is_no_request_and_a_new_one_is(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()
+    watch = Watch(tmp_path / "STOP", 300)
+    assert not watch.asked()
+    watch.forget_old_request()
+    assert not (tmp_path / "STOP").exists()
+    (tmp_path / "other").touch()
+    (tmp_path / "other").rename(tmp_path / "STOP")
+    watch.forget_old_request()
+    assert (tmp_path / "STOP").exists()
+    assert watch.poll() == STOP
