@@ -91,9 +91,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 def cannot(verb: str, path: str | os.PathLike[str], error: OSError) -> StorageError:
     """The StorageError (74) that names ``path``, what is wrong and what to do."""
     advice = "free some space" if error.errno in _FULL else "mend that"
-    reason = error.strerror or str(error)
+    why = error.strerror or str(error)
     return StorageError(
-        f"cannot {verb} {shown(path)}: {reason}; {advice} and run the same command again"
+        f"cannot {verb} {shown(path)}: {why}; {advice} and run the same command again"
     )
 
 

@@ -44,9 +44,10 @@ def ensure_processes() -> None:
     Without GPUs its simple launcher starts a single process whatever N is (accelerate 1.15), and
     every accuracy would come from a world of one. This process then becomes ``launch`` with N.
     """
-    if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        _end_with_parent()
-    if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    if "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return  # there is no launcher
+    _end_with_parent()
+    if "RANK" in os.environ:
         return
     count = _asked_of_accelerate(_parent_command())
     if count < 2:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import OutputError, shown, writing
+from job.files import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,12 +36,7 @@ class Lock:
         self.path = run / "lock.json"
         self.held = False
         self.lost = False  # another job has taken over: this one was silent for too long
-        self._mine = {
-            "id": str(uuid.uuid4().int),
-            "host": socket.gethostname(),
-            **_place(),
-            **_self(),
-        }
+        self._mine = {"id": str(uuid.uuid4().int), **_this_process()}  # digits, as tidy knows them
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -66,17 +62,14 @@ class Lock:
             with suppress(OSError):
                 self.path.unlink()
 
-    def _create(self, *, replace: bool = False) -> bool:
+    def _create(self) -> bool:
         """Put our own lock there in one piece; False when there is one."""
         temporary = self.path.with_name(f".{self.path.name}.{self._mine['id']}.tmp")
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 temporary.write_text(json.dumps(self._mine) + "\n")
-                if replace:
-                    temporary.replace(self.path)
-                else:
-                    _link(temporary, self.path)
+                _link(temporary, self.path)
             except FileExistsError:
                 return False
             finally:
@@ -98,7 +91,7 @@ class Lock:
                 f"{shown(self.path.parent)} is in use by process {owner.get('pid')} on "
                 f"{owner.get('host')}: wait for it or stop it, or choose another --output"
             )
-        self._create(replace=True)
+        write_json(self.path, self._mine)
         time.sleep(SETTLE)
         if self._owner().get("id") != self._mine["id"]:
             raise OutputError(
@@ -107,7 +100,7 @@ class Lock:
             )
 
     def _lives(self, owner: dict[str, Any], say: Callable[[str], None]) -> bool:
-        if all(owner.get(key) == value for key, value in _place().items()):
+        if all(owner.get(key) == self._mine[key] for key in ("boot", "processes")):
             return _start_time(owner.get("pid")) == owner.get("started")
         first = self._beat()
         if first is None:  # released just now
@@ -176,11 +169,15 @@ def _link(source: Path, target: Path) -> None:
             file.write(source.read_bytes())
 
 
-def _place() -> dict[str, str]:
-    """In which space of process numbers this process lives: boot and pid namespace."""
+def _this_process() -> dict[str, Any]:
+    """Who this process is, and in which space of process numbers: boot and pid namespace."""
+    host = socket.gethostname()
     return {
-        "boot": _text("/proc/sys/kernel/random/boot_id") or socket.gethostname(),
+        "host": host,
+        "boot": _text("/proc/sys/kernel/random/boot_id") or host,
         "processes": str(_namespace()),
+        "pid": os.getpid(),
+        "started": _start_time(os.getpid()),
     }
 
 
@@ -188,10 +185,6 @@ def _namespace() -> Path | None:
     with suppress(OSError):
         return Path("/proc/self/ns/pid").readlink()
     return None
-
-
-def _self() -> dict[str, Any]:
-    return {"pid": os.getpid(), "started": _start_time(os.getpid())}
 
 
 def _start_time(pid: Any) -> str | None:

@@ -67,7 +67,7 @@ class Command(click.Command):
         except GammaslimError as error:
             self._fail(ctx, error, debug)
         except RuntimeError as error:
-            if not _lost_others(error):
+            if not (processes := _processes()) or not processes.lost_others(error):
                 raise
             lost = GammaslimError(f"the other processes are gone: {error}")
             lost.late = True
@@ -104,20 +104,15 @@ def _has_the_word(error: GammaslimError) -> bool:
     return True
 
 
-def _lost_others(error: RuntimeError) -> bool:
-    if "job.processes" not in sys.modules:
-        return False
-    from job.processes import lost_others
-
-    return lost_others(error)
+def _processes() -> Any:
+    """The module that knows of other processes, or None: a command that is alone loads no torch."""
+    return sys.modules.get("job.processes")
 
 
 def _leave() -> None:
     ignore_requests()
-    if "job.processes" in sys.modules:
-        from job.processes import leave
-
-        leave()
+    if processes := _processes():
+        processes.leave()
 
 
 @contextmanager

@@ -75,8 +75,6 @@ def _mixed_precision(precision: str, cpu: bool) -> str:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched in ("bf16", "fp16"):
         return launched
-    if cpu and precision == "fp16":
-        raise UsageError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     if cpu:
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"

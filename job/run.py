@@ -87,7 +87,6 @@ class Run:
     def _create(
         self, config: PruneConfig, dataset: Mapping[str, Any], base: Mapping[str, Any]
     ) -> None:
-        check_writable(self.path)
         tables = {"prune": config.to_dict(), "dataset": dataset, "base": base}
         tables["versions"] = versions()
         try:
@@ -137,13 +136,9 @@ class Run:
         return path.stat().st_size if path.is_file() else 0
 
     def remove_unfinished(self) -> None:
-        """Clear away what a killed attempt left half done; then raise unless all can be written.
-
-        Raises OutputError or StorageError.
-        """
+        """Clear away what a killed attempt left half done; raises StorageError."""
         for place in (self.path, self.path / "rounds", self.path / "checkpoints"):
             tidy(place)
-        check_writable(self.path)
 
     def rewind_metrics(self, saved: int, size: int | None) -> None:
         """Drop the lines of metrics.jsonl that a resumed run will write again.

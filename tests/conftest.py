@@ -27,12 +27,16 @@ class Result:
         return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
 
+def clean_environ() -> dict[str, str]:
+    """The caller's environment without W&B's and Gammaslim's variables."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "GAMMASLIM_"))}
+
+
 def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> Result:
     """Run a command without W&B's and Gammaslim's variables of the caller."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "GAMMASLIM_"))}
     done = subprocess.run(
         [str(part) for part in command],
-        env={**clean, **(env or {})},
+        env={**clean_environ(), **(env or {})},
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -92,6 +92,14 @@ def running(output: Path, *command: object, env: dict[str, str] | None = None) -
                 continue
 
 
+@pytest.fixture
+def job(noise: Path, tmp_path: Path) -> Iterator[Running]:
+    """Two processes that train, started by our launcher."""
+    with running(tmp_path / "run", *LAUNCH, *options(noise, tmp_path / "run")) as started:
+        started.wait_until_it_trains()
+        yield started
+
+
 def gone(pids: list[int], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
@@ -121,26 +129,22 @@ def test_errors_keep_their_code_and_are_said_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "group", "STOP"])
-def test_a_stop_request_to_the_launcher_saves_and_ends_with_75(
-    noise: Path, tmp_path: Path, how: str
-) -> None:
-    with running(tmp_path / "run", *LAUNCH, *options(noise, tmp_path / "run")) as job:
-        job.wait_until_it_trains()
-        began = time.monotonic()
-        if how == "STOP":
-            (job.output / "STOP").touch()
-        elif how == "group":
-            for pid in (job.process.pid, *job.ranks().values()):
-                os.kill(pid, signal.SIGTERM)
-        else:
-            job.process.send_signal(getattr(signal, how))
-        code, out, err = job.end()
-        assert code == 75, (out, err)
-        assert time.monotonic() - began < 15
-        assert (job.status["state"], job.status["exit_code"]) == ("stopped", 75)
-        assert "2 processes" in out
-        assert len(err.splitlines()) == 1, err
-    assert not (tmp_path / "run" / "lock.json").exists()
+def test_a_stop_request_to_the_launcher_saves_and_ends_with_75(job: Running, how: str) -> None:
+    began = time.monotonic()
+    if how == "STOP":
+        (job.output / "STOP").touch()
+    elif how == "group":
+        for pid in (job.process.pid, *job.ranks().values()):
+            os.kill(pid, signal.SIGTERM)
+    else:
+        job.process.send_signal(getattr(signal, how))
+    code, out, err = job.end()
+    assert code == 75, (out, err)
+    assert time.monotonic() - began < 15
+    assert (job.status["state"], job.status["exit_code"]) == ("stopped", 75)
+    assert "2 processes" in out
+    assert len(err.splitlines()) == 1, err
+    assert not (job.output / "lock.json").exists()
 
 
 @pytest.mark.parametrize("delay", [0.2, 1.0, 2.0, 3.0])
@@ -158,43 +162,37 @@ def test_a_stop_request_before_the_first_step(noise: Path, tmp_path: Path, delay
         assert "Traceback" not in err
 
 
-def test_a_second_interrupt_stops_at_once(noise: Path, tmp_path: Path) -> None:
-    with running(tmp_path / "run", *LAUNCH, *options(noise, tmp_path / "run")) as job:
-        job.wait_until_it_trains()
-        job.process.send_signal(signal.SIGINT)
-        job.process.send_signal(signal.SIGINT)
-        code, _, err = job.end(15)
-        assert code == 75, err
+def test_a_second_interrupt_stops_at_once(job: Running) -> None:
+    job.process.send_signal(signal.SIGINT)
+    job.process.send_signal(signal.SIGINT)
+    code, _, err = job.end(15)
+    assert code == 75, err
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_dies_all_end_and_the_reason_comes_first(
-    noise: Path, tmp_path: Path, victim: int
+    job: Running, noise: Path, victim: int
 ) -> None:
-    with running(tmp_path / "run", *LAUNCH, *options(noise, tmp_path / "run")) as job:
-        job.wait_until_it_trains()
-        ranks = job.ranks()
-        os.kill(ranks[victim], signal.SIGKILL)
-        began = time.monotonic()
-        code, _, err = job.end()
-        assert code == 1
-        assert time.monotonic() - began < 60
-        assert err.splitlines()[0].startswith(f"Error: process {victim} of this node was killed")
-        assert gone(list(ranks.values()), 1)
-    with running(tmp_path / "run", *LAUNCH, *options(noise, tmp_path / "run")) as job:
+    ranks = job.ranks()
+    os.kill(ranks[victim], signal.SIGKILL)
+    began = time.monotonic()
+    code, _, err = job.end()
+    assert code == 1
+    assert time.monotonic() - began < 60
+    assert err.splitlines()[0].startswith(f"Error: process {victim} of this node was killed")
+    assert gone(list(ranks.values()), 1)
+    with running(job.output, *LAUNCH, *options(noise, job.output)) as again:
         time.sleep(5)
-        job.process.send_signal(signal.SIGTERM)
-        assert job.end()[0] == 75  # it is not locked by the dead one
+        again.process.send_signal(signal.SIGTERM)
+        assert again.end()[0] == 75  # it is not locked by the dead one
 
 
-def test_processes_whose_launcher_is_killed_save_and_stop(noise: Path, tmp_path: Path) -> None:
-    with running(tmp_path / "run", *LAUNCH, *options(noise, tmp_path / "run")) as job:
-        job.wait_until_it_trains()
-        ranks = job.ranks()
-        assert sorted(ranks) == [0, 1]
-        job.process.kill()
-        assert gone(list(ranks.values()), 15)
-        assert job.status["state"] == "stopped"
+def test_processes_whose_launcher_is_killed_save_and_stop(job: Running) -> None:
+    ranks = job.ranks()
+    assert sorted(ranks) == [0, 1]
+    job.process.kill()
+    assert gone(list(ranks.values()), 15)
+    assert job.status["state"] == "stopped"
 
 
 @pytest.mark.parametrize(

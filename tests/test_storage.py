@@ -20,7 +20,7 @@ import pytest
 from test_resume import TORCHRUN, assert_same, metrics
 from test_resume import options as resume_options
 
-from conftest import ROOT, Result, run, write_flat, write_noise_idx
+from conftest import ROOT, Result, clean_environ, run, write_flat, write_noise_idx
 from job.errors import StorageError
 from job.files import append_line
 
@@ -43,10 +43,9 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
     """Run ``gammaslim`` in a fork of a process that has imported it, with a fault or without."""
     output = tmp_path_factory.mktemp("streams") / "command"
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "GAMMASLIM_"))}
     server = subprocess.Popen(
         [sys.executable, FAULTS],
-        env={**clean, "OMP_NUM_THREADS": "1"},
+        env={**clean_environ(), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

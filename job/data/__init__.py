@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from job.cores import available_cores
 from job.data.dataset import ArraySplit, Dataset, FileSplit, Split
 from job.data.images import check_image, quiet
 from job.data.layout import open_builtin, open_folder
@@ -73,7 +73,7 @@ def _checked(split: FileSplit) -> Generator[tuple[int, int] | DataError]:
             return error
 
     # threads do: Pillow decodes outside the interpreter lock
-    pool = ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0))))
+    pool = ThreadPoolExecutor(min(16, available_cores()))
     try:
         with quiet():
             yield from pool.map(check, range(len(split)))

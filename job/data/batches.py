@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from job.cores import available_cores
 from job.data.dataset import ArraySplit, Split
 from job.data.table import Draw, epoch_table
 from job.data.transforms import center_arrays, small_arrays
@@ -144,7 +144,7 @@ def checked(batches: DataLoader[Any]) -> Iterator[Batch]:
 
 def default_workers(local_world: int, cuda: bool) -> int:
     """Loader processes for each rank: a core stays with the training process on a CPU."""
-    cores = len(os.sched_getaffinity(0)) // max(1, local_world)
+    cores = available_cores() // max(1, local_world)
     return max(1, min(8, cores if cuda else cores - 1))
 
 
