@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.cores import available_cores
-from job.signals import starting
+from job.signals import end_with_parent, starting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,9 @@ def ensure_processes() -> None:
     """
     if "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return  # there is no launcher
-    _end_with_parent()
+    # not every launcher passes signals on: accelerate's and torch's leave their processes running
+    # after a SIGUSR1 or SIGKILL
+    end_with_parent(signal.SIGTERM)
     if "RANK" in os.environ:
         return
     count = _asked_of_accelerate(_parent_command())
@@ -59,19 +61,6 @@ def ensure_processes() -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     launcher = [sys.executable, "-m", "job", "launch", f"--nproc={count}", "--nnodes=1", "--"]
     os.execv(sys.executable, [*launcher, *sys.argv[1:]])
-
-
-def _end_with_parent() -> None:
-    """Be asked to stop when the launcher dies: not every one passes signals on.
-
-    ``accelerate launch`` and torchrun leave their processes running after a SIGUSR1 or SIGKILL.
-    """
-    import ctypes
-
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
-    except AttributeError:  # not Linux
-        return
 
 
 def _parent_command() -> list[str]:

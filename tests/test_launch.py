@@ -147,6 +147,37 @@ def test_a_stop_request_to_the_launcher_saves_and_ends_with_75(job: Running, how
     assert not (job.output / "lock.json").exists()
 
 
+def loaders(job: Running) -> list[int]:
+    """Processes that read pictures for the job's ranks, and the servers that they come from."""
+    found, new = [], list(job.ranks().values())
+    while new:
+        paths = (Path(f"/proc/{pid}/task/{pid}/children") for pid in new)
+        new = [int(child) for path in paths for child in path.read_text().split()]
+        found += [pid for pid in new if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_loader_processes_outlive_a_request_but_not_the_job(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    data = write_flat(tmp_path / "data", {"training": 12, "validation": 6})
+    args = (*options(data, tmp_path / "run"), "--workers", 2)
+    with running(tmp_path / "run", *LAUNCH, *args) as job:
+        job.wait_until_it_trains()
+        processes = loaders(job)
+        assert len(processes) >= 2 * (1 + 2)  # of each rank: a server, two for training
+        for rank in job.ranks().values():
+            if number == signal.SIGTERM:
+                os.killpg(rank, number)  # as torch's agent does it
+            else:
+                os.kill(rank, number)
+        code, out, err = job.end()
+        assert code == (75 if number == signal.SIGTERM else 1), (out, err)
+        assert err.count("Error:") == 1, err
+        assert gone(processes, 10)
+
+
 @pytest.mark.parametrize("delay", [0.2, 1.0, 2.0, 3.0])
 def test_a_stop_request_before_the_first_step(noise: Path, tmp_path: Path, delay: float) -> None:
     with running(tmp_path / "run", *LAUNCH, *options(noise, tmp_path / "run")) as job:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from job.data.dataset import ArraySplit, Split
 from job.data.table import Draw, epoch_table
 from job.data.transforms import center_arrays, small_arrays
 from job.errors import DataError, StorageError
-from job.signals import ignore_requests
+from job.signals import end_with_parent, ignore_requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,9 +131,26 @@ def loader(pictures: Any, sampler: Any, *, workers: int, pin: bool) -> DataLoade
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=prepare_worker,
         prefetch_factor=4 if workers else None,
+        multiprocessing_context=_worker_server() if workers else None,
     )
+
+
+def _worker_server() -> Any:
+    """Where workers are forked from, see job.data.worker."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["job.data.worker"])
+    return context
+
+
+def prepare_worker(_worker: int = 0) -> None:
+    """For the server of loader processes, and for each of them: it outlives requests, not the job.
+
+    Launchers signal the whole process group, and a dead worker would kill the save.
+    """
+    ignore_requests()
+    end_with_parent(signal.SIGKILL)
 
 
 def checked(batches: DataLoader[Any]) -> Iterator[Batch]:
@@ -150,8 +169,3 @@ def default_workers(local_world: int, cuda: bool) -> int:
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def _ignore_stop_signals(_worker: int) -> None:
-    # launchers signal the whole process group, and a dead worker would kill the save
-    ignore_requests()

@@ -26,8 +26,6 @@ import job.training.evaluation
 import job.training.fit
 from job.__main__ import main
 
-place, count, proof = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-sys.argv = ["gammaslim", *sys.argv[4:]]
 passed = 0
 
 
@@ -136,5 +134,9 @@ PLACES = {
     "summary": lambda: before(job.run.Run, "summarise"),
     "old checkpoint": half_deleted,
 }
-PLACES[place]()
-main()
+
+if __name__ == "__main__":  # loader processes import this too
+    place, count, proof = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    sys.argv = ["gammaslim", *sys.argv[4:]]
+    PLACES[place]()
+    main()

@@ -19,8 +19,6 @@ from typing import Any
 import job.training.fit
 from job.__main__ import main
 
-file, last = Path(sys.argv[1]), int(sys.argv[2])
-sys.argv = ["gammaslim", *sys.argv[3:]]
 original = job.training.fit._Round.step
 steps = 0
 
@@ -39,5 +37,8 @@ def recording(self: Any, images: Any, labels: Any, size: int, number: int) -> No
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-job.training.fit._Round.step = recording  # type: ignore[method-assign]
-main()
+if __name__ == "__main__":  # loader processes import this too
+    file, last = Path(sys.argv[1]), int(sys.argv[2])
+    sys.argv = ["gammaslim", *sys.argv[3:]]
+    job.training.fit._Round.step = recording  # type: ignore[method-assign]
+    main()
