@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from job.artifact import load as load
+    from job.slimming.api import slim as slim
 
-__all__ = ["load"]
+__all__ = ["load", "slim"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> Any:
         from job.artifact import load
 
         return load
+    if name == "slim":
+        from job.slimming.api import slim
+
+        return slim
     raise AttributeError(f"module 'job' has no attribute {name!r}")

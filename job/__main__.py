@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
+from pathlib import Path
+
 
 def main() -> None:
     """Run the command line; exits with a documented code."""
     from job.cli import gammaslim
 
+    with suppress(OSError):  # the script finds --model module:factory here too, as `python -m` does
+        here = str(Path.cwd())
+        if here not in sys.path and not sys.flags.safe_path:
+            sys.path.append(here)
     gammaslim(prog_name="gammaslim")
 
 

@@ -15,9 +15,10 @@ from safetensors.torch import save as safetensors_bytes
 from job.data.transforms import Preprocessing
 from job.errors import DataError, GammaslimError, InputNotFound, shown, writing
 from job.files import is_file, new_directory
-from job.models import MAX_SIZE, MIN_SIZE, build
+from job.models import MAX_SIZE, build
 from job.models.weights import load_state, read_state
 from job.reading import read_json
+from job.slimming.engine import Base
 from job.slimming.plan import LayerChannels, Layers, compose
 from job.slimming.surgery import narrowed
 from job.versions import versions
@@ -33,7 +34,8 @@ RECOMMENDED = r"rounds/[0-9]{2,4}"  # a summary's word for its model
 class ModelCard:
     """All that is known of a network but its weights.
 
-    ``layers`` holds the channels kept, as indices into the base network.
+    ``layers`` holds the channels kept, as indices into the base network; ``base`` what that one had
+    and cost, which fractions are of.
     """
 
     model: str
@@ -45,11 +47,16 @@ class ModelCard:
     layers: Layers = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
+    base: Base | None = None
 
     def build(self) -> nn.Module:
-        """The network of this card with fresh weights; torch's random state is left alone."""
+        """The network of this card with fresh weights; torch's random state is left alone.
+
+        The module of a ``module:factory`` must be importable. Raises UsageError.
+        """
         with torch.random.fork_rng(devices=[]):
-            return narrowed(build(self.model, self.num_classes, self.args), self.layers)
+            base = build(self.model, self.num_classes, self.args, from_card=True)
+        return narrowed(base, self.layers)
 
     def cut(self, layers: Layers, width: float) -> ModelCard:
         """The card after ``layers`` (indices into the present network) are cut."""
@@ -71,6 +78,7 @@ def save_model(folder: Path, network: nn.Module, card: ModelCard) -> None:
         "input": card.preprocessing.to_dict(),
         "metrics": card.metrics,
         "lineage": card.lineage,
+        "base": card.base.to_dict() if card.base else None,
         "versions": versions(),
     }
     with new_directory(folder) as temporary, writing(folder):
@@ -110,6 +118,7 @@ def read_card(folder: Path) -> ModelCard:
             layers={k: LayerChannels.from_dict(v) for k, v in content["layers"].items()},
             metrics=dict(content["metrics"]),
             lineage=dict(content["lineage"]),
+            base=Base.from_dict(content["base"]) if content.get("base") else None,
         )
         _check_card(card)
     except DataError as error:
@@ -125,7 +134,7 @@ def _check_card(card: ModelCard) -> None:
         raise DataError(f"{len(card.class_names)} class names for {card.num_classes} classes")
     if not (math.isfinite(card.width) and card.width > 0):
         raise DataError(f"a width of {card.width}")
-    if not MIN_SIZE <= card.preprocessing.size <= MAX_SIZE:
+    if card.preprocessing.size > MAX_SIZE:
         raise DataError(f"inputs of {card.preprocessing.size} pixels")
 
 

@@ -7,15 +7,17 @@ from typing import Any
 
 import click
 
-from job.config import DEFAULT_BASE_EPOCHS, PruneConfig
+from job.config import DEFAULT_BASE_EPOCHS, DEFAULT_SPARSITY, PruneConfig
 from job.launch import ensure_processes
 from job.launch import launch as run_launch
 from job.nodes import find_nodes, nodes_left_out
-from job.option_types import POSITIVE, SEED, Finite, ProcessCount, Target
+from job.option_types import POSITIVE, SEED, Finite, ProcessCount
 from job.options import (
     DEFAULTS,
+    MODELS,
     Command,
     Group,
+    cutting,
     data_option,
     json_option,
     model_args,
@@ -53,7 +55,7 @@ def gammaslim() -> None:
     default=DEFAULTS.resume,
     help="Go on with the run in the folder: if there is one, never, or it must be there.",
 )
-@option("--model", default=DEFAULTS.model, help="The network: student.")
+@option("--model", default=DEFAULTS.model, help=MODELS)
 @model_args
 @option("--weights", metavar="FILE", help="State dict: .safetensors, .pt, .pth or .bin.")
 @num_classes
@@ -78,14 +80,59 @@ def gammaslim() -> None:
 @option("--lr", type=Finite(0, min_open=True), default=DEFAULTS.lr)
 @option("--weight-decay", type=Finite(0), default=DEFAULTS.weight_decay)
 @option("--schedule", type=click.Choice(["constant", "cosine", "step"]), default=DEFAULTS.schedule)
-@option("--policy", type=click.Choice(["uniform"]), default=DEFAULTS.policy)
-@option("--importance", type=click.Choice(["gamma"]), default=DEFAULTS.importance)
-@option("--compensate", type=click.Choice(["none"]), default=DEFAULTS.compensate)
+@cutting(DEFAULTS.policy, None)
+@option(
+    "--compensate",
+    type=click.Choice(["none", "beta", "mean", "regress"]),
+    default=DEFAULTS.compensate,
+    help="What stands in for the channels that are cut.",
+)
+@option(
+    "--recalibrate",
+    metavar="N",
+    type=click.IntRange(0),
+    default=DEFAULTS.recalibrate,
+    help="Batches that BatchNorm's statistics are taken from after a cut.",
+)
 @option(
     "--batchnorm",
     type=click.Choice(["sync", "local"]),
     default=DEFAULTS.batchnorm,
     help="Statistics of the global batch, or of each process's part.",
+)
+@option(
+    "--sparsity",
+    type=click.Choice(["none", "l1", "polarize"]),
+    default=DEFAULTS.sparsity,
+    help="Penalty on γ in the last epochs of the base.",
+)
+@option(
+    "--sparsity-weight",
+    metavar="λ",
+    type=Finite(0, min_open=True),
+    help=f"Weight of that penalty; default: {DEFAULT_SPARSITY:g}.",
+)
+@option(
+    "--sparsity-epochs",
+    type=click.IntRange(0),
+    default=DEFAULTS.sparsity_epochs,
+    help="Epochs with the penalty, after those of base training.",
+)
+@option(
+    "--distill-alpha",
+    type=Finite(0, 1),
+    default=DEFAULTS.distill_alpha,
+    help="Weight of the teacher's outputs; the labels have the rest.",
+)
+@option(
+    "--distill-temperature", type=Finite(0, min_open=True), default=DEFAULTS.distill_temperature
+)
+@option("--teacher", metavar="MODEL", help="Run, round or model folder; default: the base.")
+@option(
+    "--max-drop",
+    metavar="POINTS",
+    type=Finite(0, 100),
+    help="Points of accuracy that a round may lose; the first that loses more is the last.",
 )
 @running
 @option("--seed", type=SEED, default=DEFAULTS.seed)
@@ -200,23 +247,32 @@ def inspect(json: bool, **options: Any) -> None:
 @gammaslim.command(cls=Command)
 @model_options
 @click.option("--output", metavar="DIR", required=True, help="Model folder to write.")
-@option("--policy", type=click.Choice(["uniform"]), default=DEFAULTS.policy)
-@option("--target", type=Target(), default="width=0.95", help="What to cut to: width=VALUE.")
-def slim(output: str, policy: str, target: float, **options: Any) -> None:
+@cutting(None, "channels=0.5", data_free=True)
+@option("--seed", type=SEED, default=DEFAULTS.seed)
+def slim(output: str, **options: Any) -> None:
     """Cut MODEL once, without training, and save the slim model."""
+    model = _model(options)
     with starting():
         from job.commands import cut
 
-    cut.slim(_model(options), output, target)
+    cut.slim(model, output, **options)
 
 
 @gammaslim.command(cls=Command)
 @model_options
-@option("--format", type=click.Choice(["state-dict"]), default="state-dict")
+@option(
+    "--format",
+    type=click.Choice(["state-dict", "onnx", "torch-export"]),
+    default="state-dict",
+)
 @click.option("--output", metavar="FILE", required=True, help="File to write.")
 def export(format: str, output: str, **options: Any) -> None:
-    """Write MODEL for other programs; a state dict loads into StudentNet(width_mult=…)."""
+    """Write MODEL for other programs: a state dict, ONNX, or an exported program of torch.
+
+    StudentNet's state dict loads into the homework's StudentNet(width_mult=…). ONNX needs the extra
+    gammaslim[onnx]; a .pt2 of torch-export is loaded by torch.export.load without any other code.
+    """
     with starting():
         from job.commands import cut
 
-    cut.export(_model(options), output)
+    cut.export(_model(options), output, format)

@@ -20,7 +20,8 @@ HARMLESS = frozenset(
         "data",
         "output",
         "resume",
-        "weights",
+        "weights",  # their content is compared in place of the path, as the teacher's is
+        "teacher",
         "workers",
         "wandb",
         "wandb_project",
@@ -41,7 +42,7 @@ class PruneConfig:
     transform: str = "auto"
     image_size: int | None = None
     model: str = "student"
-    model_arg: tuple[tuple[str, int | float | str], ...] = ()
+    model_arg: tuple[tuple[str, int | float | bool | str], ...] = ()
     weights: str | None = None
     num_classes: int | None = None
     base_epochs: int | None = None
@@ -54,9 +55,20 @@ class PruneConfig:
     weight_decay: float = 0.01
     schedule: str = "cosine"
     policy: str = "uniform"
+    target: str | None = None
+    round_to: int = 1
+    min_keep: float = 0.1
     importance: str = "gamma"
     compensate: str = "none"
+    recalibrate: int = 0
     batchnorm: str = "sync"
+    sparsity: str = "none"
+    sparsity_weight: float | None = None
+    sparsity_epochs: int = 0
+    distill_alpha: float = 0.0
+    distill_temperature: float = 4.0
+    teacher: str | None = None
+    max_drop: float | None = None
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
@@ -68,9 +80,19 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         """Raise UsageError where options contradict each other."""
-        for name in ("data", "output", "weights"):
+        for name in ("data", "output", "weights", "teacher"):
             if getattr(self, name) == "":  # as from a shell variable that is not set
                 raise UsageError(f"--{name} is empty: give a path, or leave the option out")
+        if self.sparsity != "none" and not self.sparsity_epochs:
+            raise UsageError(
+                f"--sparsity {self.sparsity} acts in epochs of its own: say how many, as in "
+                "--sparsity-epochs 10"
+            )
+        if self.sparsity == "none" and (self.sparsity_epochs or self.sparsity_weight is not None):
+            option = "epochs" if self.sparsity_epochs else "weight"
+            raise UsageError(f"--sparsity-{option} needs --sparsity l1 or --sparsity polarize")
+        if self.teacher and not self.distill_alpha:
+            raise UsageError("--teacher is not asked without --distill-alpha, as 0.9")
 
     @property
     def first_epochs(self) -> int:
@@ -78,6 +100,11 @@ class PruneConfig:
         if self.base_epochs is not None:
             return self.base_epochs
         return 0 if self.weights else DEFAULT_BASE_EPOCHS
+
+    @property
+    def sparsity_strength(self) -> float:
+        """λ: how hard sparsity pulls on γ, in units of the loss."""
+        return DEFAULT_SPARSITY if self.sparsity_weight is None else self.sparsity_weight
 
     @property
     def args(self) -> dict[str, Any]:
@@ -91,6 +118,7 @@ class PruneConfig:
 
 
 DEFAULT_BASE_EPOCHS = 12
+DEFAULT_SPARSITY = 1e-4  # Liu et al. 2017, for VGG
 
 
 def read_toml(source: str, command: str, options: Iterable[str]) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from job.errors import UsageError
+from job.slimming.budget import Budget
+
 POSITIVE = click.IntRange(1)
 SEED = click.IntRange(0, 2**63 - 1)
 
@@ -35,11 +38,11 @@ class ProcessCount(click.ParamType):  # type: ignore[type-arg]
 
 
 class KeyValue(click.ParamType):  # type: ignore[type-arg]
-    """``K=V``, the value as an int or a float where it is one."""
+    """``K=V``, the value as an int, a float, true or false where it is one."""
 
     name = "K=V"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, int | float | str]:
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, int | float | bool | str]:
         """Split and convert; fails without ``=``."""
         if isinstance(value, tuple):
             return value
@@ -51,19 +54,18 @@ class KeyValue(click.ParamType):  # type: ignore[type-arg]
                 return key, kind(text)
             except ValueError:
                 continue
-        return key, text
+        return key, {"true": True, "false": False}.get(text.lower(), text)
 
 
 class Target(click.ParamType):  # type: ignore[type-arg]
-    """``width=V``: what to cut to."""
+    """``METRIC=VALUE``: what to cut to, as job.slimming.budget reads it."""
 
     name = "METRIC=VALUE"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        """The width as a float in (0, 1]."""
-        if isinstance(value, float):
-            return value
-        metric, _, text = str(value).partition("=")
-        if metric != "width":
-            self.fail(f"{value!r} is not of the form width=VALUE", param, ctx)
-        return float(Finite(0, 1, min_open=True)(text, param, ctx))
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """The text, once it is known to be a target."""
+        try:
+            Budget.parse(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)

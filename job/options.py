@@ -24,7 +24,7 @@ from job.errors import (
     printable,
     shown,
 )
-from job.option_types import POSITIVE, SEED, KeyValue
+from job.option_types import POSITIVE, SEED, Finite, KeyValue, Target
 from job.signals import ignore_requests, listen
 
 if TYPE_CHECKING:
@@ -213,7 +213,11 @@ model_args = option(
     "--model-arg",
     type=KeyValue(),
     multiple=True,
-    help="An argument of the network, as width_mult=0.95.",
+    help="An argument of the network, as width_mult=0.95 or aux_logits=true.",
+)
+MODELS = (
+    "The network: student, vgg19-cifar, resnet164-cifar, densenet40-cifar, a torchvision "
+    "classification name, or your own, module:factory."
 )
 num_classes = option("--num-classes", type=POSITIVE, help="Default: as in the data or weights.")
 preprocessing = options_of(
@@ -243,7 +247,7 @@ data_option = option(
 )
 model_options = options_of(
     click.argument("path", metavar="MODEL"),
-    option("--model", help="The network, where MODEL is a weights file: student."),
+    option("--model", help=f"Where MODEL is a weights file. {MODELS}"),
     model_args,
     num_classes,
     preprocessing,
@@ -262,3 +266,43 @@ def scoring(split: str) -> Callable[[Any], Any]:
         running,
         option("--seed", type=SEED, help=held_out),
     )
+
+
+def cutting(
+    policy: str | None, target: str | None, *, data_free: bool = False
+) -> Callable[[Any], Any]:
+    """How to cut; with ``data_free``, only by what needs no pictures."""
+    by_target = "" if policy else " Default: uniform to a width, else global."
+    importances = ["gamma", "l2", "random"]
+    wide = "rate a round" if target is None else target
+    return options_of(
+        option(
+            "--policy",
+            type=click.Choice(["uniform", "global"]),
+            default=policy,
+            help="The same fraction of each group of channels, or one threshold over all."
+            + by_target,
+        ),
+        option(
+            "--target",
+            type=Target(),
+            default=target,
+            help=f"What to leave: width, channels, params, macs or bytes = a fraction (at most 1) "
+            f"or a number; default: {wide}.",
+            show_default=False,
+        ),
+        option(
+            "--round-to", type=POSITIVE, default=DEFAULTS.round_to,
+            help="Keep a multiple of this many channels of a group.",
+        ),
+        option(
+            "--min-keep", type=Finite(0, 1), default=DEFAULTS.min_keep,
+            help="Fraction of a group that the global policy always keeps.",
+        ),
+        option(
+            "--importance",
+            type=click.Choice(importances if data_free else [*importances, "refit", "taylor"]),
+            default=DEFAULTS.importance,
+            help="What ranks channels.",
+        ),
+    )  # fmt: skip

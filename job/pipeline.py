@@ -13,6 +13,7 @@ import torch
 from job.attempt import Attempt
 from job.checkpoint import Position, save_position
 from job.console import epoch_line, progress, rounds_table, say
+from job.cut import cut, cut_before, ranking_norms
 from job.data.batches import default_workers
 from job.errors import DataError, StopRequest, exit_code, shown
 from job.preparation import (
@@ -23,25 +24,25 @@ from job.preparation import (
     dry_run,
     planned_rounds,
     prepare_data,
+    teacher_network,
 )
 from job.processes import (
     accelerator_name,
-    check_same,
     digest,
     is_main,
     local_world,
     on_main,
     start,
 )
-from job.run import Run
+from job.run import Run, drop
 from job.signals import Watch, deferred
 from job.slimming.cost import Cost, layer_costs, network_cost
-from job.slimming.plan import uniform_plan
-from job.slimming.surgery import narrowed
-from job.slimming.verification import verify
 from job.tracking import gammas
+from job.training.calibration import Calibration
+from job.training.distillation import distillation
 from job.training.evaluation import Evaluator
 from job.training.fit import EpochResult, Trainer
+from job.training.sparsity import forecast
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from job.artifact import ModelCard
     from job.config import PruneConfig
     from job.data import Dataset, Preprocessing
+    from job.training.distillation import Distillation
 
 
 def prune(config: PruneConfig) -> None:
@@ -63,18 +65,23 @@ def prune(config: PruneConfig) -> None:
         torch.manual_seed(config.seed)
         network, card = on_main(lambda: base_network(config, data, preprocessing), interrupt=True)
         planned = on_main(lambda: planned_rounds(config, network, card), interrupt=True)
+        teacher = on_main(lambda: teacher_network(config, card), interrupt=True)
+        origin = base_record(config, card, teacher)
         if config.dry_run:
-            origin = base_record(config, card)
             on_main(lambda: Run(output).check(config, dataset_record(data), origin))
             return dry_run(config, planned, output)
         watch.check()
         attempt = Attempt(config, Run(output), watch)
         job = Job(config, accelerator, data, preprocessing, attempt)
         try:
-            job.begin(base_record(config, card))
+            job.begin(origin)
+            job.learn_from(teacher)
             network, card = job.base(network, card)
+            job.learn_from(teacher or network)
             for _ in range(config.rounds):
                 network, card = job.round(network, card)
+                if job.fallen():
+                    break
             job.finish()
         except (KeyboardInterrupt, StopRequest):
             done = attempt.abandon("stopped", StopRequest.exit_code)
@@ -105,6 +112,7 @@ class Job:
         self.run, self.watch = attempt.run, attempt.watch
         self.start: Position | None = None  # where an earlier attempt stood within a round
         self.entries: list[dict[str, Any]] = []  # of the base and of each round
+        self.distillation: Distillation | None = None
 
     def begin(self, base: dict[str, Any]) -> None:
         """Open or create the run directory, the loaders and the W&B run."""
@@ -118,15 +126,26 @@ class Job:
         classes = self.config.num_classes or len(self.data.class_names)
         shared = (self.preprocessing, self.accelerator, workers)
         self.evaluator = Evaluator(self.data.splits["validation"], classes, *shared)
-        self.trainer = Trainer(self.data.splits["training"], self.evaluator, self.config, *shared)
+        training = self.data.splits["training"]
+        self.trainer = Trainer(training, self.evaluator, self.config, *shared)
+        self.calibration = Calibration(training, *shared, self.config.seed, self.watch)
+
+    def learn_from(self, teacher: nn.Module | None) -> None:
+        """Distil from ``teacher`` from now on, where --distill-alpha asks for it."""
+        if teacher and self.config.distill_alpha and not self.distillation:
+            weights = self.config.distill_alpha, self.config.distill_temperature
+            self.distillation = distillation(teacher, *weights, self.accelerator)
 
     def base(self, network: nn.Module, card: ModelCard) -> tuple[nn.Module, ModelCard]:
         """Round 0: train the base network, or take it as its weights are."""
         if self.attempt.saved:
             return self.restore()
         began = self.began()
-        if self.config.first_epochs:
-            best = self.fit(network, card, self.config.first_epochs, {}, began)
+        sparse = self.config.sparsity_epochs
+        if sparse:
+            say(forecast(self.config, sparse, sparse * len(self.trainer.sampler)))
+        if self.config.first_epochs + sparse:
+            best = self.fit(network, card, self.config.first_epochs, {}, began, sparse)
             scores = _best_scores(best)
         else:
             valid = self.evaluator(network, watch=self.watch)
@@ -142,32 +161,23 @@ class Job:
             return self.restore()
         began = self.began()
         self.watch.check()
-        narrow, card, error = self.slim(network, card)
         if self.start:
+            narrow, card = cut_before(network, card, self.start, self.run.path)
             scores = self.start.values["scores"]
         else:
+            shared = (self.config, self.accelerator.device, self.calibration)
+            narrow, card, error = cut(network, card, len(self.entries), *shared)
             pruned = self.evaluator(narrow, watch=self.watch)
             scores = {"valid_acc_pruned": pruned.accuracy}
-            cut = {"width": card.width, **scores, "valid_loss_pruned": pruned.loss}
-            self.attempt.log(
-                "slim", {"round": len(self.entries), **cut, "verification_error": error}
-            )
+            known = {"round": len(self.entries), "width": card.width, **scores}
+            more = {"valid_loss_pruned": pruned.loss, "verification_error": error}
+            self.attempt.log("slim", known | more)
         best = self.fit(narrow, card, self.config.epochs, scores, began)
         return self.keep(narrow, card, scores | _best_scores(best), began, wide=network)
 
     def began(self) -> float:
         """When the round that begins now began, as if no attempt had been interrupted."""
         return time.perf_counter() - (self.start.values["round_seconds"] if self.start else 0)
-
-    def slim(self, network: nn.Module, card: ModelCard) -> tuple[nn.Module, ModelCard, float]:
-        """Decide on the main process, cut on every one, prove it; returns the proof's error too."""
-        width = card.width * self.config.rate
-        plan = on_main(lambda: uniform_plan(network.cpu(), width))
-        narrow = narrowed(network.cpu(), plan.layers)
-        check_same(digest(narrow.state_dict()), "the slimmed network")
-        size = self.preprocessing.size
-        error = on_main(lambda: verify(network, narrow, plan, size), interrupt=True)
-        return narrow, card.cut(plan.layers, width), error
 
     def fit(
         self,
@@ -176,18 +186,18 @@ class Job:
         epochs: int,
         scores: dict[str, Any],
         began: float,
+        sparse_epochs: int = 0,
     ) -> EpochResult:
-        """Train ``network`` for ``epochs``; it keeps the best epoch's weights."""
+        """Train ``network`` for ``epochs``; it keeps the best epoch's weights.
+
+        After ``sparse_epochs`` more with a pull on γ it keeps the last one's.
+        """
         round_, first_step = len(self.entries), self.attempt.at[2]
+        ranking = on_main(lambda: ranking_norms(network, self.preprocessing.size, sparse_epochs))
         cost = network_cost(network, self.preprocessing.size)
         start, self.start = self.start, None
-        plan = {"layers": {name: kept.to_dict() for name, kept in card.layers.items()}}
-        plan["base"] = card.lineage.get("base_sha256", "")
-        if start and start.values["plan"] != plan:
-            raise DataError(
-                f"checkpoint {start.name} was cut from another model than {shown(self.run.path)} "
-                f"has in rounds/: restore that model, or remove the checkpoints to repeat the round"
-            )
+        plan: dict[str, Any] = {"wide": card.lineage.get("wide_sha256", ""), "width": card.width}
+        plan["layers"] = {name: kept.to_dict() for name, kept in card.layers.items()}
         if start and start.epoch:  # there may be no epoch left that would say so
             step = first_step + start.epoch * len(self.trainer.sampler)
             self.attempt.at = (round_, start.epoch - 1, step)
@@ -198,6 +208,9 @@ class Job:
             values = {**result.to_dict(), "width": card.width}
             self.attempt.log("epoch", values | {"params": cost.params, "macs": cost.macs})
             self.attempt.status("running", None)
+
+        def on_gamma(when: str, epoch: int, histogram: dict[str, Any]) -> None:
+            self.attempt.log("gamma", {"round": round_, "epoch": epoch, "when": when, **histogram})
 
         def save(position: Position) -> None:
             def write() -> None:
@@ -212,8 +225,10 @@ class Job:
 
         bar = progress(f"round {round_}")
         return self.trainer.fit(
-            network, round_, epochs, first_step, on_epoch, bar,
-            watch=self.watch, save=save, start=start,
+            network, round_, epochs + sparse_epochs, first_step, on_epoch, bar,
+            watch=self.watch, save=save, start=start, sparse_epochs=sparse_epochs,
+            gamma_names=ranking,
+            on_gamma=on_gamma, distillation=self.distillation,
         )  # fmt: skip
 
     def keep(
@@ -237,7 +252,7 @@ class Job:
         self.attempt.write(lambda: self.run.save_round(round_, network, card))
         self.entries.append(entry)
         self.attempt.log("round", entry)
-        self.attempt.write(lambda: self.run.summarise(self.entries, "running"))
+        self.summarise("running")
         if self.attempt.tracker:
             layers = layer_costs(network, self.preprocessing.size)
             self.attempt.tracker.log_round(
@@ -260,11 +275,28 @@ class Job:
         on_main(complete_metrics)
         return network, card
 
+    def fallen(self) -> bool:
+        """Whether the last round lost more than --max-drop, and says so: it is the last then."""
+        limit, lost = self.config.max_drop, drop(self.entries, self.entries[-1])
+        if limit is None or lost <= limit:
+            return False
+        round_ = len(self.entries) - 1
+        say(
+            f"round {round_} is {lost:.2f} points below the base, more than --max-drop {limit:g}: "
+            f"no further rounds"
+        )
+        return True
+
+    def summarise(self, state: str) -> dict[str, Any]:
+        """Write the summary of what there is so far."""
+        limit = self.config.max_drop
+        return self.attempt.write(lambda: self.run.summarise(self.entries, state, limit))
+
     def finish(self) -> None:
         """Write the final summary and show the table of rounds."""
         summary = on_main(self.run.finished_summary)
         if not summary:
-            summary = self.attempt.write(lambda: self.run.summarise(self.entries, "finished"))
+            summary = self.summarise("finished")
         if on_main(lambda: self.run.state) != "finished":  # a full disk may have kept it out
             self.attempt.status("finished", 0)
         if self.attempt.tracker:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.artifact import ModelCard
+from job.artifact import ModelCard, find_model, load_model
 from job.console import progress, rounds_table, say
+from job.cut import base_of, plan_round
 from job.data import Dataset, check_pictures, default_preprocessing, open_data
 from job.data.dataset import with_validation
 from job.data.layout import SPLIT_NAMES
-from job.errors import StorageError, UsageError, shown
-from job.models import MAX_SIZE, MIN_SIZE, build
+from job.errors import DataError, InputNotFound, StorageError, UsageError, shown
+from job.files import is_file
+from job.models import build, nominal_width
+from job.models.sizes import check_memory, check_size
 from job.models.weights import load_state, read_state
 from job.processes import digest, on_main
 from job.run import check_writable
-from job.slimming.cost import network_cost
-from job.slimming.plan import uniform_plan
 from job.slimming.surgery import narrowed
 
 if TYPE_CHECKING:
@@ -60,17 +62,9 @@ def prepare_data(
         return data, default_preprocessing(config.transform, config.image_size, largest)
 
     data, preprocessing = on_main(prepare, interrupt=True)
-    check_size(preprocessing.size)
+    check_memory(preprocessing.size)
     say(describe(data, preprocessing))
     return data, preprocessing
-
-
-def check_size(size: int) -> None:
-    """Raise UsageError when pictures are too small for the network, or for any memory too large."""
-    if size > MAX_SIZE:
-        raise UsageError(f"--image-size {size} is too large: at most {MAX_SIZE}")
-    if size < MIN_SIZE:
-        raise UsageError(f"--image-size {size} is too small for the network: at least {MIN_SIZE}")
 
 
 def describe(data: Dataset, preprocessing: Preprocessing) -> str:
@@ -97,12 +91,43 @@ def dataset_record(data: Dataset) -> dict[str, Any]:
     return record | {"skipped": skipped, "fingerprint": data.fingerprint(SPLITS)}
 
 
-def base_record(config: PruneConfig, card: ModelCard) -> dict[str, Any]:
+def base_record(
+    config: PruneConfig, card: ModelCard, teacher: nn.Module | None = None
+) -> dict[str, Any]:
     """What the base comes from, as config.toml names it: a run is resumed from the same only."""
-    return {
+    record = {
         "weights_sha256": card.lineage.get("base_sha256", ""),
         "epochs": config.first_epochs,
     }
+    if teacher:
+        record["teacher_sha256"] = digest(teacher.state_dict())
+    return record
+
+
+def teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | None:
+    """The network of ``--teacher`` in eval mode; None where there is no such option.
+
+    Raises InputNotFound, or DataError unless it takes the inputs and has the classes of ``card``.
+    """
+    if config.teacher is None:
+        return None
+    name, path = f"--teacher {shown(config.teacher)}", Path(config.teacher)
+    if not any(is_file(path / file) for file in ("model.json", "summary.json")):
+        raise InputNotFound(f"{name} is no run, round or model folder")
+    network, theirs = load_model(find_model(path))
+    if theirs.num_classes != card.num_classes:
+        raise DataError(f"{name} has {theirs.num_classes} classes, this run {card.num_classes}")
+    if theirs.class_names and card.class_names and theirs.class_names != card.class_names:
+        pairs = zip(theirs.class_names, card.class_names, strict=True)
+        number, (one, other) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+        raise DataError(f"{name} calls class {number} {shown(one)}, this run {shown(other)}")
+    took, given = theirs.preprocessing, card.preprocessing
+    if (took.size, took.mean, took.std) != (given.size, given.mean, given.std):
+        raise DataError(
+            f"{name} takes {took.size} pixels as {took.preset} gives them, this run has "
+            f"{given.size} as {given.preset}: choose --image-size and --transform as it has them"
+        )
+    return network
 
 
 def base_network(
@@ -118,11 +143,14 @@ def base_network(
             f"--num-classes {num_classes} is less than the {len(data.class_names)} of the data"
         )
     torch.manual_seed(config.seed)
-    network = build(config.model, num_classes, config.args)
+    network = build(config.model, num_classes, config.args, note=say)
+    check_size(network, preprocessing.size)
     lineage: dict[str, Any] = {"seed": config.seed}
     if config.weights:
-        state = read_state(str(config.weights))
-        load_state(network, state, shown(config.weights))
+        state, source = read_state(str(config.weights)), shown(config.weights)
+        fresh = load_state(network, state, source, fresh_head=True, note=say)
+        if fresh and not config.first_epochs:
+            say("the classifier is not trained before the first cut: --base-epochs N would do that")
         lineage |= {"base_weights": shown(config.weights), "base_sha256": digest(state)}
     unnamed = (str(number) for number in range(len(data.class_names), num_classes))
     card = ModelCard(
@@ -131,24 +159,27 @@ def base_network(
         num_classes=num_classes,
         preprocessing=preprocessing,
         class_names=(*data.class_names, *unnamed),
-        width=float(config.args.get("width_mult", 1)),
+        width=nominal_width(config.model, config.args),
         lineage=lineage,
     )
-    return network, card
+    return network, replace(card, base=base_of(network, card))
 
 
 def planned_rounds(
     config: PruneConfig, network: nn.Module, card: ModelCard
 ) -> list[dict[str, Any]]:
-    """Width and cost of the base and of every round; raises UsageError for an impossible width."""
-    entries = []
-    width = card.width
-    for round_ in range(config.rounds + 1):
-        if round_:
-            width *= config.rate
-            network = narrowed(network, uniform_plan(network, width).layers)
-        cost = network_cost(network, card.preprocessing.size)
-        entries.append({"round": round_, "width": width, **cost.to_dict()})
+    """Width and cost of the base and of every round; raises UsageError for what is out of reach.
+
+    Exact for the uniform policy and for the metric of a target; else a forecast, by γ as it is.
+    """
+    assert card.base
+    assert card.base.cost
+    entries = [{"round": 0, "width": card.width, **card.base.cost.to_dict()}]
+    for round_ in range(1, config.rounds + 1):
+        plan = plan_round(config, network, card, round_)
+        assert plan.after
+        network, card = narrowed(network, plan.layers), card.cut(plan.layers, plan.width)
+        entries.append({"round": round_, "width": card.width, **plan.after.to_dict()})
     return entries
 
 
@@ -171,9 +202,11 @@ def dry_run(config: PruneConfig, planned: list[dict[str, Any]], output: Path) ->
             )
 
     on_main(check_output)
-    trained = config.first_epochs
+    trained = f"{config.first_epochs} epochs of base training"
+    if config.sparsity_epochs:
+        trained += f", {config.sparsity_epochs} with {config.sparsity} on γ"
     say(f"output: {shown(output)} can be written")
-    say(f"plan: {trained} epochs of base training, then {config.rounds} rounds of {config.epochs}")
+    say(f"plan: {trained}, then {config.rounds} rounds of {config.epochs}")
     say(rounds_table(planned))
     say("dry run: all is well, nothing was trained")
 
@@ -181,4 +214,5 @@ def dry_run(config: PruneConfig, planned: list[dict[str, Any]], output: Path) ->
 def default_output(config: PruneConfig) -> Path:
     """``runs/MODEL-DATA``: the same name for the same command, so that it resumes itself."""
     data = Path(config.data).absolute().name if config.data else "fashion-mnist"
-    return Path("runs") / f"{config.model}-{data}"
+    model = config.model.replace(":", "-")
+    return Path("runs") / f"{model}-{data}"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # what a round's entry has at least
 ENTRY = ("round", "step", "width", "channels", "params", "macs", "bytes", "valid_acc", "valid_loss")
-MAX_DROP = 0.01  # of accuracy below the base that a recommended model may have
+MAX_DROP = 1.0  # points of accuracy below the base that a recommended model may have
 RESERVE = 8192  # bytes kept so that a full disk still takes the last status
 
 
@@ -120,8 +120,8 @@ class Run:
             )
         if tables.get("base") != dict(base):
             raise ConfigError(
-                f"{shown(self.path)} was begun from other --weights or --base-epochs: give "
-                "the same to resume it, or another --output to start afresh"
+                f"{shown(self.path)} was begun from other --weights, --base-epochs or --teacher: "
+                "give the same to resume it, or another --output to start afresh"
             )
 
     @property
@@ -208,7 +208,8 @@ class Run:
         """The best model of an earlier round; raises DataError when it is damaged."""
         network, card = load_model(self.round_path(round_))
         numbers = (card.metrics.get(key) for key in ENTRY)
-        if card.metrics.get("round") != round_ or not all(type(n) in (int, float) for n in numbers):
+        known = all(type(n) in (int, float) for n in numbers) and card.base and card.base.cost
+        if card.metrics.get("round") != round_ or not known:
             raise DataError(
                 f"{shown(self.round_path(round_) / 'model.json')} has not the numbers of round "
                 f"{round_}: restore it, or remove {shown(self.path / 'rounds')} to start again"
@@ -226,9 +227,11 @@ class Run:
         whole = whole and type(seconds) in (int, float) and int(chosen[7:]) < self.saved
         return {"reason": "", **summary} if whole else None
 
-    def summarise(self, entries: Sequence[Mapping[str, Any]], state: str) -> dict[str, Any]:
+    def summarise(
+        self, entries: Sequence[Mapping[str, Any]], state: str, max_drop: float | None = None
+    ) -> dict[str, Any]:
         """Write summary.json from the base's and the rounds' entries, and return it."""
-        recommended, reason = recommend(entries)
+        recommended, reason = recommend(entries, max_drop)
         summary = {
             "format": 1,
             "state": state,
@@ -242,18 +245,32 @@ class Run:
         return summary
 
 
-def recommend(entries: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
-    """The round to use and why: the smallest whose validation accuracy is near the base's."""
+def drop(entries: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> float:
+    """Points of validation accuracy that ``entry`` lies below the base, first of ``entries``."""
+    # rounded: 0.9 - 0.89 is a point and no more
+    return round(100 * float(entries[0]["valid_acc"] - entry["valid_acc"]), 7)
+
+
+def recommend(
+    entries: Sequence[Mapping[str, Any]], max_drop: float | None = None
+) -> tuple[int, str]:
+    """The round to use and why: the smallest whose validation accuracy is near the base's.
+
+    ``max_drop`` in points; MAX_DROP where it was not asked for.
+    """
+    limit = MAX_DROP if max_drop is None else max_drop
+    points = f"{limit:g} point" + ("" if limit == 1 else "s")
+    points += "" if max_drop is None else " (--max-drop)"
     base = entries[0]["valid_acc"]
-    near = [entry for entry in entries if base - entry["valid_acc"] <= MAX_DROP + 1e-9]
+    near = [entry for entry in entries if drop(entries, entry) <= limit]
     chosen = min(near, key=lambda entry: (entry["params"], entry["round"]))
     if chosen["round"] == 0:
         if len(entries) == 1:
             return 0, "the base: no round is finished"
-        return 0, f"the base: every round falls more than {100 * MAX_DROP:g} point below it"
+        return 0, f"the base: every round falls more than {points} below it"
     change = 100 * (chosen["valid_acc"] - base)
     return chosen["round"], (
-        f"the fewest parameters within {100 * MAX_DROP:g} point of the base: "
+        f"the fewest parameters within {points} of the base: "
         f"{chosen['params'] / entries[0]['params']:.1%} of them, accuracy {change:+.2f} points"
     )
 

@@ -14,6 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from job.slimming.budget import Budget
+from job.slimming.cost import picture as picture_like
+from job.slimming.engine import Slimming, analyse, make_plan
+from job.slimming.importance import gamma_importance
+from job.slimming.plan import Plan
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -40,7 +46,7 @@ def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = 
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     return Result(done)
@@ -100,6 +106,13 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 layer.running_mean.copy_(torch.randn(len(layer.bias), generator=generator) * 0.2)
                 layer.running_var.copy_(torch.rand(len(layer.bias), generator=generator) + 0.5)
     return network.eval()
+
+
+def uniform(network: torch.nn.Module, width: float, size: int = 64) -> Plan:
+    """The homework's plan: the same fraction of each group of channels, by γ."""
+    graph = analyse(network, picture_like(size))
+    slimming = Slimming("uniform", Budget("width", width))
+    return make_plan(network, graph, gamma_importance(network, graph), slimming)
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,11 @@ def complaints(case: Case, end: End) -> list[str]:
         found.append(f"{end.memory / 2**30:.2f} GiB")
     if not all(c.isprintable() or c == "\n" for c in end.out + end.err):
         found.append("control characters")
-    lines = [line for line in end.err.split("\n") if line and not line.startswith("Warning: ")]
+    lines = [
+        line
+        for line in end.err.split("\n")
+        if line and not line.startswith(("Warning: ", "libgomp: "))
+    ]
     if lines and lines[0].startswith("Usage: ") and end.code == 2:
         lines = [line for line in lines[1:] if not line.startswith("Try 'gammaslim ")]
     if end.code and (len(lines) != 1 or not lines[0].startswith("Error: ")):

@@ -63,7 +63,9 @@ def metrics(output: Path) -> list[dict[str, object]]:
 
 
 def assert_same(output: Path, undisturbed: Path) -> None:
-    for round_ in ("00", "01", "02"):
+    rounds = sorted(path.name for path in (undisturbed / "rounds").iterdir())
+    assert sorted(path.name for path in (output / "rounds").iterdir()) == rounds
+    for round_ in rounds:
         name = Path("rounds") / round_ / "model.safetensors"
         assert (output / name).read_bytes() == (undisturbed / name).read_bytes(), round_
     assert metrics(output) == metrics(undisturbed)
@@ -81,6 +83,41 @@ def test_a_killed_run_resumes_to_the_same_weights(
     again = gammaslim(*options(noise, output))
     assert again.code == 0, again
     assert_same(output, undisturbed)
+
+
+SPARSE = (
+    "--base-epochs", 1, "--sparsity", "polarize", "--sparsity-weight", 20, "--sparsity-epochs", 2,
+    "--rounds", 1, "--distill-alpha", 0.7,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed_sparse(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("sparse") / "run"
+    done = gammaslim(*options(noise, output, *SPARSE))
+    assert done.code == 0, done
+    kinds = [line["event"] for line in metrics(output)]
+    base = ["epoch", "gamma", "epoch", "epoch", "gamma", "round"]
+    assert kinds == [*base, "slim", "epoch", "epoch", "round"]
+    return output
+
+
+@pytest.mark.parametrize(
+    ("place", "passage"),
+    [
+        ("step", 5), ("step", 14), ("evaluation", 3), ("metrics line", 2), ("metrics line", 5),
+    ],
+)  # fmt: skip
+def test_a_run_killed_in_sparse_epochs_or_a_distilled_round_resumes_to_the_same_weights(
+    noise: Path, undisturbed_sparse: Path, tmp_path: Path, place: str, passage: int
+) -> None:
+    """Three steps an epoch: 4 to 9 are sparse, 10 to 15 learn from the base."""
+    output, proof = tmp_path / "run", tmp_path / "proof"
+    args = options(noise, output, *SPARSE)
+    killed = run(sys.executable, KILL_AT, place, passage, proof, *args)
+    assert killed.code == -signal.SIGKILL, killed
+    assert gammaslim(*args).code == 0
+    assert_same(output, undisturbed_sparse)
 
 
 @pytest.fixture(scope="module")

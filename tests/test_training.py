@@ -12,13 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import job.training.fit
-from conftest import randomise, write_noise_idx
+from conftest import randomise, uniform, write_noise_idx
 from job.config import PruneConfig
 from job.data import Preprocessing, open_data
 from job.errors import GammaslimError
 from job.models import build
 from job.processes import start
-from job.slimming.plan import uniform_plan
 from job.slimming.surgery import narrowed
 from job.training.evaluation import Evaluation, Evaluator
 from job.training.fit import EpochResult, Trainer
@@ -42,7 +41,7 @@ def three_rounds(training: Trainer) -> list[tuple[nn.Module, nn.Module]]:
     network, width, rounds = randomise(build("student", 4, {})), 1.0, []
     for round_ in range(1, 4):
         width *= 0.8
-        network = narrowed(network, uniform_plan(network, width).layers)
+        network = narrowed(network, uniform(network, width).layers)
         before = copy.deepcopy(network)
         training.fit(network, round_, 2, 0, lambda _: None)
         rounds.append((before, copy.deepcopy(network)))

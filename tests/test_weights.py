@@ -166,17 +166,27 @@ def test_something_else_than_a_state_dict(tmp_path: Path) -> None:
             read_state(tmp_path / f"{number}.pt")
 
 
-def test_prune_ends_with_65_and_one_line(flat_data: Path, tmp_path: Path) -> None:
+def test_prune_replaces_a_classifier_of_other_classes_and_says_so(
+    flat_data: Path, tmp_path: Path
+) -> None:
     save_as_the_homework_did(tmp_path / "w.bin", state())
+    args = ("prune", "--data", flat_data, "--weights", tmp_path / "w.bin", "--dry-run")
+    done = gammaslim(*args, cwd=tmp_path)
+    assert done.code == 0, done
+    said = "they have 11 classes, the data or --num-classes 3: all is taken but the classifier fc.0"
+    assert said in done.out
+    assert "--base-epochs N" in done.out
+    fine = gammaslim(*args, "--num-classes", 11, cwd=tmp_path)
+    assert fine.code == 0, fine
+    assert "236,066" in fine.out
+    assert "classes, the data" not in fine.out
+
+
+def test_prune_ends_with_65_and_one_line_at_another_width(flat_data: Path, tmp_path: Path) -> None:
+    save_as_the_homework_did(tmp_path / "w.bin", state(width_mult=0.95))
     done = gammaslim(
         "prune", "--data", flat_data, "--weights", tmp_path / "w.bin", "--dry-run", cwd=tmp_path
     )
     assert done.code == 65, done
     assert done.err.count("\n") == 1
-    assert "they have 11 classes, the data or --num-classes 3" in done.err
-    fine = gammaslim(
-        "prune", "--data", flat_data, "--weights", tmp_path / "w.bin", "--num-classes", 11,
-        "--dry-run", cwd=tmp_path,
-    )  # fmt: skip
-    assert fine.code == 0, fine
-    assert "236,066" in fine.out
+    assert "pass --model-arg width_mult=…" in done.err

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
-
-import torch
-from safetensors.torch import save as safetensors_bytes
+from typing import TYPE_CHECKING
 
 from job.artifact import save_model
 from job.commands.model import ModelOptions, check_output, open_model, write_output
 from job.console import say, table
+from job.cut import base_of
 from job.errors import OutputError, shown
+from job.exporting import onnx_bytes, state_dict_bytes, torch_export_bytes
 from job.run import check_writable
-from job.slimming.cost import network_cost
-from job.slimming.plan import uniform_plan
+from job.slimming.budget import Budget
+from job.slimming.calibrated import scores_for
+from job.slimming.cost import picture
+from job.slimming.engine import Slimming, analyse, make_plan
 from job.slimming.surgery import narrowed
 from job.slimming.verification import verify
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def slim(model: ModelOptions, output: str, width: float) -> None:
-    """Cut MODEL to ``width`` without training and save it, after the proof in float64."""
+    from job.artifact import ModelCard
+
+
+def slim(
+    model: ModelOptions,
+    output: str,
+    *,
+    policy: str | None,
+    target: str,
+    round_to: int,
+    min_keep: float,
+    importance: str,
+    seed: int,
+) -> None:
+    """Cut MODEL to ``target`` without training and save it, after the proof in float64."""
     network, card = open_model(model)
     folder = Path(output)
     if folder.absolute() == Path.cwd():  # complete or not at all: it is put there as a whole
@@ -29,32 +45,41 @@ def slim(model: ModelOptions, output: str, width: float) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"--output {shown(output)} exists already; choose another")
     check_writable(folder)
-    size = card.preprocessing.size
-    plan = uniform_plan(network, width)
+    image, budget = picture(card.preprocessing.size), Budget.parse(target)
+    policy = policy or ("uniform" if budget.metric == "width" else "global")
+    graph = analyse(network, image)
+    scores = scores_for(importance, network, graph, {}, seed=seed)
+    base = card.base or base_of(network, card)
+    plan = make_plan(network, graph, scores, Slimming(policy, budget, round_to, min_keep), base)
     narrow = narrowed(network, plan.layers)
-    error = verify(network, narrow, plan, size)
-    before, after = network_cost(network, size), network_cost(narrow, size)
+    error = verify(network, narrow, plan.layers, image, auxiliary=graph.auxiliary)
     lineage = card.lineage | {"slimmed_from": shown(Path(model.path).absolute())}
-    slimmed = replace(card.cut(plan.layers, width), metrics={}, lineage=lineage)
-    save_model(folder, narrow, slimmed)
+    slimmed = card.cut(plan.layers, plan.width)
+    save_model(folder, narrow, replace(slimmed, metrics={}, lineage=lineage, base=base))
+    assert plan.before
+    assert plan.after
     rows = [
-        (name, f"{old:,}", f"{new:,}", f"{new / old:.1%}")
-        for (name, old), new in zip(before.to_dict().items(), after.to_dict().values(), strict=True)
+        (name, f"{old:,}", f"{new:,}", f"{new / old:.1%}" if old else "")
+        for (name, old), new in zip(
+            plan.before.to_dict().items(), plan.after.to_dict().values(), strict=True
+        )
     ]
     say(table(("", "before", "after", "left"), rows))
     say(f"verified in float64: relative error {error:.1e}; saved in {shown(output)}")
 
 
-def export(model: ModelOptions, output: str) -> None:
-    """Write the network's state dict: .safetensors, or a torch file for any other ending."""
+def export(model: ModelOptions, output: str, format: str = "state-dict") -> None:
+    """Write the network for other programs, checked before the file is put in place."""
     check_output(Path(output))
     network, card = open_model(model)
-    state = {key: value.contiguous() for key, value in network.state_dict().items()}
-    if Path(output).suffix == ".safetensors":
-        content = safetensors_bytes(state, {"format": "pt"})
-    else:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        content = buffer.getvalue()
+    content, how = _exported(network, card, format, Path(output).suffix)
     write_output(Path(output), content)
-    say(f"{card.model} at width {card.width!r}: {len(state)} tensors in {shown(output)}")
+    say(f"{card.model} at width {card.width!r}: {how} in {shown(output)}")
+
+
+def _exported(network: nn.Module, card: ModelCard, format: str, suffix: str) -> tuple[bytes, str]:
+    if format == "onnx":
+        return onnx_bytes(network, card)
+    if format == "torch-export":
+        return torch_export_bytes(network, card)
+    return state_dict_bytes(network, suffix), f"{len(network.state_dict())} tensors"

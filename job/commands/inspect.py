@@ -6,18 +6,19 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from job.commands.model import ModelOptions, open_model
 from job.console import layers_table, say, table
-from job.slimming.cost import layer_costs, network_cost
-from job.slimming.graph import channel_graph
+from job.slimming.cost import layer_costs, network_cost, picture
+from job.slimming.engine import analyse, full_sizes
 from job.slimming.importance import gamma_importance
 
 if TYPE_CHECKING:
     from torch import nn
 
     from job.artifact import ModelCard
+    from job.slimming.importance import Scores
 
 QUARTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
 
@@ -31,20 +32,19 @@ def inspect(model: ModelOptions, as_json: bool) -> None:
 
 def _record(network: nn.Module, card: ModelCard) -> dict[str, Any]:
     size = card.preprocessing.size
-    graph = channel_graph(network)
-    groups = []
-    for group in graph.groups:
-        gamma = gamma_importance(network, group)
-        quartiles = torch.quantile(gamma, torch.tensor([*QUARTILES.values()]).double())
-        groups.append(
-            {
-                "group": group.name,
-                "channels": group.size,
-                "at_width_1": group.nominal,
-                "gamma": dict(zip(QUARTILES, quartiles.tolist(), strict=True)),
-                "positions": [f"{p.layer} {p.side}" for p in group.positions],
-            }
-        )
+    graph = analyse(network, picture(size))
+    gamma, sizes = gamma_importance(network, graph), full_sizes(network, graph, card.base)
+    groups = [
+        {
+            "group": group.name,
+            "channels": group.size,
+            "of": sizes[group.name],
+            "gamma": _quartiles(gamma[group.channels]),
+            "norms": list(group.norms),
+            "positions": [f"{layer} {side}" for layer, side in group.positions],
+        }
+        for group in graph.groups
+    ]
     return {
         "model": card.model,
         "width": card.width,
@@ -60,6 +60,12 @@ def _record(network: nn.Module, card: ModelCard) -> dict[str, Any]:
     }
 
 
+def _quartiles(gamma: Scores) -> dict[str, float] | None:
+    if np.isnan(gamma).any():
+        return None  # no BatchNorm ranks them
+    return dict(zip(QUARTILES, np.quantile(gamma, [*QUARTILES.values()]).tolist(), strict=True))
+
+
 def _text(record: dict[str, Any], network: nn.Module, card: ModelCard) -> str:
     size, cost = record["image_size"], record["cost"]
     names = {"channels": "channels", "params": "params", "macs": "MACs", "bytes": "bytes"}
@@ -67,12 +73,18 @@ def _text(record: dict[str, Any], network: nn.Module, card: ModelCard) -> str:
     groups = [
         (
             group["group"],
-            f"{group['channels']}/{group['at_width_1']}",
-            *(f"{value:.4f}" for value in group["gamma"].values()),
+            f"{group['channels']}/{group['of']}",
+            *(f"{value:.4f}" for value in (group["gamma"] or {}).values()),
         )
         for group in record["groups"]
+        if group["gamma"]
     ]
     blocked = [(b["layer"], str(b["channels"]), b["reason"]) for b in record["blocked"]]
+    blocked += [
+        (g["group"], str(g["channels"]), "no BatchNorm ranks them; other importances can")
+        for g in record["groups"]
+        if not g["gamma"]
+    ]
     title = f"{card.model} at width {card.width:.4f}, {card.num_classes} classes, {size} pixels"
     parts = [
         f"{title}\n{costs}",

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.artifact import ModelCard, find_model, load_model
+from job.console import say
 from job.data import default_preprocessing
 from job.data.transforms import Preprocessing
-from job.errors import OutputError, UsageError, shown, writing
+from job.errors import DataError, OutputError, UsageError, shown, writing
 from job.files import write_bytes
-from job.models import build
-from job.models.weights import load_state, read_state
-from job.preparation import check_size
+from job.models import NAMES, build, nominal_width
+from job.models.factory import name_factory
+from job.models.notes import quiet
+from job.models.sizes import check_size
+from job.models.weights import known_classes, load_state, read_state
 from job.processes import digest
 from job.run import check_writable
 
@@ -41,30 +44,45 @@ def open_model(options: ModelOptions, largest: int = 0) -> tuple[nn.Module, Mode
     pictures. Raises InputNotFound, DataError or UsageError.
     """
     path = Path(options.path)
+    if options.model:
+        name_factory(options.model)
     if path.is_dir() or not path.exists():
-        network, card = load_model(find_model(path))
+        folder = find_model(path)
+        network, card = load_model(folder)
+        if not options.image_size:
+            _check_own_size(network, card, folder)
     else:
         network, card = _open_weights(options, path, largest)
     preset, size = card.preprocessing.preset, card.preprocessing.size
     if options.transform != "auto":
         preset = options.transform
     preprocessing = Preprocessing(preset, options.image_size or size)
-    check_size(preprocessing.size)
+    check_size(network, preprocessing.size, trained=False)
     return network, replace(card, preprocessing=preprocessing)
+
+
+def _check_own_size(network: nn.Module, card: ModelCard, folder: Path) -> None:
+    try:
+        check_size(network, card.preprocessing.size, trained=False)
+    except UsageError as error:
+        path = shown(folder / "model.json")
+        size = card.preprocessing.size
+        raise DataError(f"{path}: inputs of {size} pixels do not fit its network") from error
 
 
 def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.Module, ModelCard]:
     if options.model is None:
         raise UsageError(f"{shown(path)} is a weights file: say of which network, --model student")
     state = read_state(path)
-    head = state.get("fc.0.bias")
-    known = len(head) if head is not None and head.dim() == 1 else 0
-    classes = options.num_classes or known or 11
     args = dict(options.model_arg)
-    network = build(options.model, classes, args)
-    load_state(network, state, shown(path))
+    classes = options.num_classes or (11 if options.model in NAMES else 1000)
+    network = build(options.model, classes, args, note=say if options.num_classes else quiet)
+    known = classes if options.num_classes else known_classes(network, state)
+    if known and known != classes:
+        classes, network = known, build(options.model, known, args)
+    load_state(network, state, shown(path), note=say)
     preprocessing = default_preprocessing(options.transform, options.image_size, largest or 256)
-    width = float(args.get("width_mult", 1))
+    width = nominal_width(options.model, args)
     lineage = {"base_weights": shown(path), "base_sha256": digest(state)}
     card = ModelCard(options.model, args, classes, preprocessing, width=width, lineage=lineage)
     return network.eval(), card

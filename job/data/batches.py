@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,9 @@ def loader(pictures: Any, sampler: Any, *, workers: int, pin: bool) -> DataLoade
 
 def _worker_server() -> Any:
     """Where workers are forked from, see job.data.worker."""
+    quiet = "ignore:resource_tracker"  # it would report the semaphores of a job that was killed
+    if quiet not in sys.warnoptions:
+        sys.warnoptions.append(quiet)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["job.data.worker"])
     return context

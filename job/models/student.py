@@ -38,6 +38,11 @@ class StudentNet(nn.Module):
         self.cnn = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d((1, 1)))
         self.fc = nn.Sequential(nn.Linear(widths[-1], num_classes))
 
+    @property
+    def uniform_widths(self) -> dict[str, int]:
+        """Layers whose outputs the homework's uniform policy scales, and their full widths."""
+        return {f"cnn.{block}.3": self.base * MULTIPLIERS[block] for block in SCALED}
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, H, W) in [0, 1] -> logits (B, num_classes)."""
         logits: torch.Tensor = self.fc(self.cnn(images).flatten(1))

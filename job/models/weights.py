@@ -6,20 +6,32 @@ import pickle
 import re
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file as load_safetensors
 
-from job.errors import DataError, InputNotFound, StorageError, reading, reason, shown
+from job.errors import (
+    DataError,
+    InputNotFound,
+    StorageError,
+    UsageError,
+    reading,
+    reason,
+    shown,
+)
+from job.models.head import auxiliary_heads, find_head
+from job.models.keys import COUNTER, PLACES, State, fitted, unwrapped
+from job.models.notes import Note, quiet
+from job.models.student import StudentNet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
 
-State = dict[str, torch.Tensor]
 CHUNK = 16 << 20  # bytes read at a time
 
 
@@ -27,7 +39,7 @@ def read_state(path: str | Path) -> State:
     """The state dict in ``path`` on the CPU; raises InputNotFound, DataError or StorageError.
 
     Reads .safetensors, and torch files of any age (zipped or legacy, saved on any device) with
-    ``weights_only=True``.
+    ``weights_only=True``; of a checkpoint only the state dict within.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,12 +50,14 @@ def read_state(path: str | Path) -> State:
         raise
     except Exception as error:  # torch's unpickler raises nearly anything on a damaged file
         raise DataError(f"weights {shown(path)} refused: {_refusal(path, error)}") from error
+    loaded = unwrapped(loaded)
     if not isinstance(loaded, dict) or not loaded:
         raise DataError(f"weights {shown(path)} hold a {type(loaded).__name__}, not a state dict")
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise DataError(
-                f"weights {shown(path)} are not a state dict: {key!r} is a {type(value).__name__}"
+                f"weights {shown(path)} are not a state dict, nor hold one under "
+                f"{', '.join(PLACES)}: {key!r} is a {type(value).__name__}"
             )
         if value.is_meta or value.layout is not torch.strided or value.is_quantized:
             raise DataError(f"weights {shown(path)} hold {key} without plain numbers")
@@ -77,7 +91,10 @@ def _unpacks_to_its_size(path: Path) -> bool:
 def _refusal(path: Path, error: Exception) -> str:
     code = re.search(r"GLOBAL ([\w.]+)", str(error))
     if code:
-        return f"it holds Python code ({code[1]}), which is never executed: save model.state_dict()"
+        return (
+            f"it holds Python code ({code[1]}), which is never executed: "
+            "save model.state_dict() alone"
+        )
     if isinstance(error, pickle.UnpicklingError):
         with path.open("rb") as file:
             if file.read(1) == b"\x80":
@@ -89,9 +106,58 @@ def _refusal(path: Path, error: Exception) -> str:
     return f"it is damaged ({reason(error)})"
 
 
-def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load ``state`` into ``network``; raises DataError that says what does not fit."""
+def load_state(
+    network: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    source: str,
+    *,
+    fresh_head: bool = False,
+    note: Note = quiet,
+) -> bool:
+    """Load ``state`` into ``network``; raises DataError that says what does not fit.
+
+    With ``fresh_head`` a classifier of another number of classes is left out, ``note`` gets a line,
+    and the network's own stays as it is: True then.
+    """
     own = network.state_dict()
+    state = fitted(state, own, lambda line: note(f"weights {source}: {line}"))
+    state = {key: value for key, value in own.items() if key.endswith(COUNTER)} | state
+    _check_keys(own, state, source)
+    wrong = [key for key in own if own[key].shape != state[key].shape]
+    head = _other_classes(network, state, wrong) if wrong else None
+    if wrong and not (head and fresh_head):
+        why = head.refusal if head else _other_shape(network, own, state, wrong)
+        raise DataError(f"weights {source} do not fit the network: {why}")
+    if head:
+        note(f"weights {source}: {head.replacement}")
+        state = {**state, **{key: own[key] for key in wrong}}
+    _check_values(own, state, source)
+    network.load_state_dict(state)
+    return head is not None
+
+
+def known_classes(network: nn.Module, state: Mapping[str, torch.Tensor]) -> int | None:
+    """How many classes the classifier in ``state`` tells apart, if it is one of ``network``'s."""
+    own = network.state_dict()
+    state = fitted(state, own)
+    name, _ = _head(network)
+    weight, bias = state.get(f"{name}.weight"), state.get(f"{name}.bias")
+    if weight is None or weight.shape[1:] != own[f"{name}.weight"].shape[1:]:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None
+    return len(weight)
+
+
+def _head(network: nn.Module) -> tuple[str | None, int]:
+    """As ``find_head``; none in a network that cannot be run, as after cuts that do not fit."""
+    try:
+        return find_head(network)
+    except UsageError:
+        return None, 0
+
+
+def _check_keys(own: State, state: State, source: str) -> None:
     missing = [key for key in own if key not in state]
     extra = [key for key in state if key not in own]
     if missing or extra:
@@ -99,9 +165,9 @@ def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], source: st
             extra
         )
         raise DataError(f"weights {source} do not fit the network: they {' and '.join(parts)}")
-    wrong = [key for key in own if own[key].shape != state[key].shape]
-    if wrong:
-        raise DataError(f"weights {source} do not fit the network: {_mismatch(own, state, wrong)}")
+
+
+def _check_values(own: State, state: State, source: str) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not value.double().isfinite().all():
             raise DataError(f"weights {source} hold values that are not finite, in {key}")
@@ -109,28 +175,54 @@ def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], source: st
             raise DataError(f"weights {source} hold a negative variance, in {key}")
         if value.is_floating_point() != own[key].is_floating_point():
             raise DataError(f"weights {source} hold {key} as {value.dtype}, not {own[key].dtype}")
-    network.load_state_dict(state)
 
 
-def _mismatch(own: State, state: Mapping[str, torch.Tensor], wrong: list[str]) -> str:
-    """Say whether it is the number of classes or the width that differs, and what to type."""
-    head = [key for key in wrong if key.startswith("fc.")]
-    whole = all(state[key].dim() == own[key].dim() for key in wrong)
+@dataclass(frozen=True)
+class _OtherClasses:
+    """Weights whose classifier, and nothing else, is of another number of classes."""
+
+    layer: str
+    theirs: int
+    ours: int
+
+    @property
+    def refusal(self) -> str:
+        return f"they have {self.theirs} classes, the data or --num-classes {self.ours}"
+
+    @property
+    def replacement(self) -> str:
+        return (
+            f"they have {self.theirs} classes, the data or --num-classes {self.ours}: all is taken "
+            f"but the classifier {self.layer}, which begins afresh"
+        )
+
+
+def _other_classes(network: nn.Module, state: State, wrong: list[str]) -> _OtherClasses | None:
+    """What differs when only classifiers do, and by nothing but their number of classes."""
+    own = network.state_dict()
+    name, ours = _head(network)
+    heads = [str(name), *auxiliary_heads(network, ours)]
+    theirs = {tuple(state[key].shape[:1]) for key in wrong}
     if (
-        whole
-        and len(head) == len(wrong)
-        and own["fc.0.weight"].shape[1:] == state["fc.0.weight"].shape[1:]
+        f"{name}.weight" in wrong
+        and len(theirs) == 1
+        and all(key.rpartition(".")[0] in heads for key in wrong)
+        and all(state[key].dim() == own[key].dim() for key in wrong)
+        and all(state[key].shape[1:] == own[key].shape[1:] for key in wrong)
     ):
-        theirs, ours = len(state["fc.0.weight"]), len(own["fc.0.weight"])
-        return f"they have {theirs} classes, the data or --num-classes {ours}"
-    key = next(key for key in wrong if key not in head) if len(head) < len(wrong) else wrong[0]
-    theirs_shape, ours_shape = tuple(state[key].shape), tuple(own[key].shape)
-    if not whole:
-        return f"{key} is {theirs_shape}, expected {ours_shape}"
-    return (
-        f"{key} is {theirs_shape}, expected {ours_shape}: another width? "
-        "pass --model-arg width_mult=… (or base=…) as it was trained"
-    )
+        return _OtherClasses(str(name), theirs.pop()[0], ours)
+    return None
+
+
+def _other_shape(network: nn.Module, own: State, state: State, wrong: list[str]) -> str:
+    """The first layer of another shape, and what to type when it may be the width."""
+    head = f"{_head(network)[0]}."
+    key = next((key for key in wrong if not key.startswith(head)), wrong[0])
+    differ = f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+    if any(state[key].dim() != own[key].dim() for key in wrong):
+        return differ
+    args = "width_mult=… (or base=…)" if isinstance(network, StudentNet) else "K=V"
+    return f"{differ}: another width? pass --model-arg {args} as it was trained"
 
 
 def _some(keys: list[str]) -> str:

@@ -1,13 +1,28 @@
-"""What a network costs: parameters, multiply-adds, bytes, channels, layer by layer."""
+"""What a network costs: parameters, multiply-adds, bytes, channels, built or only planned."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
+
+from job.slimming.activations import BATCHNORM, CONVOLUTIONS, owner
+from job.slimming.record import record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from job.slimming.flow import Ids
+    from job.slimming.graph import ChannelGraph
+    from job.slimming.record import Operation, Recording
+
+METRICS = ("channels", "params", "macs", "bytes")
+_CALLS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
+Sides = dict[tuple[str, str], int]  # numbers of positions by layer and side
+INDEX_BYTES = 8  # of a channel that a BatchNorm selects
 
 
 @dataclass(frozen=True)
@@ -39,51 +54,182 @@ class Cost:
         return asdict(self)
 
 
+def picture(size: int) -> torch.Tensor:
+    """A stand-in for one picture of ``size`` pixels, (1, 3, size, size), that takes no memory."""
+    return torch.zeros(1, 3, 1, 1).expand(1, 3, size, size)
+
+
 def layer_costs(network: nn.Module, size: int) -> list[LayerCost]:
-    """The cost of every layer with parameters, for a picture of (3, size, size).
-
-    Shapes are propagated on torch's ``meta`` device: nothing is computed.
-    """
-    shadow = copy.deepcopy(network).to("meta").eval()
-    rows: list[LayerCost] = []
-
-    def record(name: str) -> Any:
-        def hook(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
-            rows.append(_layer_cost(name, layer, output))
-
-        return hook
-
-    for name, layer in shadow.named_modules():
-        if any(True for _ in layer.parameters(recurse=False)):
-            layer.register_forward_hook(record(name))
-    with torch.no_grad():
-        shadow(torch.empty(1, 3, size, size, device="meta"))
-    return rows
+    """The cost of every layer with parameters as it is used on a picture of (3, size, size)."""
+    recording = record(network, picture(size))
+    return [
+        _layer_cost(network, layer, operation, recording)
+        for operation in recording.operations
+        for layer in dict.fromkeys(
+            owner(name) for name in map(recording.name, operation.inputs()) if name
+        )
+    ]
 
 
-def _layer_cost(name: str, layer: nn.Module, output: torch.Tensor) -> LayerCost:
-    params = sum(p.numel() for p in layer.parameters(recurse=False))
-    macs = 0
-    if isinstance(layer, nn.Conv2d):
-        macs = output.numel() * layer.weight[0].numel()
-        ends = layer.in_channels, layer.out_channels
+def _layer_cost(
+    network: nn.Module, name: str, operation: Operation, recording: Recording
+) -> LayerCost:
+    layer = network.get_submodule(name)
+    output = next(operation.results())
+    axis = 1 if output.dim() > 1 else 0
+    inputs = outputs = output.shape[axis]
+    if isinstance(layer, CONVOLUTIONS):
+        inputs, outputs = layer.in_channels, layer.out_channels
     elif isinstance(layer, nn.Linear):
-        macs = output.numel() * layer.in_features
-        ends = layer.in_features, layer.out_features
-    else:
-        ends = output.shape[1], output.shape[1]
-    return LayerCost(name, type(layer).__name__, *ends, params, macs)
+        inputs, outputs = layer.in_features, layer.out_features
+    params = sum(p.numel() for p in layer.parameters(recurse=False))
+    return LayerCost(
+        name, type(layer).__name__, inputs, outputs, params, _macs(operation, recording)
+    )
+
+
+def _macs(operation: Operation, recording: Recording) -> int:
+    if operation.name not in _CALLS:
+        return 0
+    weight = operation.argument(1, "weight")
+    return int(operation.result.numel() // len(recording.image) * weight[0].numel())
 
 
 def network_cost(network: nn.Module, size: int) -> Cost:
     """The cost of the whole network for a picture of (3, size, size)."""
+    recording = record(network, picture(size))
     return Cost(
-        channels=sum(
-            layer.num_features
-            for layer in network.modules()
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        ),
+        channels=sum(layer.num_features for layer in _batchnorms(network)),
         params=sum(p.numel() for p in network.parameters()),
-        macs=sum(row.macs for row in layer_costs(network, size)),
+        macs=sum(_macs(operation, recording) for operation in recording.operations),
         bytes=sum(t.numel() * t.element_size() for t in network.state_dict().values()),
     )
+
+
+def _batchnorms(network: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+    return (layer for layer in network.modules() if isinstance(layer, BATCHNORM))
+
+
+class Costs:
+    """What a network costs with some of its channels, without building it: exact integers.
+
+    Every tensor's size is ``unit`` times the channels on its two sides, over its groups. Layers in
+    ``unbiased`` get a bias as soon as they read fewer channels.
+    """
+
+    def __init__(
+        self, network: nn.Module, graph: ChannelGraph, unbiased: frozenset[str] = frozenset()
+    ) -> None:
+        sides: Sides = {(p.layer, p.side): number for number, p in enumerate(graph.positions)}
+        self.ids = np.concatenate([[0], *(p.ids for p in graph.positions)])
+        lengths = [1, *(len(p.ids) for p in graph.positions)]
+        self.starts = np.cumsum([0, *lengths[:-1]])
+        self.lengths = np.array(lengths)
+        tensors, keys = _tensors(network)
+        self.places: dict[str, tuple[int, int]] = {
+            name: _sides(network, name, sides) for name in tensors
+        }
+        order = {name: number for number, name in enumerate(tensors)}
+        self.first = np.array([self.places[name][0] for name in tensors], np.int64)
+        self.second = np.array([self.places[name][1] for name in tensors], np.int64)
+        full = self.lengths[self.first] * self.lengths[self.second]
+        self.numel = np.array([tensor.numel() for tensor in tensors.values()], np.int64)
+        self.full = full
+        self.is_param = np.array([isinstance(t, nn.Parameter) for t in tensors.values()])
+        self.bytes = np.zeros(len(tensors), np.int64)
+        for name in keys.values():
+            self.bytes[order[name]] += tensors[name].element_size()
+        self.macs = np.zeros(len(tensors), np.int64)
+        self.other_macs = sum(call.places for call in graph.calls if call.weight is None)
+        for call in graph.calls:
+            if call.weight is not None:
+                self.macs[order[call.weight]] += call.places
+        self._channels(network, graph, sides)
+        self._biases(network, unbiased, sides)
+
+    def _channels(self, network: nn.Module, graph: ChannelGraph, sides: Sides) -> None:
+        cut = [(s, n + 1) for s, n in sides.items() if s[1] in ("through", "select")]
+        norms = {name: n for (name, _), n in cut if _is_batchnorm(network, name)}
+        self.norms = np.array(sorted(norms.values()), np.int64)
+        total = sum(layer.num_features for layer in _batchnorms(network))
+        self.other_channels = total - int(self.lengths[self.norms].sum())
+        fresh = [n for (name, side), n in cut if side == "select" and _is_whole(network, name)]
+        self.selecting = np.array(fresh, np.int64)
+
+    def _biases(self, network: nn.Module, unbiased: frozenset[str], sides: Sides) -> None:
+        layers = [layer for layer in sorted(unbiased) if (layer, "in") in sides]
+        weights = [network.get_submodule(layer).get_parameter("weight") for layer in layers]
+        self.readers = np.array([sides[layer, "in"] + 1 for layer in layers], np.int64)
+        outs = [sides.get((layer, "out"), -1) + 1 for layer in layers]
+        self.writers = np.array(outs, np.int64)
+        rows = [1 if out else len(w) for out, w in zip(outs, weights, strict=True)]
+        self.bias_rows = np.array(rows, np.int64)
+        self.bias_bytes = np.array([w.element_size() for w in weights], np.int64)
+
+    def cost(self, keep: Ids) -> Cost:
+        """The cost with the channels where ``keep`` (channels,) bool is true; keep[0] is true."""
+        counts = np.add.reduceat(keep[self.ids].astype(np.int64), self.starts)
+        numel = self.numel * (counts[self.first] * counts[self.second]) // self.full
+        chosen = counts[self.selecting]
+        index = int(chosen[chosen < self.lengths[self.selecting]].sum()) * INDEX_BYTES
+        fewer = counts[self.readers] < self.lengths[self.readers]
+        biases = self.bias_rows * counts[self.writers] * fewer
+        return Cost(
+            channels=self.other_channels + int(counts[self.norms].sum()),
+            params=int(numel[self.is_param].sum() + biases.sum()),
+            macs=int((numel * self.macs).sum()) + self.other_macs,
+            bytes=int((numel * self.bytes).sum() + (biases * self.bias_bytes).sum()) + index,
+        )
+
+
+def _tensors(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Parameters and buffers by name, shared ones once; and for each state-dict key, which."""
+    tensors: dict[str, torch.Tensor] = {}
+    known: dict[int, str] = {}
+    for named in (network.named_parameters, network.named_buffers):
+        everything = dict(named(remove_duplicate=False))
+        tensors |= {n: t for n, t in everything.items() if known.setdefault(id(t), n) == n}
+    state: dict[str, Any] = network.state_dict(keep_vars=True)
+    return tensors, {key: known[id(value)] for key, value in state.items() if id(value) in known}
+
+
+def _sides(network: nn.Module, name: str, sides: Sides) -> tuple[int, int]:
+    """Numbers (from 1; 0: none) of the positions that a tensor's size is proportional to."""
+    layer, _, own = name.rpartition(".")
+    if (layer.removesuffix(".norm"), "select") in sides:
+        layer = layer.removesuffix(".norm")
+    at = layer
+    if not any((layer, side) in sides for side in ("out", "in", "through", "select")):
+        at, own = name, "weight"
+    tensor = network.get_parameter(name) if _is_parameter(network, name) else None
+    if own == "num_batches_tracked":
+        return 0, 0
+    through = next((sides[at, s] + 1 for s in ("through", "select") if (at, s) in sides), 0)
+    if through:
+        return through, 0
+    out = sides.get((at, "out"), -1) + 1
+    read = sides.get((at, "in"), -1) + 1 if own == "weight" and tensor is not None else 0
+    return out, read
+
+
+def _is_parameter(network: nn.Module, name: str) -> bool:
+    try:
+        network.get_parameter(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_batchnorm(network: nn.Module, name: str) -> bool:
+    from job.slimming.graph import batchnorm
+
+    try:
+        batchnorm(network, name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_whole(network: nn.Module, name: str) -> bool:
+    """Whether a BatchNorm that selects has not selected yet."""
+    return isinstance(network.get_submodule(name), BATCHNORM)

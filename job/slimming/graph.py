@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from job.errors import UsageError
-from job.models.student import MULTIPLIERS, SCALED, StudentNet
+import numpy as np
+
+from job.slimming.activations import BATCHNORM, LAYERS
+from job.slimming.flow import FIXED, Flow, Ids, Position
+from job.slimming.record import record
+from job.slimming.select import SelectedChannels
+from job.slimming.trace import follow
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import torch
     from torch import nn
 
-Side = Literal["out", "in", "through"]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a group's channels stand in ``layer``.
-
-    ``out``: rows that a convolution writes; ``in``: columns that a reader sums over; ``through``:
-    channels that pass one by one (BatchNorm, depthwise convolution).
-    """
-
-    layer: str
-    side: Side
+    from job.slimming.flow import Call
+    from job.slimming.record import Recording
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels cut together: ``size`` now, ``nominal`` at width 1, ranked by ``norms``."""
+    """Channels that one or several layers write, each cut from all of them together.
+
+    ``channels`` (C,) are their numbers in the graph. ``norms`` are the BatchNorms that rank them.
+    With ``blocks`` (B, C / B), of a grouped convolution or a chunk, as many channels of each row
+    stay.
+    """
 
     name: str
-    size: int
-    nominal: int
+    channels: Ids
+    layers: tuple[str, ...]
     norms: tuple[str, ...]
-    positions: tuple[Position, ...]
+    positions: tuple[tuple[str, str], ...]
+    blocks: Ids | None = None
+
+    @property
+    def size(self) -> int:
+        """How many channels there are."""
+        return len(self.channels)
 
 
 @dataclass(frozen=True)
@@ -48,42 +56,224 @@ class Blocked:
 
 @dataclass(frozen=True)
 class ChannelGraph:
-    """All groups of a network, in the order of the data flow, and what cannot be cut."""
+    """All groups of a network, in the order of the data flow, and what cannot be cut.
+
+    Channels are numbered from 1 to ``count`` - 1; the ``ids`` of ``positions`` are these numbers,
+    0 where a channel is never cut.
+    """
 
     groups: tuple[ChannelGroup, ...]
     blocked: tuple[Blocked, ...]
+    positions: tuple[Position, ...]
+    count: int
+    calls: tuple[Call, ...]
+    suspects: tuple[tuple[str, str], ...] = ()  # groups moved by fixed numbers, maybe; by what
+    auxiliary: bool = False  # there are layers that only run in train mode
+
+    def without(self, names: Iterable[str], reason: str) -> ChannelGraph:
+        """The graph with the groups ``names`` left alone."""
+        gone = [group for group in self.groups if group.name in set(names)]
+        if not gone:
+            return self
+        numbers = np.arange(self.count)
+        numbers[np.concatenate([group.channels for group in gone])] = FIXED
+        blocked = tuple(
+            Blocked(p.layer, int(np.isin(p.ids, group.channels).sum()), reason)
+            for group in gone
+            for p in self.positions
+            if p.layer in group.layers and p.side in ("out", "select")
+        )
+        return replace(
+            self,
+            groups=tuple(group for group in self.groups if group not in gone),
+            blocked=self.blocked + blocked,
+            positions=tuple(replace(p, ids=numbers[p.ids]) for p in self.positions),
+            suspects=tuple(s for s in self.suspects if s[0] not in {g.name for g in gone}),
+        )
 
 
-def channel_graph(network: nn.Module) -> ChannelGraph:
-    """The channel groups of ``network``; raises UsageError for a network it does not know."""
-    if isinstance(network, StudentNet):
-        return _student_graph(network)
-    raise UsageError(f"{type(network).__name__} cannot be slimmed: only StudentNet can")
+def channel_graph(
+    network: nn.Module, image: torch.Tensor, ignore: Iterable[str] = ()
+) -> ChannelGraph:
+    """The channel groups of ``network`` on pictures like ``image`` (B, C, H, W).
 
-
-def _student_graph(network: StudentNet) -> ChannelGraph:
-    """The homework's rule: what blocks 3 to 6 write and the next block reads.
-
-    The reading block's depthwise convolution, its BatchNorm and its pointwise inputs are cut
-    together with the writing pointwise's outputs.
+    Neither inputs nor outputs of the layers in ``ignore``, by their names or those of the modules
+    that they are in, are cut. Raises whatever the network's forward pass raises.
     """
-    groups, blocked = [], []
-    fixed = "the homework keeps the first blocks at full width"
-    for block, multiplier in enumerate(MULTIPLIERS):
-        writer = f"cnn.{block}.3" if block else "cnn.0.0"
-        written = cast("nn.Conv2d", network.get_submodule(writer)).out_channels
-        reader = f"cnn.{block + 1}"
-        if block in SCALED:
-            positions = (
-                Position(writer, "out"),
-                Position(f"{reader}.0", "through"),
-                Position(f"{reader}.1", "through"),
-                Position(f"{reader}.3", "in"),
-            )
-            nominal = network.base * multiplier
-            groups.append(ChannelGroup(reader, written, nominal, (f"{reader}.1",), positions))
+    recordings = [record(network, image)]
+    auxiliary = False
+    if unseen := _unseen(network, recordings[0]):
+        try:
+            recordings.append(record(network, image, training=True))
+            auxiliary = bool(unseen - _unseen(network, recordings[1]))
+        except Exception:  # as for pictures too small for an auxiliary head
+            auxiliary = True
+            recordings.pop()
+    flow = follow(network, recordings)
+    if auxiliary and len(recordings) == 1:
+        reason = f"{min(unseen)} reads some of them in train mode, which fails"
+        flow.fix(np.arange(flow.count), reason)
+    graph = replace(_graph(network, flow), auxiliary=auxiliary)
+    prefixes = tuple(ignore)
+    asked = [
+        group.name
+        for group in graph.groups
+        if any(_within(layer, prefixes) for layer, _ in group.positions)
+    ]
+    return graph.without(asked, "asked to be ignored")
+
+
+def _within(layer: str, names: tuple[str, ...]) -> bool:
+    return any(layer == name or layer.startswith(f"{name}.") for name in names)
+
+
+def _unseen(network: nn.Module, recording: Recording) -> set[str]:
+    """Layers that the pass did not use."""
+    used = {id(tensor) for op in recording.operations for tensor in op.inputs()}
+    names = {name for key, name in recording.names.items() if key in used}
+    return {
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, LAYERS)
+        and not any(f"{name}.{own}" in names for own in ("weight", "running_mean"))
+    }
+
+
+def _graph(network: nn.Module, flow: Flow) -> ChannelGraph:
+    classes = flow.classes()
+    blocks = _blocks(flow, classes)
+    fixed = np.zeros(flow.count, bool)
+    fixed[classes[FIXED]] = True
+    for _, ids in flow.reasons:
+        fixed[classes[ids]] = True
+    born = np.concatenate([np.zeros(0, np.int64), *(ids for _, ids in flow.births)])
+    free = np.unique(classes[born])
+    free = free[~fixed[free]]
+    numbers = np.zeros(flow.count, np.int64)
+    numbers[free] = np.arange(1, len(free) + 1)
+    numbers = numbers[classes]
+    positions = tuple(
+        replace(p, ids=numbers[p.ids]) for p in flow.positions if numbers[p.ids].any()
+    )
+    blocks = [numbers[block] for block in blocks if numbers[block].any()]
+    count = len(free) + 1
+    found = _groups(network, flow, numbers, positions, blocks, count)
+    groups = tuple(group for group, _ in found)
+    names = np.zeros(count, object)
+    for group in groups:
+        names[group.channels] = group.name
+    suspects = dict.fromkeys(
+        (str(name), what)
+        for what, ids in flow.suspects
+        for name in np.unique(names[numbers[ids][numbers[ids] != FIXED]].astype(str))
+    )
+    graph = ChannelGraph(
+        groups, _blocked(flow, classes), positions, count, tuple(flow.calls), tuple(suspects)
+    )
+    unbalanced = [group.name for group, balanced in found if not balanced]
+    graph = graph.without(unbalanced, "only some of them must stay equally many in each part")
+    single = [group.name for group in groups if group.size == 1]
+    return graph.without(single, "all of its channels are tied together")
+
+
+def _blocks(flow: Flow, classes: Ids) -> list[Ids]:
+    """Which rows must keep as many channels as each other; what is too entangled is fixed."""
+    kept: list[Ids] = []
+    for block in flow.blocks:
+        rows = classes[block]
+        ordered = np.sort(rows, axis=1)
+        if (ordered == ordered[0]).all():
+            continue  # whatever goes, goes from each row
+        known = [other for other in kept if np.isin(rows, other).any()]
+        if any(np.array_equal(ordered, np.sort(other, axis=1)) for other in known):
+            continue
+        flat = rows.reshape(-1)
+        if known or len(np.unique(flat)) < len(flat):
+            flow.fix(block.reshape(-1), "parts that must stay equally large overlap")
+            for other in known:
+                flow.fix(other.reshape(-1), "parts that must stay equally large overlap")
+        elif (rows == classes[FIXED]).any():
+            flow.fix(block.reshape(-1), "parts that must stay equally large have fixed channels")
         else:
-            last = block == len(MULTIPLIERS) - 1
-            reason = "no BatchNorm ranks what the classifier reads" if last else fixed
-            blocked.append(Blocked(writer, written, reason))
-    return ChannelGraph(tuple(groups), tuple(blocked))
+            kept.append(rows)
+    fixed = {int(classes[i]) for _, ids in flow.reasons for i in ids}
+    for rows in kept:  # one that is fixed for another reason would unbalance them
+        if fixed and np.isin(rows, list(fixed)).any():
+            flow.fix(rows.reshape(-1), "parts that must stay equally large have fixed channels")
+    return kept
+
+
+def _groups(
+    network: nn.Module,
+    flow: Flow,
+    numbers: Ids,
+    positions: Sequence[Position],
+    blocks: Sequence[Ids],
+    count: int,
+) -> list[tuple[ChannelGroup, bool]]:
+    """Channels that stand in one layer's outputs, or in one block, make one group.
+
+    With each, whether its blocks, if it has any, are a single one of all its channels.
+    """
+    ties = Flow(count=count)
+    born = [(layer, numbers[ids]) for layer, ids in flow.births]
+    written = [(layer, np.unique(ids[ids != FIXED])) for layer, ids in born]
+    for ids in [ids for _, ids in written if len(ids)] + [block.reshape(-1) for block in blocks]:
+        ties.tie(np.full(len(ids), ids[0]), ids)
+    members = ties.classes()
+    members[FIXED] = -1
+    within = [(p, set(np.unique(members[p.ids]).tolist())) for p in positions]
+    groups = []
+    for first in np.unique(members[members >= 0]):
+        channels = np.flatnonzero(members == first)
+        layers = tuple(layer for layer, ids in written if len(ids) and members[ids[0]] == first)
+        own = [p for p, found in within if first in found]
+        norms = tuple(
+            p.layer for p in own if p.side in ("through", "select") and _ranks(network, p.layer)
+        )
+        rows = [block for block in blocks if members[block[0, 0]] == first]
+        places = tuple((p.layer, p.side) for p in own)
+        found = ChannelGroup(layers[0], channels, layers, norms, places, rows[0] if rows else None)
+        balanced = not rows or (len(rows) == 1 and rows[0].size == len(channels))
+        groups.append((found, balanced))
+    return groups
+
+
+def _ranks(network: nn.Module, name: str) -> bool:
+    try:
+        return batchnorm(network, name).weight is not None
+    except AttributeError:
+        return False
+
+
+def batchnorm(network: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm:
+    """The BatchNorm called ``name``, also where it selects its channels from a stream.
+
+    Raises AttributeError when there is none.
+    """
+    layer = network.get_submodule(name)
+    if isinstance(layer, SelectedChannels):
+        layer = layer.norm
+    if not isinstance(layer, BATCHNORM):
+        raise AttributeError(f"{name} is no BatchNorm")
+    return layer
+
+
+def _blocked(flow: Flow, classes: Ids) -> tuple[Blocked, ...]:
+    """Layers whose output channels are fixed, with the first reason found."""
+    names = dict.fromkeys(reason for reason, _ in flow.reasons)
+    names["added to channels that are always there"] = None
+    why = np.zeros(flow.count, np.int64)  # of a class of elements: number of its first reason
+    why[classes[FIXED]] = len(names)
+    order = {reason: number for number, reason in enumerate(names, 1)}
+    for reason, ids in reversed(flow.reasons):
+        why[classes[ids]] = order[reason]
+    found = []
+    for layer, ids in flow.births:
+        numbers = why[classes[ids]]
+        found += [
+            Blocked(layer, int((numbers == number).sum()), reason)
+            for reason, number in order.items()
+            if number in set(numbers.tolist())
+        ]
+    return tuple(found)

@@ -2,26 +2,68 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+
+from job.slimming.graph import batchnorm
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from job.slimming.graph import ChannelGroup
+    from job.slimming.flow import Ids
+    from job.slimming.graph import ChannelGraph
+
+Scores = np.ndarray[Any, np.dtype[np.float64]]  # by channel number; nan: not ranked
 
 
-def gamma_importance(network: nn.Module, group: ChannelGroup) -> torch.Tensor:
-    """|γ| of the BatchNorms of ``group``, their mean: (C,) float64 on the CPU.
+def gamma_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
+    """|γ| of the BatchNorms that a channel passes, their mean; nan where there is none.
 
     Liu et al. 2017, section 3; the homework ranks by γ itself, which is the same while γ > 0.
     """
-    scales = [network.get_parameter(f"{norm}.weight") for norm in group.norms]
-    return torch.stack([scale.detach().double().abs().cpu() for scale in scales]).mean(0)
+    norms = {norm for group in graph.groups for norm in group.norms}
+    mean = _Mean(graph.count)
+    for position in graph.positions:
+        if position.side in ("through", "select") and position.layer in norms:
+            gamma = batchnorm(network, position.layer).weight.detach().double().abs()
+            mean.add(position.ids, gamma.cpu().numpy())
+    return mean.result()
 
 
-def strongest(importance: torch.Tensor, count: int) -> tuple[int, ...]:
-    """Indices, rising, of the ``count`` largest of ``importance`` (C,); ties by lower index."""
-    ranking = torch.argsort(importance, descending=True, stable=True)
-    return tuple(sorted(ranking[:count].tolist()))
+def magnitude_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
+    """L2 norm of the weights that write a channel, the mean over its writers (Li et al. 2017)."""
+    mean = _Mean(graph.count)
+    for position in graph.positions:
+        if position.side == "out":
+            weight = _weight(network, position.layer).detach().double().cpu()
+            mean.add(position.ids, weight.flatten(1).norm(dim=1).numpy())
+    return mean.result()
+
+
+def random_importance(graph: ChannelGraph, seed: int) -> Scores:
+    """Numbers in [0, 1) that say nothing: what any other importance must beat."""
+    scores: Scores = np.random.Generator(np.random.Philox(seed)).random(graph.count)
+    return scores
+
+
+def _weight(network: nn.Module, name: str) -> Any:
+    try:
+        return network.get_parameter(name)
+    except AttributeError:
+        return network.get_submodule(name).weight
+
+
+class _Mean:
+    """Means of what several positions say of a channel."""
+
+    def __init__(self, count: int) -> None:
+        self.sums, self.counts = np.zeros(count), np.zeros(count)
+
+    def add(self, ids: Ids, values: Scores) -> None:
+        np.add.at(self.sums, ids, values)
+        np.add.at(self.counts, ids, 1)
+
+    def result(self) -> Scores:
+        with np.errstate(invalid="ignore"):
+            return self.sums / self.counts

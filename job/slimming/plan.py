@@ -6,44 +6,57 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from job.errors import DataError, UsageError
-from job.slimming.graph import channel_graph
-from job.slimming.importance import gamma_importance, strongest
+import numpy as np
+
+from job.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import nn
+    from job.slimming.cost import Cost
+    from job.slimming.flow import Ids
+    from job.slimming.graph import Blocked, ChannelGraph
 
-    from job.slimming.graph import ChannelGraph
+Kept = tuple[int, ...]
+SIDES = {"out": "out", "in": "in_", "select": "select"}
 
 
 @dataclass(frozen=True)
 class LayerChannels:
-    """Indices that stay on a layer's two sides; None: all of them.
+    """Indices that stay on a layer's sides; None: all of them.
 
-    For layers that pass channels one by one (BatchNorm, depthwise) both sides are the same.
+    A BatchNorm has but ``out``; both sides of a depthwise convolution are the same, or multiples.
+    ``select``: what a BatchNorm takes of its input, which stays whole. ``bias``: the layer gets
+    one, to hold what removed channels used to add.
     """
 
-    out: tuple[int, ...] | None = None
-    in_: tuple[int, ...] | None = None
+    out: Kept | None = None
+    in_: Kept | None = None
+    select: Kept | None = None
+    bias: bool = False
 
     def after(self, later: LayerChannels) -> LayerChannels:
         """The indices, into what this one started from, that stay when ``later`` is cut too."""
-        return LayerChannels(_chain(self.out, later.out), _chain(self.in_, later.in_))
+        return LayerChannels(
+            _chain(self.out, later.out),
+            _chain(self.in_, later.in_),
+            _chain(self.select, later.select),
+            self.bias or later.bias,
+        )
 
-    def to_dict(self) -> dict[str, list[int]]:
+    def to_dict(self) -> dict[str, Any]:
         """As stored in model.json."""
-        sides = {"out": self.out, "in": self.in_}
-        return {side: list(kept) for side, kept in sides.items() if kept is not None}
+        sides = {side: getattr(self, name) for side, name in SIDES.items()}
+        found: dict[str, Any] = {side: list(kept) for side, kept in sides.items() if kept}
+        return found | ({"bias": True} if self.bias else {})
 
     @classmethod
     def from_dict(cls, values: Any) -> LayerChannels:
         """Read back what ``to_dict`` gave; raises DataError."""
-        sides: list[Any] = [0]
-        if isinstance(values, dict):
-            sides = [values.get("out"), values.get("in")]
-        for kept in sides:
+        if not isinstance(values, dict) or type(values.get("bias", False)) is not bool:
+            raise DataError("a layer's kept channels are not lists of rising indices")
+        sides = {name: values.get(side) for side, name in SIDES.items()}
+        for kept in sides.values():
             if kept is not None and not (
                 isinstance(kept, list)
                 and kept
@@ -51,7 +64,8 @@ class LayerChannels:
                 and all(before < i for before, i in pairwise(kept))
             ):
                 raise DataError("a layer's kept channels are not lists of rising indices")
-        return cls(*(None if kept is None else tuple(kept) for kept in sides))
+        chosen = {name: None if kept is None else tuple(kept) for name, kept in sides.items()}
+        return cls(**chosen, bias=values.get("bias", False))
 
 
 Layers = dict[str, LayerChannels]
@@ -59,48 +73,58 @@ Layers = dict[str, LayerChannels]
 
 @dataclass(frozen=True)
 class Plan:
-    """What one cut keeps: ``groups`` by name and the ``layers`` they stand in."""
+    """What one cut keeps: of each group by name, of each layer; the costs before and after.
+
+    ``groups`` are indices into each group's channels, ``layers`` into each layer's. ``blocked``
+    says which channels could not be cut and why.
+    """
 
     policy: str
     width: float
-    groups: Mapping[str, tuple[int, ...]]
+    groups: Mapping[str, Kept]
     layers: Layers = field(default_factory=dict)
+    before: Cost | None = None
+    after: Cost | None = None
+    blocked: tuple[Blocked, ...] = ()
 
 
-def uniform_plan(network: nn.Module, width: float) -> Plan:
-    """Keep the same fraction of every group: ``int(nominal * width)`` strongest by γ.
-
-    ``width`` is relative to the network at width 1, not to ``network``: the homework's rule. Raises
-    UsageError when a group would be left empty or would have to grow.
-    """
-    graph = channel_graph(network)
-    groups = {}
+def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
+    """The channels (count,) bool that stay where of each group its indices ``groups`` do."""
+    keep = everything(graph)
     for group in graph.groups:
-        count = int(group.nominal * width)
-        if count < 1:
-            least = 1 / min(g.nominal for g in graph.groups)
-            raise UsageError(
-                f"width {width:g} leaves no channel of {group.name}: the least is {least:g}"
-            )
-        if count > group.size:
-            now = max(g.size / g.nominal for g in graph.groups)
-            raise UsageError(f"width {width:g} is not below the network's own, about {now:.4g}")
-        groups[group.name] = strongest(gamma_importance(network, group), count)
-    return Plan("uniform", width, groups, layers_of(graph, groups))
+        keep[group.channels] = False
+        keep[group.channels[list(groups[group.name])]] = True
+    return keep
 
 
-def layers_of(graph: ChannelGraph, groups: Mapping[str, tuple[int, ...]]) -> Layers:
-    """Where the kept channels of each group stand, layer by layer."""
+def everything(graph: ChannelGraph) -> Ids:
+    """All channels of a graph as ``keep`` (count,) bool; number 0, of those never cut, is true."""
+    return np.ones(graph.count, bool)
+
+
+def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
+    """Where the channels of ``keep`` (count,) bool stand, layer by layer; whole layers left out."""
     layers: Layers = {}
-    for group in graph.groups:
-        kept = groups[group.name]
-        for position in group.positions:
-            had = layers.get(position.layer, LayerChannels())
-            layers[position.layer] = LayerChannels(
-                had.out if position.side == "in" else kept,
-                had.in_ if position.side == "out" else kept,
-            )
+    for position in graph.positions:
+        stays = keep[position.ids]
+        if stays.all():
+            continue
+        kept = _indices(stays)
+        side = position.side
+        if side == "through":
+            inner = _indices(stays[:: position.times]) if position.times else None
+            now = LayerChannels(kept, inner)
+        elif side == "select":
+            now = LayerChannels(select=kept)
+        else:
+            now = LayerChannels(out=kept) if side == "out" else LayerChannels(in_=kept)
+        layers[position.layer] = layers.get(position.layer, LayerChannels()).after(now)
     return layers
+
+
+def groups_of(graph: ChannelGraph, keep: Ids) -> dict[str, Kept]:
+    """Which of each group's channels stay."""
+    return {group.name: _indices(keep[group.channels]) for group in graph.groups}
 
 
 def compose(first: Layers, then: Layers) -> Layers:
@@ -112,7 +136,11 @@ def compose(first: Layers, then: Layers) -> Layers:
     }
 
 
-def _chain(first: tuple[int, ...] | None, then: tuple[int, ...] | None) -> tuple[int, ...] | None:
+def _indices(stays: Ids) -> Kept:
+    return tuple(np.flatnonzero(stays).tolist())
+
+
+def _chain(first: Kept | None, then: Kept | None) -> Kept | None:
     if first is None or then is None:
         return then if first is None else first
     return tuple(first[i] for i in then)

@@ -25,6 +25,11 @@ MOST_CLASSES = 10_000  # the confusion matrix then takes 0.8 GB
 PIXELS = 256 * 32 * 32  # in one evaluation batch of a process, about
 
 
+def batch_size_at(size: int) -> int:
+    """How many pictures of ``size`` pixels a process takes at a time without training."""
+    return max(1, min(256, PIXELS // size**2))
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """``confusion`` (C, C) int64 counts pictures by true class (row) and predicted class."""
@@ -71,7 +76,7 @@ class Evaluator:
             raise DataError(f"{num_classes:,} classes are too many: at most {MOST_CLASSES:,}")
         self.split, self.preprocessing, self.num_classes = split, preprocessing, num_classes
         self.accelerator = accelerator
-        self.batch_size = max(1, min(256, PIXELS // preprocessing.size**2))
+        self.batch_size = batch_size_at(preprocessing.size)
         self.batches = loader(
             EvaluationPictures(split, preprocessing),
             RankShare(len(split), self.batch_size, rank(), world()),

@@ -26,10 +26,11 @@ from job.training.optimizer import (
     optimizer_tensors,
     restore_optimizer,
 )
+from job.training.sparsity import gamma_histogram, gamma_layers, gamma_numbers, gammas_of, pull
 from job.training.sync_batchnorm import average_running_statistics, synchronised
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from accelerate import Accelerator
     from torch import nn
@@ -37,10 +38,12 @@ if TYPE_CHECKING:
     from job.config import PruneConfig
     from job.data import Preprocessing, Split
     from job.signals import Watch
+    from job.training.distillation import Distillation
     from job.training.evaluation import Evaluator
 
     Progress = Callable[[Iterable[Any], int], Iterable[Any]]
     Save = Callable[[Position], None]
+    OnGamma = Callable[[str, int, dict[str, Any]], None]  # before or after, epoch, histogram
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,12 @@ class EpochResult:
     lr: float
     images_per_second: float
     seconds: float
+    gamma_mean: float | None = None  # of |γ|; None without a BatchNorm
+    gamma_small: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Field by field."""
-        return asdict(self)
+        """Field by field, without those that are None."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 class Trainer:
@@ -97,6 +102,10 @@ class Trainer:
         watch: Watch | None = None,
         save: Save = lambda _: None,
         start: Position | None = None,
+        sparse_epochs: int = 0,
+        gamma_names: Sequence[str] | None = None,
+        on_gamma: OnGamma = lambda *_: None,
+        distillation: Distillation | None = None,
     ) -> EpochResult:
         """Train ``network`` and leave it with the weights of its best epoch, which is returned.
 
@@ -104,13 +113,25 @@ class Trainer:
         is how many optimizer steps the run has taken before. With ``start`` the round goes on from
         there. ``save`` gets the position when ``watch`` says so and after every epoch. Raises
         StopRequest, the position saved, when ``watch`` says so.
+
+        The last ``sparse_epochs`` have a learning-rate schedule of their own and pull on the γ of
+        ``gamma_names``, or of all BatchNorms; the last of them counts as the best, since only then
+        is γ what was asked for. ``on_gamma`` gets histograms from before and after them. With
+        ``distillation`` the network learns from a teacher too.
         """
         training = _Round(self, network, round_, epochs, first_step, watch, save)
+        training.dense_epochs, training.distillation = epochs - sparse_epochs, distillation
+        names = gamma_layers(network) if gamma_names is None else gamma_names
+        training.gammas = gammas_of(training.trained, names)
         if start:
             training.restore(start)
         while training.epoch < epochs:
+            if (training.epoch, training.batch) == (training.dense_epochs, 0):
+                on_gamma("before", training.epoch, gamma_histogram(training.gammas))
             on_epoch(training.run_epoch(progress))
             training.save_now()
+        if sparse_epochs:
+            on_gamma("after", epochs, gamma_histogram(training.gammas))
         best = training.best
         assert best is not None
         check_same(digest(training.trained.state_dict()), "the trained network")
@@ -135,6 +156,9 @@ class _Round:
         self.kept, self.round, self.epochs, self.first_step = network, round_, epochs, first_step
         self.watch, self.save = watch, save
         self.epoch = self.batch = 0  # the next batch to train on
+        self.dense_epochs = epochs  # those before the sparse ones
+        self.gammas: list[torch.Tensor] = []
+        self.distillation: Distillation | None = None
         self.best: EpochResult | None = None
         device = self.accelerator.device
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, right answers
@@ -148,6 +172,11 @@ class _Round:
         self.prepared, self.optimizer = self.accelerator.prepare(
             trained, new_optimizer(trained, self.config, fused=fused)
         )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether this epoch pulls on γ."""
+        return self.epoch >= self.dense_epochs
 
     def position(self) -> Position:
         """All that the rest of the round depends on; sums are those of all processes."""
@@ -218,13 +247,14 @@ class _Round:
             lr,
             speed,
             spent,
+            **gamma_numbers(self.gammas),
         )
         if not math.isfinite(loss + valid.loss):
             raise GammaslimError(
                 f"round {self.round}, epoch {self.epoch}: the training loss became {loss}, that of "
                 f"validation {valid.loss}: try a lower --lr, or --precision fp32"
             )
-        if self.best is None or result.valid_acc > self.best.valid_acc:
+        if self.best is None or self.sparse or result.valid_acc > self.best.valid_acc:
             self.best = result
             self.kept.load_state_dict(self.trained.state_dict())
         self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
@@ -237,7 +267,7 @@ class _Round:
         sizes = sampler.sizes()
         sampler.set_epoch(self.round, self.epoch, self.batch)
         self.prepared.train()
-        lr = learning_rate(self.config, (self.epoch + 1) * len(sizes) - 1, self.epochs * len(sizes))
+        lr = self.learning_rate((self.epoch + 1) * len(sizes) - 1)
         rest = sizes[self.batch :]
         batches = progress(checked(self.trainer.batches), len(rest)) if rest else ()
         for (images, labels), size in zip(batches, rest, strict=True):
@@ -253,19 +283,31 @@ class _Round:
             self.seconds = clock()
         return lr
 
+    def learning_rate(self, number: int) -> float:
+        """Of the round's step ``number``; the sparse epochs begin their schedule anew."""
+        steps, dense = len(self.trainer.sampler), self.dense_epochs * len(self.trainer.sampler)
+        if number < dense:
+            return learning_rate(self.config, number, dense)
+        return learning_rate(self.config, number - dense, self.epochs * steps - dense)
+
     def step(self, images: torch.Tensor, labels: torch.Tensor, size: int, number: int) -> None:
         """One optimizer step on this process's part of a global batch of ``size`` pictures."""
         device = self.accelerator.device
-        lr = learning_rate(self.config, number, self.epochs * len(self.trainer.sampler))
+        lr = self.learning_rate(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         inputs = self.trainer.preprocessing.to_input(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
         logits = self.prepared(inputs).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        if self.distillation:
+            loss = self.distillation.loss(logits, inputs, labels)
+        else:
+            loss = F.cross_entropy(logits, labels, reduction="sum")
         self.optimizer.zero_grad()
         # DDP takes the mean over ranks; the gradient must be the mean over the global batch
         self.accelerator.backward(loss * (world() / size))
         self.optimizer.step()
+        if self.sparse and not self.accelerator.optimizer_step_was_skipped:
+            pull(self.config.sparsity, self.gammas, lr * self.config.sparsity_strength)
         self.sums[0] += loss.detach()
         self.sums[1] += (logits.argmax(1) == labels).sum()

@@ -18,6 +18,7 @@ from typing import Any
 
 import job.attempt
 import job.checkpoint
+import job.cut
 import job.data
 import job.files
 import job.pipeline
@@ -121,8 +122,8 @@ PLACES = {
     "W&B begins": lambda: before(job.attempt, "Tracker"),
     "step": lambda: after(job.training.fit._Round, "step"),
     "evaluation": in_evaluation,
-    "surgery": lambda: before(job.pipeline, "narrowed"),
-    "proof of a cut": lambda: after(job.pipeline, "verify"),
+    "surgery": lambda: before(job.cut, "narrowed"),
+    "proof of a cut": lambda: after(job.cut, "verify"),
     "file write": half_a_file,
     "fsync": lambda: before(job.files, "sync_path"),
     "rename": lambda: before(Path, "rename"),

@@ -1,0 +1,188 @@
+"""The networks of Network Slimming for 32 x 32 pictures (Liu et al. 2017, section 4.2).
+
+VGG-19 with BatchNorm (Simonyan & Zisserman 2015), the pre-activation ResNet-164 of bottlenecks (He
+et al. 2016) and DenseNet-40 of growth 12 (Huang et al. 2017). Every γ begins at 0.5, convolutions
+as of He et al. 2015; no convolution has a bias. State-dict keys are those of the authors' code,
+https://github.com/Eric-mingjie/network-slimming, without its selection layers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+GAMMA = 0.5  # Liu et al. 2017, section 4.3
+VGG19 = (64, 64, 0, 128, 128, 0, *4 * (256,), 0, *4 * (512,), 0, *4 * (512,))  # 0: max pooling
+STAGES = (16, 32, 64)  # planes of ResNet-164's bottlenecks
+BLOCKS = 18  # bottlenecks a stage: 3 * 18 * 3 + 2 = 164 layers
+EXPANSION = 4
+GROWTH = 12
+LAYERS = 12  # of each of DenseNet-40's three blocks: 3 * 12 + 4 = 40 layers
+
+
+class Vgg19Cifar(nn.Module):
+    """Sixteen 3x3 convolutions in five stages, global average pooling, one linear layer.
+
+    20.04 million parameters with 10 classes. At 32 pixels the pooling is the paper's, 2 x 2.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        read = 3
+        for width in VGG19:
+            if not width:
+                layers.append(nn.MaxPool2d(2))
+                continue
+            convolution = nn.Conv2d(read, width, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            read = width
+        self.feature = nn.Sequential(*layers)
+        self.classifier = nn.Linear(read, num_classes)
+        _initialise(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W) -> logits (B, num_classes)."""
+        logits: torch.Tensor = self.classifier(_pooled(self.feature(images)))
+        return logits
+
+
+class Bottleneck(nn.Module):
+    """BatchNorm, ReLU, convolution, three times, added to what came in.
+
+    The shortcut of a stage's first block is a bare 1x1 convolution.
+    """
+
+    def __init__(self, read: int, planes: int, stride: int) -> None:
+        super().__init__()
+        written = planes * EXPANSION
+        self.bn1 = nn.BatchNorm2d(read)
+        self.conv1 = nn.Conv2d(read, planes, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, written, 1, bias=False)
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(read, written, 1, stride, bias=False))
+            if read != written or stride > 1
+            else None
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W) -> (B, 4 * planes, H / stride, W / stride)."""
+        branch = self.conv1(F.relu(self.bn1(x)))
+        branch = self.conv2(F.relu(self.bn2(branch)))
+        branch = self.conv3(F.relu(self.bn3(branch)))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        added: torch.Tensor = shortcut + branch
+        return added
+
+
+class ResNet164Cifar(nn.Module):
+    """Three stages of 18 pre-activation bottlenecks; 1.70 million parameters with 10 classes."""
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        read = STAGES[0]
+        self.conv1 = nn.Conv2d(3, read, 3, padding=1, bias=False)
+        for number, planes in enumerate(STAGES, 1):
+            blocks = []
+            for block in range(BLOCKS):
+                stride = 2 if block == 0 and number > 1 else 1
+                blocks.append(Bottleneck(read, planes, stride))
+                read = planes * EXPANSION
+            self.add_module(f"layer{number}", nn.Sequential(*blocks))
+        self.bn = nn.BatchNorm2d(read)
+        self.fc = nn.Linear(read, num_classes)
+        _initialise(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W) -> logits (B, num_classes)."""
+        x = self.layer3(self.layer2(self.layer1(self.conv1(images))))
+        logits: torch.Tensor = self.fc(_pooled(F.relu(self.bn(x))))
+        return logits
+
+
+class DenseLayer(nn.Module):
+    """BatchNorm, ReLU, 3x3 convolution, put beside what came in."""
+
+    def __init__(self, read: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(read)
+        self.conv1 = nn.Conv2d(read, GROWTH, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W) -> (B, C + 12, H, W)."""
+        return torch.cat([x, self.conv1(F.relu(self.bn1(x)))], 1)
+
+
+class Transition(nn.Module):
+    """BatchNorm, ReLU, 1x1 convolution of as many channels, average pooling that halves."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, width, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W) -> (B, C, H / 2, W / 2)."""
+        return F.avg_pool2d(self.conv1(F.relu(self.bn1(x))), 2)
+
+
+class DenseNet40Cifar(nn.Module):
+    """Three dense blocks of 12 layers; 1.02 million parameters with 10 classes.
+
+    ``first`` is the width of the first convolution. The paper's counts are those of 16, the width
+    of Huang et al.'s DenseNet without bottlenecks; the authors' PyTorch code has 24.
+    """
+
+    dense1: nn.Sequential
+    dense2: nn.Sequential
+    dense3: nn.Sequential
+    trans1: Transition
+    trans2: Transition
+
+    def __init__(self, num_classes: int = 10, first: int = 16) -> None:
+        super().__init__()
+        width = first
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        for number in (1, 2, 3):
+            block = nn.Sequential(*(DenseLayer(width + GROWTH * i) for i in range(LAYERS)))
+            self.add_module(f"dense{number}", block)
+            width += GROWTH * LAYERS
+            if number < 3:
+                self.add_module(f"trans{number}", Transition(width))
+        self.bn = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, num_classes)
+        _initialise(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W) -> logits (B, num_classes)."""
+        x = self.trans1(self.dense1(self.conv1(images)))
+        x = self.dense3(self.trans2(self.dense2(x)))
+        logits: torch.Tensor = self.fc(_pooled(F.relu(self.bn(x))))
+        return logits
+
+
+def _pooled(x: torch.Tensor) -> torch.Tensor:
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def _initialise(network: nn.Module) -> None:
+    """Convolutions as of He et al. 2015 by what they write, γ 0.5, the classifier small."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            written = layer.out_channels * math.prod(layer.kernel_size)
+            nn.init.normal_(layer.weight, 0, math.sqrt(2 / written))
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.constant_(layer.weight, GAMMA)
+        elif isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, 0, 0.01)
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,69 @@
+"""What sizes of picture a network takes, found by running it on torch's meta device."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from job.errors import UsageError, reason
+
+MAX_SIZE = 4096  # pixels: a single input of StudentNet's takes about a GiB
+SIZES = (32, 64, 96, 128, 224, 256, 299)  # pixels: those that networks are made for
+
+
+def check_size(network: nn.Module, size: int, *, trained: bool = True) -> None:
+    """Raise UsageError unless ``network`` takes pictures of (3, size, size).
+
+    Nothing is computed: shapes are propagated for a batch of two. ``trained``: in training mode,
+    too.
+    """
+    check_memory(size)
+    shadow = meta_copy(network)
+    modes = (False, True) if trained else (False,)
+    why = misfit(shadow, size, modes)
+    if why is None:
+        return
+    kind = type(network).__name__
+    fits = [other for other in SIZES if misfit(shadow, other, modes) is None]
+    if not fits:
+        raise UsageError(f"{kind} cannot be run on pictures of {size} pixels: {why}")
+    small = size < fits[0]
+    problem = f"is too small for {kind}" if small else f"does not fit {kind} ({why})"
+    raise UsageError(f"--image-size {size} {problem}: {fits[0]} pixels do")
+
+
+def check_memory(size: int) -> None:
+    """Raise UsageError when pictures of ``size`` pixels are too large for any memory."""
+    if size > MAX_SIZE:
+        raise UsageError(f"--image-size {size} is too large: at most {MAX_SIZE}")
+
+
+def meta_copy(network: nn.Module) -> nn.Module:
+    """A copy on the meta device: shapes without numbers, and without the memory of a copy."""
+    shapes: dict[int, Any] = {id(b): b.detach().to("meta") for b in network.buffers()}
+    for parameter in network.parameters():
+        shapes[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    return copy.deepcopy(network, shapes)
+
+
+def misfit(shadow: nn.Module, size: int, modes: tuple[bool, ...]) -> str | None:
+    """Why a network on the meta device does not take pictures of ``size`` pixels, or None.
+
+    ``modes``: True is training.
+    """
+    images = torch.empty(2, 3, size, size, device="meta")
+    for training in modes:
+        try:
+            with torch.no_grad():
+                logits = shadow.train(training)(images)
+        except Exception as error:  # anybody's network, which may raise anything
+            return reason(error)
+        if not isinstance(logits, torch.Tensor):
+            aux = "; try --model-arg aux_logits=false" if hasattr(shadow, "aux_logits") else ""
+            return f"it gives a {type(logits).__name__}, not a tensor of logits{aux}"
+        if logits.dim() != 2:
+            return f"it gives {tuple(logits.shape)}, not one row of logits a picture"
+    return None

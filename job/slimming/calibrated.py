@@ -1,0 +1,106 @@
+"""Importance and compensation by name, with the calibration pictures that they need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from job.errors import UsageError
+from job.processes import rank, total, world
+from job.slimming.compensation import METHODS, betas, fold_means
+from job.slimming.importance import gamma_importance, magnitude_importance, random_importance
+from job.slimming.moments import collect
+from job.slimming.refit import refit_importance
+from job.slimming.regression import regress
+from job.slimming.taylor import taylor_importance
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import nn
+
+    from job.slimming.flow import Ids
+    from job.slimming.graph import ChannelGraph
+    from job.slimming.importance import Scores
+    from job.slimming.moments import Batch, Moments
+    from job.slimming.plan import Layers
+
+    Batches = Callable[[], Iterable[Batch]]  # every call gives them anew, on the network's device
+
+IMPORTANCES = ("gamma", "l2", "random", "taylor", "refit")
+COMPENSATIONS = METHODS
+
+
+def measured(
+    importance: str,
+    method: str,
+    network: nn.Module,
+    graph: ChannelGraph,
+    batches: Batches | None,
+) -> dict[str, Moments]:
+    """The moments, by reader, that an importance and a compensation method need; {} for none.
+
+    Raises UsageError when they need calibration pictures and no process has any.
+    """
+    asked = [f"--importance {importance}"] if importance == "refit" else []
+    asked += [f"--compensate {method}"] if method in ("mean", "regress") else []
+    if not asked:
+        return {}
+    moments = {} if batches is None else collect(network, graph, batches())
+    if not moments:
+        raise UsageError(f"{' and '.join(asked)}: calibration pictures are needed, there are none")
+    return moments
+
+
+def scores_for(
+    importance: str,
+    network: nn.Module,
+    graph: ChannelGraph,
+    moments: Mapping[str, Moments],
+    batches: Batches | None = None,
+    seed: int = 0,
+) -> Scores:
+    """The importance (count,) of every channel; ``moments`` are as ``measured`` gave them.
+
+    ``taylor`` needs ``batches`` of pictures with labels: raises UsageError without.
+    """
+    if importance == "gamma":
+        return gamma_importance(network, graph)
+    if importance == "l2":
+        return magnitude_importance(network, graph)
+    if importance == "random":
+        return random_importance(graph, seed)
+    if importance == "refit":
+        return refit_importance(network, graph, moments)
+    assert importance == "taylor", importance
+    return taylor_importance(network, graph, batches() if batches else ())
+
+
+def compensated(
+    wide: nn.Module,
+    narrow: nn.Module,
+    graph: ChannelGraph,
+    keep: Ids,
+    layers: Layers,
+    method: str,
+    moments: Mapping[str, Moments],
+    image: torch.Tensor,
+    batches: Batches | None = None,
+) -> None:
+    """Give ``narrow`` what the channels outside ``keep`` (count,) added in ``wide``, in place.
+
+    After its proof, which is of the plain cut. ``layers`` have gone through ``with_biases``;
+    ``image`` (B, C, H, W) is like what the network takes; ``regress`` needs ``batches``. All
+    processes get the main one's weights.
+    """
+    if method == "regress":
+        regress(wide, narrow, graph, keep, layers, batches or (lambda: ()), image)
+    elif method != "none":
+        means = betas(wide, graph, keep, image) if method == "beta" else moments
+        fold_means(wide, narrow, graph, keep, layers, means, image)
+    if world() > 1:
+        with torch.no_grad():
+            for tensor in (*narrow.parameters(), *narrow.buffers()):
+                tensor.mul_(rank() == 0)
+                total(tensor)

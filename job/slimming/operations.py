@@ -1,0 +1,33 @@
+"""Torch functions by what they do to channels."""
+
+from __future__ import annotations
+
+CAT = frozenset({"cat", "concat", "concatenate"})
+REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "logsumexp"})
+RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"})
+# two operands, channel by channel
+PAIRWISE = frozenset(
+    """add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__ __rsub__ rsub mul mul_ multiply
+    __mul__ __imul__ __rmul__ div div_ true_divide __truediv__ __itruediv__ maximum minimum
+    """.split()
+)
+# channel by channel, whatever else they do along other axes
+ELEMENTWISE = frozenset(
+    """relu relu_ relu6 hardtanh hardtanh_ hardswish hardsigmoid silu gelu sigmoid sigmoid_ tanh
+    tanh_ leaky_relu leaky_relu_ elu elu_ selu selu_ celu mish softplus softsign logsigmoid
+    hardshrink softshrink tanhshrink threshold threshold_ rrelu dropout dropout1d dropout2d
+    dropout3d feature_dropout alpha_dropout feature_alpha_dropout clone contiguous detach to float
+    double half bfloat16 type type_as requires_grad_ cpu cuda neg __neg__ abs exp log sqrt rsqrt
+    square pow __pow__ clamp clamp_ clip sin cos erf reciprocal max_pool1d max_pool2d max_pool3d
+    avg_pool1d avg_pool2d avg_pool3d lp_pool2d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d _max_pool2d _adaptive_max_pool2d
+    max_pool2d_with_indices adaptive_max_pool2d_with_indices interpolate upsample
+    """.split()
+)
+# data is moved, not changed: run on labels themselves
+MOVES = frozenset(
+    """permute transpose movedim moveaxis swapaxes swapdims chunk split tensor_split unbind
+    __getitem__ narrow select squeeze unsqueeze stack expand expand_as roll flip channel_shuffle
+    native_channel_shuffle index_select repeat repeat_interleave t pad pixel_shuffle pixel_unshuffle
+    """.split()
+)

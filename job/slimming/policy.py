@@ -1,0 +1,179 @@
+"""Policies: how many channels of each group stay. All fill in the same kind of plan."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from job.errors import UsageError
+from job.slimming.plan import Plan, everything, groups_of, layers_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from job.slimming.budget import Budget
+    from job.slimming.cost import Cost, Costs
+    from job.slimming.flow import Ids
+    from job.slimming.graph import ChannelGraph, ChannelGroup
+    from job.slimming.importance import Scores
+
+T = TypeVar("T")
+NOTHING = "no channel of this network is ranked by a BatchNorm and can be cut"
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A group's channels in falling importance: ``units`` (n, B), cut a row at a time."""
+
+    group: ChannelGroup
+    units: Ids
+    scores: Scores
+    floor: int
+    step: int
+
+    def rounded(self, count: int) -> int:
+        """At least ``count`` units: no less than the floor, a multiple of the step, or all."""
+        count = max(count, self.floor)
+        return min(-(-count // self.step) * self.step, len(self.units))
+
+
+def ranked(
+    graph: ChannelGraph,
+    scores: Scores,
+    *,
+    least: Mapping[str, int] | None = None,
+    round_to: int = 1,
+) -> list[Ranked]:
+    """The groups that ``scores`` (count,) rank, their channels sorted; ties by lower index.
+
+    ``least`` channels of each stay, one by default; their number is a multiple of ``round_to``
+    where the group is large enough.
+    """
+    found = []
+    for group in graph.groups:
+        if np.isnan(scores[group.channels]).any():
+            continue
+        rows = group.channels[None] if group.blocks is None else group.blocks
+        order = np.argsort(-scores[rows], axis=1, kind="stable")
+        units = np.take_along_axis(rows, order, 1).T
+        parts = len(rows)
+        floor = max(1, -(-(least or {}).get(group.name, 1) // parts))
+        step = round_to // math.gcd(round_to, parts)
+        found.append(Ranked(group, units, scores[units].mean(1), min(floor, len(units)), step))
+    return found
+
+
+def kept(graph: ChannelGraph, groups: Sequence[Ranked], counts: Sequence[int]) -> Ids:
+    """Channels (count,) bool, with the first ``counts`` units of each of ``groups``."""
+    keep = everything(graph)
+    for group, count in zip(groups, counts, strict=True):
+        keep[group.units[count:].reshape(-1)] = False
+    return keep
+
+
+class Planner:
+    """Turns counts of kept units into plans with their exact costs."""
+
+    def __init__(self, graph: ChannelGraph, costs: Costs, groups: Sequence[Ranked]) -> None:
+        self.graph, self.costs, self.groups = graph, costs, groups
+        self.base = costs.cost(everything(graph))
+
+    def cost(self, counts: Sequence[int]) -> Cost:
+        """What the network then costs."""
+        return self.costs.cost(kept(self.graph, self.groups, counts))
+
+    def plan(self, policy: str, counts: Sequence[int], width: float) -> Plan:
+        """The plan, layer by layer."""
+        keep = kept(self.graph, self.groups, counts)
+        return Plan(
+            policy, width, groups_of(self.graph, keep), layers_of(self.graph, keep),
+            self.base, self.costs.cost(keep), self.graph.blocked,
+        )  # fmt: skip
+
+    def counts_at(self, widths: Mapping[str, int], width: float) -> list[int]:
+        """Uniform: the fraction ``width`` of each group, whose full sizes are ``widths``."""
+        return [
+            r.rounded(int(widths[r.group.name] * width * len(r.units) / r.group.size + 1e-9))
+            for r in self.groups
+        ]
+
+    def in_order(self) -> Callable[[int], list[int]]:
+        """Global: how many of each group are among the first so many of all units.
+
+        They are sorted by falling score; equal ones by their place within their group, so that it
+        is not one group that loses them all.
+        """
+        lengths = [len(r.units) for r in self.groups]
+        scores = np.concatenate([np.zeros(0), *(r.scores for r in self.groups)])
+        places = np.concatenate([np.zeros(0), *(np.arange(n) / n for n in lengths)])
+        owners = np.repeat(np.arange(len(lengths)), lengths)[np.lexsort((places, -scores))]
+
+        def counts(first: int) -> list[int]:
+            found = np.bincount(owners[:first], minlength=len(lengths))
+            return [r.rounded(int(n)) for r, n in zip(self.groups, found, strict=True)]
+
+        return counts
+
+
+def solve(
+    planner: Planner,
+    budget: Budget,
+    limit: float,
+    steps: Sequence[T],
+    counts_at: Callable[[T], list[int]],
+) -> list[int]:
+    """The counts at the first of ``steps``, which cut ever more, that meets ``limit``.
+
+    Raises UsageError, with what is reachable, when none does.
+    """
+    if not planner.groups:
+        raise UsageError(f"--target {budget} cannot be reached: {NOTHING}")
+    low, high = 0, len(steps) - 1
+    if _left(planner, budget, counts_at(steps[high])) > limit:
+        raise UsageError(_unreachable(planner, budget, counts_at(steps[high])))
+    while low < high:
+        middle = (low + high) // 2
+        if _left(planner, budget, counts_at(steps[middle])) <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    return counts_at(steps[low])
+
+
+def given_back(planner: Planner, counts: Sequence[int], budget: Budget, limit: float) -> list[int]:
+    """Fill what a last, large step left of the budget, the most important channels first.
+
+    What does not fit once never fits again, since there is ever less room.
+    """
+    counts = list(counts)
+
+    def candidate(i: int) -> list[tuple[float, int]]:
+        scores = planner.groups[i].scores
+        return [(-float(scores[counts[i]]), i)] if counts[i] < len(scores) else []
+
+    queue = [entry for i in range(len(counts)) for entry in candidate(i)]
+    heapq.heapify(queue)
+    while queue:
+        _, i = heapq.heappop(queue)
+        more = [*counts[:i], planner.groups[i].rounded(counts[i] + 1), *counts[i + 1 :]]
+        if _left(planner, budget, more) <= limit:
+            counts = more
+            for entry in candidate(i):
+                heapq.heappush(queue, entry)
+    return counts
+
+
+def _left(planner: Planner, budget: Budget, counts: Sequence[int]) -> float:
+    return float(getattr(planner.cost(counts), budget.metric))
+
+
+def _unreachable(planner: Planner, budget: Budget, counts: Sequence[int]) -> str:
+    least, whole = _left(planner, budget, counts), getattr(planner.base, budget.metric)
+    return (
+        f"--target {budget} cannot be reached: the least is {budget.metric}={least:,.0f} of "
+        f"{whole:,} ({least / whole:.3g}); lower --min-keep or --round-to to go further"
+    )

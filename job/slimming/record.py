@@ -1,0 +1,163 @@
+"""What a network computes: every torch operation of one forward pass, in order.
+
+Recorded under a TorchFunctionMode, so that Python control flow and shapes are plain, and functional
+and module calls look alike. On torch's ``meta`` device nothing is computed.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import nn
+
+BATCH = 2  # pictures: BatchNorm in train mode needs two values a channel
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a torch function: its name, arguments and result."""
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument, given by position or by name."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def inputs(self) -> Iterator[torch.Tensor]:
+        """Every tensor among the arguments, in lists too."""
+        yield from tensors_in((self.args, self.kwargs))
+
+    def results(self) -> Iterator[torch.Tensor]:
+        """Every tensor of the result."""
+        yield from tensors_in(self.result)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Operations of one pass over (B, C, H, W); ``names`` tells parameters and buffers by id."""
+
+    operations: list[Operation]
+    names: dict[int, str]
+    image: torch.Tensor
+    outputs: list[torch.Tensor]
+
+    def name(self, value: Any) -> str | None:
+        """The parameter or buffer that a tensor is, if it is one."""
+        return self.names.get(id(value))
+
+
+def record(network: nn.Module, image: torch.Tensor, *, training: bool = False) -> Recording:
+    """Run ``network`` on ``BATCH`` pictures like ``image`` (B, C, H, W); it is left untouched.
+
+    On the ``meta`` device, or on the real one where the network does not run there. Raises whatever
+    its forward pass raises.
+    """
+    with mode(network, training=training), torch.random.fork_rng(devices=[]):
+        try:
+            return _record(network, image, "meta")
+        except Exception:  # meta tensors have no values, and some networks look at some
+            return _record(network, image, None)
+
+
+@contextmanager
+def mode(network: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every module in train or in eval mode, for a while."""
+    modules = [(module, module.training) for module in network.modules()]
+    for module, _ in modules:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, was in modules:
+            module.training = was
+
+
+@contextmanager
+def observed(
+    network: nn.Module, hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, Any], None]]]
+) -> Iterator[None]:
+    """``network`` in eval mode without gradients; each hook sees what its layer will read."""
+    handles = [layer.register_forward_pre_hook(hook) for layer, hook in hooks]
+    try:
+        with mode(network, training=False), torch.no_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_in(part)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.__name__
+        if name == "batch_norm" and args[0].is_meta:  # slow there: it is taken to pieces
+            result = torch.empty_like(args[0])
+        else:
+            result = func(*args, **(kwargs or {}))
+        if name == "__setitem__" or any(True for _ in tensors_in(result)):
+            kept = _copied(args), _copied(kwargs or {})
+            self.operations.append(Operation(name, func, *kept, result))
+        return result
+
+
+def _copied(value: Any) -> Any:
+    """Lists as they are now: a network may go on appending to them."""
+    if isinstance(value, (list, tuple)):
+        parts = [_copied(part) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    return value
+
+
+def _record(network: nn.Module, image: torch.Tensor, device: str | None) -> Recording:
+    state: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
+    for named in (network.named_parameters, network.named_buffers):
+        for name, value in named(remove_duplicate=False):
+            if id(value) not in seen:  # a shared one stays one tensor
+                copy = torch.empty_like(value, device=device) if device else value.detach().clone()
+                seen[id(value)] = copy
+            state[name] = seen[id(value)]
+    pictures = image[:1].detach().expand(BATCH, *image.shape[1:])
+    if device:
+        pictures = torch.empty_like(pictures, device=device)
+    recorder = _Recorder()
+    with torch.no_grad(), recorder:
+        outputs = functional_call(network, state, (pictures,))
+    names: dict[int, str] = {}
+    for name, value in state.items():
+        names.setdefault(id(value), name)
+    return Recording(recorder.operations, names, pictures, list(tensors_in(outputs)))

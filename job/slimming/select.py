@@ -1,0 +1,22 @@
+"""Channels that a BatchNorm selects from a stream which others read too (Liu et al. 2017, 4.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class SelectedChannels(nn.Module):
+    """``norm`` over the channels ``indices`` (C,) int64 of its input (B, N, …)."""
+
+    indices: torch.Tensor
+
+    def __init__(self, norm: nn.Module, indices: torch.Tensor) -> None:
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("indices", indices)
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        """stream (B, N, …) -> (B, C, …), normalised."""
+        output: torch.Tensor = self.norm(stream.index_select(1, self.indices))
+        return output

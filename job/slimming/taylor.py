@@ -1,0 +1,89 @@
+"""Importance by how much the loss would change, to first order (Molchanov et al. 2019)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from job.errors import UsageError
+from job.processes import total
+from job.slimming.flow import FIXED
+from job.slimming.graph import batchnorm
+from job.slimming.record import mode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch import nn
+
+    from job.slimming.graph import ChannelGraph
+    from job.slimming.importance import Scores
+    from job.slimming.moments import Batch
+
+
+def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable[Batch]) -> Scores:
+    """(Σ γ ∂L/∂γ + β ∂L/∂β)² over the BatchNorms that a channel passes, summed over batches.
+
+    γ ∂L/∂γ + β ∂L/∂β is how the loss reacts to a gate on the BatchNorm's output (ibid., eq. 8 and
+    section 3.3). ``batches`` are pairs of pictures and labels (B,), of each process its own; what
+    has no label, or -1, is left out. nan where no BatchNorm ranks a channel. Raises UsageError when
+    no process has labels.
+    """
+    names = {norm for group in graph.groups for norm in group.norms}
+    places = [p for p in graph.positions if p.layer in names and p.side in ("through", "select")]
+    norms = [batchnorm(network, place.layer) for place in places]
+    tensors = [t for norm in norms for t in (norm.weight, norm.bias)]
+    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
+    scores = np.zeros(graph.count)  # number 0, of no channel, counts the batches
+    try:
+        for tensor in frozen:
+            tensor.requires_grad_(True)
+        with mode(network, training=False), torch.enable_grad():
+            for images, labels in _labelled(batches):
+                loss = F.cross_entropy(network(images), labels)
+                gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+                change = np.zeros(graph.count)
+                for number, place in enumerate(places):
+                    pair = slice(2 * number, 2 * number + 2)
+                    np.add.at(change, place.ids, _gate(tensors[pair], gradients[pair]))
+                change[FIXED] = 1
+                scores += change**2
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
+    device = tensors[0].device if tensors else None
+    scores = total(torch.from_numpy(scores).to(device)).cpu().numpy()
+    if not scores[FIXED]:
+        raise UsageError("--importance taylor needs labelled calibration pictures, there are none")
+    ranked = np.zeros(graph.count, bool)
+    for place in places:
+        ranked[place.ids] = True
+    scores[~ranked] = np.nan
+    return scores
+
+
+def _labelled(batches: Iterable[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for batch in batches:
+        if not isinstance(batch, torch.Tensor):
+            images, labels = batch
+            known = labels >= 0
+            if known.any():
+                yield images[known], labels[known]
+
+
+def _gate(
+    tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """γ ∂L/∂γ + β ∂L/∂β (C,) of one BatchNorm; 0 where it did not run."""
+    parts = [
+        (tensor.detach() * gradient).double()
+        for tensor, gradient in zip(tensors, gradients, strict=True)
+        if gradient is not None
+    ]
+    gate: np.ndarray[Any, np.dtype[np.float64]] = (
+        sum(parts, torch.zeros_like(tensors[0], dtype=torch.float64)).detach().cpu().numpy()
+    )
+    return gate

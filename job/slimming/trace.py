@@ -1,0 +1,195 @@
+"""Follow the channels of a network through its recorded operations, one kind of them after another.
+
+What each kind does to channels is decided here; see job.slimming.flow for what is found.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from job.slimming.activations import BATCHNORM, owner
+from job.slimming.between import Between
+from job.slimming.flow import Call, Flow, Ids, Position
+from job.slimming.labels import along
+from job.slimming.operations import CAT, ELEMENTWISE, MOVES, PAIRWISE, REDUCTIONS, RESHAPES
+from job.slimming.select import SelectedChannels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from job.slimming.record import Operation, Recording
+
+
+def follow(network: nn.Module, recordings: Sequence[Recording]) -> Flow:
+    """Follow the channels of ``network`` through what was recorded of it, the main pass first."""
+    bound: set[str] = set()
+    while True:
+        walk = _Walk(network, bound)
+        for recording in recordings:
+            walk.follow(recording)
+        mixed = walk.flow.mixed(set(walk.selected))
+        if not mixed:
+            return walk.flow
+        bound |= mixed  # its output meets other channels: it is no selection
+
+
+class _Walk(Between):
+    def __init__(self, network: nn.Module, bound: set[str]) -> None:
+        super().__init__(network)
+        self.bound = bound
+        self.written: dict[str, Ids] = {}
+        self.selected: dict[str, Ids] = {}
+        self.rules: dict[str, Callable[[Operation], None]] = {
+            **dict.fromkeys(("conv1d", "conv2d", "conv3d"), self.convolution),
+            **dict.fromkeys(PAIRWISE, self.pairwise),
+            **dict.fromkeys(CAT, self.cat),
+            **dict.fromkeys(RESHAPES, self.reshape),
+            **dict.fromkeys(MOVES, self.move),
+            **dict.fromkeys(ELEMENTWISE | REDUCTIONS, self.elementwise),
+            "linear": self.linear,
+            "batch_norm": self.batch_norm,
+            "prelu": self.prelu,
+            "__setitem__": lambda op: self.give_up(op, "a slice that is written to"),
+        }
+
+    def follow(self, recording: Recording) -> None:
+        self.recording, first = recording, not self.flow.calls
+        self.labels, self.shared = {}, set()
+        known = {id(recording.image), *recording.names, *_constants(self.network)}
+        for operation, often in zip(recording.operations, _used_often(recording), strict=True):
+            self.often, self.counting = often, first
+            inputs = {id(tensor): tensor for tensor in operation.inputs()}
+            if not known.issuperset(inputs):
+                everything = np.arange(self.flow.count)
+                self.flow.fix(everything, f"{operation.name} of a tensor of unknown origin")
+            self.step(operation, list(inputs.values()))
+            known.update(map(id, operation.results()))
+        for output in recording.outputs:
+            self.fix(output, "the network's output")
+
+    def step(self, op: Operation, inputs: list[torch.Tensor]) -> None:
+        labelled = [tensor for tensor in inputs if self.of(tensor) is not None]
+        self.wide = self.often or any(id(tensor) in self.shared for tensor in labelled)
+        rule = self.rules.get(op.name)
+        if not labelled and op.name not in STARTS:
+            self.forget(op)
+        elif rule is None:
+            self.give_up(op, f"{op.name} is not understood")
+        else:
+            rule(op)
+
+    # layers
+
+    def convolution(self, op: Operation) -> None:
+        image, weight = op.argument(0, "input"), op.argument(1, "weight")
+        groups = int(op.argument(6, "groups", 1))
+        ids = self.ids(image, 1) if image.dim() == weight.dim() else None
+        name, outputs = self.recording.name(weight), weight.shape[0]
+        self.call(op, name)
+        if ids is None or name is None:
+            return self.give_up(op, "a convolution with a computed weight or mixed channels")
+        if groups == len(ids) and groups > 1:
+            passed = np.repeat(ids, outputs // groups)
+            self.note(op, name, "through", passed, outputs // groups)
+            return self.set(op.result, along(passed, 1, weight.dim()), shared=self.often)
+        self.note(op, name, "in", ids)
+        written = self.writes(op, name, outputs)
+        if groups > 1:
+            self.flow.blocks += [ids.reshape(groups, -1), written.reshape(groups, -1)]
+        return self.set(op.result, along(written, 1, weight.dim()), shared=self.often)
+
+    def linear(self, op: Operation) -> None:
+        image, weight = op.argument(0, "input"), op.argument(1, "weight")
+        name, found = self.recording.name(weight), self.of(image)
+        self.call(op, name)
+        if found is not None and found.shape[-1] == 1 and image.shape[-1] > 1:
+            return self.set(op.result, found, shared=self.wide)  # channels stand elsewhere
+        ids = self.ids(image, -1)
+        if ids is None or name is None:
+            return self.give_up(op, "a linear layer with a computed weight or mixed channels")
+        self.note(op, name, "in", ids)
+        written = self.writes(op, name, weight.shape[0])
+        dims = op.result.dim()
+        return self.set(op.result, along(written, dims - 1, dims), shared=self.often)
+
+    def call(self, op: Operation, name: str | None) -> None:
+        if self.counting:
+            weight = op.argument(1, "weight")
+            places = op.result.numel() // (len(weight) * len(self.recording.image))
+            self.flow.calls.append(Call(name, places if name else places * weight.numel()))
+
+    def writes(self, op: Operation, name: str, count: int) -> Ids:
+        """A writer's rows: new elements, or those of its first use."""
+        if name not in self.written:
+            self.written[name] = self.flow.born(owner(name), count)
+            self.note(op, name, "out", self.written[name])
+        return self.written[name]
+
+    def batch_norm(self, op: Operation) -> None:
+        image = op.argument(0, "input")
+        statistics = (op.argument(3, "weight"), op.argument(1, "running_mean"))
+        name = next((n for n in map(self.recording.name, statistics) if n), None)
+        ids = self.ids(image, 1)
+        if ids is None or not name or not isinstance(self.module(name), BATCHNORM):
+            return self.give_up(op, "a BatchNorm with computed parameters or mixed channels")
+        layer = owner(name)
+        selects = isinstance(self.parent(layer), SelectedChannels)
+        layer = owner(layer) if selects else layer
+        if selects or (id(image) in self.shared and layer not in self.bound):
+            self.fix(image, "channels are selected in front of each BatchNorm that reads them")
+            if layer not in self.selected:
+                self.selected[layer] = self.flow.born(layer, len(ids))
+                self.flow.positions.append(Position(layer, "select", self.selected[layer]))
+            ids = self.selected[layer]
+            return self.set(op.result, along(ids, 1, image.dim()), shared=self.often)
+        self.note(op, f"{layer}.weight", "through", ids)
+        return self.set(op.result, along(ids, 1, image.dim()), shared=self.wide)
+
+    def parent(self, layer: str) -> nn.Module:
+        return self.network.get_submodule(owner(layer))
+
+    def module(self, parameter: str) -> nn.Module:
+        return self.network.get_submodule(owner(parameter))
+
+    def prelu(self, op: Operation) -> None:
+        image, weight = op.argument(0, "input"), op.argument(1, "weight")
+        ids, name, found = self.ids(image, 1), self.recording.name(weight), self.of(image)
+        if ids is None or found is None or (weight.numel() > 1 and name is None):
+            return self.give_up(op, "a PReLU with a computed weight or mixed channels")
+        if weight.numel() > 1:
+            self.note(op, str(name), "through", ids)
+        return self.set(op.result, found, shared=self.wide)
+
+
+STARTS = frozenset({"conv1d", "conv2d", "conv3d", "linear", "batch_norm"})
+
+
+def _constants(network: nn.Module) -> set[int]:
+    """Ids of tensors that are plain attributes of modules."""
+    return {
+        id(value)
+        for module in network.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _used_often(recording: Recording) -> list[bool]:
+    """For each operation, whether its result is an input of more than one later operation."""
+    makers: dict[int, int] = {}
+    count: Counter[int] = Counter()
+    for number, operation in enumerate(recording.operations):
+        for tensor in {id(t) for t in operation.inputs()}:
+            if tensor in makers:
+                count[makers[tensor]] += 1
+        for result in operation.results():
+            makers[id(result)] = number  # in place, the changed tensor counts as a new one
+    for output in recording.outputs:
+        if id(output) in makers:
+            count[makers[id(output)]] += 1
+    return [count[number] > 1 for number in range(len(recording.operations))]

@@ -1,0 +1,83 @@
+"""Pictures to calibrate by: some of the training split, as evaluation sees them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from job.data.batches import EvaluationPictures, checked, loader
+from job.processes import rank, world
+from job.training.evaluation import batch_size_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from accelerate import Accelerator
+
+    from job.data import Preprocessing, Split
+    from job.signals import Watch
+
+PICTURES = 4096  # that moments are measured on, at most: more change little
+
+
+class Calibration:
+    """The same pictures for every use, in an order drawn by the seed; keeps its loader."""
+
+    def __init__(
+        self,
+        split: Split,
+        preprocessing: Preprocessing,
+        accelerator: Accelerator,
+        workers: int,
+        seed: int,
+        watch: Watch | None = None,
+    ) -> None:
+        self.preprocessing, self.accelerator, self.watch = preprocessing, accelerator, watch
+        self.sampler = _FirstShare(len(split), batch_size_at(preprocessing.size), seed)
+        self.loader = loader(
+            EvaluationPictures(split, preprocessing),
+            self.sampler,
+            workers=workers,
+            pin=accelerator.device.type == "cuda",
+        )
+
+    def batches(self, count: int = PICTURES) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's part of the first ``count`` pictures: (B, 3, S, S) inputs and labels (B,).
+
+        All processes go through theirs together. Raises StopRequest when ``watch`` says so.
+        """
+        device = self.accelerator.device
+        self.sampler.count = count
+        for number, (images, labels) in enumerate(checked(self.loader)):
+            if self.watch and number < self.sampler.common:
+                self.watch.check()
+            inputs = self.preprocessing.to_input(images.to(device, non_blocking=True))
+            yield inputs, labels.to(device, non_blocking=True)
+
+
+class _FirstShare:
+    """Batch sampler: pictures r, r + W, … of rank r among the first ``count`` of a permutation."""
+
+    def __init__(self, total: int, batch_size: int, seed: int) -> None:
+        key = np.random.Generator(np.random.Philox(seed))
+        self.order, self.batch_size = key.permutation(total), batch_size
+        self.count = PICTURES
+
+    @property
+    def common(self) -> int:
+        """Batches that every process has."""
+        return min(self.count, len(self.order)) // world() // self.batch_size
+
+    def _own(self) -> list[int]:
+        own: list[int] = self.order[: self.count][rank() :: world()].tolist()
+        return own
+
+    def __len__(self) -> int:
+        return -(-len(self._own()) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        own = self._own()
+        for start in range(0, len(own), self.batch_size):
+            yield own[start : start + self.batch_size]

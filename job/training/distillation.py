@@ -1,0 +1,62 @@
+"""Distillation: a network learns from the outputs of a teacher besides the labels."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A teacher, ready on the device, and how much its word counts."""
+
+    teacher: nn.Module
+    alpha: float
+    temperature: float
+    accelerator: Accelerator
+
+    def loss(
+        self, logits: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The summed loss of a student that gave ``logits`` (B, C) for ``inputs`` (B, 3, H, W)."""
+        with torch.no_grad(), self.accelerator.autocast():
+            taught = self.teacher(inputs)
+        return distillation_loss(logits, taught.float(), labels, self.alpha, self.temperature)
+
+
+def distillation(
+    teacher: nn.Module, alpha: float, temperature: float, accelerator: Accelerator
+) -> Distillation:
+    """Distillation from a copy of ``teacher`` that lies on the device, in eval mode."""
+    placed = copy.deepcopy(teacher).eval().requires_grad_(False).to(accelerator.device)
+    placed.to(memory_format=torch.channels_last)
+    return Distillation(placed, alpha, temperature, accelerator)
+
+
+def distillation_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    alpha: float,
+    temperature: float,
+) -> torch.Tensor:
+    """alpha·T²·KL(teacher ‖ student, both at temperature T) + (1 - alpha)·cross entropy.
+
+    Logits (B, C), labels (B,); the sum over the batch (Hinton et al. 2015, section 2).
+    """
+    soft = F.kl_div(
+        F.log_softmax(student / temperature, 1),
+        F.log_softmax(teacher / temperature, 1),
+        reduction="sum",
+        log_target=True,
+    )
+    hard = F.cross_entropy(student, labels, reduction="sum")
+    return alpha * temperature**2 * soft + (1 - alpha) * hard

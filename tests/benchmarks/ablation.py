@@ -1,0 +1,193 @@
+"""What importance, compensation and recalibration are worth: accuracies with no fine-tuning.
+
+    python tests/benchmarks/ablation.py --data FOLDER [--network resnet] [--seeds 3]
+
+trains a network for a few epochs on the IDX files of FOLDER (28 x 28, padded to 32), cuts it to
+fractions of its multiply-adds in every combination, and prints the mean test accuracies over the
+seeds as a Markdown table. Three seeds of StudentNet take half an hour on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from job.data.idx import read_idx
+from job.models.student import StudentNet
+from job.slimming.budget import Budget
+from job.slimming.calibrated import COMPENSATIONS, compensated, measured, scores_for
+from job.slimming.compensation import with_biases, without_constant
+from job.slimming.engine import Slimming, analyse, make_plan
+from job.slimming.plan import keep_of
+from job.slimming.recalibration import recalibrate
+from job.slimming.surgery import narrowed
+from job.slimming.verification import verify
+
+IMPORTANCES = ("gamma", "taylor", "refit")
+BATCH = 256
+Data = tuple[torch.Tensor, torch.Tensor]
+
+
+class Residual(nn.Module):
+    """relu(BN(conv(relu(BN(conv(x))))) + shortcut), He et al. 2016."""
+
+    def __init__(self, read: int, written: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(read, written, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(written)
+        self.conv2 = nn.Conv2d(written, written, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(written)
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            conv = nn.Conv2d(read, written, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(written))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+def resnet8() -> nn.Module:
+    """The CIFAR ResNet of 8 layers, behind a strided stem: a quarter of its multiply-adds."""
+    stem = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+    blocks = Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+NETWORKS = {"student": lambda: StudentNet(num_classes=10), "resnet": resnet8}
+
+
+def load(folder: Path, split: str) -> Data:
+    """Pictures (N, 32, 32) uint8 and labels (N,)."""
+    images = read_idx(next(folder.glob(f"{split}-images*")))
+    labels = read_idx(next(folder.glob(f"{split}-labels*"))).astype(np.int64)
+    return torch.from_numpy(np.pad(images, ((0, 0), (2, 2), (2, 2)))), torch.from_numpy(labels)
+
+
+def pictures(images: torch.Tensor) -> torch.Tensor:
+    return (images.float() / 255)[:, None].expand(-1, 3, -1, -1)
+
+
+def trained(network: nn.Module, data: Data, epochs: int, seed: int) -> nn.Module:
+    """Adam from 1e-3 down a cosine, batches of 128."""
+    images, labels = data
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    steps = epochs * (len(images) // 128)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        network.train()
+        for chosen in torch.randperm(len(images), generator=generator).split(128):
+            if len(chosen) == 128:
+                loss = F.cross_entropy(network(pictures(images[chosen])), labels[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return network.eval()
+
+
+@torch.inference_mode()
+def accuracy(network: nn.Module, data: Data) -> float:
+    """Percent of the pictures that are told right."""
+    batches = zip(data[0].split(500), data[1].split(500), strict=True)
+    right = sum((network(pictures(x)).argmax(1) == y).sum().item() for x, y in batches)
+    return 100 * right / len(data[1])
+
+
+def base(args: argparse.Namespace, seed: int, train: Data) -> nn.Module:
+    """The trained network, from ``--bases`` where it lies there."""
+    torch.manual_seed(seed)
+    network = NETWORKS[args.network]().to(memory_format=torch.channels_last)
+    path = args.bases and args.bases / f"{args.network}{seed}.pt"
+    if path and path.exists():
+        network.load_state_dict(torch.load(path))
+        return network.eval()
+    network = trained(network, train, args.epochs, seed)
+    if path:
+        torch.save(network.state_dict(), path)
+    return network
+
+
+def ablate(
+    network: nn.Module, args: argparse.Namespace, train: Data, test: Data
+) -> dict[tuple[str, str, bool, float], float]:
+    """Accuracy by importance, compensation, recalibration and fraction of the multiply-adds."""
+    images = torch.zeros(1, 3, 32, 32)
+    chosen = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
+    parts = chosen[: args.calibration].split(BATCH)
+
+    def batches() -> list[Data]:
+        return [(pictures(train[0][part]), train[1][part]) for part in parts]
+
+    graph = analyse(network, images)
+    began = time.perf_counter()
+    moments = measured("refit", "regress", network, graph, batches)
+    print(f"moments {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    found = {}
+    for importance in args.importances:
+        began = time.perf_counter()
+        scores = scores_for(importance, network, graph, moments, batches)
+        print(f"{importance} {time.perf_counter() - began:.1f} s", file=sys.stderr)
+        for target in args.targets:
+            plan = make_plan(network, graph, scores, Slimming("global", Budget("macs", target)))
+            keep = keep_of(graph, plan.groups)
+            for method in args.compensations:
+                layers = plan.layers
+                if method != "none":
+                    layers = with_biases(layers, without_constant(network, graph, images))
+                narrow = narrowed(network, layers)
+                verify(network, narrow, layers, images)
+                compensated(network, narrow, graph, keep, layers, method, moments, images, batches)
+                for anew in (False, True):
+                    if anew:
+                        recalibrate(narrow, batches())
+                    key = importance, method, anew, target
+                    found[key] = accuracy(narrow, test)
+                    print(*key, f"{found[key]:.2f}", file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with IDX files")
+    parser.add_argument("--bases", type=Path, help="folder that keeps trained networks")
+    parser.add_argument("--network", choices=NETWORKS, default="student")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--calibration", type=int, default=4096, help="pictures")
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5, 0.4])
+    parser.add_argument("--importances", nargs="+", default=IMPORTANCES)
+    parser.add_argument("--compensations", nargs="+", default=COMPENSATIONS)
+    args = parser.parse_args()
+    train, test = load(args.data, "train"), load(args.data, "t10k")
+    bases, found = [], defaultdict(list)
+    for seed in range(args.seeds):
+        network = base(args, seed, train)
+        bases.append(accuracy(network, test))
+        print(f"seed {seed}: base {bases[-1]:.2f} %", file=sys.stderr)
+        for key, value in ablate(network, args, train, test).items():
+            found[key].append(value)
+    print(f"{args.network}, {args.seeds} seeds, base {statistics.mean(bases):.1f} %\n")
+    print("| importance | compensation | recalibrated |", *(f"{t:g} |" for t in args.targets))
+    print("|---|---|---|" + "---|" * len(args.targets))
+    for importance, method, anew in itertools.product(
+        args.importances, args.compensations, (False, True)
+    ):
+        means = [statistics.mean(found[importance, method, anew, t]) for t in args.targets]
+        row = [importance, method, "yes" if anew else "no", *(f"{mean:.1f}" for mean in means)]
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The main job with everything that looks at calibration pictures, on one process and on two."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import job
+from conftest import gammaslim, run, write_noise_idx
+
+LAUNCH = (sys.executable, "-m", "job", "launch", "--nproc", "2", "--")
+
+
+def test_refit_regress_and_recalibration_are_the_same_on_two_processes(tmp_path: Path) -> None:
+    data = write_noise_idx(tmp_path / "idx", 96, 40)
+    args = (
+        "prune", "--data", data, "--base-epochs", 2, "--rounds", 2, "--epochs", 1, "--wandb", "off",
+        "--policy", "global", "--target", "macs=0.4", "--importance", "refit", "--round-to", 4,
+        "--compensate", "regress", "--recalibrate", 3, "--batch-size", 16,
+    )  # fmt: skip
+    alone = gammaslim(*args, "--output", tmp_path / "one")
+    assert alone.code == 0, alone
+    both = run(*LAUNCH, *args, "--output", tmp_path / "two")
+    assert both.code == 0, both
+    cards, states = [], []
+    for name in ("one", "two"):
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        whole, *rounds = (entry["macs"] for entry in [summary["base"], *summary["rounds"]])
+        assert rounds[0] <= 0.4**0.5 * whole
+        assert rounds[1] <= 0.4 * whole
+        assert all("valid_acc_pruned" in entry for entry in summary["rounds"])
+        folder = tmp_path / name / "rounds" / "01"
+        cards.append(json.loads((folder / "model.json").read_text()))
+        states.append(load_file(folder / "model.safetensors"))
+        assert job.load(tmp_path / name)(torch.rand(1, 3, 32, 32)).shape == (1, 4)
+    assert cards[0]["layers"] == cards[1]["layers"]
+    for key, value in states[0].items():
+        torch.testing.assert_close(value, states[1][key], atol=2e-3, rtol=2e-3)

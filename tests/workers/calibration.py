@@ -1,0 +1,55 @@
+"""Run by torchrun in test_refit: three processes, one of them without a batch."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.distributed as dist
+
+from job.models.student import StudentNet
+from job.processes import rank, start
+from job.slimming.calibrated import compensated
+from job.slimming.compensation import with_biases, without_constant
+from job.slimming.engine import analyse
+from job.slimming.moments import collect
+from job.slimming.plan import everything, layers_of
+from job.slimming.recalibration import recalibrate
+from job.slimming.surgery import narrowed
+from job.slimming.taylor import taylor_importance
+
+start("cpu", "fp32")
+torch.manual_seed(0)
+network = StudentNet(base=4, num_classes=3).double().eval()
+images = torch.rand(12, 3, 32, 32, dtype=torch.float64)
+labels = torch.arange(12) % 3
+parts = [slice(0, 5), slice(5, 12), slice(0, 0)]
+mine = [(images[part], labels[part]) for part in parts[rank() : rank() + 1] if rank() < 2]
+both = [(images[part], labels[part]) for part in parts[:2]]
+graph = analyse(network, images)
+together = collect(network, graph, mine)
+taylor = taylor_importance(network, graph, mine)
+keep = everything(graph)
+keep[graph.groups[-1].channels[::2]] = False
+layers = with_biases(layers_of(graph, keep), without_constant(network, graph, images))
+narrow = narrowed(network, layers)
+compensated(network, narrow, graph, keep, layers, "regress", together, images, lambda: mine)
+tuned = copy.deepcopy(narrow)
+recalibrate(tuned, mine)
+dist.barrier()
+dist.destroy_process_group()
+single = collect(network, graph, both)
+assert single.keys() == together.keys()
+for name, moments in single.items():
+    assert moments.count == together[name].count
+    torch.testing.assert_close(moments.mean, together[name].mean)
+    torch.testing.assert_close(moments.covariance, together[name].covariance)
+expected = torch.from_numpy(taylor_importance(network, graph, both))
+torch.testing.assert_close(torch.from_numpy(taylor), expected, equal_nan=True)
+other, again = narrowed(network, layers), copy.deepcopy(narrow)
+compensated(network, other, graph, keep, layers, "regress", single, images, lambda: both)
+recalibrate(again, both)
+for ours, theirs in ((narrow, other), (tuned, again)):
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, theirs.state_dict()[name], msg=name)
+print("all checks passed", flush=True)
