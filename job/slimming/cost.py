@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from job.slimming.activations import BATCHNORM, CONVOLUTIONS, owner
+from job.slimming.graph import is_batchnorm
 from job.slimming.record import record
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Costs:
 
     def _channels(self, network: nn.Module, graph: ChannelGraph, sides: Sides) -> None:
         cut = [(s, n + 1) for s, n in sides.items() if s[1] in ("through", "select")]
-        norms = {name: n for (name, _), n in cut if _is_batchnorm(network, name)}
+        norms = {name: n for (name, _), n in cut if is_batchnorm(network, name)}
         self.norms = np.array(sorted(norms.values()), np.int64)
         total = sum(layer.num_features for layer in _batchnorms(network))
         self.other_channels = total - int(self.lengths[self.norms].sum())
@@ -215,16 +216,6 @@ def _sides(network: nn.Module, name: str, sides: Sides) -> tuple[int, int]:
 def _is_parameter(network: nn.Module, name: str) -> bool:
     try:
         network.get_parameter(name)
-    except AttributeError:
-        return False
-    return True
-
-
-def _is_batchnorm(network: nn.Module, name: str) -> bool:
-    from job.slimming.graph import batchnorm
-
-    try:
-        batchnorm(network, name)
     except AttributeError:
         return False
     return True

@@ -151,8 +151,8 @@ def _global(planner: Planner, budget: Budget, base: Cost) -> Plan:
         budget = Budget("channels", budget.value)
     limit, counts_at = budget.limit(base), planner.in_order()
     units = sum(len(r.units) for r in planner.groups)
-    counts = solve(planner, budget, limit, range(units, -1, -1), counts_at)
-    counts = given_back(planner, counts, budget, limit)
+    first = solve(planner, budget, limit, range(units, -1, -1), counts_at)
+    counts = given_back(planner, counts_at(first), budget, limit)
     plan = planner.plan("global", counts, WHOLE)
     return replace(plan, width=_share(plan, base))
 
@@ -181,9 +181,8 @@ def _uniform(
     def counts_at(width: float) -> list[int]:
         return planner.counts_at(sizes, width)
 
-    counts = solve(planner, budget, budget.limit(base), steps, counts_at)
-    width = next(step for step in steps if counts_at(step) == counts)
-    return planner.plan("uniform", counts, width)
+    width = solve(planner, budget, budget.limit(base), steps, counts_at)
+    return planner.plan("uniform", counts_at(width), width)
 
 
 def _check_width(planner: Planner, width: float, sizes: Mapping[str, int], *, strict: bool) -> None:

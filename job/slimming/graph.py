@@ -239,11 +239,17 @@ def _groups(
     return groups
 
 
-def _ranks(network: nn.Module, name: str) -> bool:
+def is_batchnorm(network: nn.Module, name: str) -> bool:
+    """Whether there is a BatchNorm called ``name``."""
     try:
-        return batchnorm(network, name).weight is not None
+        batchnorm(network, name)
     except AttributeError:
         return False
+    return True
+
+
+def _ranks(network: nn.Module, name: str) -> bool:
+    return is_batchnorm(network, name) and batchnorm(network, name).weight is not None
 
 
 def batchnorm(network: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm:

@@ -125,8 +125,8 @@ def solve(
     limit: float,
     steps: Sequence[T],
     counts_at: Callable[[T], list[int]],
-) -> list[int]:
-    """The counts at the first of ``steps``, which cut ever more, that meets ``limit``.
+) -> T:
+    """The first of ``steps``, which cut ever more, whose counts meet ``limit``.
 
     Raises UsageError, with what is reachable, when none does.
     """
@@ -141,7 +141,7 @@ def solve(
             high = middle
         else:
             low = middle + 1
-    return counts_at(steps[low])
+    return steps[low]
 
 
 def given_back(planner: Planner, counts: Sequence[int], budget: Budget, limit: float) -> list[int]:
