@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import job
 from job.errors import UsageError
 from job.slimming.calibrated import compensated, measured, scores_for
 from job.slimming.compensation import norms_behind, with_biases, without_constant
@@ -348,10 +349,8 @@ def test_recalibration_without_pictures_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("importance", "method"), [("refit", "none"), ("gamma", "mean"), ("gamma", "regress")]
-)
-def test_what_needs_pictures_says_so(importance: str, method: str) -> None:
+@pytest.mark.parametrize(("importance", "method"), [("refit", "none"), ("gamma", "mean")])
+def test_what_needs_moments_measures_them_or_says_so(importance: str, method: str) -> None:
     network = NETWORKS["3 x 3"]()
     graph = analyse(network, IMAGES)
     for batches in (None, list):
@@ -360,3 +359,9 @@ def test_what_needs_pictures_says_so(importance: str, method: str) -> None:
     assert measured("gamma", "beta", network, graph, None) == {}
     found = measured(importance, method, network, graph, lambda: [IMAGES])
     assert isinstance(found["3"], Moments)
+
+
+@pytest.mark.parametrize("calibration", [None, []])
+def test_regress_without_pictures_says_so(calibration: list[torch.Tensor] | None) -> None:
+    with pytest.raises(UsageError, match="regress: calibration pictures are needed"):
+        job.slim(NETWORKS["3 x 3"](), IMAGES, compensate="regress", calibration=calibration)

@@ -41,16 +41,19 @@ def measured(
 ) -> dict[str, Moments]:
     """The moments, by reader, that an importance and a compensation method need; {} for none.
 
-    Raises UsageError when they need calibration pictures and no process has any.
+    Raises UsageError when there are no calibration pictures for them.
     """
     asked = [f"--importance {importance}"] if importance == "refit" else []
     asked += [f"--compensate {method}"] if method in ("mean", "regress") else []
     if not asked:
         return {}
-    moments = {} if batches is None else collect(network, graph, batches())
-    if not moments:
+    moments: dict[str, Moments] = {}
+    if batches is not None and (importance == "refit" or method == "mean"):
+        moments = collect(network, graph, batches())
+        batches = batches if moments else None
+    if batches is None:
         raise UsageError(f"{' and '.join(asked)}: calibration pictures are needed, there are none")
-    return moments
+    return moments  # regress takes its own, layer by layer
 
 
 def scores_for(

@@ -128,7 +128,7 @@ class Costs:
         self.lengths = np.array(lengths)
         tensors, keys = _tensors(network)
         self.places: dict[str, tuple[int, int]] = {
-            name: _sides(network, name, sides) for name in tensors
+            name: _sides(name, tensor, sides) for name, tensor in tensors.items()
         }
         order = {name: number for number, name in enumerate(tensors)}
         self.first = np.array([self.places[name][0] for name in tensors], np.int64)
@@ -194,7 +194,7 @@ def _tensors(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str
     return tensors, {key: known[id(value)] for key, value in state.items() if id(value) in known}
 
 
-def _sides(network: nn.Module, name: str, sides: Sides) -> tuple[int, int]:
+def _sides(name: str, tensor: torch.Tensor, sides: Sides) -> tuple[int, int]:
     """Numbers (from 1; 0: none) of the positions that a tensor's size is proportional to."""
     layer, _, own = name.rpartition(".")
     if (layer.removesuffix(".norm"), "select") in sides:
@@ -202,23 +202,15 @@ def _sides(network: nn.Module, name: str, sides: Sides) -> tuple[int, int]:
     at = layer
     if not any((layer, side) in sides for side in ("out", "in", "through", "select")):
         at, own = name, "weight"
-    tensor = network.get_parameter(name) if _is_parameter(network, name) else None
     if own == "num_batches_tracked":
         return 0, 0
     through = next((sides[at, s] + 1 for s in ("through", "select") if (at, s) in sides), 0)
     if through:
         return through, 0
     out = sides.get((at, "out"), -1) + 1
-    read = sides.get((at, "in"), -1) + 1 if own == "weight" and tensor is not None else 0
+    weighs = own == "weight" and isinstance(tensor, nn.Parameter)
+    read = sides.get((at, "in"), -1) + 1 if weighs else 0
     return out, read
-
-
-def _is_parameter(network: nn.Module, name: str) -> bool:
-    try:
-        network.get_parameter(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _is_whole(network: nn.Module, name: str) -> bool:

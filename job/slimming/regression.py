@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from job.errors import UsageError
 from job.slimming.compensation import columns_of, norms_behind, rebuild
 from job.slimming.moments import Sums, images_of, readers, rows_of, values_of
 from job.slimming.record import observed
@@ -46,8 +47,9 @@ def regress(
 
     ``narrow`` is ``wide`` cut to ``layers``, as ``with_biases`` gave them. ``batches`` gives those
     of this process, maybe none, once for every layer. Padding counts as if b were added to it too.
+    Raises UsageError when no process has any.
     """
-    norms, behind = norms_behind(narrow, image), False
+    norms, behind, seen = norms_behind(narrow, image), False, False
     for reader in readers(wide, graph):
         behind |= not keep[reader.channels].all()
         if not behind:
@@ -55,7 +57,10 @@ def regress(
         kept = int(keep[reader.channels].sum())
         moments = _paired(wide, narrow, graph, reader, kept, batches())
         if moments.count:
+            seen = True
             rebuild(wide, narrow, reader, layers, _fits(reader, keep, kept, moments, ridge), norms)
+    if behind and not seen:
+        raise UsageError("--compensate regress: calibration pictures are needed, there are none")
 
 
 class _EnoughError(BaseException):

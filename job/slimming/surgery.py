@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
 Tensors = dict[str, torch.Tensor]
+Modules = dict[str, nn.Module]
 
 
 def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
@@ -25,72 +28,117 @@ def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
     Device, dtype, memory format, training mode and requires_grad stay as they are. Raises
     GammaslimError or IndexError for layers that are not this network's.
     """
-    cut: dict[str, Tensors] = {name: _tensors(network, name, layers[name]) for name in layers}
+    modules = _modules(network)
     memo: dict[int, object] = {}  # what is cut is not copied first
-    for name, tensors in cut.items():
-        holder = _holder(network, name)
-        for own, tensor in tensors.items():
-            old = getattr(holder, own)
-            if tensor is old:
-                continue
-            memo[id(old)] = nn.Parameter(tensor, old.requires_grad) if _is_param(old) else tensor
-    narrow = copy.deepcopy(network, memo)
+    select = _Selection()
     for name, kept in layers.items():
-        _adjust(narrow, name, kept)
+        holder = _holder(modules, name)
+        for own, tensor in _tensors(modules, name, kept, select).items():
+            old = getattr(holder, own)
+            if tensor is not old:
+                new = nn.Parameter(tensor, old.requires_grad) if _is_param(old) else tensor
+                memo[id(old)] = new
+    narrow = copy.deepcopy(network, memo)
+    modules = _modules(narrow)
+    for name, kept in layers.items():
+        if name in modules:
+            _adjust(modules, name, kept)
     return narrow
 
 
-def _holder(network: nn.Module, name: str) -> nn.Module:
+def _modules(network: nn.Module) -> Modules:
+    return dict(network.named_modules(remove_duplicate=False))
+
+
+def _holder(modules: Modules, name: str) -> nn.Module:
     """The module that has the tensors which are cut under ``name``."""
-    if _bare(network, name):
-        return network.get_submodule(owner(name))
-    layer = network.get_submodule(name)
+    if name not in modules:  # a parameter or buffer, not a layer
+        return modules[owner(name)]
+    layer = modules[name]
     return layer.norm if isinstance(layer, SelectedChannels) else layer
-
-
-def _bare(network: nn.Module, name: str) -> bool:
-    """Whether ``name`` is a parameter or buffer, not a layer."""
-    try:
-        network.get_submodule(name)
-    except AttributeError:
-        return True
-    return False
 
 
 def _is_param(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.Parameter)
 
 
-def _tensors(network: nn.Module, name: str, kept: LayerChannels) -> Tensors:
+class _Selection:
+    """Takes channels out of tensors; what many cuts need is made once.
+
+    That is indices that several layers share, and memory for weights cut on one side only: new
+    memory for each costs more than the copying does.
+    """
+
+    def __init__(self) -> None:
+        self.indices: dict[tuple[Kept, torch.device], torch.Tensor] = {}
+        self.scratch = torch.empty(0)
+
+    def __call__(self, tensor: torch.Tensor, kept: Kept | None, dim: int) -> torch.Tensor:
+        if kept is None:
+            return tensor
+        narrow = tensor.detach().index_select(dim, self._index(kept, tensor.device))
+        return _as_before(narrow, tensor)
+
+    def both(self, tensor: torch.Tensor, rows: Kept | None, columns: Kept | None) -> torch.Tensor:
+        """The ``rows`` and ``columns`` that stay of a weight (O, I, …)."""
+        if rows is None or columns is None:
+            return self(self(tensor, rows, 0), columns, 1)
+        size = (len(rows), *tensor.shape[1:])
+        half = self._memory(math.prod(size), tensor).view(size)
+        torch.index_select(tensor.detach(), 0, self._index(rows, tensor.device), out=half)
+        narrow = half.index_select(1, self._index(columns, tensor.device))
+        return _as_before(narrow, tensor)
+
+    def _index(self, kept: Kept, device: torch.device) -> torch.Tensor:
+        if (kept, device) not in self.indices:
+            self.indices[kept, device] = torch.from_numpy(np.array(kept, np.int64)).to(device)
+        return self.indices[kept, device]
+
+    def _memory(self, count: int, like: torch.Tensor) -> torch.Tensor:
+        scratch = self.scratch
+        fits = scratch.dtype == like.dtype and scratch.device == like.device
+        if not fits or scratch.numel() < count:
+            self.scratch = like.new_empty(count)
+        return self.scratch[:count]
+
+
+def _as_before(narrow: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """In the memory format of ``tensor``."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return narrow.contiguous(memory_format=torch.channels_last)
+    return narrow
+
+
+def _tensors(modules: Modules, name: str, kept: LayerChannels, select: _Selection) -> Tensors:
     """The tensors of a layer, cut, by their own names."""
-    layer = _holder(network, name)
-    if _bare(network, name):
+    layer = _holder(modules, name)
+    if name not in modules:
         own = name.rpartition(".")[2]
         tensor = getattr(layer, own)
         first = next((axis for axis, size in enumerate(tensor.shape) if size > 1), 0)
-        return {own: _select(_select(tensor, kept.out, first), kept.in_, 1)}
+        return {own: select(select(tensor, kept.out, first), kept.in_, 1)}
     found = {own: getattr(layer, own, None) for own in STATISTICS}
     tensors: Tensors = {own: t for own, t in found.items() if t is not None}
     if isinstance(layer, BATCHNORM):
         side = kept.out if kept.select is None else kept.select
-        return {own: _select(tensor, side, 0) for own, tensor in tensors.items()}
+        return {own: select(tensor, side, 0) for own, tensor in tensors.items()}
     if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
         raise GammaslimError(f"cannot cut a {type(layer).__name__}")
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     weight = tensors["weight"]
     if groups > 1 and weight.shape[1] > 1:
-        weight = _grouped(layer, weight, kept, groups)
+        weight = _grouped(layer, weight, kept, select)
     else:
-        weight = _select(weight, kept.out, 0)
-        weight = weight if groups > 1 else _select(weight, kept.in_, 1)
-    bias = {"bias": _select(tensors["bias"], kept.out, 0)} if "bias" in tensors else {}
+        weight = select.both(weight, kept.out, None if groups > 1 else kept.in_)
+    bias = {"bias": select(tensors["bias"], kept.out, 0)} if "bias" in tensors else {}
     return {"weight": weight, **bias}
 
 
 def _grouped(
-    layer: nn.Module, weight: torch.Tensor, kept: LayerChannels, groups: int
+    layer: nn.Module, weight: torch.Tensor, kept: LayerChannels, select: _Selection
 ) -> torch.Tensor:
     """A grouped convolution's weight (O, I / G, …): each group's rows with its own columns."""
+    groups = int(layer.groups)  # type: ignore[arg-type]
     outputs, inputs = weight.shape[0], weight.shape[1] * groups
     rows = torch.tensor(range(outputs) if kept.out is None else kept.out).view(groups, -1)
     columns = torch.tensor(range(inputs) if kept.in_ is None else kept.in_).view(groups, -1)
@@ -98,29 +146,16 @@ def _grouped(
     if (rows // (outputs // groups) != part).any() or (columns // (inputs // groups) != part).any():
         raise GammaslimError(f"a cut of {type(layer).__name__} leaves its groups unequal")
     columns = (columns - part * (inputs // groups)).repeat_interleave(rows.shape[1], 0)
-    chosen = _select(weight, tuple(rows.reshape(-1).tolist()), 0)
+    chosen = select(weight, tuple(rows.reshape(-1).tolist()), 0)
     columns = columns.reshape(len(chosen), -1, *[1] * (weight.dim() - 2)).to(weight.device)
     return chosen.gather(1, columns.expand(-1, -1, *weight.shape[2:]))
 
 
-def _select(tensor: torch.Tensor, kept: Kept | None, dim: int) -> torch.Tensor:
-    if kept is None:
-        return tensor
-    index = torch.tensor(kept, dtype=torch.long, device=tensor.device)
-    narrow = tensor.detach().index_select(dim, index)
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        narrow = narrow.contiguous(memory_format=torch.channels_last)
-    return narrow
-
-
-def _adjust(narrow: nn.Module, name: str, kept: LayerChannels) -> None:
+def _adjust(modules: Modules, name: str, kept: LayerChannels) -> None:
     """Make a cut layer's own numbers those of its tensors."""
-    if _bare(narrow, name):
-        return
-    layer = narrow.get_submodule(name)
     if kept.select is not None:
-        _choose(narrow, name, layer, kept.select)
-    layer = _holder(narrow, name)
+        _choose(modules, name, kept.select)
+    layer: Any = _holder(modules, name)
     if kept.bias and getattr(layer, "bias", None) is None:
         weight = layer.get_parameter("weight")
         layer.bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
@@ -136,13 +171,14 @@ def _adjust(narrow: nn.Module, name: str, kept: LayerChannels) -> None:
         layer.in_channels = layer.weight.shape[1] * layer.groups
 
 
-def _choose(narrow: nn.Module, name: str, layer: nn.Module, kept: Kept) -> None:
+def _choose(modules: Modules, name: str, kept: Kept) -> None:
     """Let a BatchNorm take only the channels ``kept`` of its input."""
+    layer = modules[name]
     if isinstance(layer, SelectedChannels):
         layer.indices = layer.indices[torch.tensor(kept, device=layer.indices.device)]
         return
     device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
     selected = SelectedChannels(layer, torch.tensor(kept, dtype=torch.long, device=device))
     selected.training = layer.training
-    parent = narrow.get_submodule(owner(name))
-    setattr(parent, name.rpartition(".")[2], selected)
+    setattr(modules[owner(name)], name.rpartition(".")[2], selected)
+    modules[name] = selected

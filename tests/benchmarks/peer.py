@@ -37,12 +37,12 @@ from job.slimming.surgery import narrowed
 from job.slimming.verification import verify
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "StudentNet": (lambda: StudentNet(num_classes=10), 64),
-    "ResNet-18": (torchvision.models.resnet18, 64),
-    "ResNet-50": (torchvision.models.resnet50, 64),
-    "VGG-16-BN": (torchvision.models.vgg16_bn, 64),
-    "MobileNetV2": (torchvision.models.mobilenet_v2, 64),
-    "DenseNet-121": (torchvision.models.densenet121, 64),
+    "StudentNet": (lambda: StudentNet(num_classes=10), 256),
+    "ResNet-18": (torchvision.models.resnet18, 224),
+    "ResNet-50": (torchvision.models.resnet50, 224),
+    "VGG-16-BN": (torchvision.models.vgg16_bn, 224),
+    "MobileNetV2": (torchvision.models.mobilenet_v2, 224),
+    "DenseNet-121": (torchvision.models.densenet121, 224),
 }
 
 
