@@ -302,7 +302,7 @@ def cutting(
         option(
             "--importance",
             type=click.Choice(importances if data_free else [*importances, "refit", "taylor"]),
-            default=DEFAULTS.importance,
+            default="gamma" if data_free else DEFAULTS.importance,
             help="What ranks channels.",
         ),
     )  # fmt: skip

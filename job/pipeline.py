@@ -67,6 +67,8 @@ def prune(config: PruneConfig) -> None:
         planned = on_main(lambda: planned_rounds(config, network, card), interrupt=True)
         teacher = on_main(lambda: teacher_network(config, card), interrupt=True)
         origin = base_record(config, card, teacher)
+        if config.caution:
+            say(config.caution)
         if config.dry_run:
             on_main(lambda: Run(output).check(config, dataset_record(data), origin))
             return dry_run(config, planned, output)

@@ -41,3 +41,9 @@ def test_refit_regress_and_recalibration_are_the_same_on_two_processes(tmp_path:
     assert cards[0]["layers"] == cards[1]["layers"]
     # recalibration goes by each process's own batches, so not to the last digit
     assert pruned[0] == pytest.approx(pruned[1], rel=0.02)
+
+
+def test_refit_without_regress_is_cautioned(tmp_path: Path) -> None:
+    args = ("prune", "--dry-run", "--importance", "refit", "--compensate")
+    assert "caution: --importance refit counts on" in gammaslim(*args, "mean", cwd=tmp_path).out
+    assert "caution" not in gammaslim(*args, "regress", cwd=tmp_path).out

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import job
-from conftest import ROOT, Result, gammaslim, picture, run, write_flat, write_noise_idx
+from conftest import CHEAP, ROOT, Result, gammaslim, picture, run, write_flat, write_noise_idx
 from job.artifact import load_model
 from job.errors import DataError
 from job.run import recommend
@@ -391,15 +391,19 @@ def test_the_wheel_holds_all_that_the_job_needs(tmp_path: Path) -> None:
 
 def test_the_default_run_is_fast_and_stays_near_its_base(tmp_path: Path) -> None:
     began = time.monotonic()
-    done = gammaslim("prune", cwd=tmp_path)
+    done = gammaslim("prune", cwd=tmp_path, env=dict.fromkeys(CHEAP, ""))
     took = time.monotonic() - began
     assert done.code == 0, done
     assert took < 480  # some 70 seconds on two idle cores
-    summary = json.loads((tmp_path / "runs" / "student-fashion-mnist" / "summary.json").read_text())
+    run = tmp_path / "runs" / "student-fashion-mnist"
+    config = tomllib.loads((run / "config.toml").read_text())["prune"]
+    assert (config["importance"], config["compensate"]) == ("refit", "regress")
+    summary = json.loads((run / "summary.json").read_text())
     base = summary["base"]["valid_acc"]
     assert base > 0.8
     assert len(summary["rounds"]) == 5
     for entry in summary["rounds"]:
+        assert entry["valid_acc_pruned"] > base - 0.03, summary
         assert entry["valid_acc"] > base - 0.015, summary
     widths = [round(entry["width"], 4) for entry in summary["rounds"]]
     assert widths == [0.95, 0.9025, 0.8574, 0.8145, 0.7738]

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from job.data import Preprocessing, Split
     from job.signals import Watch
 
-PICTURES = 4096  # that moments are measured on, at most: more change little
+MOST, LEAST = 4096, 512  # pictures that moments are measured on: more change little
+VALUES = MOST * 64**2  # of them, the pixels of a channel: of large ones fewer tell as much
+
+
+def pictures_at(size: int) -> int:
+    """How many pictures of ``size`` pixels are measured, if there are as many."""
+    return max(LEAST, min(MOST, VALUES // size**2))
 
 
 class Calibration:
@@ -35,6 +41,7 @@ class Calibration:
         watch: Watch | None = None,
     ) -> None:
         self.preprocessing, self.accelerator, self.watch = preprocessing, accelerator, watch
+        self.most = pictures_at(preprocessing.size)
         self.sampler = _FirstShare(len(split), batch_size_at(preprocessing.size), seed)
         self.loader = loader(
             EvaluationPictures(split, preprocessing),
@@ -43,13 +50,14 @@ class Calibration:
             pin=accelerator.device.type == "cuda",
         )
 
-    def batches(self, count: int = PICTURES) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, count: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's part of the first ``count`` pictures: (B, 3, S, S) inputs and labels (B,).
 
+        By default of ``pictures_at`` their size.
         All processes go through theirs together. Raises StopRequest when ``watch`` says so.
         """
         device = self.accelerator.device
-        self.sampler.count = count
+        self.sampler.count = self.most if count is None else count
         for number, (images, labels) in enumerate(checked(self.loader)):
             if self.watch and number < self.sampler.common:
                 self.watch.check()
@@ -63,7 +71,7 @@ class _FirstShare:
     def __init__(self, total: int, batch_size: int, seed: int) -> None:
         key = np.random.Generator(np.random.Philox(seed))
         self.order, self.batch_size = key.permutation(total), batch_size
-        self.count = PICTURES
+        self.count = MOST
 
     @property
     def common(self) -> int:

@@ -163,9 +163,10 @@ def cuts(network: nn.Module, target: float, batches: list[ablation.Data]) -> dic
 def accuracies(args: argparse.Namespace) -> None:
     """The second table."""
     train, test = ablation.load(args.data, "train"), ablation.load(args.data, "t10k")
+    few = train[0][: args.pictures], train[1][: args.pictures]
     print("| network | MACs aimed at | tool | MACs left | after the cut | after one epoch |")
     print("|---|---|---|---|---|---|")
-    for kind in ("student", "resnet"):
+    for kind in args.kinds:
         args.network, rows, bases = kind, {}, []
         for seed in range(args.seeds):
             network = ablation.base(args, seed, train)
@@ -178,7 +179,7 @@ def accuracies(args: argparse.Namespace) -> None:
                 for tool, narrow in cuts(network, target, batches).items():
                     left = network_cost(narrow, 32).macs / whole
                     after = ablation.accuracy(narrow, test)
-                    tuned = ablation.accuracy(ablation.trained(narrow, train, 1, seed), test)
+                    tuned = ablation.accuracy(ablation.trained(narrow, few, 1, seed), test)
                     rows.setdefault((target, tool), []).append((left, after, tuned))
                     print(kind, seed, target, tool, left, after, tuned, file=sys.stderr, flush=True)
         for (target, tool), values in rows.items():
@@ -193,8 +194,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--data", type=Path, help="folder with IDX files, to train on")
     parser.add_argument("--bases", type=Path, help="folder that keeps trained networks")
+    parser.add_argument("--kinds", nargs="+", default=["student", "resnet"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--pictures", type=int, help="that are fine-tuned on; default: all")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5])
     args = parser.parse_args()
     heads = ["network", "Torch-Pruning, s", "Gammaslim, s", "faster", "their MACs", "our MACs"]
