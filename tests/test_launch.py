@@ -19,6 +19,8 @@ from job.cores import available_cores
 from job.errors import UsageError
 from job.nodes import Nodes, find_nodes, nodes_left_out
 
+pytestmark = pytest.mark.alone
+
 LAUNCH = (sys.executable, "-m", "job", "launch", "--nproc", "2", "--")
 
 

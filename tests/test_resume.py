@@ -14,6 +14,8 @@ import pytest
 
 from conftest import Result, gammaslim, run, write_flat, write_noise_idx
 
+pytestmark = pytest.mark.alone
+
 WORKERS = Path(__file__).parent / "workers"
 KILL_AT, RECORD = WORKERS / "kill_at.py", WORKERS / "record_batches.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")

@@ -18,6 +18,8 @@ from conftest import ROOT, gammaslim, run, write_flat, write_noise_idx
 from job.errors import GammaslimError
 from job.tracking import Tracker
 
+pytestmark = pytest.mark.alone
+
 KEY = "a" * 40
 
 
