@@ -84,8 +84,8 @@ def prune(config: PruneConfig) -> None:
                     break
             job.finish()
         except (KeyboardInterrupt, StopRequest):
-            done = attempt.abandon("stopped", StopRequest.exit_code)
-            stop = StopRequest(job.where_stopped(), abrupt=not done)
+            attempt.abandon("stopped", StopRequest.exit_code)
+            stop = StopRequest(job.where_stopped())
             stop.reported = not is_main()
             raise stop from None
         except BaseException as error:
@@ -299,13 +299,13 @@ class Job:
             summary = self.summarise("finished")
         if on_main(lambda: self.run.state) != "finished":  # a full disk may have kept it out
             self.attempt.status("finished", 0)
-        if self.attempt.tracker:
-            chosen = self.entries[int(summary["recommended"].split("/")[1])]
-            self.attempt.tracker.finish({"recommended": summary["recommended"], **chosen})
         say("")
         say(rounds_table(self.entries))
         say(f"\nrecommended: {summary['recommended']} ({summary['reason']})")
         say(f"{summary['seconds']:.0f} seconds; all files are in {shown(self.run.path)}")
+        if self.attempt.tracker:
+            chosen = self.entries[int(summary["recommended"].split("/")[1])]
+            self.attempt.tracker.finish({"recommended": summary["recommended"], **chosen})
 
     def where_stopped(self) -> str:
         """The position, and what a later attempt goes on with."""
