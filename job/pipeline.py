@@ -16,12 +16,12 @@ from job.console import epoch_line, progress, rounds_table, say
 from job.cut import cut, cut_before, ranking_norms
 from job.data.batches import default_workers
 from job.errors import DataError, StopRequest, exit_code, shown
+from job.preflight import dry_run
 from job.preparation import (
     base_network,
     base_record,
     dataset_record,
     default_output,
-    dry_run,
     planned_rounds,
     prepare_data,
     teacher_network,
@@ -61,15 +61,14 @@ def prune(config: PruneConfig) -> None:
     accelerator = start(config.device, config.precision)
     with deferred():
         watch.join()
+        if config.dry_run:
+            return dry_run(config, output, watch, accelerator.device)
         data, preprocessing = prepare_data(config, watch.check_here)
         torch.manual_seed(config.seed)
         network, card = on_main(lambda: base_network(config, data, preprocessing), interrupt=True)
-        planned = on_main(lambda: planned_rounds(config, network, card), interrupt=True)
+        on_main(lambda: planned_rounds(config, network, card), interrupt=True)  # is it feasible?
         teacher = on_main(lambda: teacher_network(config, card), interrupt=True)
         origin = base_record(config, card, teacher)
-        if config.dry_run:
-            on_main(lambda: Run(output).check(config, dataset_record(data), origin))
-            return dry_run(config, planned, output)
         watch.check()
         attempt = Attempt(config, Run(output), watch)
         job = Job(config, accelerator, data, preprocessing, attempt)
