@@ -108,17 +108,15 @@ class Attempt:
         """Write status.json."""
         self.write(lambda: self.run.status(state, exit_code, *self.at))
 
-    def abandon(self, state: str, exit_code: int) -> bool:
-        """Say in status.json and on the dashboard why the run ended early, as far as possible.
-
-        Returns whether the dashboard is done with.
-        """
+    def abandon(self, state: str, exit_code: int) -> None:
+        """Say in status.json and on the dashboard why the run ended early, as far as possible."""
         if not self.lock.held or self.lock.lost:  # not the main process, or the run is not ours
-            return True
+            return
         with suppress(GammaslimError):  # a full disk may be the reason
             self.run.status(state, exit_code, *self.at)
             self.run.log({"event": "stop", "state": state, "exit_code": exit_code})
-        return self.tracker is None or self.tracker.abandon(exit_code)
+        if self.tracker:
+            self.tracker.abandon(exit_code)
 
     def end(self) -> None:
         """Give the run directory back."""

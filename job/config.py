@@ -111,7 +111,7 @@ class PruneConfig:
         """What is likely to disappoint, said before a run."""
         if self.importance == "refit" and self.compensate in ("beta", "mean"):
             return (
-                f"caution: --importance refit counts on --compensate regress; with "
+                f"--importance refit counts on --compensate regress; with "
                 f"{self.compensate} the accuracy right after a cut is far lower than with gamma"
             )
         return None

@@ -16,12 +16,12 @@ from job.console import epoch_line, progress, rounds_table, say
 from job.cut import cut, cut_before, ranking_norms
 from job.data.batches import default_workers
 from job.errors import DataError, StopRequest, exit_code, shown
+from job.preflight import dry_run
 from job.preparation import (
     base_network,
     base_record,
     dataset_record,
     default_output,
-    dry_run,
     planned_rounds,
     prepare_data,
     teacher_network,
@@ -61,17 +61,16 @@ def prune(config: PruneConfig) -> None:
     accelerator = start(config.device, config.precision)
     with deferred():
         watch.join()
+        if config.dry_run:
+            return dry_run(config, output, watch, accelerator.device)
         data, preprocessing = prepare_data(config, watch.check_here)
         torch.manual_seed(config.seed)
         network, card = on_main(lambda: base_network(config, data, preprocessing), interrupt=True)
-        planned = on_main(lambda: planned_rounds(config, network, card), interrupt=True)
+        on_main(lambda: planned_rounds(config, network, card), interrupt=True)  # is it feasible?
         teacher = on_main(lambda: teacher_network(config, card), interrupt=True)
         origin = base_record(config, card, teacher)
         if config.caution:
-            say(config.caution)
-        if config.dry_run:
-            on_main(lambda: Run(output).check(config, dataset_record(data), origin))
-            return dry_run(config, planned, output)
+            say(f"caution: {config.caution}")
         watch.check()
         attempt = Attempt(config, Run(output), watch)
         job = Job(config, accelerator, data, preprocessing, attempt)
@@ -86,8 +85,8 @@ def prune(config: PruneConfig) -> None:
                     break
             job.finish()
         except (KeyboardInterrupt, StopRequest):
-            done = attempt.abandon("stopped", StopRequest.exit_code)
-            stop = StopRequest(job.where_stopped(), abrupt=not done)
+            attempt.abandon("stopped", StopRequest.exit_code)
+            stop = StopRequest(job.where_stopped())
             stop.reported = not is_main()
             raise stop from None
         except BaseException as error:
@@ -301,13 +300,13 @@ class Job:
             summary = self.summarise("finished")
         if on_main(lambda: self.run.state) != "finished":  # a full disk may have kept it out
             self.attempt.status("finished", 0)
-        if self.attempt.tracker:
-            chosen = self.entries[int(summary["recommended"].split("/")[1])]
-            self.attempt.tracker.finish({"recommended": summary["recommended"], **chosen})
         say("")
         say(rounds_table(self.entries))
         say(f"\nrecommended: {summary['recommended']} ({summary['reason']})")
         say(f"{summary['seconds']:.0f} seconds; all files are in {shown(self.run.path)}")
+        if self.attempt.tracker:
+            chosen = self.entries[int(summary["recommended"].split("/")[1])]
+            self.attempt.tracker.finish({"recommended": summary["recommended"], **chosen})
 
     def where_stopped(self) -> str:
         """The position, and what a later attempt goes on with."""

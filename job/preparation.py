@@ -1,8 +1,7 @@
-"""What a run needs before it starts: data, base network, a feasible plan; and the dry run."""
+"""What a run needs before it starts: data, base network, a feasible plan."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,18 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.artifact import ModelCard, find_model, load_model
-from job.console import progress, rounds_table, say
+from job.console import progress, say
 from job.cut import base_of, plan_round
 from job.data import Dataset, check_pictures, default_preprocessing, open_data
 from job.data.dataset import with_validation
 from job.data.layout import SPLIT_NAMES
-from job.errors import DataError, InputNotFound, StorageError, UsageError, shown
+from job.errors import DataError, InputNotFound, UsageError, shown
 from job.files import is_file
 from job.models import build, nominal_width
 from job.models.sizes import check_memory, check_size
 from job.models.weights import load_state, read_state
 from job.processes import digest, on_main
-from job.run import check_writable
 from job.slimming.surgery import narrowed
 
 if TYPE_CHECKING:
@@ -181,34 +179,6 @@ def planned_rounds(
         network, card = narrowed(network, plan.layers), card.cut(plan.layers, plan.width)
         entries.append({"round": round_, "width": card.width, **plan.after.to_dict()})
     return entries
-
-
-def dry_run(config: PruneConfig, planned: list[dict[str, Any]], output: Path) -> None:
-    """Check that the output can be written and say what a run would do; trains nothing.
-
-    Raises OutputError or StorageError.
-    """
-
-    def check_output() -> None:
-        check_writable(output)
-        place = next(p for p in (output, *output.absolute().parents) if p.exists())
-        # each round's model, W&B's copy of it, and as much again for files being replaced
-        needed = 3 * sum(entry["bytes"] for entry in planned) + 2**20
-        free = shutil.disk_usage(place).free
-        if free < needed:
-            raise StorageError(
-                f"{shown(place)} has {free:,} bytes free, the run needs about {needed:,}: "
-                "free some space or choose another --output"
-            )
-
-    on_main(check_output)
-    trained = f"{config.first_epochs} epochs of base training"
-    if config.sparsity_epochs:
-        trained += f", {config.sparsity_epochs} with {config.sparsity} on γ"
-    say(f"output: {shown(output)} can be written")
-    say(f"plan: {trained}, then {config.rounds} rounds of {config.epochs}")
-    say(rounds_table(planned))
-    say("dry run: all is well, nothing was trained")
 
 
 def default_output(config: PruneConfig) -> Path:

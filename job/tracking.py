@@ -1,48 +1,75 @@
-"""Weights & Biases: the run's numbers on a dashboard, online or offline. Never ends the job."""
+"""Weights & Biases: the run's numbers on a dashboard, online or offline. Never disturbs the job.
+
+All of W&B lives in a process of its own (job.wandb_process). Here a thread passes events on to it,
+so that no server, however slow or broken, is ever waited for but a bounded time at the very end.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shlex
+import subprocess
+import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
-from job.errors import StopRequest, reason
+from job.config import PruneConfig
+from job.console import say
+from job.errors import GammaslimError, StopRequest, printable, reason
+from job.wandb_segments import Segments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
     from job.slimming.cost import LayerCost
 
-INIT_TIMEOUT = 30  # seconds
+INIT_TIMEOUT = 30  # seconds, beside the training
+SHARE = 0.03  # of the time that a job took, for W&B's last words
+SHORTEST, LONGEST = 2.0, 30.0  # seconds, bounds of that
 PATIENCE = 8.0  # seconds for W&B's last words when the job was asked to stop
+OFFLINE = 20.0  # seconds for writing an offline run to the end
+LINGER = 30  # seconds that W&B may go on sending after a finished job
+AXES = {"epoch/*": "epoch/step", "round/*": "round/round"}
 
 
 class Tracker:
-    """A W&B run of the main process; ``off`` makes every call do nothing."""
+    """A W&B run of the main process; ``off`` makes every call do nothing. No call raises."""
 
     def __init__(self, mode: str, project: str, run: Path, config: Mapping[str, Any]) -> None:
-        self.run: Any = None
-        if mode != "off":
-            self.run = _start(mode, project, run, config)
-            self._try(self._define_axes)  # does nothing when W&B did not begin
+        self.project, self.run, self.config = project, run, dict(config)
+        self.began = time.monotonic()
+        self.mode = mode  # as the process was started, then as W&B began
+        self._events: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._process: subprocess.Popen[str] | None = None
+        self._begun = False
+        self._thread: threading.Thread | None = None
+        if mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
+            say("W&B: off, by WANDB_MODE")
+        elif mode != "off":
+            self._begin_beside_the_job()
 
-    def _define_axes(self) -> None:
-        # own x axes: W&B drops what is logged with a step below the last one
-        for metrics, axis in AXES.items():
-            self.run.define_metric(axis)
-            self.run.define_metric(metrics, step_metric=axis)
+    def _begin_beside_the_job(self) -> None:
+        try:
+            self.segments = Segments(self.run)
+        except GammaslimError as error:  # the disk is full: the job will say so
+            _warn(f"W&B is off: {error}")
+        else:
+            self._thread = threading.Thread(target=self._serve, daemon=True)
+            self._thread.start()
 
     def log(self, kind: str, values: Mapping[str, Any]) -> None:
         """Numbers of an ``epoch`` or a ``round``, each under its own x axis."""
-        if self.run:
-            self._try(lambda: self.run.log({f"{kind}/{key}": v for key, v in values.items()}))
+        self._put("log", values={f"{kind}/{key}": value for key, value in values.items()})
 
     def log_round(
         self,
@@ -53,61 +80,153 @@ class Tracker:
         model: Path,
     ) -> None:
         """A round's numbers, γ histograms before and after it, its layers, and its model."""
-        if not self.run:
+        if not self._thread:
             return
-        import wandb
+        columns = ["layer", "kind", "in", "out", "params", "macs"]
+        rows = [
+            [la.name, la.kind, la.channels_in, la.channels_out, la.params, la.macs] for la in layers
+        ]
+        histograms = {f"round/gamma_before/{name}": _histogram(g) for name, g in before.items()}
+        histograms |= {f"round/gamma_after/{name}": _histogram(g) for name, g in after.items()}
+        artifact = {
+            "name": re.sub(r"[^\w.-]", "_", f"model-{self.segments.id}"),
+            "folder": str(model),
+            "alias": f"round-{entry['round']}",
+            "metadata": dict(entry),
+        }
+        self._put(
+            "round",
+            values={f"round/{key}": value for key, value in entry.items()},
+            histograms=histograms,
+            tables={"layers": (columns, rows)},
+            model=artifact,
+        )
 
-        def log() -> None:
-            columns = ["layer", "kind", "in", "out", "params", "macs"]
-            rows = [
-                [la.name, la.kind, la.channels_in, la.channels_out, la.params, la.macs]
-                for la in layers
-            ]
-            values: dict[str, Any] = {"layers": wandb.Table(columns=columns, data=rows)}
-            values |= {f"gamma_before/{name}": wandb.Histogram(g) for name, g in before.items()}
-            values |= {f"gamma_after/{name}": wandb.Histogram(g) for name, g in after.items()}
-            self.log("round", {**entry, **values})
-            artifact = wandb.Artifact(
-                re.sub(r"[^\w.-]", "_", f"model-{self.run.id}"), "model", metadata=dict(entry)
-            )
-            for file in sorted(model.iterdir()):
-                artifact.add_file(str(file))
-            self.run.log_artifact(artifact, aliases=[f"round-{entry['round']}"])
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Send the summary and end the W&B run; what does not arrive soon arrives later or never.
 
-        self._try(log)
+        Waits ``SHARE`` of the job's time so far for a server. Says how to sync what is not sent.
+        """
+        took = time.monotonic() - self.began
+        self._end(summary, 0, min(max(SHORTEST, SHARE * took), LONGEST), LINGER)
 
-    def finish(self, summary: Mapping[str, Any], exit_code: int = 0) -> None:
-        """Send the summary and end the W&B run."""
-        if self.run:
-            self._try(lambda: self.run.summary.update(dict(summary)))
-            self._try(lambda: self.run.finish(exit_code=exit_code))
-            self.run = None
-
-    def abandon(self, exit_code: int) -> bool:
-        """End the W&B run of a job that ends early; False when that takes more than some seconds.
+    def abandon(self, exit_code: int) -> None:
+        """End the W&B run of a job that ends early, in some seconds.
 
         A job that is to be run again says so: W&B shows it as preempted, not as crashed.
         """
-        if not self.run:
-            return True
-        if exit_code == StopRequest.exit_code:
-            self._try(lambda: self.run.mark_preempting())
-        thread = threading.Thread(target=self.finish, args=({}, exit_code), daemon=True)
-        thread.start()
-        thread.join(PATIENCE)
-        return not thread.is_alive()
+        self._end({}, exit_code, PATIENCE, 0)
 
-    def _try(self, call: Callable[[], Any]) -> None:
-        """A dashboard must not end the job: the first failure is said, then W&B is left alone."""
+    def _put(self, event: str, **content: Any) -> None:
+        if self._thread:
+            self._events.put({"event": event, **content})
+
+    def _end(self, summary: Mapping[str, Any], exit_code: int, limit: float, linger: int) -> None:
+        thread, self._thread = self._thread, None
+        if not thread:
+            return
+        again = exit_code == StopRequest.exit_code
+        finish = {"summary": dict(summary), "exit_code": exit_code, "again": again}
+        self._events.put({"event": "finish", **finish})
+        thread.join(OFFLINE if self.mode == "offline" else limit)
+        if thread.is_alive() and not self._begun:  # nothing is written yet, it must not stay so
+            process = self._process
+            if process and self.mode != "offline":
+                process.kill()  # the offline one follows
+            thread.join(OFFLINE)
+        if thread.is_alive() and linger:
+            say(f"W&B: not all is sent yet; it goes on for up to {linger} s after the job")
+        elif thread.is_alive() and self._process:
+            self._process.kill()
+        if command := self.segments.sync_command():
+            say(f"W&B: to be sent later: {printable(command)}")
+
+    def _serve(self) -> None:
+        """Begin a W&B run, online or else offline, and pass events on; in a thread."""
         try:
-            if self.run:
-                call()
-        except Exception as error:  # wandb raises its own, requests' and protobuf's errors
-            click.echo(f"Warning: W&B failed and is off from here on: {reason(error)}", err=True)
-            self.run = None
+            begun = self._begin(self.mode, instead=False)
+            if not begun and self.mode != "offline":
+                begun = self._begin("offline", instead=True)
+            if begun:
+                self._pass_on()
+        except Exception as error:  # nothing about W&B may disturb the job, nor print a traceback
+            _warn(f"W&B failed and is off from here on: {reason(error)}")
 
+    def _begin(self, mode: str, *, instead: bool) -> bool:
+        """Start the process and hear whether W&B has begun."""
+        self.mode = mode
+        self._process = process = _start(self._variables(mode))
+        assert process.stdin
+        order = {
+            "mode": mode,
+            "config": self.config,
+            "axes": AXES,
+            "offline": self.segments.offline(self.run.name, instead=instead),
+            "argv": sys.argv,
+        }
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        answer = self._answer() or {"failed": "the job ended before"}
+        self.mode = answer.get("mode", mode)
+        if "failed" in answer:
+            then = "it is off" if self.mode == "offline" else "going on offline"
+            _warn(f"W&B did not begin ({answer['failed']}): {then}")
+            return False
+        self.segments.begun(answer["begun"])
+        self._begun = True
+        later = f"offline; later: {printable(self.segments.sync_command() or '')}"
+        say(f"W&B: {answer['url'] if self.mode == 'online' else later}")
+        return True
 
-AXES = {"epoch/*": "epoch/step", "round/*": "round/round"}
+    def _pass_on(self) -> None:
+        assert self._process
+        assert self._process.stdin
+        last = False
+        with suppress(BrokenPipeError):  # it has ended, and says below why
+            while not last:
+                event = self._events.get()
+                last = event["event"] == "finish"
+                self._process.stdin.write(json.dumps(event) + "\n")
+                self._process.stdin.flush()
+        problem = None if last else "its process has ended"
+        while answer := self._answer():
+            problem = answer.get("warning", problem)
+        ended = self._process.wait()
+        if problem:
+            _warn(f"W&B did not take everything: {problem}")
+        elif self.mode == "online" and ended == 0:
+            self.segments.sent()
+
+    def _answer(self) -> dict[str, Any]:
+        """The process's next answer; empty when it has ended."""
+        assert self._process
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        return dict(json.loads(line)) if line else {}
+
+    def _variables(self, mode: str) -> dict[str, str]:
+        """The environment of W&B's process: the user's variables win, but an empty one is none."""
+        own = {
+            "WANDB_PROJECT": self.project,
+            "WANDB_NAME": self.run.name,
+            "WANDB_DIR": str(self.run),
+            "WANDB_RESUME": "allow",
+            "WANDB_DATA_DIR": str(self.run / "wandb"),  # staged artifacts
+            "WANDB_INIT_TIMEOUT": str(INIT_TIMEOUT),
+            "WANDB_FINISH_TIMEOUT": str(LINGER),
+            "WANDB_FINISH_TIMEOUT_RAISES": "true",
+            "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds; a killed one can be synced too
+            "WANDB_SILENT": "true",
+            "WANDB_CONSOLE": "off",
+            "WANDB_DISABLE_GIT": "true",
+            "WANDB__DISABLE_STATS": "true",
+        }
+        users = {k: v for k, v in os.environ.items() if v or not k.startswith("WANDB_")}
+        if self.project != PruneConfig.wandb_project:  # it was asked for
+            users.pop("WANDB_PROJECT", None)
+        if mode != "auto":
+            users["WANDB_MODE"] = mode
+        return {**own, **users, "WANDB_RUN_ID": self.segments.id}
 
 
 def gammas(network: nn.Module) -> dict[str, Any]:
@@ -121,57 +240,26 @@ def gammas(network: nn.Module) -> dict[str, Any]:
     }
 
 
-def _start(mode: str, project: str, run: Path, config: Mapping[str, Any]) -> Any:
-    """Begin a W&B run; offline under the run directory when it cannot be online."""
-    os.environ.setdefault("WANDB_DATA_DIR", str(run / "wandb"))  # staged artifacts
-    import wandb
-
-    wanted = mode
-    if mode == "auto":
-        wanted = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-
-    def init(mode: Any) -> Any:
-        settings = wandb.Settings(
-            init_timeout=INIT_TIMEOUT,
-            silent=True,
-            console="off",
-            disable_git=True,
-            x_disable_stats=True,
-        )
-        begun = wandb.init(
-            mode=mode,
-            project=os.environ.get("WANDB_PROJECT", project),
-            name=os.environ.get("WANDB_NAME", run.name),
-            dir=str(run),
-            config=dict(config),
-            settings=settings,
-        )
-        click.echo(f"W&B: {_place(begun, mode)}")
-        return begun
-
-    for attempt in (wanted, "offline"):
-        try:
-            return init(attempt)
-        except Exception as error:  # see _try
-            then = "going on without it" if attempt == "offline" else "going on offline"
-            click.echo(
-                f"Warning: W&B did not begin within {INIT_TIMEOUT} s ({reason(error)}): {then}",
-                err=True,
-            )
-            if attempt == "offline":
-                break
-    return None
+def _histogram(values: Any) -> tuple[list[int], list[float]]:
+    """Counts in 64 equal bins, and the bins' edges."""
+    counts, edges = np.histogram(values[np.isfinite(values)], bins=64)
+    return counts.tolist(), edges.tolist()
 
 
-def _place(begun: Any, mode: str) -> str:
-    if mode == "disabled":
-        return "off"
-    if mode == "online":
-        return str(begun.url)
-    return f"offline; later: wandb sync {shlex.quote(str(Path(begun.dir).parent))}"
+def _start(variables: Mapping[str, str]) -> subprocess.Popen[str]:
+    program = Path(__file__).with_name("wandb_process.py")
+    return subprocess.Popen(
+        [sys.executable, "-P", str(program)],
+        env=variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # signals to the job's process group are not for it
+    )
 
 
-def _has_key() -> bool:
-    import wandb
-
-    return bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.login(prompt=False, verify=False))
+def _warn(text: str) -> None:
+    key = os.environ.get("WANDB_API_KEY")
+    text = text.replace(key, "…") if key else text
+    click.echo(f"Warning: {printable(text)}", err=True)

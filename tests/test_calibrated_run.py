@@ -45,5 +45,5 @@ def test_refit_regress_and_recalibration_are_the_same_on_two_processes(tmp_path:
 
 def test_refit_without_regress_is_cautioned(tmp_path: Path) -> None:
     args = ("prune", "--dry-run", "--importance", "refit", "--compensate")
-    assert "caution: --importance refit counts on" in gammaslim(*args, "mean", cwd=tmp_path).out
-    assert "caution" not in gammaslim(*args, "regress", cwd=tmp_path).out
+    assert "Warning: --importance refit counts on" in gammaslim(*args, "mean", cwd=tmp_path).err
+    assert "counts on" not in gammaslim(*args, "regress", cwd=tmp_path).err

@@ -163,7 +163,7 @@ def assert_goes_on(call: Call, command: tuple[object, ...], undisturbed: Path) -
     status = json.loads((output / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("finished", 0)
     left = {"config.toml", "metrics.jsonl", "status.json", "summary.json", "rounds", "checkpoints"}
-    assert {path.name for path in output.iterdir()} <= left | {"wandb"}
+    assert {path.name for path in output.iterdir()} <= left | {"wandb", "wandb.json"}
     assert len(list((output / "checkpoints").iterdir())) == 2
 
 
@@ -242,7 +242,7 @@ def test_wandb_on_a_full_disk_neither_hangs_nor_hides_the_reason(
     noise: Path, undisturbed: Path, call: Call, disk: Path
 ) -> None:
     command = options(noise, disk / "run", "--wandb", "offline")
-    full = call(*command, event="write", match="wandb/.*json", fault=f"fill:{disk}")
+    full = call(*command, event="write", match=r"wandb\.json", passage=2, fault=f"fill:{disk}")
     assert full.code == 74, full
     assert "Traceback" not in full.err
     assert full.err.splitlines()[-1].startswith(f"Error: cannot write {disk}/run")

@@ -1,0 +1,241 @@
+"""``--dry-run``: look for all that would stop or slow a run, before a queue is waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import torch
+
+from job.checkpoint import KEPT
+from job.console import rounds_table, say
+from job.cores import available_cores
+from job.data.batches import default_workers
+from job.data.dataset import ArraySplit
+from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, printable, shown
+from job.models.weights import read_state
+from job.preparation import (
+    base_network,
+    base_record,
+    dataset_record,
+    planned_rounds,
+    prepare_data,
+    teacher_network,
+)
+from job.processes import is_main, local_world, on_main, world
+from job.run import Run, check_writable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from job.config import PruneConfig
+    from job.data import Dataset
+    from job.signals import Watch
+
+T = TypeVar("T")
+WANDB_WAIT = 60  # seconds for importing W&B and asking its server
+TINY = 8  # a last batch of less than an eighth is one
+
+
+class Findings:
+    """What is wrong: the same on every process, for the main one to say."""
+
+    def __init__(self) -> None:
+        self.errors: list[GammaslimError] = []
+        self.warnings: list[str] = []
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """Do collective ``work``; None when it fails, which is then an error found."""
+        try:
+            return work()
+        except StopRequest:
+            raise
+        except GammaslimError as error:
+            self.errors.append(error)
+        return None
+
+    def conclude(self) -> None:
+        """Say all; raises the first error, whose exit code is the command's, as the last."""
+        if is_main():
+            for warning in self.warnings:
+                click.echo(f"Warning: {printable(warning)}", err=True)
+            for error in self.errors[1:]:
+                click.echo(f"Error: {printable(str(error))}", err=True)
+        if self.errors:
+            raise self.errors[0]
+
+
+def dry_run(config: PruneConfig, output: Path, watch: Watch, device: torch.device) -> None:
+    """Check all that a run needs, say what it would do, train nothing; collective.
+
+    Raises the first GammaslimError found.
+    """
+    found = Findings()
+    if config.caution:
+        found.warnings.append(config.caution)
+    planned = _check_inputs(config, output, watch, device, found)
+    found.attempt(lambda: on_main(lambda: check_writable(output)))
+    if planned:
+        found.attempt(lambda: on_main(lambda: _check_disk(config, planned, output)))
+    _check_wandb(config.wandb, found)
+    if not found.errors and planned:
+        trained = f"{config.first_epochs} epochs of base training"
+        if config.sparsity_epochs:
+            trained += f", {config.sparsity_epochs} with {config.sparsity} on γ"
+        say(f"output: {shown(output)} can be written")
+        say(f"plan: {trained}, then {config.rounds} rounds of {config.epochs}")
+        say(rounds_table(planned))
+        say("dry run: all is well, nothing was trained")
+    found.conclude()
+
+
+def _check_inputs(
+    config: PruneConfig, output: Path, watch: Watch, device: torch.device, found: Findings
+) -> list[dict[str, Any]] | None:
+    """The planned rounds, where data, weights, target and the run to go on with are right."""
+    prepared = found.attempt(lambda: prepare_data(config, watch.check_here))
+    if prepared is None:
+        if config.weights:  # whether they fit can only be said with the data's classes
+            found.attempt(lambda: on_main(lambda: _readable(str(config.weights))))
+        return None
+    data, preprocessing = prepared
+    found.warnings += batch_warnings(config.batch_size, len(data.splits["training"]), world())
+    found.warnings += core_warnings(config, data, device.type == "cuda")
+    torch.manual_seed(config.seed)
+    based = found.attempt(
+        lambda: on_main(lambda: base_network(config, data, preprocessing), interrupt=True)
+    )
+    if based is None:
+        return None
+    network, card = based
+    planned = found.attempt(
+        lambda: on_main(lambda: planned_rounds(config, network, card), interrupt=True)
+    )
+
+    def check_run() -> None:
+        teacher = on_main(lambda: teacher_network(config, card), interrupt=True)
+        origin = base_record(config, card, teacher)
+        on_main(lambda: Run(output).check(config, dataset_record(data), origin))
+
+    found.attempt(check_run)
+    return planned
+
+
+def _readable(weights: str) -> None:
+    read_state(weights)
+
+
+def _check_disk(config: PruneConfig, planned: list[dict[str, Any]], output: Path) -> None:
+    """Raise StorageError unless there is room for what the run will write."""
+    place = next(p for p in (output, *output.absolute().parents) if p.exists())
+    needed, free = space_needed(config, planned), shutil.disk_usage(place).free
+    if free < needed:
+        raise StorageError(
+            f"{shown(place)} has {free:,} bytes free, the run needs about {needed:,}: "
+            "free some space or choose another --output"
+        )
+    say(f"disk: the run needs about {_amount(needed)}, {_amount(free)} are free")
+
+
+def space_needed(config: PruneConfig, planned: list[dict[str, Any]]) -> int:
+    """Bytes that a run's models, positions and W&B files take at most, about.
+
+    A position has the network, the best one so far and the optimizer's one or two states; a new
+    one is written before the oldest goes.
+    """
+    models = sum(entry["bytes"] for entry in planned)
+    states = {"adamw": 2, "sgd": 1}[config.optimizer]
+    positions = (KEPT + 1) * (2 + states) * max(entry["bytes"] for entry in planned)
+    copies = models if config.wandb != "off" else 0  # W&B's, of each model
+    return int(models + positions + copies + 2**22)  # and some for tables and logs
+
+
+def _amount(count: int) -> str:
+    """``count`` bytes to two digits: 1.2 GB."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{float(f'{count / size:.2g}'):g} {unit}"
+    return f"{count:,} bytes"
+
+
+def batch_warnings(batch: int, count: int, processes: int) -> list[str]:
+    """What is unfortunate about global batches of ``batch`` out of ``count`` pictures."""
+    found = []
+    if batch % processes:
+        low = batch // processes
+        near = max(processes, round(batch / processes) * processes)
+        found.append(
+            f"--batch-size {batch} over {processes} processes gives some {low} and some {low + 1} "
+            f"pictures: a multiple, as {near}, keeps all busy"
+        )
+    last = count % batch
+    if last and (last < processes or last * TINY < batch):
+        sizes = sorted(range(batch // 2 + 1, batch * 2), key=lambda size: abs(size - batch))
+        good = (s for s in sizes if s % processes == 0 and (count % s == 0 or count % s * 2 >= s))
+        better = f": --batch-size {size} would be better" if (size := next(good, 0)) else ""
+        found.append(
+            f"the last batch of an epoch has only {last} of {batch} pictures, and a step and "
+            f"BatchNorm statistics of its own{better}"
+        )
+    return found
+
+
+def core_warnings(config: PruneConfig, data: Dataset, cuda: bool) -> list[str]:
+    """Whether the cores that this node gives the job are too few for its processes."""
+    processes, cores = local_world(), available_cores()
+    if (slurm := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdecimal():
+        cores = min(cores, int(slurm))
+    workers = default_workers(processes, cuda) if config.workers is None else config.workers
+    if isinstance(data.splits["training"], ArraySplit):
+        workers = 0  # the pictures are in memory
+    # a process that waits for its GPU leaves its core to a loader, but not all the time
+    wanted = max(2, workers + (not cuda)) if workers else 1
+    if cores >= wanted * processes:
+        return []
+    loaders = f"with {workers} loader processes each " if workers else ""
+    return [
+        f"{cores} cores here for {processes} training process{'es' * (processes > 1)} "
+        f"{loaders}want {wanted * processes}: give more (Slurm: --cpus-per-task, and for srun "
+        "SRUN_CPUS_PER_TASK), or fewer --workers"
+    ]
+
+
+def _check_wandb(mode: str, found: Findings) -> None:
+    """Say how W&B will run; what is wrong is an error where --wandb online asks for it."""
+    given = os.environ.get("WANDB_MODE", "")
+    if mode == "auto" and given and given not in ("online", "run"):
+        return say(f"W&B: {given}, by WANDB_MODE")
+    if mode in ("off", "offline"):
+        return say(f"W&B: {mode}")
+    answer = on_main(ask_wandb)
+    if user := answer.get("user"):
+        return say(f"W&B: online at {answer['server']}, user {user}")
+    problem, kind = f"W&B: {answer['problem']}", answer["kind"]
+    if mode == "online":
+        error = ConfigError(problem) if kind == "key" else StorageError(problem)
+        error.reported = not is_main()
+        found.errors.append(error)
+    elif "no API key" in problem and not given:
+        say(f"W&B: offline, since {answer['problem']}")
+    else:
+        found.warnings.append(f"{problem}; the job would go on offline")
+    return None
+
+
+def ask_wandb() -> dict[str, Any]:
+    """What job.wandb_check finds out."""
+    program = Path(__file__).with_name("wandb_check.py")
+    command = [sys.executable, "-P", str(program)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=WANDB_WAIT, check=True
+        )
+        return dict(json.loads(done.stdout))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return {"kind": "server", "problem": f"it cannot be asked: {type(error).__name__}"}
