@@ -6,35 +6,64 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
-from conftest import ROOT, Result
+from conftest import ROOT, Result, clean_environ
 
 BASE = "localhost/base:1"
 IMAGE = "localhost/gammaslim:test"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
 
+# What a container engine writes outside of its own folders goes into memory that ends with the
+# namespace. Names must still be found where the list of name servers lies below /run.
+HOLDER = """
+servers=$(readlink -f /etc/resolv.conf) && cp "$servers" "$1/resolv.conf"
+mkdir -p /var/lib/containers
+for place in /run /var/lib/containers; do mount -t tmpfs tmpfs "$place"; done
+[ -e "$servers" ] || { mkdir -p "$(dirname "$servers")" && cp "$1/resolv.conf" "$servers"; }
+ip link set lo up
+touch "$1/ready"
+exec cat
+"""
+
+
 class Engine:
-    """buildah and podman, whose images, containers, volumes and locks end with ``folder``."""
+    """buildah and podman in namespaces of their own; all they keep ends with ``folder``.
+
+    Their mounts, networks and processes are not the machine's: ``close`` ends them with one
+    process. Builds alone reach the machine's network, for packages.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name in ("graph", "state", "scratch", "runtime", "tmp"):
             (folder / name).mkdir()
+        self.holder = subprocess.Popen(
+            ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc",
+             "--propagation", "private", "sh", "-euc", HOLDER, "holder", str(folder)],
+            stdin=subprocess.PIPE,  # everything ends when the tests do, however
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for((folder / "ready").exists, 20)
+        (self.first,) = _children(self.holder.pid)
         # overlay needs a file system that can hold it: not another overlay
-        driver = "overlay" if _overlay_works(folder) else "vfs"
+        driver = "overlay" if self._overlay_works() else "vfs"
         (folder / "storage.conf").write_text(
             f'[storage]\ndriver="{driver}"\ngraphroot="{folder}/graph"\nrunroot="{folder}/state"\n'
         )
         self._configure("run.conf", network="private", volumes=[])
         self._configure("build.conf", network="host", volumes=_package_volumes(folder))
         self.environ = {
-            **os.environ,
+            **clean_environ(),
             "CONTAINERS_STORAGE_CONF": f"{folder}/storage.conf",
             "CONTAINERS_CONF": f"{folder}/run.conf",
             "BUILDAH_ISOLATION": "chroot",
@@ -58,20 +87,29 @@ class Engine:
             f'volume_path="{folder}/volumes"\n'
         )
 
-    def command(self, *args: object) -> list[str]:
-        """``podman ARGS`` in words."""
-        return ["podman", *map(str, args)]
+    def run(
+        self, *command: object, network: bool = False, env: dict[str, str] | None = None,
+        seconds: float = 300,
+    ) -> Result:  # fmt: skip
+        """Run a command in the namespaces; with ``network`` in the machine's network."""
+        spaces = ["--mount", "--pid", *([] if network else ["--net"])]
+        enter = ["nsenter", "--target", str(self.first), *spaces]
+        return Result(
+            subprocess.run(
+                [*enter, *map(str, command)], env={**self.environ, **(env or {})},
+                capture_output=True, text=True, timeout=seconds, check=False,
+            )
+        )  # fmt: skip
 
     def podman(self, *args: object, seconds: float = 300) -> Result:
         """Run ``podman ARGS`` to its end."""
-        return self._finished(self.command(*args), self.environ, seconds)
+        return self.run("podman", *args, seconds=seconds)
 
-    def popen(self, *args: object) -> subprocess.Popen[str]:
-        """Start ``podman ARGS``; its output can be read from it."""
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            self.command(*args), env=self.environ, stdout=pipe, stderr=pipe, text=True
-        )
+    def must(self, *args: object, network: bool = False, seconds: float = 600) -> str:
+        """What a command prints that has to succeed."""
+        done = self.run(*args, network=network, seconds=seconds)
+        assert done.code == 0, done
+        return done.out.strip()
 
     def make_base(self) -> None:
         """This machine's distribution with a Python: it stands in for the CUDA base image."""
@@ -90,13 +128,13 @@ class Engine:
             'Acquire::Check-Valid-Until "false"',  # an archive of a past day will do
             'Acquire::Check-Date "false"',
         ]
-        self._must(
+        self.must(
             "mmdebstrap", "--variant=minbase", "--dpkgopt=force-unsafe-io",
             "--include=ca-certificates,python3,python3-venv",
             *(f"--aptopt={option}" for option in options),
-            release["VERSION_CODENAME"], str(tar), *sources,
+            release["VERSION_CODENAME"], str(tar), *sources, network=True,
         )  # fmt: skip
-        self._must("podman", "import", "--quiet", str(tar), BASE)
+        self.must("podman", "import", "--quiet", str(tar), BASE)
         tar.unlink()
 
     def build(self) -> Result:
@@ -105,38 +143,45 @@ class Engine:
             "buildah", "build", "--format", "docker", "--tag", IMAGE,
             "--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", "REVISION=tested", str(ROOT),
         ]  # fmt: skip
-        environ = {**self.environ, "CONTAINERS_CONF": f"{self.folder}/build.conf"}
-        return self._finished(command, environ, 1200)
+        environ = {"CONTAINERS_CONF": f"{self.folder}/build.conf"}
+        return self.run(*command, network=True, env=environ, seconds=1500)
 
-    def _finished(self, command: list[str], environ: dict[str, str], seconds: float) -> Result:
-        return Result(
-            subprocess.run(
-                command, env=environ, capture_output=True, text=True, timeout=seconds, check=False
-            )
-        )
-
-    def _must(self, *command: str) -> None:
-        done = self._finished(list(command), self.environ, 600)
-        assert done.code == 0, done
-
-    def remove(self) -> None:
+    def close(self) -> None:
         """End what still runs and remove every file."""
         self.podman("rm", "--all", "--force", "--time", 0)
-        subprocess.run(["umount", "--quiet", f"{self.folder}/graph/overlay"], check=False)
+        os.kill(self.first, signal.SIGKILL)  # the others and the mounts go with it
+        self.holder.wait(20)
+        for group in Path("/sys/fs/cgroup").glob("**/libpod_parent"):
+            for part in sorted(group.glob("**/"), reverse=True):
+                with suppress(OSError):
+                    part.rmdir()
         shutil.rmtree(self.folder)
 
+    def _overlay_works(self) -> bool:
+        probe = self.folder / "probe"
+        places = {name: probe / name for name in ("lower", "upper", "work", "merged")}
+        for place in places.values():
+            place.mkdir(parents=True)
+        options = "lowerdir={lower},upperdir={upper},workdir={work}".format(**places)
+        self.environ = clean_environ()
+        mount = ["mount", "-t", "overlay", "overlay", "-o", options, places["merged"]]
+        mounted = self.run(*mount).code == 0
+        if mounted:
+            self.must("umount", places["merged"])
+        shutil.rmtree(probe)
+        return mounted
 
-def _overlay_works(folder: Path) -> bool:
-    places = {name: folder / "probe" / name for name in ("lower", "upper", "work", "merged")}
-    for place in places.values():
-        place.mkdir(parents=True)
-    options = "lowerdir={lower},upperdir={upper},workdir={work}".format(**places)
-    mount = ["mount", "-t", "overlay", "overlay", "-o", options, str(places["merged"])]
-    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    if mounted:
-        subprocess.run(["umount", str(places["merged"])], check=True)
-    shutil.rmtree(folder / "probe")
-    return mounted
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    """Wait until ``condition`` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.05)
 
 
 def _package_volumes(folder: Path) -> list[str]:
