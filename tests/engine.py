@@ -89,7 +89,7 @@ class Engine:
 
     def run(
         self, *command: object, network: bool = False, env: dict[str, str] | None = None,
-        seconds: float = 300,
+        seconds: float = 600,
     ) -> Result:  # fmt: skip
         """Run a command in the namespaces; with ``network`` in the machine's network."""
         spaces = ["--mount", "--pid", *([] if network else ["--net"])]
@@ -101,7 +101,7 @@ class Engine:
             )
         )  # fmt: skip
 
-    def podman(self, *args: object, seconds: float = 300) -> Result:
+    def podman(self, *args: object, seconds: float = 600) -> Result:
         """Run ``podman ARGS`` to its end."""
         return self.run("podman", *args, seconds=seconds)
 

@@ -63,8 +63,8 @@ def test_the_image_is_small_and_nobody_s(engine: Engine) -> None:
     assert image["Size"] < 5.3e9
     found = shell(
         engine,
-        "exec 2>/dev/null; command -v gcc cc pip pip3 nvcc; "
-        "ls -d /usr/local/cuda* /build /code /opt/pip /opt/venv/lib/*/*/triton /opt/venv/lib/*/*/pip; "
+        "exec 2>/dev/null; command -v gcc cc pip pip3 nvcc; ls -d /usr/local/cuda* /build /code; "
+        "ls -d /opt/pip /opt/venv/lib/*/*/triton /opt/venv/lib/*/*/pip; "
         "find / -xdev -name 'libcublas.so*'; "
         "find / -xdev -writable ! -type l ! -path '/proc/*' ! -path '/dev/*' ! -path '/tmp*'; true",
     )
@@ -77,7 +77,7 @@ UNCOMPILED = """
 import os, sys
 import job.pipeline
 files = [getattr(module, "__cached__", None) for module in sys.modules.values()]
-print(len([file for file in files if isinstance(file, str) and not os.path.exists(file)]))
+print([file for file in files if isinstance(file, str) and not os.path.exists(file)])
 """
 
 
@@ -87,7 +87,7 @@ def test_programs_find_a_home_under_any_user(engine: Engine) -> None:
     script = "; ".join(f"python -c '{code}'" for code in (home, cuda, UNCOMPILED))
     out = shell(engine, f"id -u; {script}").split("\n")
     # every module is compiled: nobody could keep what Python compiles
-    assert out == [str(UID), "gammaslim /tmp", "13.0", "0"], out
+    assert out == [str(UID), "gammaslim /tmp", "13.0", "[]"]
 
 
 def test_without_a_command_it_runs_the_demonstration(engine: Engine) -> None:
@@ -127,7 +127,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(engine: Engine, tmp_path: Pa
         "prune", *options, "--output", "/runs/one",
     ]  # fmt: skip
     first = engine.must("podman", *command)
-    wait_for((runs / "one" / "checkpoints").exists, 120)
+    wait_for((runs / "one" / "checkpoints").exists, 300)
     engine.must("podman", "stop", "--time", 60, first)
     assert engine.must("podman", "wait", first) == "75", engine.podman("logs", first)
     assert state(runs / "one") == ("stopped", 75)
@@ -231,7 +231,7 @@ def test_the_pod_of_job_yaml_is_stopped_and_its_successor_ends_the_run(
         kubernetes.set_recipe(**RECIPE)
         run = kubernetes.place("gammaslim-runs") / "gammaslim"
         first = kubernetes.start()
-        wait_for((run / "checkpoints").exists, 120)
+        wait_for((run / "checkpoints").exists, 300)
         status = engine.must("podman", "exec", first, "cat", "/proc/1/status")
         fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
         assert fields["Uid"].split("\t") == ["10001"] * 4
@@ -270,7 +270,7 @@ def test_the_pods_of_multinode_meet_stop_together_and_go_on(engine: Engine, tmp_
         pods = [start(1)]
         time.sleep(8)
         pods.append(start(0))
-        wait_for((run / "checkpoints").exists, 180)
+        wait_for((run / "checkpoints").exists, 300)
         engine.must("podman", "kill", "--signal", "TERM", pods[0])
         for pod in pods:
             code, action, log = kubernetes.end(pod)
