@@ -5,11 +5,21 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-debian_packages=(python3-venv)
+debian_packages=(
+  # the Slurm cluster of tests/test_slurm.py
+  iproute2
+  munge
+  slurm-client
+  slurmctld
+  slurmd
+)
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   missing=()
   # a Python of another origin brings its own venv
-  if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then missing+=("${debian_packages[@]}"); fi
+  if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then missing+=(python3-venv); fi
+  for package in "${debian_packages[@]}"; do
+    [[ $(dpkg-query --show --showformat='${Status}' "$package" 2>/dev/null) == *' installed' ]] || missing+=("$package")
+  done
   if [ "${#missing[@]}" -gt 0 ]; then
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
