@@ -26,7 +26,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=2
-# ---- Site settings. A line with two # is off. CPUs are for a node: about 8 for each GPU feed it with pictures.
+# ---- Site settings. A line with two # is off. CPUs are those of a node: about 8 for each GPU (not --cpus-per-gpu).
 ##SBATCH --partition=gpu
 ##SBATCH --account=project
 ##SBATCH --time=08:00:00
@@ -50,6 +50,9 @@ fail() { # code, reason
 }
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail 2 "this is a Slurm job: sbatch slurm/prune.sh"
+job=$SLURM_JOB_ID
+# the number of one task may be that of its whole array
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 restarts=${SLURM_RESTART_COUNT:-0}
 nodes=$SLURM_JOB_NUM_NODES
 arguments=("$@") # as they were given
@@ -66,9 +69,7 @@ for ((i = 1; i <= $#; i++)); do
   esac
 done
 if [ -z "$run" ]; then
-  name=$SLURM_JOB_ID
-  [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || name=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  run=$SLIM_RUNS/slurm-$name
+  run=$SLIM_RUNS/slurm-$job
   set -- --output "$run" "$@"
 fi
 
@@ -76,6 +77,8 @@ fi
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 unset PET_NNODES PET_NODE_RANK PET_MASTER_ADDR PET_MASTER_PORT
 processes=${SLURM_NTASKS_PER_NODE:-1}
+[ "$processes" -le 1 ] || [ -z "${SLURM_GPUS_PER_TASK:-}" ] || # the one task would get the GPUs of one of them
+  fail 2 "--gpus-per-task does not go with --ntasks-per-node here: give sbatch --gpus-per-node"
 launch=(launch --nnodes "$nodes")
 [ "$processes" -le 1 ] || launch+=(--nproc "$processes")
 # srun does not take --cpus-per-task over from sbatch (22.05 to 23.02)
@@ -128,7 +131,9 @@ ask() {
 trap 'ask USR1' USR1
 trap 'ask TERM' TERM
 
-say "job $SLURM_JOB_ID, start $((restarts + 1)), on $nodes nodes: $SLURM_JOB_NODELIST"
+say "job $job, start $((restarts + 1)), on $nodes nodes: $SLURM_JOB_NODELIST"
+[ "$SRUN_CPUS_PER_TASK" -ge $((4 * ${SLURM_GPUS_ON_NODE:-0})) ] ||
+  say "only $SRUN_CPUS_PER_TASK CPUs for $SLURM_GPUS_ON_NODE GPUs may load pictures too slowly: sbatch --cpus-per-task, for a node"
 say "run folder $run; to stop it: touch $run/STOP"
 "${srun[@]}" "${program[@]}" "${launch[@]}" -- prune "$@" &
 step=$!
@@ -157,7 +162,7 @@ how_to_go_on() {
 
 # One that was cancelled, or that Slurm requeues already, is not running any more; without an answer it counts as running.
 still_running() {
-  state=$(scontrol -o show job "$SLURM_JOB_ID") || return 0
+  state=$(scontrol -o show job "$job") || return 0
   [[ $state == *JobState=RUNNING* ]]
 }
 
@@ -165,10 +170,10 @@ requeue() { # reason
   if [ "$restarts" -ge "$SLIM_MAX_REQUEUES" ]; then
     say "$1, but the job was restarted $restarts times already and SLIM_MAX_REQUEUES is $SLIM_MAX_REQUEUES"
     how_to_go_on
-  elif scontrol requeue "$SLURM_JOB_ID"; then
+  elif scontrol requeue "$job"; then
     say "$1; the job is requeued"
   else
-    say "$1, but Slurm does not let the job requeue itself (scontrol requeue $SLURM_JOB_ID)"
+    say "$1, but Slurm does not let the job requeue itself (scontrol requeue $job)"
     how_to_go_on
   fi
 }
