@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from job.cores import available_cores
+from job.nodes import slurm_gpus
 from job.signals import end_with_parent, starting
 
 if TYPE_CHECKING:
@@ -20,14 +24,13 @@ if TYPE_CHECKING:
 def launch(command: Sequence[str], nproc: int | None, nodes: Nodes) -> int:
     """Run ``gammaslim COMMAND`` in ``nproc`` processes here, as part of ``nodes``; its exit code.
 
-    By default one process for each GPU, and one on a CPU, whose cores one process uses best.
+    By default one process for each GPU of this node, and one on a CPU, whose cores one process
+    uses best.
     torch's elastic agent starts and watches them. Raises GammaslimError or StopRequest.
     """
     with starting():
         if nproc is None:
-            import torch
-
-            nproc = max(1, torch.cuda.device_count())
+            nproc = _one_for_each_gpu()
         if nproc * nodes.count > 1:
             from job.agent import run_agent
     program = [sys.executable, "-m", "job", *command]
@@ -36,6 +39,20 @@ def launch(command: Sequence[str], nproc: int | None, nodes: Nodes) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // nproc))
     return run_agent(program, nproc, nodes)
+
+
+def _one_for_each_gpu() -> int:
+    """The GPUs that torch sees; where it sees none, as many processes as Slurm gave GPUs."""
+    import torch
+
+    seen, given = torch.cuda.device_count(), slurm_gpus(os.environ)
+    if seen < given:
+        click.echo(
+            f"Warning: Slurm gave {given} GPUs of {socket.gethostname()} to this job, torch sees "
+            f"{seen}: look at the driver, torch's build, the container's --nv",
+            err=True,
+        )
+    return seen or given or 1
 
 
 def ensure_processes() -> None:

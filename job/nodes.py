@@ -76,6 +76,13 @@ def nodes_left_out(environ: Mapping[str, str]) -> int:
     return (_number(environ, "SLURM_NNODES") or 1) - 1
 
 
+def slurm_gpus(environ: Mapping[str, str]) -> int:
+    """How many GPUs of this node Slurm gave to this step; 0 outside of one."""
+    if "SLURM_STEP_NUM_NODES" not in environ:
+        return 0
+    return _number(environ, "SLURM_GPUS_ON_NODE") or 0
+
+
 def _first(*values: int | None) -> int | None:
     return next((value for value in values if value is not None), None)
 

@@ -17,6 +17,11 @@ debian_packages=(
   netavark
   podman
   runc
+  # the Slurm cluster of tests/test_slurm.py
+  munge
+  slurm-client
+  slurmctld
+  slurmd
 )
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   missing=()

@@ -20,6 +20,8 @@ from conftest import ROOT, Result, gammaslim, run, write_noise_idx
 from job import tracking
 from job.tracking import Tracker
 
+pytestmark = pytest.mark.alone
+
 KILL_AT = ROOT / "tests" / "workers" / "kill_at.py"
 
 

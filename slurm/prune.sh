@@ -1,0 +1,207 @@
+#!/usr/bin/env bash
+# `gammaslim prune` as a Slurm job: one node or many, GPUs or none. It saves before its time is up and goes on by itself.
+#
+# From nothing, in a clone of the repository on storage that all nodes share:
+#   python3 -m venv .venv && .venv/bin/pip install .
+#   .venv/bin/gammaslim prune --data D --dry-run        # on the login node: is everything there?
+#   sbatch --gpus-per-node 1 slurm/prune.sh --data D    # sbatch's options before the script, prune's after it
+#   sbatch --nodes 2 --gpus-per-node 4 --cpus-per-task 32 slurm/prune.sh --data D
+# The number of processes is that of the GPUs, on each node its own; without GPUs one a node, or --ntasks-per-node N.
+#
+# Edit     the lines below, or give sbatch the same options: those win.
+# Watch    squeue --me; tail -f gammaslim-JOB.out; runs/slurm-JOB/status.json and metrics.jsonl
+# Stop     touch runs/slurm-JOB/STOP (saves, and the job ends with code 75), or scancel JOB (saves too if Slurm's KillWait,
+#          30 seconds by default, is enough). Neither is run again by itself.
+# Resume   A job that Slurm stops (time limit, preemption, scontrol requeue, a lost node) is requeued and goes on where it
+#          stood. One that you stopped: scontrol requeue JOB while Slurm still knows it, later the same sbatch line with
+#          --output runs/slurm-JOB behind the script.
+# Clean up rm -r runs/slurm-JOB gammaslim-JOB.out
+# The job's exit code is gammaslim's: 2, 65, 66, 73, 78 want another command, 74 a mended disk; the README has the table.
+
+#SBATCH --job-name=gammaslim
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@60
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=2
+# ---- Site settings. A line with two # is off. CPUs are those of a node: about 8 for each GPU (not --cpus-per-gpu).
+##SBATCH --partition=gpu
+##SBATCH --account=project
+##SBATCH --time=08:00:00
+##SBATCH --gpus-per-node=1
+##SBATCH --mem=32G
+
+SLIM_VENV=${SLIM_VENV:-${VIRTUAL_ENV:-.venv}} # bin/gammaslim in it, or else the one on PATH; also: module load … on a line here
+SLIM_CONTAINER=${SLIM_CONTAINER:-}            # apptainer:/shared/gammaslim.sif or pyxis:/shared/gammaslim.sqsh (or pyxis:REGISTRY#IMAGE:TAG)
+SLIM_BIND=${SLIM_BIND:-}                      # for a container, folders outside of this one: /data:/data:ro,/scratch:/scratch
+SLIM_RUNS=${SLIM_RUNS:-$PWD/runs}             # where run folders are made, on shared storage
+SLIM_MAX_REQUEUES=${SLIM_MAX_REQUEUES:-50}    # a job that saved and stopped is requeued at most so often
+# ---- End of site settings.
+
+set -uo pipefail
+
+say() { printf 'slurm: %s\n' "$*"; }
+
+fail() { # code, reason
+  printf 'Error: %s\n' "$2" >&2
+  exit "$1"
+}
+
+[ -n "${SLURM_JOB_ID:-}" ] || fail 2 "this is a Slurm job: sbatch slurm/prune.sh"
+job=$SLURM_JOB_ID
+# the number of one task may be that of its whole array
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+restarts=${SLURM_RESTART_COUNT:-0}
+nodes=$SLURM_JOB_NUM_NODES
+arguments=("$@") # as they were given
+
+# The run folder keeps its name when the job is requeued, so that it finds what it saved.
+run=${GAMMASLIM_PRUNE_OUTPUT:-}
+for ((i = 1; i <= $#; i++)); do
+  case ${!i} in
+    --output=*) run=${!i#--output=} ;;
+    --output)
+      next=$((i + 1))
+      run=${!next:-}
+      ;;
+  esac
+done
+if [ -z "$run" ]; then
+  run=$SLIM_RUNS/slurm-$job
+  set -- --output "$run" "$@"
+fi
+
+# One launcher on each node starts that node's processes. Not the variables of a launcher that sbatch was called from.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+unset PET_NNODES PET_NODE_RANK PET_MASTER_ADDR PET_MASTER_PORT
+processes=${SLURM_NTASKS_PER_NODE:-1}
+[ "$processes" -le 1 ] || [ -z "${SLURM_GPUS_PER_TASK:-}" ] || # the one task would get the GPUs of one of them
+  fail 2 "--gpus-per-task does not go with --ntasks-per-node here: give sbatch --gpus-per-node"
+launch=(launch --nnodes "$nodes")
+[ "$processes" -le 1 ] || launch+=(--nproc "$processes")
+# srun does not take --cpus-per-task over from sbatch (22.05 to 23.02)
+export SRUN_CPUS_PER_TASK=$((${SLURM_CPUS_PER_TASK:-1} * processes))
+export PYTHONUNBUFFERED=1
+# --wait: a node whose launcher has ended does not wait for ever for the others; a clean stop gets the time it needs
+srun=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --export=ALL --mpi=none --kill-on-bad-exit=0 --wait=60)
+
+in_use() { # port
+  grep -qiE "^ *[0-9]+: [0-9A-F]+:$(printf %04X "$1") " /proc/net/tcp /proc/net/tcp6 2>/dev/null
+}
+if [ "$nodes" -gt 1 ]; then # the processes meet on this node, at a port that no other job's number gives
+  MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+  while in_use "$MASTER_PORT"; do MASTER_PORT=$((20000 + (MASTER_PORT - 19999) % 12000)); done
+  export MASTER_PORT
+fi
+
+case $SLIM_CONTAINER in
+  '')
+    program=("$SLIM_VENV/bin/gammaslim")
+    [ -x "${program[0]}" ] || program=("$(command -v gammaslim)") ||
+      fail 78 "no $SLIM_VENV/bin/gammaslim in $PWD, and no gammaslim on PATH: set SLIM_VENV in slurm/prune.sh, or sbatch --export=ALL,SLIM_VENV=…"
+    ;;
+  apptainer:*)
+    program=(apptainer exec --bind "$PWD${SLIM_BIND:+,$SLIM_BIND}" --pwd "$PWD")
+    [ -z "${SLURM_GPUS_ON_NODE:-}${SLURM_GPUS:-}" ] || program+=(--nv)
+    program+=("${SLIM_CONTAINER#*:}" gammaslim)
+    ;;
+  pyxis:*)
+    srun+=("--container-image=${SLIM_CONTAINER#*:}" "--container-mounts=$PWD:$PWD${SLIM_BIND:+,$SLIM_BIND}")
+    srun+=("--container-workdir=$PWD" --no-container-mount-home)
+    program=(gammaslim)
+    ;;
+  *) fail 78 "SLIM_CONTAINER=$SLIM_CONTAINER is neither apptainer:FILE nor pyxis:IMAGE" ;;
+esac
+
+# A signal becomes a request to stop: USR1 comes before the time limit and, on some sites, before a preemption; TERM
+# with a preemption, a cancelled job and a requeue. The STOP file reaches the run also where srun's signal does not.
+asked='' signals=0 step=''
+pass_on() {
+  [ ! -d "$run" ] || : >"$run/STOP"
+  [ -z "$step" ] || kill -USR1 "$step"
+} 2>/dev/null
+# shellcheck disable=SC2329 # the traps call it
+ask() {
+  asked=$1
+  signals=$((signals + 1))
+  pass_on
+}
+trap 'ask USR1' USR1
+trap 'ask TERM' TERM
+
+say "job $job, start $((restarts + 1)), on $nodes nodes: $SLURM_JOB_NODELIST"
+[ "$SRUN_CPUS_PER_TASK" -ge $((4 * ${SLURM_GPUS_ON_NODE:-0})) ] ||
+  say "only $SRUN_CPUS_PER_TASK CPUs for $SLURM_GPUS_ON_NODE GPUs may load pictures too slowly: sbatch --cpus-per-task, for a node"
+say "run folder $run; to stop it: touch $run/STOP"
+"${srun[@]}" "${program[@]}" "${launch[@]}" -- prune "$@" &
+step=$!
+[ -z "$asked" ] || pass_on # it came before there was a step
+while :; do
+  before=$signals
+  wait "$step"
+  code=$?
+  [ "$signals" != "$before" ] || break # else a signal ended the wait, not the step
+done
+trap '' USR1 TERM
+
+stopped_by_hand=''
+if [ -n "$asked" ]; then
+  rm -f "$run/STOP"
+  [ "$code" -le 128 ] || code=75 # the signal came before the launcher could take it: nothing is lost
+elif [ -e "$run/STOP" ]; then
+  stopped_by_hand=yes
+fi
+
+how_to_go_on() {
+  printf 'slurm: to go on: sbatch [the same options] slurm/prune.sh'
+  printf ' %q' --output "$run" "${arguments[@]}"
+  printf '\n'
+}
+
+# One that was cancelled, or that Slurm requeues already, is not running any more; without an answer it counts as running.
+still_running() {
+  state=$(scontrol -o show job "$job") || return 0
+  [[ $state == *JobState=RUNNING* ]]
+}
+
+requeue() { # reason
+  if [ "$restarts" -ge "$SLIM_MAX_REQUEUES" ]; then
+    say "$1, but the job was restarted $restarts times already and SLIM_MAX_REQUEUES is $SLIM_MAX_REQUEUES"
+    how_to_go_on
+  elif scontrol requeue "$job"; then
+    say "$1; the job is requeued"
+  else
+    say "$1, but Slurm does not let the job requeue itself (scontrol requeue $job)"
+    how_to_go_on
+  fi
+}
+
+# A dead node shows itself to the processes long before Slurm notices it.
+a_node_is_lost() {
+  [ "$nodes" -gt 1 ] && ! timeout 90 srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task=1 \
+    --overlap --mpi=none true
+}
+
+case $code in
+  0 | 2 | 65 | 66 | 73 | 74 | 78) ;; # these say what they mean
+  75)
+    if [ -n "$stopped_by_hand" ]; then
+      say "stopped by $run/STOP"
+      how_to_go_on
+    elif still_running; then
+      requeue "stopped${asked:+ by $asked}, saved"
+    else
+      say "stopped${asked:+ by $asked}, saved; Slurm has ended the job"
+    fi
+    ;;
+  *)
+    if ! still_running; then
+      say "code $code; Slurm has ended the job"
+    elif a_node_is_lost; then
+      requeue "a node does not answer (code $code)"
+    fi
+    ;;
+esac
+exit "$code"

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Many `gammaslim prune` jobs that differ in one option: a Slurm job array, each task with a run folder of its own.
+#
+# In a clone of the repository that slurm/prune.sh works in already (set it up there):
+#   sbatch slurm/sweep.sh                                                        # --rate 0.95 0.9 0.85 0.8, demo data
+#   sbatch --array=0-2 slurm/sweep.sh target macs=0.7 macs=0.5 macs=0.3 -- --data D --policy global
+#   sbatch --array=0-9%4 --gpus-per-node 1 slurm/sweep.sh seed {0..9} -- --data D   # at most four at a time
+# The first word is the option to vary, without --; then its values, as many as the array has tasks; behind -- what all share.
+#
+# Edit     the lines below, or give sbatch the same options: those win. What is not sbatch's is set in slurm/prune.sh.
+# Compare  bash slurm/sweep.sh --merge runs/sweep-JOB, now or by itself when all have ended:
+#            sbatch --dependency=afterany:JOB --wrap 'bash slurm/sweep.sh --merge runs/sweep-JOB'
+# Watch    squeue --me; tail -f gammaslim-sweep-JOB_TASK.out
+# Stop     scancel JOB for all, scancel JOB_TASK or touch runs/sweep-JOB/RUN/STOP for one of them
+# Resume   as slurm/prune.sh says; a single task: sbatch slurm/prune.sh … --output runs/sweep-JOB/RUN
+# Clean up rm -r runs/sweep-JOB gammaslim-sweep-JOB_*.out
+
+#SBATCH --job-name=gammaslim-sweep
+#SBATCH --output=%x-%A_%a.out
+#SBATCH --array=0-3
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@60
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=2
+# ---- Site settings. A line with two # is off.
+##SBATCH --partition=gpu
+##SBATCH --account=project
+##SBATCH --time=08:00:00
+##SBATCH --gpus-per-node=1
+##SBATCH --mem=32G
+# ---- End of site settings.
+
+set -euo pipefail
+
+fail() { # code, reason
+  printf 'Error: %s\n' "$2" >&2
+  exit "$1"
+}
+
+merge() { # folder of runs
+  [ -d "$1" ] || fail 66 "there is no folder $1"
+  python3 - "$1" <<'END'
+import json, pathlib, sys
+print(f"{'run':<24} {'state':<9} {'width':>6} {'params':>11} {'MACs':>14} {'acc':>7}")
+for run in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    try:
+        state = json.loads((run / "status.json").read_text())["state"]
+        summary = json.loads((run / "summary.json").read_text())
+    except (OSError, ValueError, KeyError):
+        print(f"{run.name:<24} {'no summary':<9}")
+        continue
+    number = int(summary["recommended"].rpartition("/")[2])
+    best = [summary["base"], *summary["rounds"]][number]
+    numbers = f"{best['width']:6.4f} {best['params']:11,} {best['macs']:14,} {best['valid_acc']:7.4f}"
+    print(f"{run.name:<24} {state:<9} {numbers}")
+END
+  local program=${SLIM_VENV:-${VIRTUAL_ENV:-.venv}}/bin/gammaslim
+  [ -x "$program" ] || program=gammaslim
+  if "$program" report --help >/dev/null 2>&1; then
+    printf '\n%s report %s/*/\n' "$program" "$1"
+    "$program" report "$1"/*/
+  fi
+}
+
+if [ "${1:-}" = --merge ]; then
+  merge "${2:?the folder of the sweep, as runs/sweep-JOB}"
+  exit
+fi
+[ -n "${SLURM_ARRAY_TASK_ID:-}" ] || fail 2 "this is a Slurm job array: sbatch --array=0-2 slurm/sweep.sh rate 0.9 0.8 0.7"
+
+option=rate
+values=(0.95 0.9 0.85 0.8)
+if [ $# -gt 0 ] && [[ $1 != -* ]]; then
+  option=$1
+  values=()
+  shift
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    values+=("$1")
+    shift
+  done
+fi
+[ "${1:-}" != -- ] || shift
+
+[ "$SLURM_ARRAY_TASK_ID" -lt "${#values[@]}" ] ||
+  fail 2 "task $SLURM_ARRAY_TASK_ID has no value of --$option: ${#values[@]} values want sbatch --array=0-$((${#values[@]} - 1))"
+value=${values[SLURM_ARRAY_TASK_ID]}
+# Slurm runs a copy of this file, so the other script is looked for where the job was submitted
+prune=${SLIM_PRUNE:-$SLURM_SUBMIT_DIR/slurm/prune.sh}
+[ -f "$prune" ] || fail 66 "there is no $prune: submit from the repository's folder, or set SLIM_PRUNE"
+
+sweep=${SLIM_RUNS:-$PWD/runs}/sweep-$SLURM_ARRAY_JOB_ID
+printf 'sweep: --%s %s, task %s of %s; to compare all: bash slurm/sweep.sh --merge %s\n' \
+  "$option" "$value" "$SLURM_ARRAY_TASK_ID" "${#values[@]}" "$sweep"
+exec bash "$prune" "$@" "--$option" "$value" --output "$sweep/$option-${value//\//_}"
