@@ -95,8 +95,9 @@ class Cluster:
             os.mknod(self.folder / "dev" / f"nvidia{number}", 0o020666, os.makedev(1, 3))
         spaces = ("--net", "--mount", "--uts", "--ipc", "--pid")
         self.first = subprocess.Popen(
-            ["unshare", *spaces, "--fork", "--kill-child", "--mount-proc", "bash",
-             HERE / "start.sh", self.folder],
+            # it ends with the tests, however they end
+            ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "--fork", "--kill-child",
+             "--mount-proc", "bash", HERE / "start.sh", self.folder],
             env=self.environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=(self.folder / "start.log").open("wb"), start_new_session=True,
         )  # fmt: skip
