@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 
 from conftest import gammaslim, run, write_flat, write_noise_idx
 
-pytestmark = pytest.mark.alone
-
 WORKERS = Path(__file__).parent / "workers"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")

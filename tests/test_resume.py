@@ -14,8 +14,6 @@ import pytest
 
 from conftest import Result, gammaslim, run, write_flat, write_noise_idx
 
-pytestmark = pytest.mark.alone
-
 WORKERS = Path(__file__).parent / "workers"
 KILL_AT, RECORD = WORKERS / "kill_at.py", WORKERS / "record_batches.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -170,6 +168,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "STOP"])
 def test_a_request_stops_the_run_and_saves_its_position(
     noise: Path, undisturbed: Path, tmp_path: Path, how: str
@@ -225,6 +224,7 @@ def test_a_request_is_honoured_wherever_it_comes(
         assert_same(output, undisturbed)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_request_is_honoured_while_pictures_are_checked(tmp_path: Path, processes: int) -> None:
     data = write_flat(

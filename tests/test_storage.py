@@ -24,8 +24,6 @@ from conftest import ROOT, Result, clean_environ, run, write_flat, write_noise_i
 from job.errors import StorageError
 from job.files import append_line
 
-pytestmark = pytest.mark.alone
-
 FAULTS = Path(__file__).parent / "workers" / "faults.py"
 AGAIN = "run the same command again"
 Call = Callable[..., Result]
