@@ -1,6 +1,7 @@
 # The image of Gammaslim: CUDA's smallest base, torch's wheels (which bring CUDA's libraries), the job.
 #
 #   docker build -t gammaslim .                                     (or podman, buildah; BuildKit where it is Docker)
+#   mkdir -p runs
 #   docker run --rm --gpus all -v "$PWD/runs:/runs" -u "$(id -u)" gammaslim prune --output /runs/demo
 #
 # It runs as any user, on a read-only root file system with a writable /tmp (--read-only --tmpfs /tmp),

@@ -199,7 +199,7 @@ def _package_volumes(folder: Path) -> list[str]:
         settings["cert"] = CERTIFICATES
         volumes.append(f"{certificates}:{CERTIFICATES}:ro")
     kept = {"cert", "index-url", "extra-index-url", "find-links", "trusted-host", "proxy"}
-    kept |= {"timeout", "default-timeout"}
+    kept |= {"timeout", "default-timeout", "no-index"}
     for name in ("index-url", "extra-index-url", "find-links"):
         for place in settings.get(name, "").split():
             path = Path(urlparse(place).path if place.startswith("file:") else place)

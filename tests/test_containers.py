@@ -16,7 +16,7 @@ import yaml
 
 from conftest import write_noise_idx
 from engine import IMAGE, Engine, wait_for
-from manifests import Document
+from schemas import Document
 from test_manifests import K8S, documents, kustomize
 
 UID = 654_321  # nobody's

@@ -13,7 +13,8 @@ import yaml
 
 from conftest import ROOT, run
 from job.cli import prune
-from manifests import VERSIONS, Document, as_job, lint, problems, schema
+from manifests import problems
+from schemas import VERSIONS, Document, as_job, lint, schema
 
 K8S = ROOT / "k8s"
 OVERLAYS = ("multinode", "jobset", "kueue")
