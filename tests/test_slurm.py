@@ -73,7 +73,7 @@ class Batch:
         path = self.folder / f"gammaslim-{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def until(self, job: str, text: str, seconds: float = 120) -> None:
+    def until(self, job: str, text: str, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.log(job):
             assert time.monotonic() < deadline, (text, self.log(job))
@@ -209,11 +209,11 @@ def test_before_its_time_limit_a_job_is_requeued_and_a_cancelled_one_is_not(
     batch: Batch, cluster: Cluster, short_of_time: str
 ) -> None:
     job = short_of_time
-    cluster.wait(job, ["RUNNING"], restarts=1, seconds=200)
+    cluster.wait(job, ["RUNNING"], restarts=1)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     assert "stopped by USR1, saved; the job is requeued" in batch.log(job)
     assert "DUE TO TIME LIMIT" not in batch.log(job)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while batch.status(job)["state"] != "running":
         assert time.monotonic() < deadline, batch.log(job)
         time.sleep(0.1)
