@@ -227,7 +227,7 @@ class Cluster:
             if job.state in wanted and int(job["Restarts"]) >= restarts:
                 return job
             assert time.monotonic() < deadline, (job, self.run("sinfo", "-N", "-l"))
-            time.sleep(0.25)
+            time.sleep(0.5)
 
 
 def child_of(pid: int) -> int:
