@@ -75,7 +75,7 @@ class Batch:
         path = self.folder / f"gammaslim-{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def until(self, job: str, text: str, seconds: float = 120) -> None:
+    def until(self, job: str, text: str, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.log(job):
             assert time.monotonic() < deadline, (text, self.log(job))
@@ -211,11 +211,11 @@ def test_before_its_time_limit_a_job_is_requeued_and_a_cancelled_one_is_not(
     batch: Batch, cluster: Cluster, short_of_time: str
 ) -> None:
     job = short_of_time
-    cluster.wait(job, ["RUNNING"], restarts=1, seconds=200)
+    cluster.wait(job, ["RUNNING"], restarts=1)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     assert "stopped by USR1, saved; the job is requeued" in batch.log(job)
     assert "DUE TO TIME LIMIT" not in batch.log(job)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while batch.status(job)["state"] != "running":
         assert time.monotonic() < deadline, batch.log(job)
         time.sleep(0.1)
@@ -283,17 +283,24 @@ def test_when_nodes_lose_their_power_the_job_ends_with_the_same_weights(
 Golden = Callable[..., tuple[int, list[str], str]]
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
 SRUN = """#!/usr/bin/env bash
-printf '%s\\n' "$@" >"$RECORD"
+[ "${@: -1}" != true ] || exit "${ANSWER:-0}"
+printf '%s\\n' "$@" >>"$RECORD"
 exit "${CODE:-0}"
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ -n "$STATE" ] || exit 1
+[ "$1" != requeue ] || echo "requeue $2" >>"$RECORD"
+echo "JobId=7 JobState=$STATE Reason=None"
 """
 
 
 @pytest.fixture
 def golden(tmp_path: Path) -> Golden:
-    """Run prune.sh with a recorder in place of srun, as in a job of one node."""
+    """Run prune.sh with recorders in place of srun and scontrol, as in a job of one node."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "srun").write_text(SRUN)
-    (tmp_path / "bin" / "srun").chmod(0o755)
+    for name, content in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
 
     def start(*args: str, **env: str) -> tuple[int, list[str], str]:
         record = tmp_path / "record"
@@ -345,6 +352,25 @@ def test_what_the_site_does_not_have_is_said(golden: Golden, tmp_path: Path) -> 
     assert sweep.code == 2
     assert "2 values want sbatch --array=0-1" in sweep.err
     assert run("bash", SWEEP).code == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "nodes", "answer", "state", "requeued"),
+    [
+        (75, 1, 0, "RUNNING", True), (75, 1, 0, "CANCELLED", False), (75, 2, 0, "PENDING", False),
+        (1, 2, 1, "RUNNING", True),  # the other node does not answer
+        (1, 2, 0, "RUNNING", False), (1, 1, 1, "RUNNING", False), (137, 2, 1, "RUNNING", True),
+        (65, 2, 1, "RUNNING", False), (74, 2, 1, "RUNNING", False), (1, 2, 1, "PENDING", False),
+    ],
+)  # fmt: skip
+def test_what_is_requeued(
+    golden: Golden, code: int, nodes: int, answer: int, state: str, requeued: bool
+) -> None:
+    job = {"SLURM_JOB_NUM_NODES": f"{nodes}", "SLIM_VENV": str(VENV)}
+    ended, words, said = golden(CODE=f"{code}", ANSWER=f"{answer}", STATE=state, **job)
+    assert ended == code
+    assert ("requeue 7" in words) == requeued, said
+    assert ("the job is requeued" in said) == requeued
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

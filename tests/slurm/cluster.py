@@ -214,11 +214,11 @@ class Cluster:
         return Job(re.findall(r"(\S+?)=(\S*)", first))
 
     def wait(
-        self, number: str, states: Iterable[str] = (), *, restarts: int = 0, seconds: float = 120
+        self, number: str, states: Iterable[str] = (), *, restarts: int = 0, seconds: float = 300
     ) -> Job:
         """Wait until a job has ended, or is in one of ``states``, after at least ``restarts``.
 
-        A requeued job begins at once: Slurm would let it wait until its credential expires.
+        A requeued job begins after ``cred_expire`` and a second: earlier, Slurm would fail it.
         """
         deadline = time.monotonic() + seconds
         wanted = set(states) or {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
@@ -227,7 +227,7 @@ class Cluster:
             if job.state in wanted and int(job["Restarts"]) >= restarts:
                 return job
             assert time.monotonic() < deadline, (job, self.run("sinfo", "-N", "-l"))
-            time.sleep(0.25)
+            time.sleep(0.5)
 
 
 def child_of(pid: int) -> int:
