@@ -33,11 +33,11 @@
 ##SBATCH --gpus-per-node=1
 ##SBATCH --mem=32G
 
-SLIM_VENV=${SLIM_VENV:-${VIRTUAL_ENV:-.venv}} # bin/gammaslim in it, or else the one on PATH; also: module load … on a line here
-SLIM_CONTAINER=${SLIM_CONTAINER:-}            # apptainer:/shared/gammaslim.sif or pyxis:/shared/gammaslim.sqsh (or pyxis:REGISTRY#IMAGE:TAG)
-SLIM_BIND=${SLIM_BIND:-}                      # for a container, folders outside of this one: /data:/data:ro,/scratch:/scratch
-SLIM_RUNS=${SLIM_RUNS:-$PWD/runs}             # where run folders are made, on shared storage
-SLIM_MAX_REQUEUES=${SLIM_MAX_REQUEUES:-50}    # a job that saved and stopped is requeued at most so often
+SLIM_VENV=${SLIM_VENV:-}                   # with bin/gammaslim; empty: the activated one, .venv, or what is on PATH. module load … on a line here
+SLIM_CONTAINER=${SLIM_CONTAINER:-}         # apptainer:/shared/gammaslim.sif or pyxis:/shared/gammaslim.sqsh (or pyxis:REGISTRY#IMAGE:TAG)
+SLIM_BIND=${SLIM_BIND:-}                   # for a container, folders outside of this one: /data:/data:ro,/scratch:/scratch
+SLIM_RUNS=${SLIM_RUNS:-$PWD/runs}          # where run folders are made, on shared storage
+SLIM_MAX_REQUEUES=${SLIM_MAX_REQUEUES:-50} # a job that saved and stopped is requeued at most so often
 # ---- End of site settings.
 
 set -uo pipefail
@@ -98,9 +98,13 @@ fi
 
 case $SLIM_CONTAINER in
   '')
-    program=("$SLIM_VENV/bin/gammaslim")
-    [ -x "${program[0]}" ] || program=("$(command -v gammaslim)") ||
-      fail 78 "no $SLIM_VENV/bin/gammaslim in $PWD, and no gammaslim on PATH: set SLIM_VENV in slurm/prune.sh, or sbatch --export=ALL,SLIM_VENV=…"
+    places=("${VIRTUAL_ENV:-/nowhere}/bin/gammaslim" .venv/bin/gammaslim "$(command -v gammaslim)")
+    [ -z "$SLIM_VENV" ] || places=("$SLIM_VENV/bin/gammaslim")
+    program=()
+    for place in "${places[@]}"; do
+      [ "${#program[@]}" -gt 0 ] || [ ! -x "$place" ] || program=("$place")
+    done
+    [ "${#program[@]}" -gt 0 ] || fail 78 "there is no ${SLIM_VENV:-$PWD/.venv}/bin/gammaslim: set SLIM_VENV at the top of slurm/prune.sh"
     ;;
   apptainer:*)
     program=(apptainer exec --bind "$PWD${SLIM_BIND:+,$SLIM_BIND}" --pwd "$PWD")
@@ -134,7 +138,7 @@ trap 'ask TERM' TERM
 say "job $job, start $((restarts + 1)), on $nodes nodes: $SLURM_JOB_NODELIST"
 [ "$SRUN_CPUS_PER_TASK" -ge $((4 * ${SLURM_GPUS_ON_NODE:-0})) ] ||
   say "only $SRUN_CPUS_PER_TASK CPUs for $SLURM_GPUS_ON_NODE GPUs may load pictures too slowly: sbatch --cpus-per-task, for a node"
-say "run folder $run; to stop it: touch $run/STOP"
+say "${program[*]}, run folder $run; to stop it: touch $run/STOP"
 "${srun[@]}" "${program[@]}" "${launch[@]}" -- prune "$@" &
 step=$!
 [ -z "$asked" ] || pass_on # it came before there was a step

@@ -57,6 +57,7 @@ for run in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     print(f"{run.name:<24} {state:<9} {numbers}")
 END
   local program=${SLIM_VENV:-${VIRTUAL_ENV:-.venv}}/bin/gammaslim
+  [ -x "$program" ] || program=.venv/bin/gammaslim
   [ -x "$program" ] || program=gammaslim
   if "$program" report --help >/dev/null 2>&1; then
     printf '\n%s report %s/*/\n' "$program" "$1"

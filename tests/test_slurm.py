@@ -342,6 +342,12 @@ def test_what_the_site_does_not_have_is_said(golden: Golden, tmp_path: Path) -> 
     code, words, said = golden()
     assert (code, words) == (78, [])
     assert "set SLIM_VENV" in said
+    own = tmp_path / ".venv" / "bin" / "gammaslim"
+    own.parent.mkdir(parents=True)
+    own.symlink_to(VENV / "bin" / "gammaslim")
+    code, words, _ = golden(VIRTUAL_ENV="/nowhere")  # an activated one without gammaslim
+    assert (code, ".venv/bin/gammaslim" in words) == (0, True)
+    assert golden(SLIM_VENV="/nowhere")[0] == 78
     # no scontrol, or not allowed to requeue
     code, _, said = golden("--lr", "1e-2", SLIM_VENV=str(VENV), CODE="75")
     assert code == 75
