@@ -126,13 +126,13 @@ class Costs:
         lengths = [1, *(len(p.ids) for p in graph.positions)]
         self.starts = np.cumsum([0, *lengths[:-1]])
         self.lengths = np.array(lengths)
+        order_of = np.argsort(self.ids, kind="stable")
+        self.position = np.repeat(np.arange(len(lengths)), lengths)[order_of]
+        self.first_of = np.searchsorted(self.ids[order_of], np.arange(graph.count + 1))
         tensors, keys = _tensors(network)
-        self.places: dict[str, tuple[int, int]] = {
-            name: _sides(name, tensor, sides) for name, tensor in tensors.items()
-        }
+        between = [_sides(name, tensor, sides) for name, tensor in tensors.items()]
         order = {name: number for number, name in enumerate(tensors)}
-        self.first = np.array([self.places[name][0] for name in tensors], np.int64)
-        self.second = np.array([self.places[name][1] for name in tensors], np.int64)
+        self.first, self.second = np.array(between, np.int64).reshape(-1, 2).T
         full = self.lengths[self.first] * self.lengths[self.second]
         self.numel = np.array([tensor.numel() for tensor in tensors.values()], np.int64)
         self.full = full
@@ -169,7 +169,21 @@ class Costs:
 
     def cost(self, keep: Ids) -> Cost:
         """The cost with the channels where ``keep`` (channels,) bool is true; keep[0] is true."""
-        counts = np.add.reduceat(keep[self.ids].astype(np.int64), self.starts)
+        return self.cost_at(self.counts(keep))
+
+    def counts(self, keep: Ids) -> Ids:
+        """How many channels of ``keep`` (channels,) bool stand at each position (positions,)."""
+        counts: Ids = np.add.reduceat(keep[self.ids].astype(np.int64), self.starts)
+        return counts
+
+    def places(self, channels: Ids) -> Ids:
+        """How often some channels (n,) stand at each position (positions,)."""
+        found = [self.position[self.first_of[c] : self.first_of[c + 1]] for c in channels]
+        counts: Ids = np.bincount(np.concatenate(found), minlength=len(self.starts))
+        return counts
+
+    def cost_at(self, counts: Ids) -> Cost:
+        """The cost with so many channels at each position (positions,), as ``counts`` has them."""
         numel = self.numel * (counts[self.first] * counts[self.second]) // self.full
         chosen = counts[self.selecting]
         index = int(chosen[chosen < self.lengths[self.selecting]].sum()) * INDEX_BYTES

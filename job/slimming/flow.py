@@ -99,7 +99,7 @@ class Flow:
         several = np.zeros(self.count, bool)
         several[classes[FIXED]] = True
         for number, (_, ids) in enumerate(self.births):
-            own = np.unique(classes[ids])
+            own = classes[ids]
             several[own] |= writer[own] >= 0
             writer[own] = number
         return {

@@ -217,12 +217,12 @@ def _groups(
     """
     ties = Flow(count=count)
     born = [(layer, numbers[ids]) for layer, ids in flow.births]
-    written = [(layer, np.unique(ids[ids != FIXED])) for layer, ids in born]
+    written = [(layer, ids[ids != FIXED]) for layer, ids in born]
     for ids in [ids for _, ids in written if len(ids)] + [block.reshape(-1) for block in blocks]:
         ties.tie(np.full(len(ids), ids[0]), ids)
     members = ties.classes()
     members[FIXED] = -1
-    within = [(p, set(np.unique(members[p.ids]).tolist())) for p in positions]
+    within = [(p, _distinct(members[p.ids])) for p in positions]
     groups = []
     for first in np.unique(members[members >= 0]):
         channels = np.flatnonzero(members == first)
@@ -237,6 +237,12 @@ def _groups(
         balanced = not rows or (len(rows) == 1 and rows[0].size == len(channels))
         groups.append((found, balanced))
     return groups
+
+
+def _distinct(numbers: Ids) -> set[int]:
+    """The numbers among these, of which most are the same."""
+    first = int(numbers[0])
+    return {first, *numbers[numbers != first].tolist()}
 
 
 def is_batchnorm(network: nn.Module, name: str) -> bool:

@@ -150,6 +150,8 @@ def given_back(planner: Planner, counts: Sequence[int], budget: Budget, limit: f
     What does not fit once never fits again, since there is ever less room.
     """
     counts = list(counts)
+    costs = planner.costs
+    standing = costs.counts(kept(planner.graph, planner.groups, counts))
 
     def candidate(i: int) -> list[tuple[float, int]]:
         scores = planner.groups[i].scores
@@ -159,9 +161,11 @@ def given_back(planner: Planner, counts: Sequence[int], budget: Budget, limit: f
     heapq.heapify(queue)
     while queue:
         _, i = heapq.heappop(queue)
-        more = [*counts[:i], planner.groups[i].rounded(counts[i] + 1), *counts[i + 1 :]]
-        if _left(planner, budget, more) <= limit:
-            counts = more
+        more = planner.groups[i].rounded(counts[i] + 1)
+        back = planner.groups[i].units[counts[i] : more].reshape(-1)
+        then = standing + costs.places(back)
+        if getattr(costs.cost_at(then), budget.metric) <= limit:
+            counts[i], standing = more, then
             for entry in candidate(i):
                 heapq.heappush(queue, entry)
     return counts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,11 +41,15 @@ class Operation:
 
     def inputs(self) -> Iterator[torch.Tensor]:
         """Every tensor among the arguments, in lists too."""
-        yield from tensors_in((self.args, self.kwargs))
+        return iter(self._inputs)
+
+    @cached_property
+    def _inputs(self) -> list[torch.Tensor]:
+        return list(tensors_in((self.args, self.kwargs)))
 
     def results(self) -> Iterator[torch.Tensor]:
         """Every tensor of the result."""
-        yield from tensors_in(self.result)
+        return tensors_in(self.result)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from job.slimming.plan import Kept, LayerChannels, Layers
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
+OWN_COPY = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+PLAIN = (bool, int, float, str, type(None))
 Tensors = dict[str, torch.Tensor]
 Modules = dict[str, nn.Module]
 
@@ -38,11 +41,35 @@ def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
             if tensor is not old:
                 new = nn.Parameter(tensor, old.requires_grad) if _is_param(old) else tensor
                 memo[id(old)] = new
-    narrow = copy.deepcopy(network, memo)
+    narrow = _copied(network, memo)
     modules = _modules(narrow)
     for name, kept in layers.items():
         if name in modules:
             _adjust(modules, name, kept)
+    return narrow
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """As copy.deepcopy does, but at once past what most of a module's attributes are.
+
+    Plain values and empty dicts of hooks. Modules that copy in a way of their own do so.
+    """
+    if id(module) in memo:
+        known: nn.Module = memo[id(module)]
+        return known
+    kind = type(module)
+    if any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in OWN_COPY):
+        return copy.deepcopy(module, memo)
+    narrow = memo[id(module)] = kind.__new__(kind)
+    for name, value in vars(module).items():
+        if name == "_modules":
+            vars(narrow)[name] = {key: m and _copied(m, memo) for key, m in value.items()}
+        elif isinstance(value, PLAIN):
+            vars(narrow)[name] = value
+        elif type(value) in (dict, OrderedDict) and not value:
+            vars(narrow)[name] = type(value)()
+        else:
+            vars(narrow)[name] = copy.deepcopy(value, memo)
     return narrow
 
 
