@@ -29,6 +29,7 @@ def one_line(text: str) -> str:
     return text
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("command", [[], *([name] for name in sorted(group.commands))])
 def test_help_answers_at_once(command: list[str]) -> None:
     times = []

@@ -248,6 +248,7 @@ def test_bfloat16_on_a_cpu(tmp_path: Path, workers: int) -> None:
     assert "bf16" in done.out
 
 
+@pytest.mark.alone
 def test_a_bug_ends_the_process_in_spite_of_loader_workers(tmp_path: Path) -> None:
     data = write_flat(tmp_path / "data", {"training": 8, "validation": 2})
     script = (
