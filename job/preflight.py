@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WANDB_WAIT = 60  # seconds for importing W&B and asking its server
+WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 TINY = 8  # a last batch of less than an eighth is one
 
 
@@ -229,7 +230,13 @@ def _check_wandb(mode: str, found: Findings) -> None:
 
 
 def ask_wandb() -> dict[str, Any]:
-    """What job.wandb_check finds out."""
+    """What job.wandb_check finds out; at once where there is no key that it could find."""
+    homes = (Path(os.environ.get("NETRC") or "~/.netrc"), Path("~/_netrc"))
+    if not any(os.environ.get(name) for name in WANDB_KEYS) and not any(
+        path.expanduser().exists() for path in homes
+    ):
+        problem = "no API key is configured: set WANDB_API_KEY, or run wandb login"
+        return {"kind": "key", "problem": problem}
     program = Path(__file__).with_name("wandb_check.py")
     command = [sys.executable, "-P", str(program)]
     try:

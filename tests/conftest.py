@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,28 @@ def uniform(network: torch.nn.Module, width: float, size: int = 64) -> Plan:
     graph = analyse(network, picture_like(size))
     slimming = Slimming("uniform", Budget("width", width))
     return make_plan(network, graph, gamma_importance(network, graph), slimming)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--all``: every case of what is else run by samples."""
+    parser.addoption("--all", action="store_true", help="all cases of the tests marked sampled")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked ``sampled(k)`` every k-th case runs."""
+    if config.getoption("--all") or len({item.nodeid.partition("[")[0] for item in items}) < 2:
+        return
+    seen: Counter[str] = Counter()
+    left_out = []
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark:
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % mark.args[0]:
+                left_out.append(item)
+            seen[name] += 1
+    items[:] = [item for item in items if item not in set(left_out)]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 # Install what the tests need and run them all: lint, format, types, pytest.
 # On Debian or Ubuntu as root, missing Debian packages are installed too.
 #   bash tests/run.sh [pytest options]        VENV=… uses another virtual environment
+# Of tests with many slow cases a part is run; --all runs every one, for hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

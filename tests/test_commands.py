@@ -243,6 +243,7 @@ def test_a_weights_file_needs_the_network_named(finished_run: Path, tmp_path: Pa
         (["slim", "missing", "--output", "x", "--target", "flops=3"], 2, "is no target"),
     ],
 )
+@pytest.mark.sampled(3)
 def test_mistakes_end_in_a_documented_code(
     tmp_path: Path, args: list[str], code: int, message: str
 ) -> None:
@@ -291,6 +292,7 @@ def test_configuration_comes_from_file_environment_and_options(tmp_path: Path) -
         ("prune = 3", "must be a table"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "my.toml").write_text(text)
     done = gammaslim("prune", "--dry-run", "--config", "my.toml", cwd=tmp_path)

@@ -98,6 +98,7 @@ def test_models_load_from_two_files_alone(finished_run: Path, tmp_path: Path) ->
         (lambda c: "[]", "not a model card"),
     ],
 )
+@pytest.mark.sampled(3)
 def test_a_damaged_model_card_is_named(
     finished_run: Path, tmp_path: Path, damage: object, message: str
 ) -> None:

@@ -132,6 +132,7 @@ def test_errors_keep_their_code_and_are_said_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "group", "STOP"])
+@pytest.mark.sampled(2)
 def test_a_stop_request_to_the_launcher_saves_and_ends_with_75(job: Running, how: str) -> None:
     began = time.monotonic()
     if how == "STOP":
@@ -182,6 +183,7 @@ def test_loader_processes_outlive_a_request_but_not_the_job(
 
 
 @pytest.mark.parametrize("delay", [0.2, 1.0, 2.0, 3.0])
+@pytest.mark.sampled(2)
 def test_a_stop_request_before_the_first_step(noise: Path, tmp_path: Path, delay: float) -> None:
     with running(tmp_path / "run", *LAUNCH, *options(noise, tmp_path / "run")) as job:
         time.sleep(delay)
@@ -277,6 +279,7 @@ def node(rank: int, port: int, how: str) -> tuple[tuple[object, ...], dict[str, 
 
 @pytest.mark.parametrize("how", ["options", "slurm"])
 @pytest.mark.parametrize("end", ["stop", "kill"])
+@pytest.mark.sampled(2)
 def test_two_nodes_are_one_world(noise: Path, tmp_path: Path, how: str, end: str) -> None:
     output = tmp_path / "run"
     port = free_port() if how == "options" else 20000 + os.getpid() % 12000

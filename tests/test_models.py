@@ -110,6 +110,7 @@ def test_torchvisions_names_are_its_networks(
         ("vgg19-cifar", {"num_classes": 3}, "option of its own: --num-classes"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_unknown_networks_and_arguments_are_named(
     name: str, args: dict[str, object], message: str
 ) -> None:
@@ -189,6 +190,7 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("os:system", "module of Python itself"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_mistakes_with_a_factory_are_one_line(nets: Path, name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         build(name, 3, {})
@@ -409,6 +411,7 @@ def test_a_weights_file_tells_its_own_number_of_classes(
         ),
     ],
 )
+@pytest.mark.sampled(2)
 def test_a_size_that_does_not_fit_is_refused_with_one_that_does(
     name: str, args: dict[str, object], size: int, message: str
 ) -> None:

@@ -104,6 +104,7 @@ def test_the_disk_is_compared_with_what_a_run_takes(
         ("hang", KEY, "server", "cannot be reached: timed out"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_the_key_is_tried(
     monkeypatch: pytest.MonkeyPatch, behaviour: str, key: str, kind: str | None, problem: str
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_key_in_netrc_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("off", "", None, None, False, "W&B: off"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_a_wandb_problem_is_an_error_only_where_online_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

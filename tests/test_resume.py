@@ -73,6 +73,7 @@ def assert_same(output: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.parametrize(("place", "passage"), POINTS, ids=[f"{p} {n}" for p, n in POINTS])
+@pytest.mark.sampled(3)
 def test_a_killed_run_resumes_to_the_same_weights(
     noise: Path, undisturbed: Path, tmp_path: Path, place: str, passage: int
 ) -> None:
@@ -108,6 +109,7 @@ def undisturbed_sparse(noise: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ("step", 5), ("step", 14), ("evaluation", 3), ("metrics line", 2), ("metrics line", 5),
     ],
 )  # fmt: skip
+@pytest.mark.sampled(2)
 def test_a_run_killed_in_sparse_epochs_or_a_distilled_round_resumes_to_the_same_weights(
     noise: Path, undisturbed_sparse: Path, tmp_path: Path, place: str, passage: int
 ) -> None:
@@ -135,6 +137,7 @@ def undisturbed_pair(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         ("surgery", 1, ""), ("file write", 5, "0"), ("metrics line", 3, "0"),
     ],
 )  # fmt: skip
+@pytest.mark.sampled(3)
 def test_two_processes_of_which_one_or_both_are_killed_resume_to_the_same_weights(
     noise: Path, undisturbed_pair: Path, tmp_path: Path, place: str, passage: int, victim: str
 ) -> None:
@@ -170,6 +173,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "STOP"])
+@pytest.mark.sampled(2)
 def test_a_request_stops_the_run_and_saves_its_position(
     noise: Path, undisturbed: Path, tmp_path: Path, how: str
 ) -> None:
@@ -204,6 +208,7 @@ STOPS = [
 
 
 @pytest.mark.parametrize(("place", "passage", "processes"), STOPS)
+@pytest.mark.sampled(3)
 def test_a_request_is_honoured_wherever_it_comes(
     noise: Path, undisturbed: Path, tmp_path: Path, place: str, passage: int, processes: int
 ) -> None:
@@ -272,6 +277,7 @@ def killed_in_the_base(noise: Path, output: Path) -> Result:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "bit-flipped", "no manifest", "no state"])
+@pytest.mark.sampled(2)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     noise: Path, undisturbed: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -194,6 +194,7 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(("event", "match", "passage"), MOMENTS)
+@pytest.mark.sampled(3)
 def test_the_disk_is_full_at_a_chosen_moment(
     noise: Path, undisturbed: Path, call: Call, disk: Path, event: str, match: str, passage: int
 ) -> None:
@@ -260,6 +261,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("event", "match", "passage", "fault"), FAILURES)
+@pytest.mark.sampled(3)
 def test_a_call_of_the_file_system_fails_once(
     noise: Path, undisturbed: Path, call: Call, tmp_path: Path,
     event: str, match: str, passage: int, fault: str,
@@ -279,6 +281,7 @@ def test_a_call_of_the_file_system_fails_once(
         (r"summary\.json", "ESTALE", 74), (r"checkpoints/.*safetensors", "EIO", 0),
     ],
 )  # fmt: skip
+@pytest.mark.sampled(2)
 def test_a_resumed_run_cannot_read(
     noise: Path,
     undisturbed: Path,
@@ -306,6 +309,7 @@ def test_a_resumed_run_cannot_read(
     ("passage", "more"),  # when pictures are checked, and when they are trained on
     [(1, ()), (1, ("--on-bad-image", "skip")), (2, ("--workers", 0)), (2, ("--workers", 1))],
 )
+@pytest.mark.sampled(2)
 def test_a_picture_on_a_failing_disk_is_neither_bad_nor_skipped(
     call: Call, tmp_path: Path, passage: int, more: tuple[object, ...]
 ) -> None:

@@ -182,6 +182,7 @@ OUTAGES = [(how, at) for how in ("hang", "reset", "500") for at in ("init", "str
 
 
 @pytest.mark.parametrize(("how", "at"), OUTAGES, ids=map(" at ".join, OUTAGES))
+@pytest.mark.sampled(3)
 def test_an_outage_is_waited_for_briefly_and_loses_nothing(
     place: Path,
     server: WandbServer,
@@ -343,6 +344,7 @@ def test_when_its_process_dies_that_is_said_once(
     ],
     ids=["project", "mode", "disabled", "no key", "wrong key"],
 )
+@pytest.mark.sampled(2)
 def test_wrong_settings_cost_a_warning(
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
