@@ -80,6 +80,8 @@ def _modules(network: nn.Module) -> Modules:
 def _holder(modules: Modules, name: str) -> nn.Module:
     """The module that has the tensors which are cut under ``name``."""
     if name not in modules:  # a parameter or buffer, not a layer
+        if owner(name) not in modules:
+            raise GammaslimError(f"there is no layer {name}")
         return modules[owner(name)]
     layer = modules[name]
     return layer.norm if isinstance(layer, SelectedChannels) else layer
