@@ -19,6 +19,8 @@ from engine import IMAGE, Engine, wait_for
 from schemas import Document
 from test_manifests import K8S, documents, kustomize
 
+pytestmark = pytest.mark.alone
+
 UID = 654_321  # nobody's
 HARDENED = (
     "--read-only", "--cap-drop", "all", "--security-opt", "no-new-privileges", "--network", "none",
@@ -76,8 +78,6 @@ def test_the_image_is_small_and_nobody_s(engine: Engine) -> None:
 UNCOMPILED = """
 import os, sys
 import job.pipeline
-
-pytestmark = pytest.mark.alone
 files = [getattr(module, "__cached__", None) for module in sys.modules.values()]
 print([file for file in files if isinstance(file, str) and not os.path.exists(file)])
 """

@@ -17,6 +17,8 @@ import pytest
 from conftest import ROOT, run, write_noise_idx
 from slurm.cluster import Cluster, Job, has_freezer
 
+pytestmark = pytest.mark.alone
+
 VENV = Path(sys.executable).parent.parent
 PRUNE, SWEEP = ROOT / "slurm" / "prune.sh", ROOT / "slurm" / "sweep.sh"
 SCRIPTS = [
@@ -30,8 +32,6 @@ SCRIPTS = [
 NETWORK = """
 import os, time
 from torch import nn
-
-pytestmark = pytest.mark.alone
 
 class Network(nn.Sequential):
     def forward(self, images):
