@@ -130,7 +130,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test marked ``sampled(k)`` every k-th case runs."""
+    """Of a test marked ``sampled(k)`` one of each k cases runs, not always the same of the k."""
     if config.getoption("--all") or len({item.nodeid.partition("[")[0] for item in items}) < 2:
         return
     seen: Counter[str] = Counter()
@@ -139,7 +139,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mark = item.get_closest_marker("sampled")
         if mark:
             name = item.nodeid.partition("[")[0]
-            if seen[name] % mark.args[0]:
+            block, place = divmod(seen[name], mark.args[0])
+            if place != block % mark.args[0]:
                 left_out.append(item)
             seen[name] += 1
     items[:] = [item for item in items if item not in set(left_out)]

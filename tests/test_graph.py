@@ -81,7 +81,7 @@ def train_a_step(network: nn.Module, image: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("name", TORCHVISION)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_cuts_of_torchvision_networks_are_proven(name: str, ratio: float) -> None:
     size = TORCHVISION[name]
     network = torchvision_network(name)
@@ -90,7 +90,7 @@ def test_cuts_of_torchvision_networks_are_proven(name: str, ratio: float) -> Non
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("name", ["vgg19-cifar", "resnet164-cifar", "densenet40-cifar"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_cuts_of_the_papers_networks_are_proven(name: str, ratio: float) -> None:
     torch.manual_seed(0)
     network = randomise(build(name, 10, {}))
@@ -103,7 +103,7 @@ def test_cuts_of_the_papers_networks_are_proven(name: str, ratio: float) -> None
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("kind", CUTTABLE)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_cuts_of_peculiar_networks_are_proven(kind: type[nn.Module], ratio: float) -> None:
     torch.manual_seed(1)
     network = randomise(kind())

@@ -73,7 +73,7 @@ def assert_same(output: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.parametrize(("place", "passage"), POINTS, ids=[f"{p} {n}" for p, n in POINTS])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_a_killed_run_resumes_to_the_same_weights(
     noise: Path, undisturbed: Path, tmp_path: Path, place: str, passage: int
 ) -> None:
@@ -137,7 +137,7 @@ def undisturbed_pair(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         ("surgery", 1, ""), ("file write", 5, "0"), ("metrics line", 3, "0"),
     ],
 )  # fmt: skip
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_two_processes_of_which_one_or_both_are_killed_resume_to_the_same_weights(
     noise: Path, undisturbed_pair: Path, tmp_path: Path, place: str, passage: int, victim: str
 ) -> None:
@@ -208,7 +208,7 @@ STOPS = [
 
 
 @pytest.mark.parametrize(("place", "passage", "processes"), STOPS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_a_request_is_honoured_wherever_it_comes(
     noise: Path, undisturbed: Path, tmp_path: Path, place: str, passage: int, processes: int
 ) -> None:

@@ -194,7 +194,7 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(("event", "match", "passage"), MOMENTS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_the_disk_is_full_at_a_chosen_moment(
     noise: Path, undisturbed: Path, call: Call, disk: Path, event: str, match: str, passage: int
 ) -> None:
@@ -261,7 +261,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("event", "match", "passage", "fault"), FAILURES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_a_call_of_the_file_system_fails_once(
     noise: Path, undisturbed: Path, call: Call, tmp_path: Path,
     event: str, match: str, passage: int, fault: str,
