@@ -108,3 +108,11 @@ def test_wrong_arguments_are_said() -> None:
     ):  # fmt: skip
         with pytest.raises(UsageError):
             job.slim(network, EXAMPLE, **wrong)
+
+
+def test_nothing_is_shared_with_the_wide_network_not_even_what_is_empty() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sequential(), nn.Conv2d(8, 4, 3)
+    )
+    narrow, _ = job.slim(network, torch.rand(1, 3, 8, 8))
+    assert not {id(m) for m in network.modules()} & {id(m) for m in narrow.modules()}

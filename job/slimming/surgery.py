@@ -63,7 +63,8 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     narrow = memo[id(module)] = kind.__new__(kind)
     for name, value in vars(module).items():
         if name == "_modules":
-            vars(narrow)[name] = {key: m and _copied(m, memo) for key, m in value.items()}
+            children = {key: m if m is None else _copied(m, memo) for key, m in value.items()}
+            vars(narrow)[name] = children
         elif isinstance(value, PLAIN):
             vars(narrow)[name] = value
         elif type(value) in (dict, OrderedDict) and not value:
