@@ -6,16 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from job.errors import DataError, shown
-from job.processes import check_same, digest, on_main
+from job.processes import digest, on_main
 from job.slimming.budget import Budget
-from job.slimming.calibrated import compensated, measured, scores_for
-from job.slimming.compensation import with_biases, without_constant
+from job.slimming.calibrated import scores_for
 from job.slimming.cost import network_cost, picture
-from job.slimming.engine import Base, Slimming, analyse, layer_widths, make_plan
-from job.slimming.plan import LayerChannels, keep_of
+from job.slimming.cut import Method, make_cut, plan_cut
+from job.slimming.engine import Base, Slimming, analyse, layer_widths
+from job.slimming.plan import LayerChannels
 from job.slimming.recalibration import recalibrate
-from job.slimming.surgery import narrowed
-from job.slimming.verification import verify
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,17 +72,14 @@ def plan_round(
 
     By default as an importance that needs no pictures has it: a forecast of the others.
     """
+    image = picture(card.preprocessing.size)
     if graph is None:
-        graph = analyse(network, picture(card.preprocessing.size))
+        graph = analyse(network, image)
     if scores is None:
         known: Any = config.importance if config.importance in ("l2", "random") else "gamma"
         scores = scores_for(known, network, graph, {}, seed=config.seed)
-    bare: frozenset[str] = frozenset()
-    if config.compensate != "none":
-        bare = without_constant(network, graph, picture(card.preprocessing.size))
     slimming = slimming_of(config, card, round_)
-    plan = make_plan(network, graph, scores, slimming, card.base, bare)
-    return replace(plan, layers=with_biases(plan.layers, bare))
+    return plan_cut(network, graph, scores, slimming, config.compensate, image, card.base)
 
 
 def cut(
@@ -95,35 +90,22 @@ def cut(
     device: torch.device,
     calibration: Calibration,
 ) -> tuple[nn.Module, ModelCard, float]:
-    """The narrow network of round ``round_``, on the CPU, its card, and the proof's error.
-
-    Moments are of all processes; the main one decides; all cut, and compare what they have.
-    """
+    """The narrow network of round ``round_``, on the CPU, its card, and the proof's error."""
     image = picture(card.preprocessing.size)
-    graph = on_main(lambda: analyse(network.cpu(), image), interrupt=True)
     network.to(device)
-    moments = measured(config.importance, config.compensate, network, graph, calibration.batches)
-    scores = scores_for(
-        config.importance, network, graph, moments, calibration.batches, config.seed
-    )
-    network.cpu()
-    plan = on_main(lambda: plan_round(config, network, card, round_, graph, scores))
-    layers = plan.layers
-    narrow = narrowed(network, layers)
-    check_same(digest(narrow.state_dict()), "the slimmed network")
-    error = on_main(
-        lambda: verify(network, narrow, layers, image, auxiliary=graph.auxiliary), interrupt=True
-    )
-    keep = keep_of(graph, plan.groups)
-    network.to(device)
-    narrow.to(device)
-    compensated(
-        network, narrow, graph, keep, layers, config.compensate, moments, image, calibration.batches
+    graph = on_main(lambda: analyse(network, image), interrupt=True)
+    narrow, plan, error = make_cut(
+        network,
+        graph,
+        image,
+        Method(config.importance, config.compensate, config.seed),
+        lambda scores: plan_round(config, network, card, round_, graph, scores),
+        calibration.batches,
     )
     if config.recalibrate:
         recalibrate(narrow, calibration.batches(config.recalibrate * config.batch_size))
     lineage = card.lineage | {"wide_sha256": digest(network.cpu().state_dict())}
-    return narrow.cpu(), replace(card.cut(layers, plan.width), lineage=lineage), error
+    return narrow.cpu(), replace(card.cut(plan.layers, plan.width), lineage=lineage), error
 
 
 def cut_before(

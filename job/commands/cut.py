@@ -14,11 +14,9 @@ from job.errors import OutputError, shown
 from job.exporting import onnx_bytes, state_dict_bytes, torch_export_bytes
 from job.run import check_writable
 from job.slimming.budget import Budget
-from job.slimming.calibrated import scores_for
 from job.slimming.cost import picture
-from job.slimming.engine import Slimming, analyse, make_plan
-from job.slimming.surgery import narrowed
-from job.slimming.verification import verify
+from job.slimming.cut import Method, make_cut, plan_cut
+from job.slimming.engine import Slimming, analyse
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,11 +46,15 @@ def slim(
     image, budget = picture(card.preprocessing.size), Budget.parse(target)
     policy = policy or ("uniform" if budget.metric == "width" else "global")
     graph = analyse(network, image)
-    scores = scores_for(importance, network, graph, {}, seed=seed)
     base = card.base or base_of(network, card)
-    plan = make_plan(network, graph, scores, Slimming(policy, budget, round_to, min_keep), base)
-    narrow = narrowed(network, plan.layers)
-    error = verify(network, narrow, plan.layers, image, auxiliary=graph.auxiliary)
+    slimming = Slimming(policy, budget, round_to, min_keep)
+    narrow, plan, error = make_cut(
+        network,
+        graph,
+        image,
+        Method(importance, seed=seed),
+        lambda scores: plan_cut(network, graph, scores, slimming, "none", image, base),
+    )
     lineage = card.lineage | {"slimmed_from": shown(Path(model.path).absolute())}
     slimmed = card.cut(plan.layers, plan.width)
     save_model(folder, narrow, replace(slimmed, metrics={}, lineage=lineage, base=base))

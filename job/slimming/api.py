@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from job.errors import UsageError
 from job.slimming.budget import Budget
-from job.slimming.calibrated import (
-    COMPENSATIONS,
-    IMPORTANCES,
-    compensated,
-    measured,
-    scores_for,
-)
-from job.slimming.compensation import with_biases, without_constant
-from job.slimming.engine import Slimming, analyse, make_plan
-from job.slimming.plan import keep_of
+from job.slimming.calibrated import COMPENSATIONS, IMPORTANCES
+from job.slimming.cut import Method, make_cut, plan_cut
+from job.slimming.engine import Slimming, analyse
 from job.slimming.recalibration import recalibrate as recalibrated
-from job.slimming.surgery import narrowed
-from job.slimming.verification import verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -81,16 +71,15 @@ def slim(
         raise UsageError("recalibrate needs calibration batches")
     fresh = None if batches is None else lambda: batches
     graph = analyse(model, example, ignore)
-    moments = measured(importance, compensate, model, graph, fresh)
-    scores = scores_for(importance, model, graph, moments, fresh)
     slimming = Slimming(policy, Budget.parse(target), round_to, min_keep)
-    bare = frozenset() if compensate == "none" else without_constant(model, graph, example)
-    plan = make_plan(model, graph, scores, slimming, unbiased=bare)
-    plan = replace(plan, layers=with_biases(plan.layers, bare))
-    narrow = narrowed(model, plan.layers)
-    verify(model, narrow, plan.layers, example, auxiliary=graph.auxiliary)
-    keep = keep_of(graph, plan.groups)
-    compensated(model, narrow, graph, keep, plan.layers, compensate, moments, example, fresh)
+    narrow, plan, _ = make_cut(
+        model,
+        graph,
+        example,
+        Method(importance, compensate),
+        lambda scores: plan_cut(model, graph, scores, slimming, compensate, example),
+        fresh,
+    )
     if recalibrate and batches:
         recalibrated(narrow, batches[:recalibrate])
     return narrow, plan

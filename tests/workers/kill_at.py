@@ -18,11 +18,11 @@ from typing import Any
 
 import job.attempt
 import job.checkpoint
-import job.cut
 import job.data
 import job.files
 import job.pipeline
 import job.run
+import job.slimming.cut
 import job.training.evaluation
 import job.training.fit
 from job.__main__ import main
@@ -122,8 +122,8 @@ PLACES = {
     "W&B begins": lambda: before(job.attempt, "Tracker"),
     "step": lambda: after(job.training.fit._Round, "step"),
     "evaluation": in_evaluation,
-    "surgery": lambda: before(job.cut, "narrowed"),
-    "proof of a cut": lambda: after(job.cut, "verify"),
+    "surgery": lambda: before(job.slimming.cut, "narrowed"),
+    "proof of a cut": lambda: after(job.slimming.cut, "verify"),
     "file write": half_a_file,
     "fsync": lambda: before(job.files, "sync_path"),
     "rename": lambda: before(Path, "rename"),

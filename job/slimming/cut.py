@@ -1,0 +1,85 @@
+"""One cut, from measuring to what makes up for it: of the job, of ``job.slim``, of ``slim``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from job.processes import check_same, digest, on_main, world
+from job.slimming.calibrated import compensated, measured, scores_for
+from job.slimming.compensation import with_biases, without_constant
+from job.slimming.engine import make_plan
+from job.slimming.plan import keep_of
+from job.slimming.surgery import narrowed
+from job.slimming.verification import verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import nn
+
+    from job.slimming.calibrated import Batches
+    from job.slimming.engine import Base, Slimming
+    from job.slimming.graph import ChannelGraph
+    from job.slimming.importance import Scores
+    from job.slimming.plan import Plan
+
+
+@dataclass(frozen=True)
+class Method:
+    """What decides which channels go, and what makes up for them."""
+
+    importance: str = "gamma"
+    compensate: str = "none"
+    seed: int = 0
+
+
+def plan_cut(
+    network: nn.Module,
+    graph: ChannelGraph,
+    scores: Scores,
+    slimming: Slimming,
+    compensate: str,
+    image: torch.Tensor,
+    base: Base | None = None,
+) -> Plan:
+    """Which channels stay, by ``scores`` (count,), and which layers get a bias to compensate.
+
+    ``image`` (B, C, H, W) is like what the network takes; ``base`` is what fractions are of, the
+    network itself by default. Raises UsageError for what cannot be reached.
+    """
+    bare: frozenset[str] = frozenset()
+    if compensate != "none":
+        bare = without_constant(network, graph, image)
+    plan = make_plan(network, graph, scores, slimming, base, bare)
+    return replace(plan, layers=with_biases(plan.layers, bare))
+
+
+def make_cut(
+    network: nn.Module,
+    graph: ChannelGraph,
+    image: torch.Tensor,
+    method: Method,
+    plan_of: Callable[[Scores], Plan],
+    batches: Batches | None = None,
+) -> tuple[nn.Module, Plan, float]:
+    """The narrow network, compensated, the plan that ``plan_of`` made, and the proof's error.
+
+    Moments are of all processes; the main one decides and proves; all cut, and compare what they
+    have. ``batches`` gives the calibration pictures of this process. Raises UsageError where such
+    are needed and missing, and GammaslimError when the proof fails.
+    """
+    moments = measured(method.importance, method.compensate, network, graph, batches)
+    scores = scores_for(method.importance, network, graph, moments, batches, method.seed)
+    plan = on_main(lambda: plan_of(scores))
+    layers = plan.layers
+    narrow = narrowed(network, layers)
+    if world() > 1:
+        check_same(digest(narrow.state_dict()), "the slimmed network")
+    error = on_main(
+        lambda: verify(network, narrow, layers, image, auxiliary=graph.auxiliary), interrupt=True
+    )
+    keep = keep_of(graph, plan.groups)
+    compensated(network, narrow, graph, keep, layers, method.compensate, moments, image, batches)
+    return narrow, plan, error
