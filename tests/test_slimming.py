@@ -16,7 +16,7 @@ from job.slimming.importance import gamma_importance
 from job.slimming.plan import LayerChannels, Layers, compose, keep_of, layers_of
 from job.slimming.policy import ranked
 from job.slimming.surgery import narrowed
-from job.slimming.verification import verify
+from job.slimming.verification import smaller, verify
 from reference import PlainStudentNet, homework_slimming
 
 SWEEP = [float(w) for w in np.linspace(1, 0.1, 19)]
@@ -90,6 +90,42 @@ def test_the_proof_fails_for_a_wrong_cut() -> None:
     broken.state_dict()["cnn.5.1.weight"][0] = float("nan")
     with pytest.raises(GammaslimError, match="differs from the wide"):
         proof(network, broken, plan.layers)
+
+
+class Halves(nn.Module):
+    """Halves its pictures ``times`` times; ``other`` changes what it does with large ones."""
+
+    def __init__(self, times: int, other: str = "") -> None:
+        super().__init__()
+        layers = [nn.Conv2d(3 if n == 0 else 4, 4, 3, stride=2, padding=1) for n in range(times)]
+        self.layers, self.other = nn.Sequential(*layers), other
+        self.linear = nn.Linear(4 * 28 * 28 if other == "linear" else 4, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.layers(images)
+        if self.other == "linear":
+            return self.linear(found.flatten(1))
+        if self.other == "branch" and images.shape[-1] > 100:
+            found = found.flip(1)
+        return self.linear(found.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("network", "sides", "proven"),
+    [
+        (Halves(3), (224, 224), (64, 64)),
+        (Halves(5), (200, 300), (64, 96)),
+        (Halves(6), (224, 224), (96, 96)),  # at 64, every place of the last would see but one
+        (Halves(7), (224, 224), (224, 224)),
+        (Halves(3, "linear"), (224, 224), (224, 224)),
+        (Halves(3, "branch"), (224, 224), (224, 224)),
+        (Halves(3), (100, 100), (100, 100)),
+    ],
+)
+def test_proofs_take_smaller_pictures_only_where_they_are_as_good(
+    network: nn.Module, sides: tuple[int, int], proven: tuple[int, int]
+) -> None:
+    assert tuple(smaller(network.eval(), torch.rand(1, 3, *sides)).shape) == (1, 3, *proven)
 
 
 def test_the_network_that_is_cut_is_left_untouched() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from job.slimming.flow import FIXED, Flow, Ids, Position, Side
+from job.slimming.flow import Flow, Ids, Position, Side
 from job.slimming.labels import axes, plain
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Activations:
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self.flow = network, Flow()
+        self.modules = dict(network.named_modules(remove_duplicate=False))
         self.positions: dict[tuple[str, Side], Position] = {}
         self.labels: dict[int, torch.Tensor] = {}  # by id of the activation
         self.shared: set[int] = set()  # activations whose elements go more than one way
@@ -56,7 +57,7 @@ class Activations:
         """Give a result its labels."""
         self.labels.pop(id(tensor), None)
         self.shared.discard(id(tensor))
-        if bool((labels != FIXED).any()):
+        if bool(labels.any()):  # other than FIXED
             self.labels[id(tensor)] = labels
             if shared:
                 self.shared.add(id(tensor))
@@ -81,7 +82,7 @@ class Activations:
     def note(self, op: Operation, name: str, side: Side, ids: Ids, times: int = 0) -> None:
         """A position, and that of the bias; of a layer that is used twice they are tied."""
         layer, _, parameter = name.rpartition(".")
-        bare = not (isinstance(self.network.get_submodule(layer), LAYERS) and parameter == "weight")
+        bare = not (isinstance(self.modules[layer], LAYERS) and parameter == "weight")
         key = (name if bare else layer), side
         if key in self.positions:
             return self.flow.tie(self.positions[key].ids, ids)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.slimming.activations import owner
-from job.slimming.graph import batchnorm
 from job.slimming.moments import collect, readers
 from job.slimming.plan import LayerChannels
 from job.slimming.record import record
+from job.slimming.select import batchnorms
 from job.slimming.verification import probe
 
 if TYPE_CHECKING:
@@ -153,9 +153,9 @@ def rebuild(
             layer.bias.copy_(old + added)
             return
         for norm in norms.get(reader.layer, ()):
-            mean = batchnorm(narrow, norm).running_mean
+            mean = batchnorms(narrow)[norm].running_mean
             if mean is not None:  # else it normalises by each batch and hides any constant
-                before = batchnorm(wide, norm).running_mean
+                before = batchnorms(wide)[norm].running_mean
                 assert before is not None
                 mean.copy_(before.cpu().double()[rows] - added)
 
@@ -168,17 +168,15 @@ def betas(
     What their BatchNorms still add is β, whatever the picture: noise like ``image`` is what runs.
     """
     still = copy.deepcopy(network)
+    norms = batchnorms(still)
     for position in graph.positions:
         gone = ~keep[position.ids]
         if position.side not in ("through", "select") or not gone.any():
             continue
-        try:
-            gamma = batchnorm(still, position.layer).weight
-        except AttributeError:  # a depthwise convolution, a PReLU
-            continue
-        if gamma is not None:
+        norm = norms.get(position.layer)  # None: a depthwise convolution, a PReLU
+        if norm is not None and norm.weight is not None:
             with torch.no_grad():
-                gamma[torch.from_numpy(gone).to(gamma.device)] = 0
+                norm.weight[torch.from_numpy(gone).to(norm.weight.device)] = 0
     return collect(still, graph, [probe(image).to(_like(network))])
 
 

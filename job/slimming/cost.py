@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from job.slimming.activations import BATCHNORM, CONVOLUTIONS, owner
-from job.slimming.graph import is_batchnorm
 from job.slimming.record import record
+from job.slimming.select import batchnorms
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,11 +150,13 @@ class Costs:
 
     def _channels(self, network: nn.Module, graph: ChannelGraph, sides: Sides) -> None:
         cut = [(s, n + 1) for s, n in sides.items() if s[1] in ("through", "select")]
-        norms = {name: n for (name, _), n in cut if is_batchnorm(network, name)}
+        known = batchnorms(network)
+        norms = {name: n for (name, _), n in cut if name in known}
         self.norms = np.array(sorted(norms.values()), np.int64)
         total = sum(layer.num_features for layer in _batchnorms(network))
         self.other_channels = total - int(self.lengths[self.norms].sum())
-        fresh = [n for (name, side), n in cut if side == "select" and _is_whole(network, name)]
+        whole = {name for name, layer in network.named_modules() if isinstance(layer, BATCHNORM)}
+        fresh = [n for (name, side), n in cut if side == "select" and name in whole]
         self.selecting = np.array(fresh, np.int64)
 
     def _biases(self, network: nn.Module, unbiased: frozenset[str], sides: Sides) -> None:
@@ -225,8 +227,3 @@ def _sides(name: str, tensor: torch.Tensor, sides: Sides) -> tuple[int, int]:
     weighs = own == "weight" and isinstance(tensor, nn.Parameter)
     read = sides.get((at, "in"), -1) + 1 if weighs else 0
     return out, read
-
-
-def _is_whole(network: nn.Module, name: str) -> bool:
-    """Whether a BatchNorm that selects has not selected yet."""
-    return isinstance(network.get_submodule(name), BATCHNORM)

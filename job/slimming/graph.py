@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.slimming.activations import BATCHNORM, LAYERS
+from job.slimming.activations import LAYERS
 from job.slimming.flow import FIXED, Flow, Ids, Position
 from job.slimming.record import record
-from job.slimming.select import SelectedChannels
+from job.slimming.select import batchnorms
 from job.slimming.trace import follow
 
 if TYPE_CHECKING:
@@ -146,9 +147,10 @@ def _graph(network: nn.Module, flow: Flow) -> ChannelGraph:
     fixed[classes[FIXED]] = True
     for _, ids in flow.reasons:
         fixed[classes[ids]] = True
-    born = np.concatenate([np.zeros(0, np.int64), *(ids for _, ids in flow.births)])
-    free = np.unique(classes[born])
-    free = free[~fixed[free]]
+    written = np.zeros(flow.count, bool)
+    for _, ids in flow.births:
+        written[classes[ids]] = True
+    free = np.flatnonzero(written & ~fixed)
     numbers = np.zeros(flow.count, np.int64)
     numbers[free] = np.arange(1, len(free) + 1)
     numbers = numbers[classes]
@@ -196,9 +198,11 @@ def _blocks(flow: Flow, classes: Ids) -> list[Ids]:
             flow.fix(block.reshape(-1), "parts that must stay equally large have fixed channels")
         else:
             kept.append(rows)
-    fixed = {int(classes[i]) for _, ids in flow.reasons for i in ids}
+    fixed = np.zeros(flow.count, bool)
+    for _, ids in flow.reasons:
+        fixed[classes[ids]] = True
     for rows in kept:  # one that is fixed for another reason would unbalance them
-        if fixed and np.isin(rows, list(fixed)).any():
+        if fixed[rows].any():
             flow.fix(rows.reshape(-1), "parts that must stay equally large have fixed channels")
     return kept
 
@@ -221,16 +225,21 @@ def _groups(
     for ids in [ids for _, ids in written if len(ids)] + [block.reshape(-1) for block in blocks]:
         ties.tie(np.full(len(ids), ids[0]), ids)
     members = ties.classes()
-    members[FIXED] = -1
-    within = [(p, _distinct(members[p.ids])) for p in positions]
+    writers, within = defaultdict(list), defaultdict(list)
+    for layer, ids in written:
+        if len(ids):
+            writers[members[ids[0]]].append(layer)
+    for position in positions:
+        for first in _distinct(members[position.ids]):
+            within[first].append(position)
+    rank = {name for name, norm in batchnorms(network).items() if norm.weight is not None}
+    order = np.argsort(members, kind="stable")
+    ends = np.searchsorted(members[order], np.arange(count + 1))
     groups = []
-    for first in np.unique(members[members >= 0]):
-        channels = np.flatnonzero(members == first)
-        layers = tuple(layer for layer, ids in written if len(ids) and members[ids[0]] == first)
-        own = [p for p, found in within if first in found]
-        norms = tuple(
-            p.layer for p in own if p.side in ("through", "select") and _ranks(network, p.layer)
-        )
+    for first in sorted(writers):
+        channels, layers = order[ends[first] : ends[first + 1]], tuple(writers[first])
+        own = within[first]
+        norms = tuple(p.layer for p in own if p.side in ("through", "select") and p.layer in rank)
         rows = [block for block in blocks if members[block[0, 0]] == first]
         places = tuple((p.layer, p.side) for p in own)
         found = ChannelGroup(layers[0], channels, layers, norms, places, rows[0] if rows else None)
@@ -243,32 +252,6 @@ def _distinct(numbers: Ids) -> set[int]:
     """The numbers among these, of which most are the same."""
     first = int(numbers[0])
     return {first, *numbers[numbers != first].tolist()}
-
-
-def is_batchnorm(network: nn.Module, name: str) -> bool:
-    """Whether there is a BatchNorm called ``name``."""
-    try:
-        batchnorm(network, name)
-    except AttributeError:
-        return False
-    return True
-
-
-def _ranks(network: nn.Module, name: str) -> bool:
-    return is_batchnorm(network, name) and batchnorm(network, name).weight is not None
-
-
-def batchnorm(network: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm:
-    """The BatchNorm called ``name``, also where it selects its channels from a stream.
-
-    Raises AttributeError when there is none.
-    """
-    layer = network.get_submodule(name)
-    if isinstance(layer, SelectedChannels):
-        layer = layer.norm
-    if not isinstance(layer, BATCHNORM):
-        raise AttributeError(f"{name} is no BatchNorm")
-    return layer
 
 
 def _blocked(flow: Flow, classes: Ids) -> tuple[Blocked, ...]:

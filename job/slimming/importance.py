@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.slimming.graph import batchnorm
+from job.slimming.select import batchnorms
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,11 +22,11 @@ def gamma_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
 
     Liu et al. 2017, section 3; the homework ranks by γ itself, which is the same while γ > 0.
     """
-    norms = {norm for group in graph.groups for norm in group.norms}
+    names, norms = {norm for group in graph.groups for norm in group.norms}, batchnorms(network)
     mean = _Mean(graph.count)
     for position in graph.positions:
-        if position.side in ("through", "select") and position.layer in norms:
-            gamma = batchnorm(network, position.layer).weight.detach().double().abs()
+        if position.side in ("through", "select") and position.layer in names:
+            gamma = norms[position.layer].weight.detach().double().abs()
             mean.add(position.ids, gamma.cpu().numpy())
     return mean.result()
 
@@ -58,12 +58,16 @@ class _Mean:
     """Means of what several positions say of a channel."""
 
     def __init__(self, count: int) -> None:
-        self.sums, self.counts = np.zeros(count), np.zeros(count)
+        self.count = count
+        self.ids: list[Ids] = [np.zeros(0, np.int64)]
+        self.values: list[Scores] = [np.zeros(0)]
 
     def add(self, ids: Ids, values: Scores) -> None:
-        np.add.at(self.sums, ids, values)
-        np.add.at(self.counts, ids, 1)
+        self.ids.append(ids)
+        self.values.append(values)
 
     def result(self) -> Scores:
+        ids = np.concatenate(self.ids)
+        sums = np.bincount(ids, np.concatenate(self.values), self.count)
         with np.errstate(invalid="ignore"):
-            return self.sums / self.counts
+            return sums / np.bincount(ids, minlength=self.count)

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
@@ -20,6 +19,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+# whose result has the shape and type of their first argument
+SUMS = frozenset({"add", "__add__", "mul", "__mul__"})
+LIKE_FIRST = SUMS | frozenset(
+    {"batch_norm", "relu", "relu6", "silu", "gelu", "hardswish", "sigmoid"}
+)
 BATCH = 2  # pictures: BatchNorm in train mode needs two values a channel
 
 
@@ -82,7 +86,7 @@ def record(network: nn.Module, image: torch.Tensor, *, training: bool = False) -
 @contextmanager
 def mode(network: nn.Module, *, training: bool) -> Iterator[None]:
     """Every module in train or in eval mode, for a while."""
-    modules = [(module, module.training) for module in network.modules()]
+    modules = [(m, m.training) for m in network.modules() if m.training != training]
     for module, _ in modules:
         module.training = training
     try:
@@ -127,14 +131,28 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = func.__name__
-        if name == "batch_norm" and args[0].is_meta:  # slow there: it is taken to pieces
-            result = torch.empty_like(args[0])
-        else:
+        result = _known(name, args, kwargs or {})
+        if result is None:
             result = func(*args, **(kwargs or {}))
         if name == "__setitem__" or any(True for _ in tensors_in(result)):
             kept = _copied(args), _copied(kwargs or {})
             self.operations.append(Operation(name, func, *kept, result))
         return result
+
+
+def _known(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The result of what is slow on the ``meta`` device, where it is like the first argument."""
+    first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+    if first is None or not first.is_meta or name not in LIKE_FIRST or kwargs.get("inplace"):
+        return None
+    if name in SUMS and not (
+        len(args) == 2
+        and isinstance(args[1], torch.Tensor)
+        and (args[1].shape, args[1].dtype, args[1].is_meta) == (first.shape, first.dtype, True)
+        and not kwargs
+    ):
+        return None
+    return torch.empty(first.shape, dtype=first.dtype, device="meta")
 
 
 def _copied(value: Any) -> Any:
@@ -148,21 +166,41 @@ def _copied(value: Any) -> Any:
 
 
 def _record(network: nn.Module, image: torch.Tensor, device: str | None) -> Recording:
-    state: dict[str, torch.Tensor] = {}
-    seen: dict[int, torch.Tensor] = {}
-    for named in (network.named_parameters, network.named_buffers):
-        for name, value in named(remove_duplicate=False):
-            if id(value) not in seen:  # a shared one stays one tensor
-                copy = torch.empty_like(value, device=device) if device else value.detach().clone()
-                seen[id(value)] = copy
-            state[name] = seen[id(value)]
     pictures = image[:1].detach().expand(BATCH, *image.shape[1:])
     if device:
         pictures = torch.empty_like(pictures, device=device)
     recorder = _Recorder()
-    with torch.no_grad(), recorder:
-        outputs = functional_call(network, state, (pictures,))
-    names: dict[int, str] = {}
-    for name, value in state.items():
-        names.setdefault(id(value), name)
+    with _copies(network, device) as copies, torch.no_grad(), recorder:
+        outputs = network(pictures)
+    names = {id(copy): name for name, copy in reversed(copies.items())}
     return Recording(recorder.operations, names, pictures, list(tensors_in(outputs)))
+
+
+@contextmanager
+def _copies(network: nn.Module, device: str | None) -> Iterator[dict[str, torch.Tensor]]:
+    """Copies of parameters and buffers, by name, instead of its own for a while.
+
+    As torch.func.functional_call has it, but at once. A shared tensor stays one tensor.
+    """
+    places, copies = [], {}
+    seen: dict[int, torch.Tensor] = {}
+    for prefix, module in network.named_modules(remove_duplicate=False):
+        for store in (module._parameters, module._buffers):
+            for own, value in store.items():
+                if value is None:
+                    continue
+                if id(value) not in seen:
+                    seen[id(value)] = _copy(value, device)
+                copies[f"{prefix}.{own}" if prefix else own] = seen[id(value)]
+                places.append((store, own, value))
+    try:
+        for store, own, value in places:
+            store[own] = seen[id(value)]
+        yield copies
+    finally:
+        for store, own, value in places:
+            store[own] = value
+
+
+def _copy(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
+    return torch.empty_like(tensor, device=device) if device else tensor.detach().clone()

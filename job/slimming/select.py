@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from job.slimming.activations import BATCHNORM
+
 
 class SelectedChannels(nn.Module):
     """``norm`` over the channels ``indices`` (C,) int64 of its input (B, N, …)."""
@@ -20,3 +22,10 @@ class SelectedChannels(nn.Module):
         """stream (B, N, …) -> (B, C, …), normalised."""
         output: torch.Tensor = self.norm(stream.index_select(1, self.indices))
         return output
+
+
+def batchnorms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """BatchNorms by name, also by that of what selects their channels from a stream."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    chosen = {name: m.norm for name, m in modules.items() if isinstance(m, SelectedChannels)}
+    return {name: m for name, m in (modules | chosen).items() if isinstance(m, BATCHNORM)}

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from job.slimming.plan import Kept, LayerChannels, Layers
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
-OWN_COPY = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+# how modules copy that do so in no way of their own; that of convolutions is for old pickles
+PLAIN_COPY = {
+    name: [getattr(kind, name, None) for kind in (nn.Module, nn.modules.conv._ConvNd)]
+    for name in ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+}
 PLAIN = (bool, int, float, str, type(None))
 Tensors = dict[str, torch.Tensor]
 Modules = dict[str, nn.Module]
@@ -41,7 +45,7 @@ def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
             if tensor is not old:
                 new = nn.Parameter(tensor, old.requires_grad) if _is_param(old) else tensor
                 memo[id(old)] = new
-    narrow = _copied(network, memo)
+    narrow = copied(network, memo)
     modules = _modules(narrow)
     for name, kept in layers.items():
         if name in modules:
@@ -49,29 +53,49 @@ def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
     return narrow
 
 
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """As copy.deepcopy does, but at once past what most of a module's attributes are.
 
-    Plain values and empty dicts of hooks. Modules that copy in a way of their own do so.
+    Plain values and empty dicts of hooks. Modules that copy in a way of their own do so. ``memo``
+    has what takes the place of some tensors, by their id.
     """
     if id(module) in memo:
         known: nn.Module = memo[id(module)]
         return known
     kind = type(module)
-    if any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in OWN_COPY):
+    if not all(getattr(kind, name, None) in plain for name, plain in PLAIN_COPY.items()):
         return copy.deepcopy(module, memo)
     narrow = memo[id(module)] = kind.__new__(kind)
     for name, value in vars(module).items():
         if name == "_modules":
-            children = {key: m if m is None else _copied(m, memo) for key, m in value.items()}
+            children = {key: m if m is None else copied(m, memo) for key, m in value.items()}
             vars(narrow)[name] = children
-        elif isinstance(value, PLAIN):
+        elif name in ("_parameters", "_buffers"):
+            tensors = {key: _copied_tensor(t, memo) for key, t in value.items()}
+            vars(narrow)[name] = tensors
+        elif _is_plain(value):
             vars(narrow)[name] = value
-        elif type(value) in (dict, OrderedDict) and not value:
+        elif type(value) in (dict, OrderedDict, set) and not value:
             vars(narrow)[name] = type(value)()
         else:
             vars(narrow)[name] = copy.deepcopy(value, memo)
     return narrow
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(isinstance(part, PLAIN) for part in value)
+    return isinstance(value, PLAIN)
+
+
+def _copied_tensor(tensor: torch.Tensor | None, memo: dict[int, Any]) -> torch.Tensor | None:
+    if tensor is None or id(tensor) in memo:
+        known: torch.Tensor | None = None if tensor is None else memo[id(tensor)]
+        return known
+    if type(tensor) is torch.Tensor and tensor.dim() == 0 and tensor._base is None:  # a counter
+        memo[id(tensor)] = new = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return new
+    return copy.deepcopy(tensor, memo)
 
 
 def _modules(network: nn.Module) -> Modules:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from job.errors import UsageError
 from job.processes import total
 from job.slimming.flow import FIXED
-from job.slimming.graph import batchnorm
 from job.slimming.record import mode
+from job.slimming.select import batchnorms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +34,8 @@ def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable
     """
     names = {norm for group in graph.groups for norm in group.norms}
     places = [p for p in graph.positions if p.layer in names and p.side in ("through", "select")]
-    norms = [batchnorm(network, place.layer) for place in places]
+    known = batchnorms(network)
+    norms = [known[place.layer] for place in places]
     tensors = [t for norm in norms for t in (norm.weight, norm.bias)]
     frozen = [tensor for tensor in tensors if not tensor.requires_grad]
     scores = np.zeros(graph.count)  # number 0, of no channel, counts the batches

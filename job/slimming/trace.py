@@ -135,10 +135,10 @@ class _Walk(Between):
         statistics = (op.argument(3, "weight"), op.argument(1, "running_mean"))
         name = next((n for n in map(self.recording.name, statistics) if n), None)
         ids = self.ids(image, 1)
-        if ids is None or not name or not isinstance(self.module(name), BATCHNORM):
+        if ids is None or not name or not isinstance(self.modules[owner(name)], BATCHNORM):
             return self.give_up(op, "a BatchNorm with computed parameters or mixed channels")
         layer = owner(name)
-        selects = isinstance(self.parent(layer), SelectedChannels)
+        selects = isinstance(self.modules[owner(layer)], SelectedChannels)
         layer = owner(layer) if selects else layer
         if selects or (id(image) in self.shared and layer not in self.bound):
             self.fix(image, "channels are selected in front of each BatchNorm that reads them")
@@ -149,12 +149,6 @@ class _Walk(Between):
             return self.set(op.result, along(ids, 1, image.dim()), shared=self.often)
         self.note(op, f"{layer}.weight", "through", ids)
         return self.set(op.result, along(ids, 1, image.dim()), shared=self.wide)
-
-    def parent(self, layer: str) -> nn.Module:
-        return self.network.get_submodule(owner(layer))
-
-    def module(self, parameter: str) -> nn.Module:
-        return self.network.get_submodule(owner(parameter))
 
     def prelu(self, op: Operation) -> None:
         image, weight = op.argument(0, "input"), op.argument(1, "weight")
