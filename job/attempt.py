@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from job.checkpoint import newest_position
 from job.console import say
 from job.errors import GammaslimError
+from job.files import check_writable
 from job.lock import Lock
 from job.processes import on_main, world
-from job.run import check_writable
 from job.tracking import Tracker
 
 if TYPE_CHECKING:
