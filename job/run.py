@@ -137,8 +137,8 @@ class Run:
 
     def remove_unfinished(self) -> None:
         """Clear away what a killed attempt left half done; raises StorageError."""
-        for place in (self.path, self.path / "rounds", self.path / "checkpoints"):
-            tidy(place)
+        for place in ("", "rounds", "checkpoints", "figures"):
+            tidy(self.path / place)
 
     def rewind_metrics(self, saved: int, size: int | None) -> None:
         """Drop the lines of metrics.jsonl that a resumed run will write again.
