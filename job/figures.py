@@ -9,11 +9,9 @@ from __future__ import annotations
 import io
 import logging
 import os
-import tempfile
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import GammaslimError, printable, reason
@@ -81,7 +79,7 @@ def draw_comparison(histories: Sequence[History]) -> list[Picture]:
 def _drawing() -> Iterator[Any]:
     """matplotlib's Figure, in our style whatever the user's is."""
     try:
-        with _own_variables():
+        with _quietly():
             import matplotlib
             from matplotlib.backends import backend_agg  # noqa: F401  (savefig would import it)
             from matplotlib.figure import Figure
@@ -97,36 +95,18 @@ def _drawing() -> Iterator[Any]:
 
 
 @contextmanager
-def _own_variables() -> Iterator[None]:
-    """Let matplotlib be imported whatever MPLBACKEND says and wherever it may not write."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of caches and fonts
-    before = {name: os.environ.get(name) for name in ("MPLBACKEND", "MPLCONFIGDIR")}
-    with tempfile.TemporaryDirectory(prefix="gammaslim-") as folder:
-        os.environ["MPLBACKEND"] = "agg"
-        if not before["MPLCONFIGDIR"] and not _home_is_writable():
-            os.environ["MPLCONFIGDIR"] = folder
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+def _quietly() -> Iterator[None]:
+    """Let matplotlib be imported whatever MPLBACKEND says, and tell nothing of fonts and caches.
 
-
-def _home_is_writable() -> bool:
-    """Whether matplotlib can keep its list of fonts where it would."""
+    Where neither MPLCONFIGDIR nor the home folder can be written it takes a temporary folder.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    before = os.environ.pop("MPLBACKEND", None)
     try:
-        home = Path.home()
-    except RuntimeError:  # a user without a name, nor HOME
-        return False
-    places = [Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")]
-    places.append(Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache"))
-    for place in places:
-        found = next(p for p in (place / "matplotlib", *place.absolute().parents) if p.exists())
-        if not os.access(found, os.W_OK | os.X_OK):
-            return False
-    return True
+        yield
+    finally:
+        if before is not None:
+            os.environ["MPLBACKEND"] = before
 
 
 def _axes(figure: Any, bottom: float = 0.14) -> tuple[Any, Any]:
