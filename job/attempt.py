@@ -5,12 +5,15 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import click
+
 from job.checkpoint import newest_position
 from job.console import say
-from job.errors import GammaslimError
+from job.errors import GammaslimError, printable, reason
+from job.files import check_writable
 from job.lock import Lock
 from job.processes import on_main, world
-from job.run import check_writable
+from job.report import write_run_report
 from job.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ T = TypeVar("T")
 class Attempt:
     """What the main process holds while the run is its own; the others only know where it stands.
 
-    All methods but ``abandon`` and ``end`` are collective.
+    All methods but ``report``, ``abandon`` and ``end`` are collective.
     """
 
     def __init__(self, config: PruneConfig, run: Run, watch: Watch) -> None:
@@ -36,6 +39,7 @@ class Attempt:
         self.tracker: Tracker | None = None
         self.saved = 0  # rounds that earlier attempts completed, the base included
         self.at = (0, 0, 0)  # round, epoch, step
+        self.unreported = ""  # what kept the last report from being written
 
     def begin(self, record: dict[str, Any], base: dict[str, Any]) -> Position | None:
         """Take the run directory, or only look at it where the run is finished.
@@ -107,6 +111,23 @@ class Attempt:
     def status(self, state: str, exit_code: int | None) -> None:
         """Write status.json."""
         self.write(lambda: self.run.status(state, exit_code, *self.at))
+
+    def report(self) -> None:
+        """Write the report of the run so far, where this process writes; not collective.
+
+        What keeps it from that is a warning: the run is worth more than its report.
+        """
+        if not self.lock.held or self.lock.lost:
+            return
+        try:
+            write_run_report(self.run.path)
+        except Exception as error:  # whatever it is, a full disk or a broken matplotlib
+            problem, said = reason(error), self.unreported
+            if problem != said:
+                self.unreported = problem
+                text = f"the report is not written, the job goes on: {problem}"
+                with suppress(OSError):
+                    click.echo(f"Warning: {printable(text)}", err=True)
 
     def abandon(self, state: str, exit_code: int) -> None:
         """Say in status.json and on the dashboard why the run ended early, as far as possible."""

@@ -276,3 +276,22 @@ def export(format: str, output: str, **options: Any) -> None:
         from job.commands import cut
 
     cut.export(_model(options), output, format)
+
+
+@gammaslim.command(cls=Command)
+@click.argument("runs", metavar="RUN…", nargs=-1, required=True)
+@option(
+    "--output",
+    metavar="FILE.html",
+    help="Page to write; default: RUN/report.html, or report.html here for several runs.",
+)
+@json_option
+def report(runs: tuple[str, ...], output: str | None, json: bool) -> None:
+    """Show one run, or compare several: accuracy against parameters, MACs and bytes.
+
+    Writes a page of HTML that holds its figures, and the figures as PNG into a folder beside it.
+    RUN is a run folder, finished or not.
+    """
+    from job.report import report as run
+
+    run(runs, output, json)

@@ -160,7 +160,7 @@ def read_toml(source: str, command: str, options: Iterable[str]) -> dict[str, An
 
 
 TABLES = frozenset(
-    {"prune", "launch", "evaluate", "predict", "inspect", "slim", "export"}
+    {"prune", "launch", "evaluate", "predict", "inspect", "slim", "export", "report"}
     | {"versions", "dataset", "base"}
 )
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from job.processes import is_main
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -16,9 +14,15 @@ if TYPE_CHECKING:
     from job.training.fit import EpochResult
 
 
+def _is_main() -> bool:
+    """Whether this process speaks: a command that is alone loads no torch to know that."""
+    processes = sys.modules.get("job.processes")
+    return processes is None or bool(processes.is_main())
+
+
 def say(text: str) -> None:
     """Print a line, on the main process only."""
-    if is_main():
+    if _is_main():
         click.echo(text)
 
 
@@ -26,7 +30,7 @@ def progress(label: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
     """A bar over (items, count) that vanishes when done; nothing in a log or on other ranks."""
 
     def bar(items: Iterable[Any], count: int) -> Iterator[Any]:
-        if not (is_main() and sys.stderr.isatty()):
+        if not (_is_main() and sys.stderr.isatty()):
             yield from items
             return
         with click.progressbar(items, length=count, label=label, file=sys.stderr) as shown:

@@ -9,13 +9,13 @@ import re
 import shutil
 import stat
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.errors import reading, writing
+from job.errors import OutputError, cannot_begin, reading, shown, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 _LEFT = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
 
@@ -157,6 +157,53 @@ def tidy(folder: Path) -> None:
                 left.rename(folder / match[1])
             elif match:
                 remove(left)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OutputError unless ``path`` is, or could be made, a folder that takes files.
+
+    Raises StorageError when the disk is full or failing.
+    """
+    existing = path
+    try:
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        probe = existing / f".gammaslim.{os.getpid()}.tmp"
+        if not existing.is_dir():
+            raise NotADirectoryError(20, "it is not a folder")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise cannot_begin(existing, error) from error
+
+
+def check_output(path: Path) -> Path:
+    """The file that ``--output`` names, links resolved: a link stays a link.
+
+    Raises OutputError or StorageError when it cannot be written, as known before any work is done.
+    """
+    if path.is_dir():
+        raise OutputError(f"--output {shown(path)} is a folder; it takes a file name")
+    path = Path(os.path.realpath(path))
+    if not _is_special(path):
+        check_writable(path.parent)
+    return path
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write the file that ``--output`` names; raises OutputError or StorageError."""
+    path = check_output(path)
+    with writing(path):
+        if _is_special(path):
+            path.write_bytes(content)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, content)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether ``path`` is a pipe or a device, which a file cannot replace."""
+    return path.exists() and not path.is_file()
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -259,6 +259,8 @@ class Job:
             self.attempt.tracker.log_round(
                 entry, gammas(wide), gammas(network), layers, self.run.round_path(round_)
             )
+        if round_ < self.config.rounds:  # else at once when the run is finished
+            self.attempt.report()
         return network, card
 
     def restore(self) -> tuple[nn.Module, ModelCard]:
@@ -300,6 +302,7 @@ class Job:
             summary = self.summarise("finished")
         if on_main(lambda: self.run.state) != "finished":  # a full disk may have kept it out
             self.attempt.status("finished", 0)
+        self.attempt.report()
         say("")
         say(rounds_table(self.entries))
         say(f"\nrecommended: {summary['recommended']} ({summary['reason']})")

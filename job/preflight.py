@@ -19,6 +19,7 @@ from job.cores import available_cores
 from job.data.batches import default_workers
 from job.data.dataset import ArraySplit
 from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, printable, shown
+from job.files import check_writable
 from job.models.weights import read_state
 from job.preparation import (
     base_network,
@@ -29,7 +30,7 @@ from job.preparation import (
     teacher_network,
 )
 from job.processes import is_main, local_world, on_main, world
-from job.run import Run, check_writable
+from job.run import Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable

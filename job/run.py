@@ -137,8 +137,8 @@ class Run:
 
     def remove_unfinished(self) -> None:
         """Clear away what a killed attempt left half done; raises StorageError."""
-        for place in (self.path, self.path / "rounds", self.path / "checkpoints"):
-            tidy(place)
+        for place in ("", "rounds", "checkpoints", "figures"):
+            tidy(self.path / place)
 
     def rewind_metrics(self, saved: int, size: int | None) -> None:
         """Drop the lines of metrics.jsonl that a resumed run will write again.
@@ -273,21 +273,3 @@ def recommend(
         f"the fewest parameters within {points} of the base: "
         f"{chosen['params'] / entries[0]['params']:.1%} of them, accuracy {change:+.2f} points"
     )
-
-
-def check_writable(path: Path) -> None:
-    """Raise OutputError unless ``path`` is, or could be made, a folder that takes files.
-
-    Raises StorageError when the disk is full or failing.
-    """
-    existing = path
-    try:
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        probe = existing / f".gammaslim.{os.getpid()}.tmp"
-        if not existing.is_dir():
-            raise NotADirectoryError(20, "it is not a folder")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise cannot_begin(existing, error) from error

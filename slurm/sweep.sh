@@ -41,28 +41,14 @@ fail() { # code, reason
 
 merge() { # folder of runs
   [ -d "$1" ] || fail 66 "there is no folder $1"
-  python3 - "$1" <<'END'
-import json, pathlib, sys
-print(f"{'run':<24} {'state':<9} {'width':>6} {'params':>11} {'MACs':>14} {'acc':>7}")
-for run in sorted(pathlib.Path(sys.argv[1]).iterdir()):
-    try:
-        state = json.loads((run / "status.json").read_text())["state"]
-        summary = json.loads((run / "summary.json").read_text())
-    except (OSError, ValueError, KeyError):
-        print(f"{run.name:<24} {'no summary':<9}")
-        continue
-    number = int(summary["recommended"].rpartition("/")[2])
-    best = [summary["base"], *summary["rounds"]][number]
-    numbers = f"{best['width']:6.4f} {best['params']:11,} {best['macs']:14,} {best['valid_acc']:7.4f}"
-    print(f"{run.name:<24} {state:<9} {numbers}")
-END
-  local program=${SLIM_VENV:-${VIRTUAL_ENV:-.venv}}/bin/gammaslim
+  local run runs=() program=${SLIM_VENV:-${VIRTUAL_ENV:-.venv}}/bin/gammaslim
+  for run in "$1"/*/; do
+    [ ! -f "$run/config.toml" ] || runs+=("$run") # else a task that never began
+  done
+  [ "${#runs[@]}" -gt 0 ] || fail 66 "there is no run in $1 yet"
   [ -x "$program" ] || program=.venv/bin/gammaslim
   [ -x "$program" ] || program=gammaslim
-  if "$program" report --help >/dev/null 2>&1; then
-    printf '\n%s report %s/*/\n' "$program" "$1"
-    "$program" report "$1"/*/
-  fi
+  "$program" report "${runs[@]}" --output "$1/report.html"
 }
 
 if [ "${1:-}" = --merge ]; then

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.artifact import save_model
-from job.commands.model import ModelOptions, check_output, open_model, write_output
+from job.commands.model import ModelOptions, open_model
 from job.console import say, table
 from job.cut import base_of
 from job.errors import OutputError, shown
 from job.exporting import onnx_bytes, state_dict_bytes, torch_export_bytes
-from job.run import check_writable
+from job.files import check_output, check_writable, write_output
 from job.slimming.budget import Budget
 from job.slimming.cost import picture
 from job.slimming.cut import Method, make_cut, plan_cut

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +10,13 @@ from job.artifact import ModelCard, find_model, load_model
 from job.console import say
 from job.data import default_preprocessing
 from job.data.transforms import Preprocessing
-from job.errors import DataError, OutputError, UsageError, shown, writing
-from job.files import write_bytes
+from job.errors import DataError, UsageError, shown
 from job.models import NAMES, build, nominal_width
 from job.models.factory import name_factory
 from job.models.notes import quiet
 from job.models.sizes import check_size
 from job.models.weights import known_classes, load_state, read_state
 from job.processes import digest
-from job.run import check_writable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,32 +83,3 @@ def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.M
     lineage = {"base_weights": shown(path), "base_sha256": digest(state)}
     card = ModelCard(options.model, args, classes, preprocessing, width=width, lineage=lineage)
     return network.eval(), card
-
-
-def check_output(path: Path) -> Path:
-    """The file that ``--output`` names, links resolved: a link stays a link.
-
-    Raises OutputError or StorageError when it cannot be written, as known before any work is done.
-    """
-    if path.is_dir():
-        raise OutputError(f"--output {shown(path)} is a folder; it takes a file name")
-    path = Path(os.path.realpath(path))
-    if not _is_special(path):
-        check_writable(path.parent)
-    return path
-
-
-def write_output(path: Path, content: bytes) -> None:
-    """Write the file that ``--output`` names; raises OutputError or StorageError."""
-    path = check_output(path)
-    with writing(path):
-        if _is_special(path):
-            path.write_bytes(content)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, content)
-
-
-def _is_special(path: Path) -> bool:
-    """Whether ``path`` is a pipe or a device, which a file cannot replace."""
-    return path.exists() and not path.is_file()

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from job.artifact import find_model, read_card
-from job.commands.model import ModelOptions, check_output, open_model, write_output
+from job.commands.model import ModelOptions, open_model
 from job.console import progress, say, table
 from job.data import Dataset, Split, check_pictures, open_data
 from job.data.batches import default_workers
 from job.data.dataset import with_validation
 from job.errors import DataError, shown
+from job.files import check_output, write_output
 from job.preparation import SPLITS as TRAINING_SPLITS
 from job.processes import local_world, on_main, start
 from job.training.evaluation import Evaluation, Evaluator

@@ -3,7 +3,7 @@
 Reads a JSON object a line: ``args``, ``output`` (a prefix for .out and .err) and, if wanted,
 ``event`` and ``match`` (what is done, and a pattern of the path), ``passage`` (the N-th of them)
 and ``fault``: an errno's name, or ``fill:FOLDER``, which fills that file system. Answers with the
-exit code. A fork spares the seconds that torch takes to be imported.
+exit code. A fork spares the seconds that torch and matplotlib take to be imported.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import matplotlib.figure  # noqa: F401
 
 import job.artifact
 import job.pipeline  # noqa: F401
