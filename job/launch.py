@@ -13,7 +13,7 @@ import click
 
 from job.cores import available_cores
 from job.nodes import slurm_gpus
-from job.signals import end_with_parent, starting
+from job.signals import become, end_with_parent, starting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +35,7 @@ def launch(command: Sequence[str], nproc: int | None, nodes: Nodes) -> int:
             from job.agent import run_agent
     program = [sys.executable, "-m", "job", *command]
     if nproc * nodes.count == 1:
-        os.execv(sys.executable, program)
+        become(program)
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // nproc))
     return run_agent(program, nproc, nodes)
@@ -77,7 +77,7 @@ def ensure_processes() -> None:
         return
     os.environ["ACCELERATE_USE_CPU"] = "true"
     launcher = [sys.executable, "-m", "job", "launch", f"--nproc={count}", "--nnodes=1", "--"]
-    os.execv(sys.executable, [*launcher, *sys.argv[1:]])
+    become([*launcher, *sys.argv[1:]])
 
 
 def _parent_command() -> list[str]:

@@ -58,8 +58,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; end with a documented exit code and one line on stderr."""
         debug = ctx.params.pop("debug")
-        listen()
         try:
+            listen()
             return super().invoke(ctx)
         except KeyboardInterrupt:
             # by the usual way out, one raised within exec() would end Python by SIGINT (CPython)

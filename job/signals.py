@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from job.errors import StopRequest
 
@@ -34,10 +34,12 @@ class _Requests:
 def listen() -> None:
     """Take the four signals as requests to stop; they raise KeyboardInterrupt but in ``deferred``.
 
-    SIGINT too, which a script's background jobs ignore. A second SIGINT always interrupts.
+    SIGINT too, which a script's background jobs ignore. A second SIGINT always interrupts. One that
+    came while this program took another's place interrupts now.
     """
     for number in SIGNALS:
         signal.signal(number, _ask)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _ask(number: int, _frame: Any) -> None:
@@ -45,6 +47,12 @@ def _ask(number: int, _frame: Any) -> None:
     _Requests.asked = True
     if _Requests.interrupts or again:
         raise KeyboardInterrupt
+
+
+def become(program: list[str]) -> NoReturn:
+    """Run ``program`` in place of this one; a request meanwhile waits for its ``listen``."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    os.execv(program[0], program)
 
 
 def ignore_requests() -> None:

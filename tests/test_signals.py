@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,26 @@ def test_an_old_file_is_no_request_and_a_new_one_is(tmp_path: Path) -> None:
     watch.forget_old_request()
     assert (tmp_path / "STOP").exists()
     assert watch.poll() == STOP
+
+
+BECOME = """
+import signal, sys
+from job.signals import become
+become([sys.executable, "-c", sys.argv[1]])
+"""
+ASKED_BEFORE = """
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGUSR1)  # as while Python starts
+from job.__main__ import main
+sys.argv = ["gammaslim", "prune", "--output", "run"]
+main()
+"""
+
+
+def test_a_request_while_a_program_takes_anothers_place_is_answered(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", BECOME, ASKED_BEFORE],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (75, "Error: stopped by request\n")
+    assert not (tmp_path / "run").exists()
