@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WANDB_WAIT = 60  # seconds for importing W&B and asking its server
+NO_KEY = "no API key is configured: set WANDB_API_KEY, or run wandb login"
 WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 TINY = 8  # a last batch of less than an eighth is one
 
@@ -218,13 +219,14 @@ def _check_wandb(mode: str, found: Findings) -> None:
     answer = on_main(ask_wandb)
     if user := answer.get("user"):
         return say(f"W&B: online at {answer['server']}, user {user}")
-    problem, kind = f"W&B: {answer['problem']}", answer["kind"]
+    kind, reason = answer["kind"], answer.get("problem", NO_KEY)
+    problem = f"W&B: {reason}"
     if mode == "online":
-        error = ConfigError(problem) if kind == "key" else StorageError(problem)
+        error = StorageError(problem) if kind == "server" else ConfigError(problem)
         error.reported = not is_main()
         found.errors.append(error)
-    elif "no API key" in problem and not given:
-        say(f"W&B: offline, since {answer['problem']}")
+    elif kind == "none" and not given:
+        say(f"W&B: offline, since {reason}")
     else:
         found.warnings.append(f"{problem}; the job would go on offline")
     return None
@@ -236,8 +238,7 @@ def ask_wandb() -> dict[str, Any]:
     if not any(os.environ.get(name) for name in WANDB_KEYS) and not any(
         path.expanduser().exists() for path in homes
     ):
-        problem = "no API key is configured: set WANDB_API_KEY, or run wandb login"
-        return {"kind": "key", "problem": problem}
+        return {"kind": "none"}
     program = Path(__file__).with_name("wandb_check.py")
     command = [sys.executable, "-P", str(program)]
     try:

@@ -1,7 +1,7 @@
 """Whether W&B can be used online from here; as a process of its own, see job.wandb_process.
 
-Prints a JSON object: ``server`` and either ``user`` or a ``problem`` of one ``kind``: "key" (none
-is configured, or it is wrong) or "server" (it does not answer, or fails).
+Prints a JSON object: ``server`` and either ``user`` or a ``kind``: "none" (no key is
+configured) or, with the ``problem``, "key" (it is wrong), "server" (it does not answer, or fails).
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def _check(server: str) -> dict[str, Any]:
     if not key:
         if wandb.login(prompt=False, verify=False):
             return {"user": "as W&B knows it"}  # by other means, as an identity token
-        problem = "no API key is configured: set WANDB_API_KEY, or run wandb login"
-        return {"kind": "key", "problem": problem}
+        return {"kind": "none"}
     if not KEY.fullmatch(key):
         problem = f"the API key of {len(key)} characters is none: it has at least 40, of A-Z, 0-9"
         return {"kind": "key", "problem": problem}
