@@ -101,6 +101,7 @@ def cut(
         Method(config.importance, config.compensate, config.seed),
         lambda scores: plan_round(config, network, card, round_, graph, scores),
         calibration.batches,
+        calibration.check,
     )
     if config.recalibrate:
         recalibrate(narrow, calibration.batches(config.recalibrate * config.batch_size))

@@ -53,7 +53,7 @@ def measured(
         batches = batches if moments else None
     if batches is None:
         raise UsageError(f"{' and '.join(asked)}: calibration pictures are needed, there are none")
-    return moments  # regress takes its own, layer by layer
+    return moments  # regress takes its own
 
 
 def scores_for(
@@ -90,6 +90,7 @@ def compensated(
     moments: Mapping[str, Moments],
     image: torch.Tensor,
     batches: Batches | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Give ``narrow`` what the channels outside ``keep`` (count,) added in ``wide``, in place.
 
@@ -98,7 +99,8 @@ def compensated(
     processes get the main one's weights.
     """
     if method == "regress":
-        regress(wide, narrow, graph, keep, layers, batches or (lambda: ()), image)
+        none: Batches = lambda: ()  # noqa: E731
+        regress(wide, narrow, graph, keep, layers, batches or none, image, check=check)
     elif method != "none":
         means = betas(wide, graph, keep, image) if method == "beta" else moments
         fold_means(wide, narrow, graph, keep, layers, means, image)

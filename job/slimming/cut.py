@@ -63,11 +63,13 @@ def make_cut(
     method: Method,
     plan_of: Callable[[Scores], Plan],
     batches: Batches | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[nn.Module, Plan, float]:
     """The narrow network, compensated, the plan that ``plan_of`` made, and the proof's error.
 
     Moments are of all processes; the main one decides and proves; all cut, and compare what they
-    have. ``batches`` gives the calibration pictures of this process. Raises UsageError where such
+    have. ``batches`` gives the calibration pictures of this process; ``check`` is called now and
+    then, and may raise. Raises UsageError where such
     are needed and missing, and GammaslimError when the proof fails.
     """
     moments = measured(method.importance, method.compensate, network, graph, batches)
@@ -81,5 +83,7 @@ def make_cut(
         lambda: verify(network, narrow, layers, image, auxiliary=graph.auxiliary), interrupt=True
     )
     keep = keep_of(graph, plan.groups)
-    compensated(network, narrow, graph, keep, layers, method.compensate, moments, image, batches)
+    compensated(
+        network, narrow, graph, keep, layers, method.compensate, moments, image, batches, check
+    )
     return narrow, plan, error

@@ -8,7 +8,9 @@ the first layer behind a cut this is A · kept + b for each removed channel.
 
 from __future__ import annotations
 
-from contextlib import suppress
+import itertools
+from collections import Counter
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +18,11 @@ import torch
 from job.errors import UsageError
 from job.slimming.compensation import columns_of, norms_behind, rebuild
 from job.slimming.moments import Sums, images_of, readers, rows_of, values_of
+from job.slimming.passes import forward_passes, standing_bytes
 from job.slimming.record import observed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import nn
 
@@ -27,9 +30,12 @@ if TYPE_CHECKING:
     from job.slimming.flow import Ids
     from job.slimming.graph import ChannelGraph
     from job.slimming.moments import Batch, Moments, Reader
+    from job.slimming.passes import ForwardPass
     from job.slimming.plan import Layers
 
 RIDGE = 1e-3  # of the mean variance
+MOST_BYTES = 2**31  # of what all passes keep while they stand
+MOST_PASSES = 8  # in each network
 
 
 def regress(
@@ -42,70 +48,121 @@ def regress(
     image: torch.Tensor,
     *,
     ridge: float = RIDGE,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Fit every layer of ``narrow`` behind the first cut anew, in place.
 
     ``narrow`` is ``wide`` cut to ``layers``, as ``with_biases`` gave them. ``batches`` gives those
-    of this process, maybe none, once for every layer. Padding counts as if b were added to it too.
-    Raises UsageError when no process has any.
+    of this process, maybe none; as many count as their passes fit into 2 GiB. Padding counts as if
+    b were added to it too. ``check`` is called before every layer, and may raise. Raises UsageError
+    when no process has any pictures.
     """
-    norms, behind, seen = norms_behind(narrow, image), False, False
+    norms, todo, behind = norms_behind(narrow, image), [], False
     for reader in readers(wide, graph):
         behind |= not keep[reader.channels].all()
-        if not behind:
-            continue
-        kept = int(keep[reader.channels].sum())
-        moments = _paired(wide, narrow, graph, reader, kept, batches())
-        if moments.count:
-            seen = True
-            rebuild(wide, narrow, reader, layers, _fits(reader, keep, kept, moments, ridge), norms)
-    if behind and not seen:
+        todo += [reader] if behind else []
+    if not todo:
+        return
+    pairs, seen = _Pairs(wide, narrow, graph, batches(), image), False
+    with pairs.standing(todo):
+        for reader in todo:
+            check()
+            kept = int(keep[reader.channels].sum())
+            moments = pairs.moments(reader, kept)
+            if moments.count:
+                seen = True
+                fits = _fits(reader, keep, kept, moments, ridge)
+                rebuild(wide, narrow, reader, layers, fits, norms)
+    if not seen:
         raise UsageError("--compensate regress: calibration pictures are needed, there are none")
 
 
-class _EnoughError(BaseException):
-    """Ends a forward pass: what comes behind a layer need not be computed."""
+class _Pairs:
+    """The same pictures in the narrow and in the wide network."""
+
+    def __init__(
+        self,
+        wide: nn.Module,
+        narrow: nn.Module,
+        graph: ChannelGraph,
+        batches: Iterable[Batch],
+        image: torch.Tensor,
+    ) -> None:
+        self.networks = narrow, wide
+        self.often = Counter(call.weight for call in graph.calls)
+        most = max(1, MOST_BYTES // (2 * standing_bytes(wide, image)))
+        pictures = [images_of(batch) for batch in _first(batches, most)]
+        self.step = max(map(len, pictures), default=1)  # readings of so many are added at a time
+        self.pictures = list(_joined(pictures, -(-len(pictures) // MOST_PASSES)))
+        self.passes: list[list[ForwardPass]] = []
+
+    @contextmanager
+    def standing(self, todo: Sequence[Reader]) -> Iterator[None]:
+        """Passes that can stand in front of each layer of ``todo``."""
+        names = [reader.layer for reader in todo]
+        with ExitStack() as stack:
+            for network in self.networks:
+                layers = map(network.get_submodule, names)
+                passes = stack.enter_context(forward_passes(network, layers, self.pictures))
+                self.passes.append(passes)
+            yield
+
+    def moments(self, reader: Reader, kept: int) -> Moments:
+        """Moments of what is read: ``kept`` columns in the narrow network, then all in the wide.
+
+        Covariances are those of the former with all.
+        """
+        width = kept + len(reader.channels)
+        layer = self.networks[1].get_submodule(reader.layer)
+        sums = Sums(kept, width, layer.get_parameter("weight").device)
+        for number in range(len(self.pictures)):
+            for both in zip(*self._read(reader, number), strict=True):
+                parts = (values.split(self.step) for values in both)
+                for pair in zip(*parts, strict=True):
+                    sums.add(torch.cat([rows_of(values, width) for values in pair], 1))
+        return sums.result(reader.layer)
+
+    def _read(self, reader: Reader, number: int) -> list[list[torch.Tensor]]:
+        """What the layer reads of some pictures in each network, at each of its calls."""
+        often, found = self.often[f"{reader.layer}.weight"], []
+        for network, passes in zip(self.networks, self.passes, strict=True):
+            layer, values = network.get_submodule(reader.layer), []
+            if often == 1:
+                read = passes[number].until(layer)
+                values = [] if read is None else [values_of(layer, read, reader)]
+            elif often > 1:  # the last of its calls comes behind layers that it feeds itself
+                values = _inputs(network, layer, reader, self.pictures[number])
+            found.append(values)
+        return found
 
 
-def _paired(
-    wide: nn.Module,
-    narrow: nn.Module,
-    graph: ChannelGraph,
-    reader: Reader,
-    kept: int,
-    batches: Iterable[Batch],
-) -> Moments:
-    """Moments of what a reader reads: the ``kept`` columns in ``narrow``, then all in ``wide``.
-
-    Covariances are those of the former with all.
-    """
-    width = kept + len(reader.channels)
-    layer = wide.get_submodule(reader.layer)
-    sums = Sums(kept, width, layer.get_parameter("weight").device)
-    once = sum(call.weight == f"{reader.layer}.weight" for call in graph.calls) == 1
+def _first(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    """The first batches, of ``most`` pictures or a few more."""
     for batch in batches:
-        read = [_inputs(network, reader, images_of(batch), once) for network in (narrow, wide)]
-        for both in zip(*read, strict=True):
-            sums.add(torch.cat([rows_of(values, width) for values in both], 1))
-    return sums.result(reader.layer)
+        yield batch
+        most -= len(images_of(batch))
+        if most <= 0:
+            return
+
+
+def _joined(pictures: Sequence[torch.Tensor], count: int) -> Iterator[torch.Tensor]:
+    """``count`` batches at a time as one, where they are of one size."""
+    for _, alike in itertools.groupby(pictures, key=lambda images: images.shape[1:]):
+        while some := list(itertools.islice(alike, count)):
+            yield torch.cat(some)
 
 
 def _inputs(
-    network: nn.Module, reader: Reader, images: torch.Tensor, once: bool
+    network: nn.Module, layer: nn.Module, reader: Reader, images: torch.Tensor
 ) -> list[torch.Tensor]:
-    """What a reader reads of ``images``, at each of its calls."""
+    """What a layer reads of ``images`` at each of its calls; the pass is one of its own."""
     found: list[torch.Tensor] = []
 
     def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         # a copy: the next layer may work in place
         found.append(values_of(layer, inputs[0], reader).clone())
-        if once:
-            raise _EnoughError
 
-    with (
-        suppress(_EnoughError),
-        observed(network, [(network.get_submodule(reader.layer), hook)]),
-    ):
+    with observed(network, [(layer, hook)]):
         network(images)
     return found
 

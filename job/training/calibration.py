@@ -50,6 +50,11 @@ class Calibration:
             pin=accelerator.device.type == "cuda",
         )
 
+    def check(self) -> None:
+        """Raise StopRequest on every process when somebody has asked to stop; collective."""
+        if self.watch:
+            self.watch.check()
+
     def batches(self, count: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's part of the first ``count`` pictures: (B, 3, S, S) inputs and labels (B,).
 
@@ -59,8 +64,8 @@ class Calibration:
         device = self.accelerator.device
         self.sampler.count = self.most if count is None else count
         for number, (images, labels) in enumerate(checked(self.loader)):
-            if self.watch and number < self.sampler.common:
-                self.watch.check()
+            if number < self.sampler.common:
+                self.check()
             inputs = self.preprocessing.to_input(images.to(device, non_blocking=True))
             yield inputs, labels.to(device, non_blocking=True)
 

@@ -1,0 +1,116 @@
+"""Forward passes that stand still in front of a layer until the layers before it are changed."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from job.slimming.record import BATCH, observed, record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch import nn
+
+READS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
+
+
+class _EnoughError(BaseException):
+    """Ends a pass: what comes behind need not be computed."""
+
+
+class ForwardPass(threading.Thread):
+    """``network`` on ``images`` (B, C, H, W), from one layer to a later one.
+
+    A thread of its own keeps what the network's code is about to do; one of them runs at a time.
+    """
+
+    def __init__(self, network: nn.Module, images: torch.Tensor) -> None:
+        super().__init__(daemon=True)
+        self.network, self.images = network, images
+        self._turn, self._there = threading.Semaphore(0), threading.Semaphore(0)
+        self._wanted: nn.Module | None = None
+        self._read: torch.Tensor | None = None
+        self._error: BaseException | None = None
+        self._over = self._unwanted = False
+
+    def until(self, layer: nn.Module) -> torch.Tensor | None:
+        """Go on to ``layer``: what it is about to read, to be used at once; None at the end.
+
+        Raises what the network raises.
+        """
+        self._wanted, self._read = layer, None
+        if not self._over:
+            self._turn.release()
+            self._there.acquire()
+        if self._error:
+            raise self._error
+        return self._read
+
+    def run(self) -> None:
+        """The network's own forward pass."""
+        self._turn.acquire()
+        try:
+            with torch.no_grad():
+                if not self._unwanted:
+                    self.network(self.images)
+        except _EnoughError:
+            pass
+        except BaseException as error:
+            self._error = error
+        self._read, self._over = None, True
+        self._there.release()
+
+    def stand(self, layer: nn.Module, values: torch.Tensor) -> None:
+        """Stay in front of ``layer`` if it is the one that is waited for."""
+        if self._wanted is layer and not self._unwanted:
+            self._read = values
+            self._there.release()
+            self._turn.acquire()
+        if self._unwanted:
+            raise _EnoughError
+
+    def end(self) -> None:
+        """Forget what is left."""
+        self._unwanted = True
+        self._turn.release()
+        self.join()
+
+
+@contextmanager
+def forward_passes(
+    network: nn.Module, layers: Iterable[nn.Module], batches: Sequence[torch.Tensor]
+) -> Iterator[list[ForwardPass]]:
+    """A pass for each of ``batches`` (B, C, H, W), in eval mode, that can stand at ``layers``."""
+
+    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        this = threading.current_thread()
+        if isinstance(this, ForwardPass):
+            this.stand(layer, inputs[0])
+
+    passes = [ForwardPass(network, images) for images in batches]
+    with observed(network, [(layer, hook) for layer in layers]):
+        for each in passes:
+            each.start()
+        try:
+            yield passes
+        finally:
+            for each in passes:
+                each.end()
+
+
+def standing_bytes(network: nn.Module, image: torch.Tensor) -> int:
+    """About the most that a pass keeps in front of a layer, of each picture like ``image``."""
+    recording = record(network, image)
+    last = {id(t): n for n, op in enumerate(recording.operations) for t in op.inputs()}
+    alive: dict[int, int] = {id(recording.image): recording.image.nbytes}
+    most = recording.image.nbytes
+    for number, operation in enumerate(recording.operations):
+        if operation.name in READS:
+            most = max(most, sum(alive.values()))
+        alive |= {id(result): result.nbytes for result in operation.results()}
+        alive = {key: size for key, size in alive.items() if last.get(key, -1) > number}
+    return most // BATCH
