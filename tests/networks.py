@@ -290,6 +290,18 @@ class Normalised(Net):
         return self.after(self.norm(self.conv(x)))
 
 
+class Measured(Net):
+    """Gives what is not understood the shape of what was understood, its channels among it."""
+
+    def build(self) -> None:
+        self.conv, self.inner, self.after = block(12, 12), nn.Conv2d(12, 12, 1), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        places = self.inner(x).flatten(2).transpose(1, 2).cumsum(2)
+        return self.after(places.transpose(1, 2).reshape(x.shape))
+
+
 class _Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -318,4 +330,5 @@ CUTTABLE = [
 LEFT_ALONE = {
     FixedView: "conv.0", FixedSplit: "conv.0", Attention: "conv.0", EfficientAttention: "stem.0",
     Written: "conv.0", Normalised: "conv.0", Custom: "conv.0",
+    Measured: "conv.0",
 }  # fmt: skip

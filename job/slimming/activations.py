@@ -75,6 +75,7 @@ class Activations:
 
     def give_up(self, op: Operation, reason: str) -> None:
         """Leave alone all that an operation touches."""
+        self.flow.doubtful = True
         for tensor in op.inputs():
             self.fix(tensor, reason)
         self.forget(op)

@@ -55,6 +55,7 @@ class Flow:
     suspects: list[tuple[str, Ids]] = field(default_factory=list)  # moved by fixed numbers, maybe
     reasons: list[tuple[str, Ids]] = field(default_factory=list)  # why elements are fixed
     calls: list[Call] = field(default_factory=list)
+    doubtful: bool = False  # there is an operation that is not understood
     count: int = 1  # elements, FIXED among them
     ties: list[Ids] = field(default_factory=list)  # (2, n) pairs
 

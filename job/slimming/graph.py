@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from job.slimming.record import Recording
 
 
+DOUBT = "an operation that is not understood"
+
+
 @dataclass(frozen=True)
 class ChannelGroup:
     """Channels that one or several layers write, each cut from all of them together.
@@ -164,7 +167,9 @@ def _graph(network: nn.Module, flow: Flow) -> ChannelGraph:
     names = np.zeros(count, object)
     for group in groups:
         names[group.channels] = group.name
-    suspects = dict.fromkeys(
+    # what is not understood may have taken the number of any channels
+    suspects = dict.fromkeys((g.name, DOUBT) for g in groups if flow.doubtful)
+    suspects |= dict.fromkeys(
         (str(name), what)
         for what, ids in flow.suspects
         for name in np.unique(names[numbers[ids][numbers[ids] != FIXED]].astype(str))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from job.errors import GammaslimError
+from job.errors import GammaslimError, reason
 from job.slimming.plan import layers_of
 from job.slimming.policy import kept, ranked
 from job.slimming.record import mode, record, tensors_in
@@ -51,7 +51,10 @@ def verify(
     if not auxiliary:  # such heads have sizes of their own
         image = smaller(wide, image)
     expected = _outputs(_masked(wide, layers), image, auxiliary)
-    found = _outputs(_in_float64(narrow), image, auxiliary)
+    try:
+        found = _outputs(_in_float64(narrow), image, auxiliary)
+    except Exception as failure:  # anybody's network
+        raise GammaslimError(f"the narrow network does not run: {reason(failure)}") from failure
     error = 0.0
     for ours, theirs in zip(found, expected, strict=True):
         worst = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-300)
@@ -152,20 +155,35 @@ def settled(network: nn.Module, graph: ChannelGraph, image: torch.Tensor) -> Cha
     """The graph without those suspects that a trial cut shows to be misunderstood.
 
     Suspects are groups that a view or a slice by fixed numbers may treat wrongly once they are
-    smaller. All are tried together, and one by one only when that fails.
+    smaller. All are tried together, and halves of them only where that fails.
     """
     names = list(dict.fromkeys(name for name, _ in graph.suspects))
-    if not names or _passes(network, graph, names, image):
+    if not names:
+        return graph
+    if not graph.auxiliary:
+        image = smaller(network, image)
+    if _passes(network, graph, names, image):
         return graph
     reasons = dict(graph.suspects)
-    for name in names:
-        if not _passes(network, graph, [name], image):
-            reason = f"{reasons[name]} works for the present number of channels only"
-            graph = graph.without([name], reason)
-    left = [name for name in names if name in {group.name for group in graph.groups}]
+    for name in _failing(network, graph, names, image):
+        reason = f"{reasons[name]} works for the present number of channels only"
+        graph = graph.without([name], reason)
+    known = {group.name for group in graph.groups}
+    left = [name for name in names if name in known]
     if left and not _passes(network, graph, left, image):
         graph = graph.without(left, "moved in a way that is not understood")
     return graph
+
+
+def _failing(
+    network: nn.Module, graph: ChannelGraph, names: list[str], image: torch.Tensor
+) -> list[str]:
+    """Those whose trial cut is wrong by itself, of some groups whose cut together is."""
+    if len(names) == 1:
+        return names
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    wrong = [half for half in halves if not _passes(network, graph, half, image)]
+    return [name for half in wrong for name in _failing(network, graph, half, image)]
 
 
 def _passes(network: nn.Module, graph: ChannelGraph, names: list[str], image: torch.Tensor) -> bool:
