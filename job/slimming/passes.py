@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +54,9 @@ class ForwardPass(threading.Thread):
         """The network's own forward pass."""
         self._turn.acquire()
         try:
-            with torch.no_grad():
+            # which device is the current one, and whether there are gradients, is each thread's own
+            cuda = torch.cuda.device(self.images.device) if self.images.is_cuda else nullcontext()
+            with cuda, torch.no_grad():
                 if not self._unwanted:
                     self.network(self.images)
         except _EnoughError:
