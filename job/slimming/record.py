@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-# whose result has the shape and type of their first argument
 SUMS = frozenset({"add", "__add__", "mul", "__mul__"})
-LIKE_FIRST = SUMS | frozenset(
-    {"batch_norm", "relu", "relu6", "silu", "gelu", "hardswish", "sigmoid"}
+# whose result has the shape and type of their first argument
+SAME_SHAPE = frozenset(
+    """batch_norm relu relu6 hardtanh silu gelu hardswish hardsigmoid sigmoid tanh leaky_relu
+    elu""".split()
 )
 BATCH = 2  # pictures: BatchNorm in train mode needs two values a channel
 
@@ -141,18 +142,21 @@ class _Recorder(TorchFunctionMode):
 
 
 def _known(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The result of what is slow on the ``meta`` device, where it is like the first argument."""
+    """The result of what is slow on the ``meta`` device, where its shape is plain to see."""
     first = args[0] if args and isinstance(args[0], torch.Tensor) else None
-    if first is None or not first.is_meta or name not in LIKE_FIRST or kwargs.get("inplace"):
+    if first is None or not first.is_meta:
         return None
-    if name in SUMS and not (
-        len(args) == 2
-        and isinstance(args[1], torch.Tensor)
-        and (args[1].shape, args[1].dtype, args[1].is_meta) == (first.shape, first.dtype, True)
-        and not kwargs
-    ):
+    if name in SAME_SHAPE:
+        if kwargs.get("inplace"):
+            return first
+        return torch.empty(first.shape, dtype=first.dtype, device="meta")
+    other = args[1] if name in SUMS and len(args) == 2 and not kwargs else None
+    if not isinstance(other, torch.Tensor) or other.dtype != first.dtype or not other.is_meta:
         return None
-    return torch.empty(first.shape, dtype=first.dtype, device="meta")
+    sizes = list(zip(first.shape, other.shape, strict=False))
+    if first.dim() != other.dim() or any(m != n and 1 not in (m, n) for m, n in sizes):
+        return None
+    return torch.empty([max(both) for both in sizes], dtype=first.dtype, device="meta")
 
 
 def _copied(value: Any) -> Any:
