@@ -166,16 +166,12 @@ def _accuracy(figure: Any, history: History, cost: str) -> Picture:
         at = [place(best)], [100 * best.valid_acc]
         axes.plot(*at, color=BLACK, label="recommended", **ring)
     for entry, (x, y) in list(zip(rounds, tuned, strict=True))[:LABELS]:
-        _label(axes, x, y, _round_name(entry.round))
+        _label(axes, x, y, entry.name)
     axes.set_xlabel(label)
     axes.set_ylabel(ACCURACY)
     axes.legend()
     text = f"Accuracy of the base and of each round against {UNITS[cost][0]}"
     return _picture(canvas, f"accuracy-{cost}", text)
-
-
-def _round_name(number: int) -> str:
-    return "base" if number == 0 else str(number)
 
 
 def _curves(figure: Any, history: History, what: str) -> Picture:
@@ -207,7 +203,7 @@ def _curves(figure: Any, history: History, what: str) -> Picture:
 
 def _mark_rounds(axes: Any, history: History) -> None:
     """A line at the end of each round, its number above."""
-    ends = [(entry.step, _round_name(entry.round)) for entry in history.rounds]
+    ends = [(entry.step, entry.name) for entry in history.rounds]
     for step, _ in ends:
         axes.axvline(step, color=GREY, linewidth=0.7, zorder=0)
     for step, text in ends[:: 1 + len(ends) // LABELS]:

@@ -39,6 +39,11 @@ class Round:
     best_epoch: int | None = None
     seconds: float | None = None
 
+    @property
+    def name(self) -> str:
+        """Its number, or that it is the base."""
+        return "base" if self.round == 0 else str(self.round)
+
 
 @dataclass(frozen=True)
 class Epoch:

@@ -192,11 +192,10 @@ def _rounds(history: History) -> str:
     rows, best = [], set()
     for place, entry in enumerate(history.rounds):
         points = history.points(entry)
-        name = "base" if entry.round == 0 else str(entry.round)
         if entry is history.best:
             best.add(place)
         rows.append([
-            "★ recommended: " + name if entry is history.best else name,
+            "★ recommended: " + entry.name if entry is history.best else entry.name,
             f"{entry.width:.4f}",
             *(_cost(history, entry, cost) for cost in COSTS),
             f"{entry.channels:,}",

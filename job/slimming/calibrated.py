@@ -99,8 +99,7 @@ def compensated(
     processes get the main one's weights.
     """
     if method == "regress":
-        none: Batches = lambda: ()  # noqa: E731
-        regress(wide, narrow, graph, keep, layers, batches or none, image, check=check)
+        regress(wide, narrow, graph, keep, layers, batches or tuple, image, check=check)
     elif method != "none":
         means = betas(wide, graph, keep, image) if method == "beta" else moments
         fold_means(wide, narrow, graph, keep, layers, means, image)

@@ -17,7 +17,7 @@ from job.slimming.activations import owner
 from job.slimming.moments import collect, readers
 from job.slimming.plan import LayerChannels
 from job.slimming.record import record
-from job.slimming.select import batchnorms
+from job.slimming.select import batchnorms, unwrapped
 from job.slimming.verification import probe
 
 if TYPE_CHECKING:
@@ -153,11 +153,10 @@ def rebuild(
             layer.bias.copy_(old + added)
             return
         for norm in norms.get(reader.layer, ()):
-            mean = batchnorms(narrow)[norm].running_mean
-            if mean is not None:  # else it normalises by each batch and hides any constant
-                before = batchnorms(wide)[norm].running_mean
-                assert before is not None
-                mean.copy_(before.cpu().double()[rows] - added)
+            now: Any = unwrapped(narrow.get_submodule(norm))
+            then: Any = unwrapped(wide.get_submodule(norm))
+            if now.running_mean is not None:  # else each batch hides any constant
+                now.running_mean.copy_(then.running_mean.cpu().double()[rows] - added)
 
 
 def betas(

@@ -114,13 +114,13 @@ def make_plan(
     ``base`` is what fractions are of; by default the network itself. ``unbiased`` layers get a bias
     when they are to read fewer channels, which the costs take into account.
     """
-    base = base or Base(layer_widths(network))
     sizes = full_sizes(network, graph, base)
     groups = ranked(graph, scores, least=_floors(slimming, sizes), round_to=slimming.round_to)
     planner = Planner(_explained(graph, groups), Costs(network, graph, unbiased), groups)
+    whole = (base and base.cost) or planner.base
     if slimming.policy == "uniform":
-        return _uniform(network, planner, slimming.budget, base.cost or planner.base, sizes)
-    return _global(planner, slimming.budget, base.cost or planner.base)
+        return _uniform(network, planner, slimming.budget, whole, sizes)
+    return _global(planner, slimming.budget, whole)
 
 
 def _floors(slimming: Slimming, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -146,10 +146,7 @@ def _unseen(network: nn.Module, recording: Recording) -> set[str]:
 def _graph(network: nn.Module, flow: Flow) -> ChannelGraph:
     classes = flow.classes()
     blocks = _blocks(flow, classes)
-    fixed = np.zeros(flow.count, bool)
-    fixed[classes[FIXED]] = True
-    for _, ids in flow.reasons:
-        fixed[classes[ids]] = True
+    fixed = _fixed(flow, classes)
     written = np.zeros(flow.count, bool)
     for _, ids in flow.births:
         written[classes[ids]] = True
@@ -183,6 +180,14 @@ def _graph(network: nn.Module, flow: Flow) -> ChannelGraph:
     return graph.without(single, "all of its channels are tied together")
 
 
+def _fixed(flow: Flow, classes: Ids) -> Ids:
+    """(count,) bool: the classes of elements that are never cut."""
+    fixed = np.zeros(flow.count, bool)
+    for ids in (np.array([FIXED]), *(ids for _, ids in flow.reasons)):
+        fixed[classes[ids]] = True
+    return fixed
+
+
 def _blocks(flow: Flow, classes: Ids) -> list[Ids]:
     """Which rows must keep as many channels as each other; what is too entangled is fixed."""
     kept: list[Ids] = []
@@ -203,9 +208,7 @@ def _blocks(flow: Flow, classes: Ids) -> list[Ids]:
             flow.fix(block.reshape(-1), "parts that must stay equally large have fixed channels")
         else:
             kept.append(rows)
-    fixed = np.zeros(flow.count, bool)
-    for _, ids in flow.reasons:
-        fixed[classes[ids]] = True
+    fixed = _fixed(flow, classes)
     for rows in kept:  # one that is fixed for another reason would unbalance them
         if fixed[rows].any():
             flow.fix(rows.reshape(-1), "parts that must stay equally large have fixed channels")

@@ -24,8 +24,13 @@ class SelectedChannels(nn.Module):
         return output
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What selects its channels from a stream is the BatchNorm in it; else the module itself."""
+    return module.norm if isinstance(module, SelectedChannels) else module
+
+
 def batchnorms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     """BatchNorms by name, also by that of what selects their channels from a stream."""
-    modules = dict(network.named_modules(remove_duplicate=False))
-    chosen = {name: m.norm for name, m in modules.items() if isinstance(m, SelectedChannels)}
-    return {name: m for name, m in (modules | chosen).items() if isinstance(m, BATCHNORM)}
+    modules = network.named_modules(remove_duplicate=False)
+    found = ((name, unwrapped(module)) for name, module in modules)
+    return {name: norm for name, norm in found if isinstance(norm, BATCHNORM)}

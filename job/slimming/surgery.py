@@ -13,7 +13,7 @@ from torch import nn
 
 from job.errors import GammaslimError
 from job.slimming.activations import BATCHNORM, CONVOLUTIONS, owner
-from job.slimming.select import SelectedChannels
+from job.slimming.select import SelectedChannels, unwrapped
 
 if TYPE_CHECKING:
     from job.slimming.plan import Kept, LayerChannels, Layers
@@ -108,8 +108,7 @@ def _holder(modules: Modules, name: str) -> nn.Module:
         if owner(name) not in modules:
             raise GammaslimError(f"there is no layer {name}")
         return modules[owner(name)]
-    layer = modules[name]
-    return layer.norm if isinstance(layer, SelectedChannels) else layer
+    return unwrapped(modules[name])
 
 
 def _is_param(tensor: torch.Tensor) -> bool:
