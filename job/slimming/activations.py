@@ -9,19 +9,11 @@ import torch
 from torch import nn
 
 from job.slimming.flow import Flow, Ids, Position, Side
-from job.slimming.labels import axes, plain
+from job.slimming.labels import along, axes, plain
+from job.slimming.layers import LAYERS, modules_of
 
 if TYPE_CHECKING:
     from job.slimming.record import Operation, Recording
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCHNORM = nn.modules.batchnorm._BatchNorm
-LAYERS = (*CONVOLUTIONS, nn.Linear, BATCHNORM)
-
-
-def owner(parameter: str) -> str:
-    """The module that a parameter or module belongs to."""
-    return parameter.rpartition(".")[0]
 
 
 class Activations:
@@ -33,10 +25,12 @@ class Activations:
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self.flow = network, Flow()
-        self.modules = dict(network.named_modules(remove_duplicate=False))
+        self.modules = modules_of(network)
         self.positions: dict[tuple[str, Side], Position] = {}
         self.labels: dict[int, torch.Tensor] = {}  # by id of the activation
         self.shared: set[int] = set()  # activations whose elements go more than one way
+        self.known: dict[int, torch.Tensor] = {}  # labels of which not all are FIXED, by their id
+        self.lines: dict[int, tuple[int, Ids]] = {}  # the axis and the elements of some of those
 
     def of(self, tensor: Any) -> torch.Tensor | None:
         """The labels of an activation; None where nothing in it can be cut."""
@@ -48,19 +42,30 @@ class Activations:
         found = self.of(tensor)
         if found is None:
             return np.zeros(tensor.shape[axis], np.int64)
+        if id(found) in self.lines and self.lines[id(found)][0] == axis:
+            return self.lines[id(found)][1]
         if set(axes(found)) - {axis}:
             return None
         ids: Ids = found.reshape(-1).expand(tensor.shape[axis]).numpy()
+        self.lines[id(found)] = axis, ids
         return ids
 
     def set(self, tensor: torch.Tensor, labels: torch.Tensor, *, shared: bool) -> None:
         """Give a result its labels."""
         self.labels.pop(id(tensor), None)
         self.shared.discard(id(tensor))
-        if bool(labels.any()):  # other than FIXED
-            self.labels[id(tensor)] = labels
+        if id(labels) in self.known or bool(labels.any()):  # other than FIXED
+            self.labels[id(tensor)] = self.known[id(labels)] = labels
             if shared:
                 self.shared.add(id(tensor))
+
+    def lay(self, tensor: torch.Tensor, ids: Ids, axis: int, *, shared: bool) -> None:
+        """Give a result the elements ``ids`` along ``axis``."""
+        labels = along(ids, axis, tensor.dim())
+        if ids.any():
+            self.known[id(labels)] = labels
+            self.lines[id(labels)] = axis, ids
+        self.set(tensor, labels, shared=shared)
 
     def fix(self, tensor: torch.Tensor, reason: str) -> None:
         """Never cut what an activation comes from."""

@@ -48,7 +48,8 @@ class Between(Activations):
             found = self.of(tensor)
             if found is None:
                 continue
-            found = found.reshape([1] * (dims - found.dim()) + list(found.shape))
+            if found.dim() < dims:
+                found = found.reshape([1] * (dims - found.dim()) + list(found.shape))
             if together is not None and axes(found) != axes(together):
                 return self.give_up(op, f"{op.name} of channels along different axes")
             if together is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.slimming.activations import owner
+from job.slimming.layers import owner
 from job.slimming.moments import collect, readers
 from job.slimming.plan import LayerChannels
 from job.slimming.record import record

@@ -9,13 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from job.slimming.activations import BATCHNORM, CONVOLUTIONS, owner
+from job.slimming.layers import BATCHNORM, CONVOLUTIONS, owner, tensors_of
 from job.slimming.record import record
 from job.slimming.select import batchnorms
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from job.slimming.flow import Ids
     from job.slimming.graph import ChannelGraph
     from job.slimming.record import Operation, Recording
@@ -100,15 +98,11 @@ def network_cost(network: nn.Module, size: int) -> Cost:
     """The cost of the whole network for a picture of (3, size, size)."""
     recording = record(network, picture(size))
     return Cost(
-        channels=sum(layer.num_features for layer in _batchnorms(network)),
+        channels=sum(m.num_features for m in network.modules() if isinstance(m, BATCHNORM)),
         params=sum(p.numel() for p in network.parameters()),
         macs=sum(_macs(operation, recording) for operation in recording.operations),
         bytes=sum(t.numel() * t.element_size() for t in network.state_dict().values()),
     )
-
-
-def _batchnorms(network: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
-    return (layer for layer in network.modules() if isinstance(layer, BATCHNORM))
 
 
 class Costs:
@@ -121,22 +115,26 @@ class Costs:
     def __init__(
         self, network: nn.Module, graph: ChannelGraph, unbiased: frozenset[str] = frozenset()
     ) -> None:
-        sides: Sides = {(p.layer, p.side): number for number, p in enumerate(graph.positions)}
-        self.ids = np.concatenate([[0], *(p.ids for p in graph.positions)])
-        lengths = [1, *(len(p.ids) for p in graph.positions)]
+        arrays = {id(p.ids): p.ids for p in graph.positions}  # positions share some
+        number_of = {key: number for number, key in enumerate(arrays)}
+        sides: Sides = {(p.layer, p.side): number_of[id(p.ids)] for p in graph.positions}
+        self.ids = np.concatenate([[0], *arrays.values()])
+        lengths = [1, *map(len, arrays.values())]
         self.starts = np.cumsum([0, *lengths[:-1]])
         self.lengths = np.array(lengths)
         order_of = np.argsort(self.ids, kind="stable")
         self.position = np.repeat(np.arange(len(lengths)), lengths)[order_of]
         self.first_of = np.searchsorted(self.ids[order_of], np.arange(graph.count + 1))
         tensors, keys = _tensors(network)
-        between = [_sides(name, tensor, sides) for name, tensor in tensors.items()]
+        cut = {layer for layer, _ in sides}
+        between = [_sides(name, tensor, sides, cut) for name, tensor in tensors.items()]
         order = {name: number for number, name in enumerate(tensors)}
         self.first, self.second = np.array(between, np.int64).reshape(-1, 2).T
         full = self.lengths[self.first] * self.lengths[self.second]
         self.numel = np.array([tensor.numel() for tensor in tensors.values()], np.int64)
         self.full = full
-        self.is_param = np.array([isinstance(t, nn.Parameter) for t in tensors.values()])
+        is_param = [isinstance(tensor, nn.Parameter) for tensor in tensors.values()]
+        self.is_param = np.array(is_param, np.int64)
         self.bytes = np.zeros(len(tensors), np.int64)
         for name in keys.values():
             self.bytes[order[name]] += tensors[name].element_size()
@@ -153,10 +151,9 @@ class Costs:
         known = batchnorms(network)
         norms = {name: n for (name, _), n in cut if name in known}
         self.norms = np.array(sorted(norms.values()), np.int64)
-        total = sum(layer.num_features for layer in _batchnorms(network))
+        total = sum({id(norm): norm.num_features for norm in known.values()}.values())
         self.other_channels = total - int(self.lengths[self.norms].sum())
-        whole = {name for name, layer in network.named_modules() if isinstance(layer, BATCHNORM)}
-        fresh = [n for (name, side), n in cut if side == "select" and name in whole]
+        fresh = [n for (name, side), n in cut if side == "select" and f"{name}.norm" not in known]
         self.selecting = np.array(fresh, np.int64)
 
     def _biases(self, network: nn.Module, unbiased: frozenset[str], sides: Sides) -> None:
@@ -186,40 +183,48 @@ class Costs:
 
     def cost_at(self, counts: Ids) -> Cost:
         """The cost with so many channels at each position (positions,), as ``counts`` has them."""
+        return Cost(**{metric: self.measure(metric, counts) for metric in METRICS})
+
+    def measure(self, metric: str, counts: Ids) -> int:
+        """One of ``METRICS`` with so many channels at each position (positions,)."""
+        if metric == "channels":
+            return self.other_channels + int(counts[self.norms].sum())
         numel = self.numel * (counts[self.first] * counts[self.second]) // self.full
-        chosen = counts[self.selecting]
-        index = int(chosen[chosen < self.lengths[self.selecting]].sum()) * INDEX_BYTES
+        if metric == "macs":
+            return int(numel @ self.macs) + self.other_macs
         fewer = counts[self.readers] < self.lengths[self.readers]
         biases = self.bias_rows * counts[self.writers] * fewer
-        return Cost(
-            channels=self.other_channels + int(counts[self.norms].sum()),
-            params=int(numel[self.is_param].sum() + biases.sum()),
-            macs=int((numel * self.macs).sum()) + self.other_macs,
-            bytes=int((numel * self.bytes).sum() + (biases * self.bias_bytes).sum()) + index,
-        )
+        if metric == "params":
+            return int(numel @ self.is_param + biases.sum())
+        chosen = counts[self.selecting]
+        index = int(chosen[chosen < self.lengths[self.selecting]].sum()) * INDEX_BYTES
+        return int(numel @ self.bytes + biases @ self.bias_bytes) + index
 
 
 def _tensors(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Parameters and buffers by name, shared ones once; and for each state-dict key, which."""
-    tensors: dict[str, torch.Tensor] = {}
     known: dict[int, str] = {}
-    for named in (network.named_parameters, network.named_buffers):
-        everything = dict(named(remove_duplicate=False))
-        tensors |= {n: t for n, t in everything.items() if known.setdefault(id(t), n) == n}
+    tensors = {
+        name: tensor
+        for name, _, _, tensor in tensors_of(network)
+        if known.setdefault(id(tensor), name) == name
+    }
     state: dict[str, Any] = network.state_dict(keep_vars=True)
     return tensors, {key: known[id(value)] for key, value in state.items() if id(value) in known}
 
 
-def _sides(name: str, tensor: torch.Tensor, sides: Sides) -> tuple[int, int]:
+def _sides(name: str, tensor: torch.Tensor, sides: Sides, cut: set[str]) -> tuple[int, int]:
     """Numbers (from 1; 0: none) of the positions that a tensor's size is proportional to."""
     layer, _, own = name.rpartition(".")
+    if own == "num_batches_tracked":
+        return 0, 0
     if (layer.removesuffix(".norm"), "select") in sides:
         layer = layer.removesuffix(".norm")
     at = layer
-    if not any((layer, side) in sides for side in ("out", "in", "through", "select")):
+    if layer not in cut:
+        if name not in cut:
+            return 0, 0
         at, own = name, "weight"
-    if own == "num_batches_tracked":
-        return 0, 0
     through = next((sides[at, s] + 1 for s in ("through", "select") if (at, s) in sides), 0)
     if through:
         return through, 0

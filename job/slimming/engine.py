@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from job.errors import UsageError, reason
-from job.slimming.activations import LAYERS
 from job.slimming.budget import Budget
 from job.slimming.cost import Cost, Costs
 from job.slimming.graph import Blocked, channel_graph
+from job.slimming.layers import LAYERS, modules_of
 from job.slimming.policy import Planner, Ranked, given_back, ranked, solve
 from job.slimming.select import SelectedChannels
 from job.slimming.verification import settled
@@ -81,7 +81,7 @@ def analyse(network: nn.Module, image: torch.Tensor, ignore: Iterable[str] = ())
 def layer_widths(network: nn.Module) -> dict[str, int]:
     """How many channels each convolution, linear layer and BatchNorm writes."""
     widths = {}
-    for name, layer in network.named_modules():
+    for name, layer in modules_of(network, once=True).items():
         if isinstance(layer, SelectedChannels):
             widths[name] = len(layer.indices)
         elif isinstance(layer, LAYERS):
@@ -116,10 +116,14 @@ def make_plan(
     """
     sizes = full_sizes(network, graph, base)
     groups = ranked(graph, scores, least=_floors(slimming, sizes), round_to=slimming.round_to)
-    planner = Planner(_explained(graph, groups), Costs(network, graph, unbiased), groups)
+    graph, uniform = _explained(graph, groups), slimming.policy == "uniform"
+    own: Mapping[str, int] | None = getattr(network, "uniform_widths", None) if uniform else None
+    if own is not None:  # only those that the network's own width scales
+        groups = [r for r in groups if r.group.name in own]
+    planner = Planner(graph, Costs(network, graph, unbiased), groups)
     whole = (base and base.cost) or planner.base
-    if slimming.policy == "uniform":
-        return _uniform(network, planner, slimming.budget, whole, sizes)
+    if uniform:
+        return _uniform(planner, slimming.budget, whole, sizes, strict=own is not None)
     return _global(planner, slimming.budget, whole)
 
 
@@ -163,14 +167,11 @@ def _share(plan: Plan, base: Cost) -> float:
 
 
 def _uniform(
-    network: nn.Module, planner: Planner, budget: Budget, base: Cost, sizes: Mapping[str, int]
+    planner: Planner, budget: Budget, base: Cost, sizes: Mapping[str, int], *, strict: bool
 ) -> Plan:
-    """The same fraction of every group; of those that the network's own width scales, if it has."""
-    own: Mapping[str, int] | None = getattr(network, "uniform_widths", None)
-    if own is not None:
-        planner.groups = [r for r in planner.groups if r.group.name in own]
+    """The same fraction of every group."""
     if budget.metric == "width":
-        _check_width(planner, budget.value, sizes, strict=own is not None)
+        _check_width(planner, budget.value, sizes, strict=strict)
         counts = planner.counts_at(sizes, budget.value)
         return planner.plan("uniform", counts, budget.value)
     fractions = {

@@ -57,12 +57,12 @@ class Flow:
     calls: list[Call] = field(default_factory=list)
     doubtful: bool = False  # there is an operation that is not understood
     count: int = 1  # elements, FIXED among them
-    ties: list[Ids] = field(default_factory=list)  # (2, n) pairs
+    ties: list[tuple[Ids, Ids]] = field(default_factory=list)  # pair by pair
 
     def tie(self, one: Ids, other: Ids) -> None:
         """Cut these elements together, pair by pair."""
         if len(one):
-            self.ties.append(np.stack([one, other]))
+            self.ties.append((one, other))
 
     def fix(self, ids: Ids, reason: str) -> None:
         """Never cut these elements."""
@@ -82,7 +82,7 @@ class Flow:
         classes = np.arange(self.count)
         if not self.ties:
             return classes
-        one, other = np.concatenate(self.ties, axis=1)
+        one, other = (np.concatenate(side) for side in zip(*self.ties, strict=True))
         while True:
             least = np.minimum(classes[one], classes[other])
             after = classes.copy()
@@ -95,6 +95,8 @@ class Flow:
 
     def mixed(self, layers: set[str]) -> set[str]:
         """Those of ``layers`` whose elements are tied to what another layer writes."""
+        if not layers:
+            return set()
         classes = self.classes()
         writer = np.full(self.count, -1)
         several = np.zeros(self.count, bool)

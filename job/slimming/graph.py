@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.slimming.activations import LAYERS
 from job.slimming.flow import FIXED, Flow, Ids, Position
+from job.slimming.layers import LAYERS, modules_of
 from job.slimming.record import record
 from job.slimming.select import batchnorms
 from job.slimming.trace import follow
@@ -91,7 +91,7 @@ class ChannelGraph:
             self,
             groups=tuple(group for group in self.groups if group not in gone),
             blocked=self.blocked + blocked,
-            positions=tuple(replace(p, ids=numbers[p.ids]) for p in self.positions),
+            positions=_numbered(self.positions, numbers),
             suspects=tuple(s for s in self.suspects if s[0] not in {g.name for g in gone}),
         )
 
@@ -137,7 +137,7 @@ def _unseen(network: nn.Module, recording: Recording) -> set[str]:
     names = {name for key, name in recording.names.items() if key in used}
     return {
         name
-        for name, layer in network.named_modules()
+        for name, layer in modules_of(network, once=True).items()
         if isinstance(layer, LAYERS)
         and not any(f"{name}.{own}" in names for own in ("weight", "running_mean"))
     }
@@ -148,15 +148,12 @@ def _graph(network: nn.Module, flow: Flow) -> ChannelGraph:
     blocks = _blocks(flow, classes)
     fixed = _fixed(flow, classes)
     written = np.zeros(flow.count, bool)
-    for _, ids in flow.births:
-        written[classes[ids]] = True
+    written[classes[1:]] = True  # all elements but FIXED are born somewhere
     free = np.flatnonzero(written & ~fixed)
     numbers = np.zeros(flow.count, np.int64)
     numbers[free] = np.arange(1, len(free) + 1)
     numbers = numbers[classes]
-    positions = tuple(
-        replace(p, ids=numbers[p.ids]) for p in flow.positions if numbers[p.ids].any()
-    )
+    positions = _numbered(flow.positions, numbers)
     blocks = [numbers[block] for block in blocks if numbers[block].any()]
     count = len(free) + 1
     found = _groups(network, flow, numbers, positions, blocks, count)
@@ -178,6 +175,20 @@ def _graph(network: nn.Module, flow: Flow) -> ChannelGraph:
     graph = graph.without(unbalanced, "only some of them must stay equally many in each part")
     single = [group.name for group in groups if group.size == 1]
     return graph.without(single, "all of its channels are tied together")
+
+
+def _numbered(positions: Iterable[Position], numbers: Ids) -> tuple[Position, ...]:
+    """Positions with ``numbers`` of their ids, equal ones one array; none that are all FIXED."""
+    found: dict[int, Ids] = {}
+    arrays: dict[bytes, Ids] = {}
+    renumbered = []
+    for p in positions:
+        if id(p.ids) not in found:
+            ids = numbers[p.ids]
+            found[id(p.ids)] = arrays.setdefault(ids.tobytes(), ids)
+        renumbered.append(Position(p.layer, p.side, found[id(p.ids)], p.times))
+    some = {id(ids) for ids in arrays.values() if ids.any()}
+    return tuple(p for p in renumbered if id(p.ids) in some)
 
 
 def _fixed(flow: Flow, classes: Ids) -> Ids:
@@ -237,8 +248,10 @@ def _groups(
     for layer, ids in written:
         if len(ids):
             writers[members[ids[0]]].append(layer)
+    arrays = {id(p.ids): p.ids for p in positions}  # some share one
+    firsts = {key: _distinct(members[ids]) for key, ids in arrays.items()}
     for position in positions:
-        for first in _distinct(members[position.ids]):
+        for first in firsts[id(position.ids)]:
             within[first].append(position)
     rank = {name for name, norm in batchnorms(network).items() if norm.weight is not None}
     order = np.argsort(members, kind="stable")
@@ -272,11 +285,15 @@ def _blocked(flow: Flow, classes: Ids) -> tuple[Blocked, ...]:
     for reason, ids in reversed(flow.reasons):
         why[classes[ids]] = order[reason]
     found = []
+    of = why[classes]
     for layer, ids in flow.births:
-        numbers = why[classes[ids]]
+        own = of[ids[0] : ids[-1] + 1]
+        if not own.any():
+            continue
+        numbers = np.bincount(own, minlength=len(names) + 1)
         found += [
-            Blocked(layer, int((numbers == number).sum()), reason)
+            Blocked(layer, int(numbers[number]), reason)
             for reason, number in order.items()
-            if number in set(numbers.tolist())
+            if numbers[number]
         ]
     return tuple(found)

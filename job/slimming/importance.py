@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from job.slimming.select import batchnorms
 
@@ -24,10 +25,15 @@ def gamma_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
     """
     names, norms = {norm for group in graph.groups for norm in group.norms}, batchnorms(network)
     mean = _Mean(graph.count)
-    for position in graph.positions:
-        if position.side in ("through", "select") and position.layer in names:
-            gamma = norms[position.layer].weight.detach().double().abs()
-            mean.add(position.ids, gamma.cpu().numpy())
+    ranking = [
+        position
+        for position in graph.positions
+        if position.side in ("through", "select") and position.layer in names
+    ]
+    if ranking:
+        gammas = torch.cat([norms[position.layer].weight.detach() for position in ranking])
+        ids = np.concatenate([position.ids for position in ranking])
+        mean.add(ids, gammas.double().abs().cpu().numpy())
     return mean.result()
 
 

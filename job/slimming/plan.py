@@ -104,22 +104,20 @@ def everything(graph: ChannelGraph) -> Ids:
 
 def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
     """Where the channels of ``keep`` (count,) bool stand, layer by layer; whole layers left out."""
-    layers: Layers = {}
+    layers: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[int, int], Kept | None] = {}  # by array, of which positions share some
     for position in graph.positions:
-        stays = keep[position.ids]
-        if stays.all():
+        kept = _staying(keep, position.ids, 1, found)
+        if kept is None:
             continue
-        kept = _indices(stays)
-        side = position.side
-        if side == "through":
-            inner = _indices(stays[:: position.times]) if position.times else None
-            now = LayerChannels(kept, inner)
-        elif side == "select":
-            now = LayerChannels(select=kept)
+        sides = layers.setdefault(position.layer, {})
+        if position.side == "through":
+            sides["out"] = kept
+            if position.times:
+                sides["in_"] = _staying(keep, position.ids, position.times, found)
         else:
-            now = LayerChannels(out=kept) if side == "out" else LayerChannels(in_=kept)
-        layers[position.layer] = layers.get(position.layer, LayerChannels()).after(now)
-    return layers
+            sides[SIDES[position.side]] = kept
+    return {layer: LayerChannels(**sides) for layer, sides in layers.items()}
 
 
 def groups_of(graph: ChannelGraph, keep: Ids) -> dict[str, Kept]:
@@ -134,6 +132,16 @@ def compose(first: Layers, then: Layers) -> Layers:
         name: first.get(name, whole).after(then.get(name, whole))
         for name in dict.fromkeys([*first, *then])
     }
+
+
+def _staying(
+    keep: Ids, ids: Ids, times: int, found: dict[tuple[int, int], Kept | None]
+) -> Kept | None:
+    """Which of ``ids`` stay, each ``times`` in a row; None if all do. ``found`` is filled in."""
+    if (id(ids), times) not in found:
+        stays = keep[ids[::times]]
+        found[id(ids), times] = None if stays.all() else _indices(stays)
+    return found[id(ids), times]
 
 
 def _indices(stays: Ids) -> Kept:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from job.slimming.budget import Budget
-    from job.slimming.cost import Cost, Costs
+    from job.slimming.cost import Costs
     from job.slimming.flow import Ids
     from job.slimming.graph import ChannelGraph, ChannelGroup
     from job.slimming.importance import Scores
@@ -55,24 +55,37 @@ def ranked(
     """
     found = []
     for group in graph.groups:
-        if np.isnan(scores[group.channels]).any():
-            continue
         rows = group.channels[None] if group.blocks is None else group.blocks
-        order = np.argsort(-scores[rows], axis=1, kind="stable")
-        units = np.take_along_axis(rows, order, 1).T
+        falling = -scores[rows]
+        if np.isnan(falling).any():
+            continue
+        order = np.argsort(falling, axis=1, kind="stable")
         parts = len(rows)
+        units = rows[np.arange(parts)[:, None], order].T
         floor = max(1, -(-(least or {}).get(group.name, 1) // parts))
         step = round_to // math.gcd(round_to, parts)
-        found.append(Ranked(group, units, scores[units].mean(1), min(floor, len(units)), step))
+        values = scores[units].mean(1) if parts > 1 else scores[units[:, 0]]
+        found.append(Ranked(group, units, values, min(floor, len(units)), step))
     return found
 
 
-def kept(graph: ChannelGraph, groups: Sequence[Ranked], counts: Sequence[int]) -> Ids:
-    """Channels (count,) bool, with the first ``counts`` units of each of ``groups``."""
-    keep = everything(graph)
-    for group, count in zip(groups, counts, strict=True):
-        keep[group.units[count:].reshape(-1)] = False
-    return keep
+class Choice:
+    """Which channels (count,) bool stay, of as many units of each of ``groups`` as are called for.
+
+    They are the first, most important ones; channels of no such group stay.
+    """
+
+    def __init__(self, graph: ChannelGraph, groups: Sequence[Ranked]) -> None:
+        self.owner = np.full(graph.count, len(groups))
+        self.place = np.zeros(graph.count, np.int64)
+        for number, group in enumerate(groups):
+            self.owner[group.units] = number
+            self.place[group.units] = np.arange(len(group.units))[:, None]
+
+    def __call__(self, counts: Sequence[int]) -> Ids:
+        """For ``counts`` (groups,) of units."""
+        stays: Ids = self.place < np.array([*counts, 1])[self.owner]
+        return stays
 
 
 class Planner:
@@ -80,15 +93,12 @@ class Planner:
 
     def __init__(self, graph: ChannelGraph, costs: Costs, groups: Sequence[Ranked]) -> None:
         self.graph, self.costs, self.groups = graph, costs, groups
+        self.choice = Choice(graph, groups)
         self.base = costs.cost(everything(graph))
-
-    def cost(self, counts: Sequence[int]) -> Cost:
-        """What the network then costs."""
-        return self.costs.cost(kept(self.graph, self.groups, counts))
 
     def plan(self, policy: str, counts: Sequence[int], width: float) -> Plan:
         """The plan, layer by layer."""
-        keep = kept(self.graph, self.groups, counts)
+        keep = self.choice(counts)
         return Plan(
             policy, width, groups_of(self.graph, keep), layers_of(self.graph, keep),
             self.base, self.costs.cost(keep), self.graph.blocked,
@@ -110,11 +120,12 @@ class Planner:
         lengths = [len(r.units) for r in self.groups]
         scores = np.concatenate([np.zeros(0), *(r.scores for r in self.groups)])
         places = np.concatenate([np.zeros(0), *(np.arange(n) / n for n in lengths)])
+        floors, steps = (np.array([getattr(r, n) for r in self.groups]) for n in ("floor", "step"))
         owners = np.repeat(np.arange(len(lengths)), lengths)[np.lexsort((places, -scores))]
 
         def counts(first: int) -> list[int]:
-            found = np.bincount(owners[:first], minlength=len(lengths))
-            return [r.rounded(int(n)) for r, n in zip(self.groups, found, strict=True)]
+            found = np.maximum(np.bincount(owners[:first], minlength=len(lengths)), floors)
+            return list(np.minimum(-(-found // steps) * steps, lengths).tolist())
 
         return counts
 
@@ -151,7 +162,7 @@ def given_back(planner: Planner, counts: Sequence[int], budget: Budget, limit: f
     """
     counts = list(counts)
     costs = planner.costs
-    standing = costs.counts(kept(planner.graph, planner.groups, counts))
+    standing = costs.counts(planner.choice(counts))
 
     def candidate(i: int) -> list[tuple[float, int]]:
         scores = planner.groups[i].scores
@@ -164,7 +175,7 @@ def given_back(planner: Planner, counts: Sequence[int], budget: Budget, limit: f
         more = planner.groups[i].rounded(counts[i] + 1)
         back = planner.groups[i].units[counts[i] : more].reshape(-1)
         then = standing + costs.places(back)
-        if getattr(costs.cost_at(then), budget.metric) <= limit:
+        if costs.measure(budget.metric, then) <= limit:
             counts[i], standing = more, then
             for entry in candidate(i):
                 heapq.heappush(queue, entry)
@@ -172,7 +183,8 @@ def given_back(planner: Planner, counts: Sequence[int], budget: Budget, limit: f
 
 
 def _left(planner: Planner, budget: Budget, counts: Sequence[int]) -> float:
-    return float(getattr(planner.cost(counts), budget.metric))
+    standing = planner.costs.counts(planner.choice(counts))
+    return float(planner.costs.measure(budget.metric, standing))
 
 
 def _unreachable(planner: Planner, budget: Budget, counts: Sequence[int]) -> str:

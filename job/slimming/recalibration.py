@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.processes import total
-from job.slimming.activations import BATCHNORM
+from job.slimming.layers import BATCHNORM
 from job.slimming.moments import images_of
 from job.slimming.record import observed
 

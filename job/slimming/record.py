@@ -9,17 +9,20 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from job.slimming.layers import tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from torch import nn
-
-SUMS = frozenset({"add", "__add__", "mul", "__mul__"})
+IN_PLACE = frozenset({"add_", "__iadd__", "mul_", "__imul__"})
+SUMS = frozenset({"add", "__add__", "mul", "__mul__"}) | IN_PLACE
 # whose result has the shape and type of their first argument
 SAME_SHAPE = frozenset(
     """batch_norm relu relu6 hardtanh silu gelu hardswish hardsigmoid sigmoid tanh leaky_relu
@@ -135,7 +138,8 @@ class _Recorder(TorchFunctionMode):
         result = _known(name, args, kwargs or {})
         if result is None:
             result = func(*args, **(kwargs or {}))
-        if name == "__setitem__" or any(True for _ in tensors_in(result)):
+        is_tensor = isinstance(result, torch.Tensor)
+        if is_tensor or name == "__setitem__" or any(True for _ in tensors_in(result)):
             kept = _copied(args), _copied(kwargs or {})
             self.operations.append(Operation(name, func, *kept, result))
         return result
@@ -146,6 +150,8 @@ def _known(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Te
     first = args[0] if args and isinstance(args[0], torch.Tensor) else None
     if first is None or not first.is_meta:
         return None
+    if name == "conv2d" and not kwargs:
+        return _convolved(*args)
     if name in SAME_SHAPE:
         if kwargs.get("inplace"):
             return first
@@ -153,16 +159,47 @@ def _known(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Te
     other = args[1] if name in SUMS and len(args) == 2 and not kwargs else None
     if not isinstance(other, torch.Tensor) or other.dtype != first.dtype or not other.is_meta:
         return None
+    if name in IN_PLACE:
+        return first if first.shape == other.shape else None
     sizes = list(zip(first.shape, other.shape, strict=False))
     if first.dim() != other.dim() or any(m != n and 1 not in (m, n) for m, n in sizes):
         return None
     return torch.empty([max(both) for both in sizes], dtype=first.dtype, device="meta")
 
 
+def _convolved(
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor | None:
+    """What conv2d gives of a plain image (B, C, H, W); None where torch is to see to it."""
+    numbers = (stride, padding, dilation)
+    fits = image.dim() == weight.dim() == 4 and image.shape[1] == weight.shape[1] * groups
+    same = weight.is_meta and weight.dtype == image.dtype and image.is_contiguous()
+    whole = bias is None or (bias.shape == weight.shape[:1] and bias.dtype == image.dtype)
+    if not (fits and same and whole and all(type(n) is tuple for n in numbers)):
+        return None
+    sizes = [
+        (size + 2 * pad - far * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, pad, far in zip(
+            image.shape[2:], weight.shape[2:], *numbers, strict=True
+        )
+    ]
+    shape = (len(image), len(weight), *sizes)
+    return torch.empty(shape, dtype=image.dtype, device="meta") if min(sizes) > 0 else None
+
+
+PLAIN = frozenset([torch.Tensor, nn.Parameter, int, float, bool, str, NoneType])
+
+
 def _copied(value: Any) -> Any:
     """Lists as they are now: a network may go on appending to them."""
     if isinstance(value, (list, tuple)):
-        parts = [_copied(part) for part in value]
+        parts = [part if type(part) in PLAIN else _copied(part) for part in value]
         return parts if isinstance(value, list) else tuple(parts)
     if isinstance(value, dict):
         return {key: _copied(part) for key, part in value.items()}
@@ -186,23 +223,17 @@ def _copies(network: nn.Module, device: str | None) -> Iterator[dict[str, torch.
 
     As torch.func.functional_call has it, but at once. A shared tensor stays one tensor.
     """
-    places, copies = [], {}
+    places = list(tensors_of(network))
     seen: dict[int, torch.Tensor] = {}
-    for prefix, module in network.named_modules(remove_duplicate=False):
-        for store in (module._parameters, module._buffers):
-            for own, value in store.items():
-                if value is None:
-                    continue
-                if id(value) not in seen:
-                    seen[id(value)] = _copy(value, device)
-                copies[f"{prefix}.{own}" if prefix else own] = seen[id(value)]
-                places.append((store, own, value))
+    for _, _, _, value in places:
+        if id(value) not in seen:
+            seen[id(value)] = _copy(value, device)
     try:
-        for store, own, value in places:
+        for _, store, own, value in places:
             store[own] = seen[id(value)]
-        yield copies
+        yield {name: seen[id(value)] for name, _, _, value in places}
     finally:
-        for store, own, value in places:
+        for _, store, own, value in places:
             store[own] = value
 
 

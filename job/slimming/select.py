@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from job.slimming.activations import BATCHNORM
+from job.slimming.layers import BATCHNORM, modules_of
 
 
 class SelectedChannels(nn.Module):
@@ -31,6 +31,5 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def batchnorms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     """BatchNorms by name, also by that of what selects their channels from a stream."""
-    modules = network.named_modules(remove_duplicate=False)
-    found = ((name, unwrapped(module)) for name, module in modules)
+    found = ((name, unwrapped(module)) for name, module in modules_of(network).items())
     return {name: norm for name, norm in found if isinstance(norm, BATCHNORM)}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from job.errors import GammaslimError
-from job.slimming.activations import BATCHNORM, CONVOLUTIONS, owner
+from job.slimming.layers import BATCHNORM, CONVOLUTIONS, modules_of, owner
 from job.slimming.select import SelectedChannels, unwrapped
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ PLAIN_COPY = {
     name: [getattr(kind, name, None) for kind in (nn.Module, nn.modules.conv._ConvNd)]
     for name in ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 }
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = frozenset([bool, int, float, str, type(None)])
 Tensors = dict[str, torch.Tensor]
 Modules = dict[str, nn.Module]
 
@@ -35,7 +35,7 @@ def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
     Device, dtype, memory format, training mode and requires_grad stay as they are. Raises
     GammaslimError or IndexError for layers that are not this network's.
     """
-    modules = _modules(network)
+    modules = modules_of(network)
     memo: dict[int, object] = {}  # what is cut is not copied first
     select = _Selection()
     for name, kept in layers.items():
@@ -46,7 +46,7 @@ def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
                 new = nn.Parameter(tensor, old.requires_grad) if _is_param(old) else tensor
                 memo[id(old)] = new
     narrow = copied(network, memo)
-    modules = _modules(narrow)
+    modules = modules_of(narrow)
     for name, kept in layers.items():
         if name in modules:
             _adjust(modules, name, kept)
@@ -67,25 +67,21 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(module, memo)
     narrow = memo[id(module)] = kind.__new__(kind)
     for name, value in vars(module).items():
-        if name == "_modules":
+        if type(value) in PLAIN:
+            vars(narrow)[name] = value
+        elif name == "_modules":
             children = {key: m if m is None else copied(m, memo) for key, m in value.items()}
             vars(narrow)[name] = children
         elif name in ("_parameters", "_buffers"):
             tensors = {key: _copied_tensor(t, memo) for key, t in value.items()}
             vars(narrow)[name] = tensors
-        elif _is_plain(value):
-            vars(narrow)[name] = value
         elif type(value) in (dict, OrderedDict, set) and not value:
             vars(narrow)[name] = type(value)()
+        elif type(value) is tuple and all(type(part) in PLAIN for part in value):
+            vars(narrow)[name] = value
         else:
             vars(narrow)[name] = copy.deepcopy(value, memo)
     return narrow
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) is tuple:
-        return all(isinstance(part, PLAIN) for part in value)
-    return isinstance(value, PLAIN)
 
 
 def _copied_tensor(tensor: torch.Tensor | None, memo: dict[int, Any]) -> torch.Tensor | None:
@@ -96,10 +92,6 @@ def _copied_tensor(tensor: torch.Tensor | None, memo: dict[int, Any]) -> torch.T
         memo[id(tensor)] = new = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         return new
     return copy.deepcopy(tensor, memo)
-
-
-def _modules(network: nn.Module) -> Modules:
-    return dict(network.named_modules(remove_duplicate=False))
 
 
 def _holder(modules: Modules, name: str) -> nn.Module:
@@ -123,7 +115,7 @@ class _Selection:
     """
 
     def __init__(self) -> None:
-        self.indices: dict[tuple[Kept, torch.device], torch.Tensor] = {}
+        self.indices: dict[tuple[int, torch.device], tuple[Kept, torch.Tensor]] = {}
         self.scratch = torch.empty(0)
 
     def __call__(self, tensor: torch.Tensor, kept: Kept | None, dim: int) -> torch.Tensor:
@@ -134,18 +126,26 @@ class _Selection:
 
     def both(self, tensor: torch.Tensor, rows: Kept | None, columns: Kept | None) -> torch.Tensor:
         """The ``rows`` and ``columns`` that stay of a weight (O, I, …)."""
-        if rows is None or columns is None:
-            return self(self(tensor, rows, 0), columns, 1)
-        size = (len(rows), *tensor.shape[1:])
-        half = self._memory(math.prod(size), tensor).view(size)
-        torch.index_select(tensor.detach(), 0, self._index(rows, tensor.device), out=half)
-        narrow = half.index_select(1, self._index(columns, tensor.device))
-        return _as_before(narrow, tensor)
+        if columns is None:
+            return self(tensor, rows, 0)
+        half = tensor.detach()
+        if rows is not None:
+            size = (len(rows), *tensor.shape[1:])
+            half = self._memory(math.prod(size), tensor).view(size)
+            torch.index_select(tensor.detach(), 0, self._index(rows, tensor.device), out=half)
+        chosen = self._index(columns, tensor.device)
+        if half[0, 0].numel() > 1:
+            return _as_before(half.index_select(1, chosen), tensor)
+        # single numbers: faster one row after another
+        narrow = half.flatten(1).gather(1, chosen.expand(len(half), -1))
+        return _as_before(narrow.view(*narrow.shape, *tensor.shape[2:]), tensor)
 
     def _index(self, kept: Kept, device: torch.device) -> torch.Tensor:
-        if (kept, device) not in self.indices:
-            self.indices[kept, device] = torch.from_numpy(np.array(kept, np.int64)).to(device)
-        return self.indices[kept, device]
+        key = id(kept), device  # layers that keep the same channels share one tuple
+        if key not in self.indices:
+            numbers = np.fromiter(kept, np.int64, len(kept))
+            self.indices[key] = kept, torch.from_numpy(numbers).to(device)
+        return self.indices[key][1]
 
     def _memory(self, count: int, like: torch.Tensor) -> torch.Tensor:
         scratch = self.scratch

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from job.slimming.activations import BATCHNORM, owner
 from job.slimming.between import Between
 from job.slimming.flow import Call, Flow, Ids, Position
-from job.slimming.labels import along
+from job.slimming.layers import BATCHNORM, owner
 from job.slimming.operations import CAT, ELEMENTWISE, MOVES, PAIRWISE, REDUCTIONS, RESHAPES
 from job.slimming.select import SelectedChannels
 
@@ -60,11 +59,13 @@ class _Walk(Between):
     def follow(self, recording: Recording) -> None:
         self.recording, first = recording, not self.flow.calls
         self.labels, self.shared = {}, set()
-        known = {id(recording.image), *recording.names, *_constants(self.network)}
+        known = {id(recording.image), *recording.names}
         for operation, often in zip(recording.operations, _used_often(recording), strict=True):
             self.often, self.counting = often, first
             inputs = {id(tensor): tensor for tensor in operation.inputs()}
-            if not known.issuperset(inputs):
+            if not known.issuperset(inputs) and not (
+                known := known | _constants(self.network)
+            ).issuperset(inputs):
                 everything = np.arange(self.flow.count)
                 self.flow.fix(everything, f"{operation.name} of a tensor of unknown origin")
             self.step(operation, list(inputs.values()))
@@ -96,12 +97,12 @@ class _Walk(Between):
         if groups == len(ids) and groups > 1:
             passed = np.repeat(ids, outputs // groups)
             self.note(op, name, "through", passed, outputs // groups)
-            return self.set(op.result, along(passed, 1, weight.dim()), shared=self.often)
+            return self.lay(op.result, passed, 1, shared=self.often)
         self.note(op, name, "in", ids)
         written = self.writes(op, name, outputs)
         if groups > 1:
             self.flow.blocks += [ids.reshape(groups, -1), written.reshape(groups, -1)]
-        return self.set(op.result, along(written, 1, weight.dim()), shared=self.often)
+        return self.lay(op.result, written, 1, shared=self.often)
 
     def linear(self, op: Operation) -> None:
         image, weight = op.argument(0, "input"), op.argument(1, "weight")
@@ -114,8 +115,7 @@ class _Walk(Between):
             return self.give_up(op, "a linear layer with a computed weight or mixed channels")
         self.note(op, name, "in", ids)
         written = self.writes(op, name, weight.shape[0])
-        dims = op.result.dim()
-        return self.set(op.result, along(written, dims - 1, dims), shared=self.often)
+        return self.lay(op.result, written, op.result.dim() - 1, shared=self.often)
 
     def call(self, op: Operation, name: str | None) -> None:
         if self.counting:
@@ -146,9 +146,10 @@ class _Walk(Between):
                 self.selected[layer] = self.flow.born(layer, len(ids))
                 self.flow.positions.append(Position(layer, "select", self.selected[layer]))
             ids = self.selected[layer]
-            return self.set(op.result, along(ids, 1, image.dim()), shared=self.often)
+            return self.lay(op.result, ids, 1, shared=self.often)
         self.note(op, f"{layer}.weight", "through", ids)
-        return self.set(op.result, along(ids, 1, image.dim()), shared=self.wide)
+        labels = self.of(image)
+        return self.forget(op) if labels is None else self.set(op.result, labels, shared=self.wide)
 
     def prelu(self, op: Operation) -> None:
         image, weight = op.argument(0, "input"), op.argument(1, "weight")

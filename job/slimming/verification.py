@@ -11,7 +11,7 @@ from torch import nn
 
 from job.errors import GammaslimError, reason
 from job.slimming.plan import layers_of
-from job.slimming.policy import kept, ranked
+from job.slimming.policy import Choice, ranked
 from job.slimming.record import mode, record, tensors_in
 from job.slimming.surgery import copied, narrowed
 
@@ -200,4 +200,4 @@ def _trial(graph: ChannelGraph, names: list[str]) -> Ids:
     scores = np.random.Generator(np.random.Philox(0)).random(graph.count)
     groups = [r for r in ranked(graph, scores) if r.group.name in names]
     counts = [max(1, len(r.units) - max(1, len(r.units) // 3)) for r in groups]
-    return kept(graph, groups, counts)
+    return Choice(graph, groups)(counts)

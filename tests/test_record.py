@@ -1,0 +1,83 @@
+"""What is recorded on the meta device against what really happens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from job.slimming.layers import modules_of
+from job.slimming.record import Recording, _record, record
+
+
+class Convolutions(nn.Module):
+    """Every way to pad, stride, dilate and group, and sums in place and not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Conv2d(3, 6, **options)
+            for options in (
+                {"kernel_size": 3},
+                {"kernel_size": (1, 5), "stride": (2, 3), "padding": (0, 2)},
+                {"kernel_size": 3, "dilation": (2, 1), "groups": 3, "bias": False},
+                {"kernel_size": 5, "padding": "same"},
+                {"kernel_size": 4, "padding": "valid", "padding_mode": "circular"},
+                {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+            )
+        )
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        for layer in self.layers:
+            y = self.norm(layer(x))
+            z = y * y.mean((2, 3), keepdim=True)
+            z += y
+            z.mul_(y.amax((2, 3), keepdim=True))
+            found.append(z)
+        return found
+
+
+def shapes(recording: Recording) -> list[tuple[object, ...]]:
+    return [
+        (op.name, *(recording.name(t) for t in op.inputs()), *(r.shape for r in op.results()))
+        for op in recording.operations
+    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Convolutions,
+        torchvision.models.resnet18,
+        torchvision.models.mobilenet_v3_small,
+        torchvision.models.shufflenet_v2_x0_5,
+        torchvision.models.densenet121,
+    ],
+)
+def test_shapes_on_the_meta_device_are_those_of_real_pictures(make: type[nn.Module]) -> None:
+    network = make().eval()
+    image = torch.rand(1, 3, 67, 64)
+    recorded = record(network, image)
+    assert recorded.image.is_meta
+    with torch.no_grad():
+        assert shapes(recorded) == shapes(_record(network, image, None))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(4, 2, 3), nn.Conv2d(3, 2, 9), nn.Conv2d(3, 2, 3).double()]
+)
+def test_what_a_convolution_does_not_take_raises(layer: nn.Module) -> None:
+    with pytest.raises(RuntimeError):
+        record(layer, torch.rand(1, 3, 8, 8))
+
+
+def test_modules_are_named_and_ordered_as_by_torch() -> None:
+    network = torchvision.models.googlenet(init_weights=False)
+    network.again = network.inception3a  # one module by two names
+    network.nothing = None
+    everywhere = dict(network.named_modules(remove_duplicate=False))
+    assert list(modules_of(network).items()) == list(everywhere.items())
+    assert list(modules_of(network, once=True).items()) == list(network.named_modules())
