@@ -322,13 +322,48 @@ class Custom(Net):
         return self.after(_Reversed.apply(self.conv(x)))
 
 
+class Places(Net):
+    """Operations over or along places, and of several operands, channel by channel."""
+
+    def build(self) -> None:
+        self.one, self.two, self.three = block(12, 12), block(12, 24), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.where(x > 0.5, x, self.one(x))
+        z = torch.addcmul(y.masked_fill(y.le(0.2), 0.1), x, y, value=0.3)
+        spread = z.std((2, 3), keepdim=True) + z.flatten(2).norm(dim=2)[..., None, None]
+        weights = z.flatten(2).softmax(-1).view(z.shape).cumsum(3)
+        z = F.glu(self.two(torch.lerp(z, weights * spread, 0.3)), dim=1)
+        z = F.normalize(z, dim=2) + z.max(3, keepdim=True).values
+        return self.three(z) * torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+
+
+class Counted(Net):
+    """Computes with how many channels there are."""
+
+    def build(self) -> None:
+        self.conv, self.after = block(12, 12), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return self.after(x / x.size(1) ** 0.5)
+
+
+class AcrossChannels(Net):
+    def build(self) -> None:
+        self.conv, self.after = block(12, 12), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.conv(x).softmax(1))
+
+
 CUTTABLE = [
     Residual, PreActivation, Dense, Gate, Gated, Parts, Grouped, ShuffledGroups, PaddedShortcut,
-    Scaled, Shared, Functional, Reparameterised, Flattened,
+    Scaled, Shared, Functional, Reparameterised, Flattened, Places,
 ]  # fmt: skip
 # networks, and layers of which nothing may be cut
 LEFT_ALONE = {
     FixedView: "conv.0", FixedSplit: "conv.0", Attention: "conv.0", EfficientAttention: "stem.0",
     Written: "conv.0", Normalised: "conv.0", Custom: "conv.0",
-    Measured: "conv.0",
+    Measured: "conv.0", Counted: "conv.0", AcrossChannels: "conv.0",
 }  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from job.slimming.activations import Activations
 from job.slimming.labels import axes, joined, moved, plain, reduced, reshaped
+from job.slimming.operations import ALONG_AN_AXIS
 
 if TYPE_CHECKING:
     from job.slimming.record import Operation
@@ -40,6 +41,27 @@ class Between(Activations):
             self.set(result, kept, shared=self.wide)
         return None
 
+    def along(self, op: Operation) -> None:
+        """Softmax, sums so far and the like, along another axis than that of the channels."""
+        image = next(op.inputs())
+        axis, found = op.argument(ALONG_AN_AXIS[op.name], "dim"), self.of(image)
+        if type(axis) is not int or found is None or axis % image.dim() in axes(found):
+            return self.give_up(op, f"{op.name} across channels is not understood")
+        return self.set(op.result, found, shared=self.wide)
+
+    def glu(self, op: Operation) -> None:
+        """One half of the channels times the other's sigmoid (Dauphin et al. 2017)."""
+        image = next(op.inputs())
+        axis = op.argument(1, "dim", -1) % image.dim()
+        ids, found = self.ids(image, axis), self.of(image)
+        if found is not None and axis not in axes(found):
+            return self.set(op.result, found, shared=self.wide)
+        if ids is None:
+            return self.give_up(op, "glu of channels along several axes")
+        half, gate = np.split(ids, 2)
+        self.flow.tie(half, gate)
+        return self.lay(op.result, half, axis, shared=self.wide)
+
     def pairwise(self, op: Operation) -> None:
         """Sums and products: channels that meet are cut together."""
         tensors, dims = list(op.inputs()), next(op.results()).dim()
@@ -48,6 +70,8 @@ class Between(Activations):
             found = self.of(tensor)
             if found is None:
                 continue
+            if found.dim() > dims:
+                return self.give_up(op, f"{op.name} that gives no channels is not understood")
             if found.dim() < dims:
                 found = found.reshape([1] * (dims - found.dim()) + list(found.shape))
             if together is not None and axes(found) != axes(together):

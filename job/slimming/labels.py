@@ -49,9 +49,11 @@ def compact(labels: torch.Tensor) -> torch.Tensor:
 
 def reduced(op: Operation, labels: torch.Tensor) -> torch.Tensor | None:
     """Labels without the axes that a sum or mean has taken away; None when it mixes channels."""
-    gone = op.argument(1, "dim", op.kwargs.get("axis"))
-    gone = [gone] if isinstance(gone, int) else gone
-    if op.name not in REDUCTIONS or not gone:
+    if op.name not in REDUCTIONS:
+        return None
+    gone = op.argument(REDUCTIONS[op.name], "dim", op.kwargs.get("axis"))
+    gone = [gone] if type(gone) is int else gone
+    if not isinstance(gone, (list, tuple)) or not gone:
         return None
     places = {axis % labels.dim() for axis in gone}
     if places & set(axes(labels)):

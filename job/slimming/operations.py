@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 CAT = frozenset({"cat", "concat", "concatenate"})
-REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "logsumexp"})
+# over the axes that the argument at this position, or ``dim``, gives
+REDUCTIONS = {
+    **dict.fromkeys("mean sum amax amin max min logsumexp std var prod".split(), 1),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), 2),
+}
+# along one axis, given likewise
+ALONG_AN_AXIS = {
+    **dict.fromkeys("softmax log_softmax softmin cumsum cumprod".split(), 1),
+    "normalize": 2,
+}
 RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"})
-# two operands, channel by channel
+# several operands, channel by channel
 PAIRWISE = frozenset(
     """add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__ __rsub__ rsub mul mul_ multiply
     __mul__ __imul__ __rmul__ div div_ true_divide __truediv__ __itruediv__ maximum minimum
+    where lerp addcmul addcdiv masked_fill masked_fill_ gt lt ge le eq ne __gt__ __lt__ __ge__
+    __le__ __eq__ __ne__
     """.split()
 )
 # channel by channel, whatever else they do along other axes

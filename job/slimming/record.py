@@ -28,6 +28,8 @@ SAME_SHAPE = frozenset(
     """batch_norm relu relu6 hardtanh silu gelu hardswish hardsigmoid sigmoid tanh leaky_relu
     elu""".split()
 )
+SIZES = frozenset({"size", "numel", "nelement"})
+SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 BATCH = 2  # pictures: BatchNorm in train mode needs two values a channel
 
 
@@ -62,12 +64,16 @@ class Operation:
 
 @dataclass(frozen=True)
 class Recording:
-    """Operations of one pass over (B, C, H, W); ``names`` tells parameters and buffers by id."""
+    """Operations of one pass over (B, C, H, W); ``names`` tells parameters and buffers by id.
+
+    ``measured`` are tensors whose size along another axis than the first was asked for.
+    """
 
     operations: list[Operation]
     names: dict[int, str]
     image: torch.Tensor
     outputs: list[torch.Tensor]
+    measured: list[torch.Tensor]
 
     def name(self, value: Any) -> str | None:
         """The parameter or buffer that a tensor is, if it is one."""
@@ -130,6 +136,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
+        self.measured: list[torch.Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -142,6 +149,8 @@ class _Recorder(TorchFunctionMode):
         if is_tensor or name == "__setitem__" or any(True for _ in tensors_in(result)):
             kept = _copied(args), _copied(kwargs or {})
             self.operations.append(Operation(name, func, *kept, result))
+        elif (name in SIZES and (*args[1:], *(kwargs or {}).values()) != (0,)) or func == SHAPE:
+            self.measured.append(args[0])
         return result
 
 
@@ -214,7 +223,8 @@ def _record(network: nn.Module, image: torch.Tensor, device: str | None) -> Reco
     with _copies(network, device) as copies, torch.no_grad(), recorder:
         outputs = network(pictures)
     names = {id(copy): name for name, copy in reversed(copies.items())}
-    return Recording(recorder.operations, names, pictures, list(tensors_in(outputs)))
+    results = list(tensors_in(outputs))
+    return Recording(recorder.operations, names, pictures, results, recorder.measured)
 
 
 @contextmanager

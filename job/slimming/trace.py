@@ -14,8 +14,17 @@ from torch import nn
 
 from job.slimming.between import Between
 from job.slimming.flow import Call, Flow, Ids, Position
+from job.slimming.labels import plain
 from job.slimming.layers import BATCHNORM, owner
-from job.slimming.operations import CAT, ELEMENTWISE, MOVES, PAIRWISE, REDUCTIONS, RESHAPES
+from job.slimming.operations import (
+    ALONG_AN_AXIS,
+    CAT,
+    ELEMENTWISE,
+    MOVES,
+    PAIRWISE,
+    REDUCTIONS,
+    RESHAPES,
+)
 from job.slimming.select import SelectedChannels
 
 if TYPE_CHECKING:
@@ -49,8 +58,10 @@ class _Walk(Between):
             **dict.fromkeys(CAT, self.cat),
             **dict.fromkeys(RESHAPES, self.reshape),
             **dict.fromkeys(MOVES, self.move),
-            **dict.fromkeys(ELEMENTWISE | REDUCTIONS, self.elementwise),
+            **dict.fromkeys([*ELEMENTWISE, *REDUCTIONS], self.elementwise),
+            **dict.fromkeys(ALONG_AN_AXIS, self.along),
             "linear": self.linear,
+            "glu": self.glu,
             "batch_norm": self.batch_norm,
             "prelu": self.prelu,
             "__setitem__": lambda op: self.give_up(op, "a slice that is written to"),
@@ -72,6 +83,9 @@ class _Walk(Between):
             known.update(map(id, operation.results()))
         for output in recording.outputs:
             self.fix(output, "the network's output")
+        for tensor in recording.measured:
+            if (found := self.of(tensor)) is not None:
+                self.flow.suspects.append(("what their number is used for", plain(found)))
 
     def step(self, op: Operation, inputs: list[torch.Tensor]) -> None:
         labelled = [tensor for tensor in inputs if self.of(tensor) is not None]
