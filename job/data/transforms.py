@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
+from PIL import Image
 
 from job.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from PIL import Image
 
     from job.data.table import Draw
 
@@ -74,7 +71,7 @@ class Preprocessing:
     def evaluate(self, picture: Image.Image) -> Image.Image:
         """The picture without chance: its centre, RGB of ``size`` x ``size``."""
         if self.preset == "imagenet":
-            picture = F.resize(_without_long_ends(picture), round(self.size * 256 / 224))
+            picture = _resized(_without_long_ends(picture), round(self.size * 256 / 224))
         left, top = (_centre(side, self.size) for side in picture.size)
         return picture.crop((left, top, left + self.size, top + self.size))
 
@@ -119,9 +116,15 @@ def _without_long_ends(picture: Image.Image) -> Image.Image:
     )
 
 
+def _resized(picture: Image.Image, short: int) -> Image.Image:
+    """With ``short`` pixels on its shorter side, the other rounded down, as torchvision does it."""
+    least = min(picture.size)
+    width, height = (short * side // least for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BILINEAR)
+
+
 def _flip(picture: Image.Image, draw: Draw) -> Image.Image:
-    mirrored: Image.Image = F.hflip(picture) if draw_flip(draw) else picture
-    return mirrored
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw_flip(draw) else picture
 
 
 def _homework(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
@@ -134,10 +137,11 @@ def _homework(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
     down = (0, picture.height) if short_y else (top, top + size)
     picture = picture.crop((across[0], down[0], across[1], down[1]))
     if short_x or short_y:
-        picture = F.pad(picture, [short_x, short_y], padding_mode="symmetric")
-        picture = F.crop(picture, top * bool(short_y), left * bool(short_x), size, size)
-    rotated: Image.Image = F.rotate(_flip(picture, draw), (2 * draw.angle - 1) * MAX_ANGLE)
-    return rotated
+        margins = [(short_y, short_y), (short_x, short_x), (0, 0)]
+        picture = Image.fromarray(np.pad(np.asarray(picture), margins, "symmetric"))
+        left, top = left * bool(short_x), top * bool(short_y)
+        picture = picture.crop((left, top, left + size, top + size))
+    return _flip(picture, draw).rotate((2 * draw.angle - 1) * MAX_ANGLE)
 
 
 def _small(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
@@ -164,10 +168,8 @@ def _resized_crop(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
     height = min(picture.height, max(1, round(math.sqrt(area / ratio))))
     top = draw_offset(draw.top, picture.height - height)
     left = draw_offset(draw.left, picture.width - width)
-    picture = F.resized_crop(
-        picture, top, left, height, width, [size, size], InterpolationMode.BILINEAR
-    )
-    return _flip(picture, draw)
+    picture = picture.crop((left, top, left + width, top + height))
+    return _flip(picture.resize((size, size), Image.Resampling.BILINEAR), draw)
 
 
 def small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarray[Any, Any]:
