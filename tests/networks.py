@@ -326,16 +326,45 @@ class Places(Net):
     """Operations over or along places, and of several operands, channel by channel."""
 
     def build(self) -> None:
-        self.one, self.two, self.three = block(12, 12), block(12, 24), block(12, 12)
+        self.one, self.other = block(12, 12), block(12, 12)
+        self.two, self.three = block(12, 24), block(12, 12)
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.where(x > 0.5, x, self.one(x))
+        y = torch.stack([self.one(x), self.other(x)], 1).amax(1)
+        x = self.three(y)
+        y = torch.where(x > 0.5, x, self.three(x))
         z = torch.addcmul(y.masked_fill(y.le(0.2), 0.1), x, y, value=0.3)
         spread = z.std((2, 3), keepdim=True) + z.flatten(2).norm(dim=2)[..., None, None]
         weights = z.flatten(2).softmax(-1).view(z.shape).cumsum(3)
         z = F.glu(self.two(torch.lerp(z, weights * spread, 0.3)), dim=1)
         z = F.normalize(z, dim=2) + z.max(3, keepdim=True).values
         return self.three(z) * torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+
+
+class SpatialGate(Net):
+    """One map of weights for all channels (Woo et al. 2018)."""
+
+    def build(self) -> None:
+        self.map, self.after = nn.Conv2d(12, 1, 1), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(torch.sigmoid(self.map(x)) * x) + x
+
+
+class SelectiveKernels(Net):
+    """Chooses between two ways, channel by channel (Li et al. 2019)."""
+
+    def build(self) -> None:
+        self.three, self.five = block(12, 12), block(12, 12, 5)
+        self.squeeze, self.excite = block(12, 8, 1), nn.Conv2d(8, 24, 1)
+        self.after = block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        ways = torch.stack([self.three(x), self.five(x)], 1)
+        weights = self.excite(self.squeeze(ways.sum(1).mean((2, 3), keepdim=True)))
+        weights = weights.view(len(x), 2, -1).softmax(1).reshape(len(x), -1)
+        weights = weights.view(len(x), 2, -1, 1, 1)
+        return self.after((ways * weights).sum(dim=1)) * ways.amax((1, 3, 4))[:, :, None, None]
 
 
 class Counted(Net):
@@ -359,7 +388,7 @@ class AcrossChannels(Net):
 
 CUTTABLE = [
     Residual, PreActivation, Dense, Gate, Gated, Parts, Grouped, ShuffledGroups, PaddedShortcut,
-    Scaled, Shared, Functional, Reparameterised, Flattened, Places,
+    Scaled, Shared, Functional, Reparameterised, Flattened, Places, SpatialGate, SelectiveKernels,
 ]  # fmt: skip
 # networks, and layers of which nothing may be cut
 LEFT_ALONE = {

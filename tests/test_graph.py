@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from networks import CUTTABLE, LEFT_ALONE
+from networks import CUTTABLE, LEFT_ALONE, SelectiveKernels
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -115,6 +115,13 @@ def test_cuts_of_peculiar_networks_are_proven(kind: type[nn.Module], ratio: floa
         ratio = 0.2
     check_cut(network, image, ratio, "gamma")
     check_cut(network, image, ratio, "random")
+
+
+def test_ways_that_are_chosen_between_are_cut_together() -> None:
+    graph = analyse(randomise(SelectiveKernels()), torch.rand(1, 3, 20, 28))
+    layers = {group.name: group.layers for group in graph.groups}
+    assert layers["three.0"] == ("three.0", "five.0", "excite", "after.0")
+    assert [b.layer for b in graph.blocked] == ["head"]
 
 
 @pytest.mark.parametrize(("kind", "layer"), LEFT_ALONE.items())

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from job.slimming.activations import Activations
-from job.slimming.labels import axes, joined, moved, plain, reduced, reshaped
-from job.slimming.operations import ALONG_AN_AXIS
+from job.slimming.labels import axes, axes_given, joined, moved, plain, reshaped
 
 if TYPE_CHECKING:
     from job.slimming.record import Operation
@@ -25,29 +24,37 @@ class Between(Activations):
     """Rules for operations that have no weights."""
 
     def elementwise(self, op: Operation) -> None:
-        """Channel by channel: activations, pooling, sums over other axes."""
+        """Channel by channel: activations, pooling."""
         image, *others = op.inputs()
         found = self.of(image)
         if found is None or any(other.numel() > 1 for other in others):
             return self.give_up(op, f"{op.name} of several activations is not understood")
         for result in op.results():
-            kept: torch.Tensor | None = found
-            if result.dim() != image.dim():
-                kept = reduced(op, found)
-            elif any(result.shape[axis] != image.shape[axis] for axis in axes(found)):
-                kept = None
-            if kept is None:
+            same = result.dim() == image.dim()
+            if not same or any(result.shape[a] != image.shape[a] for a in axes(found)):
                 return self.give_up(op, f"{op.name} across channels is not understood")
-            self.set(result, kept, shared=self.wide)
+            self.set(result, found, shared=self.wide)
         return None
 
     def along(self, op: Operation) -> None:
-        """Softmax, sums so far and the like, along another axis than that of the channels."""
-        image = next(op.inputs())
-        axis, found = op.argument(ALONG_AN_AXIS[op.name], "dim"), self.of(image)
-        if type(axis) is not int or found is None or axis % image.dim() in axes(found):
+        """Sums, maxima, softmax and the like: what meets along an axis is cut together."""
+        image, *others = op.inputs()
+        found, places = self.of(image), axes_given(op)
+        if found is None or places is None or others:
+            return self.give_up(op, f"{op.name} of everything is not understood")
+        if places >= set(axes(found)):
             return self.give_up(op, f"{op.name} across channels is not understood")
-        return self.set(op.result, found, shared=self.wide)
+        first = found
+        for axis in places & set(axes(found)):
+            first = first.narrow(axis, 0, 1)
+        self.flow.tie(plain(first.expand_as(found)), plain(found))
+        for result in op.results():
+            labels = found if result.shape == image.shape else first
+            if result.dim() < image.dim():
+                kept = [size for axis, size in enumerate(first.shape) if axis not in places]
+                labels = first.reshape(kept)
+            self.set(result, labels, shared=self.wide)
+        return None
 
     def glu(self, op: Operation) -> None:
         """One half of the channels times the other's sigmoid (Dauphin et al. 2017)."""
@@ -74,11 +81,16 @@ class Between(Activations):
                 return self.give_up(op, f"{op.name} that gives no channels is not understood")
             if found.dim() < dims:
                 found = found.reshape([1] * (dims - found.dim()) + list(found.shape))
-            if together is not None and axes(found) != axes(together):
+            if together is None:
+                together = found
+                continue
+            few, together = sorted((found, together), key=lambda labels: len(axes(labels)))
+            if not axes(few) and axes(together):  # one that all channels meet
+                self.flow.fix(plain(few), f"{op.name} of one channel with several")
+                continue
+            if not set(axes(few)) <= set(axes(together)):
                 return self.give_up(op, f"{op.name} of channels along different axes")
-            if together is not None:
-                self.flow.tie(plain(together), plain(found))
-            together = found
+            self.flow.tie(plain(few.expand_as(together)), plain(together))
         assert together is not None
         for tensor in tensors:
             if self.of(tensor) is None and not self.stays(op, tensor, together):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from job.slimming.operations import REDUCTIONS
+from job.slimming.operations import AXIS_AT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,20 +47,14 @@ def compact(labels: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def reduced(op: Operation, labels: torch.Tensor) -> torch.Tensor | None:
-    """Labels without the axes that a sum or mean has taken away; None when it mixes channels."""
-    if op.name not in REDUCTIONS:
+def axes_given(op: Operation) -> set[int] | None:
+    """The axes that a reduction, a softmax or the like works along; None where it does not say."""
+    given = op.argument(AXIS_AT[op.name], "dim", op.kwargs.get("axis"))
+    given = [given] if type(given) is int else given
+    if not isinstance(given, (list, tuple)) or not given:
         return None
-    gone = op.argument(REDUCTIONS[op.name], "dim", op.kwargs.get("axis"))
-    gone = [gone] if type(gone) is int else gone
-    if not isinstance(gone, (list, tuple)) or not gone:
-        return None
-    places = {axis % labels.dim() for axis in gone}
-    if places & set(axes(labels)):
-        return None
-    kept = [size for axis, size in enumerate(labels.shape) if axis not in places]
-    result = next(op.results())
-    return labels.reshape(kept) if len(kept) == result.dim() else None
+    dims = next(op.inputs()).dim()
+    return {axis % dims for axis in given}
 
 
 def reshaped(

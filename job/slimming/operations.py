@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 CAT = frozenset({"cat", "concat", "concatenate"})
-# over the axes that the argument at this position, or ``dim``, gives
-REDUCTIONS = {
+# over or along the axes that the argument at this position, or ``dim``, gives
+AXIS_AT = {
     **dict.fromkeys("mean sum amax amin max min logsumexp std var prod".split(), 1),
-    **dict.fromkeys(("norm", "linalg_vector_norm"), 2),
-}
-# along one axis, given likewise
-ALONG_AN_AXIS = {
     **dict.fromkeys("softmax log_softmax softmin cumsum cumprod".split(), 1),
-    "normalize": 2,
+    **dict.fromkeys("norm linalg_vector_norm normalize".split(), 2),
 }
 RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"})
 # several operands, channel by channel

@@ -16,15 +16,7 @@ from job.slimming.between import Between
 from job.slimming.flow import Call, Flow, Ids, Position
 from job.slimming.labels import plain
 from job.slimming.layers import BATCHNORM, owner
-from job.slimming.operations import (
-    ALONG_AN_AXIS,
-    CAT,
-    ELEMENTWISE,
-    MOVES,
-    PAIRWISE,
-    REDUCTIONS,
-    RESHAPES,
-)
+from job.slimming.operations import AXIS_AT, CAT, ELEMENTWISE, MOVES, PAIRWISE, RESHAPES
 from job.slimming.select import SelectedChannels
 
 if TYPE_CHECKING:
@@ -58,8 +50,8 @@ class _Walk(Between):
             **dict.fromkeys(CAT, self.cat),
             **dict.fromkeys(RESHAPES, self.reshape),
             **dict.fromkeys(MOVES, self.move),
-            **dict.fromkeys([*ELEMENTWISE, *REDUCTIONS], self.elementwise),
-            **dict.fromkeys(ALONG_AN_AXIS, self.along),
+            **dict.fromkeys(ELEMENTWISE, self.elementwise),
+            **dict.fromkeys(AXIS_AT, self.along),
             "linear": self.linear,
             "glu": self.glu,
             "batch_norm": self.batch_norm,
