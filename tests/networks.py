@@ -348,7 +348,7 @@ class SpatialGate(Net):
         self.map, self.after = nn.Conv2d(12, 1, 1), block(12, 12)
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
-        return self.after(torch.sigmoid(self.map(x)) * x) + x
+        return self.after(self.map(x).softmax(3) * x) + x
 
 
 class SelectiveKernels(Net):

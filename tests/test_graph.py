@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from networks import CUTTABLE, LEFT_ALONE, SelectiveKernels
+from networks import CUTTABLE, LEFT_ALONE, SelectiveKernels, SpatialGate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -122,6 +122,13 @@ def test_ways_that_are_chosen_between_are_cut_together() -> None:
     layers = {group.name: group.layers for group in graph.groups}
     assert layers["three.0"] == ("three.0", "five.0", "excite", "after.0")
     assert [b.layer for b in graph.blocked] == ["head"]
+
+
+def test_one_map_for_all_channels_is_left_alone_and_they_are_not() -> None:
+    graph = analyse(randomise(SpatialGate()), torch.rand(1, 3, 20, 28))
+    assert [group.layers for group in graph.groups] == [("stem.0", "after.0")]
+    assert [b.layer for b in graph.blocked] == ["map", "head"]
+    assert not graph.suspects  # all is understood
 
 
 @pytest.mark.parametrize(("kind", "layer"), LEFT_ALONE.items())

@@ -42,10 +42,11 @@ class Between(Activations):
         found, places = self.of(image), axes_given(op)
         if found is None or places is None or others:
             return self.give_up(op, f"{op.name} of everything is not understood")
-        if places >= set(axes(found)):
+        own = set(axes(found))
+        if own and places >= own:
             return self.give_up(op, f"{op.name} across channels is not understood")
         first = found
-        for axis in places & set(axes(found)):
+        for axis in places & own:
             first = first.narrow(axis, 0, 1)
         self.flow.tie(plain(first.expand_as(found)), plain(found))
         for result in op.results():
