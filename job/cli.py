@@ -37,7 +37,8 @@ PREFIX = "GAMMASLIM"
     cls=Group,
     context_settings={"auto_envvar_prefix": PREFIX, "help_option_names": ["-h", "--help"]},
 )
-@click.version_option(package_name="gammaslim")
+# GAMMASLIM_VERSION is a common variable of container images: it is none of ours
+@click.version_option(package_name="gammaslim", allow_from_autoenv=False)
 def gammaslim() -> None:
     """Make trained CNNs smaller and faster: slim by BatchNorm γ, fine-tune, repeat.
 
@@ -65,7 +66,12 @@ def gammaslim() -> None:
     type=click.IntRange(0),
     help=f"Epochs of base training; default: {DEFAULT_BASE_EPOCHS}, or 0 with --weights.",
 )
-@option("--rounds", type=click.IntRange(0), default=DEFAULTS.rounds)
+@option(
+    "--rounds",
+    type=click.IntRange(0),
+    default=DEFAULTS.rounds,
+    help="Cuts, each followed by fine-tuning.",
+)
 @option(
     "--rate",
     type=Finite(0, 1, min_open=True),
@@ -76,10 +82,30 @@ def gammaslim() -> None:
 @option(
     "--batch-size", type=POSITIVE, default=DEFAULTS.batch_size, help="Global: split over processes."
 )
-@option("--optimizer", type=click.Choice(["adamw", "sgd"]), default=DEFAULTS.optimizer)
-@option("--lr", type=Finite(0, min_open=True), default=DEFAULTS.lr)
-@option("--weight-decay", type=Finite(0), default=DEFAULTS.weight_decay)
-@option("--schedule", type=click.Choice(["constant", "cosine", "step"]), default=DEFAULTS.schedule)
+@option(
+    "--optimizer",
+    type=click.Choice(["adamw", "sgd"]),
+    default=DEFAULTS.optimizer,
+    help="A new one starts every round; sgd has momentum.",
+)
+@option(
+    "--lr",
+    type=Finite(0, min_open=True),
+    default=DEFAULTS.lr,
+    help="Learning rate at the start of a round.",
+)
+@option(
+    "--weight-decay",
+    type=Finite(0),
+    default=DEFAULTS.weight_decay,
+    help="Not applied to biases and BatchNorm.",
+)
+@option(
+    "--schedule",
+    type=click.Choice(["constant", "cosine", "step"]),
+    default=DEFAULTS.schedule,
+    help="Learning rate within a round.",
+)
 @cutting(DEFAULTS.policy, None)
 @option(
     "--compensate",
@@ -125,7 +151,10 @@ def gammaslim() -> None:
     help="Weight of the teacher's outputs; the labels have the rest.",
 )
 @option(
-    "--distill-temperature", type=Finite(0, min_open=True), default=DEFAULTS.distill_temperature
+    "--distill-temperature",
+    type=Finite(0, min_open=True),
+    default=DEFAULTS.distill_temperature,
+    help="Softens the teacher's outputs.",
 )
 @option("--teacher", metavar="MODEL", help="Run, round or model folder; default: the base.")
 @option(
@@ -135,14 +164,16 @@ def gammaslim() -> None:
     help="Points of accuracy that a round may lose; the first that loses more is the last.",
 )
 @running
-@option("--seed", type=SEED, default=DEFAULTS.seed)
+@option("--seed", type=SEED, default=DEFAULTS.seed, help="Of weights, order and augmentation.")
 @option(
     "--wandb",
     type=click.Choice(["auto", "online", "offline", "off"]),
     default=DEFAULTS.wandb,
     help="auto: online when an API key is configured, else offline in the run folder.",
 )
-@option("--wandb-project", default=DEFAULTS.wandb_project)
+@option(
+    "--wandb-project", default=DEFAULTS.wandb_project, help="Project that the run is logged to."
+)
 @option(
     "--checkpoint-every",
     type=Finite(0),
@@ -248,7 +279,7 @@ def inspect(json: bool, **options: Any) -> None:
 @model_options
 @click.option("--output", metavar="DIR", required=True, help="Model folder to write.")
 @cutting(None, "channels=0.5", data_free=True)
-@option("--seed", type=SEED, default=DEFAULTS.seed)
+@option("--seed", type=SEED, default=DEFAULTS.seed, help="Of --importance random.")
 def slim(output: str, **options: Any) -> None:
     """Cut MODEL once, without training, and save the slim model."""
     model = _model(options)

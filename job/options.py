@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from job.config import PruneConfig, nearest, read_toml, recipes
+from job.config import PruneConfig, read_toml, recipes
+from job.environment import check_environment
 from job.errors import (
     ConfigError,
     GammaslimError,
@@ -24,6 +25,7 @@ from job.errors import (
     printable,
     shown,
 )
+from job.help import write_examples, write_options
 from job.option_types import POSITIVE, SEED, Finite, KeyValue, Target
 from job.signals import ignore_requests, listen
 
@@ -51,9 +53,16 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse after the environment has been checked for misspelt options."""
-        _check_environment(self, ctx)
+        if wrong := check_environment(self, ctx):
+            _report(wrong)
+            ctx.exit(ConfigError.exit_code)
         with _quoting():
             return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples, then the options in sections."""
+        write_examples(self, formatter)
+        write_options(self, ctx, formatter)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; end with a documented exit code and one line on stderr."""
@@ -186,18 +195,6 @@ def _check_value(ctx: click.Context, option: click.Option, where: str, value: An
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _check_environment(command: click.Command, ctx: click.Context) -> None:
-    """Refuse GAMMASLIM_<COMMAND>_… variables that are nearly, but not quite, an option's."""
-    prefix = f"{ctx.auto_envvar_prefix}_"
-    known = {str(p.name).upper() for p in command.params if isinstance(p, click.Option)}
-    for name in sorted(os.environ):
-        own = name.removeprefix(prefix)
-        # far ones pass: Kubernetes sets …_SERVICE_HOST and the like for a Service of that name
-        if own != name and own not in known and (near := nearest(own, known, 0.7)):
-            _report(f"{name} names no option of {ctx.info_name}{near}")
-            ctx.exit(ConfigError.exit_code)
-
-
 def options_of(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Several options as one decorator, in the order given."""
 
@@ -230,8 +227,18 @@ preprocessing = options_of(
     option("--image-size", type=POSITIVE, help="Side of the network's input, in pixels."),
 )
 running = options_of(
-    option("--on-bad-image", type=click.Choice(["fail", "skip"]), default=DEFAULTS.on_bad_image),
-    option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=DEFAULTS.device),
+    option(
+        "--on-bad-image",
+        type=click.Choice(["fail", "skip"]),
+        default=DEFAULTS.on_bad_image,
+        help="What to do about an image that cannot be read.",
+    ),
+    option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default=DEFAULTS.device,
+        help="auto: a GPU if there is one.",
+    ),
     option(
         "--precision",
         type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
@@ -262,7 +269,7 @@ def scoring(split: str) -> Callable[[Any], Any]:
     return options_of(
         model_options,
         data_option,
-        option("--split", type=splits, default=split),
+        option("--split", type=splits, default=split, help="Images to run over."),
         running,
         option("--seed", type=SEED, help=held_out),
     )
