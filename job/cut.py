@@ -41,9 +41,9 @@ def slimming_of(config: PruneConfig, card: ModelCard, round_: int) -> Slimming:
     if config.target:
         budget = Budget.parse(config.target).spread(round_, config.rounds, card.base.cost)
     elif config.policy == "uniform":
-        budget = Budget("width", card.width * config.rate)
+        budget = Budget("width", card.width * config.rate, f"--rate {config.rate:g}")
     else:
-        budget = Budget("channels", config.rate**round_)
+        budget = Budget("channels", config.rate**round_, f"--rate {config.rate:g}")
     return Slimming(config.policy, budget, config.round_to, config.min_keep)
 
 

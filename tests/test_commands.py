@@ -222,7 +222,7 @@ def test_a_weights_file_needs_the_network_named(finished_run: Path, tmp_path: Pa
         (["prune", "--precision", "fp16"], 2, "needs a GPU"),
         (["prune", "--data", "x" * 300], 66, "File name too long"),
         (["prune", "--output", "x" * 300], 73, "File name too long"),
-        (["slim", "missing", "--output", "x", "--target", "width=nan"], 2, "is no target"),
+        (["slim", "missing", "--output", "x", "--target", "width=nan"], 2, "is not a target"),
         (["prune", "--resume", "require", "--dry-run"], 66, "no run in"),
         (["prune", "--model-arg", "width_mult"], 2, "K=V"),
         (["prune", "--image-size", "8"], 2, "32 pixels do"),
@@ -240,7 +240,7 @@ def test_a_weights_file_needs_the_network_named(finished_run: Path, tmp_path: Pa
         (["evaluate", "missing"], 66, "missing"),
         (["evaluate", "."], 66, "not a model"),
         (["predict", "missing"], 2, "--output"),
-        (["slim", "missing", "--output", "x", "--target", "flops=3"], 2, "is no target"),
+        (["slim", "missing", "--output", "x", "--target", "flops=3"], 2, "is not a target"),
     ],
 )
 @pytest.mark.sampled(3)

@@ -85,11 +85,20 @@ def test_floors_hold_and_an_unreachable_target_says_what_is_reachable(
     ) as found:
         plan_of(network, graph, "macs=0.05", min_keep=0.25)
     least = int(str(found.value).split("macs=")[2].split(" ")[0].replace(",", ""))
+    share = str(found.value).split("(")[1].split(")")[0]
+    assert plan_of(network, graph, f"macs={share}", min_keep=0.25).after.macs >= least
     reached = plan_of(network, graph, f"macs={least}", min_keep=0.25)
     assert reached.after.macs == least
     assert network_cost(narrowed(network, reached.layers), 64) == reached.after
-    with pytest.raises(UsageError, match=r"above what the base has, 11,"):
+    with pytest.raises(UsageError, match=r"above what the base has, 11,\d{3},\d{3} parameters"):
         Budget("params", 2e9).fraction(plan.before)
+    with pytest.raises(
+        UsageError, match=r"^--target macs=2: above 1 .*of multiply-adds; it"
+    ) as found:
+        plan_of(network, graph, "macs=2")
+    assert str(found.value).endswith("; did you mean macs=0.5?")
+    with pytest.raises(UsageError, match=r"^--target bytes=50.0: .*; did you mean bytes=0\.5\?$"):
+        plan_of(network, graph, "bytes=50.0")
     nothing = torchvision.models.squeezenet1_0()
     with pytest.raises(UsageError, match="no channel of this network is ranked"):
         plan_of(nothing, analyse(nothing, IMAGE), "macs=0.9")
@@ -181,5 +190,44 @@ def test_studentnet_cuts_all_of_its_blocks_but_by_the_uniform_policy() -> None:
 
 @pytest.mark.parametrize("text", ["macs", "flops=0.5", "macs=-1", "macs=nan", "width=2", "=1"])
 def test_wrong_targets_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no target"):
+    with pytest.raises(UsageError, match="is not a target"):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("macs=50%", "macs=0.5"),
+        ("macs:0.5", "macs=0.5"),
+        ("macs 0.5", "macs=0.5"),
+        ("macs=0,5", "macs=0.5"),
+        ("0.5", "macs=0.5"),
+        ("50%", "macs=0.5"),
+        ("50", "macs=0.5"),
+        ("MACs=0.25", "macs=0.25"),
+        ("flops=0.5", "macs=0.5"),
+        ("parameters=1,500,000", "params=1.5e+06"),
+        ("params=5M", "params=5e+06"),
+        ("channel=70 %", "channels=0.7"),
+        ("size=0.3", "bytes=0.3"),
+        ("width=2", "width=0.5"),
+        ("width=75", "width=0.75"),
+        ("width=75%", "width=0.75"),
+    ],
+)
+def test_a_target_in_other_words_is_answered_with_the_one_that_was_meant(
+    text: str, meant: str
+) -> None:
+    with pytest.raises(UsageError) as found:
+        Budget.parse(text)
+    assert str(found.value).startswith(f"{text!r} is not a target: ")
+    assert str(found.value).endswith(f"; did you mean {meant}?")
+    assert Budget.parse(meant)
+
+
+def test_a_target_is_quoted_as_it_was_typed_in_each_round() -> None:
+    base = Cost(100, 1000, 10_000, 4000)
+    budget = Budget.parse("macs=0.0100")
+    assert str(budget.spread(1, 3, base)) == "--target macs=0.0100"
+    with pytest.raises(UsageError, match=r"^--target macs=20_000 is above .* 10,000 multiply"):
+        Budget.parse("macs=20_000").spread(1, 3, base)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from job.errors import UsageError, reason
-from job.slimming.budget import Budget
 from job.slimming.cost import Cost, Costs
 from job.slimming.graph import Blocked, channel_graph
 from job.slimming.layers import LAYERS, modules_of
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from job.slimming.budget import Budget
     from job.slimming.graph import ChannelGraph
     from job.slimming.importance import Scores
     from job.slimming.plan import Plan
@@ -120,11 +120,11 @@ def make_plan(
     own: Mapping[str, int] | None = getattr(network, "uniform_widths", None) if uniform else None
     if own is not None:  # only those that the network's own width scales
         groups = [r for r in groups if r.group.name in own]
-    planner = Planner(graph, Costs(network, graph, unbiased), groups)
-    whole = (base and base.cost) or planner.base
+    costs = Costs(network, graph, unbiased)
+    planner = Planner(graph, costs, groups, base.cost if base else None)
     if uniform:
-        return _uniform(planner, slimming.budget, whole, sizes, strict=own is not None)
-    return _global(planner, slimming.budget, whole)
+        return _uniform(planner, slimming.budget, planner.whole, sizes, strict=own is not None)
+    return _global(planner, slimming.budget, planner.whole)
 
 
 def _floors(slimming: Slimming, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -152,7 +152,7 @@ def _explained(graph: ChannelGraph, groups: Sequence[Ranked]) -> ChannelGraph:
 def _global(planner: Planner, budget: Budget, base: Cost) -> Plan:
     """One threshold over all groups (Liu et al. 2017), solved so that the budget is met."""
     if budget.metric == "width":
-        budget = Budget("channels", budget.value)
+        budget = replace(budget, metric="channels")
     limit, counts_at = budget.limit(base), planner.in_order()
     units = sum(len(r.units) for r in planner.groups)
     first = solve(planner, budget, limit, range(units, -1, -1), counts_at)
@@ -171,7 +171,7 @@ def _uniform(
 ) -> Plan:
     """The same fraction of every group."""
     if budget.metric == "width":
-        _check_width(planner, budget.value, sizes, strict=strict)
+        _check_width(planner, budget, sizes, strict=strict)
         counts = planner.counts_at(sizes, budget.value)
         return planner.plan("uniform", counts, budget.value)
     fractions = {
@@ -186,15 +186,21 @@ def _uniform(
     return planner.plan("uniform", counts_at(width), width)
 
 
-def _check_width(planner: Planner, width: float, sizes: Mapping[str, int], *, strict: bool) -> None:
+def _check_width(
+    planner: Planner, budget: Budget, sizes: Mapping[str, int], *, strict: bool
+) -> None:
     """Raise UsageError where a group would have to grow, or (``strict``) be left empty."""
+    width = budget.value
     for r in planner.groups:
         full, now = sizes[r.group.name], r.group.size
         if int(full * width + 1e-9) > now:
             widest = max(g.group.size / sizes[g.group.name] for g in planner.groups)
-            raise UsageError(f"width {width:g} is not below the network's own, about {widest:.4g}")
+            raise UsageError(
+                f"{budget}: width {width:g} is not below the network's own, about {widest:.4g}"
+            )
         if strict and int(full * width + 1e-9) < 1:
             least = 1 / min(sizes[g.group.name] for g in planner.groups)
             raise UsageError(
-                f"width {width:g} leaves no channel of {r.group.name}: the least is {least:g}"
+                f"{budget}: width {width:g} leaves no channel of {r.group.name}: the least is "
+                f"{least:g}"
             )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from job.slimming.budget import Budget
-    from job.slimming.cost import Costs
+    from job.slimming.cost import Cost, Costs
     from job.slimming.flow import Ids
     from job.slimming.graph import ChannelGraph, ChannelGroup
     from job.slimming.importance import Scores
@@ -89,12 +89,22 @@ class Choice:
 
 
 class Planner:
-    """Turns counts of kept units into plans with their exact costs."""
+    """Turns counts of kept units into plans with their exact costs.
 
-    def __init__(self, graph: ChannelGraph, costs: Costs, groups: Sequence[Ranked]) -> None:
+    ``whole`` is the cost that targets are fractions of; by default the network's own.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        costs: Costs,
+        groups: Sequence[Ranked],
+        whole: Cost | None = None,
+    ) -> None:
         self.graph, self.costs, self.groups = graph, costs, groups
         self.choice = Choice(graph, groups)
         self.base = costs.cost(everything(graph))
+        self.whole = whole or self.base
 
     def plan(self, policy: str, counts: Sequence[int], width: float) -> Plan:
         """The plan, layer by layer."""
@@ -142,10 +152,11 @@ def solve(
     Raises UsageError, with what is reachable, when none does.
     """
     if not planner.groups:
-        raise UsageError(f"--target {budget} cannot be reached: {NOTHING}")
+        raise UsageError(f"{budget} cannot be reached: {NOTHING}")
     low, high = 0, len(steps) - 1
-    if _left(planner, budget, counts_at(steps[high])) > limit:
-        raise UsageError(_unreachable(planner, budget, counts_at(steps[high])))
+    least = _left(planner, budget, counts_at(steps[high]))
+    if least > limit:
+        raise UsageError(budget.unreachable(least, planner.whole))
     while low < high:
         middle = (low + high) // 2
         if _left(planner, budget, counts_at(steps[middle])) <= limit:
@@ -185,11 +196,3 @@ def given_back(planner: Planner, counts: Sequence[int], budget: Budget, limit: f
 def _left(planner: Planner, budget: Budget, counts: Sequence[int]) -> float:
     standing = planner.costs.counts(planner.choice(counts))
     return float(planner.costs.measure(budget.metric, standing))
-
-
-def _unreachable(planner: Planner, budget: Budget, counts: Sequence[int]) -> str:
-    least, whole = _left(planner, budget, counts), getattr(planner.base, budget.metric)
-    return (
-        f"--target {budget} cannot be reached: the least is {budget.metric}={least:,.0f} of "
-        f"{whole:,} ({least / whole:.3g}); lower --min-keep or --round-to to go further"
-    )
