@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,8 +184,20 @@ def planned_rounds(
     return entries
 
 
+GENERIC = ("create", "create_model", "build", "build_model", "get_model", "make_model", "model")
+
+
 def default_output(config: PruneConfig) -> Path:
     """``runs/MODEL-DATA``: the same name for the same command, so that it resumes itself."""
-    data = Path(config.data).absolute().name if config.data else "fashion-mnist"
-    model = config.model.replace(":", "-")
-    return Path("runs") / f"{model}-{data}"
+    return Path("runs") / default_name(config)
+
+
+def default_name(config: PruneConfig) -> str:
+    """MODEL with its arguments, and DATA: ``timm-resnet18-photos`` for timm:create_model."""
+    module, _, factory = config.model.partition(":")
+    texts = [value for _, value in config.model_arg if isinstance(value, str)]
+    rest = [f"{k}={json.dumps(v)}" for k, v in config.model_arg if not isinstance(v, str)]
+    parts = [module, "" if texts and factory in GENERIC else factory, *texts, *rest]
+    data = os.path.basename(os.path.abspath(config.data)) if config.data else "fashion-mnist"  # noqa: PTH100, PTH119
+    name = re.sub(r"[^\w.=+-]+", "-", "-".join(part for part in parts if part))
+    return f"{name[:120]}-{data}" if data else name[:120]

@@ -18,6 +18,7 @@ from job.config import PruneConfig
 from job.data import open_data
 from job.errors import StorageError
 from job.preflight import Findings, batch_warnings, core_warnings, space_needed
+from job.preparation import default_output
 from job.processes import is_main
 
 NO_KEY = {"NETRC": "/dev/null", "HOME": "/nonexistent"}
@@ -215,3 +216,23 @@ def test_too_few_cores(flat_data: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert core_warnings(config, in_memory, cuda=False) == []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "want 2" in core_warnings(config, in_memory, cuda=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "name"),
+    [
+        ("student", (), "student-photos"),
+        ("student", (("width_mult", 0.5),), "student-width_mult=0.5-photos"),
+        ("timm:create_model", (("model_name", "resnet18"),), "timm-resnet18-photos"),
+        ("nets:make", (("name", "a/b c"), ("deep", True)), "nets-make-a-b-c-deep=true-photos"),
+        ("nets.small:tiny", (), "nets.small-tiny-photos"),
+        ("nets:build", (), "nets-build-photos"),
+    ],
+)
+@pytest.mark.parametrize("data", ["photos", "photos/", "elsewhere/../photos"])
+def test_the_default_folder_tells_networks_apart(
+    model: str, args: tuple[tuple[str, str | float | bool], ...], name: str, data: str
+) -> None:
+    config = PruneConfig(model=model, model_arg=args, data=data)
+    assert default_output(config) == Path("runs") / name
+    assert default_output(PruneConfig()) == Path("runs/student-fashion-mnist")
