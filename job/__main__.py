@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command line; exits with a documented code."""
     from job.cli import gammaslim
+    from job.exits import run_and_exit
 
     with suppress(OSError):  # the script finds --model module:factory here too, as `python -m` does
         here = str(Path.cwd())
         if here not in sys.path and not sys.flags.safe_path:
             sys.path.append(here)
-    gammaslim(prog_name="gammaslim")
+    run_and_exit(partial(gammaslim, prog_name="gammaslim"))
 
 
 if __name__ == "__main__":

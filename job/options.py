@@ -25,6 +25,7 @@ from job.errors import (
     printable,
     shown,
 )
+from job.exits import exit_now
 from job.help import write_examples, write_options
 from job.option_types import POSITIVE, SEED, Finite, KeyValue, Target
 from job.signals import ignore_requests, listen
@@ -95,8 +96,7 @@ class Command(click.Command):
             _report(error)
         if isinstance(error, StopRequest) and error.abrupt:
             _leave()
-            sys.stdout.flush()
-            os._exit(error.exit_code)
+            exit_now(error.exit_code)
         ctx.exit(error.exit_code)
 
 

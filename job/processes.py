@@ -95,8 +95,7 @@ def _keep_freed_memory() -> None:
 def leave() -> None:
     """End the loader's workers and part from the other processes.
 
-    Workers ignore SIGTERM, so an exit that only asks them would wait for ever; and without the
-    parting gloo's threads may abort a process at its exit.
+    Workers ignore SIGTERM, so an exit that only asks them would wait for ever.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for child in multiprocessing.active_children():

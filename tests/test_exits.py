@@ -1,0 +1,92 @@
+"""How processes end: with their own exit code, whatever the threads of gloo are doing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from conftest import run
+from job.exits import run_and_exit
+
+# each child leaves with collectives in progress, as a rank does when the machine is busy: without
+# run_and_exit a quarter of them ends with SIGABRT (torch 2.14, CPython 3.11)
+LEAVING = """
+import os, sys
+import click, torch, torch.distributed as dist
+from job.__main__ import main
+from job.cli import gammaslim
+
+@gammaslim.command()
+@click.argument("code", type=int)
+@click.pass_context
+def leaving(ctx, code):
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    global tensors
+    tensors = [torch.zeros(1) for _ in range(200)]
+    sys.setswitchinterval(1000)
+    for tensor in tensors:
+        dist.all_reduce(tensor, async_op=True)
+    ctx.exit(code)
+
+for code in [0, 75] * 12:
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["gammaslim", "leaving", str(code)]
+        main()
+    print(code, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_process_that_leaves_gloo_at_work_keeps_its_exit_code() -> None:
+    done = run(sys.executable, "-c", LEAVING, env={"OMP_NUM_THREADS": "1"})
+    ends = [tuple(map(int, line.split())) for line in done.out.splitlines()]
+    assert len(ends) == 24, done
+    assert [end for end in ends if len(set(end)) > 1] == [], done.err
+
+
+def child(program: Callable[[], object]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a forked process that runs ``program`` and ends."""
+    pipes = [os.pipe(), os.pipe()]
+    pid = os.fork()
+    if pid == 0:
+        sys.stdout, sys.stderr = (os.fdopen(write, "w") for _, write in pipes)
+        run_and_exit(program)
+    for _, write in pipes:
+        os.close(write)
+    out, err = (os.fdopen(read).read() for read, _ in pipes)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), out, err
+
+
+def bug() -> None:
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [
+        (lambda: None, 0, ""),
+        (sys.exit, 0, ""),
+        (lambda: sys.exit(78), 78, ""),
+        (lambda: sys.exit("no such thing"), 1, "no such thing"),
+        (bug, 1, "RuntimeError: a bug"),
+    ],
+    ids=["returns", "exit", "exit 78", "exit with a text", "bug"],
+)
+def test_exit_codes_output_and_exit_functions(
+    program: Callable[[], object], code: int, said: str
+) -> None:
+    def whole() -> None:
+        import atexit
+
+        atexit._clear()  # the functions of pytest's own process
+        atexit.register(lambda: print("exit function"))
+        print("output", end=" ")
+        program()
+
+    ended, out, err = child(whole)
+    assert (ended, out) == (code, "output exit function\n")
+    assert said in err
+    assert bool(err) == bool(said)
