@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from job.accuracy import change
 from job.errors import InputNotFound, reason, shown
 from job.files import is_file
 from job.reading import parse_toml, read_bytes, read_json
@@ -104,15 +105,13 @@ class History:
         return self.settings.get(table, {}).get(key)
 
     def points(self, entry: Round) -> float | None:
-        """Points of validation accuracy that ``entry`` lies above the base."""
-        # rounded: 0.9 - 0.89 is a point and no more
-        return round(100 * (entry.valid_acc - self.base.valid_acc), 7) if self.base else None
+        """Change of validation accuracy from the base to ``entry``, below zero for a loss."""
+        return change(entry.valid_acc, self.base.valid_acc) if self.base else None
 
     @property
-    def lost(self) -> float | None:
-        """Points that the recommended model lies below the base."""
-        points = self.points(self.best) if self.best else None
-        return None if points is None else 0.0 - points
+    def change(self) -> float | None:
+        """Points from the base to the recommended model."""
+        return self.points(self.best) if self.best else None
 
     def share(self, entry: Round, cost: str) -> float | None:
         """``entry``'s cost as a fraction of the base's."""

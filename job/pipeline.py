@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from job.accuracy import signed
 from job.attempt import Attempt
 from job.checkpoint import Position, save_position
 from job.console import epoch_line, progress, rounds_table, say
@@ -285,8 +286,8 @@ class Job:
             return False
         round_ = len(self.entries) - 1
         say(
-            f"round {round_} is {lost:.2f} points below the base, more than --max-drop {limit:g}: "
-            f"no further rounds"
+            f"round {round_}: accuracy {signed(-lost)} points against the base, a larger drop than "
+            f"--max-drop {limit:g}: no further rounds"
         )
         return True
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from job.accuracy import signed
 from job.console import rounds_table, say, table
 from job.errors import printable, shown, writing
 from job.figures import Picture, draw_comparison, draw_run
@@ -122,7 +123,7 @@ def comparison_record(histories: Sequence[History]) -> dict[str, Any]:
             "recommended": f"rounds/{history.best.round:02d}" if history.best else None,
             "reason": history.reason,
             "relative": {c: history.share(history.best, c) for c in COSTS} if history.best else {},
-            "points_lost": history.lost,
+            "points_lost": None if history.change is None else 0.0 - history.change,
             "problems": list(history.problems),
         }
         for name, history in zip(names(histories), histories, strict=True)
@@ -151,14 +152,14 @@ def _run_text(history: History) -> str:
 
 
 def _comparison_text(histories: Sequence[History]) -> str:
-    header = ("run", "state", "width", "params", "MACs", "bytes", "base", "acc", "points lost")
+    header = ("run", "state", "width", "params", "MACs", "bytes", "base", "acc", "points")
     rows = []
     for name, history in zip(names(histories), histories, strict=True):
-        base, best, lost = history.base, history.best, history.lost
+        base, best = history.base, history.best
         costs = [f"{getattr(best, cost):,}" if best else "" for cost in COSTS]
         width = f"{best.width:.4f}" if best else ""
         scores = [f"{entry.valid_acc:.4f}" if entry else "" for entry in (base, best)]
-        points = "" if lost is None else f"{lost:.2f}"
+        points = _points(history.change)
         rows.append((name, printable(history.state), width, *costs, *scores, points))
     text = table(header, rows, left=2)
     return f"{text}\n\ncaution: {caution}" if (caution := incomparable(histories)) else text
@@ -191,7 +192,6 @@ def _rounds(history: History) -> str:
     )  # fmt: skip
     rows, best = [], set()
     for place, entry in enumerate(history.rounds):
-        points = history.points(entry)
         if entry is history.best:
             best.add(place)
         rows.append([
@@ -202,7 +202,7 @@ def _rounds(history: History) -> str:
             _percent(entry.valid_acc_pruned),
             _percent(entry.valid_acc),
             "" if entry.best_epoch is None else str(entry.best_epoch),
-            "" if points is None or entry.round == 0 else f"{points:+.2f}",
+            _points(history.points(entry)) if entry.round else "",
             "" if entry.seconds is None else f"{entry.seconds:,.0f}",
         ])  # fmt: skip
     return _table(header, rows, best)
@@ -212,11 +212,11 @@ def comparison_page(histories: Sequence[History], pictures: Sequence[Picture]) -
     """The page of several runs: a row each, and the Pareto figures."""
     header = (
         "", "run", "state", "base's accuracy", "recommended", *HEADINGS.values(), "accuracy",
-        "points lost", "Pareto-optimal in",
+        "difference to the base, points", "Pareto-optimal in",
     )  # fmt: skip
     rows, optimal = [], fronts(histories)
     for place, (name, history) in enumerate(zip(names(histories), histories, strict=True)):
-        base, best, lost = history.base, history.best, history.lost
+        base, best = history.base, history.best
         on = [HEADINGS[c] for c in COSTS if best and (place, best.round) in optimal[c]]
         rows.append([
             str(place + 1), _quote(name), _quote(_state(history)),
@@ -224,7 +224,7 @@ def comparison_page(histories: Sequence[History], pictures: Sequence[Picture]) -
             f"rounds/{best.round:02d}" if best else "",
             *(_cost(history, best, cost) if best else "" for cost in COSTS),
             _percent(best.valid_acc if best else None),
-            "" if lost is None else f"{lost:.2f}", ", ".join(on),
+            _points(history.change), ", ".join(on),
         ])  # fmt: skip
     caution = incomparable(histories)
     parts = [f"<h1>{len(histories)} runs</h1>", *([_problem(caution)] if caution else [])]
@@ -235,6 +235,10 @@ def comparison_page(histories: Sequence[History], pictures: Sequence[Picture]) -
 
 def _page(title: str, parts: Sequence[str]) -> str:
     return HEAD.format(title=_quote(title)) + "\n".join(parts) + "\n</body>\n</html>\n"
+
+
+def _points(change: float | None) -> str:
+    return "" if change is None else signed(change)
 
 
 def _quote(value: object) -> str:

@@ -8,6 +8,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
+from job.accuracy import change, signed
 from job.artifact import RECOMMENDED, ModelCard, load_model, save_model
 from job.config import PruneConfig, check_unchanged, write_toml
 from job.errors import (
@@ -247,8 +248,7 @@ class Run:
 
 def drop(entries: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> float:
     """Points of validation accuracy that ``entry`` lies below the base, first of ``entries``."""
-    # rounded: 0.9 - 0.89 is a point and no more
-    return round(100 * float(entries[0]["valid_acc"] - entry["valid_acc"]), 7)
+    return 0.0 - change(entry["valid_acc"], entries[0]["valid_acc"])
 
 
 def recommend(
@@ -261,15 +261,14 @@ def recommend(
     limit = MAX_DROP if max_drop is None else max_drop
     points = f"{limit:g} point" + ("" if limit == 1 else "s")
     points += "" if max_drop is None else " (--max-drop)"
-    base = entries[0]["valid_acc"]
     near = [entry for entry in entries if drop(entries, entry) <= limit]
     chosen = min(near, key=lambda entry: (entry["params"], entry["round"]))
     if chosen["round"] == 0:
         if len(entries) == 1:
             return 0, "the base: no round is finished"
         return 0, f"the base: every round falls more than {points} below it"
-    change = 100 * (chosen["valid_acc"] - base)
+    gain = signed(change(chosen["valid_acc"], entries[0]["valid_acc"]))
     return chosen["round"], (
         f"the fewest parameters within {points} of the base: "
-        f"{chosen['params'] / entries[0]['params']:.1%} of them, accuracy {change:+.2f} points"
+        f"{chosen['params'] / entries[0]['params']:.1%} of them, accuracy {gain} points"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from job.accuracy import change, signed
 from job.checkpoint import Position, newest_position, save_position
 from job.files import new_directory, tidy
 
@@ -76,3 +77,12 @@ def test_a_half_deleted_position_is_not_taken_for_a_damaged_one(
     monkeypatch.undo()
     tidy(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "base", "text"),
+    [(0.896, 0.9, "-0.40"), (0.9, 0.864, "+3.60"), (0.9, 0.9, "+0.00"), (0.899999, 0.9, "+0.00")],
+)
+def test_a_lost_point_has_one_sign(accuracy: float, base: float, text: str) -> None:
+    assert signed(change(accuracy, base)) == text
+    assert signed(0.0 - change(base, accuracy)) == text

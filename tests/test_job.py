@@ -329,6 +329,7 @@ def test_with_max_drop_the_smallest_within_it_is_recommended() -> None:
         3,
     ]
     assert "within 3 points (--max-drop) of the base" in recommend(entries, 3)[1]
+    assert recommend(entries, 3)[1].endswith("accuracy -3.00 points")
     assert "more than 0.5 points (--max-drop) below" in recommend(entries, 0.5)[1]
     assert "within 1 point of the base" in recommend(entries)[1]
 
@@ -348,7 +349,7 @@ def test_a_round_that_falls_too_far_is_the_last(tmp_path: Path) -> None:
     done = gammaslim(*args, "--max-drop", 5, "--output", output)
     assert done.code == 0, done
     assert re.search(
-        r"round 1 is \d+\.\d\d points below the base, more than --max-drop 5", done.out
+        r"round 1: accuracy -\d+\.\d\d points .*, a larger drop than --max-drop 5", done.out
     )
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["state"], summary["recommended"]) == ("finished", "rounds/00")

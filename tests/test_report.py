@@ -270,7 +270,7 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     found = page(output)
     assert found.rows[1][1:] == [
         str(one), "finished", "90.00%", "rounds/02", "600 (60.0%)", "24,000 (60.0%)",
-        "2,400 (60.0%)", "89.50%", "0.50", "",
+        "2,400 (60.0%)", "89.50%", "-0.50", "",
     ]  # fmt: skip
     assert found.rows[2][-1] == "parameters, MACs, bytes"
     assert found.rows[3][1:4] == ["new", "running", ""]
@@ -283,6 +283,7 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert [line.split()[1:4] for line in text.out.splitlines()[1:3]] == [
         ["finished", "0.8100", "600"], ["finished", "0.9000", "500"],
     ]  # fmt: skip
+    assert [line.split()[-1] for line in text.out.splitlines()[:3]] == ["points", "-0.50", "-0.10"]
     assert page(tmp_path / "report.html").rows == found.rows
 
 
