@@ -1,24 +1,65 @@
-"""Gammaslim: makes trained CNNs smaller and faster by slimming on the γ of their BatchNorm."""
+"""Make trained CNNs smaller and faster: slim by BatchNorm γ.
+
+    narrow, plan = job.slim(network, torch.rand(1, 3, 224, 224), target="macs=0.5")
+    print(plan)
+
+``gammaslim`` is another name for these objects.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from job.artifact import load as load
-    from job.slimming.api import slim as slim
+from job.errors import (
+    ConfigError,
+    DataError,
+    GammaslimError,
+    InputNotFound,
+    OutputError,
+    StopRequest,
+    StorageError,
+    UsageError,
+)
 
-__all__ = ["load", "slim"]
+if TYPE_CHECKING:
+    from job.artifact import load
+    from job.slimming.api import slim
+    from job.slimming.plan import Plan
+
+    __version__: str
+
+# torch takes a second to import, and `gammaslim --help` must not wait for it
+LAZY = {
+    "load": "job.artifact",
+    "slim": "job.slimming.api",
+    "Plan": "job.slimming.plan",
+}
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "GammaslimError",
+    "InputNotFound",
+    "OutputError",
+    "Plan",
+    "StopRequest",
+    "StorageError",
+    "UsageError",
+    "__version__",
+    "load",
+    "slim",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes a second to import, and `gammaslim --help` must not wait for it
-    if name == "load":
-        from job.artifact import load
+    if name == "__version__":
+        from job.versions import version
 
-        return load
-    if name == "slim":
-        from job.slimming.api import slim
+        return version()
+    if name not in LAZY:
+        raise AttributeError(f"module 'job' has no attribute {name!r}")
+    return getattr(importlib.import_module(LAZY[name]), name)
 
-        return slim
-    raise AttributeError(f"module 'job' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -2,51 +2,67 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
 
 from job.errors import UsageError
-from job.slimming.budget import Budget
+from job.slimming.arguments import (
+    budget_of,
+    check_choice,
+    check_network,
+    check_number,
+    example_of,
+    ignored,
+    in_python,
+)
+from job.slimming.batches import batches_of
 from job.slimming.calibrated import COMPENSATIONS, IMPORTANCES
-from job.slimming.cut import Method, make_cut, plan_cut
+from job.slimming.cut import best_method, make_cut, plan_cut
 from job.slimming.engine import Slimming, analyse
 from job.slimming.recalibration import recalibrate as recalibrated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import torch
     from torch import nn
 
-    from job.slimming.moments import Batch
     from job.slimming.plan import Plan
 
 POLICIES = ("uniform", "global")
+LOGGER = logging.getLogger("gammaslim")
 
 
 def slim(
     model: nn.Module,
-    example: torch.Tensor,
+    example: Any,
     *,
     policy: str = "global",
     target: str = "channels=0.5",
     round_to: int = 1,
     min_keep: float = 0.1,
-    importance: str = "gamma",
-    compensate: str = "none",
+    importance: str | None = None,
+    compensate: str | None = None,
     recalibrate: int = 0,
-    calibration: Iterable[Batch] | None = None,
-    ignore: Iterable[str] = (),
+    calibration: Iterable[Any] | None = None,
+    ignore: Iterable[str | nn.Module] = (),
 ) -> tuple[nn.Module, Plan]:
     """A narrow copy of ``model``, proven in float64, and the plan that it was cut by.
 
-    ``example`` (B, C, H, W) is a batch as the network takes it; only its shape matters.
-    ``calibration`` is batches like it, needed by the compensations mean and regress, the
-    importances refit and taylor (for which they are pairs with labels (B,)), and ``recalibrate``,
-    which takes that many of them. Neither inputs nor outputs of layers named in ``ignore`` are cut.
-    ``model`` is left untouched; device, mode and requires_grad are those of its own.
+    ``example`` is a batch as the network takes it: a tensor such as (B, C, H, W), a tuple or list
+    of inputs, or a dict of keyword arguments; only sizes and integers matter.
+
+    ``calibration`` is batches like it, or pairs of such and labels (B,): some thousand images are
+    used at most. The compensations mean and regress, the importances refit and taylor (which looks
+    at labels), and ``recalibrate``, which takes that many batches, need it. ``importance`` and
+    ``compensate`` None are the best that there is: refit and regress with ``calibration``, else
+    gamma and none; a line, logged by ``gammaslim``, says which.
+
+    Neither inputs nor outputs of layers in ``ignore``, names or modules, are cut. ``model`` is left
+    untouched; device, mode and requires_grad are those of its own. ``print(plan)`` shows the cut.
 
     Raises UsageError for wrong arguments, a network that does not run on ``example``, or a target
-    that is out of reach, and GammaslimError when the proof fails.
+    that is out of reach, DataError for damaged weights, and GammaslimError when the proof fails.
 
     >>> import torch, torchvision
     >>> import job
@@ -57,29 +73,43 @@ def slim(
     >>> narrow(torch.rand(2, 3, 64, 64)).shape
     torch.Size([2, 10])
     """
-    if policy not in POLICIES:
-        raise UsageError(f"policy {policy!r} is unknown: one of {', '.join(POLICIES)}")
-    if not (0 <= min_keep <= 1 and round_to >= 1 and recalibrate >= 0):
-        raise UsageError("min_keep is a fraction, round_to at least 1, recalibrate at least 0")
-    if importance not in IMPORTANCES or compensate not in COMPENSATIONS:
-        raise UsageError(
-            f"importance is one of {', '.join(IMPORTANCES)}, compensate of "
-            f"{', '.join(COMPENSATIONS)}"
+    check_network(model)
+    check_choice("policy", policy, POLICIES)
+    check_choice("importance", importance, IMPORTANCES, none=True)
+    check_choice("compensate", compensate, COMPENSATIONS, none=True)
+    check_number("round_to", round_to, 1)
+    check_number("min_keep", min_keep, 0, 1)
+    check_number("recalibrate", recalibrate, 0)
+    slimming = Slimming(policy, budget_of(target), int(round_to), float(min_keep))
+    inputs, names = example_of(model, example), ignored(model, ignore)
+    try:
+        graph = analyse(model, inputs, names)
+        batches = (
+            None if calibration is None else batches_of(model, inputs, calibration, recalibrate)
         )
-    batches = None if calibration is None else list(calibration)
-    if recalibrate and not batches:
-        raise UsageError("recalibrate needs calibration batches")
-    fresh = None if batches is None else lambda: batches
-    graph = analyse(model, example, ignore)
-    slimming = Slimming(policy, Budget.parse(target), round_to, min_keep)
-    narrow, plan, _ = make_cut(
-        model,
-        graph,
-        example,
-        Method(importance, compensate),
-        lambda scores: plan_cut(model, graph, scores, slimming, compensate, example),
-        fresh,
-    )
+        if recalibrate and batches is None:
+            raise UsageError("recalibrate needs calibration batches")
+        method, line = best_method(importance, compensate, images=batches is not None)
+        if line:
+            _tell(line)
+        narrow, plan, _ = make_cut(
+            model,
+            graph,
+            inputs,
+            method,
+            lambda scores: plan_cut(model, graph, scores, slimming, method.compensate, inputs),
+            None if batches is None else lambda: batches,
+        )
+    except UsageError as error:
+        raise UsageError(in_python(str(error))) from error
     if recalibrate and batches:
         recalibrated(narrow, batches[:recalibrate])
     return narrow, plan
+
+
+def _tell(line: str) -> None:
+    """Log a line for those who look at logs; else it is seen on stderr, as nobody configured it."""
+    if LOGGER.hasHandlers():
+        LOGGER.info(line)
+    elif LOGGER.level <= logging.INFO:
+        print(f"gammaslim: {line}", file=sys.stderr)

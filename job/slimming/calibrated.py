@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from job.slimming.flow import Ids
     from job.slimming.graph import ChannelGraph
     from job.slimming.importance import Scores
+    from job.slimming.inputs import Example
     from job.slimming.moments import Batch, Moments
     from job.slimming.plan import Layers
 
@@ -88,21 +89,21 @@ def compensated(
     layers: Layers,
     method: str,
     moments: Mapping[str, Moments],
-    image: torch.Tensor,
+    example: Example,
     batches: Batches | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Give ``narrow`` what the channels outside ``keep`` (count,) added in ``wide``, in place.
 
     After its proof, which is of the plain cut. ``layers`` have gone through ``with_biases``;
-    ``image`` (B, C, H, W) is like what the network takes; ``regress`` needs ``batches``. All
+    ``example`` is like what the network takes; ``regress`` needs ``batches``. All
     processes get the main one's weights.
     """
     if method == "regress":
-        regress(wide, narrow, graph, keep, layers, batches or tuple, image, check=check)
+        regress(wide, narrow, graph, keep, layers, batches or tuple, example, check=check)
     elif method != "none":
-        means = betas(wide, graph, keep, image) if method == "beta" else moments
-        fold_means(wide, narrow, graph, keep, layers, means, image)
+        means = betas(wide, graph, keep, example) if method == "beta" else moments
+        fold_means(wide, narrow, graph, keep, layers, means, example)
     if world() > 1:
         with torch.no_grad():
             for tensor in (*narrow.parameters(), *narrow.buffers()):

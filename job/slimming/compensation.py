@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from job.slimming.inputs import like
 from job.slimming.layers import owner
 from job.slimming.moments import collect, readers
 from job.slimming.plan import LayerChannels
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from job.slimming.flow import Ids
     from job.slimming.graph import ChannelGraph
+    from job.slimming.inputs import Example
     from job.slimming.moments import Moments, Reader
     from job.slimming.plan import Layers
 
@@ -44,24 +46,22 @@ def with_biases(layers: Layers, unbiased: frozenset[str]) -> Layers:
     return found
 
 
-def without_constant(
-    network: nn.Module, graph: ChannelGraph, image: torch.Tensor
-) -> frozenset[str]:
+def without_constant(network: nn.Module, graph: ChannelGraph, example: Example) -> frozenset[str]:
     """Readers that have neither a bias nor a BatchNorm right behind them: a constant needs one.
 
-    ``image`` (B, C, H, W) is like what the network takes.
+    ``example`` is like what the network takes.
     """
-    norms = norms_behind(network, image)
+    norms = norms_behind(network, example)
     layers = {reader.layer for reader in readers(network, graph)} - norms.keys()
     return frozenset(la for la in layers if network.get_submodule(la).bias is None)
 
 
-def norms_behind(network: nn.Module, image: torch.Tensor) -> dict[str, tuple[str, ...]]:
+def norms_behind(network: nn.Module, example: Example) -> dict[str, tuple[str, ...]]:
     """For each convolution or linear layer the BatchNorms that alone read what it writes.
 
     Layers whose outputs also go elsewhere, and BatchNorms that other layers feed too, are left out.
     """
-    recording = record(network, image)
+    recording = record(network, example)
     makers: dict[int, str] = {}  # by id of the activation
     feeds: dict[str, set[str | None]] = {}  # who reads a layer's outputs; None: no BatchNorm
     fed: dict[str, set[str | None]] = {}
@@ -96,14 +96,14 @@ def fold_means(
     keep: Ids,
     layers: Layers,
     means: Mapping[str, Moments],
-    image: torch.Tensor,
+    example: Example,
 ) -> None:
     """Let the readers in ``narrow`` add the mean of the channels outside ``keep`` (count,).
 
     ``narrow`` is ``wide`` cut to ``layers``, as ``with_biases`` gave them. ``means`` are moments by
     reader; readers without are left alone.
     """
-    norms = norms_behind(narrow, image)
+    norms = norms_behind(narrow, example)
     for reader in readers(wide, graph):
         if reader.layer not in means or keep[reader.channels].all():
             continue
@@ -160,11 +160,11 @@ def rebuild(
 
 
 def betas(
-    network: nn.Module, graph: ChannelGraph, keep: Ids, image: torch.Tensor
+    network: nn.Module, graph: ChannelGraph, keep: Ids, example: Example
 ) -> dict[str, Moments]:
     """Moments by reader when the γ of the channels outside ``keep`` (count,) are 0.
 
-    What their BatchNorms still add is β, whatever the picture: noise like ``image`` is what runs.
+    What their BatchNorms still add is β, whatever the picture: noise like ``example`` is what runs.
     """
     still = copy.deepcopy(network)
     norms = batchnorms(still)
@@ -176,8 +176,8 @@ def betas(
         if norm is not None and norm.weight is not None:
             with torch.no_grad():
                 norm.weight[torch.from_numpy(gone).to(norm.weight.device)] = 0
-    return collect(still, graph, [probe(image).to(_like(network))])
+    return collect(still, graph, [(like(probe(example), _floating(network)), None)])
 
 
-def _like(network: nn.Module) -> torch.Tensor:
+def _floating(network: nn.Module) -> torch.Tensor:
     return next(p for p in network.parameters() if p.is_floating_point())

@@ -91,7 +91,7 @@ def _macs(operation: Operation, recording: Recording) -> int:
     if operation.name not in _CALLS:
         return 0
     weight = operation.argument(1, "weight")
-    return int(operation.result.numel() // len(recording.image) * weight[0].numel())
+    return int(operation.result.numel() // recording.samples * weight[0].numel())
 
 
 def network_cost(network: nn.Module, size: int) -> Cost:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from job.processes import check_same, digest, on_main, world
 from job.slimming.calibrated import compensated, measured, scores_for
+from job.slimming.comparison import check_weights
 from job.slimming.compensation import with_biases, without_constant
 from job.slimming.engine import make_plan
 from job.slimming.plan import keep_of
@@ -16,13 +17,13 @@ from job.slimming.verification import verify
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from torch import nn
 
     from job.slimming.calibrated import Batches
     from job.slimming.engine import Base, Slimming
     from job.slimming.graph import ChannelGraph
     from job.slimming.importance import Scores
+    from job.slimming.inputs import Example
     from job.slimming.plan import Plan
 
 
@@ -35,23 +36,39 @@ class Method:
     seed: int = 0
 
 
+def best_method(
+    importance: str | None, compensate: str | None, *, images: bool, seed: int = 0
+) -> tuple[Method, str]:
+    """The method, None being the best with or without calibration ``images``; a line says which.
+
+    The line is empty when both are given. Refit counts on regress: gamma is better without it.
+    """
+    found = compensate or ("regress" if images else "none")
+    ranking = importance or ("refit" if images and found == "regress" else "gamma")
+    method = Method(ranking, found, seed)
+    if importance and compensate:
+        return method, ""
+    why = "by the calibration images" if images else "there are no calibration images"
+    return method, f"importance {method.importance}, compensation {method.compensate}: {why}"
+
+
 def plan_cut(
     network: nn.Module,
     graph: ChannelGraph,
     scores: Scores,
     slimming: Slimming,
     compensate: str,
-    image: torch.Tensor,
+    example: Example,
     base: Base | None = None,
 ) -> Plan:
     """Which channels stay, by ``scores`` (count,), and which layers get a bias to compensate.
 
-    ``image`` (B, C, H, W) is like what the network takes; ``base`` is what fractions are of, the
+    ``example`` is like what the network takes; ``base`` is what fractions are of, the
     network itself by default. Raises UsageError for what cannot be reached.
     """
     bare: frozenset[str] = frozenset()
     if compensate != "none":
-        bare = without_constant(network, graph, image)
+        bare = without_constant(network, graph, example)
     plan = make_plan(network, graph, scores, slimming, base, bare)
     return replace(plan, layers=with_biases(plan.layers, bare))
 
@@ -59,7 +76,7 @@ def plan_cut(
 def make_cut(
     network: nn.Module,
     graph: ChannelGraph,
-    image: torch.Tensor,
+    example: Example,
     method: Method,
     plan_of: Callable[[Scores], Plan],
     batches: Batches | None = None,
@@ -69,9 +86,10 @@ def make_cut(
 
     Moments are of all processes; the main one decides and proves; all cut, and compare what they
     have. ``batches`` gives the calibration pictures of this process; ``check`` is called now and
-    then, and may raise. Raises UsageError where such
-    are needed and missing, and GammaslimError when the proof fails.
+    then, and may raise. Raises UsageError where such are needed and missing, DataError for weights
+    that are not finite, and GammaslimError when the proof fails.
     """
+    check_weights(network)
     moments = measured(method.importance, method.compensate, network, graph, batches)
     scores = scores_for(method.importance, network, graph, moments, batches, method.seed)
     plan = on_main(lambda: plan_of(scores))
@@ -80,10 +98,10 @@ def make_cut(
     if world() > 1:
         check_same(digest(narrow.state_dict()), "the slimmed network")
     error = on_main(
-        lambda: verify(network, narrow, layers, image, auxiliary=graph.auxiliary), interrupt=True
+        lambda: verify(network, narrow, layers, example, auxiliary=graph.auxiliary), interrupt=True
     )
     keep = keep_of(graph, plan.groups)
     compensated(
-        network, narrow, graph, keep, layers, method.compensate, moments, image, batches, check
+        network, narrow, graph, keep, layers, method.compensate, moments, example, batches, check
     )
     return narrow, plan, error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from job.errors import UsageError, reason
 from job.slimming.cost import Cost, Costs
 from job.slimming.graph import Blocked, channel_graph
+from job.slimming.inputs import described
 from job.slimming.layers import LAYERS, modules_of
 from job.slimming.policy import Planner, Ranked, given_back, ranked, solve
 from job.slimming.select import SelectedChannels
@@ -16,12 +17,12 @@ from job.slimming.verification import settled
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    import torch
     from torch import nn
 
     from job.slimming.budget import Budget
     from job.slimming.graph import ChannelGraph
     from job.slimming.importance import Scores
+    from job.slimming.inputs import Example
     from job.slimming.plan import Plan
 
 WHOLE = 1.0
@@ -62,20 +63,19 @@ class Base:
         return cls(widths, cost and Cost(**{name: int(n) for name, n in cost.items()}))
 
 
-def analyse(network: nn.Module, image: torch.Tensor, ignore: Iterable[str] = ()) -> ChannelGraph:
-    """The channel groups of ``network`` on pictures like ``image`` (B, C, H, W).
+def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) -> ChannelGraph:
+    """The channel groups of ``network`` on inputs like ``example``.
 
     Groups that only seem to be understood are found by trial cuts. Raises UsageError when the
-    network does not run on such pictures.
+    network does not run on such inputs.
     """
     try:
-        graph = channel_graph(network, image, ignore)
+        graph = channel_graph(network, example, ignore)
     except Exception as error:  # anybody's network, which may raise anything
-        size = " x ".join(map(str, image.shape[1:]))
         raise UsageError(
-            f"the network does not run on pictures of {size}: {reason(error)}"
+            f"the network does not run on {described(example)}: {reason(error)}"
         ) from error
-    return settled(network, graph, image)
+    return settled(network, graph, example)
 
 
 def layer_widths(network: nn.Module) -> dict[str, int]:

@@ -17,10 +17,10 @@ from job.slimming.trace import follow
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    import torch
     from torch import nn
 
     from job.slimming.flow import Call
+    from job.slimming.inputs import Example
     from job.slimming.record import Recording
 
 
@@ -96,19 +96,17 @@ class ChannelGraph:
         )
 
 
-def channel_graph(
-    network: nn.Module, image: torch.Tensor, ignore: Iterable[str] = ()
-) -> ChannelGraph:
-    """The channel groups of ``network`` on pictures like ``image`` (B, C, H, W).
+def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = ()) -> ChannelGraph:
+    """The channel groups of ``network`` on inputs like ``example``.
 
     Neither inputs nor outputs of the layers in ``ignore``, by their names or those of the modules
     that they are in, are cut. Raises whatever the network's forward pass raises.
     """
-    recordings = [record(network, image)]
+    recordings = [record(network, example)]
     auxiliary = False
     if unseen := _unseen(network, recordings[0]):
         try:
-            recordings.append(record(network, image, training=True))
+            recordings.append(record(network, example, training=True))
             auxiliary = bool(unseen - _unseen(network, recordings[1]))
         except Exception:  # as for pictures too small for an auxiliary head
             auxiliary = True

@@ -16,6 +16,7 @@ from torch import nn
 
 from job.errors import DataError
 from job.processes import total
+from job.slimming.inputs import call
 from job.slimming.record import observed
 
 if TYPE_CHECKING:
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
 
     from job.slimming.flow import Ids
     from job.slimming.graph import ChannelGraph
+    from job.slimming.inputs import Example
 
-    Batch = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | list[torch.Tensor]
+    # images (B, C, H, W), or a pair of what the network takes and labels (B,), or None for those
+    Batch = torch.Tensor | tuple[Example, torch.Tensor | None]
 
+MOST, LEAST = 4096, 512  # samples that moments are measured on: more change little
+PIXELS = MOST * 64**2  # of them, those of a channel: of large ones fewer tell as much
 MOST_VALUES = 2**24  # of one batch in front of one layer: 128 MiB in float64
 MOST_PRODUCTS = 2**33  # of one batch in front of one layer: a second or so
 
@@ -59,6 +64,11 @@ class Moments:
     covariance: torch.Tensor
 
 
+def samples_at(size: int) -> int:
+    """How many images of ``size`` pixels are measured, if there are as many."""
+    return max(LEAST, min(MOST, PIXELS // max(1, size) ** 2))
+
+
 def readers(network: nn.Module, graph: ChannelGraph) -> list[Reader]:
     """The layers that sum over channels which may be cut; bare parameters are left out."""
     found = []
@@ -81,8 +91,8 @@ def _places(ids: Ids) -> int:
     return math.gcd(len(ids), *bounds.tolist())
 
 
-def images_of(batch: Batch) -> torch.Tensor:
-    """The pictures (B, C, H, W) of a batch, with or without labels."""
+def inputs_of(batch: Batch) -> Example:
+    """What the network takes of a batch, with or without labels."""
     return batch if isinstance(batch, torch.Tensor) else batch[0]
 
 
@@ -103,7 +113,7 @@ def collect(
     hooks = [(network.get_submodule(name), partial(hook, name=name)) for name in sums]
     with observed(network, hooks):
         for batch in batches:
-            network(images_of(batch))
+            call(network, inputs_of(batch))
     found = {name: own.result(name) for name, (_, own) in sums.items()}
     return {name: moments for name, moments in found.items() if moments.count}
 

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from job.slimming.record import BATCH, observed, record
+from job.slimming.inputs import call, tensors_of_inputs
+from job.slimming.record import observed, record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from torch import nn
+
+    from job.slimming.inputs import Example
 
 READS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 
@@ -23,14 +26,14 @@ class _EnoughError(BaseException):
 
 
 class ForwardPass(threading.Thread):
-    """``network`` on ``images`` (B, C, H, W), from one layer to a later one.
+    """``network`` on ``example``, a batch as it takes them, from one layer to a later one.
 
     A thread of its own keeps what the network's code is about to do; one of them runs at a time.
     """
 
-    def __init__(self, network: nn.Module, images: torch.Tensor) -> None:
+    def __init__(self, network: nn.Module, example: Example) -> None:
         super().__init__(daemon=True)
-        self.network, self.images = network, images
+        self.network, self.example = network, example
         self._turn, self._there = threading.Semaphore(0), threading.Semaphore(0)
         self._wanted: nn.Module | None = None
         self._read: torch.Tensor | None = None
@@ -55,10 +58,11 @@ class ForwardPass(threading.Thread):
         self._turn.acquire()
         try:
             # which device is the current one, and whether there are gradients, is each thread's own
-            cuda = torch.cuda.device(self.images.device) if self.images.is_cuda else nullcontext()
+            device = next(tensors_of_inputs(self.example)).device
+            cuda = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
             with cuda, torch.no_grad():
                 if not self._unwanted:
-                    self.network(self.images)
+                    call(self.network, self.example)
         except _EnoughError:
             pass
         except BaseException as error:
@@ -84,16 +88,16 @@ class ForwardPass(threading.Thread):
 
 @contextmanager
 def forward_passes(
-    network: nn.Module, layers: Iterable[nn.Module], batches: Sequence[torch.Tensor]
+    network: nn.Module, layers: Iterable[nn.Module], batches: Sequence[Example]
 ) -> Iterator[list[ForwardPass]]:
-    """A pass for each of ``batches`` (B, C, H, W), in eval mode, that can stand at ``layers``."""
+    """A pass for each of ``batches``, in eval mode, that can stand at ``layers``."""
 
     def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         this = threading.current_thread()
         if isinstance(this, ForwardPass):
             this.stand(layer, inputs[0])
 
-    passes = [ForwardPass(network, images) for images in batches]
+    passes = [ForwardPass(network, batch) for batch in batches]
     with observed(network, [(layer, hook) for layer in layers]):
         for each in passes:
             each.start()
@@ -104,15 +108,15 @@ def forward_passes(
                 each.end()
 
 
-def standing_bytes(network: nn.Module, image: torch.Tensor) -> int:
-    """About the most that a pass keeps in front of a layer, of each picture like ``image``."""
-    recording = record(network, image)
+def standing_bytes(network: nn.Module, example: Example) -> int:
+    """About the most that a pass keeps in front of a layer, of each sample like ``example``'s."""
+    recording = record(network, example)
     last = {id(t): n for n, op in enumerate(recording.operations) for t in op.inputs()}
-    alive: dict[int, int] = {id(recording.image): recording.image.nbytes}
-    most = recording.image.nbytes
+    alive = {id(tensor): tensor.nbytes for tensor in recording.inputs}
+    most = sum(alive.values())
     for number, operation in enumerate(recording.operations):
         if operation.name in READS:
             most = max(most, sum(alive.values()))
         alive |= {id(result): result.nbytes for result in operation.results()}
         alive = {key: size for key, size in alive.items() if last.get(key, -1) > number}
-    return most // BATCH
+    return most // recording.samples

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.processes import total
+from job.slimming.inputs import call
 from job.slimming.layers import BATCHNORM
-from job.slimming.moments import images_of
+from job.slimming.moments import inputs_of
 from job.slimming.record import observed
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Batch]) -> None:
     try:
         with observed(network, [(own.layer, own.hook) for own in norms]):
             for batch in batches:
-                network(images_of(batch))
+                call(network, inputs_of(batch))
     finally:
         for own in norms:
             own.restore()

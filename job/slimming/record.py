@@ -6,6 +6,7 @@ and module calls look alike. On torch's ``meta`` device nothing is computed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +17,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from job.slimming.inputs import call, mapped, repeated, samples, tensors_of_inputs
 from job.slimming.layers import tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    from job.slimming.inputs import Example
 
 IN_PLACE = frozenset({"add_", "__iadd__", "mul_", "__imul__"})
 SUMS = frozenset({"add", "__add__", "mul", "__mul__"}) | IN_PLACE
@@ -64,14 +68,16 @@ class Operation:
 
 @dataclass(frozen=True)
 class Recording:
-    """Operations of one pass over (B, C, H, W); ``names`` tells parameters and buffers by id.
+    """Operations of one pass over ``inputs``; ``names`` tells parameters and buffers by id.
 
-    ``measured`` are tensors whose size along another axis than the first was asked for.
+    ``inputs`` are of ``samples`` images, or whatever the network takes. ``measured`` are tensors
+    whose size along another axis than the first was asked for.
     """
 
     operations: list[Operation]
     names: dict[int, str]
-    image: torch.Tensor
+    inputs: list[torch.Tensor]
+    samples: int
     outputs: list[torch.Tensor]
     measured: list[torch.Tensor]
 
@@ -80,17 +86,17 @@ class Recording:
         return self.names.get(id(value))
 
 
-def record(network: nn.Module, image: torch.Tensor, *, training: bool = False) -> Recording:
-    """Run ``network`` on ``BATCH`` pictures like ``image`` (B, C, H, W); it is left untouched.
+def record(network: nn.Module, example: Example, *, training: bool = False) -> Recording:
+    """Run ``network`` on ``BATCH`` samples like those of ``example``; it is left untouched.
 
     On the ``meta`` device, or on the real one where the network does not run there. Raises whatever
     its forward pass raises.
     """
     with mode(network, training=training), torch.random.fork_rng(devices=[]):
         try:
-            return _record(network, image, "meta")
+            return _record(network, example, "meta")
         except Exception:  # meta tensors have no values, and some networks look at some
-            return _record(network, image, None)
+            return _record(network, example, None)
 
 
 @contextmanager
@@ -121,15 +127,18 @@ def observed(
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
+    """The tensors in nested tuples, lists, dicts and dataclasses."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for part in value:
             yield from tensors_in(part)
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for part in value.values():
             yield from tensors_in(part)
+    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        for name in value.__dataclass_fields__:
+            yield from tensors_in(getattr(value, name, None))
 
 
 class _Recorder(TorchFunctionMode):
@@ -215,16 +224,17 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _record(network: nn.Module, image: torch.Tensor, device: str | None) -> Recording:
-    pictures = image[:1].detach().expand(BATCH, *image.shape[1:])
+def _record(network: nn.Module, example: Example, device: str | None) -> Recording:
+    batch = repeated(example, BATCH)
     if device:
-        pictures = torch.empty_like(pictures, device=device)
+        batch = mapped(batch, lambda tensor: torch.empty_like(tensor, device=device))
     recorder = _Recorder()
     with _copies(network, device) as copies, torch.no_grad(), recorder:
-        outputs = network(pictures)
+        outputs = call(network, batch)
     names = {id(copy): name for name, copy in reversed(copies.items())}
     results = list(tensors_in(outputs))
-    return Recording(recorder.operations, names, pictures, results, recorder.measured)
+    inputs = list(tensors_of_inputs(batch))
+    return Recording(recorder.operations, names, inputs, samples(batch), results, recorder.measured)
 
 
 @contextmanager

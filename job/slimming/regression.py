@@ -11,13 +11,14 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from job.errors import UsageError
 from job.slimming.compensation import columns_of, norms_behind, rebuild
-from job.slimming.moments import Sums, images_of, readers, rows_of, values_of
+from job.slimming.inputs import call, joined, samples, shape_of
+from job.slimming.moments import Sums, inputs_of, readers, rows_of, values_of
 from job.slimming.passes import forward_passes, standing_bytes
 from job.slimming.record import observed
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from job.slimming.compensation import Fit
     from job.slimming.flow import Ids
     from job.slimming.graph import ChannelGraph
+    from job.slimming.inputs import Example
     from job.slimming.moments import Batch, Moments, Reader
     from job.slimming.passes import ForwardPass
     from job.slimming.plan import Layers
@@ -45,7 +47,7 @@ def regress(
     keep: Ids,
     layers: Layers,
     batches: Callable[[], Iterable[Batch]],
-    image: torch.Tensor,
+    example: Example,
     *,
     ridge: float = RIDGE,
     check: Callable[[], None] = lambda: None,
@@ -57,13 +59,13 @@ def regress(
     b were added to it too. ``check`` is called before every layer, and may raise. Raises UsageError
     when no process has any pictures.
     """
-    norms, todo, behind = norms_behind(narrow, image), [], False
+    norms, todo, behind = norms_behind(narrow, example), [], False
     for reader in readers(wide, graph):
         behind |= not keep[reader.channels].all()
         todo += [reader] if behind else []
     if not todo:
         return
-    pairs, seen = _Pairs(wide, narrow, graph, batches(), image), False
+    pairs, seen = _Pairs(wide, narrow, graph, batches(), example), False
     with pairs.standing(todo):
         for reader in todo:
             check()
@@ -86,14 +88,14 @@ class _Pairs:
         narrow: nn.Module,
         graph: ChannelGraph,
         batches: Iterable[Batch],
-        image: torch.Tensor,
+        example: Example,
     ) -> None:
         self.networks = narrow, wide
         self.often = Counter(call.weight for call in graph.calls)
-        most = max(1, MOST_BYTES // (2 * standing_bytes(wide, image)))
-        pictures = [images_of(batch) for batch in _first(batches, most)]
-        self.step = max(map(len, pictures), default=1)  # readings of so many are added at a time
-        self.pictures = list(_joined(pictures, -(-len(pictures) // MOST_PASSES)))
+        most = max(1, MOST_BYTES // (2 * standing_bytes(wide, example)))
+        inputs = list(_first(map(inputs_of, batches), most))
+        self.step = max(map(samples, inputs), default=1)  # readings of so many are added at a time
+        self.inputs = list(_joined(inputs, -(-len(inputs) // MOST_PASSES)))
         self.passes: list[list[ForwardPass]] = []
 
     @contextmanager
@@ -103,7 +105,7 @@ class _Pairs:
         with ExitStack() as stack:
             for network in self.networks:
                 layers = map(network.get_submodule, names)
-                passes = stack.enter_context(forward_passes(network, layers, self.pictures))
+                passes = stack.enter_context(forward_passes(network, layers, self.inputs))
                 self.passes.append(passes)
             yield
 
@@ -115,7 +117,7 @@ class _Pairs:
         width = kept + len(reader.channels)
         layer = self.networks[1].get_submodule(reader.layer)
         sums = Sums(kept, width, layer.get_parameter("weight").device)
-        for number in range(len(self.pictures)):
+        for number in range(len(self.inputs)):
             for both in zip(*self._read(reader, number), strict=True):
                 parts = (values.split(self.step) for values in both)
                 for pair in zip(*parts, strict=True):
@@ -131,31 +133,31 @@ class _Pairs:
                 read = passes[number].until(layer)
                 values = [] if read is None else [values_of(layer, read, reader)]
             elif often > 1:  # the last of its calls comes behind layers that it feeds itself
-                values = _inputs(network, layer, reader, self.pictures[number])
+                values = _inputs(network, layer, reader, self.inputs[number])
             found.append(values)
         return found
 
 
-def _first(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
-    """The first batches, of ``most`` pictures or a few more."""
+def _first(batches: Iterable[Example], most: int) -> Iterator[Example]:
+    """The first batches, of ``most`` samples or a few more."""
     for batch in batches:
         yield batch
-        most -= len(images_of(batch))
+        most -= samples(batch)
         if most <= 0:
             return
 
 
-def _joined(pictures: Sequence[torch.Tensor], count: int) -> Iterator[torch.Tensor]:
+def _joined(batches: Sequence[Example], count: int) -> Iterator[Any]:
     """``count`` batches at a time as one, where they are of one size."""
-    for _, alike in itertools.groupby(pictures, key=lambda images: images.shape[1:]):
+    for _, alike in itertools.groupby(batches, key=shape_of):
         while some := list(itertools.islice(alike, count)):
-            yield torch.cat(some)
+            yield joined(some)
 
 
 def _inputs(
-    network: nn.Module, layer: nn.Module, reader: Reader, images: torch.Tensor
+    network: nn.Module, layer: nn.Module, reader: Reader, batch: Example
 ) -> list[torch.Tensor]:
-    """What a layer reads of ``images`` at each of its calls; the pass is one of its own."""
+    """What a layer reads of ``batch`` at each of its calls; the pass is one of its own."""
     found: list[torch.Tensor] = []
 
     def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -163,7 +165,7 @@ def _inputs(
         found.append(values_of(layer, inputs[0], reader).clone())
 
     with observed(network, [(layer, hook)]):
-        network(images)
+        call(network, batch)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from job.errors import UsageError
 from job.processes import total
 from job.slimming.flow import FIXED
+from job.slimming.inputs import batchwise, call
 from job.slimming.record import mode
 from job.slimming.select import batchnorms
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from job.slimming.graph import ChannelGraph
     from job.slimming.importance import Scores
+    from job.slimming.inputs import Example
     from job.slimming.moments import Batch
 
 
@@ -43,8 +46,8 @@ def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable
         for tensor in frozen:
             tensor.requires_grad_(True)
         with mode(network, training=False), torch.enable_grad():
-            for images, labels in _labelled(batches):
-                loss = F.cross_entropy(network(images), labels)
+            for inputs, labels in _labelled(batches):
+                loss = F.cross_entropy(call(network, inputs), labels)
                 gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
                 change = np.zeros(graph.count)
                 for number, place in enumerate(places):
@@ -66,13 +69,16 @@ def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable
     return scores
 
 
-def _labelled(batches: Iterable[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _labelled(batches: Iterable[Batch]) -> Iterator[tuple[Example, torch.Tensor]]:
     for batch in batches:
-        if not isinstance(batch, torch.Tensor):
-            images, labels = batch
-            known = labels >= 0
-            if known.any():
-                yield images[known], labels[known]
+        inputs, labels = (batch, None) if isinstance(batch, torch.Tensor) else batch
+        if labels is None:
+            continue
+        known = labels >= 0
+        if known.all():
+            yield inputs, labels
+        elif known.any():
+            yield batchwise(inputs, operator.itemgetter(known)), labels[known]
 
 
 def _gate(

@@ -62,7 +62,7 @@ class _Walk(Between):
     def follow(self, recording: Recording) -> None:
         self.recording, first = recording, not self.flow.calls
         self.labels, self.shared = {}, set()
-        known = {id(recording.image), *recording.names}
+        known = {*map(id, recording.inputs), *recording.names}
         for operation, often in zip(recording.operations, _used_often(recording), strict=True):
             self.often, self.counting = often, first
             inputs = {id(tensor): tensor for tensor in operation.inputs()}
@@ -126,7 +126,7 @@ class _Walk(Between):
     def call(self, op: Operation, name: str | None) -> None:
         if self.counting:
             weight = op.argument(1, "weight")
-            places = op.result.numel() // (len(weight) * len(self.recording.image))
+            places = op.result.numel() // (len(weight) * self.recording.samples)
             self.flow.calls.append(Call(name, places if name else places * weight.numel()))
 
     def writes(self, op: Operation, name: str, count: int) -> Ids:

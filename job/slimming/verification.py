@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from job.errors import GammaslimError, reason
+from job.errors import DataError, GammaslimError, UsageError, reason
+from job.slimming.comparison import difference, explain
+from job.slimming.inputs import call, mapped, repeated
 from job.slimming.plan import layers_of
 from job.slimming.policy import Choice, ranked
 from job.slimming.record import mode, record, tensors_in
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from job.slimming.flow import Ids
     from job.slimming.graph import ChannelGraph
+    from job.slimming.inputs import Example
     from job.slimming.plan import LayerChannels, Layers
 
 TOLERANCE = 1e-9  # relative, in float64
@@ -27,39 +30,47 @@ PROBES = 2  # pictures
 SMALLER = (64, 96)  # pixels that a proof is made with, if larger pictures are treated alike
 
 
-def probe(image: torch.Tensor) -> torch.Tensor:
-    """Noise (2, C, H, W) in float64 for pictures like ``image`` (B, C, H, W)."""
+def probe(example: Example) -> Any:
+    """Noise in float64, on the CPU, in place of the floating-point tensors of ``example``.
+
+    Of two samples; integers and booleans, which may be indices, are those of the first one.
+    """
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(PROBES, *image.shape[1:], dtype=torch.float64, generator=generator)
+
+    def noise(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor.cpu()
+        return torch.rand(tensor.shape, dtype=torch.float64, generator=generator)
+
+    return mapped(repeated(example, PROBES), noise)
 
 
 def verify(
     wide: nn.Module,
     narrow: nn.Module,
     layers: Layers,
-    image: torch.Tensor,
+    example: Example,
     *,
     auxiliary: bool = False,
 ) -> float:
     """Largest error of the narrow network's outputs, relative to the largest output.
 
-    Both run on noise like ``image`` (B, C, H, W), or smaller where that is as good, in float64 on
+    Both run on noise like ``example``, or smaller images where they are as good, in float64 on
     the CPU; in the wide one the removed channels are zeroed in front of every layer that sums over
     them. With ``auxiliary`` the heads that only run in train mode are compared too. Raises
     GammaslimError above 1e-9.
     """
     if not auxiliary:  # such heads have sizes of their own
-        image = smaller(wide, image)
-    expected = _outputs(_masked(wide, layers), image, auxiliary)
+        example = smaller(wide, example)
+    masked = _masked(wide, layers)
+    expected = _outputs(masked, example, auxiliary)
     try:
-        found = _outputs(_in_float64(narrow), image, auxiliary)
+        found = _outputs(_in_float64(narrow), example, auxiliary)
     except Exception as failure:  # anybody's network
         raise GammaslimError(f"the narrow network does not run: {reason(failure)}") from failure
-    error = 0.0
-    for ours, theirs in zip(found, expected, strict=True):
-        worst = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-300)
-        error = max(error, float(worst.nan_to_num(torch.inf)))
-    if not found or not error <= TOLERANCE:
+    error = difference(found, expected)
+    if not error <= TOLERANCE:
+        explain(masked, probe(example))
         raise GammaslimError(
             f"the cut is wrong: the narrow network differs from the wide one without those "
             f"channels by {error:.1e}, above {TOLERANCE:.0e}"
@@ -67,12 +78,14 @@ def verify(
     return error
 
 
-def smaller(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    """The smallest picture that ``network`` treats as it does ``image`` (B, C, H, W).
+def smaller(network: nn.Module, image: Example) -> Example:
+    """The smallest image that ``network`` treats as it does ``image`` (B, C, H, W).
 
     That is by the same operations, on activations that have no other axis of size 1: each place of
-    a kernel still sees some input. ``image`` itself where there is none.
+    a kernel still sees some input. ``image`` itself where there is none, or it is no image.
     """
+    if not (isinstance(image, torch.Tensor) and image.is_floating_point()):
+        return image
     sides = image.shape[2:]
     sizes = [size for size in SMALLER if sides and 2 * size <= min(sides)]
     if not sizes:
@@ -112,9 +125,9 @@ def _in_float64(network: nn.Module) -> nn.Module:
     return copied(network, memo).cpu()
 
 
-def _outputs(network: nn.Module, image: torch.Tensor, auxiliary: bool) -> list[torch.Tensor]:
+def _outputs(network: nn.Module, example: Example, auxiliary: bool) -> list[torch.Tensor]:
     with _proof_mode(network, auxiliary), torch.inference_mode():
-        return list(tensors_in(network(probe(image))))
+        return list(tensors_in(call(network, probe(example))))
 
 
 @contextmanager
@@ -151,7 +164,7 @@ def _zero_columns(network: nn.Module, name: str, channels: LayerChannels) -> Non
     weight.mul_(rows.view(*rows.shape, *[1] * (weight.dim() - 2)))
 
 
-def settled(network: nn.Module, graph: ChannelGraph, image: torch.Tensor) -> ChannelGraph:
+def settled(network: nn.Module, graph: ChannelGraph, example: Example) -> ChannelGraph:
     """The graph without those suspects that a trial cut shows to be misunderstood.
 
     Suspects are groups that a view or a slice by fixed numbers may treat wrongly once they are
@@ -161,36 +174,41 @@ def settled(network: nn.Module, graph: ChannelGraph, image: torch.Tensor) -> Cha
     if not names:
         return graph
     if not graph.auxiliary:
-        image = smaller(network, image)
-    if _passes(network, graph, names, image):
+        example = smaller(network, example)
+    if _passes(network, graph, names, example):
         return graph
     reasons = dict(graph.suspects)
-    for name in _failing(network, graph, names, image):
+    for name in _failing(network, graph, names, example):
         reason = f"{reasons[name]} works for the present number of channels only"
         graph = graph.without([name], reason)
     known = {group.name for group in graph.groups}
     left = [name for name in names if name in known]
-    if left and not _passes(network, graph, left, image):
+    if left and not _passes(network, graph, left, example):
         graph = graph.without(left, "moved in a way that is not understood")
     return graph
 
 
 def _failing(
-    network: nn.Module, graph: ChannelGraph, names: list[str], image: torch.Tensor
+    network: nn.Module, graph: ChannelGraph, names: list[str], example: Example
 ) -> list[str]:
     """Those whose trial cut is wrong by itself, of some groups whose cut together is."""
     if len(names) == 1:
         return names
     halves = names[: len(names) // 2], names[len(names) // 2 :]
-    wrong = [half for half in halves if not _passes(network, graph, half, image)]
-    return [name for half in wrong for name in _failing(network, graph, half, image)]
+    wrong = [half for half in halves if not _passes(network, graph, half, example)]
+    return [name for half in wrong for name in _failing(network, graph, half, example)]
 
 
-def _passes(network: nn.Module, graph: ChannelGraph, names: list[str], image: torch.Tensor) -> bool:
-    """Whether a cut of about a third of the channels of some groups is right."""
+def _passes(network: nn.Module, graph: ChannelGraph, names: list[str], example: Example) -> bool:
+    """Whether a cut of about a third of the channels of some groups is right.
+
+    Raises UsageError or DataError for a network that no cut of can be proven.
+    """
     layers = layers_of(graph, _trial(graph, names))
     try:
-        verify(network, narrowed(network, layers), layers, image, auxiliary=graph.auxiliary)
+        verify(network, narrowed(network, layers), layers, example, auxiliary=graph.auxiliary)
+    except (UsageError, DataError):
+        raise
     except Exception:  # whatever a network raises that does not take fewer channels
         return False
     return True

@@ -8,6 +8,7 @@ import numpy as np
 
 from job.data.batches import EvaluationPictures, checked, loader
 from job.processes import rank, world
+from job.slimming.moments import MOST, samples_at
 from job.training.evaluation import batch_size_at
 
 if TYPE_CHECKING:
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
 
     from job.data import Preprocessing, Split
     from job.signals import Watch
-
-MOST, LEAST = 4096, 512  # pictures that moments are measured on: more change little
-VALUES = MOST * 64**2  # of them, the pixels of a channel: of large ones fewer tell as much
-
-
-def pictures_at(size: int) -> int:
-    """How many pictures of ``size`` pixels are measured, if there are as many."""
-    return max(LEAST, min(MOST, VALUES // size**2))
 
 
 class Calibration:
@@ -41,7 +34,7 @@ class Calibration:
         watch: Watch | None = None,
     ) -> None:
         self.preprocessing, self.accelerator, self.watch = preprocessing, accelerator, watch
-        self.most = pictures_at(preprocessing.size)
+        self.most = samples_at(preprocessing.size)
         self.sampler = _FirstShare(len(split), batch_size_at(preprocessing.size), seed)
         self.loader = loader(
             EvaluationPictures(split, preprocessing),
@@ -58,7 +51,7 @@ class Calibration:
     def batches(self, count: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's part of the first ``count`` pictures: (B, 3, S, S) inputs and labels (B,).
 
-        By default of ``pictures_at`` their size.
+        By default of ``samples_at`` their size.
         All processes go through theirs together. Raises StopRequest when ``watch`` says so.
         """
         device = self.accelerator.device

@@ -1,0 +1,35 @@
+"""Make trained CNNs smaller and faster: slim by BatchNorm γ.
+
+    narrow, plan = gammaslim.slim(network, torch.rand(1, 3, 224, 224), target="macs=0.5")
+
+The objects are those of the package ``job``; so is the command line, ``python -m gammaslim``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import job
+from job import ConfigError as ConfigError
+from job import DataError as DataError
+from job import GammaslimError as GammaslimError
+from job import InputNotFound as InputNotFound
+from job import OutputError as OutputError
+from job import StopRequest as StopRequest
+from job import StorageError as StorageError
+from job import UsageError as UsageError
+from job import __all__ as __all__
+
+if TYPE_CHECKING:
+    from job import Plan as Plan
+    from job import __version__ as __version__
+    from job import load as load
+    from job import slim as slim
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'gammaslim' has no attribute {name!r}")
+    return getattr(job, name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

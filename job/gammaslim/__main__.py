@@ -1,0 +1,6 @@
+"""``python -m gammaslim``."""
+
+from job.__main__ import main
+
+if __name__ == "__main__":
+    main()

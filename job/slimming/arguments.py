@@ -1,0 +1,166 @@
+"""The arguments of ``job.slim``: checked, and made into what the rest takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from job.config import nearest
+from job.errors import UsageError
+from job.slimming.budget import METRICS, Budget
+from job.slimming.inputs import arguments_for, tensors_of_inputs
+from job.slimming.layers import LAYERS, modules_of, owner
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from job.slimming.inputs import Example
+
+PYTHON_NETWORK = "pass the nn.Module that it was made from"
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module", "AveragedModel": "module",
+}  # fmt: skip
+
+
+def check_network(model: Any) -> None:
+    """Raise UsageError, with what to pass instead, for what has no layers that can be cut."""
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(f"model is a TorchScript module ({kind}): {PYTHON_NETWORK}")
+    if kind == "ExportedProgram" or _is_exported(model):
+        raise UsageError(f"model is a program of torch.export: {PYTHON_NETWORK}")
+    if not isinstance(model, nn.Module):
+        hint = ", e.g. build it and call load_state_dict" if isinstance(model, Mapping) else ""
+        raise UsageError(f"model must be a torch.nn.Module{hint}; got {kind_of(model)}")
+    if kind in WRAPPERS:
+        raise UsageError(f"model is wrapped in {kind}: pass model.{WRAPPERS[kind]}")
+    for name, module in modules_of(model, once=True).items():
+        _check_layer(name, module)
+
+
+def _is_exported(model: Any) -> bool:
+    """Whether it is a graph of calls of ATen operators, as torch.export makes them."""
+    return isinstance(model, torch.fx.GraphModule) and any(
+        isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes
+    )
+
+
+def _check_layer(name: str, module: nn.Module) -> None:
+    where = f"its layer {name}" if name else "it"
+    weights = [p for p in module._parameters.values() if p is not None]
+    if any(nn.parameter.is_lazy(p) for p in weights):
+        raise UsageError(f"model has no weights yet ({where} is lazy): run it once first")
+    made_by = type(module).__module__
+    quantised = made_by.startswith(("torch.ao.", "torch.nn.quantized", "torchao.")) or (
+        isinstance(module, LAYERS) and any(not p.is_floating_point() for p in weights)
+    )
+    if quantised or any(type(p).__module__.startswith("torchao") for p in weights):
+        raise UsageError(
+            f"model is quantised, or prepared for it ({where} is a {type(module).__name__}): pass "
+            "the floating-point network, and quantise the slim one"
+        )
+
+
+def example_of(model: nn.Module, example: Any) -> Example:
+    """The example as the network takes it; raises UsageError for what is no batch of inputs."""
+    found = isinstance(example, (torch.Tensor, tuple, list, Mapping)) and list(
+        tensors_of_inputs(example)
+    )
+    if not found:
+        numbers = isinstance(example, (tuple, list)) and all(type(n) is int for n in example)
+        shape = ", ".join(map(str, example)) if numbers and example else "1, 3, 224, 224"
+        raise UsageError(
+            "example must be a batch as the network takes it, a tensor or a tuple, list or dict of "
+            f"inputs, e.g. torch.rand({shape}); got {kind_of(example)}"
+        )
+    return arguments_for(model, example)
+
+
+def budget_of(target: Any) -> Budget:
+    """The target; raises UsageError."""
+    if not isinstance(target, str):
+        pairs = target if isinstance(target, Mapping) else {"macs": target}
+        name, value = next(((n, v) for n, v in pairs.items() if n in METRICS), ("macs", 0.5))
+        value = value if type(value) in (int, float) else 0.5
+        got = kind_of(target)
+        raise UsageError(f"target must be 'METRIC=VALUE', e.g. '{name}={value}'; got {got}")
+    return Budget.parse(target)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str], *, none: bool = False) -> None:
+    """Raise UsageError unless the argument ``name`` is one of ``choices``, or (``none``) None."""
+    if value in choices or (none and value is None):
+        return
+    near = nearest(value, choices) if isinstance(value, str) else ""
+    raise UsageError(f"{name} must be one of {', '.join(choices)}; got {value!r}{near}")
+
+
+def check_number(name: str, value: Any, least: float, most: float = math.inf) -> None:
+    """Raise UsageError unless ``name`` is from ``least`` to ``most``: whole, without a ``most``."""
+    kind, said = (Integral, "a whole number") if most == math.inf else (Real, "a number")
+    number = isinstance(value, kind) and value is not True and value is not False
+    if not number or not least <= value <= most:
+        bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise UsageError(f"{name} must be {said} {bounds}; got {value!r}")
+
+
+def ignored(model: nn.Module, ignore: Any) -> list[str]:
+    """The names of the layers or modules in ``ignore``, which are names or modules themselves.
+
+    Raises UsageError for what the network does not have.
+    """
+    modules = modules_of(model)
+    names_of: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        names_of.setdefault(id(module), []).append(name)
+    if isinstance(ignore, (str, nn.Module)):
+        ignore = [ignore]
+    if not isinstance(ignore, Iterable):
+        raise UsageError(f"ignore must be layers, by name or as modules; got {kind_of(ignore)}")
+    found: list[str] = []
+    for entry in ignore:
+        if isinstance(entry, nn.Module):
+            if id(entry) not in names_of:
+                kind = type(entry).__name__
+                raise UsageError(f"ignore: a {kind} that is no part of the network")
+            found += names_of[id(entry)]
+        else:
+            found.append(_layer_name(model, modules, entry))
+    return found
+
+
+def _layer_name(model: nn.Module, modules: Mapping[str, nn.Module], entry: Any) -> str:
+    if not isinstance(entry, str):
+        raise UsageError(f"ignore must be names of layers, or modules; got {kind_of(entry)}")
+    if entry and entry in modules:
+        return entry
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    if entry in tensors:
+        layer = owner(entry)
+        return layer if isinstance(modules.get(layer), LAYERS) else entry
+    near = nearest(entry, [*filter(None, modules), *tensors])
+    raise UsageError(f"ignore: the network has no layer {entry!r}{near}")
+
+
+def in_python(message: str) -> str:
+    """A message that names options of the command line, with Python's names for them."""
+    words = message.split("--")
+    renamed = []
+    for part in words[1:]:
+        end = next((n for n, c in enumerate(part) if not (c.isalpha() or c == "-")), len(part))
+        renamed.append(part[:end].replace("-", "_") + part[end:])
+    return words[0] + "".join(renamed)
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for a message."""
+    if isinstance(value, torch.Tensor):
+        return f"one tensor of {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 40 and "\n" not in text else f"a {type(value).__name__}"

@@ -1,0 +1,137 @@
+"""What a network takes: one tensor, a tuple of arguments, or a dict of keyword arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import nn
+
+Example = torch.Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+def call(network: nn.Module, example: Example) -> Any:
+    """The outputs of ``network`` for ``example``."""
+    if isinstance(example, torch.Tensor):
+        return network(example)
+    return network(**example) if isinstance(example, dict) else network(*example)
+
+
+def arguments_for(network: nn.Module, given: Any) -> Example:
+    """A batch that a user gave, as ``call`` takes it.
+
+    A tuple or a list holds positional arguments, a dict keyword arguments. A list or dict that does
+    not fit ``forward`` so, but as its one argument, is that argument.
+    """
+    if isinstance(given, (torch.Tensor, tuple)):
+        return tuple(given) if isinstance(given, tuple) else given
+    spread: Example = dict(given) if isinstance(given, Mapping) else tuple(given)
+    return (given,) if not _binds(network, spread) and _binds(network, (given,)) else spread
+
+
+def _binds(network: nn.Module, example: Example) -> bool:
+    signature = inspect.signature(network.forward)
+    try:
+        signature.bind(**example) if isinstance(example, dict) else signature.bind(*example)
+    except TypeError:
+        return False
+    return True
+
+
+def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``value`` with ``change`` of each of its tensors, in nested tuples, lists and dicts too."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    return _rebuilt(value, lambda part: mapped(part, change), (tuple, list, Mapping))
+
+
+def _rebuilt(value: Any, change: Callable[[Any], Any], kinds: tuple[Any, ...]) -> Any:
+    if not isinstance(value, kinds):
+        return value
+    if isinstance(value, Mapping):
+        return {key: change(part) for key, part in value.items()}
+    parts: list[Any] = [change(part) for part in value]
+    kind: Any = type(value)
+    return kind(*parts) if hasattr(value, "_fields") else kind(parts)
+
+
+def tensors_of_inputs(example: Any) -> Iterator[torch.Tensor]:
+    """The tensors of an example, in order."""
+    if isinstance(example, torch.Tensor):
+        yield example
+    elif isinstance(example, (tuple, list, Mapping)):
+        for part in example.values() if isinstance(example, Mapping) else example:
+            yield from tensors_of_inputs(part)
+
+
+def samples(example: Any) -> int:
+    """The batch size: the length of the first tensor; 1 without any, or of a list of inputs."""
+    if isinstance(example, torch.Tensor):
+        return len(example) if example.dim() else 1
+    if isinstance(example, (tuple, Mapping)):
+        for part in example.values() if isinstance(example, Mapping) else example:
+            if isinstance(part, (torch.Tensor, tuple, list, Mapping)):
+                return samples(part)
+    return 1
+
+
+def batchwise(example: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``example`` with ``change`` of each tensor that has as many rows as there are samples.
+
+    Lists of inputs, such as images of several sizes, are left alone.
+    """
+    count = samples(example)
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            return change(part) if part.dim() and len(part) == count else part
+        return _rebuilt(part, changed, (tuple, Mapping))
+
+    return changed(example)
+
+
+def repeated(example: Example, count: int) -> Any:
+    """The first sample of ``example``, ``count`` times, without gradients."""
+    return batchwise(
+        mapped(example, torch.Tensor.detach), lambda t: t[:1].expand(count, *t.shape[1:])
+    )
+
+
+def like(example: Example, tensor: torch.Tensor) -> Any:
+    """``example`` on the device of ``tensor``, floating-point parts in its type too."""
+    return mapped(example, lambda t: t.to(tensor) if t.is_floating_point() else t.to(tensor.device))
+
+
+def shape_of(example: Example) -> object:
+    """What batches must share to be joined: all but the number of samples."""
+    if isinstance(example, torch.Tensor):
+        return example.shape[1:], example.dtype
+    count = samples(example)
+    parts = example.values() if isinstance(example, dict) else example
+    if any(not (isinstance(p, torch.Tensor) and p.dim() and len(p) == count) for p in parts):
+        return object()  # like nothing else
+    return tuple(example) if isinstance(example, dict) else None, tuple(map(shape_of, parts))
+
+
+def joined(examples: Sequence[Example]) -> Any:
+    """Examples of one ``shape_of`` as one, their samples one after another."""
+    first = examples[0]
+    if len(examples) == 1:
+        return first
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(map(next, map(tensors_of_inputs, examples))))
+    columns = map(torch.cat, zip(*map(tensors_of_inputs, examples), strict=True))
+    return dict(zip(first, columns, strict=True)) if isinstance(first, dict) else tuple(columns)
+
+
+def described(example: Example) -> str:
+    """The sizes of an example's tensors, for a message."""
+    if isinstance(example, torch.Tensor) and example.dim() == 4:
+        return f"images of {' x '.join(map(str, example.shape[1:]))}"
+    return "inputs of " + ", ".join(str(tuple(t.shape)) for t in tensors_of_inputs(example))
