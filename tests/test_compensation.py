@@ -363,5 +363,5 @@ def test_what_needs_moments_measures_them_or_says_so(importance: str, method: st
 
 @pytest.mark.parametrize("calibration", [None, []])
 def test_regress_without_pictures_says_so(calibration: list[torch.Tensor] | None) -> None:
-    with pytest.raises(UsageError, match="regress: calibration pictures are needed|it holds none"):
+    with pytest.raises(UsageError, match=r"regress: calibration pictures are needed|it holds none"):
         job.slim(NETWORKS["3 x 3"](), IMAGES, compensate="regress", calibration=calibration)
