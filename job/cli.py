@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -234,7 +235,7 @@ def launch(
 def _model(options: dict[str, Any]) -> Any:
     from job.commands.model import ModelOptions
 
-    names = ("path", "model", "model_arg", "num_classes", "transform", "image_size")
+    names = [field.name for field in fields(ModelOptions)]
     return ModelOptions(**{name: options.pop(name) for name in names})
 
 

@@ -14,6 +14,8 @@ from job.reading import parse_toml, read_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from job.data.preprocessing import PreprocessingOptions
+
 # Options that may differ when a run is resumed: they cannot change its result.
 HARMLESS = frozenset(
     {
@@ -41,6 +43,11 @@ class PruneConfig:
     on_bad_image: str = "fail"
     transform: str = "auto"
     image_size: int | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    resize: str | None = None
+    crop: float | None = None
+    interpolation: str | None = None
     model: str = "student"
     model_arg: tuple[tuple[str, int | float | bool | str], ...] = ()
     weights: str | None = None
@@ -117,6 +124,14 @@ class PruneConfig:
         return None
 
     @property
+    def preprocessing(self) -> PreprocessingOptions:
+        """How images become inputs, as far as options say it."""
+        from job.data.preprocessing import PreprocessingOptions  # loads torch
+
+        names = (field.name for field in fields(PreprocessingOptions))
+        return PreprocessingOptions(**{name: getattr(self, name) for name in names})
+
+    @property
     def args(self) -> dict[str, Any]:
         """``--model-arg`` as keyword arguments."""
         return dict(self.model_arg)
@@ -124,7 +139,8 @@ class PruneConfig:
     def to_dict(self) -> dict[str, Any]:
         """Options that are set, as TOML can hold them."""
         values = asdict(self) | {"model_arg": [f"{key}={value}" for key, value in self.model_arg]}
-        return {key: value for key, value in values.items() if value is not None}
+        lists = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+        return {key: value for key, value in lists.items() if value is not None}
 
 
 DEFAULT_BASE_EPOCHS = 12

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from job.config import nearest
 from job.errors import UsageError
+from job.geometry import PRESETS, Channels, Resize, parse_channels, parse_crop
 from job.slimming.budget import Budget
 
 POSITIVE = click.IntRange(1)
@@ -69,3 +71,82 @@ class Target(click.ParamType):  # type: ignore[type-arg]
         except UsageError as error:
             self.fail(str(error), param, ctx)
         return str(value)
+
+
+class Transform(click.ParamType):  # type: ignore[type-arg]
+    """A preset, or whose preprocessing to take: ``timm:NAME``, ``torchvision:WEIGHTS``."""
+
+    name = "NAME"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """The text; whether a package knows its name is found out where that is needed."""
+        text, known = str(value), ("auto", *PRESETS)
+        package, colon, name = text.partition(":")
+        if text in known or (package in ("timm", "torchvision") and colon and name):
+            return text
+        names = [*known, "timm:NAME", "torchvision:WEIGHTS"]
+        message = f"{text!r} is none of {', '.join(names)}{nearest(text, names)}"
+        return str(self.fail(message, param, ctx))
+
+
+class PerChannel(click.ParamType):  # type: ignore[type-arg]
+    """One number for all channels, or three, also as separate words, see ``joined``."""
+
+    name = "R G B"
+
+    def __init__(self, *, positive: bool = False) -> None:
+        self.positive = positive
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Channels:
+        """Three numbers from 0 to 1."""
+        try:
+            return parse_channels(value, positive=self.positive)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+    @staticmethod
+    def joined(args: list[str], names: set[str]) -> list[str]:
+        """``args`` with the three numbers behind an option of ``names`` as one."""
+        found, rest = [], list(args)
+        while rest:
+            found.append(word := rest.pop(0))
+            if word == "--":
+                return found + rest
+            if word in names and len(rest) >= 3 and all(map(_is_number, rest[:3])):
+                found.append(" ".join(rest[:3]))
+                del rest[:3]
+        return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Resizing(click.ParamType):  # type: ignore[type-arg]
+    """``256``, ``256x256``, ``longer:256`` or ``none``."""
+
+    name = "PIXELS"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """The text, once it is known to be one of these."""
+        try:
+            return str(Resize.parse(str(value)))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Crop(click.ParamType):  # type: ignore[type-arg]
+    """A share of the resized side, or pixels."""
+
+    name = "SHARE|PIXELS"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """The number."""
+        try:
+            return parse_crop(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)

@@ -26,8 +26,19 @@ from job.errors import (
     shown,
 )
 from job.exits import exit_now
+from job.geometry import INTERPOLATIONS
 from job.help import write_examples, write_options
-from job.option_types import POSITIVE, SEED, Finite, KeyValue, Target
+from job.option_types import (
+    POSITIVE,
+    SEED,
+    Crop,
+    Finite,
+    KeyValue,
+    PerChannel,
+    Resizing,
+    Target,
+    Transform,
+)
 from job.signals import ignore_requests, listen
 
 if TYPE_CHECKING:
@@ -57,8 +68,9 @@ class Command(click.Command):
         if wrong := check_environment(self, ctx):
             _report(wrong)
             ctx.exit(ConfigError.exit_code)
+        triples = {o for p in self.params if isinstance(p.type, PerChannel) for o in p.opts}
         with _quoting():
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, PerChannel.joined(args, triples))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Examples, then the options in sections."""
@@ -220,11 +232,31 @@ num_classes = option("--num-classes", type=POSITIVE, help="Default: as in the da
 preprocessing = options_of(
     option(
         "--transform",
-        type=click.Choice(["auto", "homework", "small", "imagenet"]),
+        type=Transform(),
         default=DEFAULTS.transform,
-        help="Preset of crops, flips and rotations; auto: small up to 64 pixels, else homework.",
+        help="How images become inputs: homework, small, imagenet, or as a package states it for "
+        "its weights, timm:resnet50, torchvision:ResNet50_Weights.IMAGENET1K_V2. The options below "
+        "override it. auto: small up to 64 pixels, else homework.",
     ),
     option("--image-size", type=POSITIVE, help="Side of the network's input, in pixels."),
+    option(
+        "--mean",
+        type=PerChannel(),
+        help="Subtracted from each channel, on the scale from 0 to 1: three numbers, or one.",
+    ),
+    option("--std", type=PerChannel(positive=True), help="What each channel is then divided by."),
+    option(
+        "--resize",
+        type=Resizing(),
+        help="Before the crop: 256 (the shorter side), 256x256 (both, not keeping the ratio), "
+        "longer:256, or none.",
+    ),
+    option(
+        "--crop",
+        type=Crop(),
+        help="The central crop: a share of the resized side, e.g. 0.875, or pixels: --image-size.",
+    ),
+    option("--interpolation", type=click.Choice(INTERPOLATIONS), help="How images are resized."),
 )
 running = options_of(
     option(

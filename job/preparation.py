@@ -14,7 +14,7 @@ import torch
 from job.artifact import ModelCard, find_model, load_model
 from job.console import progress, say
 from job.cut import base_of, plan_round
-from job.data import Dataset, check_pictures, default_preprocessing, open_data
+from job.data import Dataset, check_pictures, open_data
 from job.data.dataset import with_validation
 from job.data.layout import SPLIT_NAMES
 from job.errors import DataError, InputNotFound, UsageError, shown
@@ -46,6 +46,7 @@ def prepare_data(
     """
 
     def prepare() -> tuple[Dataset, Preprocessing]:
+        config.preprocessing.check()
         data = open_data(config.data)
         for split in SPLITS:
             if split in data.splits or split == "training":
@@ -60,7 +61,7 @@ def prepare_data(
         present = [split for split in SPLITS if split in data.splits]
         data, largest = check_pictures(data, present, config.on_bad_image, bar)
         data = with_validation(data, config.seed)
-        return data, default_preprocessing(config.transform, config.image_size, largest)
+        return data, config.preprocessing.resolve(largest)
 
     data, preprocessing = on_main(prepare, interrupt=True)
     check_memory(preprocessing.size)
@@ -74,8 +75,7 @@ def describe(data: Dataset, preprocessing: Preprocessing) -> str:
     counts = ", ".join(f"{len(data.splits[name]):,} {name}" for name in present)
     place = data.root if data.layout == "built-in" else f"{data.layout} in {data.root}"
     lines = [
-        f"data: {place}: {counts}, {len(data.class_names)} classes; "
-        f"{preprocessing.preset} transforms at {preprocessing.size} pixels"
+        f"data: {place}: {counts}, {len(data.class_names)} classes; {preprocessing.describe()}"
     ]
     lines += [f"data: {note}" for note in data.notes]
     if data.skipped:
@@ -123,10 +123,10 @@ def teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | None:
         number, (one, other) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
         raise DataError(f"{name} calls class {number} {shown(one)}, this run {shown(other)}")
     took, given = theirs.preprocessing, card.preprocessing
-    if (took.size, took.mean, took.std) != (given.size, given.mean, given.std):
+    if took.inputs != given.inputs:
         raise DataError(
-            f"{name} takes {took.size} pixels as {took.preset} gives them, this run has "
-            f"{given.size} as {given.preset}: choose --image-size and --transform as it has them"
+            f"{name} takes other inputs than this run: {took.describe()}, not {given.describe()}; "
+            "give --transform, --image-size, --mean, --std and --resize as it has them"
         )
     return network
 

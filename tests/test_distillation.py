@@ -130,8 +130,12 @@ def card(classes: int = 3, names: tuple[str, ...] = (), size: int = 32) -> Model
     [
         (card(4), card(3), "has 4 classes, this run 3"),
         (card(3, ("a", "b", "c")), card(3, ("a", "x", "c")), "calls class 1 b, this run x"),
-        (card(size=64), card(), "takes 64 pixels"),
-        (ModelCard("student", {}, 3, Preprocessing("imagenet", 32)), card(), "as imagenet gives"),
+        (card(size=64), card(), "other inputs than this run: small transforms at 64 pixels"),
+        (
+            ModelCard("student", {}, 3, Preprocessing("imagenet", 32)),
+            card(),
+            "imagenet transforms",
+        ),
     ],
 )
 def test_a_teacher_of_other_classes_or_inputs_is_refused(

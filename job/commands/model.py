@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.artifact import ModelCard, find_model, load_model
 from job.console import say
-from job.data import default_preprocessing
-from job.data.transforms import Preprocessing
+from job.data import PreprocessingOptions
 from job.errors import DataError, UsageError, shown
 from job.models import NAMES, build, nominal_width
 from job.models.factory import name_factory
@@ -23,15 +22,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(PreprocessingOptions):
     """How to read MODEL: a run, round or model folder needs nothing but its path."""
 
     path: str
     model: str | None = None
     model_arg: tuple[tuple[str, Any], ...] = ()
     num_classes: int | None = None
-    transform: str = "auto"
-    image_size: int | None = None
 
 
 def open_model(options: ModelOptions, largest: int = 0) -> tuple[nn.Module, ModelCard]:
@@ -41,6 +38,7 @@ def open_model(options: ModelOptions, largest: int = 0) -> tuple[nn.Module, Mode
     pictures. Raises InputNotFound, DataError or UsageError.
     """
     path = Path(options.path)
+    options.check()
     if options.model:
         name_factory(options.model)
     if path.is_dir() or not path.exists():
@@ -48,14 +46,11 @@ def open_model(options: ModelOptions, largest: int = 0) -> tuple[nn.Module, Mode
         network, card = load_model(folder)
         if not options.image_size:
             _check_own_size(network, card, folder)
+        card = replace(card, preprocessing=options.override(card.preprocessing))
     else:
         network, card = _open_weights(options, path, largest)
-    preset, size = card.preprocessing.preset, card.preprocessing.size
-    if options.transform != "auto":
-        preset = options.transform
-    preprocessing = Preprocessing(preset, options.image_size or size)
-    check_size(network, preprocessing.size, trained=False)
-    return network, replace(card, preprocessing=preprocessing)
+    check_size(network, card.preprocessing.size, trained=False)
+    return network, card
 
 
 def _check_own_size(network: nn.Module, card: ModelCard, folder: Path) -> None:
@@ -78,7 +73,7 @@ def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.M
     if known and known != classes:
         classes, network = known, build(options.model, known, args)
     load_state(network, state, shown(path), note=say)
-    preprocessing = default_preprocessing(options.transform, options.image_size, largest or 256)
+    preprocessing = options.resolve(largest or 256)
     width = nominal_width(options.model, args)
     lineage = {"base_weights": shown(path), "base_sha256": digest(state)}
     card = ModelCard(options.model, args, classes, preprocessing, width=width, lineage=lineage)

@@ -79,6 +79,7 @@ def _open_split(
     Pictures are checked first where the result depends on it: a tenth is held out of those that
     can be read, as ``prune`` does it, and a weights file's preset follows from all their sizes.
     """
+    model.check()
     data, name = open_data(options.data), options.split
     held_out = name in ("training", "validation") and "validation" not in data.splits
     held_out = held_out and "training" in data.splits

@@ -13,13 +13,12 @@ from job.cores import available_cores
 from job.data.dataset import ArraySplit, Dataset, FileSplit, Split
 from job.data.images import check_image, quiet
 from job.data.layout import open_builtin, open_folder
+from job.data.preprocessing import PreprocessingOptions
 from job.data.transforms import Preprocessing
 from job.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
-
-SMALL = 64  # pixels: pictures up to this side get the `small` preset by default
 
 
 def open_data(path: str | None) -> Dataset:
@@ -81,25 +80,11 @@ def _checked(split: FileSplit) -> Generator[tuple[int, int] | DataError]:
         pool.shutdown(cancel_futures=True)  # a stop request must not wait for all pictures
 
 
-def default_preprocessing(preset: str, size: int | None, largest: int) -> Preprocessing:
-    """Fill in what ``auto`` leaves open, from the largest side of any picture.
-
-    Pictures up to 64 pixels: ``small`` at that side rounded up to a multiple of 16, at least 32
-    (28 is padded to 32). Larger ones: the homework's 256; 224 for ``imagenet``.
-    """
-    if preset == "auto":
-        preset = "small" if largest <= SMALL else "homework"
-    if size is None:
-        whole = max(32, -(-largest // 16) * 16)
-        size = {"small": min(whole, SMALL), "homework": 256, "imagenet": 224}[preset]
-    return Preprocessing(preset, size)
-
-
 __all__ = [
     "Dataset",
     "Preprocessing",
+    "PreprocessingOptions",
     "Split",
     "check_pictures",
-    "default_preprocessing",
     "open_data",
 ]

@@ -38,8 +38,8 @@ class TrainingPictures:
 
     def __getitems__(self, draws: list[Draw]) -> Batch | Failure:
         """One rank's part of a global batch, possibly empty; an error travels as a value."""
-        size = self.preprocessing.size
-        if self.preprocessing.preset == "small" and isinstance(self.split, ArraySplit):
+        size, whole = self.preprocessing.size, not self.preprocessing.resizing.side
+        if self.preprocessing.preset == "small" and whole and isinstance(self.split, ArraySplit):
             images = small_arrays(self.split.images, draws, size)
             return _batch(images, self.split, [d.index for d in draws], size)
         try:
@@ -60,7 +60,7 @@ class EvaluationPictures:
     def __getitems__(self, indices: list[int]) -> Batch | Failure:
         """The pictures at ``indices``."""
         size = self.preprocessing.size
-        if self.preprocessing.preset != "imagenet" and isinstance(self.split, ArraySplit):
+        if not self.preprocessing.resizing.side and isinstance(self.split, ArraySplit):
             images = center_arrays(self.split.images, indices, size)
             return _batch(images, self.split, indices, size)
         try:

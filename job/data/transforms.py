@@ -1,84 +1,169 @@
-"""From a decoded picture to the network's input: three presets, parameters from the epoch table.
+"""From a decoded image to the network's input: three presets, parameters from the epoch table.
 
 - ``homework``: random crop at raw resolution with symmetric padding of small pictures, flip,
   rotation within 15 degrees; evaluation takes the centre. (Hung-yi Lee ML2020, HW3 and HW7)
 - ``small``: pad 4, random crop, flip, for pictures of a few dozen pixels (He et al. 2016, 4.2).
 - ``imagenet``: random resized crop, flip, normalise (Szegedy et al. 2015; torchvision's recipe).
+
+A preset is how training augments; resizing, interpolation, mean and std are its own or given.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from job.errors import DataError
+from job.errors import DataError, UsageError
+from job.geometry import (
+    INTERPOLATIONS,
+    LONGEST,
+    MAX_RESIZE,
+    PRESETS,
+    Channels,
+    Resize,
+    parse_channels,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from job.data.table import Draw
 
-PRESETS = ("homework", "small", "imagenet")
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 MAX_ANGLE = 15.0  # degrees
 SMALL_PAD = 4  # pixels
-LONGEST = 64  # sides to one, of a picture that `imagenet` resizes whole
 CROP_AREA = (0.08, 1.0)  # share of the picture
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height
 
 
+OWN: Channels = (-1.0, -1.0, -1.0)  # in place of the preset's mean or std
+PLAIN: tuple[Channels, Channels] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and std of [0, 1]
+
+
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures become inputs of ``size`` x ``size`` pixels."""
+    """How images become inputs of ``size`` x ``size`` pixels: ``preset`` is how training augments.
+
+    Evaluation resizes and takes the centre. ``mean`` is subtracted from each channel after scaling
+    to [0, 1], which is then divided by ``std``. What is left out is the preset's own.
+    """
 
     preset: str
     size: int
+    resize: Resize | None = None
+    interpolation: str = "bilinear"
+    mean: Channels = OWN
+    std: Channels = OWN
+
+    def __post_init__(self) -> None:
+        """Fill in the preset's own values."""
+        imagenet = self.preset == "imagenet"
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else PLAIN
+        if self.resize is None:
+            side = min(MAX_RESIZE, round(self.size * 256 / 224)) if imagenet else 0
+            resize = Resize(side)
+            object.__setattr__(self, "resize", resize)
+        for name, own in (("mean", mean), ("std", std)):
+            if getattr(self, name) is OWN:
+                object.__setattr__(self, name, own)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Read back what ``to_dict`` gave; raises DataError."""
+        """Read back what ``to_dict`` gave, now or before there were all keys; raises DataError."""
         preset, size = values.get("preset"), values.get("size")
+        interpolation = values.get("interpolation", "bilinear")
         if preset not in PRESETS or type(size) is not int or size < 1:
             raise DataError(f"unknown preprocessing {dict(values)}")
-        return cls(preset, size)
+        own = cls(preset, size)
+        try:
+            if interpolation not in INTERPOLATIONS:
+                raise ValueError(f"no interpolation {interpolation}")
+            if "resize" in values:
+                side = values["resize"]
+                resize = Resize(0 if side is None else side, values.get("fit", "shorter"))
+            else:
+                resize = own.resizing
+            mean = parse_channels(values.get("mean", own.mean))
+            std = parse_channels(values.get("std", own.std), positive=True)
+        except (ValueError, TypeError, UsageError) as error:
+            raise DataError(f"unknown preprocessing {dict(values)}: {error}") from error
+        return cls(own.preset, size, resize, interpolation, mean, std)
 
     def to_dict(self) -> dict[str, Any]:
-        """As stored in model.json."""
-        return asdict(self) | {"mean": self.mean, "std": self.std}
+        """As stored in model.json; ``resize`` is null where images are taken as they are."""
+        return {
+            "preset": self.preset,
+            "size": self.size,
+            "mean": self.mean,
+            "std": self.std,
+            "resize": self.resizing.side or None,
+            "fit": self.resizing.fit,
+            "interpolation": self.interpolation,
+        }
 
     @property
-    def mean(self) -> tuple[float, ...]:
-        """Subtracted from each channel after scaling to [0, 1]."""
-        return IMAGENET_MEAN if self.preset == "imagenet" else (0.0, 0.0, 0.0)
+    def resizing(self) -> Resize:
+        """What evaluation, and training but for ``imagenet``, does first."""
+        assert self.resize is not None
+        return self.resize
 
     @property
-    def std(self) -> tuple[float, ...]:
-        """Each channel is divided by it."""
-        return IMAGENET_STD if self.preset == "imagenet" else (1.0, 1.0, 1.0)
+    def inputs(self) -> tuple[object, ...]:
+        """All that tells which numbers a network gets of an image in evaluation."""
+        interpolation = self.interpolation if self.resizing.side else ""
+        return self.size, self.mean, self.std, self.resizing, interpolation
+
+    def describe(self) -> str:
+        """For the console: the preset and the size, then what is not the preset's own."""
+        own, parts = Preprocessing(self.preset, self.size), []
+        if self.resizing != own.resizing or self.interpolation != own.interpolation:
+            how = f" ({self.interpolation})" if self.resizing.side else ""
+            parts.append(f"resize {self.resizing}{how}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values != getattr(own, name):
+                parts.append(f"{name} {' '.join(f'{value:g}' for value in values)}")
+        return ", ".join([f"{self.preset} transforms at {self.size} pixels", *parts])
 
     def train(self, picture: Image.Image, draw: Draw) -> Image.Image:
         """The augmented picture, RGB of ``size`` x ``size``."""
-        augment = {"homework": _homework, "small": _small, "imagenet": _resized_crop}
-        augmented: Image.Image = augment[self.preset](picture, draw, self.size)
-        return augmented
+        if self.preset == "imagenet":
+            return _resized_crop(picture, draw, self.size, _resampling(self.interpolation))
+        augment = {"homework": _homework, "small": _small}[self.preset]
+        return augment(self.resized(picture), draw, self.size)
 
     def evaluate(self, picture: Image.Image) -> Image.Image:
         """The picture without chance: its centre, RGB of ``size`` x ``size``."""
-        if self.preset == "imagenet":
-            picture = _resized(_without_long_ends(picture), round(self.size * 256 / 224))
+        picture = self.resized(picture)
         left, top = (_centre(side, self.size) for side in picture.size)
-        return picture.crop((left, top, left + self.size, top + self.size))
+        box = (left, top, left + self.size, top + self.size)
+        if self.resizing.fit != "longer" or min(picture.size) >= self.size:
+            return picture.crop(box)
+        # what timm calls border: in the colour of the mean
+        paper = Image.new("RGB", (self.size, self.size), tuple(round(255 * m) for m in self.mean))
+        right, bottom = map(min, box[2:], picture.size)
+        inside = picture.crop((max(left, 0), max(top, 0), right, bottom))
+        paper.paste(inside, (max(-left, 0), max(-top, 0)))
+        return paper
+
+    def resized(self, picture: Image.Image) -> Image.Image:
+        """The picture as ``resize`` has it."""
+        if not self.resizing.side:
+            return picture
+        if self.resizing.fit == "shorter":
+            picture = _without_long_ends(picture)
+        size = self.resizing.size_of(picture.size)
+        return picture.resize(size, _resampling(self.interpolation))
 
     def to_input(self, images: torch.Tensor) -> torch.Tensor:
         """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, same device, channels last in memory."""
         scaled = images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
-        if self.preset != "imagenet":
+        if (self.mean, self.std) == PLAIN:
             return scaled
         mean = scaled.new_tensor(self.mean).view(3, 1, 1)
         return scaled.sub_(mean).div_(scaled.new_tensor(self.std).view(3, 1, 1))
@@ -116,11 +201,8 @@ def _without_long_ends(picture: Image.Image) -> Image.Image:
     )
 
 
-def _resized(picture: Image.Image, short: int) -> Image.Image:
-    """With ``short`` pixels on its shorter side, the other rounded down, as torchvision does it."""
-    least = min(picture.size)
-    width, height = (short * side // least for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.BILINEAR)
+def _resampling(interpolation: str) -> Image.Resampling:
+    return Image.Resampling[interpolation.upper()]
 
 
 def _flip(picture: Image.Image, draw: Draw) -> Image.Image:
@@ -157,7 +239,9 @@ def _small_offset(side: int, size: int, uniform: float) -> int:
     return _centre(side, frame) - SMALL_PAD + draw_offset(uniform, frame + 2 * SMALL_PAD - size)
 
 
-def _resized_crop(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
+def _resized_crop(
+    picture: Image.Image, draw: Draw, size: int, resampling: Image.Resampling
+) -> Image.Image:
     # one draw a picture, held to the picture's edges, where torchvision tries up to ten times
     area = (
         picture.width * picture.height * (CROP_AREA[0] + draw.area * (CROP_AREA[1] - CROP_AREA[0]))
@@ -169,7 +253,7 @@ def _resized_crop(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
     top = draw_offset(draw.top, picture.height - height)
     left = draw_offset(draw.left, picture.width - width)
     picture = picture.crop((left, top, left + width, top + height))
-    return _flip(picture.resize((size, size), Image.Resampling.BILINEAR), draw)
+    return _flip(picture.resize((size, size), resampling), draw)
 
 
 def small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarray[Any, Any]:

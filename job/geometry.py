@@ -1,0 +1,108 @@
+"""How images are resized, cropped and normalised, as options spell it; loads no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from job.errors import UsageError
+
+PRESETS = ("homework", "small", "imagenet")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+FITS = {"shorter": "", "both": "x", "longer": "longer:"}  # what is resized -> how it is spelt
+MAX_RESIZE = 8192  # pixels: the shorter side of a resized image
+LARGEST_SHARE = 2.0  # a crop above it is in pixels, else a share of the resized side
+LONGEST = 64  # sides to one, of an image that is resized by its shorter side
+
+Size = tuple[int, int]  # width and height in pixels
+Channels = tuple[float, float, float]  # one number for each of red, green and blue
+
+
+@dataclass(frozen=True)
+class Resize:
+    """To ``side`` pixels of the ``shorter`` or ``longer`` side, or of ``both``; 0: not at all."""
+
+    side: int = 0
+    fit: str = "shorter"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what is no resizing."""
+        if not (type(self.side) is int and 0 <= self.side <= MAX_RESIZE and self.fit in FITS):
+            raise ValueError(f"resizing to {self.side!r} pixels by {self.fit!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Resize:
+        """``256``, ``256x256``, ``longer:256`` or ``none``; raises UsageError."""
+        found = re.fullmatch(r"(longer:)?([0-9]{1,4})(?:x([0-9]{1,4}))?", text.strip().lower())
+        if text.strip().lower() == "none":
+            return cls()
+        if not found or (found[1] and found[3]) or not 1 <= int(found[2]) <= MAX_RESIZE:
+            raise UsageError(
+                f"{text!r} is not of the form 256 (the shorter side), 256x256 (both sides), "
+                f"longer:256 or none, at most {MAX_RESIZE} pixels"
+            )
+        if found[3] and int(found[3]) != int(found[2]):
+            raise UsageError(
+                f"{text!r} is not square, which inputs are: e.g. {found[2]}x{found[2]}"
+            )
+        fit = "longer" if found[1] else "both" if found[3] else "shorter"
+        return cls(int(found[2]), fit)
+
+    def __str__(self) -> str:
+        if not self.side:
+            return "none"
+        return f"{self.side}x{self.side}" if self.fit == "both" else f"{FITS[self.fit]}{self.side}"
+
+    def size_of(self, size: Size) -> Size:
+        """What an image of ``size`` becomes, rounded as torchvision and timm do it."""
+        if not self.side:
+            return size
+        if self.fit == "both":
+            return self.side, self.side
+        if self.fit == "longer":
+            ratio = max(size) / self.side
+            return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
+        least = min(size)
+        return self.side * size[0] // least, self.side * size[1] // least
+
+
+def parse_channels(value: Any, *, positive: bool = False) -> Channels:
+    """One number for all channels or three, of text or a list, on the scale from 0 to 1.
+
+    ``positive``: none may be 0. Raises UsageError.
+    """
+    parts = value if isinstance(value, (list, tuple)) else re.split(r"[\s,;]+", _bare(value))
+    try:
+        numbers = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) not in (1, 3) or any(isinstance(part, bool) for part in parts):
+        raise UsageError(f"{value!r} is neither one number nor three, as 0.485 0.456 0.406")
+    if any(not math.isfinite(n) or n < 0 or (positive and n == 0) for n in numbers):
+        raise UsageError(f"{value!r}: each number is {'above 0' if positive else 'from 0'} to 1")
+    if max(numbers) > 1:
+        scaled = " ".join(f"{n / 255:.4g}" for n in numbers)
+        raise UsageError(
+            f"{value!r} is on the scale from 0 to 255: divide by 255, which gives {scaled}"
+        )
+    red, green, blue = numbers * 3 if len(numbers) == 1 else numbers
+    return red, green, blue
+
+
+def _bare(value: Any) -> str:
+    return str(value).strip().strip("[]()").strip()
+
+
+def parse_crop(value: Any) -> float:
+    """A share of the resized side up to 2, or the pixels of the crop; raises UsageError."""
+    try:
+        crop = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        crop = math.nan
+    if not 0 < crop <= MAX_RESIZE or (crop > LARGEST_SHARE and crop != int(crop)):
+        raise UsageError(
+            f"{value!r} is neither a share of the resized side, as 0.875, nor a number of pixels"
+        )
+    return crop
