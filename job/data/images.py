@@ -1,15 +1,17 @@
-"""Picture files as the RGB that a viewer shows."""
+"""Image files as the RGB that a viewer shows."""
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import warnings
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from job.data.repair import repaired
 from job.errors import DataError, StorageError, reading, reason, shown
 
 if TYPE_CHECKING:
@@ -17,27 +19,43 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 T = TypeVar("T")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# what is content decides, the suffix only which files are images at all
+_AVIF = importlib.util.find_spec("PIL._avif") is not None  # not in every Pillow
+SUFFIXES_OF_OLD = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (
+    *SUFFIXES_OF_OLD,
+    *(".jfif", ".jpe", ".pjpeg", ".mpo", ".apng", ".dib", ".gif", ".tif", ".tiff"),
+    *((".avif",) if _AVIF else ()),
+)
 # by whatever name: a GIF is often called .jpg; others, as PostScript, would start other programs
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if _AVIF else ()))
 MAX_PIXELS = 2**30 // 12  # 89 million, Pillow's own limit
-BIG = 2**24  # pixels: larger pictures are decoded one at a time, smaller ones by all threads
-STRIP = 2**22  # pixels converted at a time: a big picture lies in memory twice, not five times
+BIG = 2**24  # pixels: larger images are decoded one at a time, smaller ones by all threads
+STRIP = 2**22  # pixels converted at a time: a big image lies in memory twice, not five times
 _one_big = threading.Lock()
+_UPRIGHT = {  # by EXIF's orientation; ImageOps.exif_transpose writes EXIF again, and may fail at it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_rgb(path: Path) -> Image.Image:
     """Decode ``path``: EXIF rotation applied, transparency over white, 16-bit grey scaled to 8.
 
-    Raises DataError that names the file when it is not a whole picture, StorageError when it
-    cannot be told.
+    Of several frames the first. Raises DataError that names the file when it is not a whole image,
+    StorageError when it cannot be told.
     """
     with quiet():
         return _reading(path, _as_rgb)
 
 
 def check_image(path: Path) -> tuple[int, int]:
-    """Read ``path`` to its end and return its (width, height) as shown; raises as load_rgb.
+    """Decode ``path`` as ``load_rgb`` does and return its (width, height); raises as load_rgb.
 
     JPEG is decoded at an eighth of its size: every byte is still read, in a third of the time.
     Threads may call it, within one ``quiet()`` around them all.
@@ -49,7 +67,7 @@ def check_image(path: Path) -> tuple[int, int]:
             width, height = height, width
         image.draft("RGB", (1, 1))
         with _one_big if width * height > BIG else nullcontext():
-            image.load()
+            _as_rgb(image)
         return width, height
 
     return _reading(path, check)
@@ -68,31 +86,69 @@ def _reading(path: Path, read: Callable[[Image.Image], T]) -> T:
     try:
         with reading(path):
             if not path.is_file():  # a pipe would be waited for
-                raise OSError("it is not a file" if path.exists() else "it is a link to nothing")
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels are too many")
-                return read(image)
+                here = path.exists(), path.is_symlink()
+                raise OSError(_NO_FILE[here])
+            return _read(path, read)
     except StorageError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a corrupt file
         why = reason(error)
         if "cannot identify image file" in why:
-            why = "not a picture" if path.stat().st_size else "the file is empty"
-        raise DataError(f"{shown(path)} cannot be read as a picture: {why}") from error
+            why = "not an image" if path.stat().st_size else "the file is empty"
+        raise DataError(f"{shown(path)} cannot be read as an image: {why}") from error
+
+
+_NO_FILE = {
+    (True, False): "it is not a file",
+    (True, True): "it is not a file",
+    (False, True): "it is a link to nothing",
+    (False, False): "it does not exist",
+}
+
+
+def _read(path: Path, read: Callable[[Image.Image], T]) -> T:
+    """``read`` the image in ``path``; again without what viewers pass over, where that fails."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return read(_bounded(image))
+    except (_TooLarge, Image.DecompressionBombError):
+        raise
+    except Exception as error:  # as in _reading
+        if isinstance(error, OSError) and error.errno:  # the storage, or a right that is missing
+            raise
+        file = repaired(path)
+        if file is None:
+            raise
+        with file, Image.open(file, formats=FORMATS) as image:
+            return read(_bounded(image))
+
+
+class _TooLarge(ValueError):
+    """More pixels than are read."""
+
+
+def _bounded(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise _TooLarge(f"{image.width} x {image.height} pixels are too many")
+    return image
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 (upright) to 8; 1 where the block is damaged, as viewers take it."""
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # as in _reading: a damaged block, not a damaged picture
+    except Exception:  # as in _reading: a damaged block, not a damaged image
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
+    """The one decoder: the check of all files and every use of one go through it."""
+    orientation = _orientation(image)
+    image.load()
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError("its values have neither 8 nor 16 bits: no telling which is white")
+    upright = image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
     if not (upright.mode.startswith("I") or upright.has_transparency_data):
         return upright.convert("RGB")
     rgb, rows = Image.new("RGB", upright.size), max(1, STRIP // upright.width)
