@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
 
 from conftest import gammaslim, randomise
 from job.errors import DataError, InputNotFound
@@ -190,3 +193,76 @@ def test_prune_ends_with_65_and_one_line_at_another_width(flat_data: Path, tmp_p
     assert done.code == 65, done
     assert done.err.count("\n") == 1
     assert "pass --model-arg width_mult=…" in done.err
+
+
+def prefixed(prefix: str, values: State) -> State:
+    return {prefix + key: value for key, value in values.items()}
+
+
+def averaged(network: torch.nn.Module) -> State:
+    return AveragedModel(network).state_dict()
+
+
+SMALL = randomise(build("student", 3, {"base": 2}))
+PLAIN = SMALL.state_dict()
+AS_OTHERS_SAVE = {
+    "DataParallel": prefixed("module.", PLAIN),
+    "torch.compile of DataParallel": prefixed("_orig_mod.module.", PLAIN),
+    "AveragedModel": averaged(SMALL),
+    "torchvision's average alone": {"model_ema": averaged(SMALL), "epoch": 3},
+    "torchvision's, with the model": {"model": PLAIN, "model_ema": {"n_averaged": torch.zeros(1)}},
+    "timm's average": {"state_dict_ema": prefixed("module.", PLAIN), "metric": 0.5},
+    "Lightning": {"state_dict": prefixed("model.", PLAIN), "loops": {}},
+    "Lightning, compiled": {"state_dict": prefixed("model._orig_mod.", PLAIN)},
+    "Lightning with a weighted loss": {
+        "state_dict": {**prefixed("net.", PLAIN), "criterion.weight": torch.ones(3)}
+    },
+    "Lightning beside an average": {
+        "state_dict": {**prefixed("model.", PLAIN), **prefixed("ema.module.", PLAIN)}
+    },
+    "an owner of another name": {"state_dict": prefixed("backbone.", PLAIN)},
+    "DataParallel of a part": {"state_dict": prefixed("model.module.", PLAIN)},
+    "thop's counters": {
+        **PLAIN, "total_ops": torch.zeros(1), "cnn.0.total_params": torch.zeros(1)
+    },
+    "numbers beside weights": {**PLAIN, "epoch": 3, "best": np.float64(0.5), "name": "x"},
+    "a NumPy score": {"state_dict": PLAIN, "best": np.float64(0.5), "rng": np.arange(5)},
+    "what counts": {"model_state_dict": PLAIN, "at": Path("x"), "counts": Counter("ab")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", AS_OTHERS_SAVE)
+def test_checkpoints_as_others_save_them(tmp_path: Path, name: str, legacy: bool) -> None:
+    torch.save(AS_OTHERS_SAVE[name], tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
+    network = build("student", 3, {"base": 2})
+    notes: list[str] = []
+    load_state(network, read_state(tmp_path / "w.pt"), "w.pt", note=notes.append)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, PLAIN[key]), key
+    assert any("criterion.weight" in line for line in notes) == (name.endswith("weighted loss"))
+
+
+def test_which_of_two_networks_is_asked() -> None:
+    two = prefixed("student.", PLAIN) | prefixed("teacher.", PLAIN)
+    with pytest.raises(DataError, match=r"several networks, under student\.\* and teacher\.\*"):
+        load_state(build("student", 3, {"base": 2}), two, "w.pt")
+
+
+class Data:
+    """Pickled as an object of NumPy's: what would be called is not."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return np.savetxt, ("executed", "x")
+
+
+def test_what_stands_beside_weights_is_not_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": PLAIN, "x": Data()}, "w.pt")
+    assert len(read_state("w.pt")) == len(PLAIN)
+    torch.save({"state_dict": PLAIN, "x": Code()}, "code.pt")
+    with pytest.raises(DataError, match=r"posix.system"):
+        read_state("code.pt")
+    assert not Path("executed").exists()

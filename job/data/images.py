@@ -111,7 +111,7 @@ def _read(path: Path, read: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path, formats=FORMATS) as image:
             return read(_bounded(image))
-    except (_TooLarge, Image.DecompressionBombError):
+    except (_TooLargeError, Image.DecompressionBombError):
         raise
     except Exception as error:  # as in _reading
         if isinstance(error, OSError) and error.errno:  # the storage, or a right that is missing
@@ -123,13 +123,13 @@ def _read(path: Path, read: Callable[[Image.Image], T]) -> T:
             return read(_bounded(image))
 
 
-class _TooLarge(ValueError):
+class _TooLargeError(ValueError):
     """More pixels than are read."""
 
 
 def _bounded(image: Image.Image) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
-        raise _TooLarge(f"{image.width} x {image.height} pixels are too many")
+        raise _TooLargeError(f"{image.width} x {image.height} pixels are too many")
     return image
 
 
