@@ -15,7 +15,6 @@ from job.attempt import Attempt
 from job.checkpoint import Position, save_position
 from job.console import epoch_line, progress, rounds_table, say
 from job.cut import cut, cut_before, ranking_norms
-from job.data.batches import default_workers
 from job.errors import DataError, StopRequest, exit_code, shown
 from job.preflight import dry_run
 from job.preparation import (
@@ -26,12 +25,12 @@ from job.preparation import (
     planned_rounds,
     prepare_data,
     teacher_network,
+    training_tools,
 )
 from job.processes import (
     accelerator_name,
     digest,
     is_main,
-    local_world,
     on_main,
     start,
 )
@@ -39,11 +38,9 @@ from job.run import Run, drop
 from job.signals import Watch, deferred
 from job.slimming.cost import Cost, layer_costs, network_cost
 from job.tracking import gammas
-from job.training.calibration import Calibration
 from job.training.distillation import distillation
-from job.training.evaluation import Evaluator
-from job.training.fit import EpochResult, Trainer
 from job.training.sparsity import forecast
+from job.training.trial import least_batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,6 +50,7 @@ if TYPE_CHECKING:
     from job.config import PruneConfig
     from job.data import Dataset, Preprocessing
     from job.training.distillation import Distillation
+    from job.training.fit import EpochResult
 
 
 def prune(config: PruneConfig) -> None:
@@ -63,20 +61,22 @@ def prune(config: PruneConfig) -> None:
     with deferred():
         watch.join()
         if config.dry_run:
-            return dry_run(config, output, watch, accelerator.device)
+            return dry_run(config, output, watch, accelerator)
         data, preprocessing = prepare_data(config, watch.check_here)
         torch.manual_seed(config.seed)
         network, card = on_main(lambda: base_network(config, data, preprocessing), interrupt=True)
         on_main(lambda: planned_rounds(config, network, card), interrupt=True)  # is it feasible?
         teacher = on_main(lambda: teacher_network(config, card), interrupt=True)
         origin = base_record(config, card, teacher)
+        count = len(data.splits["training"])
+        least = on_main(lambda: least_batch(network, config, preprocessing.size, count))
         if config.caution:
             say(f"caution: {config.caution}")
         watch.check()
         attempt = Attempt(config, Run(output), watch)
         job = Job(config, accelerator, data, preprocessing, attempt)
         try:
-            job.begin(origin)
+            job.begin(origin, least)
             job.learn_from(teacher)
             network, card = job.base(network, card)
             job.learn_from(teacher or network)
@@ -116,21 +116,15 @@ class Job:
         self.entries: list[dict[str, Any]] = []  # of the base and of each round
         self.distillation: Distillation | None = None
 
-    def begin(self, base: dict[str, Any]) -> None:
+    def begin(self, base: dict[str, Any], least: int) -> None:
         """Open or create the run directory, the loaders and the W&B run."""
         record = on_main(lambda: dataset_record(self.data))
         self.start = self.attempt.begin(record, base)
         again = f"; {self.attempt.saved} models of an earlier attempt" if self.attempt.saved else ""
         say(f"run: {shown(self.run.path)} on {accelerator_name(self.accelerator)}{again}")
-        workers = self.config.workers
-        if workers is None:
-            workers = default_workers(local_world(), self.accelerator.device.type == "cuda")
-        classes = self.config.num_classes or len(self.data.class_names)
-        shared = (self.preprocessing, self.accelerator, workers)
-        self.evaluator = Evaluator(self.data.splits["validation"], classes, *shared)
-        training = self.data.splits["training"]
-        self.trainer = Trainer(training, self.evaluator, self.config, *shared)
-        self.calibration = Calibration(training, *shared, self.config.seed, self.watch)
+        self.evaluator, self.trainer, self.calibration = training_tools(
+            self.config, self.data, self.preprocessing, self.accelerator, least, self.watch
+        )
 
     def learn_from(self, teacher: nn.Module | None) -> None:
         """Distil from ``teacher`` from now on, where --distill-alpha asks for it."""

@@ -16,6 +16,7 @@ import torch
 from job.checkpoint import KEPT
 from job.console import rounds_table, say
 from job.cores import available_cores
+from job.cut import cut
 from job.data.batches import default_workers
 from job.data.dataset import ArraySplit
 from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, printable, shown
@@ -28,13 +29,19 @@ from job.preparation import (
     planned_rounds,
     prepare_data,
     teacher_network,
+    training_tools,
 )
 from job.processes import is_main, local_world, on_main, world
 from job.run import Run
+from job.training.trial import least_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from accelerate import Accelerator
+    from torch import nn
+
+    from job.artifact import ModelCard
     from job.config import PruneConfig
     from job.data import Dataset
     from job.signals import Watch
@@ -74,15 +81,15 @@ class Findings:
             raise self.errors[0]
 
 
-def dry_run(config: PruneConfig, output: Path, watch: Watch, device: torch.device) -> None:
-    """Check all that a run needs, say what it would do, train nothing; collective.
+def dry_run(config: PruneConfig, output: Path, watch: Watch, accelerator: Accelerator) -> None:
+    """Check all that a run needs, try each of its steps once, write nothing; collective.
 
     Raises the first GammaslimError found.
     """
     found = Findings()
     if config.caution:
         found.warnings.append(config.caution)
-    planned = _check_inputs(config, output, watch, device, found)
+    planned = _check_inputs(config, output, watch, accelerator, found)
     found.attempt(lambda: on_main(lambda: check_writable(output)))
     if planned:
         found.attempt(lambda: on_main(lambda: _check_disk(config, planned, output)))
@@ -99,7 +106,7 @@ def dry_run(config: PruneConfig, output: Path, watch: Watch, device: torch.devic
 
 
 def _check_inputs(
-    config: PruneConfig, output: Path, watch: Watch, device: torch.device, found: Findings
+    config: PruneConfig, output: Path, watch: Watch, accelerator: Accelerator, found: Findings
 ) -> list[dict[str, Any]] | None:
     """The planned rounds, where data, weights, target and the run to go on with are right."""
     prepared = found.attempt(lambda: prepare_data(config, watch.check_here))
@@ -109,7 +116,7 @@ def _check_inputs(
         return None
     data, preprocessing = prepared
     found.warnings += batch_warnings(config.batch_size, len(data.splits["training"]), world())
-    found.warnings += core_warnings(config, data, device.type == "cuda")
+    found.warnings += core_warnings(config, data, accelerator.device.type == "cuda")
     torch.manual_seed(config.seed)
     based = found.attempt(
         lambda: on_main(lambda: base_network(config, data, preprocessing), interrupt=True)
@@ -127,7 +134,36 @@ def _check_inputs(
         on_main(lambda: Run(output).check(config, dataset_record(data), origin))
 
     found.attempt(check_run)
+    if planned and not found.errors:
+        found.attempt(lambda: _try(config, data, network, card, accelerator, watch))
     return planned
+
+
+def _try(
+    config: PruneConfig,
+    data: Dataset,
+    network: nn.Module,
+    card: ModelCard,
+    accelerator: Accelerator,
+    watch: Watch,
+) -> None:
+    """One evaluation batch, and for the base and each round its cut and one step of training.
+
+    Cuts are measured on one batch of images. Raises what the job would.
+    """
+    preprocessing, count = card.preprocessing, len(data.splits["training"])
+    least = on_main(lambda: least_batch(network, config, preprocessing.size, count))
+    tools = training_tools(config, data, preprocessing, accelerator, least, watch)
+    evaluator, trainer, calibration = tools
+    calibration.most = config.batch_size
+    evaluator.try_batch(network)
+    for round_ in range(config.rounds + 1):
+        watch.check()
+        if round_:
+            network, card, _ = cut(network, card, round_, config, accelerator.device, calibration)
+        trainer.try_step(network)
+    rounds = f", the cuts of {config.rounds} rounds" if config.rounds else ""
+    say(f"tried: an evaluation batch, a training step{rounds}")
 
 
 def _readable(weights: str) -> None:

@@ -15,6 +15,7 @@ from job.artifact import ModelCard, find_model, load_model
 from job.console import progress, say
 from job.cut import base_of, plan_round
 from job.data import Dataset, check_pictures, open_data
+from job.data.batches import default_workers
 from job.data.dataset import with_validation
 from job.data.layout import SPLIT_NAMES
 from job.errors import DataError, InputNotFound, UsageError, shown
@@ -22,16 +23,21 @@ from job.files import is_file
 from job.models import build, nominal_width
 from job.models.sizes import check_memory, check_size
 from job.models.weights import load_state, read_state
-from job.processes import digest, on_main
+from job.processes import digest, local_world, on_main
 from job.slimming.surgery import narrowed
+from job.training.calibration import Calibration
+from job.training.evaluation import Evaluator
+from job.training.fit import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from accelerate import Accelerator
     from torch import nn
 
     from job.config import PruneConfig
     from job.data import Preprocessing
+    from job.signals import Watch
 
 SPLITS = ("training", "validation")  # the testing split never chooses a model
 
@@ -164,6 +170,29 @@ def base_network(
         lineage=lineage,
     )
     return network, replace(card, base=base_of(network, card))
+
+
+def training_tools(
+    config: PruneConfig,
+    data: Dataset,
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+    least: int,
+    watch: Watch,
+) -> tuple[Evaluator, Trainer, Calibration]:
+    """What evaluates, trains and calibrates the network of every round, with their loaders.
+
+    A global batch has ``least`` images or more.
+    """
+    workers = config.workers
+    if workers is None:
+        workers = default_workers(local_world(), accelerator.device.type == "cuda")
+    shared = (preprocessing, accelerator, workers)
+    classes = config.num_classes or len(data.class_names)
+    evaluator = Evaluator(data.splits["validation"], classes, *shared)
+    training = data.splits["training"]
+    trainer = Trainer(training, evaluator, config, *shared, least)
+    return evaluator, trainer, Calibration(training, *shared, config.seed, watch)
 
 
 def planned_rounds(

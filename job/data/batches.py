@@ -82,11 +82,15 @@ class GlobalBatches:
     """Batch sampler: this rank's rows of every global batch of the epoch set by ``set_epoch``.
 
     Rank r of W takes rows r, r + W, … of a global batch, so that shares differ by at most one
-    and every sample is taken once, the last short batch included.
+    and every sample is taken once, the last short batch included; of less than ``least`` samples it
+    joins the one before.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, rank: int, world: int) -> None:
+    def __init__(
+        self, count: int, batch_size: int, seed: int, rank: int, world: int, least: int = 1
+    ) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.batches = max(1, -(-count // batch_size) - (0 < count % batch_size < least))
         self.rank, self.world = rank, world
         self.round, self.epoch, self.first = 0, 0, 0
 
@@ -95,16 +99,19 @@ class GlobalBatches:
         self.round, self.epoch, self.first = round_, epoch, first
 
     def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
+        return self.batches
 
     def sizes(self) -> list[int]:
         """Samples in each global batch."""
-        return [min(self.batch_size, self.count - s) for s in range(0, self.count, self.batch_size)]
+        last = self.count - (self.batches - 1) * self.batch_size
+        return [self.batch_size] * (self.batches - 1) + [last]
 
     def __iter__(self) -> Iterator[list[Draw]]:
         table = epoch_table(self.count, self.seed, self.round, self.epoch)
-        for start in range(self.first * self.batch_size, self.count, self.batch_size):
-            stop = min(start + self.batch_size, self.count)
+        sizes = self.sizes()
+        for number in range(self.first, self.batches):
+            start = number * self.batch_size
+            stop = start + sizes[number]
             yield table.rows(range(start + self.rank, stop, self.world))
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from job.training.outputs import logits_of
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
@@ -28,7 +30,7 @@ class Distillation:
     ) -> torch.Tensor:
         """The summed loss of a student that gave ``logits`` (B, C) for ``inputs`` (B, 3, H, W)."""
         with torch.no_grad(), self.accelerator.autocast():
-            taught = self.teacher(inputs)
+            taught = logits_of(self.teacher(inputs))
         return distillation_loss(logits, taught.float(), labels, self.alpha, self.temperature)
 
 

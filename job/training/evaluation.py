@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from job.data.batches import EvaluationPictures, RankShare, checked, loader
 from job.errors import DataError, GammaslimError
 from job.processes import rank, total, world
+from job.training.outputs import logits_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -97,7 +98,11 @@ class Evaluator:
         with torch.inference_mode(), self.accelerator.autocast():
             for images, labels in progress(checked(self.batches)):
                 inputs = self.preprocessing.to_input(images.to(device, non_blocking=True))
-                yield network(inputs).float(), labels.to(device, non_blocking=True)
+                yield logits_of(network(inputs)).float(), labels.to(device, non_blocking=True)
+
+    def try_batch(self, network: nn.Module) -> None:
+        """Evaluate ``network`` on the first batch."""
+        next(self._outputs(network, lambda batches: batches), None)
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from job.checkpoint import Position
@@ -26,14 +27,19 @@ from job.training.optimizer import (
     optimizer_tensors,
     restore_optimizer,
 )
+from job.training.outputs import AUXILIARY, Logits
 from job.training.sparsity import gamma_histogram, gamma_layers, gamma_numbers, gammas_of, pull
-from job.training.sync_batchnorm import average_running_statistics, synchronised
+from job.training.sync_batchnorm import (
+    average_running_statistics,
+    exact_statistics,
+    synchronised,
+)
+from job.training.trial import has_unused_parameters, say_of_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from accelerate import Accelerator
-    from torch import nn
 
     from job.config import PruneConfig
     from job.data import Preprocessing, Split
@@ -79,16 +85,28 @@ class Trainer:
         preprocessing: Preprocessing,
         accelerator: Accelerator,
         workers: int,
+        least: int = 1,
     ) -> None:
         self.preprocessing, self.evaluator = preprocessing, evaluator
         self.accelerator, self.config = accelerator, config
-        self.sampler = GlobalBatches(len(split), config.batch_size, config.seed, rank(), world())
+        self.sampler = GlobalBatches(
+            len(split), config.batch_size, config.seed, rank(), world(), least
+        )
         self.batches = loader(
             TrainingPictures(split, preprocessing),
             self.sampler,
             workers=workers,
             pin=accelerator.device.type == "cuda",
         )
+
+    def try_step(self, network: nn.Module) -> None:
+        """One step on the first global batch with a copy of ``network``, which stays as it is."""
+        training = _Round(self, network, 0, 1, 0, None, lambda _: None)
+        self.sampler.set_epoch(0, 0)
+        training.prepared.train()
+        images, labels = next(iter(checked(self.batches)))
+        training.step(images, labels, self.sampler.sizes()[0], 0)
+        self.accelerator.free_memory()
 
     def fit(
         self,
@@ -165,12 +183,19 @@ class _Round:
         self.seconds = 0.0  # that earlier attempts spent on this epoch
         trained = copy.deepcopy(network).to(device)
         trained.to(memory_format=torch.channels_last)
-        if self.config.batchnorm == "sync":
-            trained = synchronised(trained, device)
         self.trained = trained
+        if handler := self.accelerator.ddp_handler:
+            handler.find_unused_parameters = has_unused_parameters(
+                trained, trainer.preprocessing.size
+            )
+        if self.config.batchnorm == "sync":
+            synchronised(trained, device)
+        if device.type == "cpu" and (world() == 1 or self.config.batchnorm == "local"):
+            exact_statistics(trained)
+        self.told = False
         fused = self.accelerator.mixed_precision != "fp16"  # the gradient scaler steps by itself
         self.prepared, self.optimizer = self.accelerator.prepare(
-            trained, new_optimizer(trained, self.config, fused=fused)
+            Logits(trained), new_optimizer(trained, self.config, fused=fused)
         )
 
     @property
@@ -298,11 +323,16 @@ class _Round:
             group["lr"] = lr
         inputs = self.trainer.preprocessing.to_input(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
-        logits = self.prepared(inputs).float()
+        logits, *auxiliary = (output.float() for output in self.prepared(inputs))
+        if not self.told:
+            self.told = True
+            say_of_outputs(self.trained, len(auxiliary))
         if self.distillation:
             loss = self.distillation.loss(logits, inputs, labels)
         else:
             loss = F.cross_entropy(logits, labels, reduction="sum")
+        for output in auxiliary:
+            loss = loss + AUXILIARY * F.cross_entropy(output, labels, reduction="sum")
         self.optimizer.zero_grad()
         # DDP takes the mean over ranks; the gradient must be the mean over the global batch
         self.accelerator.backward(loss * (world() / size))
