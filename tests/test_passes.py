@@ -46,7 +46,9 @@ def network() -> Network:
 
 
 def slim(wide: Network, batches: list[torch.Tensor]) -> Network:
-    narrow, _ = job.slim(wide, IMAGES[:1], compensate="regress", calibration=batches)
+    narrow, _ = job.slim(
+        wide, IMAGES[:1], importance="gamma", compensate="regress", calibration=batches
+    )
     assert isinstance(narrow, Network)
     return narrow
 

@@ -180,7 +180,7 @@ def test_impossible_widths_are_refused() -> None:
         uniform(student(), 0.007)
     with pytest.raises(UsageError, match="not below the network's own"):
         uniform(student(width_mult=0.5), 0.6)
-    with pytest.raises(UsageError, match="does not run on pictures of 3 x 64 x 64"):
+    with pytest.raises(UsageError, match="does not run on images of 3 x 64 x 64"):
         analyse(nn.Linear(2, 2), PIXELS)
 
 

@@ -35,6 +35,9 @@ class Method:
     compensate: str = "none"
     seed: int = 0
 
+    def __str__(self) -> str:
+        return f"importance {self.importance}, compensation {self.compensate}"
+
 
 def best_method(
     importance: str | None, compensate: str | None, *, images: bool, seed: int = 0
@@ -49,7 +52,7 @@ def best_method(
     if importance and compensate:
         return method, ""
     why = "by the calibration images" if images else "there are no calibration images"
-    return method, f"importance {method.importance}, compensation {method.compensate}: {why}"
+    return method, f"{method}: {why}"
 
 
 def plan_cut(
@@ -93,7 +96,7 @@ def make_cut(
     moments = measured(method.importance, method.compensate, network, graph, batches)
     scores = scores_for(method.importance, network, graph, moments, batches, method.seed)
     plan = on_main(lambda: plan_of(scores))
-    layers = plan.layers
+    plan, layers = replace(plan, method=str(method)), plan.layers
     narrow = narrowed(network, layers)
     if world() > 1:
         check_same(digest(narrow.state_dict()), "the slimmed network")

@@ -71,12 +71,16 @@ class LayerChannels:
 Layers = dict[str, LayerChannels]
 
 
-@dataclass(frozen=True)
+Sizes = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What one cut keeps: of each group by name, of each layer; the costs before and after.
 
     ``groups`` are indices into each group's channels, ``layers`` into each layer's. ``blocked``
-    says which channels could not be cut and why.
+    says which channels could not be cut and why, ``method`` what ranked and compensated. ``sizes``
+    are the inputs and outputs that each convolution or linear layer had. ``print`` shows a table.
     """
 
     policy: str
@@ -86,6 +90,21 @@ class Plan:
     before: Cost | None = None
     after: Cost | None = None
     blocked: tuple[Blocked, ...] = ()
+    sizes: Mapping[str, Sizes] = field(default_factory=dict)
+    method: str = ""
+
+    def __repr__(self) -> str:
+        costs = ""
+        if self.before and self.after:
+            costs = f": {self.before.params:,} -> {self.after.params:,} params"
+            costs += f", {self.before.macs:,} -> {self.after.macs:,} MACs"
+        by = f", {self.method}" if self.method else ""
+        return f"<Plan: policy {self.policy}{by}{costs}>"
+
+    def __str__(self) -> str:
+        from job.slimming.overview import plan_text
+
+        return plan_text(self)
 
 
 def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
@@ -123,6 +142,21 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
 def groups_of(graph: ChannelGraph, keep: Ids) -> dict[str, Kept]:
     """Which of each group's channels stay."""
     return {group.name: _indices(keep[group.channels]) for group in graph.groups}
+
+
+def sizes_of(graph: ChannelGraph) -> dict[str, Sizes]:
+    """Inputs and outputs of every layer that sums over channels or picks some, in order."""
+    sizes: dict[str, Sizes] = {}
+    for position in graph.positions:
+        number = len(position.ids)
+        inputs, outputs = sizes.get(position.layer, (None, None))
+        if position.side in ("in", "select"):
+            sizes[position.layer] = number, outputs
+        elif position.side == "out":
+            sizes[position.layer] = inputs, number
+        elif position.times:  # depthwise; a BatchNorm is as wide as what it follows
+            sizes[position.layer] = number // position.times, number
+    return sizes
 
 
 def compose(first: Layers, then: Layers) -> Layers:

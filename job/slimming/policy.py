@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from job.errors import UsageError
-from job.slimming.plan import Plan, everything, groups_of, layers_of
+from job.slimming.plan import Plan, everything, groups_of, layers_of, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -111,7 +111,7 @@ class Planner:
         keep = self.choice(counts)
         return Plan(
             policy, width, groups_of(self.graph, keep), layers_of(self.graph, keep),
-            self.base, self.costs.cost(keep), self.graph.blocked,
+            self.base, self.costs.cost(keep), self.graph.blocked, sizes_of(self.graph),
         )  # fmt: skip
 
     def counts_at(self, widths: Mapping[str, int], width: float) -> list[int]:
