@@ -279,15 +279,39 @@ def inspect(json: bool, **options: Any) -> None:
 @gammaslim.command(cls=Command)
 @model_options
 @click.option("--output", metavar="DIR", required=True, help="Model folder to write.")
-@cutting(None, "channels=0.5", data_free=True)
-@option("--seed", type=SEED, default=DEFAULTS.seed, help="Of --importance random.")
+@option(
+    "--data",
+    metavar="PATH",
+    help="Images to calibrate the cut by; with labels they also measure accuracy.",
+)
+@cutting(None, "channels=0.5", best=True)
+@option(
+    "--compensate",
+    type=click.Choice(["none", "beta", "mean", "regress"]),
+    help="What replaces the channels that are cut; default: regress with --data, else none.",
+)
+@option(
+    "--recalibrate",
+    metavar="N",
+    type=click.IntRange(0),
+    default=0,
+    help="Batches of 32 images that BatchNorm's statistics are taken from after the cut.",
+)
+@running
+@option(
+    "--seed", type=SEED, default=DEFAULTS.seed, help="Of the images' order, --importance random."
+)
 def slim(output: str, **options: Any) -> None:
-    """Cut MODEL once, without training, and save the slim model."""
+    """Cut MODEL once, without training, and save the slim model.
+
+    By γ alone accuracy falls far before fine-tuning. With images (--data, no labels needed) the
+    layers after a cut are fitted to what they computed, which keeps most of it.
+    """
     model = _model(options)
     with starting():
-        from job.commands import cut
+        from job.commands import slim as command
 
-    cut.slim(model, output, **options)
+    command.slim(model, output, command.SlimOptions(**options))
 
 
 @gammaslim.command(cls=Command)
@@ -295,10 +319,10 @@ def slim(output: str, **options: Any) -> None:
 @option(
     "--format",
     type=click.Choice(["state-dict", "onnx", "torch-export"]),
-    default="state-dict",
+    help="Default: by the suffix, .onnx, .pt2 (torch-export), else a state dict.",
 )
 @click.option("--output", metavar="FILE", required=True, help="File to write.")
-def export(format: str, output: str, **options: Any) -> None:
+def export(format: str | None, output: str, **options: Any) -> None:
     """Write MODEL for other programs: a state dict, ONNX, or an exported program of torch.
 
     StudentNet's state dict loads into the homework's StudentNet(width_mult=…). ONNX needs the extra

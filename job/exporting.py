@@ -17,22 +17,51 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from job.errors import GammaslimError, UsageError, reason
+from job.errors import GammaslimError, UsageError, reason, shown
 from job.versions import versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from torch import nn
 
     from job.artifact import ModelCard
 
 FORMATS = ("state-dict", "onnx", "torch-export")
+SUFFIXES = {
+    ".onnx": "onnx", ".pt2": "torch-export",
+    **dict.fromkeys((".safetensors", ".pt", ".pth", ".bin"), "state-dict"),
+}  # fmt: skip
 OPSET = 18
 INPUT, OUTPUT = "images", "logits"
 TOLERANCE = 1e-4  # relative to the largest logit, between runtimes in float32
 BATCHES = (1, 3)  # sizes that an exported network is compared at; it is traced at 2
 EXTRA_FILE = "gammaslim.json"  # in a .pt2: what ONNX holds as metadata_props
+
+
+def format_of(path: Path, asked: str | None) -> str:
+    """The format to write ``path`` in: as its suffix says, or as ``asked``.
+
+    A file without a suffix, as a pipe, gets a state dict. Raises UsageError for a suffix of another
+    format, or an unknown one when nothing is asked for.
+    """
+    own = SUFFIXES.get(path.suffix.lower())
+    if asked is None:
+        if path.suffix and own is None:
+            known = ", ".join(f"{suffix} ({format})" for suffix, format in SUFFIXES.items())
+            raise UsageError(
+                f"--output {shown(path)}: {path.suffix} is no format; give --format, or one of "
+                f"{known}"
+            )
+        return own or "state-dict"
+    if own not in (None, asked):
+        suffix = next(suffix for suffix, format in SUFFIXES.items() if format == asked)
+        raise UsageError(
+            f"--format {asked} and --output {shown(path)} contradict each other: {path.suffix} is "
+            f"{own}; name the file {shown(path.with_suffix(suffix).name)}, or leave out --format"
+        )
+    return asked
 
 
 def state_dict_bytes(network: nn.Module, suffix: str) -> bytes:

@@ -307,12 +307,9 @@ def scoring(split: str) -> Callable[[Any], Any]:
     )
 
 
-def cutting(
-    policy: str | None, target: str | None, *, data_free: bool = False
-) -> Callable[[Any], Any]:
-    """How to cut; with ``data_free``, only by what needs no pictures."""
+def cutting(policy: str | None, target: str | None, *, best: bool = False) -> Callable[[Any], Any]:
+    """How to cut; with ``best``, the default importance is the best that there is."""
     by_target = "" if policy else " Default: uniform to a width, else global."
-    importances = ["gamma", "l2", "random"]
     wide = "rate a round" if target is None else target
     return options_of(
         option(
@@ -340,8 +337,8 @@ def cutting(
         ),
         option(
             "--importance",
-            type=click.Choice(importances if data_free else [*importances, "refit", "taylor"]),
-            default="gamma" if data_free else DEFAULTS.importance,
-            help="What ranks channels.",
+            type=click.Choice(["gamma", "l2", "random", "refit", "taylor"]),
+            default=None if best else DEFAULTS.importance,
+            help="What ranks channels" + "; default: refit with --data, else gamma" * best + ".",
         ),
     )  # fmt: skip

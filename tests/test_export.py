@@ -43,7 +43,7 @@ def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_onnx_gives_torchs_logits_for_any_batch(
     slim: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export(ModelOptions(str(slim)), str(tmp_path / "m.onnx"), "onnx")
+    export(ModelOptions(str(slim)), str(tmp_path / "m.onnx"))
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "student at width 0.5: the same logits by onnxruntime" in said
@@ -80,7 +80,7 @@ print(json.loads(extra["gammaslim.json"])["class_names"])
 
 
 def test_an_exported_program_needs_no_code_of_the_network(slim: Path, tmp_path: Path) -> None:
-    export(ModelOptions(str(slim)), str(tmp_path / "m.pt2"), "torch-export")
+    export(ModelOptions(str(slim)), str(tmp_path / "m.pt2"))
     batches = [torch.randn(count, 3, 48, 48) for count in (1, 2, 5)]
     torch.save(batches, tmp_path / "images.pt")
     done = subprocess.run(

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from job.artifact import ModelCard, find_model, load_model
 from job.console import say
 from job.data import PreprocessingOptions
@@ -13,12 +15,14 @@ from job.errors import DataError, UsageError, shown
 from job.models import NAMES, build, nominal_width
 from job.models.factory import name_factory
 from job.models.notes import quiet
-from job.models.sizes import check_size
+from job.models.sizes import check_size, nominal_size
 from job.models.weights import known_classes, load_state, read_state
-from job.processes import digest
+from job.processes import digest, is_main
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from job.data import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,23 @@ def _check_own_size(network: nn.Module, card: ModelCard, folder: Path) -> None:
         raise DataError(f"{path}: inputs of {size} pixels do not fit its network") from error
 
 
+def _preprocessing(options: ModelOptions, model: str, largest: int) -> Preprocessing:
+    """Without images, whose largest side is ``largest``, the size is the network's nominal one."""
+    said = (options.image_size, options.crop, options.resize)
+    if largest or any(said) or options.transform not in ("auto", "small", "homework"):
+        return options.resolve(largest or options.image_size or nominal_size(model) or 0)
+    size = nominal_size(model)
+    if size is None:
+        raise UsageError(
+            f"{shown(options.path)} is a weights file: say the side of the images that {model} is "
+            "made for, e.g. --image-size 32"
+        )
+    if is_main():
+        line = f"input size: {size} pixels, which {model} is made for; else give --image-size"
+        click.echo(line, err=True)
+    return replace(options, image_size=size).resolve(size)
+
+
 def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.Module, ModelCard]:
     if options.model is None:
         raise UsageError(f"{shown(path)} is a weights file: say of which network, --model student")
@@ -73,7 +94,7 @@ def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.M
     if known and known != classes:
         classes, network = known, build(options.model, known, args)
     load_state(network, state, shown(path), note=say)
-    preprocessing = options.resolve(largest or 256)
+    preprocessing = _preprocessing(options, options.model, largest)
     width = nominal_width(options.model, args)
     lineage = {"base_weights": shown(path), "base_sha256": digest(state)}
     card = ModelCard(options.model, args, classes, preprocessing, width=width, lineage=lineage)

@@ -48,7 +48,7 @@ def evaluate(model: ModelOptions, options: DataOptions, as_json: bool) -> None:
     accelerator = start(options.device, options.precision)
     data, largest = on_main(lambda: _open_split(model, options, labelled=True))
     network, card = on_main(lambda: open_model(model, largest))
-    split = _in_classes_of(card, data, data.split(options.split))
+    split = in_classes_of(card, data, data.split(options.split))
     workers = _workers(options, accelerator.device)
     evaluator = Evaluator(split, card.num_classes, card.preprocessing, accelerator, workers)
     bar = progress("evaluating")
@@ -101,7 +101,7 @@ def _open_split(
     return data, largest
 
 
-def _in_classes_of(card: ModelCard, data: Dataset, split: Split) -> Split:
+def in_classes_of(card: ModelCard, data: Dataset, split: Split) -> Split:
     """``split`` with its labels as the model numbers classes; raises DataError for others.
 
     Named classes are matched by name; numbered ones are taken as they are.

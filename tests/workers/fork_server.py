@@ -24,6 +24,7 @@ import torch._meta_registrations
 import job.commands.cut
 import job.commands.inspect
 import job.commands.score
+import job.commands.slim
 import job.pipeline  # noqa: F401
 from job.__main__ import main
 from job.models import build

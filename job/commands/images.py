@@ -1,0 +1,115 @@
+"""Images to slim by: some to calibrate, and others with labels, where there are, to score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from job.artifact import find_model, read_card
+from job.commands.score import in_classes_of
+from job.console import progress
+from job.data import Dataset, Split, check_pictures, open_data
+from job.data.dataset import UNLABELLED, FileSplit, with_validation
+from job.data.images import SUFFIXES
+from job.errors import DataError, shown
+
+if TYPE_CHECKING:
+    from job.artifact import ModelCard
+    from job.commands.model import ModelOptions
+
+CALIBRATE = ("training", "validation", "evaluation", "testing")  # the first that there is
+SCORE = ("validation", "evaluation", "testing", "training")
+
+
+class SlimImages:
+    """Images of one data set: ``calibration`` and, with labels, ``scoring``.
+
+    ``scored`` is the name of the scoring split; ``unscored`` says why there is none. ``largest`` is
+    the largest side of any image.
+    """
+
+    def __init__(self, data: Dataset, largest: int) -> None:
+        self.data, self.largest = data, largest
+        self.calibrated, self.scored = _splits_of(data)
+        self.calibration: Split = data.splits[self.calibrated]
+        self.scoring = data.splits[self.scored] if self.scored else None
+        self.unscored = f"{data.root} has no labels"
+
+    def fit(self, card: ModelCard) -> None:
+        """Number the classes as the model does; without a scoring split where they are others."""
+        names, own = card.class_names, self.data.class_names
+        if self.scoring is None:
+            return
+        others = [name for name in own if name not in names]
+        if names and others and not self.data.numbered:
+            self._leave(f"the model does not know the class {others[0]!r} of {self.data.root}")
+        elif not names and not self.data.numbered and len(own) != card.num_classes:
+            self._leave(
+                f"{self.data.root} has {len(own)} classes, the network {card.num_classes:,}"
+            )
+        else:
+            self.scoring = in_classes_of(card, self.data, self.scoring)
+            if _labelled(self.calibration):
+                self.calibration = in_classes_of(card, self.data, self.calibration)
+
+    def _leave(self, reason: str) -> None:
+        count = len(self.calibration)
+        self.scoring, self.unscored = None, reason
+        nothing = np.full(count, UNLABELLED, np.int64)
+        self.calibration = self.calibration.take(np.arange(count), nothing)
+
+    def describe(self) -> str:
+        """The scoring split, for people."""
+        count = len(self.scoring) if self.scoring is not None else 0
+        what = f"the {self.scored} split of {self.data.root} ({count:,} images"
+        same = ", which it was calibrated by too" if self.scored == self.calibrated else ""
+        return f"{what}{same})"
+
+
+def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) -> SlimImages:
+    """The images in ``path``, checked; raises InputNotFound or DataError.
+
+    A data set of any layout, or a folder with images that have no labels. Without a validation
+    split a tenth of the training split is held out as MODEL's run did, to score.
+    """
+    data = _open(path)
+    used = [name for name in dict.fromkeys(_splits_of(data)) if name]
+    data, largest = check_pictures(data, used, on_bad_image, progress("checking"))
+    training = data.splits.get("training")
+    if training is not None and "validation" not in data.splits and _labelled(training):
+        if Path(model.path).is_dir():
+            seed = int(read_card(find_model(model.path)).lineage.get("seed", seed))
+        try:
+            data = with_validation(data, seed)
+        except DataError:  # too few: they are scored by what calibrates them, which is reported
+            return SlimImages(data, largest)
+    return SlimImages(data, largest)
+
+
+def _splits_of(data: Dataset) -> tuple[str, str]:
+    """The names of the splits that calibrate and that score; the latter is empty for none."""
+    calibrates = next(name for name in CALIBRATE if name in data.splits)
+    scores = [name for name in SCORE if name in data.splits and _labelled(data.splits[name])]
+    return calibrates, next(iter(scores), "")
+
+
+def _labelled(split: Split) -> bool:
+    return not bool((split.labels == UNLABELLED).any())
+
+
+def _open(path: str) -> Dataset:
+    try:
+        return open_data(path)
+    except DataError:
+        root = Path(path)
+        found = sorted(
+            str(file.relative_to(root))
+            for file in root.rglob("*")
+            if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
+        )
+        if not found:
+            raise
+    split = FileSplit(root, tuple(found), np.full(len(found), UNLABELLED, np.int64))
+    return Dataset("images without labels", shown(path), ("?",), {"testing": split})
