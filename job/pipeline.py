@@ -59,7 +59,6 @@ def prune(config: PruneConfig) -> None:
     watch = Watch(output / "STOP", config.checkpoint_every)
     accelerator = start(config.device, config.precision)
     with deferred():
-        watch.join()
         if config.dry_run:
             return dry_run(config, output, watch, accelerator)
         data, preprocessing = prepare_data(config, watch.check_here)

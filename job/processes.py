@@ -6,7 +6,9 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,10 +21,13 @@ from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, U
 from job.signals import interruptible, starting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # longest time that one process may work while others wait
+TIMEOUT = timedelta(minutes=30)  # longest time that a process may wait for others in a collective
+SILENCE = timedelta(minutes=5)  # longest time without a sign of life from a main process at work
+BEAT = 10.0  # seconds between its signs of life
+_WORKING, _DONE = range(2)
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -58,7 +63,18 @@ def start(device: str, precision: str) -> Accelerator:
             f"{expected} processes were started but they form a world of "
             f"{accelerator.num_processes}: check the launcher's --num_processes"
         )
+    if dist.is_initialized() and dist.get_backend() != "gloo":
+        _Gloo.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return accelerator
+
+
+class _Gloo:
+    group: Any = None  # None: the default one is gloo's
+
+
+def gloo_group() -> Any:
+    """The group of all processes for what is on CPUs: no GPU waits for that."""
+    return _Gloo.group
 
 
 def _check_variables() -> None:
@@ -141,6 +157,9 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
 
     With ``interrupt`` a request to stop interrupts it: for long work that writes nothing.
 
+    The others wait for as long as the main process is alive, whatever TIMEOUT is: one that dies
+    closes its connections, one whose machine is gone gives no sign of life for SILENCE.
+
     An error that ``work`` raises there is raised everywhere, so that nobody waits for ever; on the
     other processes it is marked ``reported``, since the main one prints it.
     """
@@ -151,12 +170,16 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
     outcome: list[Any] = [None, None]
     failure: BaseException | None = None
     if is_main():
-        try:
-            outcome[0] = work()
-        except BaseException as error:
-            failure = error
-            outcome[1] = (_shared_kind(error), str(error))
-    dist.broadcast_object_list(outcome, src=0)
+        with _signs_of_life():
+            try:
+                outcome[0] = work()
+            except BaseException as error:
+                failure = error
+                outcome[1] = (_shared_kind(error), str(error))
+        _tell(_DONE)
+    else:
+        _wait_for_main()
+    dist.broadcast_object_list(outcome, src=0, group=gloo_group())
     if failure is not None:
         raise failure
     if outcome[1] is not None:
@@ -171,6 +194,48 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
 def _interruptibly(work: Callable[[], T]) -> T:
     with interruptible():
         return work()
+
+
+@contextmanager
+def _signs_of_life() -> Iterator[None]:
+    """Tell the others every BEAT seconds that this process is at work, from a thread."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT):
+            try:
+                _tell(_WORKING)
+            except RuntimeError:  # another process is gone: the next collective says so
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _tell(sign: int) -> None:
+    dist.broadcast(torch.tensor(sign), 0, group=gloo_group())
+
+
+def _wait_for_main() -> None:
+    """Return when the main process is done; raises GammaslimError when it is silent."""
+    sign = torch.tensor(_WORKING)
+    while int(sign) == _WORKING:
+        waiting = dist.broadcast(sign, 0, group=gloo_group(), async_op=True)
+        assert waiting
+        try:
+            waiting.wait(SILENCE)
+        except RuntimeError:
+            if waiting.is_completed():  # its connection is closed
+                raise
+            raise GammaslimError(
+                f"the main process gives no sign of life for {SILENCE.total_seconds():.0f} "
+                "seconds: look at its machine and the network, then run the same command again"
+            ) from None
 
 
 def _shared_kind(error: BaseException) -> type[GammaslimError]:

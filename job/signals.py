@@ -146,15 +146,7 @@ class Watch:
     def __init__(self, stop_file: Path, save_every: float) -> None:
         self.stop_file, self.save_every = stop_file, save_every
         self._looked = self._saved = time.monotonic()
-        self._group: Any = None
         self._old = self._identity()
-
-    def join(self) -> None:
-        """Prepare to poll together with the other processes; collective."""
-        import torch.distributed as dist
-
-        if dist.is_initialized() and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")  # no GPU need wait for this
 
     def _identity(self) -> tuple[int, int] | None:
         try:
@@ -188,7 +180,7 @@ class Watch:
 
     def poll(self) -> int:
         """NOTHING, SAVE (``save_every`` seconds have passed) or STOP, the same on every process."""
-        from job.processes import is_main, world
+        from job.processes import gloo_group, is_main, world
 
         stop = self.asked() if is_main() else _Requests.asked
         due = is_main() and time.monotonic() - self._saved >= self.save_every
@@ -198,7 +190,7 @@ class Watch:
             import torch.distributed as dist
 
             shared = torch.tensor(answer)
-            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=gloo_group())
             answer = int(shared)
         return answer
 

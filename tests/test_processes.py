@@ -134,3 +134,25 @@ def test_evaluate_and_predict_with_two_processes(
         assert done.code == 0, done
         rows.append((tmp_path / name).read_text())
     assert rows[0] == rows[1]
+
+
+def test_others_wait_for_the_main_process_as_long_as_it_is_alive() -> None:
+    """With limits of one and two seconds in place of minutes; no launcher watches these pairs.
+
+    The main process works for three seconds, is killed, or is stopped, as if its machine were gone.
+    """
+    done = run(
+        sys.executable, WORKERS / "waiting.py", "works", "dies", "stops",
+        env={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.code == 0, done
+    ends = {(e["event"], e["rank"]): e for e in map(json.loads, done.out.splitlines())}
+    assert {key: end["ended"].split(" for ")[0] for key, end in ends.items()} == {
+        ("works", 0): "done",
+        ("works", 1): "done",
+        ("dies", 1): "lost",
+        ("stops", 1): "the main process gives no sign of life",
+    }, done
+    assert ends["works", 1]["s"] > 2
+    assert ends["works", 1]["cpu"] < 0.5  # it sleeps
+    assert ends["dies", 1]["s"] < 2

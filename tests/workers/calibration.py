@@ -7,6 +7,7 @@ import copy
 import torch
 import torch.distributed as dist
 
+from job.exits import exit_now
 from job.models.student import StudentNet
 from job.processes import rank, start
 from job.slimming.calibrated import compensated
@@ -52,4 +53,5 @@ recalibrate(again, both)
 for ours, theirs in ((narrow, other), (tuned, again)):
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, theirs.state_dict()[name], msg=name)
-print("all checks passed", flush=True)
+print("all checks passed")
+exit_now(0)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from job.exits import exit_now
 from job.models.student import StudentNet
 from job.processes import check_same, digest, rank, start, world
 from job.training.distillation import distillation
@@ -48,5 +49,5 @@ for samples in (9, 8, 1):
     check_steps(samples, "l1")
 check_steps(5, "polarize")
 dist.barrier()
-print("all checks passed", flush=True)
-dist.destroy_process_group()
+print("all checks passed")
+exit_now(0)
