@@ -136,7 +136,7 @@ def _exit_code(failures: list[ProcessFailure], asked: list[int]) -> int:
     reason = " (out of memory, or by hand)" if name == "SIGKILL" else ""
     click.echo(
         f"Error: process {first.local_rank} of this node was killed by {name}{reason}; "
-        "run the same command to go on",
+        "run the same command to resume",
         err=True,
     )
     return 1

@@ -12,7 +12,7 @@ from job.config import DEFAULT_BASE_EPOCHS, DEFAULT_SPARSITY, PruneConfig
 from job.launch import ensure_processes
 from job.launch import launch as run_launch
 from job.nodes import find_nodes, nodes_left_out
-from job.option_types import POSITIVE, SEED, Finite, ProcessCount
+from job.option_types import POSITIVE, SEED, Finite, ProcessCount, RoundCount
 from job.options import (
     DEFAULTS,
     MODELS,
@@ -50,16 +50,24 @@ def gammaslim() -> None:
 
 @gammaslim.command(cls=Command)
 @data_option
-@option("--output", metavar="RUN", help="Run folder; default: runs/MODEL-DATA.")
+@option(
+    "--output",
+    metavar="RUN",
+    help="Run folder; default: runs/MODEL-DATA, the next free number for other options.",
+)
 @option(
     "--resume",
     type=click.Choice(["auto", "never", "require"]),
     default=DEFAULTS.resume,
-    help="Go on with the run in the folder: if there is one, never, or it must be there.",
+    help="Resume the run in the folder: if there is one, never, or it must be there.",
 )
 @option("--model", default=DEFAULTS.model, help=MODELS)
 @model_args
-@option("--weights", metavar="FILE", help="State dict: .safetensors, .pt, .pth or .bin.")
+@option(
+    "--weights",
+    metavar="PATH",
+    help="State dict: .safetensors, .pt, .pth or .bin; or a slim run, round or model folder.",
+)
 @num_classes
 @preprocessing
 @option(
@@ -69,9 +77,9 @@ def gammaslim() -> None:
 )
 @option(
     "--rounds",
-    type=click.IntRange(0),
+    type=RoundCount(),
     default=DEFAULTS.rounds,
-    help="Cuts, each followed by fine-tuning.",
+    help="Cuts, each followed by fine-tuning; auto: until one loses more than --max-drop.",
 )
 @option(
     "--rate",

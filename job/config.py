@@ -53,7 +53,7 @@ class PruneConfig:
     weights: str | None = None
     num_classes: int | None = None
     base_epochs: int | None = None
-    rounds: int = 5
+    rounds: int | str = 5  # or AUTO: until a round loses too much
     rate: float = 0.95
     epochs: int = 5
     batch_size: int = 32
@@ -98,6 +98,13 @@ class PruneConfig:
         if self.sparsity == "none" and (self.sparsity_epochs or self.sparsity_weight is not None):
             option = "epochs" if self.sparsity_epochs else "weight"
             raise UsageError(f"--sparsity-{option} needs --sparsity l1 or --sparsity polarize")
+        if self.rounds == AUTO and self.target:
+            raise UsageError(
+                f"--target {self.target} is spread over a number of rounds, --rounds auto has "
+                "none: leave one of them out"
+            )
+        if self.rounds == AUTO and self.rate >= 1:
+            raise UsageError(f"--rounds auto would never end at --rate {self.rate:g}: e.g. 0.9")
         if self.teacher and not self.distill_alpha:
             raise UsageError("--teacher is not asked without --distill-alpha, as 0.9")
 
@@ -107,6 +114,16 @@ class PruneConfig:
         if self.base_epochs is not None:
             return self.base_epochs
         return 0 if self.weights else DEFAULT_BASE_EPOCHS
+
+    @property
+    def last_round(self) -> int | None:
+        """The number of the last round; None: that is for the accuracies to decide."""
+        return self.rounds if isinstance(self.rounds, int) else None
+
+    @property
+    def most_points_lost(self) -> float | None:
+        """Points of accuracy below the base after which a round is the last, if there are such."""
+        return MAX_DROP if self.max_drop is None and self.last_round is None else self.max_drop
 
     @property
     def sparsity_strength(self) -> float:
@@ -143,6 +160,8 @@ class PruneConfig:
         return {key: value for key, value in lists.items() if value is not None}
 
 
+AUTO = "auto"
+MAX_DROP = 1.0  # points of accuracy below the base that a recommended model may have
 DEFAULT_BASE_EPOCHS = 12
 DEFAULT_SPARSITY = 1e-4  # Liu et al. 2017, for VGG
 
@@ -226,16 +245,3 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(map(_toml, value)) + "]"
     text = shown(str(value)).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in text) + '"'
-
-
-def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str) -> None:
-    """Raise ConfigError when an option that shapes the result differs from the run's own."""
-    present = now.to_dict()
-    for field in fields(PruneConfig):
-        name = field.name
-        if name not in HARMLESS and stored.get(name) != present.get(name):
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{run} was begun with {option} {stored.get(name)}, now it is {present.get(name)}: "
-                "give the same options to resume it, or another --output to start afresh"
-            )

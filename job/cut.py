@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from job.errors import DataError, shown
+from job.errors import DataError, UsageError, shown
 from job.processes import digest, on_main
 from job.slimming.budget import Budget
 from job.slimming.calibrated import scores_for
@@ -14,8 +14,10 @@ from job.slimming.cut import Method, make_cut, plan_cut
 from job.slimming.engine import Base, Slimming, analyse, layer_widths
 from job.slimming.plan import LayerChannels
 from job.slimming.recalibration import recalibrate
+from job.slimming.regression import quiet
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -27,23 +29,28 @@ if TYPE_CHECKING:
     from job.slimming.graph import ChannelGraph
     from job.slimming.importance import Scores
     from job.slimming.plan import Plan
+    from job.slimming.regression import Progress
     from job.training.calibration import Calibration
 
+MOST_STEPS = 2**14  # of --rate, in search of one that cuts: 0.999 to this power is 8e-8
 
-def slimming_of(config: PruneConfig, card: ModelCard, round_: int) -> Slimming:
+
+def slimming_of(config: PruneConfig, card: ModelCard, round_: int, power: int = 1) -> Slimming:
     """What round ``round_`` of a run is to leave: the target is spread over the rounds.
 
-    Without a target ``--rate`` of the width, or of the channels of a global policy. Raises
-    UsageError for a target above what the base has.
+    Without a target ``--rate`` of the width, or of the channels of a global policy; its
+    ``power``-th power for as many steps at a time. Raises UsageError for a target above what the
+    base has.
     """
     assert card.base
     assert card.base.cost
     if config.target:
-        budget = Budget.parse(config.target).spread(round_, config.rounds, card.base.cost)
+        assert config.last_round is not None
+        budget = Budget.parse(config.target).spread(round_, config.last_round, card.base.cost)
     elif config.policy == "uniform":
-        budget = Budget("width", card.width * config.rate, f"--rate {config.rate:g}")
+        budget = Budget("width", card.width * config.rate**power, f"--rate {config.rate:g}")
     else:
-        budget = Budget("channels", config.rate**round_, f"--rate {config.rate:g}")
+        budget = Budget("channels", config.rate ** (round_ + power - 1), f"--rate {config.rate:g}")
     return Slimming(config.policy, budget, config.round_to, config.min_keep)
 
 
@@ -78,8 +85,52 @@ def plan_round(
     if scores is None:
         known: Any = config.importance if config.importance in ("l2", "random") else "gamma"
         scores = scores_for(known, network, graph, {}, seed=config.seed)
-    slimming = slimming_of(config, card, round_)
-    return plan_cut(network, graph, scores, slimming, config.compensate, image, card.base)
+
+    def plan_of(power: int) -> Plan:
+        slimming = slimming_of(config, card, round_, power)
+        return plan_cut(network, graph, scores, slimming, config.compensate, image, card.base)
+
+    return plan_of(1) if config.last_round is not None else _first_cut(plan_of)
+
+
+def _first_cut(plan_of: Callable[[int], Plan]) -> Plan:
+    """The plan of the lowest power of --rate that cuts anything; raises UsageError for none."""
+    error = UsageError("nothing more can be cut")
+
+    def tried(power: int) -> Plan | None:
+        """None where nothing is left to be cut that far."""
+        nonlocal error
+        try:
+            return plan_of(power)
+        except UsageError as reason:
+            error = reason
+            return None
+
+    def cuts(plan: Plan | None) -> bool:
+        return plan is None or plan.after != plan.before
+
+    low, high = 0, 1
+    while not cuts(plan := tried(high)) and high < MOST_STEPS:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if cuts(tried(middle)):
+            high = middle
+        else:
+            low = middle
+    plan = tried(high)
+    if plan is None or plan.after == plan.before:
+        raise error
+    return plan
+
+
+def can_cut(config: PruneConfig, network: nn.Module, card: ModelCard, round_: int) -> bool:
+    """Whether round ``round_`` can be any narrower than ``network``."""
+    try:
+        plan_round(config, network, card, round_)
+    except UsageError:
+        return False
+    return True
 
 
 def cut(
@@ -89,10 +140,12 @@ def cut(
     config: PruneConfig,
     device: torch.device,
     calibration: Calibration,
+    progress: Progress = quiet,
 ) -> tuple[nn.Module, ModelCard, float]:
     """The narrow network of round ``round_``, on the CPU, its card, and the proof's error."""
     image = picture(card.preprocessing.size)
     network.to(device)
+    progress("following channels", 0, 0)
     graph = on_main(lambda: analyse(network, image), interrupt=True)
     narrow, plan, error = make_cut(
         network,
@@ -102,8 +155,10 @@ def cut(
         lambda scores: plan_round(config, network, card, round_, graph, scores),
         calibration.batches,
         calibration.check,
+        progress,
     )
     if config.recalibrate:
+        progress("recalibrating", 0, 0)
         recalibrate(narrow, calibration.batches(config.recalibrate * config.batch_size))
     lineage = card.lineage | {"wide_sha256": digest(network.cpu().state_dict())}
     return narrow.cpu(), replace(card.cut(plan.layers, plan.width), lineage=lineage), error

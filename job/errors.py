@@ -65,6 +65,17 @@ class ConfigError(GammaslimError):
     exit_code = 78
 
 
+class OtherRunError(ConfigError):
+    """The run in a folder was begun with other options, data or weights (78).
+
+    ``difference`` says so without advice.
+    """
+
+    def __init__(self, message: str, difference: str = "") -> None:
+        super().__init__(message)
+        self.difference = difference
+
+
 def printable(text: str) -> str:
     """``text`` on one line: what a terminal would obey or could not show becomes escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

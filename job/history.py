@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from job.accuracy import change
 from job.errors import InputNotFound, reason, shown
 from job.files import is_file
+from job.lock import present_state
 from job.reading import parse_toml, read_bytes, read_json
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class History:
     state: str = "unknown"
     exit_code: int | None = None
     time: float | None = None
+    position: tuple[int, int, int] | None = None  # round, epoch, step
     rounds: tuple[Round, ...] = ()
     epochs: tuple[Epoch, ...] = ()
     recommended: int | None = None
@@ -160,7 +162,7 @@ def incomparable(histories: Sequence[History]) -> str | None:
 
 
 def read_run(path: Path) -> History:
-    """The run in ``path``: running, stopped, failed or finished, with or without any round.
+    """The run in ``path``: running, stopped, failed, died or finished, with or without any round.
 
     What is damaged is left out and named in ``problems``. Raises InputNotFound, or StorageError
     when the storage does not answer.
@@ -178,9 +180,10 @@ def read_run(path: Path) -> History:
     recommended = _recommended(summary, rounds)
     return History(
         path=path,
-        state=str(status.get("state", "unknown")),
+        state=present_state(path, str(status.get("state", "unknown"))),
         exit_code=_number(status.get("exit_code")),
         time=_number(status.get("time")),
+        position=_position(status),
         rounds=rounds,
         epochs=_epochs(events),
         recommended=recommended,
@@ -190,6 +193,11 @@ def read_run(path: Path) -> History:
         settings={k: v for k, v in settings.items() if isinstance(v, dict)},
         problems=tuple(problems),
     )
+
+
+def _position(status: dict[str, Any]) -> tuple[int, int, int] | None:
+    numbers = tuple(status.get(key) for key in ("round", "epoch", "step"))
+    return numbers if all(map(_is_count, numbers)) else None  # type: ignore[return-value]
 
 
 def _read(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.errors import OutputError, shown, writing
+from job.errors import OutputError, StorageError, shown, writing
 from job.files import write_json
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Lock:
             )
 
     def _lives(self, owner: dict[str, Any], say: Callable[[str], None]) -> bool:
-        if all(owner.get(key) == self._mine[key] for key in ("boot", "processes")):
+        if self._is_here(owner):
             return _start_time(owner.get("pid")) == owner.get("started")
         first = self._beat()
         if first is None:  # released just now
@@ -117,6 +117,27 @@ class Lock:
                 said = True
             time.sleep(1)
         return False
+
+    def alive(self) -> bool:
+        """Whether a live job has the lock, for readers: waits for nothing, takes nothing.
+
+        Of a job on another host or in another container that died it may be STALE seconds late.
+        """
+        owner = self._owner()
+        if not owner:
+            return False
+        if self._is_here(owner):
+            return _start_time(owner.get("pid")) == owner.get("started")
+        try:
+            age = self._age()
+        except StorageError:  # read-only for this user: by this host's clock
+            beat = self._beat()
+            age = None if beat is None else time.time() - beat / 1e9
+        return age is not None and age < STALE
+
+    def _is_here(self, owner: dict[str, Any]) -> bool:
+        """Whether ``owner`` shares this process's numbers, so that its pid tells if it lives."""
+        return all(owner.get(key) == self._mine[key] for key in ("boot", "processes"))
 
     def _owner(self) -> dict[str, Any]:
         """Who has the lock; empty when nobody has, or its file is damaged."""
@@ -156,6 +177,14 @@ class Lock:
                 return
             with suppress(OSError):  # a full or read-only disk shows itself elsewhere
                 os.utime(self.path)
+
+
+def present_state(run: Path, state: str) -> str:
+    """``state`` of a status.json as it is now: a run is running only while a live job holds it.
+
+    One whose job was killed, and could not write so, has died.
+    """
+    return "died" if state == "running" and not Lock(run).alive() else state
 
 
 def _link(source: Path, target: Path) -> None:

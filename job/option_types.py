@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from job.config import nearest
+from job.config import AUTO, nearest
 from job.errors import UsageError
 from job.geometry import PRESETS, Channels, Resize, parse_channels, parse_crop
 from job.slimming.budget import Budget
@@ -37,6 +37,16 @@ class ProcessCount(click.ParamType):  # type: ignore[type-arg]
         if value in ("auto", None):
             return None
         return int(POSITIVE(value, param, ctx))
+
+
+class RoundCount(click.ParamType):  # type: ignore[type-arg]
+    """A number of rounds, or ``auto``."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        """The number, or ``auto``; fails below 0."""
+        return AUTO if value == AUTO else int(click.IntRange(0)(value, param, ctx))
 
 
 class KeyValue(click.ParamType):  # type: ignore[type-arg]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,15 +12,16 @@ import torch
 from job.accuracy import signed
 from job.attempt import Attempt
 from job.checkpoint import Position, save_position
-from job.console import epoch_line, progress, rounds_table, say
-from job.cut import cut, cut_before, ranking_norms
+from job.console import epoch_line, phase, progress, rounds_table, run_progress, say, tick, where
+from job.cut import can_cut, cut, cut_before, ranking_norms
 from job.errors import DataError, StopRequest, exit_code, shown
+from job.folders import likely
+from job.forecast import Forecast
 from job.preflight import dry_run
 from job.preparation import (
     base_network,
     base_record,
     dataset_record,
-    default_output,
     planned_rounds,
     prepare_data,
     teacher_network,
@@ -34,8 +34,9 @@ from job.processes import (
     on_main,
     start,
 )
-from job.run import Run, drop
+from job.run import drop
 from job.signals import Watch, deferred
+from job.slim_base import adopted
 from job.slimming.cost import Cost, layer_costs, network_cost
 from job.tracking import gammas
 from job.training.distillation import distillation
@@ -43,24 +44,28 @@ from job.training.sparsity import forecast
 from job.training.trial import least_batch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from accelerate import Accelerator
     from torch import nn
 
     from job.artifact import ModelCard
     from job.config import PruneConfig
     from job.data import Dataset, Preprocessing
+    from job.run import Run
     from job.training.distillation import Distillation
+    from job.training.evaluation import Evaluation
     from job.training.fit import EpochResult
 
 
 def prune(config: PruneConfig) -> None:
     """Run the main job, or with ``--dry-run`` check all that it needs. Raises GammaslimError."""
-    output = Path(config.output) if config.output else default_output(config)
-    watch = Watch(output / "STOP", config.checkpoint_every)
+    watch = Watch(likely(config) / "STOP", config.checkpoint_every)
     accelerator = start(config.device, config.precision)
     with deferred():
+        config = on_main(lambda: adopted(config), interrupt=True)
         if config.dry_run:
-            return dry_run(config, output, watch, accelerator)
+            return dry_run(config, watch, accelerator)
         data, preprocessing = prepare_data(config, watch.check_here)
         torch.manual_seed(config.seed)
         network, card = on_main(lambda: base_network(config, data, preprocessing), interrupt=True)
@@ -72,17 +77,16 @@ def prune(config: PruneConfig) -> None:
         if config.caution:
             say(f"caution: {config.caution}")
         watch.check()
-        attempt = Attempt(config, Run(output), watch)
+        attempt = Attempt(config, watch)
         job = Job(config, accelerator, data, preprocessing, attempt)
         try:
             job.begin(origin, least)
-            job.learn_from(teacher)
-            network, card = job.base(network, card)
-            job.learn_from(teacher or network)
-            for _ in range(config.rounds):
-                network, card = job.round(network, card)
-                if job.fallen():
-                    break
+            with run_progress(job.forecast.text):
+                job.learn_from(teacher)
+                network, card = job.base(network, card)
+                job.learn_from(teacher or network)
+                while job.wants_round(network, card):
+                    network, card = job.round(network, card)
             job.finish()
         except (KeyboardInterrupt, StopRequest):
             attempt.abandon("stopped", StopRequest.exit_code)
@@ -110,20 +114,30 @@ class Job:
     ) -> None:
         self.config, self.accelerator, self.data = config, accelerator, data
         self.preprocessing, self.attempt = preprocessing, attempt
-        self.run, self.watch = attempt.run, attempt.watch
+        self.watch = attempt.watch
         self.start: Position | None = None  # where an earlier attempt stood within a round
         self.entries: list[dict[str, Any]] = []  # of the base and of each round
         self.distillation: Distillation | None = None
+        base_epochs = config.first_epochs + config.sparsity_epochs
+        self.forecast = Forecast(base_epochs, config.epochs, config.last_round)
+
+    @property
+    def run(self) -> Run:
+        """The run directory."""
+        return self.attempt.run
 
     def begin(self, base: dict[str, Any], least: int) -> None:
         """Open or create the run directory, the loaders and the W&B run."""
         record = on_main(lambda: dataset_record(self.data))
         self.start = self.attempt.begin(record, base)
         again = f"; {self.attempt.saved} models of an earlier attempt" if self.attempt.saved else ""
+        if self.attempt.numbered:
+            again += f"; {self.attempt.numbered}"
         say(f"run: {shown(self.run.path)} on {accelerator_name(self.accelerator)}{again}")
         self.evaluator, self.trainer, self.calibration = training_tools(
             self.config, self.data, self.preprocessing, self.accelerator, least, self.watch
         )
+        self.calibration.progress = tick
 
     def learn_from(self, teacher: nn.Module | None) -> None:
         """Distil from ``teacher`` from now on, where --distill-alpha asks for it."""
@@ -143,7 +157,7 @@ class Job:
             best = self.fit(network, card, self.config.first_epochs, {}, began, sparse)
             scores = _best_scores(best)
         else:
-            valid = self.evaluator(network, watch=self.watch)
+            valid = self.evaluate(network)
             if not math.isfinite(valid.loss):
                 raise DataError(f"the loss of --weights is {valid.loss}: they are damaged")
             scores = {"valid_acc": valid.accuracy, "valid_loss": valid.loss}
@@ -161,8 +175,8 @@ class Job:
             scores = self.start.values["scores"]
         else:
             shared = (self.config, self.accelerator.device, self.calibration)
-            narrow, card, error = cut(network, card, len(self.entries), *shared)
-            pruned = self.evaluator(narrow, watch=self.watch)
+            narrow, card, error = cut(network, card, len(self.entries), *shared, self.slimming)
+            pruned = self.evaluate(narrow)
             scores = {"valid_acc_pruned": pruned.accuracy}
             known = {"round": len(self.entries), "width": card.width, **scores}
             more = {"valid_loss_pruned": pruned.loss, "verification_error": error}
@@ -170,9 +184,35 @@ class Job:
         best = self.fit(narrow, card, self.config.epochs, scores, began)
         return self.keep(narrow, card, scores | _best_scores(best), began, wide=network)
 
+    def slimming(self, step: str, number: int = 0, count: int = 0) -> None:
+        """Show what the cut in progress does, and which of how many such steps it is."""
+        numbers = f" {number} of {count}" if count else ""
+        phase(self.forecast.name(), f"{step}{numbers}")
+
+    def evaluate(self, network: nn.Module) -> Evaluation:
+        """``network`` on the validation split."""
+        bar, count = progress(self.forecast.name(), "validating"), len(self.evaluator.batches)
+        return self.evaluator(network, lambda batches: bar(batches, count), self.watch)
+
     def began(self) -> float:
         """When the round that begins now began, as if no attempt had been interrupted."""
+        epoch, batch = (self.start.epoch, self.start.batch) if self.start else (0, 0)
+        self.move(epoch, batch)
+        self.forecast.begin(len(self.entries))
+        if self.attempt.saved or self.start:
+            self.attempt.tell_resume()
+        self.attempt.status("running", None)
         return time.perf_counter() - (self.start.values["round_seconds"] if self.start else 0)
+
+    @property
+    def first_step(self) -> int:
+        """Optimizer steps before the round that is in progress."""
+        return int(self.entries[-1]["step"]) if self.entries else 0
+
+    def move(self, epoch: int, batch: int) -> None:
+        """Note where the round in progress is: at ``batch`` of ``epoch``."""
+        step = self.first_step + epoch * len(self.trainer.sampler) + batch
+        self.attempt.at = (len(self.entries), epoch, step)
 
     def fit(
         self,
@@ -187,41 +227,52 @@ class Job:
 
         After ``sparse_epochs`` more with a pull on γ it keeps the last one's.
         """
-        round_, first_step = len(self.entries), self.attempt.at[2]
+        round_, last = len(self.entries), epochs + sparse_epochs - 1
         ranking = on_main(lambda: ranking_norms(network, self.preprocessing.size, sparse_epochs))
         cost = network_cost(network, self.preprocessing.size)
         start, self.start = self.start, None
         plan: dict[str, Any] = {"wide": card.lineage.get("wide_sha256", ""), "width": card.width}
         plan["layers"] = {name: kept.to_dict() for name, kept in card.layers.items()}
-        if start and start.epoch:  # there may be no epoch left that would say so
-            step = first_step + start.epoch * len(self.trainer.sampler)
-            self.attempt.at = (round_, start.epoch - 1, step)
 
         def on_epoch(result: EpochResult) -> None:
+            self.forecast.trained()
             say(epoch_line(card.width, result))
-            self.attempt.at = (result.round, result.epoch, result.step)
             values = {**result.to_dict(), "width": card.width}
             self.attempt.log("epoch", values | {"params": cost.params, "macs": cost.macs})
-            self.attempt.status("running", None)
 
         def on_gamma(when: str, epoch: int, histogram: dict[str, Any]) -> None:
             self.attempt.log("gamma", {"round": round_, "epoch": epoch, "when": when, **histogram})
 
+        def stepping(batches: Iterable[Any], count: int) -> Iterator[Any]:
+            steps = len(self.trainer.sampler)
+            epoch = self.attempt.at[1]
+            for done, batch in enumerate(batches, start=steps - count):
+                self.forecast.train(epoch, done / steps)
+                phase(self.forecast.name(), f"epoch {epoch}", done / steps)
+                self.attempt.at = (round_, epoch, self.first_step + epoch * steps + done)
+                yield batch
+
         def save(position: Position) -> None:
+            self.move(position.epoch, position.batch)
+            if position.epoch > last:  # the round is trained: its last epoch is where it is
+                self.attempt.at = (round_, last, self.attempt.at[2])
+
             def write() -> None:
+                position.values["step"] = self.attempt.at[2]
                 position.values["scores"] = scores
                 position.values["plan"] = plan
                 position.values["metrics_size"] = self.run.metrics_size
                 position.values["round_seconds"] = time.perf_counter() - began
                 position.values["run_seconds"] = self.run.seconds
                 save_position(self.run.path / "checkpoints", position)
+                self.run.status("running", None, *self.attempt.at)
 
             self.attempt.write(write)
 
-        bar = progress(f"round {round_}")
+        validating = progress(self.forecast.name(), "validating")
         return self.trainer.fit(
-            network, round_, epochs + sparse_epochs, first_step, on_epoch, bar,
-            watch=self.watch, save=save, start=start, sparse_epochs=sparse_epochs,
+            network, round_, epochs + sparse_epochs, self.first_step, on_epoch, stepping,
+            validating, watch=self.watch, save=save, start=start, sparse_epochs=sparse_epochs,
             gamma_names=ranking,
             on_gamma=on_gamma, distillation=self.distillation,
         )  # fmt: skip
@@ -253,7 +304,7 @@ class Job:
             self.attempt.tracker.log_round(
                 entry, gammas(wide), gammas(network), layers, self.run.round_path(round_)
             )
-        if round_ < self.config.rounds:  # else at once when the run is finished
+        if round_ != self.config.last_round:  # else when the run is finished
             self.attempt.report()
         return network, card
 
@@ -261,8 +312,7 @@ class Job:
         """The best model of a round that an earlier attempt completed."""
         network, card = on_main(lambda: self.run.load_round(len(self.entries)))
         self.entries.append(card.metrics)
-        round_, step = card.metrics["round"], card.metrics["step"]
-        self.attempt.at = (round_, 0, step)
+        round_ = card.metrics["round"]
 
         def complete_metrics() -> None:
             unwritten = not self.run.has_line("round", round_)
@@ -272,15 +322,33 @@ class Job:
         on_main(complete_metrics)
         return network, card
 
+    def wants_round(self, network: nn.Module, card: ModelCard) -> bool:
+        """Whether there is a further round, and says why not where --rounds does not."""
+        done, last = len(self.entries) - 1, self.config.last_round
+        if done < self.attempt.saved - 1:
+            return True  # of an earlier attempt
+        if (last is not None and done >= last) or self.fallen():
+            return False
+        narrower = (
+            last is not None
+            or not done
+            or on_main(lambda: can_cut(self.config, network, card, done + 1), interrupt=True)
+        )
+        if not narrower:
+            rate = f"--rate {self.config.rate:g}"
+            say(f"nothing more can be cut at {rate} after round {done}: no further rounds")
+            return False
+        return True
+
     def fallen(self) -> bool:
-        """Whether the last round lost more than --max-drop, and says so: it is the last then."""
-        limit, lost = self.config.max_drop, drop(self.entries, self.entries[-1])
+        """Whether the last round lost more than it may, and says so."""
+        limit, lost = self.config.most_points_lost, drop(self.entries, self.entries[-1])
         if limit is None or lost <= limit:
             return False
-        round_ = len(self.entries) - 1
+        option = "--max-drop" if self.config.max_drop is not None else "--rounds auto allows,"
         say(
-            f"round {round_}: accuracy {signed(-lost)} points against the base, a larger drop than "
-            f"--max-drop {limit:g}: no further rounds"
+            f"round {len(self.entries) - 1}: accuracy {signed(-lost)} points against the base, a "
+            f"larger drop than {option} {limit:g}: no further rounds"
         )
         return True
 
@@ -295,6 +363,9 @@ class Job:
         if not summary:
             summary = self.summarise("finished")
         if on_main(lambda: self.run.state) != "finished":  # a full disk may have kept it out
+            if self.attempt.at[0] == len(self.entries):  # nothing was left to be trained
+                last = self.config.epochs if len(self.entries) > 1 else self.config.first_epochs
+                self.attempt.at = (len(self.entries) - 1, max(last, 1) - 1, self.first_step)
             self.attempt.status("finished", 0)
         self.attempt.report()
         say("")
@@ -306,10 +377,14 @@ class Job:
             self.attempt.tracker.finish({"recommended": summary["recommended"], **chosen})
 
     def where_stopped(self) -> str:
-        """The position, and what a later attempt goes on with."""
-        done = len(self.entries)
-        saved = f"the base and {done - 1} rounds are saved" if done else "the base is not finished"
-        return f"stopped by request in round {done}, {saved}: run the same command to go on"
+        """The position, and what a later attempt resumes from."""
+        rounds = max(len(self.entries), self.attempt.saved) - 1
+        saved = f"the base and {rounds} round{'s' * (rounds != 1)} are saved"
+        saved = saved if rounds >= 0 else "the base is not finished"
+        return (
+            f"stopped by request in {where(*self.attempt.at)}; {saved}: "
+            "run the same command to resume"
+        )
 
 
 def _best_scores(best: EpochResult) -> dict[str, Any]:

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import torch
 
+from job.artifact import find_model, load_model
 from job.checkpoint import KEPT
-from job.console import rounds_table, say
+from job.console import rounds_table, say, warn
 from job.cores import available_cores
 from job.cut import cut
 from job.data.batches import default_workers
 from job.data.dataset import ArraySplit
 from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, printable, shown
-from job.files import check_writable
+from job.files import check_writable, is_file
+from job.folders import choose
 from job.models.weights import read_state
 from job.preparation import (
+    PLANNED,
     base_network,
     base_record,
     dataset_record,
@@ -74,14 +77,14 @@ class Findings:
         """Say all; raises the first error, whose exit code is the command's, as the last."""
         if is_main():
             for warning in self.warnings:
-                click.echo(f"Warning: {printable(warning)}", err=True)
+                warn(warning)
             for error in self.errors[1:]:
                 click.echo(f"Error: {printable(str(error))}", err=True)
         if self.errors:
             raise self.errors[0]
 
 
-def dry_run(config: PruneConfig, output: Path, watch: Watch, accelerator: Accelerator) -> None:
+def dry_run(config: PruneConfig, watch: Watch, accelerator: Accelerator) -> None:
     """Check all that a run needs, try each of its steps once, write nothing; collective.
 
     Raises the first GammaslimError found.
@@ -89,7 +92,8 @@ def dry_run(config: PruneConfig, output: Path, watch: Watch, accelerator: Accele
     found = Findings()
     if config.caution:
         found.warnings.append(config.caution)
-    planned = _check_inputs(config, output, watch, accelerator, found)
+    planned = _check_inputs(config, watch, accelerator, found)
+    output = watch.stop_file.parent
     found.attempt(lambda: on_main(lambda: check_writable(output)))
     if planned:
         found.attempt(lambda: on_main(lambda: _check_disk(config, planned, output)))
@@ -98,37 +102,53 @@ def dry_run(config: PruneConfig, output: Path, watch: Watch, accelerator: Accele
         trained = f"{config.first_epochs} epochs of base training"
         if config.sparsity_epochs:
             trained += f", {config.sparsity_epochs} with {config.sparsity} on γ"
-        say(f"output: {shown(output)} can be written")
-        say(f"plan: {trained}, then {config.rounds} rounds of {config.epochs}")
+        say(f"output: {shown(output)} can be written{on_main(lambda: _resumed(output))}")
+        say(f"plan: {trained}, then {_rounds_text(config)}")
         say(rounds_table(planned))
+        if config.last_round is None:
+            more = "…" if len(planned) > PLANNED else "then nothing more can be cut"
+            say(f"{more} (a forecast)" if more != "…" else more)
         say("dry run: all is well, nothing was trained")
     found.conclude()
 
 
+def _rounds_text(config: PruneConfig) -> str:
+    if config.last_round is not None:
+        return f"{config.rounds} rounds of {config.epochs}"
+    return (
+        f"rounds of {config.epochs} until one is more than {config.most_points_lost:g} points "
+        "below the base, or nothing more can be cut"
+    )
+
+
+def _resumed(output: Path) -> str:
+    """What there is of the run already."""
+    if not is_file(output / "config.toml"):
+        return ""
+    if not (done := Run(output).saved):
+        return "; a run that has not finished its base is resumed"
+    return f"; its run is resumed: the base and {done - 1} rounds are saved"
+
+
 def _check_inputs(
-    config: PruneConfig, output: Path, watch: Watch, accelerator: Accelerator, found: Findings
+    config: PruneConfig, watch: Watch, accelerator: Accelerator, found: Findings
 ) -> list[dict[str, Any]] | None:
-    """The planned rounds, where data, weights, target and the run to go on with are right."""
+    """The planned rounds, where data, weights, target and the run to resume are right."""
     prepared = found.attempt(lambda: prepare_data(config, watch.check_here))
     if prepared is None:
         if config.weights:  # whether they fit can only be said with the data's classes
             found.attempt(lambda: on_main(lambda: _readable(str(config.weights))))
         return None
     data, preprocessing = prepared
+    found.warnings += batch_warnings(config.batch_size, len(data.splits["training"]), world())
     found.warnings += core_warnings(config, data, accelerator.device.type == "cuda")
     torch.manual_seed(config.seed)
     based = found.attempt(
         lambda: on_main(lambda: base_network(config, data, preprocessing), interrupt=True)
     )
-    size, count = config.batch_size, len(data.splits["training"])
     if based is None:
-        found.warnings += batch_warnings(size, count, world())
         return None
     network, card = based
-    least = found.attempt(
-        lambda: on_main(lambda: least_batch(network, config, preprocessing.size, count))
-    )
-    found.warnings += batch_warnings(size, count, world(), least or 1)
     planned = found.attempt(
         lambda: on_main(lambda: planned_rounds(config, network, card), interrupt=True)
     )
@@ -136,11 +156,17 @@ def _check_inputs(
     def check_run() -> None:
         teacher = on_main(lambda: teacher_network(config, card), interrupt=True)
         origin = base_record(config, card, teacher)
-        on_main(lambda: Run(output).check(config, dataset_record(data), origin))
+        record = on_main(lambda: dataset_record(data))
+        output, why = on_main(lambda: choose(config, record, origin))
+        watch.follow(output / "STOP")
+        on_main(lambda: Run(output).check(config, record, origin))
+        if why:
+            say(f"output: {shown(output)}, as {why}")
 
     found.attempt(check_run)
     if planned and not found.errors:
-        found.attempt(lambda: _try(config, data, network, card, accelerator, least or 1, watch))
+        rounds = len(planned) - 1
+        found.attempt(lambda: _try(config, data, network, card, accelerator, watch, rounds))
     return planned
 
 
@@ -150,29 +176,33 @@ def _try(
     network: nn.Module,
     card: ModelCard,
     accelerator: Accelerator,
-    least: int,
     watch: Watch,
+    rounds: int,
 ) -> None:
-    """One evaluation batch, and for the base and each round its cut and one step of training.
+    """One evaluation batch; for the base and each of ``rounds`` its cut and one training step.
 
     Cuts are measured on one batch of images. Raises what the job would.
     """
-    evaluator, trainer, calibration = training_tools(
-        config, data, card.preprocessing, accelerator, least, watch
-    )
+    preprocessing, count = card.preprocessing, len(data.splits["training"])
+    least = on_main(lambda: least_batch(network, config, preprocessing.size, count))
+    tools = training_tools(config, data, preprocessing, accelerator, least, watch)
+    evaluator, trainer, calibration = tools
     calibration.most = config.batch_size
     evaluator.try_batch(network)
-    for round_ in range(config.rounds + 1):
+    for round_ in range(rounds + 1):
         watch.check()
         if round_:
             network, card, _ = cut(network, card, round_, config, accelerator.device, calibration)
         trainer.try_step(network)
-    rounds = f", the cuts of {config.rounds} rounds" if config.rounds else ""
-    say(f"tried: an evaluation batch, a training step{rounds}")
+    cuts = f", the cuts of {rounds} rounds" if rounds else ""
+    say(f"tried: an evaluation batch, a training step{cuts}")
 
 
 def _readable(weights: str) -> None:
-    read_state(weights)
+    if Path(weights).is_dir():
+        load_model(find_model(weights))
+    else:
+        read_state(weights)
 
 
 def _check_disk(config: PruneConfig, planned: list[dict[str, Any]], output: Path) -> None:
@@ -208,7 +238,7 @@ def _amount(count: int) -> str:
     return f"{count:,} bytes"
 
 
-def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> list[str]:
+def batch_warnings(batch: int, count: int, processes: int) -> list[str]:
     """What is unfortunate about global batches of ``batch`` out of ``count`` pictures."""
     found = []
     if batch % processes:
@@ -219,7 +249,7 @@ def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> li
             f"pictures: a multiple, as {near}, keeps all busy"
         )
     last = count % batch
-    if last >= least and last and (last < processes or last * TINY < batch):
+    if last and (last < processes or last * TINY < batch):
         sizes = sorted(range(batch // 2 + 1, batch * 2), key=lambda size: abs(size - batch))
         good = (s for s in sizes if s % processes == 0 and (count % s == 0 or count % s * 2 >= s))
         better = f": --batch-size {size} would be better" if (size := next(good, 0)) else ""
@@ -269,7 +299,7 @@ def _check_wandb(mode: str, found: Findings) -> None:
     elif kind == "none" and not given:
         say(f"W&B: offline, since {reason}")
     else:
-        found.warnings.append(f"{problem}; the job would go on offline")
+        found.warnings.append(f"{problem}; the job would continue offline")
     return None
 
 

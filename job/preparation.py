@@ -13,7 +13,7 @@ import torch
 
 from job.artifact import ModelCard, find_model, load_model
 from job.console import progress, say
-from job.cut import base_of, plan_round
+from job.cut import base_of, can_cut, plan_round
 from job.data import Dataset, check_pictures, open_data
 from job.data.batches import default_workers
 from job.data.dataset import with_validation
@@ -24,6 +24,7 @@ from job.models import build, nominal_width
 from job.models.sizes import check_memory, check_size
 from job.models.weights import load_state, read_state
 from job.processes import digest, local_world, on_main
+from job.slim_base import own_preprocessing, slim_base, source_folder
 from job.slimming.surgery import narrowed
 from job.training.calibration import Calibration
 from job.training.evaluation import Evaluator
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from job.data import Preprocessing
     from job.signals import Watch
 
+PLANNED = 10  # rounds of --rounds auto that are shown beforehand
 SPLITS = ("training", "validation")  # the testing split never chooses a model
 
 
@@ -57,7 +59,7 @@ def prepare_data(
         for split in SPLITS:
             if split in data.splits or split == "training":
                 data.labelled(split)
-        shown_bar = progress("checking pictures")
+        shown_bar = progress("checking images")
 
         def bar(results: Iterable[Any], count: int) -> Iterable[Any]:
             for result in shown_bar(results, count):
@@ -67,7 +69,8 @@ def prepare_data(
         present = [split for split in SPLITS if split in data.splits]
         data, largest = check_pictures(data, present, config.on_bad_image, bar)
         data = with_validation(data, config.seed)
-        return data, config.preprocessing.resolve(largest)
+        own, options = own_preprocessing(config), config.preprocessing
+        return data, options.override(own) if own else options.resolve(largest)
 
     data, preprocessing = on_main(prepare, interrupt=True)
     check_memory(preprocessing.size)
@@ -144,6 +147,8 @@ def base_network(
 
     Raises UsageError, InputNotFound or DataError.
     """
+    if folder := source_folder(config):
+        return slim_base(config, folder, data, preprocessing)
     num_classes = config.num_classes or len(data.class_names)
     if num_classes < len(data.class_names):
         raise UsageError(
@@ -200,12 +205,16 @@ def planned_rounds(
 ) -> list[dict[str, Any]]:
     """Width and cost of the base and of every round; raises UsageError for what is out of reach.
 
-    Exact for the uniform policy and for the metric of a target; else a forecast, by γ as it is.
+    Of ``--rounds auto`` the first PLANNED, if as many can be cut. Exact for the uniform policy and
+    for the metric of a target; else a forecast, by γ as it is.
     """
     assert card.base
     assert card.base.cost
     entries = [{"round": 0, "width": card.width, **card.base.cost.to_dict()}]
-    for round_ in range(1, config.rounds + 1):
+    last = config.last_round
+    for round_ in range(1, (PLANNED if last is None else last) + 1):
+        if last is None and round_ > 1 and not can_cut(config, network, card, round_):
+            break
         plan = plan_round(config, network, card, round_)
         assert plan.after
         network, card = narrowed(network, plan.layers), card.cut(plan.layers, plan.width)

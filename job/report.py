@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from job.accuracy import signed
-from job.console import rounds_table, say, table
+from job.console import rounds_table, say, table, where
 from job.errors import printable, shown, writing
 from job.figures import Picture, draw_comparison, draw_run
 from job.files import check_output, check_writable, write_bytes, write_output
@@ -136,8 +136,10 @@ def comparison_record(histories: Sequence[History]) -> dict[str, Any]:
 
 
 def _state(history: History) -> str:
-    code = history.exit_code
-    return history.state + (f" (exit code {code})" if code else "")
+    code, text = history.exit_code, history.state
+    if history.position and text not in ("finished", "unknown"):
+        text += f" in {where(*history.position)}"
+    return text + (f" (exit code {code})" if code else "")
 
 
 def _run_text(history: History) -> str:
@@ -148,6 +150,8 @@ def _run_text(history: History) -> str:
         lines.append("no round is finished yet")
     if history.best:
         lines += ["", f"recommended: rounds/{history.best.round:02d} ({printable(history.reason)})"]
+    if history.state == "died":
+        lines += ["", "its job is gone without a word: run the same command to resume"]
     return "\n".join(lines)
 
 

@@ -6,11 +6,12 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from job.accuracy import change, signed
 from job.artifact import RECOMMENDED, ModelCard, load_model, save_model
-from job.config import PruneConfig, check_unchanged, write_toml
+from job.config import MAX_DROP, PruneConfig, write_toml
 from job.errors import (
     ConfigError,
     DataError,
@@ -23,6 +24,7 @@ from job.errors import (
 )
 from job.files import append_line, is_file, remove, tidy, write_bytes, write_json
 from job.reading import parse_toml, read_bytes, read_json
+from job.unchanged import check_unchanged, other_run
 from job.versions import versions
 
 if TYPE_CHECKING:
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 # what a round's entry has at least
 ENTRY = ("round", "step", "width", "channels", "params", "macs", "bytes", "valid_acc", "valid_loss")
-MAX_DROP = 1.0  # points of accuracy below the base that a recommended model may have
 RESERVE = 8192  # bytes kept so that a full disk still takes the last status
 
 
@@ -58,13 +59,15 @@ class Run:
         return self.path / "rounds" / f"{round_:02d}"
 
     def open(self, config: PruneConfig, dataset: Mapping[str, Any], base: Mapping[str, Any]) -> int:
-        """Create the run, or go on with it where its options, data and base are the same.
+        """Create the run, or resume it where its options, data and base are the same.
 
         Returns how many rounds are complete, the base included.
 
         Raises OutputError, InputNotFound (``--resume require``) or ConfigError.
         """
         if self.check(config, dataset, base):
+            if self.stored_rounds != config.rounds:
+                self._change_rounds(config)
             try:
                 self.earlier_seconds = float(read_json(self.path / "summary.json")["seconds"])
             except (OSError, ValueError, KeyError, TypeError):
@@ -74,9 +77,15 @@ class Run:
         return self.saved
 
     def check(
-        self, config: PruneConfig, dataset: Mapping[str, Any], base: Mapping[str, Any]
+        self,
+        config: PruneConfig,
+        dataset: Mapping[str, Any] | None,
+        base: Mapping[str, Any] | None,
     ) -> bool:
-        """Whether there is a run to go on with; writes nothing. Raises as ``open`` does."""
+        """Whether there is a run to resume; writes nothing. Raises as ``open`` does.
+
+        ``dataset`` or ``base`` None: any will do.
+        """
         stored = self.path / "config.toml"
         if is_file(stored):
             self._check_resume(stored, config, dataset, base)
@@ -100,8 +109,8 @@ class Run:
         self,
         stored: Path,
         config: PruneConfig,
-        dataset: Mapping[str, Any],
-        base: Mapping[str, Any],
+        dataset: Mapping[str, Any] | None,
+        base: Mapping[str, Any] | None,
     ) -> None:
         if config.resume == "never":
             raise OutputError(
@@ -113,17 +122,41 @@ class Run:
             raise ConfigError(f"{shown(stored)} cannot be read: {error}") from error
         if not all(isinstance(tables.get(name, {}), dict) for name in ("prune", "dataset")):
             raise ConfigError(f"{shown(stored)} is not a run's: its tables are none")
-        check_unchanged(tables.get("prune", {}), config, shown(self.path))
-        if tables.get("dataset", {}).get("fingerprint") != dataset["fingerprint"]:
-            raise ConfigError(
-                f"{shown(self.path)} was begun on other data: give the same --data to resume it, "
-                "or another --output to start afresh"
+        done = max(0, self.saved - 1)
+        check_unchanged(tables.get("prune", {}), config, shown(self.path), done)
+        fingerprint = tables.get("dataset", {}).get("fingerprint")
+        if dataset is not None and fingerprint != dataset["fingerprint"]:
+            raise other_run(
+                f"{shown(self.path)} was begun on other data", ": type the same --data to resume it"
             )
-        if tables.get("base") != dict(base):
-            raise ConfigError(
-                f"{shown(self.path)} was begun from other --weights, --base-epochs or --teacher: "
-                "give the same to resume it, or another --output to start afresh"
+        if base is not None and tables.get("base") != dict(base):
+            raise other_run(
+                f"{shown(self.path)} was begun from other --weights, --base-epochs or --teacher",
+                ": type the same to resume it",
             )
+
+    @property
+    def stored_rounds(self) -> Any:
+        """``--rounds`` as the run has it now."""
+        try:
+            tables = parse_toml(read_bytes(self.path / "config.toml").decode())
+            return tables["prune"].get("rounds", PruneConfig.rounds)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _change_rounds(self, config: PruneConfig) -> None:
+        """Let the run have ``--rounds`` of ``config``; it is no longer finished then."""
+        if not self.complete(config):
+            self.restate_summary("finished", "running")
+        tables = parse_toml(read_bytes(self.path / "config.toml").decode())
+        tables["prune"]["rounds"] = config.rounds
+        write_bytes(self.path / "config.toml", write_toml(tables).encode())
+
+    def complete(self, config: PruneConfig) -> bool:
+        """Whether the run is finished, with no further rounds in ``config``."""
+        if not self.finished_summary():
+            return False
+        return config.rounds in (self.stored_rounds, self.saved - 1)
 
     @property
     def seconds(self) -> float:
@@ -200,6 +233,14 @@ class Run:
             return str(read_json(self.path / "status.json")["state"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
+
+    def restate_summary(self, before: str, state: str) -> None:
+        """Have a summary that says ``before`` say ``state``; raises StorageError."""
+        path = self.path / "summary.json"
+        with suppress(OSError, ValueError):
+            summary = read_json(path)
+            if isinstance(summary, dict) and summary.get("state") == before:
+                write_json(path, summary | {"state": state})
 
     def save_round(self, round_: int, network: nn.Module, card: ModelCard) -> None:
         """Write the best model of a round; complete or not at all."""

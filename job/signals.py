@@ -148,6 +148,12 @@ class Watch:
         self._looked = self._saved = time.monotonic()
         self._old = self._identity()
 
+    def follow(self, stop_file: Path) -> None:
+        """Look for this file from now on; one that is there now is an earlier request."""
+        if stop_file != self.stop_file:
+            self.stop_file = stop_file
+            self._old = self._identity()
+
     def _identity(self) -> tuple[int, int] | None:
         try:
             found = self.stop_file.stat()

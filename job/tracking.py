@@ -18,11 +18,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-import click
 import numpy as np
 
 from job.config import PruneConfig
-from job.console import say
+from job.console import say, warn
 from job.errors import GammaslimError, StopRequest, printable, reason
 from job.wandb_segments import Segments
 
@@ -262,4 +261,4 @@ def _start(variables: Mapping[str, str]) -> subprocess.Popen[str]:
 def _warn(text: str) -> None:
     key = os.environ.get("WANDB_API_KEY")
     text = text.replace(key, "…") if key else text
-    click.echo(f"Warning: {printable(text)}", err=True)
+    warn(text)

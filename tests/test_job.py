@@ -171,7 +171,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
-    assert b"run the same command to go on" in errors
+    assert b"run the same command to resume" in errors
     assert json.loads((output / "status.json").read_text())["state"] == "stopped"
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"event": "epo')  # what a power failure leaves

@@ -163,7 +163,7 @@ def test_a_run_that_has_hardly_begun_has_a_page(tmp_path: Path) -> None:
     assert (done.code, done.err) == (0, ""), done
     assert "no round is finished yet" in done.out
     found = page(folder / "report.html")
-    assert "State: running" in found.text
+    assert "State: died" in found.text  # no job has it
     assert "No round is finished yet" in found.text
     assert found.images == []
     (folder / "metrics.jsonl").unlink()
@@ -273,7 +273,7 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
         "2,400 (60.0%)", "89.50%", "-0.50", "",
     ]  # fmt: skip
     assert found.rows[2][-1] == "parameters, MACs, bytes"
-    assert found.rows[3][1:4] == ["new", "running", ""]
+    assert found.rows[3][1:4] == ["new", "died", ""]
     assert "validated on 2 different data sets" in found.text
     files = sorted((tmp_path / "out" / "all runs_figures").iterdir())
     assert [file.stem for file in files] == ["pareto-bytes", "pareto-macs", "pareto-params"]
@@ -403,7 +403,7 @@ def test_whatever_the_report_raises_is_one_warning(
     for _ in range(3):
         writer.report()
     said = capsys.readouterr().err
-    assert said.startswith("Warning: the report is not written, the job goes on: ")
+    assert said.startswith("Warning: the report is not written, the job continues: ")
     assert said.count("\n") == 1
 
 
@@ -441,7 +441,7 @@ def test_a_job_goes_on_without_its_report(tmp_path: Path, how: str) -> None:
     assert done.code == 0, done
     warnings = done.err.splitlines()
     assert len(set(warnings)) == len(warnings), done
-    assert all("the report is not written, the job goes on" in line for line in warnings)
+    assert all("the report is not written, the job continues" in line for line in warnings)
     assert warnings
     assert json.loads((output / "summary.json").read_text())["state"] == "finished"
     assert json.loads((output / "status.json").read_text())["state"] == "finished"

@@ -26,7 +26,7 @@ from job.files import append_line
 
 FAULTS = Path(__file__).parent / "workers" / "faults.py"
 AGAIN = "run the same command again"
-NO_REPORT = "Warning: the report is not written, the job goes on: cannot write "
+NO_REPORT = "Warning: the report is not written, the job continues: cannot write "
 Call = Callable[..., Result]
 Mount = Callable[[str], Path]
 

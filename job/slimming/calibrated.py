@@ -12,7 +12,7 @@ from job.slimming.compensation import METHODS, betas, fold_means
 from job.slimming.importance import gamma_importance, magnitude_importance, random_importance
 from job.slimming.moments import collect
 from job.slimming.refit import refit_importance
-from job.slimming.regression import regress
+from job.slimming.regression import quiet, regress
 from job.slimming.taylor import taylor_importance
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
     from job.slimming.moments import Batch, Moments
     from job.slimming.plan import Layers
+    from job.slimming.regression import Progress
 
     Batches = Callable[[], Iterable[Batch]]  # every call gives them anew, on the network's device
 
@@ -92,6 +93,7 @@ def compensated(
     example: Example,
     batches: Batches | None = None,
     check: Callable[[], None] = lambda: None,
+    progress: Progress = quiet,
 ) -> None:
     """Give ``narrow`` what the channels outside ``keep`` (count,) added in ``wide``, in place.
 
@@ -100,7 +102,8 @@ def compensated(
     processes get the main one's weights.
     """
     if method == "regress":
-        regress(wide, narrow, graph, keep, layers, batches or tuple, example, check=check)
+        images = batches or tuple
+        regress(wide, narrow, graph, keep, layers, images, example, check=check, progress=progress)
     elif method != "none":
         means = betas(wide, graph, keep, example) if method == "beta" else moments
         fold_means(wide, narrow, graph, keep, layers, means, example)

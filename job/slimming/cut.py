@@ -11,6 +11,7 @@ from job.slimming.comparison import check_weights
 from job.slimming.compensation import with_biases, without_constant
 from job.slimming.engine import make_plan
 from job.slimming.plan import keep_of
+from job.slimming.regression import quiet
 from job.slimming.surgery import narrowed
 from job.slimming.verification import verify
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from job.slimming.importance import Scores
     from job.slimming.inputs import Example
     from job.slimming.plan import Plan
+    from job.slimming.regression import Progress
 
 
 @dataclass(frozen=True)
@@ -84,19 +86,23 @@ def make_cut(
     plan_of: Callable[[Scores], Plan],
     batches: Batches | None = None,
     check: Callable[[], None] = lambda: None,
+    progress: Progress = quiet,
 ) -> tuple[nn.Module, Plan, float]:
     """The narrow network, compensated, the plan that ``plan_of`` made, and the proof's error.
 
     Moments are of all processes; the main one decides and proves; all cut, and compare what they
-    have. ``batches`` gives the calibration pictures of this process; ``check`` is called now and
-    then, and may raise. Raises UsageError where such are needed and missing, DataError for weights
-    that are not finite, and GammaslimError when the proof fails.
+    have. ``batches`` gives the calibration images of this process; ``check`` is called now and
+    then, and may raise; ``progress`` gets what is done next. Raises UsageError where images are
+    needed and missing, DataError for weights that are not finite, and GammaslimError when the
+    proof fails.
     """
     check_weights(network)
+    progress("measuring channels", 0, 0)
     moments = measured(method.importance, method.compensate, network, graph, batches)
     scores = scores_for(method.importance, network, graph, moments, batches, method.seed)
     plan = on_main(lambda: plan_of(scores))
     plan, layers = replace(plan, method=str(method)), plan.layers
+    progress("proving the cut", 0, 0)
     narrow = narrowed(network, layers)
     if world() > 1:
         check_same(digest(narrow.state_dict()), "the slimmed network")
@@ -104,7 +110,6 @@ def make_cut(
         lambda: verify(network, narrow, layers, example, auxiliary=graph.auxiliary), interrupt=True
     )
     keep = keep_of(graph, plan.groups)
-    compensated(
-        network, narrow, graph, keep, layers, method.compensate, moments, example, batches, check
-    )
+    shared = (method.compensate, moments, example, batches, check, progress)
+    compensated(network, narrow, graph, keep, layers, *shared)
     return narrow, plan, error

@@ -46,21 +46,25 @@ class Base:
     """What a network was before any cut: fractions are of this.
 
     ``widths``: channels that each layer writes. ``cost``: None, when they are those of now.
+    ``slim``: it was cut itself, so that the network's own width 1 is not what fractions are of.
     """
 
     widths: Mapping[str, int]
     cost: Cost | None = None
+    slim: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in model.json."""
-        return {"widths": dict(self.widths), "cost": self.cost.to_dict() if self.cost else None}
+        values = {"widths": dict(self.widths), "cost": self.cost.to_dict() if self.cost else None}
+        return values | ({"slim": True} if self.slim else {})
 
     @classmethod
     def from_dict(cls, values: Any) -> Base:
         """Read back what ``to_dict`` gave; raises KeyError, TypeError or ValueError."""
         widths = {str(name): int(width) for name, width in values["widths"].items()}
         cost = values["cost"]
-        return cls(widths, cost and Cost(**{name: int(n) for name, n in cost.items()}))
+        whole = cost and Cost(**{name: int(n) for name, n in cost.items()})
+        return cls(widths, whole, bool(values.get("slim", False)))
 
 
 def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) -> ChannelGraph:
@@ -93,7 +97,8 @@ def layer_widths(network: nn.Module) -> dict[str, int]:
 def full_sizes(network: nn.Module, graph: ChannelGraph, base: Base | None) -> dict[str, int]:
     """How many channels each group had in the base, or has at the network's own width 1."""
     now, sizes = layer_widths(network), {}
-    widths = {**(base.widths if base else now), **getattr(network, "uniform_widths", {})}
+    own = {} if base and base.slim else getattr(network, "uniform_widths", {})
+    widths = {**(base.widths if base else now), **own}
     for group in graph.groups:
         layer = next((layer for layer in group.layers if layer in widths), None)
         full = widths[layer] / now[layer] if layer in now and layer else WHOLE

@@ -35,9 +35,15 @@ if TYPE_CHECKING:
     from job.slimming.passes import ForwardPass
     from job.slimming.plan import Layers
 
+    Progress = Callable[[str, int, int], None]  # what is done next, and which of how many (or 0)
+
 RIDGE = 1e-3  # of the mean variance
 MOST_BYTES = 2**31  # of what all passes keep while they stand
 MOST_PASSES = 8  # in each network
+
+
+def quiet(_step: str, _number: int, _count: int) -> None:
+    """Show no progress: a library prints nothing."""
 
 
 def regress(
@@ -51,6 +57,7 @@ def regress(
     *,
     ridge: float = RIDGE,
     check: Callable[[], None] = lambda: None,
+    progress: Progress = quiet,
 ) -> None:
     """Fit every layer of ``narrow`` behind the first cut anew, in place.
 
@@ -67,8 +74,9 @@ def regress(
         return
     pairs, seen = _Pairs(wide, narrow, graph, batches(), example), False
     with pairs.standing(todo):
-        for reader in todo:
+        for number, reader in enumerate(todo, start=1):
             check()
+            progress("reconstructing layer", number, len(todo))
             kept = int(keep[reader.channels].sum())
             moments = pairs.moments(reader, kept)
             if moments.count:

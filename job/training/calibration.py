@@ -12,7 +12,7 @@ from job.slimming.moments import MOST, samples_at
 from job.training.evaluation import batch_size_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
     from accelerate import Accelerator
@@ -34,6 +34,7 @@ class Calibration:
         watch: Watch | None = None,
     ) -> None:
         self.preprocessing, self.accelerator, self.watch = preprocessing, accelerator, watch
+        self.progress: Callable[[int, int], None] = lambda *_: None  # batches done, and of how many
         self.most = samples_at(preprocessing.size)
         self.sampler = _FirstShare(len(split), batch_size_at(preprocessing.size), seed)
         self.loader = loader(
@@ -59,6 +60,7 @@ class Calibration:
         for number, (images, labels) in enumerate(checked(self.loader)):
             if number < self.sampler.common:
                 self.check()
+            self.progress(number, len(self.sampler))
             inputs = self.preprocessing.to_input(images.to(device, non_blocking=True))
             yield inputs, labels.to(device, non_blocking=True)
 

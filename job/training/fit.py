@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from job.checkpoint import Position
 from job.data.batches import GlobalBatches, TrainingPictures, checked, loader
 from job.errors import GammaslimError, StopRequest
-from job.models.outputs import AUXILIARY, Logits
 from job.processes import check_same, digest, rank, total, world
 from job.signals import NOTHING, STOP
 from job.training.optimizer import (
@@ -28,6 +27,7 @@ from job.training.optimizer import (
     optimizer_tensors,
     restore_optimizer,
 )
+from job.training.outputs import AUXILIARY, Logits
 from job.training.sparsity import gamma_histogram, gamma_layers, gamma_numbers, gammas_of, pull
 from job.training.sync_batchnorm import (
     average_running_statistics,
@@ -116,6 +116,7 @@ class Trainer:
         first_step: int,
         on_epoch: Callable[[EpochResult], None],
         progress: Progress = lambda batches, _: batches,
+        validating: Progress = lambda batches, _: batches,
         *,
         watch: Watch | None = None,
         save: Save = lambda _: None,
@@ -146,7 +147,7 @@ class Trainer:
         while training.epoch < epochs:
             if (training.epoch, training.batch) == (training.dense_epochs, 0):
                 on_gamma("before", training.epoch, gamma_histogram(training.gammas))
-            on_epoch(training.run_epoch(progress))
+            on_epoch(training.run_epoch(progress, validating))
             training.save_now()
         if sparse_epochs:
             on_gamma("after", epochs, gamma_histogram(training.gammas))
@@ -246,14 +247,17 @@ class _Round:
         if self.watch:
             self.watch.saved()
 
-    def run_epoch(self, progress: Progress) -> EpochResult:
+    def run_epoch(self, progress: Progress, validating: Progress) -> EpochResult:
         """The rest of an epoch, and its evaluation; the best weights so far are kept."""
         began, earlier = time.perf_counter(), self.seconds
         lr = self.train(progress, lambda: earlier + time.perf_counter() - began)
         took = self.seconds
         average_running_statistics(self.trained)
+        evaluator = self.trainer.evaluator
         try:
-            valid = self.trainer.evaluator(self.trained, watch=self.watch)
+            valid = evaluator(
+                self.trained, lambda some: validating(some, len(evaluator.batches)), self.watch
+            )
         except StopRequest:
             self.save_now()
             raise

@@ -1,0 +1,97 @@
+"""What a command may change of the run that it resumes, and how the rest is told."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+from job.config import HARMLESS, PruneConfig
+from job.errors import ConfigError, OtherRunError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str, done: int) -> None:
+    """Raise OtherRunError when an option that shapes the result differs from the run's own.
+
+    ``stored`` are the run's options, ``done`` its complete rounds. There may be more rounds than it
+    was begun with, where none of the earlier ones depends on their number; ConfigError for fewer
+    than are done.
+    """
+    changed = _changed(stored, now)
+    if changed == ["rounds"] and not now.target:
+        if now.last_round is not None and now.last_round < done:
+            raise ConfigError(
+                f"{run} has {done} rounds already, --rounds {now.rounds} is fewer: type --rounds "
+                f"{done} or more to continue it, or choose another --output"
+            )
+        return
+    if not changed:
+        return
+    present = now.to_dict()
+    began = [typed(name, _value(stored, name)) for name in changed]
+    here = [typed(name, present.get(name)) for name in changed]
+    more = ""
+    if changed == ["rounds"]:
+        more = (
+            f" (--target {now.target} is spread over the rounds: the earlier ones would differ; "
+            f"to cut further, --weights {run} with another --target)"
+        )
+    raise other_run(
+        f"{run} was begun {_list(_stated(began))}, this command is {_list(_stated(here))}",
+        f"{more}: {_advice(began)} to resume it",
+    )
+
+
+def other_run(difference: str, advice: str) -> OtherRunError:
+    """The error that says ``difference`` and, with ``advice`` appended, what to type."""
+    return OtherRunError(
+        f"{difference}{advice}, or choose another --output for a new run", difference
+    )
+
+
+def _changed(stored: Mapping[str, Any], now: PruneConfig) -> list[str]:
+    present = now.to_dict()
+    names = (field.name for field in fields(PruneConfig))
+    return [
+        name for name in names if name not in HARMLESS and _value(stored, name) != present.get(name)
+    ]
+
+
+def _value(stored: Mapping[str, Any], name: str) -> Any:
+    """A run's option; the default where its version did not have it yet."""
+    (field,) = (field for field in fields(PruneConfig) if field.name == name)
+    default = [] if field.default is MISSING or field.default == () else field.default
+    return stored.get(name, default)
+
+
+def typed(name: str, value: Any) -> str:
+    """An option as it is typed: ``--target macs=0.5``; "" where it is left out."""
+    option = "--" + name.replace("_", "-")
+    if value is None or value is False or value == []:
+        return f"no {option}"
+    if value is True:
+        return option
+    if isinstance(value, list) and name == "model_arg":
+        return " ".join(f"{option} {shlex.quote(str(item))}" for item in value)
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    return f"{option} {shlex.quote(str(value))}"
+
+
+def _stated(options: list[str]) -> list[str]:
+    return [f"with {option}".replace("with no ", "without ") for option in options]
+
+
+def _advice(options: list[str]) -> str:
+    """What to type, and what to leave out, so that the options are these."""
+    given = [option for option in options if not option.startswith("no ")]
+    left_out = [option.removeprefix("no ") for option in options if option.startswith("no ")]
+    parts = [f"type {' '.join(given)}"] * bool(given)
+    return _list([*parts, *[f"leave out {_list(left_out)}"] * bool(left_out)])
+
+
+def _list(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

@@ -1,0 +1,220 @@
+"""Progress: one line on a terminal that nobody else writes into, a line now and then in a log."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+import job.console as console
+from job.forecast import Forecast
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(console.time, "monotonic", clock)
+    monkeypatch.setattr(console, "_line", console._Line())
+    return clock
+
+
+class Terminal(io.StringIO):
+    """What is seen at last: standard output and error of a terminal of one row after another."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def rows(self) -> list[str]:
+        rows, column = [""], 0
+        text = self.getvalue()
+        place = 0
+        while place < len(text):
+            if text.startswith("\033[K", place):
+                rows[-1] = rows[-1][:column]
+                place += 3
+                continue
+            character = text[place]
+            place += 1
+            if character == "\n":
+                rows.append("")
+                column = 0
+            elif character == "\r":
+                column = 0
+            else:
+                rows[-1] = rows[-1][:column] + character + rows[-1][column + 1 :]
+                column += 1
+        return rows
+
+
+@contextmanager
+def on_terminal() -> Iterator[Terminal]:
+    """A terminal of 60 columns that this process writes on."""
+    both = Terminal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "60")
+        patch.setattr(sys, "stdout", both)
+        patch.setattr(sys, "stderr", both)
+        yield both
+
+
+def test_lines_and_warnings_of_any_thread_keep_off_the_line_of_progress(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talk(number: int) -> None:
+        for _ in range(20):
+            console.say(f"line of thread {number}")
+            console.warn(f"of thread {number}")
+
+    monkeypatch.setattr(warnings, "showwarning", lambda text, *_: sys.stderr.write(f"{text}\n"))
+    with on_terminal() as terminal, console.run_progress(lambda: "about 12 min left"):
+        console.phase("round 2 of 5", "proving the cut")
+        assert terminal.rows()[-1] == "round 2 of 5, proving the cut  about 12 min left"
+        threads = [threading.Thread(target=talk, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for number in range(300):
+            clock.now += 1
+            console.phase("round 2 of 5", f"reconstructing layer {number} of 300")
+        for thread in threads:
+            thread.join()
+        warnings.showwarning("a library's", UserWarning, "library.py", 1, None, "")
+    *rows, last = terminal.rows()
+    assert last == ""
+    allowed = {f"line of thread {n}" for n in range(3)} | {
+        f"Warning: of thread {n}" for n in range(3)
+    }
+    assert len([row for row in rows if row in allowed]) == 120
+    rest = [row for row in rows if row not in allowed]
+    assert rest == ["a library's"]
+
+
+def test_a_line_of_progress_does_not_wrap(clock: Clock) -> None:
+    with on_terminal() as terminal:
+        console.phase("x" * 200)
+        assert terminal.rows() == ["x" * 59]
+        console.phase("")
+    assert terminal.rows() == [""]
+
+
+def test_an_error_line_starts_on_a_fresh_line(clock: Clock) -> None:
+    """Of the launcher, too, whose process 0 was killed in the middle of its line."""
+    with on_terminal() as terminal:
+        terminal.write("round 1 of 5  34%")
+        console.fresh_line()
+        console.click.echo("Error: process 0 was killed", err=True)
+    assert terminal.rows() == ["Error: process 0 was killed", ""]
+
+
+def test_a_log_gets_the_time_left_every_half_minute_and_nothing_of_short_phases(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.run_progress(lambda: "about 12 min left"):
+        for second in range(200):
+            clock.now = float(second)
+            console.phase(
+                "round 1 of 5" if second % 35 else "proving the cut", f"epoch {second // 20}"
+            )
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert said.err == ""
+    assert 3 <= len(lines) <= 6
+    assert lines[0] == "round 1 of 5, epoch 1  about 12 min left"
+    assert not any("proving" in line for line in lines)
+    assert not any(character in said.out for character in "\r\033")
+
+
+def test_other_commands_keep_progress_off_their_output(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in console.progress("evaluating")(range(100), 100):
+        clock.now += 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert lines[0] == "evaluating  30%  about 70 s left" or lines[0].startswith("evaluating  3")
+    assert len(lines) == 3
+
+
+def test_other_processes_show_no_progress(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setattr(console, "_is_main", lambda: False)
+    with on_terminal() as terminal:
+        console.phase("checking images", share=0.5)
+        console.say("a line")
+    assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "5 s"), (42, "40 s"), (80, "1 min"), (725, "12 min"), (3 * 3600 + 17 * 60, "3 h 20 min"),
+     (7200, "2 h"), (200_000, "2 days 7 h")],
+)  # fmt: skip
+def test_times_are_in_words(seconds: float, text: str) -> None:
+    assert console.span(seconds) == text
+
+
+def run_through(forecast: Forecast, clock: Clock, epoch: float, cut: float) -> list[Any]:
+    """Base of 2 epochs, 3 rounds of 2: (time, what is said to be left) after each batch."""
+    said = []
+    for round_ in range(4):
+        forecast.begin(round_)
+        if round_:
+            clock.now += cut / 2
+            said.append((clock.now, forecast.left()))
+            clock.now += cut / 2
+        for number in range(2):
+            for batch in range(10):
+                forecast.train(number, batch / 10)
+                said.append((clock.now, forecast.left()))
+                clock.now += epoch / 10
+            forecast.trained()
+    return said
+
+
+def test_the_time_left_is_that_of_the_whole_run() -> None:
+    clock = Clock()
+    forecast = Forecast(2, 2, 3, clock)
+    said = run_through(forecast, clock, epoch=10, cut=10)
+    assert said[0][1] is None  # nothing is known yet
+    for now, left in said[1:]:
+        assert left == pytest.approx(clock.now - now, abs=1e-6)
+    assert forecast.text() == "about 5 s left"
+    clock, slow = Clock(), []
+    slow = run_through(Forecast(2, 2, 3, clock), clock, epoch=10, cut=100)
+    for now, left in slow[40:]:  # once a cut has been timed
+        assert left == pytest.approx(clock.now - now, abs=1e-6)
+
+
+def test_of_an_unknown_number_of_rounds_the_time_left_is_the_present_ones() -> None:
+    clock = Clock()
+    forecast = Forecast(2, 2, None, clock)
+    forecast.begin(0)
+    forecast.train(0, 0.0)
+    clock.now = 300
+    forecast.train(0, 0.5)
+    assert forecast.name() == "base"
+    assert forecast.text() == "about 15 min left in this round"
+
+
+def test_a_resumed_epoch_does_not_pass_for_a_whole_one() -> None:
+    clock = Clock()
+    forecast = Forecast(1, 2, 2, clock)
+    forecast.begin(1)
+    forecast.train(1, 0.8)  # where it was saved: there was no cut
+    clock.now = 10
+    forecast.train(1, 0.9)
+    assert forecast.left() == pytest.approx(10 + 2 * 100 + forecast.cut_seconds)
