@@ -2,6 +2,9 @@
 
     narrow, plan = job.slim(network, torch.rand(1, 3, 224, 224), target="macs=0.5")
     print(plan)
+    job.save(narrow, "slim", plan=plan)
+    narrow = job.load("slim")
+    print(plan)
 
 ``gammaslim`` is another name for these objects.
 """
@@ -23,7 +26,7 @@ from job.errors import (
 )
 
 if TYPE_CHECKING:
-    from job.artifact import load
+    from job.saving import load, save
     from job.slimming.api import slim
     from job.slimming.plan import Plan
 
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
 
 # torch takes a second to import, and `gammaslim --help` must not wait for it
 LAZY = {
-    "load": "job.artifact",
+    "load": "job.saving",
+    "save": "job.saving",
     "slim": "job.slimming.api",
     "Plan": "job.slimming.plan",
 }
@@ -47,6 +51,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "load",
+    "save",
     "slim",
 ]
 

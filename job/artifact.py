@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from job.data.transforms import Preprocessing
-from job.errors import DataError, GammaslimError, InputNotFound, shown, writing
+from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown, writing
 from job.files import is_file, new_directory
 from job.models import MAX_SIZE, build
 from job.models.weights import load_state, read_state
@@ -24,6 +24,8 @@ from job.slimming.surgery import narrowed
 from job.versions import versions
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
 FORMAT = 1
@@ -65,7 +67,7 @@ class ModelCard:
 
 def save_model(folder: Path, network: nn.Module, card: ModelCard) -> None:
     """Write the two files of a model into ``folder``, all or nothing; raises StorageError."""
-    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    state = unshared(network.state_dict())
     content = {
         "format": FORMAT,
         "model": card.model,
@@ -87,16 +89,40 @@ def save_model(folder: Path, network: nn.Module, card: ModelCard) -> None:
         (temporary / "model.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 
+def unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state on the CPU as safetensors takes it: shared tensors once for each of their names."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        found[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
+    return found
+
+
 def load_model(folder: Path) -> tuple[nn.Module, ModelCard]:
-    """The network in eval mode and its card; raises InputNotFound or DataError."""
+    """The network in eval mode and its card.
+
+    Raises InputNotFound, DataError, or UsageError for one saved in Python without what builds it.
+    """
     card = read_card(folder)
+    if not card.model:
+        raise UsageError(
+            f"{shown(folder)} was saved without what builds its network: load it in Python, "
+            "load(path, network=…), or save it with model='module:factory'"
+        )
     try:
         network = card.build()
     except (GammaslimError, IndexError, AttributeError, RuntimeError) as error:
         raise DataError(f"{shown(folder / 'model.json')} describes no network: {error}") from error
+    load_weights(network, folder)
+    return network.eval(), card
+
+
+def load_weights(network: nn.Module, folder: Path) -> None:
+    """Load the weights in ``folder``, of exactly this network; raises InputNotFound, DataError."""
     weights = folder / "model.safetensors"
     load_state(network, read_state(weights), shown(weights))
-    return network.eval(), card
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -159,14 +185,3 @@ def find_model(path: str | Path) -> Path:
     if not (isinstance(recommended, str) and re.fullmatch(RECOMMENDED, recommended)):
         raise DataError(f"{shown(summary)} recommends {recommended!r}, which is no rounds/NN")
     return folder / recommended
-
-
-def load(path: str | Path) -> nn.Module:
-    """The slim network saved at ``path`` (a run, a round or a model folder), in eval mode.
-
-    Executes no pickle. Raises InputNotFound or DataError.
-
-    >>> network = job.load("runs/student-fashion-mnist")  # doctest: +SKIP
-    >>> logits = network(torch.rand(1, 3, 32, 32))  # doctest: +SKIP
-    """
-    return load_model(find_model(path))[0]

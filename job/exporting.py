@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save as safetensors_bytes
 
+from job.artifact import unshared
 from job.errors import GammaslimError, UsageError, reason, shown
 from job.versions import versions
 
@@ -66,7 +67,7 @@ def format_of(path: Path, asked: str | None) -> str:
 
 def state_dict_bytes(network: nn.Module, suffix: str) -> bytes:
     """The state dict: safetensors for that ``suffix``, else what torch.save writes."""
-    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    state = unshared(network.state_dict())
     if suffix == ".safetensors":
         content: bytes = safetensors_bytes(state, {"format": "pt"})
         return content

@@ -16,7 +16,7 @@ import job
 import job.gammaslim
 from conftest import ROOT
 
-NAMES = {"slim", "load", "Plan", "GammaslimError", "UsageError", "DataError", "__version__"}
+NAMES = {"slim", "save", "load", "Plan", "GammaslimError", "UsageError", "DataError", "__version__"}
 ALONE = """
 import sys, gammaslim, job
 assert "torch" not in sys.modules
@@ -29,7 +29,7 @@ print(gammaslim.__version__, gammaslim.__file__)
 def test_all_that_is_public_is_in_dir_and_help(module: object) -> None:
     assert set(dir(module)) >= NAMES
     text = pydoc.plain(pydoc.render_doc(module))
-    assert all(f"\n    {name}(" in text for name in ("slim", "load"))
+    assert all(f"\n    {name}(" in text for name in ("slim", "save", "load"))
     assert all(f"class {name}(" in text for name in ("UsageError", "DataError", "InputNotFound"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert job.__version__ == project["version"]

@@ -1,6 +1,9 @@
 """Make trained CNNs smaller and faster: slim by BatchNorm γ.
 
     narrow, plan = gammaslim.slim(network, torch.rand(1, 3, 224, 224), target="macs=0.5")
+    print(plan)
+    gammaslim.save(narrow, "slim", plan=plan)
+    narrow = gammaslim.load("slim")
 
 The objects are those of the package ``job``; so is the command line, ``python -m gammaslim``.
 """
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from job import Plan as Plan
     from job import __version__ as __version__
     from job import load as load
+    from job import save as save
     from job import slim as slim
 
 

@@ -71,10 +71,18 @@ def nominal_width(name: str, args: Mapping[str, Any]) -> float:
     return float(args.get("width_mult", 1)) if name == "student" else 1.0
 
 
+def torchvision_names() -> list[str]:
+    """The classification networks of torchvision."""
+    import torchvision.models as models
+
+    known: list[str] = models.list_models(module=models)
+    return known
+
+
 def _torchvision(name: str) -> Callable[..., nn.Module]:
     import torchvision.models as models
 
-    known = models.list_models(module=models)
+    known = torchvision_names()
     if name not in known:
         near = nearest(name, [*NAMES, *known])
         raise UsageError(

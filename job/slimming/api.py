@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from job.errors import UsageError
@@ -20,6 +21,7 @@ from job.slimming.batches import batches_of
 from job.slimming.calibrated import COMPENSATIONS, IMPORTANCES
 from job.slimming.cut import best_method, make_cut, plan_cut
 from job.slimming.engine import Slimming, analyse
+from job.slimming.inputs import without_values
 from job.slimming.recalibration import recalibrate as recalibrated
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ def slim(
         raise UsageError(in_python(str(error))) from error
     if recalibrate and batches:
         recalibrated(narrow, batches[:recalibrate])
-    return narrow, plan
+    return narrow, replace(plan, example=without_values(inputs))
 
 
 def _tell(line: str) -> None:

@@ -103,6 +103,13 @@ def repeated(example: Example, count: int) -> Any:
     )
 
 
+def without_values(example: Example) -> Any:
+    """One sample of ``example``: sizes of its floating-point tensors, and the integers."""
+    return mapped(
+        repeated(example, 1), lambda t: t.to("meta") if t.is_floating_point() else t.clone()
+    )
+
+
 def like(example: Example, tensor: torch.Tensor) -> Any:
     """``example`` on the device of ``tensor``, floating-point parts in its type too."""
     return mapped(example, lambda t: t.to(tensor) if t.is_floating_point() else t.to(tensor.device))

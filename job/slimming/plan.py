@@ -80,7 +80,8 @@ class Plan:
 
     ``groups`` are indices into each group's channels, ``layers`` into each layer's. ``blocked``
     says which channels could not be cut and why, ``method`` what ranked and compensated. ``sizes``
-    are the inputs and outputs that each convolution or linear layer had. ``print`` shows a table.
+    are the inputs and outputs that each convolution or linear layer had, ``example`` what the
+    network takes, without values. ``print`` shows a table.
     """
 
     policy: str
@@ -92,6 +93,7 @@ class Plan:
     blocked: tuple[Blocked, ...] = ()
     sizes: Mapping[str, Sizes] = field(default_factory=dict)
     method: str = ""
+    example: Any = None
 
     def __repr__(self) -> str:
         costs = ""
