@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # longest time that a process may wait for others in a collective
 SILENCE = timedelta(minutes=5)  # longest time without a sign of life from a main process at work
-BEAT = 10.0  # seconds between its signs of life
+SIGNS = 30  # that it gives in the time after which it would be missed
 _WORKING, _DONE = range(2)
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -198,11 +198,12 @@ def _interruptibly(work: Callable[[], T]) -> T:
 
 @contextmanager
 def _signs_of_life() -> Iterator[None]:
-    """Tell the others every BEAT seconds that this process is at work, from a thread."""
+    """Tell the others every few seconds that this process is at work, from a thread."""
     done = threading.Event()
+    pause = min(SILENCE, TIMEOUT).total_seconds() / SIGNS
 
     def beat() -> None:
-        while not done.wait(BEAT):
+        while not done.wait(pause):
             try:
                 _tell(_WORKING)
             except RuntimeError:  # another process is gone: the next collective says so

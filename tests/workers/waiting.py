@@ -66,7 +66,6 @@ def pair(event: str) -> list[int]:
 
 if __name__ == "__main__":
     processes.TIMEOUT, processes.SILENCE = timedelta(seconds=2), timedelta(seconds=1)
-    processes.BEAT = 0.2
     pairs = [pair(event) for event in sys.argv[1:]]
     for main, other in pairs:
         os.waitpid(other, 0)
