@@ -12,12 +12,14 @@ from typing import NoReturn
 def main() -> NoReturn:
     """Run the command line; exits with a documented code."""
     from job.cli import gammaslim
+    from job.cores import set_thread_variables
     from job.exits import run_and_exit
 
     with suppress(OSError):  # the script finds --model module:factory here too, as `python -m` does
         here = str(Path.cwd())
         if here not in sys.path and not sys.flags.safe_path:
             sys.path.append(here)
+    set_thread_variables()
     run_and_exit(partial(gammaslim, prog_name="gammaslim"))
 
 

@@ -1,24 +1,71 @@
-"""How many processor cores this process may really use."""
+"""How many processor cores this process may use, and how its threads share and await them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-QUOTAS = (  # files of (quota, period) in microseconds: cgroup v2, then v1
-    ("/sys/fs/cgroup/cpu.max",),
-    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-)
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+QUOTAS = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))  # microseconds: cgroup v2, v1
+# Threads that wait for each other spin for milliseconds by default and take the cores from the
+# threads that they wait for, unless the machine is idle. A thousand turns are some microseconds:
+# as fast on an idle machine, where no turn at all costs a third (README, Several processes).
+PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+_set_here: dict[str, str] = {}
 
 
 def available_cores() -> int:
-    """Cores by affinity (Slurm sets it), or by a container's CPU limit where that is less."""
-    cores = len(os.sched_getaffinity(0))
-    for files in QUOTAS:
-        try:
-            quota, period = " ".join(Path(file).read_text() for file in files).split()
-            if int(quota) > 0:
-                return max(1, min(cores, -(-int(quota) // int(period))))
-        except (OSError, ValueError):  # not this version, or "max"
-            continue
-    return cores
+    """Cores by affinity (Slurm sets it), or by the CPU limit of a container where that is less."""
+    return max(1, min(len(os.sched_getaffinity(0)), *_limits()))
+
+
+def set_thread_variables(processes: int | None = None) -> None:
+    """Give OpenMP's threads a share of the cores, and have them wait without spinning.
+
+    Call it before torch is imported, which reads these variables once. The cores are shared by
+    ``processes``, by default as many as the launcher started here. Variables that the user has set
+    stay as they are.
+    """
+    started = os.environ.get("LOCAL_WORLD_SIZE", "")
+    processes = processes or int(started if started.isdecimal() else 1) or 1
+    given = given_environ()
+    values = {} if PATIENCE.keys() & given.keys() else dict(PATIENCE)
+    if "OMP_NUM_THREADS" not in given:
+        values["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
+    _set_here.update(values)
+    os.environ.update(values)
+
+
+def given_environ() -> dict[str, str]:
+    """The environment without what ``set_thread_variables`` has set: for a successor's own."""
+    return {name: value for name, value in os.environ.items() if _set_here.get(name) != value}
+
+
+def _limits() -> Iterator[int]:
+    """CPU limits in cores, rounded up, of this process's cgroups and those above them."""
+    for folder in _cgroups():
+        for files in QUOTAS:
+            try:
+                quota, period = " ".join((folder / file).read_text() for file in files).split()
+                if int(quota) > 0:
+                    yield -(-int(quota) // int(period))
+            except (OSError, ValueError):  # not this version, or "max"
+                continue
+    yield os.cpu_count() or 1
+
+
+def _cgroups() -> Iterator[Path]:
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:  # no /proc
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            root = CGROUPS / "cpu" if controllers else CGROUPS
+            here = root / path.lstrip("/")
+            yield from (folder for folder in (here, *here.parents) if folder.is_relative_to(root))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from job.cores import available_cores
+from job.cores import set_thread_variables
 from job.nodes import slurm_gpus
 from job.signals import become, end_with_parent, starting
 
@@ -36,8 +36,7 @@ def launch(command: Sequence[str], nproc: int | None, nodes: Nodes) -> int:
     program = [sys.executable, "-m", "job", *command]
     if nproc * nodes.count == 1:
         become(program)
-    if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // nproc))
+    set_thread_variables(nproc)
     return run_agent(program, nproc, nodes)
 
 

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from job.cores import given_environ
 from job.errors import StopRequest
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _ask(number: int, _frame: Any) -> None:
 def become(program: list[str]) -> NoReturn:
     """Run ``program`` in place of this one; a request meanwhile waits for its ``listen``."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    os.execv(program[0], program)
+    os.execve(program[0], program, given_environ())
 
 
 def ignore_requests() -> None:

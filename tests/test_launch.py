@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from conftest import gammaslim, run, write_flat, write_noise_idx
-from job.cores import available_cores
+from job.cores import PATIENCE, available_cores
 from job.errors import UsageError
 from job.nodes import Nodes, find_nodes, nodes_left_out
 
@@ -171,6 +171,9 @@ def test_loader_processes_outlive_a_request_but_not_the_job(
         job.wait_until_it_trains()
         processes = loaders(job)
         assert len(processes) >= 2 * (1 + 2)  # of each rank: a server, two for training
+        for process in processes:
+            variables = Path(f"/proc/{process}/environ").read_text()
+            assert all(f"{name}={value}\0" in variables for name, value in PATIENCE.items())
         for rank in job.ranks().values():
             if number == signal.SIGTERM:
                 os.killpg(rank, number)  # as torch's agent does it
