@@ -127,6 +127,7 @@ def make_plan(
         groups = [r for r in groups if r.group.name in own]
     costs = Costs(network, graph, unbiased)
     planner = Planner(graph, costs, groups, base.cost if base else None)
+    slimming.budget.fraction(planner.whole)  # refuses more than there is
     if uniform:
         return _uniform(planner, slimming.budget, planner.whole, sizes, strict=own is not None)
     return _global(planner, slimming.budget, planner.whole)
