@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from job.slimming.cost import picture as picture_like
 from job.slimming.engine import Slimming, analyse, make_plan
 from job.slimming.importance import gamma_importance
 from job.slimming.plan import Plan
+from programs import close_server, forkable, run_forked
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,23 +49,33 @@ def clean_environ() -> dict[str, str]:
 os.environ.update(CHEAP)  # for what tests start otherwise
 
 
-def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> Result:
-    """Run a command without W&B's and Gammaslim's variables of the caller."""
+def run(
+    *command: object,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    fork: bool = True,
+) -> Result:
+    """Run a command without W&B's and Gammaslim's variables of the caller.
+
+    Programs that import torch are run by ``fork`` where that makes no difference (programs.py).
+    """
+    parts, whole = [str(part) for part in command], {**clean_environ(), **(env or {})}
+    if fork and forkable(parts, env or {}):
+        return Result(run_forked(parts[1:], whole, cwd))
     done = subprocess.run(
-        [str(part) for part in command],
-        env={**clean_environ(), **(env or {})},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
+        parts, env=whole, cwd=cwd, capture_output=True, text=True, timeout=900, check=False
     )
     return Result(done)
 
 
-def gammaslim(*args: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> Result:
-    """Run ``python -m job …`` in a process of its own."""
-    return run(sys.executable, "-m", "job", *args, env=env, cwd=cwd)
+def gammaslim(
+    *args: object,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    fork: bool = True,
+) -> Result:
+    """Run ``python -m job …``."""
+    return run(sys.executable, "-m", "job", *args, env=env, cwd=cwd, fork=fork)
 
 
 def picture(rng: np.random.Generator, label: int, width: int, height: int) -> Image.Image:
@@ -147,6 +159,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _programs_end_with_the_tests() -> Iterator[None]:
+    yield
+    close_server()
+
+
 @pytest.fixture(scope="session")
 def flat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Food-11 data set in a path with digits, a space and a letter beyond ASCII."""
@@ -165,7 +183,7 @@ def finished_run(flat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     output = tmp_path_factory.mktemp("runs 1") / "run é"
     done = gammaslim(
         "prune", "--data", flat_data, "--output", output, "--base-epochs", 2, "--rounds", 2,
-        "--epochs", 2, "--batch-size", 10, "--workers", 1,
+        "--epochs", 2, "--batch-size", 10, "--workers", 1, fork=False,
     )  # fmt: skip
     assert done.code == 0, done
     return output

@@ -46,9 +46,10 @@ export WANDB_MODE=${WANDB_MODE:-offline}
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy" --strict job
 if [ $# -gt 0 ]; then exec "$venv/bin/python" -m pytest "$@"; fi
-# two at a time on one thread each, then those that measure time or need the machine to themselves;
-# what fails is tried once more and reported as rerun: a machine may be slow for a while
+# two at a time on one thread each, groups first: containers and the cluster wait for much; then
+# those that measure time or need the machine to themselves.
+# What fails is tried once more and reported as rerun: a machine may be slow for a while.
 failed=0
-OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n 2 --dist worksteal --reruns 1 -m 'not alone' || failed=$?
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n 2 --dist loadgroup --reruns 1 -m 'not alone' || failed=$?
 "$venv/bin/python" -m pytest --reruns 1 -m alone || failed=$?
 exit "$failed"

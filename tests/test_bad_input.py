@@ -8,23 +8,20 @@ line a case.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import shutil
 import stat
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from conftest import CHEAP, ROOT, gammaslim
+from conftest import CHEAP, clean_environ, gammaslim
 from hostile import idx, models, options, pictures, weights
 from hostile.case import DOCUMENTED, Case, Originals
+from programs import ROOT, End, Server
 
 SECONDS, MEMORY = 60, 2 << 30  # on a slow machine; most take less than a second
 GENERATORS = (
@@ -34,50 +31,19 @@ GENERATORS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class End:
-    """How a case ended."""
-
-    code: int | None
-    out: str
-    err: str
-    seconds: float
-    memory: int
-
-
 Run = Callable[[list[str], dict[str, str], Path, Path], End]
 
 
-class Server:
-    """A fork server as a child process; runs one command line at a time."""
-
-    def __init__(self) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "workers" / "fork_server.py"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
-        )  # fmt: skip
-
-    def run(self, args: list[str], env: dict[str, str], cwd: Path, logs: Path) -> End:
-        """Run ``gammaslim ARGS`` in ``cwd``."""
-        assert self.process.stdin
-        assert self.process.stdout
-        out, err = logs / "stdout", logs / "stderr"
-        case = {"args": args, "env": env, "cwd": str(cwd), "out": str(out), "err": str(err)}
-        print(json.dumps({**case, "limit": SECONDS}), file=self.process.stdin, flush=True)
-        end = json.loads(self.process.stdout.readline())
-        texts = [path.read_text("utf-8", "backslashreplace") for path in (out, err)]
-        return End(end["code"], *texts, end["seconds"], end["memory"])
-
-    def close(self) -> None:
-        """End the server."""
-        self.process.communicate()
-
-
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def in_a_fork() -> Iterator[Run]:
+    """Run ``gammaslim ARGS`` on one thread, in a fork that is held to its limits."""
     server = Server()
-    yield server
+
+    def run(args: list[str], env: dict[str, str], cwd: Path, logs: Path) -> End:
+        env = {**clean_environ(), "OMP_NUM_THREADS": "1", **env}
+        return server.run(["-m", "job", *args], env, cwd, logs, limit=SECONDS, guard=True)
+
+    yield run
     server.close()
 
 
@@ -162,7 +128,7 @@ def play(case: Case, folder: Path, run: Run) -> tuple[End, list[str]]:
 
 
 def test_bad_input_in_numbers(
-    server: Server, originals: Originals, tmp_path: Path, request: pytest.FixtureRequest
+    in_a_fork: Run, originals: Originals, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Of more than a thousand cases every fifth, or with --all every one."""
     share = 1 if request.config.getoption("--all") else 5
@@ -171,7 +137,7 @@ def test_bad_input_in_numbers(
     for number, case in enumerate(cases(originals)):
         if number % share:
             continue
-        end, found = play(case, tmp_path / str(number), server.run)
+        end, found = play(case, tmp_path / str(number), in_a_fork)
         codes[end.code] += 1
         kinds[case.kind] += 1
         if found:
@@ -190,11 +156,11 @@ def in_a_process(args: list[str], env: dict[str, str], cwd: Path, logs: Path) ->
     return End(done.code, done.out, done.err, 0, 0)
 
 
-def test_the_fork_server_is_faithful(server: Server, originals: Originals, tmp_path: Path) -> None:
+def test_the_fork_server_is_faithful(in_a_fork: Run, originals: Originals, tmp_path: Path) -> None:
     """A case of every second generator ends with the same words in a process of its own."""
     for number, generate in list(enumerate(GENERATORS))[::2]:
         case = list(generate(random.Random(number), originals))[3 + 2 * number]
-        forked, _ = play(case, tmp_path / "case", server.run)
+        forked, _ = play(case, tmp_path / "case", in_a_fork)
         own, found = play(case, tmp_path / "case", in_a_process)
         assert not found, (case, found, own)
         assert (own.code, own.out, own.err) == (forked.code, forked.out, forked.err)

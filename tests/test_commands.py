@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,19 +26,6 @@ def one_line(text: str) -> str:
     assert text.count("\n") == 1, text
     assert text.startswith("Error: ")
     return text
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("command", [[], *([name] for name in sorted(group.commands))])
-def test_help_answers_at_once(command: list[str]) -> None:
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = gammaslim(*command, "--help")
-        times.append(time.perf_counter() - began)
-        assert done.code == 0
-        assert "Usage: gammaslim" in done.out
-    assert min(times) < 0.5
 
 
 def test_options_and_the_configuration_are_the_same() -> None:

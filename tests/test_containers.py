@@ -19,7 +19,7 @@ from engine import IMAGE, Engine, wait_for
 from schemas import Document
 from test_manifests import K8S, documents, kustomize
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.xdist_group("containers")
 
 UID = 654_321  # nobody's
 HARDENED = (

@@ -377,6 +377,7 @@ def test_what_is_missing_is_named(environ: dict[str, str], problem: str) -> None
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes")
 JOB = ("-m", "job")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def test_accelerate_and_launch_give_the_same_run(noise: Path, tmp_path: Path) -> None:
@@ -391,7 +392,7 @@ def test_accelerate_and_launch_give_the_same_run(noise: Path, tmp_path: Path) ->
     found = {}
     for name, launcher in started.items():
         output = tmp_path / name / "run"
-        done = run(*launcher, *options(noise, output), *small, env={"OMP_NUM_THREADS": "1"})
+        done = run(*launcher, *options(noise, output), *small, env=ONE_THREAD, fork=False)
         assert done.code == 0, done
         found[name] = result(output)
         lines = [line for line in done.out.splitlines() if not line.startswith("run:")]

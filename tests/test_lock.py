@@ -16,8 +16,6 @@ from conftest import gammaslim, write_noise_idx
 from job.errors import OutputError
 from job.lock import Lock
 
-pytestmark = pytest.mark.alone
-
 OPTIONS = ("--base-epochs", 60, "--rounds", 0, "--batch-size", 16, "--wandb", "off")
 
 

@@ -171,7 +171,6 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "STOP"])
 @pytest.mark.sampled(2)
 def test_a_request_stops_the_run_and_saves_its_position(
@@ -229,7 +228,6 @@ def test_a_request_is_honoured_wherever_it_comes(
         assert_same(output, undisturbed)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_request_is_honoured_while_pictures_are_checked(tmp_path: Path, processes: int) -> None:
     data = write_flat(

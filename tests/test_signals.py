@@ -11,8 +11,6 @@ import pytest
 from job import signals
 from job.signals import STOP, Watch
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(autouse=True)
 def _nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, run, write_noise_idx
 from slurm.cluster import Cluster, Job, has_freezer
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.xdist_group("slurm")
 
 VENV = Path(sys.executable).parent.parent
 PRUNE, SWEEP = ROOT / "slurm" / "prune.sh", ROOT / "slurm" / "sweep.sh"

@@ -382,7 +382,6 @@ def test_a_read_only_output_is_refused_before_any_work_and_a_read_only_run_can_b
         assert done.code == 0, done
 
 
-@pytest.mark.alone
 def test_two_processes_on_a_full_disk_end_together(noise: Path, disk: Path) -> None:
     command = options(noise, disk / "run", "--rounds", 0)
     torchrun = (*TORCHRUN, 2, "-m", "job", *command)

@@ -20,8 +20,6 @@ from conftest import ROOT, Result, gammaslim, run, write_noise_idx
 from job import tracking
 from job.tracking import Tracker
 
-pytestmark = pytest.mark.alone
-
 KILL_AT = ROOT / "tests" / "workers" / "kill_at.py"
 
 
@@ -181,6 +179,7 @@ def test_offline_attempts_are_grouped_and_synced_by_the_line_printed(
 OUTAGES = [(how, at) for how in ("hang", "reset", "500") for at in ("init", "stream", "finish")]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("how", "at"), OUTAGES, ids=map(" at ".join, OUTAGES))
 @pytest.mark.sampled(3)
 def test_an_outage_is_waited_for_briefly_and_loses_nothing(

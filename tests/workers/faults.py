@@ -20,7 +20,8 @@ from typing import Any
 import matplotlib.figure  # noqa: F401
 
 import job.artifact
-import job.pipeline  # noqa: F401
+import job.pipeline
+import job.report
 from job.__main__ import main
 
 WRITES = os.O_WRONLY | os.O_RDWR
@@ -88,6 +89,9 @@ def child(request: dict[str, Any]) -> None:
 
 
 def serve() -> None:
+    from fork_server import draw_one  # not in the loader processes
+
+    job.report.draw_run = draw_one
     gc.freeze()  # a collection in a child would copy all of torch
     for line in sys.stdin:
         process = os.fork()

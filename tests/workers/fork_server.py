@@ -1,51 +1,73 @@
-"""Run ``gammaslim`` command lines from stdin, each in a fork of this process.
+"""Run programs from stdin, each in a fork of this process that has torch and the job imported.
 
-Python, torch and the commands are imported once, so that a command costs a fork in place of
-seconds. One JSON object a line, in and out; each fork is held to a time and a guard on memory.
+A program that would take seconds to start costs a fork. One JSON object a line, in and out:
+``program`` as what follows ``python`` (``-m MODULE`` or a script, and its arguments), ``env`` and
+``cwd`` of its own, files for its output, a time that it is held to, and for hostile input a guard
+on memory. A run draws one figure in place of six.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
+import importlib
 import json
 import os
 import resource
+import runpy
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 import PIL.Image
 import torch
 import torch._meta_registrations
 
-import job.commands.cut
-import job.commands.inspect
-import job.commands.score
-import job.commands.slim
-import job.pipeline  # noqa: F401
-from job.__main__ import main
+import job.__main__
+import job.figures
+import job.report
+from job.figures import Picture
+from job.history import History
 from job.models import build
 from job.slimming.cost import network_cost
 
+PRELOADED = (
+    "accelerate", "matplotlib.backends.backend_agg", "torch._dynamo", "torch.distributed.run",
+    "matplotlib.figure", "job.commands.cut", "job.commands.inspect", "job.commands.score",
+    "job.commands.slim", "job.pipeline",
+)  # fmt: skip
 GUARD = 12 << 30  # bytes of address space: saves the machine; what is judged is measured
 
 
 def serve() -> None:
     """Answer every line of stdin."""
     torch.set_num_threads(1)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    job.report.draw_run = draw_one
     PIL.Image.init()
-    network_cost(build("student", 3, {"base": 1}), 32)  # loads what is imported at first use
+    network = build("student", 3, {"base": 1})
+    network_cost(network, 32)  # loads what is imported at first use
+    torch.optim.AdamW(network.parameters())
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
 
 
+def draw_one(history: History) -> list[Picture]:
+    """One figure of a run's six, which take longer than so small a run."""
+    with job.figures._drawing() as figure:
+        return [job.figures._curves(figure, history, "loss")] if history.epochs else []
+
+
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Exit code (negative: a signal), seconds, peak resident bytes of one command line."""
+    """Exit code (negative: a signal), seconds, peak resident bytes of one program."""
     began = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -67,24 +89,49 @@ def _become(case: dict[str, Any]) -> NoReturn:
     code = 1
     try:
         os.setsid()
-        resource.setrlimit(resource.RLIMIT_AS, (GUARD, GUARD))
+        if case["guard"]:
+            resource.setrlimit(resource.RLIMIT_AS, (GUARD, GUARD))
         os.chdir(case["cwd"])
         for number, name in ((0, os.devnull), (1, case["out"]), (2, case["err"])):
             flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             os.dup2(os.open(name, flags, 0o600), number)
-        for name in [n for n in os.environ if n.startswith(("WANDB_", "GAMMASLIM_"))]:
-            del os.environ[name]
+        os.environ.clear()
         os.environ.update(case["env"])
-        sys.argv = ["gammaslim", *case["args"]]
-        main()
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
+        _start(*case["program"])
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:
         traceback.print_exc()
     finally:
+        _end(code)
+
+
+def _start(first: str, *args: str) -> None:
+    """As ``python`` would, but that a module which is imported is not executed again."""
+    if first != "-m":
+        sys.argv, sys.path[0] = [first, *args], str(Path(first).parent)
+        runpy.run_path(first, run_name="__main__")
+        return
+    module, *rest = args
+    sys.argv, sys.path[0] = [module, *rest], str(Path.cwd())
+    if module == "job":  # loader processes look up the main module by its name
+        sys.modules["__main__"] = job.__main__
+        job.__main__.main()
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _end(code: int) -> NoReturn:
+    """As Python ends, without tearing down what other forks share."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
+    finally:
         os._exit(code)
 
 
