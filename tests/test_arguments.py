@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -84,24 +85,31 @@ def test_a_wrong_calibration_is_named(network: nn.Module, calibration: Any, mess
         job.slim(network, EXAMPLE, calibration=calibration)
 
 
-def cycle() -> Iterator[list[torch.Tensor]]:
-    while True:
-        yield [BATCH[:1].expand(1024, -1, -1, -1), LABELS[:1].expand(1024)]
-
-
 @pytest.mark.parametrize(
     "calibration",
     [
         [BATCH, BATCH], [(BATCH, LABELS)], [[BATCH.double(), LABELS]], [(BATCH,), {"x": BATCH}],
         [{"pixel_values": BATCH, "labels": LABELS}], iter([BATCH]),
         torch.utils.data.DataLoader(torch.utils.data.TensorDataset(BATCH, LABELS), 3),
-        [torch.rand(2, 3, 32, 24)], [BATCH.bfloat16()], cycle(),
+        [torch.rand(2, 3, 32, 24)], [BATCH.bfloat16()],
     ],
 )  # fmt: skip
 def test_batches_are_taken_as_people_have_them(network: nn.Module, calibration: Any) -> None:
     narrow, plan = job.slim(network, EXAMPLE, target="macs=0.5", calibration=calibration)
     assert plan.method == "importance refit, compensation regress"
     assert narrow(EXAMPLE).isfinite().all()
+
+
+def test_no_more_batches_are_taken_than_are_measured(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.slimming.batches.samples_at", lambda size: size)
+    endless, taken = itertools.repeat([BATCH, LABELS]), []
+    watched = (taken.append(batch) or batch for batch in endless)
+    job.slim(network, EXAMPLE, calibration=watched)
+    assert len(taken) == 24 // 4
+    job.slim(network, EXAMPLE, calibration=watched, recalibrate=9)
+    assert len(taken) == 24 // 4 + 9
 
 
 @pytest.mark.parametrize(
