@@ -73,6 +73,8 @@ def run_forked(
     program: Sequence[str], env: dict[str, str], cwd: Path | None
 ) -> subprocess.CompletedProcess[str]:
     """As Server.run, of one server that all tests of this process share."""
+    if _server and _server[0].process.poll() is not None:  # it was killed
+        _server.clear()
     if not _server:
         _server.append(Server())
     with tempfile.TemporaryDirectory() as logs:

@@ -392,11 +392,11 @@ def test_the_wheel_holds_all_that_the_job_needs(tmp_path: Path) -> None:
 
 
 def test_the_default_run_is_fast_and_stays_near_its_base(tmp_path: Path) -> None:
-    began = time.monotonic()
+    before = os.times()
     done = gammaslim("prune", cwd=tmp_path, env=dict.fromkeys(CHEAP, ""), fork=False)
-    took = time.monotonic() - began
+    after = os.times()
     assert done.code == 0, done
-    assert took < 480  # some 70 seconds on two idle cores; other tests run beside it
+    assert sum(after[2:4]) - sum(before[2:4]) < 480  # of processor time: four minutes of two cores
     run = tmp_path / "runs" / "student-fashion-mnist"
     config = tomllib.loads((run / "config.toml").read_text())["prune"]
     assert (config["importance"], config["compensate"]) == ("refit", "regress")
