@@ -66,7 +66,7 @@ def prune(config: PruneConfig) -> None:
         config = on_main(lambda: adopted(config), interrupt=True)
         if config.dry_run:
             return dry_run(config, watch, accelerator)
-        data, preprocessing = prepare_data(config, watch.check_here)
+        data, preprocessing = prepare_data(config, watch.check_here, watch.stop_file.parent)
         torch.manual_seed(config.seed)
         network, card = on_main(lambda: base_network(config, data, preprocessing), interrupt=True)
         on_main(lambda: planned_rounds(config, network, card), interrupt=True)  # is it feasible?

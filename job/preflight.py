@@ -134,7 +134,8 @@ def _check_inputs(
     config: PruneConfig, watch: Watch, accelerator: Accelerator, found: Findings
 ) -> list[dict[str, Any]] | None:
     """The planned rounds, where data, weights, target and the run to resume are right."""
-    prepared = found.attempt(lambda: prepare_data(config, watch.check_here))
+    output = watch.stop_file.parent
+    prepared = found.attempt(lambda: prepare_data(config, watch.check_here, output))
     if prepared is None:
         if config.weights:  # whether they fit can only be said with the data's classes
             found.attempt(lambda: on_main(lambda: _readable(str(config.weights))))

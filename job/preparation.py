@@ -16,8 +16,9 @@ from job.console import progress, say
 from job.cut import base_of, can_cut, plan_round
 from job.data import Dataset, check_pictures, open_data
 from job.data.batches import default_workers
-from job.data.dataset import with_validation
-from job.data.layout import SPLIT_NAMES
+from job.data.dataset import missing_classes, with_validation
+from job.data.folders import PRESENT_LISTING
+from job.data.provenance import listing_of
 from job.errors import DataError, InputNotFound, UsageError, shown
 from job.files import is_file
 from job.models import build, nominal_width
@@ -26,6 +27,7 @@ from job.models.weights import load_state, read_state
 from job.processes import digest, local_world, on_main
 from job.slim_base import own_preprocessing, slim_base, source_folder
 from job.slimming.surgery import narrowed
+from job.splits import SPLIT_NAMES
 from job.training.calibration import Calibration
 from job.training.evaluation import Evaluator
 from job.training.fit import Trainer
@@ -45,17 +47,18 @@ SPLITS = ("training", "validation")  # the testing split never chooses a model
 
 
 def prepare_data(
-    config: PruneConfig, look: Callable[[], None] = lambda: None
+    config: PruneConfig, look: Callable[[], None] = lambda: None, output: Path | None = None
 ) -> tuple[Dataset, Preprocessing]:
-    """The data set with its pictures checked, and how they become inputs; the same on all ranks.
+    """The data set with its images checked, and how they become inputs; the same on all ranks.
 
-    ``look`` is called between pictures and may raise. Raises InputNotFound, DataError or
-    UsageError.
+    ``look`` is called between images and may raise. A run in ``output`` is resumed on the files
+    that it was begun with, whatever other suffixes are known since. Raises InputNotFound, DataError
+    or UsageError.
     """
 
     def prepare() -> tuple[Dataset, Preprocessing]:
         config.preprocessing.check()
-        data = open_data(config.data)
+        data = open_data(config.data, listing_of(output) if output else PRESENT_LISTING)
         for split in SPLITS:
             if split in data.splits or split == "training":
                 data.labelled(split)
@@ -69,6 +72,7 @@ def prepare_data(
         present = [split for split in SPLITS if split in data.splits]
         data, largest = check_pictures(data, present, config.on_bad_image, bar)
         data = with_validation(data, config.seed)
+        data = replace(data, notes=(*data.notes, *missing_classes(data)))
         own, options = own_preprocessing(config), config.preprocessing
         return data, options.override(own) if own else options.resolve(largest)
 
@@ -95,7 +99,9 @@ def describe(data: Dataset, preprocessing: Preprocessing) -> str:
 
 def dataset_record(data: Dataset) -> dict[str, Any]:
     """The data set as config.toml names it."""
-    record: dict[str, Any] = {"layout": data.layout, "root": data.root}
+    record: dict[str, Any] = {"layout": data.layout, "root": data.root, "listing": data.listing}
+    if data.layout != "built-in":
+        record["path"] = shown(os.path.abspath(data.source))  # noqa: PTH100 (links stay links)
     record |= {name: len(data.splits[name]) for name in SPLITS}
     skipped = [shown(name) for name in data.skipped]
     return record | {"skipped": skipped, "fingerprint": data.fingerprint(SPLITS)}
@@ -157,7 +163,7 @@ def base_network(
     torch.manual_seed(config.seed)
     network = build(config.model, num_classes, config.args, note=say)
     check_size(network, preprocessing.size)
-    lineage: dict[str, Any] = {"seed": config.seed}
+    lineage: dict[str, Any] = {"seed": config.seed, "listing": data.listing}
     if config.weights:
         state, source = read_state(str(config.weights)), shown(config.weights)
         fresh = load_state(network, state, source, fresh_head=True, note=say)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from job.cores import available_cores
 from job.data.dataset import ArraySplit, Dataset, FileSplit, Split
+from job.data.folders import PRESENT_LISTING
 from job.data.images import check_image, quiet
-from job.data.layout import open_builtin, open_folder
+from job.data.layout import BUILT_IN, open_builtin, open_folder
 from job.data.preprocessing import PreprocessingOptions
 from job.data.transforms import Preprocessing
 from job.errors import DataError
@@ -21,9 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
 
-def open_data(path: str | None) -> Dataset:
-    """The data set at ``path``, or the built-in one; raises InputNotFound or DataError."""
-    return open_folder(path) if path else open_builtin()
+def open_data(path: str | None, listing: int = PRESENT_LISTING) -> Dataset:
+    """The data set at ``path``, or the built-in one; raises InputNotFound or DataError.
+
+    Folders are read by the rules of ``listing``.
+    """
+    if path is None or (path == BUILT_IN and not Path(path).exists()):
+        return open_builtin()
+    return replace(open_folder(path, listing), source=path, listing=listing)
 
 
 def check_pictures(
@@ -49,13 +56,13 @@ def check_pictures(
             for index, result in enumerate(progress(results, len(split))):
                 if isinstance(result, DataError):
                     if on_bad_image == "fail":
-                        raise DataError(f"{result}; mend or remove it, or pass --on-bad-image skip")
+                        raise DataError(f"{result}; fix or remove it, or pass --on-bad-image skip")
                     bad.append(split.name(index))
                 else:
                     good.append(index)
                     largest = max(largest, *result)
         if not good:
-            raise DataError(f"no picture of the {name} split of {data.root} can be read")
+            raise DataError(f"no image of the {name} split of {data.root} can be read")
         if bad:
             data = replace(
                 data.with_splits(**{name: split.take(np.array(good))}),

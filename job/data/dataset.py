@@ -12,7 +12,7 @@ from PIL import Image
 
 from job.data.images import load_rgb
 from job.data.table import stable_order
-from job.errors import DataError, InputNotFound
+from job.errors import DataError, InputNotFound, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -113,7 +113,9 @@ class Dataset:
     splits: Mapping[str, Split]
     numbered: bool = False  # the classes have numbers in place of names
     notes: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = field(default=())  # pictures left out by --on-bad-image skip
+    skipped: tuple[str, ...] = field(default=())  # images left out by --on-bad-image skip
+    source: str = ""  # what --data was
+    listing: int = 2  # how folders were read, see job.data.folders
 
     def split(self, name: str) -> Split:
         """The split ``name``; ``testing`` and ``evaluation`` stand in for one another.
@@ -146,6 +148,18 @@ class Dataset:
     def with_splits(self, **changed: Split) -> Dataset:
         """The same data set with some splits replaced."""
         return replace(self, splits={**self.splits, **changed})
+
+
+def missing_classes(data: Dataset) -> tuple[str, ...]:
+    """A note on classes of the training split that the validation split has no image of."""
+    if not {"training", "validation"} <= set(data.splits):
+        return ()
+    has = set(data.splits["validation"].labels.tolist())
+    lacks = [data.class_names[n] for n in set(data.splits["training"].labels.tolist()) - has]
+    if not lacks:
+        return ()
+    names = ", ".join(shown(name) for name in sorted(lacks)[:6]) + (", …" if len(lacks) > 6 else "")
+    return (f"warning: no validation images of {len(lacks):,} classes ({names})",)
 
 
 def with_validation(data: Dataset, seed: int) -> Dataset:

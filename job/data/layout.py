@@ -1,7 +1,8 @@
 """Recognise what kind of data set a folder holds, and list its splits.
 
-Three layouts: Food-11 (``training/3_45.jpg``), class folders (``train/cat/x.jpg``), IDX files
-(``train-images-idx3-ubyte.gz``). Class numbers come from a file's own name, never from its path.
+Food-11 (``training/3_45.jpg``), class folders (``train/cat/x.jpg``, or ``cat/x.jpg`` without
+splits), IDX files (``train-images-idx3-ubyte.gz``), CSV files (``train.csv``). Class numbers come
+from a file's own name, never from its path.
 """
 
 from __future__ import annotations
@@ -14,126 +15,126 @@ from pathlib import Path
 
 import numpy as np
 
-from job.data.dataset import UNLABELLED, ArraySplit, Dataset, FileSplit, Labels, Split
-from job.data.idx import read_idx
-from job.data.images import SUFFIXES
-from job.errors import DataError, InputNotFound, reading, shown
+from job.data.csv_files import open_csv_file, open_csv_folder
+from job.data.dataset import UNLABELLED, Dataset, FileSplit, Split
+from job.data.folders import PRESENT_LISTING, Lister, natural_key, visible
+from job.data.idx_layout import class_numbers, open_idx
+from job.errors import DataError, InputNotFound, shown
 
-SPLIT_NAMES = {
-    "training": ("training", "train"),
-    "validation": ("validation", "valid", "val"),
-    "testing": ("testing", "test"),
-    "evaluation": ("evaluation", "eval"),
-}
-_CANONICAL = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
-_IDX = re.compile(
-    r"(?:(?P<prefix>.*)[-_.])?(?P<split>train|validation|valid|val|t10k|test)"
-    r"[-_.](?P<kind>images|labels)[-_.]idx\d[-_.](?:ubyte|int)(?:\.gz)?",
-    re.IGNORECASE,
-)
+BUILT_IN = "built-in"  # as --data
+UNSPLIT = "class folders without splits"
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 LOOKED_FOR = (
     "Food-11 files (training/3_45.jpg, validation/…, testing/… or evaluation/…), "
-    "class folders (train/CLASS/*.jpg, val/CLASS/…, test/CLASS/…), "
-    "IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…; gzipped or not)"
+    "class folders (train/CLASS/*.jpg, val/CLASS/…, test/CLASS/…, or CLASS/*.jpg alone), "
+    "IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…; gzipped or not), "
+    "a CSV file of paths and labels (train.csv: file,label)"
 )
 
 
 def open_builtin() -> Dataset:
     """The sample of Fashion-MNIST that comes with the package."""
-    data = _open_idx(Path(str(resources.files("job") / "data" / "fashion_mnist")))
+    data = open_idx(Path(str(resources.files("job") / "data" / "fashion_mnist")))
     assert data is not None
     title = "built-in Fashion-MNIST sample"
     return replace(data, layout="built-in", root=title, class_names=FASHION_CLASSES, numbered=False)
 
 
-def open_folder(path: str | os.PathLike[str]) -> Dataset:
-    """The data set in ``path``, or in its only sub-folder.
+def open_folder(path: str | os.PathLike[str], listing: int = PRESENT_LISTING) -> Dataset:
+    """The data set in ``path``, a folder, its only sub-folder, or a CSV file.
 
-    Raises InputNotFound when there is no such folder, DataError when it is of no known layout.
+    Raises InputNotFound when there is none, DataError when it is of no known layout.
     """
     root = Path(path)
     if not root.exists():
         raise InputNotFound(f"--data {shown(path)} does not exist")
+    if root.is_file() and root.suffix.lower() == ".csv":
+        return open_csv_file(root)
     if not root.is_dir():
         raise DataError(f"--data {shown(path)} is a file; it takes a folder with {LOOKED_FOR}")
-    inside = root
-    for _ in range(3):
-        found = _open_idx(inside) or _open_split_folders(inside)
-        if found:
+    found = open_splits(root, listing) or _open_class_folders(_inmost(root)[-1], Lister(listing))
+    if not found:
+        raise DataError(f"--data {shown(path)} is no data set; looked for {LOOKED_FOR}")
+    return found
+
+
+def open_splits(root: Path, listing: int = PRESENT_LISTING) -> Dataset | None:
+    """The data set in the folder ``root``, or its only sub-folder, if it says what its splits are.
+
+    Raises DataError.
+    """
+    for inside in _inmost(root):
+        found = open_idx(inside) or _open_split_folders(inside, Lister(listing))
+        if found := found or open_csv_folder(inside):
             return found
-        folders = [entry for entry in _visible(inside) if (inside / entry).is_dir()]
+    return None
+
+
+def open_images(path: Path) -> Dataset:
+    """An image file, or all below a folder, as a split ``testing`` without labels.
+
+    Raises InputNotFound or DataError.
+    """
+    if not path.exists():
+        raise InputNotFound(f"--data {shown(path)} does not exist")
+    lister = Lister()
+    if path.is_dir():
+        root, names = path, [os.path.relpath(p, path.name) for p in lister.images_below(path)]
+    else:
+        root, names = path.parent, [path.name]
+    if not names:
+        raise DataError(
+            f"--data {shown(path)} holds no images{''.join(f'; {n}' for n in lister.notes())}"
+        )
+    split = _file_split(root, "", names, [UNLABELLED] * len(names))
+    return Dataset("images", shown(path), (), {"testing": split}, notes=lister.notes())
+
+
+def _inmost(root: Path) -> list[Path]:
+    """``root``, its only sub-folder, and that one's."""
+    found = [root]
+    while len(found) < 3:
+        folders = [entry for entry in visible(found[-1]) if (found[-1] / entry).is_dir()]
         if len(folders) != 1:
             break
-        inside /= folders[0]
-    raise DataError(f"--data {shown(path)} is no data set; looked for {LOOKED_FOR}")
+        found.append(found[-1] / folders[0])
+    return found
 
 
-def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts 2.jpg before 10.jpg."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(int(part), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
-
-
-def _visible(folder: Path) -> list[str]:
-    try:
-        with reading(folder):
-            names = os.listdir(folder)
-    except OSError as error:
-        raise DataError(f"{shown(folder)} cannot be read: {error.strerror}") from error
-    return sorted(name for name in names if not name.startswith("."))
-
-
-def _pictures(folder: Path) -> list[str]:
-    return [name for name in _visible(folder) if name.lower().endswith(SUFFIXES)]
-
-
-def _open_split_folders(root: Path) -> Dataset | None:
+def _open_split_folders(root: Path, lister: Lister) -> Dataset | None:
     folders: dict[str, str] = {}
-    for entry in _visible(root):
-        name = _CANONICAL.get(entry.lower())
+    for entry in visible(root):
+        name = lister.split(entry)
         if name and (root / entry).is_dir():
             if name in folders:
                 raise DataError(
                     f"{shown(root)} has two {name} folders, {folders[name]} and {entry}: keep one"
                 )
             folders[name] = entry
-    classes = {name: _class_folders(root / folder) for name, folder in folders.items()}
-    flat = {name: _pictures(root / folder) for name, folder in folders.items()}
+    classes = {name: lister.class_folders(root / folder) for name, folder in folders.items()}
+    flat = {name: lister.images(root / folder) for name, folder in folders.items()}
     if any(classes.values()):
-        return _from_class_folders(root, folders, classes, flat)
+        return _from_class_folders(root, folders, classes, flat, lister)
     if any(flat.values()):
-        return _from_flat_files(root, folders, flat)
+        return _from_flat_files(root, folders, flat, lister)
     return None
 
 
-def _class_folders(folder: Path) -> dict[str, list[str]]:
-    """Pictures below each sub-folder, as paths relative to ``folder``; empty ones are left out."""
-    found = {}
-    for entry in _visible(folder):
-        if not (folder / entry).is_dir():
-            continue
-        below = [os.path.relpath(path, folder) for path in _pictures_below(folder / entry)]
-        if below:
-            found[entry] = sorted(below, key=natural_key)
-    return found
-
-
-def _pictures_below(folder: Path) -> list[Path]:
-    """Pictures in ``folder`` and its visible sub-folders; links are followed, but in no circle."""
-    found, seen, root = [], set(), Path(os.path.realpath(folder))
-    for place, inside, _ in os.walk(folder, followlinks=True):
-        here = os.path.realpath(place)
-        if here in seen or (root != Path(here) and root.is_relative_to(here)):
-            inside.clear()
-            continue
-        seen.add(here)
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        found += [Path(place, name) for name in _pictures(Path(place))]
-    return found
+def _open_class_folders(root: Path, lister: Lister) -> Dataset | None:
+    """CLASS/*.jpg without splits: all images are training, of which some will be held out."""
+    for entry in visible(root):
+        if (root / entry).is_dir() and any(
+            lister.split(name) and (root / entry / name).is_dir() for name in visible(root / entry)
+        ):
+            return None  # several data sets
+    classes, flat = {"training": lister.class_folders(root)}, {"training": lister.images(root)}
+    if len(classes["training"]) < 2:
+        return None
+    found = _from_class_folders(root, {"training": ""}, classes, flat, lister)
+    return replace(found, layout=UNSPLIT)
 
 
 def _from_class_folders(
@@ -141,17 +142,19 @@ def _from_class_folders(
     folders: dict[str, str],
     classes: dict[str, dict[str, list[str]]],
     flat: dict[str, list[str]],
+    lister: Lister,
 ) -> Dataset:
     names = tuple(sorted(classes.get("training") or {c for s in classes.values() for c in s}))
     splits: dict[str, Split] = {}
-    notes = []
+    notes = [*_order_note(names), *lister.notes()]
     for split, folder in folders.items():
-        if not classes[split]:  # unlabelled pictures for `predict`
+        if not classes[split]:  # unlabelled images for `predict`
             paths = sorted(flat[split], key=natural_key)
             labels: list[int] = [UNLABELLED] * len(paths)
         else:
             if flat[split]:
-                notes.append(f"{folder}: {len(flat[split])} pictures outside class folders ignored")
+                place = f"{folder}: " if folder else ""
+                notes.append(f"{place}{len(flat[split])} images outside class folders ignored")
             for unknown in sorted(set(classes[split]) - set(names)):
                 raise DataError(
                     f"{shown(root / folder / unknown)} is a class that the training split lacks; "
@@ -164,7 +167,21 @@ def _from_class_folders(
     return Dataset("class folders", shown(root), names, splits, notes=tuple(notes))
 
 
-def _from_flat_files(root: Path, folders: dict[str, str], flat: dict[str, list[str]]) -> Dataset:
+def _order_note(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Said where class folders are numbers and the order is not that of numbers."""
+    if not all(name.isdecimal() for name in names) or list(names) == sorted(names, key=int):
+        return ()
+    place = next(n for n, name in enumerate(names) if name != sorted(names, key=int)[n])
+    return (
+        f"warning: class folders are numbers, but ordered as text, as torchvision's ImageFolder "
+        f"does it ({_some(names)}): class number {place} of the network is folder {names[place]}; "
+        "predict writes the folder's name",
+    )
+
+
+def _from_flat_files(
+    root: Path, folders: dict[str, str], flat: dict[str, list[str]], lister: Lister
+) -> Dataset:
     """Food-11: ``{class}_{idx}.jpg``; a split other than training may have no classes."""
     tokens = {split: [_class_token(name) for name in names] for split, names in flat.items()}
     source = "training" if flat.get("training") else next(s for s in flat if flat[s])
@@ -172,12 +189,12 @@ def _from_flat_files(root: Path, folders: dict[str, str], flat: dict[str, list[s
     if source == "training" and unnamed:
         raise DataError(
             f"{shown(root / folders[source] / unnamed[0])} has no class in its name: "
-            "pictures of the Food-11 layout are called CLASS_NUMBER.jpg, as 3_45.jpg"
+            "images of the Food-11 layout are called CLASS_NUMBER.jpg, as 3_45.jpg"
         )
     known = _known(tokens, "training", "validation") or _known(tokens, "evaluation")
     known = known or _known(tokens, "testing")
     numbered = any(token.isdecimal() for token in known)
-    names = _class_numbers(root, known) if numbered else tuple(sorted(known))
+    names = class_numbers(root, known) if numbered else tuple(sorted(known))
     index = {name: i for i, name in enumerate(names)}
     splits: dict[str, Split] = {}
     for split, folder in folders.items():
@@ -192,7 +209,7 @@ def _from_flat_files(root: Path, folders: dict[str, str], flat: dict[str, list[s
                     f"{shown(root / folder / odd)} names no known class; classes: {_some(names)}"
                 )
             splits[split] = _file_split(root, folder, [f for f, _ in files], labels)
-    return Dataset("Food-11 files", shown(root), names, splits, numbered=numbered)
+    return Dataset("Food-11 files", shown(root), names, splits, numbered, lister.notes())
 
 
 def _known(tokens: dict[str, list[str | None]], *splits: str) -> set[str]:
@@ -202,23 +219,6 @@ def _known(tokens: dict[str, list[str | None]], *splits: str) -> set[str]:
 def _class_token(name: str) -> str | None:
     match = re.fullmatch(r"(.+)_[^_]*", Path(name).stem)
     return match[1] if match else None
-
-
-def _class_numbers(root: Path, tokens: set[str]) -> tuple[str, ...]:
-    """Names "0" to "max" for classes given as numbers; raises DataError when some are not."""
-    odd = sorted(token for token in tokens if not token.isdecimal())
-    if odd:
-        raise DataError(
-            f"{shown(root)} mixes class numbers with the class name {odd[0]!r}: "
-            "files are called CLASS_NUMBER.jpg, as 3_45.jpg"
-        )
-    highest = max(map(int, tokens))
-    if highest >= max(1000, 10 * len(tokens)):
-        raise DataError(
-            f"{shown(root)} has a picture of class {highest:,} but only {len(tokens)} classes: "
-            "classes are numbered from 0, and Food-11 files called CLASS_NUMBER.jpg, as 3_45.jpg"
-        )
-    return tuple(str(number) for number in range(highest + 1))
 
 
 def _label(path: Path, token: str | None, index: dict[str, int], numbered: bool) -> int:
@@ -232,60 +232,6 @@ def _label(path: Path, token: str | None, index: dict[str, int], numbered: bool)
 def _file_split(root: Path, folder: str, paths: list[str], labels: list[int]) -> FileSplit:
     relative = tuple(os.path.join(folder, path) for path in paths)  # noqa: PTH118 (odd bytes kept)
     return FileSplit(root, relative, np.array(labels, np.int64))
-
-
-def _open_idx(root: Path) -> Dataset | None:
-    found: dict[tuple[str, str, str], Path] = {}
-    for entry in _visible(root):
-        match = _IDX.fullmatch(entry)
-        if match and (root / entry).is_file():
-            alias = match["split"].lower().replace("t10k", "test")
-            key = (match["prefix"] or "", _CANONICAL[alias], match["kind"].lower())
-            found.setdefault(key, root / entry)
-    if not found:
-        return None
-    prefixes = sorted({prefix for prefix, _, _ in found})
-    if len(prefixes) > 1:
-        raise DataError(
-            f"{shown(root)} holds {len(prefixes)} sets of IDX files ({', '.join(prefixes)}): "
-            "move the one to use into a folder of its own"
-        )
-    splits: dict[str, Split] = {
-        name: _idx_split(path, found.get((prefixes[0], name, "labels")))
-        for (_, name, kind), path in found.items()
-        if kind == "images"
-    }
-    if not splits:
-        raise DataError(f"{shown(root)} has IDX labels but no IDX images")
-    labels = {str(n) for s in splits.values() for n in np.unique(s.labels) if n != UNLABELLED}
-    names = _class_numbers(root, labels or {"0"})
-    return Dataset("IDX files", shown(root), names, splits, numbered=True)
-
-
-def _idx_split(images_path: Path, labels_path: Path | None) -> ArraySplit:
-    images = read_idx(images_path)
-    grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] == 3
-    if not (grey or colour) or images.dtype != np.uint8 or images.size == 0:
-        raise DataError(
-            f"{shown(images_path)} holds {images.dtype} of shape {images.shape}, not pictures: "
-            "(N, height, width) or (N, height, width, 3) of unsigned bytes"
-        )
-    labels: Labels = np.full(len(images), UNLABELLED, np.int64)
-    if labels_path is not None:
-        stored = read_idx(labels_path)
-        if stored.ndim == 2 and stored.shape[1]:
-            stored = stored[:, 0]  # QMNIST: class, writer, …
-        if stored.ndim != 1 or stored.dtype.kind not in "iu" or (stored < 0).any():
-            raise DataError(
-                f"{shown(labels_path)} holds {stored.dtype} of shape {stored.shape}, not labels: "
-                "one whole number from 0 a picture"
-            )
-        if len(stored) != len(images):
-            raise DataError(
-                f"{shown(labels_path)} has {len(stored):,} labels for {len(images):,} pictures"
-            )
-        labels = stored.astype(np.int64)
-    return ArraySplit(images, labels)
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -1,0 +1,95 @@
+"""Data sets of IDX files: train-images-idx3-ubyte, t10k-labels-idx1-ubyte.gz, …"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from job.data.dataset import UNLABELLED, ArraySplit, Dataset, Labels, Split
+from job.data.folders import visible
+from job.data.idx import read_idx
+from job.errors import DataError, shown
+from job.splits import CANONICAL
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_IDX = re.compile(
+    r"(?:(?P<prefix>.*)[-_.])?(?P<split>train|validation|valid|val|t10k|test)"
+    r"[-_.](?P<kind>images|labels)[-_.]idx\d[-_.](?:ubyte|int)(?:\.gz)?",
+    re.IGNORECASE,
+)
+
+
+def open_idx(root: Path) -> Dataset | None:
+    """The data set of the IDX files in ``root``, if there are any; raises DataError."""
+    found: dict[tuple[str, str, str], Path] = {}
+    for entry in visible(root):
+        match = _IDX.fullmatch(entry)
+        if match and (root / entry).is_file():
+            alias = match["split"].lower().replace("t10k", "test")
+            key = (match["prefix"] or "", CANONICAL[alias], match["kind"].lower())
+            found.setdefault(key, root / entry)
+    if not found:
+        return None
+    prefixes = sorted({prefix for prefix, _, _ in found})
+    if len(prefixes) > 1:
+        raise DataError(
+            f"{shown(root)} holds {len(prefixes)} sets of IDX files ({', '.join(prefixes)}): "
+            "move the one to use into a folder of its own"
+        )
+    splits: dict[str, Split] = {
+        name: _idx_split(path, found.get((prefixes[0], name, "labels")))
+        for (_, name, kind), path in found.items()
+        if kind == "images"
+    }
+    if not splits:
+        raise DataError(f"{shown(root)} has IDX labels but no IDX images")
+    labels = {str(n) for s in splits.values() for n in np.unique(s.labels) if n != UNLABELLED}
+    names = class_numbers(root, labels or {"0"})
+    return Dataset("IDX files", shown(root), names, splits, numbered=True)
+
+
+def _idx_split(images_path: Path, labels_path: Path | None) -> ArraySplit:
+    images = read_idx(images_path)
+    grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] == 3
+    if not (grey or colour) or images.dtype != np.uint8 or images.size == 0:
+        raise DataError(
+            f"{shown(images_path)} holds {images.dtype} of shape {images.shape}, not images: "
+            "(N, height, width) or (N, height, width, 3) of unsigned bytes"
+        )
+    labels: Labels = np.full(len(images), UNLABELLED, np.int64)
+    if labels_path is not None:
+        stored = read_idx(labels_path)
+        if stored.ndim == 2 and stored.shape[1]:
+            stored = stored[:, 0]  # QMNIST: class, writer, …
+        if stored.ndim != 1 or stored.dtype.kind not in "iu" or (stored < 0).any():
+            raise DataError(
+                f"{shown(labels_path)} holds {stored.dtype} of shape {stored.shape}, not labels: "
+                "one whole number from 0 an image"
+            )
+        if len(stored) != len(images):
+            raise DataError(
+                f"{shown(labels_path)} has {len(stored):,} labels for {len(images):,} images"
+            )
+        labels = stored.astype(np.int64)
+    return ArraySplit(images, labels)
+
+
+def class_numbers(root: Path, tokens: set[str]) -> tuple[str, ...]:
+    """Names "0" to "max" for classes given as numbers; raises DataError when some are not."""
+    odd = sorted(token for token in tokens if not token.isdecimal())
+    if odd:
+        raise DataError(
+            f"{shown(root)} mixes class numbers with the class name {odd[0]!r}: "
+            "files are called CLASS_NUMBER.jpg, as 3_45.jpg"
+        )
+    highest = max(map(int, tokens))
+    if highest >= max(1000, 10 * len(tokens)):
+        raise DataError(
+            f"{shown(root)} has an image of class {highest:,} but only {len(tokens)} classes: "
+            "classes are numbered from 0, and Food-11 files called CLASS_NUMBER.jpg, as 3_45.jpg"
+        )
+    return tuple(str(number) for number in range(highest + 1))
