@@ -248,29 +248,36 @@ def _model(options: dict[str, Any]) -> Any:
 
 
 @gammaslim.command(cls=Command)
-@scoring("validation")
+@scoring("validation", "Labelled images, as for prune")
 @json_option
 def evaluate(json: bool, **options: Any) -> None:
     """Loss, accuracy, per-class accuracy and confusion matrix of MODEL on a split."""
     with starting():
         ensure_processes()
-        from job.commands import score
+        from job.commands import chosen, score
 
     model = _model(options)
-    score.evaluate(model, score.DataOptions(**options), json)
+    score.evaluate(model, chosen.DataOptions(**options), json)
 
 
 @gammaslim.command(cls=Command)
-@scoring("testing")
-@click.option("--output", metavar="FILE", required=True, help="CSV to write: Id,Category.")
-def predict(output: str, **options: Any) -> None:
-    """Write the class that MODEL predicts for each picture, in file order."""
+@scoring("testing, or all images where there are no splits", "Data set, folder of images or image")
+@option(
+    "--format",
+    type=click.Choice(["auto", "csv", "kaggle"]),
+    default="auto",
+    help="csv: file,class,probability; kaggle: Id,Category; auto: kaggle for numbered files of a "
+    "split.",
+)
+@click.option("--output", metavar="FILE", required=True, help="CSV to write.")
+def predict(output: str, format: str, **options: Any) -> None:
+    """Write the class that MODEL predicts for each image, in file order."""
     with starting():
         ensure_processes()
-        from job.commands import score
+        from job.commands import chosen, score
 
     model = _model(options)
-    score.predict(model, score.DataOptions(**options), output)
+    score.predict(model, chosen.DataOptions(**options), output, format)
 
 
 @gammaslim.command(cls=Command)

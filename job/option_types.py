@@ -11,6 +11,7 @@ from job.config import AUTO, nearest
 from job.errors import UsageError
 from job.geometry import PRESETS, Channels, Resize, parse_channels, parse_crop
 from job.slimming.budget import Budget
+from job.splits import CANONICAL, SPLIT_NAMES
 
 POSITIVE = click.IntRange(1)
 SEED = click.IntRange(0, 2**63 - 1)
@@ -25,6 +26,17 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
         return number
+
+
+class SplitName(click.Choice):  # type: ignore[type-arg]
+    """A split by its canonical name or another that it goes by, as train, val, dev or test."""
+
+    def __init__(self) -> None:
+        super().__init__(tuple(SPLIT_NAMES))
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The canonical name."""
+        return super().convert(CANONICAL.get(str(value).lower(), value), param, ctx)
 
 
 class ProcessCount(click.ParamType):  # type: ignore[type-arg]

@@ -37,6 +37,7 @@ from job.option_types import (
     KeyValue,
     PerChannel,
     Resizing,
+    SplitName,
     Target,
     Transform,
 )
@@ -284,7 +285,7 @@ running = options_of(
 data_option = option(
     "--data",
     metavar="PATH",
-    help="Folder with pictures or IDX files; default: built-in Fashion-MNIST.",
+    help="Folder with images or IDX files, or a CSV file; default: built-in Fashion-MNIST.",
 )
 model_options = options_of(
     click.argument("path", metavar="MODEL"),
@@ -296,14 +297,15 @@ model_options = options_of(
 json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
 
-def scoring(split: str) -> Callable[[Any], Any]:
-    """What a command takes that runs MODEL over a split of the data, by default ``split``."""
-    splits = click.Choice(["training", "validation", "testing", "evaluation"])
+def scoring(split: str, data: str) -> Callable[[Any], Any]:
+    """What a command takes that runs MODEL over a split of ``data``, by default ``split``."""
     held_out = "Seed of a held-out split; default: that of MODEL's run."
     return options_of(
         model_options,
-        data_option,
-        option("--split", type=splits, default=split, help="Images to run over."),
+        option("--data", metavar="PATH", help=f"{data}; default: the data of MODEL's run."),
+        option(
+            "--split", type=SplitName(), help=f"Also train, val, dev or test. Default: {split}."
+        ),
         running,
         option("--seed", type=SEED, help=held_out),
     )

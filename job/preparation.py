@@ -92,7 +92,7 @@ def describe(data: Dataset, preprocessing: Preprocessing) -> str:
     ]
     lines += [f"data: {note}" for note in data.notes]
     if data.skipped:
-        lines.append(f"data: {len(data.skipped)} pictures cannot be read and are skipped:")
+        lines.append(f"data: {len(data.skipped)} images cannot be read and are skipped:")
         lines += [f"  {shown(name)}" for name in data.skipped]
     return "\n".join(lines)
 

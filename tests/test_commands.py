@@ -38,7 +38,7 @@ def test_options_and_the_configuration_are_the_same() -> None:
 def test_evaluate_prints_text_or_json(finished_run: Path, flat_data: Path) -> None:
     text = gammaslim("evaluate", finished_run, "--data", flat_data)
     assert text.code == 0, text
-    assert "15 pictures" in text.out
+    assert "15 images" in text.out
     record = json.loads(gammaslim("evaluate", finished_run, "--data", flat_data, "--json").out)
     assert record["count"] == 15
     assert [sum(row) for row in record["confusion"]] == [5, 5, 5]
@@ -52,7 +52,7 @@ def test_evaluate_prints_text_or_json(finished_run: Path, flat_data: Path) -> No
         "evaluate", finished_run / "rounds" / "00", "--data", flat_data, "--split", "evaluation"
     )
     assert testing.code == 0
-    assert "9 pictures" in testing.out
+    assert "9 images" in testing.out
     unlabelled = gammaslim("evaluate", finished_run, "--data", flat_data, "--split", "testing")
     assert unlabelled.code == 65
     assert "predict" in one_line(unlabelled.err)
@@ -83,7 +83,7 @@ def test_ids_of_files_with_the_same_number_are_places(finished_run: Path, tmp_pa
     (tmp_path / "data" / "test" / "0" / "1.png").write_text("no picture")
     done = gammaslim(
         "predict", finished_run, "--data", tmp_path / "data", "--output", tmp_path / "p.csv",
-        "--on-bad-image", "skip",
+        "--on-bad-image", "skip", "--format", "kaggle",
     )  # fmt: skip
     assert done.code == 0, done
     rows = list(csv.reader((tmp_path / "p.csv").open()))[1:]

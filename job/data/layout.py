@@ -22,6 +22,8 @@ from job.data.idx_layout import class_numbers, open_idx
 from job.errors import DataError, InputNotFound, shown
 
 BUILT_IN = "built-in"  # as --data
+NUMBERED = ("Food-11 files", "class folders", "IDX files")  # whose files may be, for Kaggle
+IMAGES = "images"  # any folder of them
 UNSPLIT = "class folders without splits"
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -90,7 +92,7 @@ def open_images(path: Path) -> Dataset:
             f"--data {shown(path)} holds no images{''.join(f'; {n}' for n in lister.notes())}"
         )
     split = _file_split(root, "", names, [UNLABELLED] * len(names))
-    return Dataset("images", shown(path), (), {"testing": split}, notes=lister.notes())
+    return Dataset(IMAGES, shown(path), (), {"testing": split}, notes=lister.notes())
 
 
 def _inmost(root: Path) -> list[Path]:

@@ -133,11 +133,16 @@ class Evaluator:
         self,
         network: nn.Module,
         progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
-    ) -> list[int]:
-        """The predicted class of every picture of the split, in its order, on every process."""
-        mine = [logits.argmax(1) for logits, _ in self._outputs(network, progress)]
-        found = torch.zeros(len(self.split), dtype=torch.int64, device=self.accelerator.device)
+    ) -> tuple[list[int], list[float]]:
+        """The predicted class of every image of the split, in its order, on every process.
+
+        With it how probable the network takes it to be: its share of the softmax, 0 to 1.
+        """
+        mine = [logits.double().softmax(1).max(1) for logits, _ in self._outputs(network, progress)]
+        device = self.accelerator.device
+        classes = torch.zeros(len(self.split), dtype=torch.int64, device=device)
+        shares = torch.zeros(len(self.split), dtype=torch.float64, device=device)
         if mine:
-            found[rank() :: world()] = torch.cat(mine)
-        predictions: list[int] = total(found).tolist()
-        return predictions
+            classes[rank() :: world()] = torch.cat([best.indices for best in mine])
+            shares[rank() :: world()] = torch.cat([best.values for best in mine])
+        return total(classes).tolist(), total(shares).tolist()

@@ -1,0 +1,293 @@
+"""What people point evaluate and predict at: any images, the run's own data, other layouts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from job.artifact import ModelCard, read_card, save_model
+from job.cli import gammaslim
+from job.data import open_data
+from job.data.transforms import Preprocessing
+from job.models import build
+from job.preparation import dataset_record
+
+NAMES = tuple(sorted(map(str, range(12))))  # as text: 0, 1, 10, 11, 2, …
+
+
+def grey(level: int) -> Image.Image:
+    return Image.new("RGB", (32, 32), (level * 20,) * 3)
+
+
+def put(root: Path, *names: str, level: int = 0) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        grey(level).save(root / name)
+    return root
+
+
+class Brightness(torch.nn.Module):
+    """Tells classes by how bright an image is: 20 levels a class, in the order of NAMES."""
+
+    def __init__(self, num_classes: int = 12) -> None:
+        super().__init__()
+        numbers = torch.tensor([float(name) for name in NAMES[:num_classes]])
+        self.line = torch.nn.Linear(1, num_classes)
+        with torch.no_grad():
+            self.line.weight.copy_(2 * numbers[:, None])
+            self.line.bias.copy_(-(numbers**2))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.line(images.mean((1, 2, 3))[:, None] * 255 / 20)
+        return logits
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    for number in range(12):
+        folders = [f"{split}/{number}/{i}.png" for split in ("train", "val") for i in range(2)]
+        put(root, *folders, f"test/{number}.png", level=number)
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files of a finished run on ``data`` by their formats, made without training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    folder = tmp_path / "run"
+    return write_run(folder, str(data))
+
+
+def write_run(folder: Path, data: str | None, seed: int = 0) -> Path:
+    opened = open_data(data)
+    names = opened.class_names
+    network = build("test_predictions:Brightness", len(names), {})
+    lineage = {"seed": seed, "listing": opened.listing, "run": str(folder.absolute())}
+    preprocessing = Preprocessing("small", 32)
+    card = ModelCard("test_predictions:Brightness", {}, len(names), preprocessing, names)
+    save_model(folder / "rounds" / "00", network, replace(card, lineage=lineage))
+    if "validation" not in opened.splits:
+        opened = opened.with_splits(validation=opened.splits["training"])
+    from job.config import write_toml
+
+    (folder / "config.toml").write_text(write_toml({"dataset": dataset_record(opened)}))
+    (folder / "summary.json").write_text(json.dumps({"recommended": "rounds/00"}))
+    return folder
+
+
+def call(*args: object) -> Result:
+    result = CliRunner().invoke(gammaslim, [str(arg) for arg in args])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result
+
+
+def predict(run: Path, *args: object) -> list[dict[str, str]]:
+    done = call("predict", run, "--workers", 0, "--output", "p.csv", *args)
+    assert done.exit_code == 0, done.output
+    return list(csv.DictReader(Path("p.csv").open()))
+
+
+def test_the_folder_7_is_class_7_whatever_its_place(run: Path) -> None:
+    rows = predict(run)  # the run's own data, whose testing files are numbers
+    assert [(int(row["Id"]), row["Category"]) for row in rows] == [(n, str(n)) for n in range(12)]
+    rows = predict(run, "--format", "csv")
+    assert [(r["file"], r["class"]) for r in rows] == [(f"test/{n}.png", str(n)) for n in range(12)]
+    assert all(0.5 < float(row["probability"]) <= 1 for row in rows)
+
+
+def test_the_order_of_number_folders_is_said_once(data: Path, run: Path) -> None:
+    notes = [note for note in open_data(str(data)).notes if "ordered as text" in note]
+    assert len(notes) == 1
+    assert "class number 2 of the network is folder 10" in notes[0]
+    assert read_card(run / "rounds" / "00").class_names == NAMES
+
+
+@pytest.mark.parametrize("split", ["test", "testing", "TEST"])
+def test_splits_go_by_several_names(run: Path, split: str) -> None:
+    assert len(predict(run, "--split", split)) == 12
+    record = json.loads(call("evaluate", run, "--json", "--split", "train", "--workers", 0).output)
+    assert (record["split"], record["count"], record["accuracy"]) == ("training", 24, 1.0)
+    dev = json.loads(call("evaluate", run, "--json", "--split", "dev", "--workers", 0).output)
+    assert (dev["split"], dev["count"]) == ("validation", 24)
+
+
+def test_any_folder_of_images_nested_or_one_image(run: Path, tmp_path: Path) -> None:
+    photos = put(tmp_path / "photos", "b/c/1.JPG", "b/2.gif", level=7)
+    put(photos, "a.tiff", level=3)
+    (photos / "notes.txt").write_text("x")
+    rows = predict(run, "--data", photos)
+    assert [(r["file"], r["class"]) for r in rows] == [
+        ("a.tiff", "3"), ("b/2.gif", "7"), ("b/c/1.JPG", "7"),
+    ]  # fmt: skip
+    assert [(r["file"], r["class"]) for r in predict(run, "--data", photos / "a.tiff")] == [
+        ("a.tiff", "3")
+    ]
+    numbers = put(tmp_path / "numbers", "1.png", "2.png", level=10)
+    assert [row["class"] for row in predict(run, "--data", numbers)] == ["10", "10"]
+    assert [row["Id"] for row in predict(run, "--data", numbers, "--format", "kaggle")] == [
+        "1",
+        "2",
+    ]
+    done = call("predict", run, "--workers", 0, "--output", "p.csv", "--data", photos)
+    assert "1 .txt" in done.output
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.heic").touch()
+    none = call("predict", run, "--output", "p.csv", "--data", tmp_path / "none")
+    assert none.exit_code == 65
+    assert "holds no images" in none.output
+    assert ".heic" in none.output
+
+
+def test_class_folders_without_splits_are_held_out_from_or_used_whole(
+    tmp_path: Path, run: Path
+) -> None:
+    root = tmp_path / "plain"
+    for number in range(12):
+        put(root, *(f"{number}/{i}.png" for i in range(10)), level=number)
+    assert open_data(str(root)).layout == "class folders without splits"
+    assert len(predict(run, "--data", root)) == 120
+    other = json.loads(call("evaluate", run, "--data", root, "--json", "--workers", 0).output)
+    assert (other["count"], other["accuracy"]) == (120, 1.0)
+    own = write_run(tmp_path / "own", str(root), seed=5)
+    held_out = json.loads(call("evaluate", own, "--json", "--workers", 0).output)
+    assert (held_out["split"], held_out["count"]) == ("validation", 12)
+    missing = call("evaluate", own, "--split", "test", "--workers", 0)
+    assert missing.exit_code == 66
+    assert "no testing split" in missing.output
+
+
+def test_own_data_are_found_from_a_round_a_copy_and_elsewhere_or_asked_for(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run / "rounds" / "00", tmp_path / "models" / "a" / "copy")
+    monkeypatch.chdir("/")
+    for model in (run, run / "rounds" / "00", tmp_path / "models" / "a" / "copy"):
+        done = call("evaluate", model, "--json", "--workers", 0)
+        assert json.loads(done.output)["count"] == 24, done.output
+    data.rename(tmp_path / "moved")
+    for command in (("evaluate", run), ("predict", run, "--output", tmp_path / "p.csv")):
+        done = call(*command)
+        assert done.exit_code == 2
+        assert "pass --data" in done.output
+        assert str(data) in done.output
+    (run / "config.toml").unlink()
+    done = call("evaluate", run)
+    assert done.exit_code == 2
+    assert "does not say which data" in done.output
+    weights = run / "rounds" / "00" / "model.safetensors"
+    alone = call("evaluate", weights, "--model", "test_predictions:Brightness")
+    assert alone.exit_code == 2
+    assert "pass --data" in alone.output
+
+
+def test_the_built_in_data_of_a_run_are_its_own(run: Path, tmp_path: Path) -> None:
+    own = write_run(tmp_path / "fashion", None)
+    done = call("evaluate", own, "--split", "test", "--json", "--workers", 0)
+    assert json.loads(done.output)["count"] == 1000
+    mistaken = call("evaluate", run, "--data", "built-in", "--workers", 0)
+    assert mistaken.exit_code == 65
+    assert "T-shirt" in mistaken.output
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_csv_of_paths_and_labels_is_a_data_set(run: Path, tmp_path: Path, delimiter: str) -> None:
+    for number in range(12):
+        put(tmp_path / "x", f"images/{number}.png", level=number)
+    far = put(tmp_path / "far away", "a.png", level=11) / "a.png"
+    lines = [("Filename", "extra", "Class", "Split")]
+    lines += [(f"images/{n}.png", "", str(n), s) for n in range(12) for s in ("train", "dev")]
+    lines += [(str(far), "", "", "test")]
+    path = tmp_path / "x" / "all.csv"
+    text = "\n".join(delimiter.join(line) for line in lines)
+    path.write_text("\ufeff" + text + "\n\n")
+    for given in (path, tmp_path / "x"):
+        data = open_data(str(given))
+        assert (data.layout, data.class_names) == ("CSV", tuple(map(str, range(12))))
+        assert {name: len(split) for name, split in data.splits.items()} == {
+            "training": 12, "validation": 12, "testing": 1,
+        }  # fmt: skip
+        record = json.loads(call("evaluate", run, "--data", given, "--json", "--workers", 0).output)
+        assert (record["count"], record["accuracy"]) == (12, 1.0)  # in the model's own order
+        assert [row["class"] for row in predict(run, "--data", given)] == ["11"]
+
+
+def test_csv_files_may_be_one_a_split(tmp_path: Path) -> None:
+    for split, rows in (("train", "cat dog cat"), ("val", "dog"), ("test", "")):
+        lines = [f"{n}.png,{label}" for n, label in enumerate(rows.split())] or ["7.png,"]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["path,label", *lines]))
+    data = open_data(str(tmp_path))
+    assert data.class_names == ("cat", "dog")
+    assert data.splits["training"].labels.tolist() == [0, 1, 0]
+    assert data.splits["validation"].labels.tolist() == [1]
+    assert data.splits["testing"].labels.tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("path,label\na.png,cat\n,dog\nb.png,\n", 65, "line 3 has no path, line 4 has no label"),
+        ("path,label,split\na.png,cat,tarin\n", 65, "line 2 has the split 'tarin'"),
+        ("path,label,split\na.png,cat,train\nb.png,cow,val\n", 65, "line 3 has the class 'cow'"),
+        ("name,label\na.png,cat\n", 65, "no column of image paths"),
+        ("path,label\n", 65, "names no images"),
+        ("path,label\na.png,cat\nb.png,dog\n", 65, "a.png cannot be read as an image: it does not"),
+    ],
+)
+def test_bad_rows_of_a_csv_are_named(
+    run: Path, tmp_path: Path, text: str, code: int, said: str
+) -> None:
+    (tmp_path / "bad.csv").write_text(text)
+    more = ("--split", "training", "--workers", 0)
+    done = call("evaluate", run, "--data", tmp_path / "bad.csv", *more)
+    assert done.exit_code == code, done.output
+    assert said in done.output
+
+
+def test_what_is_left_out_is_counted_in_one_line(tmp_path: Path) -> None:
+    put(tmp_path, *(f"train/{c}/{n}.png" for c in "abc" for n in range(3)))
+    put(tmp_path, "val/a/0.png", "val/b/0.png", "train/a/1.JFIF.jpg")
+    for name in ("train/a/x.heic", "train/a/y.heic", "val/b/notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "train" / "bird").mkdir()
+    notes = open_data(str(tmp_path)).notes
+    assert len(notes) == 1
+    assert "3 files that are no images by name (2 .heic, 1 .txt)" in notes[0]
+    assert "1 folders without images" in notes[0]
+    assert "bird" in notes[0]
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "GIF", "tif", "TIFF", "avif", "jpe", "mpo"])
+def test_other_suffixes_are_images(tmp_path: Path, suffix: str) -> None:
+    for name in ("train/a/0.png", "train/b/0.png"):
+        put(tmp_path, name)
+    image = tmp_path / "train" / "c" / f"0.{suffix}"
+    image.parent.mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "x.png")
+    image.write_bytes((tmp_path / "x.png").read_bytes())
+    data = open_data(str(tmp_path))
+    assert data.class_names == ("a", "b", "c")
+    assert data.notes == ()
+    old = open_data(str(tmp_path), listing=1)
+    assert old.class_names == ("a", "b")
+    assert "c" in old.notes[0]
+
+
+def test_a_run_of_before_finds_the_files_it_was_begun_with(run: Path, tmp_path: Path) -> None:
+    from job.data.provenance import listing_of
+
+    assert listing_of(run) == 2
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("listing = 2\n", ""))
+    assert listing_of(run) == 1
+    assert listing_of(tmp_path / "new") == 2
