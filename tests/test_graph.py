@@ -60,7 +60,7 @@ def check_cut(network: nn.Module, image: torch.Tensor, ratio: float, importance:
     slimming = Slimming("uniform", Budget("width", 1 - ratio))
     plan = make_plan(network, graph, scores, slimming)
     narrow = narrowed(network, plan.layers)
-    assert verify(network, narrow, plan.layers, image, auxiliary=graph.auxiliary) <= 1e-9
+    assert verify(network, narrow, plan.layers, image, auxiliary=graph.auxiliary).error <= 1e-9
     assert counted(narrow, image) == plan.after
     assert plan.after.params < plan.before.params
     train_a_step(narrow, image)

@@ -10,7 +10,7 @@ from torch import nn
 
 from job.slimming.flow import Flow, Ids, Position, Side
 from job.slimming.labels import along, axes, plain
-from job.slimming.layers import LAYERS, modules_of
+from job.slimming.layers import BATCHNORM, LAYERS, modules_of
 
 if TYPE_CHECKING:
     from job.slimming.record import Operation, Recording
@@ -20,12 +20,14 @@ class Activations:
     """Labels of the activations of ``recording``; what is found out goes into ``flow``."""
 
     recording: Recording
+    counting: bool  # it is the main pass
     often: bool  # the operation's result is used more than once
     wide: bool  # so is what it comes from
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self.flow = network, Flow()
         self.modules = modules_of(network)
+        self.twins = _twins(network)
         self.positions: dict[tuple[str, Side], Position] = {}
         self.labels: dict[int, torch.Tensor] = {}  # by id of the activation
         self.shared: set[int] = set()  # activations whose elements go more than one way
@@ -71,7 +73,7 @@ class Activations:
         """Never cut what an activation comes from."""
         found = self.of(tensor)
         if found is not None:
-            self.flow.fix(plain(found), reason)
+            self.flow.fix(plain(found), reason if self.counting else f"{reason} (in train mode)")
 
     def forget(self, op: Operation) -> None:
         """Results that nothing can be cut from."""
@@ -85,19 +87,29 @@ class Activations:
             self.fix(tensor, reason)
         self.forget(op)
 
-    def note(self, op: Operation, name: str, side: Side, ids: Ids, times: int = 0) -> None:
-        """A position, and that of the bias; of a layer that is used twice they are tied."""
+    def note(self, name: str, side: Side, ids: Ids, times: int = 0) -> None:
+        """A position of the parameter ``name``; of what is used twice they are tied."""
         layer, _, parameter = name.rpartition(".")
         bare = not (isinstance(self.modules[layer], LAYERS) and parameter == "weight")
-        key = (name if bare else layer), side
-        if key in self.positions:
-            return self.flow.tie(self.positions[key].ids, ids)
-        names = [key[0]]
-        bias = self.recording.name(op.argument(2, "bias")) if bare and side != "in" else None
-        for where in [*names, *([bias] if bias else [])]:
-            position = Position(where, side, ids, times)
-            self.positions[where, side] = position
+        where = name if bare else layer
+        if (where, side) in self.positions:
+            return self.flow.tie(self.positions[where, side].ids, ids)
+        for alike in (where, *self.twins.get(where, ())):
+            position = Position(alike, side, ids, times)
+            self.positions[alike, side] = position
             self.flow.positions.append(position)
-            if bare:
-                self.flow.suspects.append((f"the parameter {where}", ids))
+        if bare:
+            self.flow.suspects.append((f"the parameter {where}", ids))
         return None
+
+
+def _twins(network: nn.Module) -> dict[str, list[str]]:
+    """By the first layer that has a weight: other convolutions and linear layers that share it."""
+    first: dict[int, str] = {}
+    twins: dict[str, list[str]] = {}
+    for name, layer in modules_of(network, once=True).items():
+        if isinstance(layer, LAYERS) and not isinstance(layer, BATCHNORM):
+            known = first.setdefault(id(layer.weight), name)
+            if known != name:
+                twins.setdefault(known, []).append(name)
+    return twins

@@ -94,11 +94,11 @@ class Between(Activations):
             self.flow.tie(plain(few.expand_as(together)), plain(together))
         assert together is not None
         for tensor in tensors:
-            if self.of(tensor) is None and not self.stays(op, tensor, together):
+            if self.of(tensor) is None and not self.stays(tensor, together):
                 return self.give_up(op, f"{op.name} with channels that are always there")
         return self.set(next(op.results()), together, shared=self.wide)
 
-    def stays(self, op: Operation, tensor: torch.Tensor, labels: torch.Tensor) -> bool:
+    def stays(self, tensor: torch.Tensor, labels: torch.Tensor) -> bool:
         """Whether an operand without labels is the same for all channels, or a parameter to cut."""
         missing = labels.dim() - tensor.dim()
         own = [a - missing for a in axes(labels) if a >= missing and tensor.shape[a - missing] > 1]
@@ -108,7 +108,7 @@ class Between(Activations):
         first = next(axis for axis, size in enumerate(tensor.shape) if size > 1)
         if name is None or own != [first] or len(axes(labels)) > 1:
             return False
-        self.note(op, name, "through", plain(labels))
+        self.note(name, "through", plain(labels))
         return True
 
     def cat(self, op: Operation) -> None:

@@ -7,12 +7,12 @@ job.slimming.regression.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from job.slimming.copying import copied
 from job.slimming.inputs import like
 from job.slimming.layers import owner
 from job.slimming.moments import collect, readers
@@ -166,7 +166,7 @@ def betas(
 
     What their BatchNorms still add is β, whatever the picture: noise like ``example`` is what runs.
     """
-    still = copy.deepcopy(network)
+    still = copied(network, {})
     norms = batchnorms(still)
     for position in graph.positions:
         gone = ~keep[position.ids]

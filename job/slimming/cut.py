@@ -106,10 +106,11 @@ def make_cut(
     narrow = narrowed(network, layers)
     if world() > 1:
         check_same(digest(narrow.state_dict()), "the slimmed network")
-    error = on_main(
-        lambda: verify(network, narrow, layers, example, auxiliary=graph.auxiliary), interrupt=True
+    proof = on_main(
+        lambda: verify(network, narrow, layers, example, auxiliary=graph.auxiliary, odd=graph.odd),
+        interrupt=True,
     )
     keep = keep_of(graph, plan.groups)
     shared = (method.compensate, moments, example, batches, check, progress)
     compensated(network, narrow, graph, keep, layers, *shared)
-    return narrow, plan, error
+    return narrow, replace(plan, proof=proof), proof.error

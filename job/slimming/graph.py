@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,10 @@ import numpy as np
 
 from job.slimming.flow import FIXED, Flow, Ids, Position
 from job.slimming.layers import LAYERS, modules_of
-from job.slimming.record import record
+from job.slimming.record import alike, recorded
 from job.slimming.select import batchnorms
 from job.slimming.trace import follow
+from job.slimming.untouched import untouched
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -73,6 +75,7 @@ class ChannelGraph:
     calls: tuple[Call, ...]
     suspects: tuple[tuple[str, str], ...] = ()  # groups moved by fixed numbers, maybe; by what
     auxiliary: bool = False  # there are layers that only run in train mode
+    odd: bool = False  # what is done is not all understood, or another thing in train mode
 
     def without(self, names: Iterable[str], reason: str) -> ChannelGraph:
         """The graph with the groups ``names`` left alone."""
@@ -102,20 +105,22 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
     Neither inputs nor outputs of the layers in ``ignore``, by their names or those of the modules
     that they are in, are cut. Raises whatever the network's forward pass raises.
     """
-    recordings = [record(network, example)]
-    auxiliary = False
-    if unseen := _unseen(network, recordings[0]):
-        try:
-            recordings.append(record(network, example, training=True))
-            auxiliary = bool(unseen - _unseen(network, recordings[1]))
-        except Exception:  # as for pictures too small for an auxiliary head
-            auxiliary = True
+    with untouched(network, values=False) as snapshot:
+        recordings = [recorded(network, example, snapshot, training=False)]
+        with suppress(Exception):  # as for pictures too small for an auxiliary head
+            recordings.append(recorded(network, example, snapshot, training=True))
+    unseen = _unseen(network, recordings[0])
+    auxiliary = bool(unseen) and len(recordings) == 1
+    if len(recordings) > 1:
+        auxiliary = bool(unseen) and bool(unseen - _unseen(network, recordings[1]))
+        if not auxiliary and alike(*recordings):
             recordings.pop()
     flow = follow(network, recordings)
     if auxiliary and len(recordings) == 1:
         reason = f"{min(unseen)} reads some of them in train mode, which fails"
         flow.fix(np.arange(flow.count), reason)
-    graph = replace(_graph(network, flow), auxiliary=auxiliary)
+    odd = flow.doubtful or len(recordings) > 1
+    graph = replace(_graph(network, flow), auxiliary=auxiliary, odd=odd)
     prefixes = tuple(ignore)
     asked = [
         group.name

@@ -6,6 +6,7 @@ They are all that least squares needs to know: see job.slimming.compensation and
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch import nn
 from job.errors import DataError
 from job.processes import total
 from job.slimming.inputs import call
+from job.slimming.layers import CONVOLUTIONS, modules_of
 from job.slimming.record import observed
 
 if TYPE_CHECKING:
@@ -70,7 +72,12 @@ def samples_at(size: int) -> int:
 
 
 def readers(network: nn.Module, graph: ChannelGraph) -> list[Reader]:
-    """The layers that sum over channels which may be cut; bare parameters are left out."""
+    """The layers that sum over channels which may be cut.
+
+    Bare parameters are left out, and weights that several layers share.
+    """
+    layers = modules_of(network, once=True).values()
+    often = Counter(id(m.weight) for m in layers if isinstance(m, (*CONVOLUTIONS, nn.Linear)))
     found = []
     for position in graph.positions:
         if position.side != "in" or not position.ids.any():
@@ -78,6 +85,8 @@ def readers(network: nn.Module, graph: ChannelGraph) -> list[Reader]:
         try:
             layer = network.get_submodule(position.layer)
         except AttributeError:  # a parameter that no known layer owns: its inputs are not seen
+            continue
+        if often[id(layer.weight)] > 1:
             continue
         places = _places(position.ids) if isinstance(layer, nn.Linear) else 1
         groups = int(getattr(layer, "groups", 1))

@@ -14,8 +14,8 @@ RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "view_as", "res
 PAIRWISE = frozenset(
     """add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__ __rsub__ rsub mul mul_ multiply
     __mul__ __imul__ __rmul__ div div_ true_divide __truediv__ __itruediv__ maximum minimum
-    where lerp addcmul addcdiv masked_fill masked_fill_ gt lt ge le eq ne __gt__ __lt__ __ge__
-    __le__ __eq__ __ne__
+    where lerp lerp_ copy_ addcmul addcmul_ addcdiv addcdiv_ masked_fill masked_fill_ gt lt ge le
+    eq ne __gt__ __lt__ __ge__ __le__ __eq__ __ne__
     """.split()
 )
 # channel by channel, whatever else they do along other axes
@@ -28,9 +28,12 @@ ELEMENTWISE = frozenset(
     square pow __pow__ clamp clamp_ clip sin cos erf reciprocal max_pool1d max_pool2d max_pool3d
     avg_pool1d avg_pool2d avg_pool3d lp_pool2d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d _max_pool2d _adaptive_max_pool2d
-    max_pool2d_with_indices adaptive_max_pool2d_with_indices interpolate upsample
+    max_pool2d_with_indices adaptive_max_pool2d_with_indices interpolate upsample zeros_like
+    ones_like empty_like full_like rand_like randn_like bernoulli
     """.split()
 )
+# new tensors, of a given shape
+FRESH = frozenset("new_empty new_zeros new_ones new_full new_tensor".split())
 # data is moved, not changed: run on labels themselves
 MOVES = frozenset(
     """permute transpose movedim moveaxis swapaxes swapdims chunk split tensor_split unbind

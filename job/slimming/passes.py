@@ -98,7 +98,8 @@ def forward_passes(
             this.stand(layer, inputs[0])
 
     passes = [ForwardPass(network, batch) for batch in batches]
-    with observed(network, [(layer, hook) for layer in layers]):
+    hooks = [(layer, hook) for layer in layers]
+    with observed(network, hooks, values=False):  # a narrow one's statistics may change meanwhile
         for each in passes:
             each.start()
         try:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from job.slimming.cost import Cost
     from job.slimming.flow import Ids
     from job.slimming.graph import Blocked, ChannelGraph
+    from job.slimming.verification import Proof
 
 Kept = tuple[int, ...]
 SIDES = {"out": "out", "in": "in_", "select": "select"}
@@ -81,7 +82,7 @@ class Plan:
     ``groups`` are indices into each group's channels, ``layers`` into each layer's. ``blocked``
     says which channels could not be cut and why, ``method`` what ranked and compensated. ``sizes``
     are the inputs and outputs that each convolution or linear layer had, ``example`` what the
-    network takes, without values. ``print`` shows a table.
+    network takes, without values, ``proof`` says how exact the cut is. ``print`` shows a table.
     """
 
     policy: str
@@ -94,6 +95,7 @@ class Plan:
     sizes: Mapping[str, Sizes] = field(default_factory=dict)
     method: str = ""
     example: Any = None
+    proof: Proof | None = None
 
     def __repr__(self) -> str:
         costs = ""

@@ -32,13 +32,9 @@ def recalibrate(network: nn.Module, batches: Iterable[Batch]) -> None:
         for layer in network.modules()
         if isinstance(layer, BATCHNORM) and layer.running_mean is not None
     ]
-    try:
-        with observed(network, [(own.layer, own.hook) for own in norms]):
-            for batch in batches:
-                call(network, inputs_of(batch))
-    finally:
-        for own in norms:
-            own.restore()
+    with observed(network, [(own.layer, own.hook) for own in norms]):
+        for batch in batches:
+            call(network, inputs_of(batch))
     for own in norms:
         own.finish()
 
@@ -48,7 +44,6 @@ class _Statistics:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self.before = layer.running_mean.clone(), layer.running_var.clone()
         self.mean = torch.zeros_like(layer.running_mean, dtype=torch.float64)
         self.scatter = torch.zeros_like(self.mean)
         self.count = 0
@@ -69,11 +64,6 @@ class _Statistics:
         self.scatter += variance.double() * count + apart.square() * (self.count * count / after)
         self.mean += apart * (count / after)
         self.count = after
-
-    def restore(self) -> None:
-        """Put back the statistics from before."""
-        self.layer.running_mean.copy_(self.before[0])
-        self.layer.running_var.copy_(self.before[1])
 
     def finish(self) -> None:
         """Set those over all processes; the variance is the unbiased one, as in training."""

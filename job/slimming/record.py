@@ -7,7 +7,7 @@ and module calls look alike. On torch's ``meta`` device nothing is computed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from types import NoneType
@@ -19,11 +19,13 @@ from torch.overrides import TorchFunctionMode
 
 from job.slimming.inputs import call, mapped, repeated, samples, tensors_of_inputs
 from job.slimming.layers import tensors_of
+from job.slimming.untouched import untouched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from job.slimming.inputs import Example
+    from job.slimming.untouched import Snapshot
 
 IN_PLACE = frozenset({"add_", "__iadd__", "mul_", "__imul__"})
 SUMS = frozenset({"add", "__add__", "mul", "__mul__"}) | IN_PLACE
@@ -70,12 +72,14 @@ class Operation:
 class Recording:
     """Operations of one pass over ``inputs``; ``names`` tells parameters and buffers by id.
 
-    ``inputs`` are of ``samples`` images, or whatever the network takes. ``measured`` are tensors
-    whose size along another axis than the first was asked for.
+    ``inputs`` are of ``samples`` images, or whatever the network takes.
+    ``constants`` are the ids of other tensors that the network keeps, or that its code does.
+    ``measured`` are tensors whose size along another axis than the first was asked for.
     """
 
     operations: list[Operation]
     names: dict[int, str]
+    constants: frozenset[int]
     inputs: list[torch.Tensor]
     samples: int
     outputs: list[torch.Tensor]
@@ -85,6 +89,11 @@ class Recording:
         """The parameter or buffer that a tensor is, if it is one."""
         return self.names.get(id(value))
 
+    def steps(self) -> list[Operation]:
+        """The operations but for the counting of batches."""
+        counters = {key for key, name in self.names.items() if name.endswith("batches_tracked")}
+        return [op for op in self.operations if not (op.args and id(op.args[0]) in counters)]
+
 
 def record(network: nn.Module, example: Example, *, training: bool = False) -> Recording:
     """Run ``network`` on ``BATCH`` samples like those of ``example``; it is left untouched.
@@ -92,11 +101,41 @@ def record(network: nn.Module, example: Example, *, training: bool = False) -> R
     On the ``meta`` device, or on the real one where the network does not run there. Raises whatever
     its forward pass raises.
     """
-    with mode(network, training=training), torch.random.fork_rng(devices=[]):
-        try:
-            return _record(network, example, "meta")
-        except Exception:  # meta tensors have no values, and some networks look at some
-            return _record(network, example, None)
+    with untouched(network, values=False) as snapshot:
+        return recorded(network, example, snapshot, training=training)
+
+
+def recorded(
+    network: nn.Module, example: Example, snapshot: Snapshot, *, training: bool
+) -> Recording:
+    """As ``record`` does, with the ``snapshot`` of the network that several recordings share."""
+    try:
+        return _record(network, example, "meta", snapshot, training)
+    except Exception:  # meta tensors have no values, and some networks look at some
+        return _record(network, example, None, snapshot, training)
+
+
+def alike(one: Recording, other: Recording) -> bool:
+    """Whether the same is done in two recordings, but for flags such as ``training``."""
+
+    def same(ours: Any, theirs: Any) -> bool:
+        kind = type(ours)
+        if kind is bool or kind is not type(theirs):
+            return kind is type(theirs)
+        if isinstance(ours, torch.Tensor):
+            names = one.names.get(id(ours)), other.names.get(id(theirs))
+            return names[0] == names[1] and ours.shape == theirs.shape
+        if isinstance(ours, (list, tuple)):
+            return len(ours) == len(theirs) and all(map(same, ours, theirs))
+        return bool(ours == theirs)
+
+    first, second = one.steps(), other.steps()
+    return len(first) == len(second) and all(
+        a.name == b.name
+        and same(*((op.args[:3] if a.name == "batch_norm" else op.args) for op in (a, b)))
+        and same(*(list(op.kwargs.items()) for op in (a, b)))
+        for a, b in zip(first, second, strict=True)
+    )
 
 
 @contextmanager
@@ -114,16 +153,19 @@ def mode(network: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def observed(
-    network: nn.Module, hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, Any], None]]]
+    network: nn.Module,
+    hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, Any], None]]],
+    *,
+    values: bool = True,
 ) -> Iterator[None]:
-    """``network`` in eval mode without gradients; each hook sees what its layer will read."""
-    handles = [layer.register_forward_pre_hook(hook) for layer, hook in hooks]
-    try:
-        with mode(network, training=False), torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    """``network`` in eval mode without gradients; each hook sees what its layer will read.
+
+    All of its state is put back; without ``values``, not the numbers in its buffers.
+    """
+    with untouched(network, values=values), mode(network, training=False), torch.no_grad():
+        for layer, hook in hooks:
+            layer.register_forward_pre_hook(hook)
+        yield
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -165,6 +207,8 @@ class _Recorder(TorchFunctionMode):
 
 def _known(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """The result of what is slow on the ``meta`` device, where its shape is plain to see."""
+    if name == "cat":
+        return _joined(*args, **kwargs)
     first = args[0] if args and isinstance(args[0], torch.Tensor) else None
     if first is None or not first.is_meta:
         return None
@@ -183,6 +227,22 @@ def _known(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Te
     if first.dim() != other.dim() or any(m != n and 1 not in (m, n) for m, n in sizes):
         return None
     return torch.empty([max(both) for both in sizes], dtype=first.dtype, device="meta")
+
+
+def _joined(tensors: Any, dim: Any = 0, **other: Any) -> torch.Tensor | None:
+    """What cat gives of plain images (B, C, H, W); None where torch is to see to it."""
+    if type(tensors) is not list or not tensors or dim not in range(-4, 4) or other:
+        return None
+    first = tensors[0]
+    if any(not t.is_meta or t.dim() != 4 or t.dtype != first.dtype for t in tensors):
+        return None
+    shapes = [list(tensor.shape) for tensor in tensors]
+    total = sum(shape.pop(dim) for shape in shapes)
+    if any(shape != shapes[0] for shape in shapes):
+        return None
+    sizes = shapes[0]
+    sizes.insert(dim % 4, total)
+    return torch.empty(sizes, dtype=first.dtype, device="meta")
 
 
 def _convolved(
@@ -224,37 +284,50 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _record(network: nn.Module, example: Example, device: str | None) -> Recording:
+def _record(
+    network: nn.Module,
+    example: Example,
+    device: str | None,
+    snapshot: Snapshot,
+    training: bool,
+) -> Recording:
+    """One pass on copies of all tensors that the network keeps; others keep their numbers too."""
     batch = repeated(example, BATCH)
     if device:
         batch = mapped(batch, lambda tensor: torch.empty_like(tensor, device=device))
-    recorder = _Recorder()
-    with _copies(network, device) as copies, torch.no_grad(), recorder:
-        outputs = call(network, batch)
-    names = {id(copy): name for name, copy in reversed(copies.items())}
-    results = list(tensors_in(outputs))
-    inputs = list(tensors_of_inputs(batch))
-    return Recording(recorder.operations, names, inputs, samples(batch), results, recorder.measured)
-
-
-@contextmanager
-def _copies(network: nn.Module, device: str | None) -> Iterator[dict[str, torch.Tensor]]:
-    """Copies of parameters and buffers, by name, instead of its own for a while.
-
-    As torch.func.functional_call has it, but at once. A shared tensor stays one tensor.
-    """
-    places = list(tensors_of(network))
-    seen: dict[int, torch.Tensor] = {}
-    for _, _, _, value in places:
-        if id(value) not in seen:
-            seen[id(value)] = _copy(value, device)
+    named = list(tensors_of(network))
+    ids = {id(tensor) for *_, tensor in named}
+    places, copies = snapshot.places(), {}
+    for _, _, tensor in places:
+        if id(tensor) not in copies:
+            numbers = id(tensor) not in ids and not tensor.is_floating_point()  # as indices
+            copies[id(tensor)] = _copy(tensor, None if numbers else device)
+    rest = [tensor for tensor in snapshot.tensors if id(tensor) not in copies]
+    if device is None:
+        snapshot.keep(t for t in rest if not isinstance(t, nn.Parameter))
+    recorder, new = _Recorder(), list[torch.Tensor]()
     try:
-        for _, store, own, value in places:
-            store[own] = seen[id(value)]
-        yield {name: seen[id(value)] for name, _, _, value in places}
+        for store, key, tensor in places:
+            store[key] = copies[id(tensor)]
+        with mode(network, training=training), torch.no_grad(), recorder:
+            outputs = call(network, batch)
     finally:
-        for _, store, own, value in places:
-            store[own] = value
+        for store, key, tensor in places:
+            with suppress(LookupError):
+                if store[key] is copies[id(tensor)]:
+                    store[key] = tensor
+        new += snapshot.restore()
+    names = {id(copies[id(tensor)]): name for name, *_, tensor in reversed(named)}
+    kept = {*map(id, copies.values()), *map(id, rest), *map(id, new)}
+    return Recording(
+        recorder.operations,
+        names,
+        frozenset(kept),
+        list(tensors_of_inputs(batch)),
+        samples(batch),
+        list(tensors_in(outputs)),
+        recorder.measured,
+    )
 
 
 def _copy(tensor: torch.Tensor, device: str | None) -> torch.Tensor:

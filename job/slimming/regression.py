@@ -21,6 +21,7 @@ from job.slimming.inputs import call, joined, samples, shape_of
 from job.slimming.moments import Sums, inputs_of, readers, rows_of, values_of
 from job.slimming.passes import forward_passes, standing_bytes
 from job.slimming.record import observed
+from job.slimming.untouched import untouched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -111,6 +112,7 @@ class _Pairs:
         """Passes that can stand in front of each layer of ``todo``."""
         names = [reader.layer for reader in todo]
         with ExitStack() as stack:
+            stack.enter_context(untouched(self.networks[1]))
             for network in self.networks:
                 layers = map(network.get_submodule, names)
                 passes = stack.enter_context(forward_passes(network, layers, self.inputs))

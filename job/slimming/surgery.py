@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,19 +10,14 @@ import torch
 from torch import nn
 
 from job.errors import GammaslimError
-from job.slimming.layers import BATCHNORM, CONVOLUTIONS, modules_of, owner
+from job.slimming.copying import copied
+from job.slimming.layers import BATCHNORM, CONVOLUTIONS, LAYERS, modules_of, owner
 from job.slimming.select import SelectedChannels, unwrapped
 
 if TYPE_CHECKING:
     from job.slimming.plan import Kept, LayerChannels, Layers
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
-# how modules copy that do so in no way of their own; that of convolutions is for old pickles
-PLAIN_COPY = {
-    name: [getattr(kind, name, None) for kind in (nn.Module, nn.modules.conv._ConvNd)]
-    for name in ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
-}
-PLAIN = frozenset([bool, int, float, str, type(None)])
 Tensors = dict[str, torch.Tensor]
 Modules = dict[str, nn.Module]
 
@@ -36,7 +29,7 @@ def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
     GammaslimError or IndexError for layers that are not this network's.
     """
     modules = modules_of(network)
-    memo: dict[int, object] = {}  # what is cut is not copied first
+    memo: dict[int, Any] = {}  # what is cut is not copied first
     select = _Selection()
     for name, kept in layers.items():
         holder = _holder(modules, name)
@@ -45,53 +38,19 @@ def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
             if tensor is not old:
                 new = nn.Parameter(tensor, old.requires_grad) if _is_param(old) else tensor
                 memo[id(old)] = new
-    narrow = copied(network, memo)
-    modules = modules_of(narrow)
     for name, kept in layers.items():
-        if name in modules:
-            _adjust(modules, name, kept)
+        if kept.select is not None:
+            _choose(modules[name], kept.select, memo)
+    narrow = copied(network, memo)
+    if layers:
+        for module in modules_of(network, once=True).values():
+            _adjust(module, memo)
+    for name, kept in layers.items():
+        layer: Any = memo[id(modules[name])] if kept.bias else None
+        if kept.bias and layer.bias is None:
+            weight = layer.weight
+            layer.bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
     return narrow
-
-
-def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """As copy.deepcopy does, but at once past what most of a module's attributes are.
-
-    Plain values and empty dicts of hooks. Modules that copy in a way of their own do so. ``memo``
-    has what takes the place of some tensors, by their id.
-    """
-    if id(module) in memo:
-        known: nn.Module = memo[id(module)]
-        return known
-    kind = type(module)
-    if not all(getattr(kind, name, None) in plain for name, plain in PLAIN_COPY.items()):
-        return copy.deepcopy(module, memo)
-    narrow = memo[id(module)] = kind.__new__(kind)
-    for name, value in vars(module).items():
-        if type(value) in PLAIN:
-            vars(narrow)[name] = value
-        elif name == "_modules":
-            children = {key: m if m is None else copied(m, memo) for key, m in value.items()}
-            vars(narrow)[name] = children
-        elif name in ("_parameters", "_buffers"):
-            tensors = {key: _copied_tensor(t, memo) for key, t in value.items()}
-            vars(narrow)[name] = tensors
-        elif type(value) in (dict, OrderedDict, set) and not value:
-            vars(narrow)[name] = type(value)()
-        elif type(value) is tuple and all(type(part) in PLAIN for part in value):
-            vars(narrow)[name] = value
-        else:
-            vars(narrow)[name] = copy.deepcopy(value, memo)
-    return narrow
-
-
-def _copied_tensor(tensor: torch.Tensor | None, memo: dict[int, Any]) -> torch.Tensor | None:
-    if tensor is None or id(tensor) in memo:
-        known: torch.Tensor | None = None if tensor is None else memo[id(tensor)]
-        return known
-    if type(tensor) is torch.Tensor and tensor.dim() == 0 and tensor._base is None:  # a counter
-        memo[id(tensor)] = new = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        return new
-    return copy.deepcopy(tensor, memo)
 
 
 def _holder(modules: Modules, name: str) -> nn.Module:
@@ -204,34 +163,31 @@ def _grouped(
     return chosen.gather(1, columns.expand(-1, -1, *weight.shape[2:]))
 
 
-def _adjust(modules: Modules, name: str, kept: LayerChannels) -> None:
-    """Make a cut layer's own numbers those of its tensors."""
-    if kept.select is not None:
-        _choose(modules, name, kept.select)
-    layer: Any = _holder(modules, name)
-    if kept.bias and getattr(layer, "bias", None) is None:
-        weight = layer.get_parameter("weight")
-        layer.bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
-    if isinstance(layer, BATCHNORM):
+def _adjust(wide: Any, memo: dict[int, Any]) -> None:
+    """Make the numbers of a layer's copy those of its tensors."""
+    if not isinstance(wide, LAYERS) or id(wide) not in memo:
+        return
+    layer: Any = unwrapped(memo[id(wide)])
+    if isinstance(wide, BATCHNORM):
         sizes = (getattr(layer, own) for own in STATISTICS)
         layer.num_features = next((len(t) for t in sizes if t is not None), layer.num_features)
-    elif isinstance(layer, nn.Linear):
+    elif isinstance(wide, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
-    elif isinstance(layer, CONVOLUTIONS):
-        if layer.groups > 1 and layer.weight.shape[1] == 1 and kept.in_ is not None:
-            layer.groups = len(kept.in_)
+    else:
+        if wide.groups > 1 and wide.weight.shape[1] == 1:  # depthwise
+            layer.groups = wide.groups * len(layer.weight) // len(wide.weight)
         layer.out_channels = layer.weight.shape[0]
         layer.in_channels = layer.weight.shape[1] * layer.groups
 
 
-def _choose(modules: Modules, name: str, kept: Kept) -> None:
-    """Let a BatchNorm take only the channels ``kept`` of its input."""
-    layer = modules[name]
-    if isinstance(layer, SelectedChannels):
-        layer.indices = layer.indices[torch.tensor(kept, device=layer.indices.device)]
+def _choose(norm: nn.Module, kept: Kept, memo: dict[int, Any]) -> None:
+    """Let a BatchNorm's copy take only the channels ``kept`` of its input, by whatever name."""
+    if isinstance(norm, SelectedChannels):
+        chosen = torch.tensor(kept, device=norm.indices.device)
+        memo[id(norm.indices)] = norm.indices[chosen]
         return
-    device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
-    selected = SelectedChannels(layer, torch.tensor(kept, dtype=torch.long, device=device))
-    selected.training = layer.training
-    setattr(modules[owner(name)], name.rpartition(".")[2], selected)
-    modules[name] = selected
+    device = next((t.device for t in (*norm.parameters(), *norm.buffers())), None)
+    indices = torch.tensor(kept, dtype=torch.long, device=device)
+    selected = SelectedChannels(copied(norm, memo), indices)
+    selected.training = norm.training
+    memo[id(norm)] = selected

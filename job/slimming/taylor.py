@@ -15,6 +15,7 @@ from job.slimming.flow import FIXED
 from job.slimming.inputs import batchwise, call
 from job.slimming.record import mode
 from job.slimming.select import batchnorms
+from job.slimming.untouched import untouched
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -45,7 +46,7 @@ def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable
     try:
         for tensor in frozen:
             tensor.requires_grad_(True)
-        with mode(network, training=False), torch.enable_grad():
+        with untouched(network), mode(network, training=False), torch.enable_grad():
             for inputs, labels in _labelled(batches):
                 loss = F.cross_entropy(call(network, inputs), labels)
                 gradients = torch.autograd.grad(loss, tensors, allow_unused=True)

@@ -9,18 +9,19 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import nn
 
 from job.slimming.between import Between
-from job.slimming.flow import Call, Flow, Ids, Position
+from job.slimming.flow import Call, Flow, Ids, Position, Side
 from job.slimming.labels import plain
-from job.slimming.layers import BATCHNORM, owner
-from job.slimming.operations import AXIS_AT, CAT, ELEMENTWISE, MOVES, PAIRWISE, RESHAPES
+from job.slimming.layers import BATCHNORM, LAYERS, owner
+from job.slimming.operations import AXIS_AT, CAT, ELEMENTWISE, FRESH, MOVES, PAIRWISE, RESHAPES
 from job.slimming.select import SelectedChannels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
+    from torch import nn
 
     from job.slimming.record import Operation, Recording
 
@@ -32,7 +33,7 @@ def follow(network: nn.Module, recordings: Sequence[Recording]) -> Flow:
         walk = _Walk(network, bound)
         for recording in recordings:
             walk.follow(recording)
-        mixed = walk.flow.mixed(set(walk.selected))
+        mixed = walk.flow.mixed(set(walk.selected)) | (walk.selected.keys() & walk.passed)
         if not mixed:
             return walk.flow
         bound |= mixed  # its output meets other channels: it is no selection
@@ -44,6 +45,8 @@ class _Walk(Between):
         self.bound = bound
         self.written: dict[str, Ids] = {}
         self.selected: dict[str, Ids] = {}
+        self.passed: set[str] = set()  # BatchNorms that select nothing
+        self.loose: dict[str, str] = {}  # layers whose weights something else reads too, and what
         self.rules: dict[str, Callable[[Operation], None]] = {
             **dict.fromkeys(("conv1d", "conv2d", "conv3d"), self.convolution),
             **dict.fromkeys(PAIRWISE, self.pairwise),
@@ -52,6 +55,9 @@ class _Walk(Between):
             **dict.fromkeys(MOVES, self.move),
             **dict.fromkeys(ELEMENTWISE, self.elementwise),
             **dict.fromkeys(AXIS_AT, self.along),
+            **dict.fromkeys(FRESH, self.forget),
+            **dict.fromkeys(("matmul", "__matmul__", "mm"), self.product),
+            "cdist": self.distance,
             "linear": self.linear,
             "glu": self.glu,
             "batch_norm": self.batch_norm,
@@ -62,19 +68,20 @@ class _Walk(Between):
     def follow(self, recording: Recording) -> None:
         self.recording, first = recording, not self.flow.calls
         self.labels, self.shared = {}, set()
-        known = {*map(id, recording.inputs), *recording.names}
+        known = {*map(id, recording.inputs), *recording.names, *recording.constants}
         for operation, often in zip(recording.operations, _used_often(recording), strict=True):
             self.often, self.counting = often, first
             inputs = {id(tensor): tensor for tensor in operation.inputs()}
-            if not known.issuperset(inputs) and not (
-                known := known | _constants(self.network)
-            ).issuperset(inputs):
+            if not known.issuperset(inputs):
                 everything = np.arange(self.flow.count)
                 self.flow.fix(everything, f"{operation.name} of a tensor of unknown origin")
             self.step(operation, list(inputs.values()))
             known.update(map(id, operation.results()))
         for output in recording.outputs:
             self.fix(output, "the network's output")
+        for position in self.flow.positions:
+            if position.layer in self.loose:
+                self.flow.fix(position.ids, f"{self.loose[position.layer]} reads its weight too")
         for tensor in recording.measured:
             if (found := self.of(tensor)) is not None:
                 self.flow.suspects.append(("what their number is used for", plain(found)))
@@ -84,11 +91,20 @@ class _Walk(Between):
         self.wide = self.often or any(id(tensor) in self.shared for tensor in labelled)
         rule = self.rules.get(op.name)
         if not labelled and op.name not in STARTS:
-            self.forget(op)
+            self.alone(op, inputs)
         elif rule is None:
             self.give_up(op, f"{op.name} is not understood")
         else:
             rule(op)
+
+    def alone(self, op: Operation, inputs: list[torch.Tensor]) -> None:
+        """An operation on nothing that can be cut, or on weights."""
+        for tensor in inputs:
+            name = self.recording.name(tensor)
+            if name and tensor.dim() and all(tensor is not result for result in op.results()):
+                self.loose.setdefault(name, op.name)
+                self.loose.setdefault(owner(name), op.name)
+        self.forget(op)
 
     # layers
 
@@ -102,9 +118,10 @@ class _Walk(Between):
             return self.give_up(op, "a convolution with a computed weight or mixed channels")
         if groups == len(ids) and groups > 1:
             passed = np.repeat(ids, outputs // groups)
-            self.note(op, name, "through", passed, outputs // groups)
+            self.note(name, "through", passed, outputs // groups)
+            self.bias(op, name, passed)
             return self.lay(op.result, passed, 1, shared=self.often)
-        self.note(op, name, "in", ids)
+        self.note(name, "in", ids)
         written = self.writes(op, name, outputs)
         if groups > 1:
             self.flow.blocks += [ids.reshape(groups, -1), written.reshape(groups, -1)]
@@ -119,7 +136,7 @@ class _Walk(Between):
         ids = self.ids(image, -1)
         if ids is None or name is None:
             return self.give_up(op, "a linear layer with a computed weight or mixed channels")
-        self.note(op, name, "in", ids)
+        self.note(name, "in", ids)
         written = self.writes(op, name, weight.shape[0])
         return self.lay(op.result, written, op.result.dim() - 1, shared=self.often)
 
@@ -133,29 +150,68 @@ class _Walk(Between):
         """A writer's rows: new elements, or those of its first use."""
         if name not in self.written:
             self.written[name] = self.flow.born(owner(name), count)
-            self.note(op, name, "out", self.written[name])
+            self.note(name, "out", self.written[name])
+        self.bias(op, name, self.written[name])
         return self.written[name]
 
+    def bias(self, op: Operation, name: str, ids: Ids) -> None:
+        """What is added to ``ids``: by the layer of the weight ``name``, or by another's bias."""
+        bias = op.argument(2, "bias")
+        if bias is None:
+            return
+        added, layers = self.recording.name(bias), [owner(name), *self.twins.get(owner(name), ())]
+        if added is None:
+            self.flow.fix(ids, f"{op.name} with a computed bias")
+        elif owner(added) not in layers or not isinstance(self.modules[owner(name)], LAYERS):
+            self.note(added, "through", ids)
+
     def batch_norm(self, op: Operation) -> None:
-        image = op.argument(0, "input")
-        statistics = (op.argument(3, "weight"), op.argument(1, "running_mean"))
-        name = next((n for n in map(self.recording.name, statistics) if n), None)
+        image, labels = op.argument(0, "input"), self.of(op.argument(0, "input"))
+        tensors = [op.argument(place, own) for place, own in enumerate(STATISTICS, 1)]
+        names = [self.recording.name(tensor) for tensor in tensors if tensor is not None]
+        layers = list(dict.fromkeys(owner(name) for name in names if name))
         ids = self.ids(image, 1)
-        if ids is None or not name or not isinstance(self.modules[owner(name)], BATCHNORM):
+        if not names:
+            return (
+                self.forget(op) if labels is None else self.set(op.result, labels, shared=self.wide)
+            )
+        known = all(isinstance(self.modules[layer], BATCHNORM) for layer in layers)
+        if ids is None or None in names or not known:
             return self.give_up(op, "a BatchNorm with computed parameters or mixed channels")
-        layer = owner(name)
+        layer = layers[0]
         selects = isinstance(self.modules[owner(layer)], SelectedChannels)
         layer = owner(layer) if selects else layer
-        if selects or (id(image) in self.shared and layer not in self.bound):
+        splits = id(image) in self.shared and layer not in self.bound and len(layers) == 1
+        if selects or splits:
             self.fix(image, "channels are selected in front of each BatchNorm that reads them")
             if layer not in self.selected:
                 self.selected[layer] = self.flow.born(layer, len(ids))
                 self.flow.positions.append(Position(layer, "select", self.selected[layer]))
             ids = self.selected[layer]
             return self.lay(op.result, ids, 1, shared=self.often)
-        self.note(op, f"{layer}.weight", "through", ids)
-        labels = self.of(image)
+        for layer in layers:  # several, where they share some tensors
+            self.passed.add(layer)
+            self.note(f"{layer}.weight", "through", ids)
         return self.forget(op) if labels is None else self.set(op.result, labels, shared=self.wide)
+
+    def product(self, op: Operation) -> None:
+        """Channels times the rows of a matrix, which only train mode has."""
+        self.matrix(op, "through", 0)
+
+    def distance(self, op: Operation) -> None:
+        """Channels compared with the columns of a matrix, which only train mode has."""
+        self.matrix(op, "in", 1)
+
+    def matrix(self, op: Operation, side: Side, axis: int) -> None:
+        image, matrix = op.args[:2] if len(op.args) > 1 else (None, None)
+        name = self.recording.name(matrix)
+        ids = None if image is None or self.of(image) is None else self.ids(image, -1)
+        if self.counting or ids is None or name is None or matrix.dim() != 2:
+            return self.give_up(op, f"{op.name} is not understood")
+        if side == "in" and name not in dict(self.network.named_parameters()):
+            return self.give_up(op, f"{op.name} with a buffer is not understood")
+        self.note(name, side, ids)
+        return self.forget(op)
 
     def prelu(self, op: Operation) -> None:
         image, weight = op.argument(0, "input"), op.argument(1, "weight")
@@ -163,21 +219,12 @@ class _Walk(Between):
         if ids is None or found is None or (weight.numel() > 1 and name is None):
             return self.give_up(op, "a PReLU with a computed weight or mixed channels")
         if weight.numel() > 1:
-            self.note(op, str(name), "through", ids)
+            self.note(str(name), "through", ids)
         return self.set(op.result, found, shared=self.wide)
 
 
+STATISTICS = ("running_mean", "running_var", "weight", "bias")
 STARTS = frozenset({"conv1d", "conv2d", "conv3d", "linear", "batch_norm"})
-
-
-def _constants(network: nn.Module) -> set[int]:
-    """Ids of tensors that are plain attributes of modules."""
-    return {
-        id(value)
-        for module in network.modules()
-        for value in module.__dict__.values()
-        if isinstance(value, torch.Tensor)
-    }
 
 
 def _used_often(recording: Recording) -> list[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +12,13 @@ from torch import nn
 
 from job.errors import DataError, GammaslimError, UsageError, reason
 from job.slimming.comparison import difference, explain
+from job.slimming.copying import copied
 from job.slimming.inputs import call, mapped, repeated
 from job.slimming.plan import layers_of
 from job.slimming.policy import Choice, ranked
 from job.slimming.record import mode, record, tensors_in
-from job.slimming.surgery import copied, narrowed
+from job.slimming.surgery import narrowed
+from job.slimming.untouched import untouched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from job.slimming.plan import LayerChannels, Layers
 
 TOLERANCE = 1e-9  # relative, in float64
+NOISES = 64  # times
+TRIES = 3
 PROBES = 2  # pictures
 SMALLER = (64, 96)  # pixels that a proof is made with, if larger pictures are treated alike
 
@@ -45,6 +50,22 @@ def probe(example: Example) -> Any:
     return mapped(repeated(example, PROBES), noise)
 
 
+@dataclass(frozen=True)
+class Proof:
+    """Largest ``error`` of a narrow network's outputs, relative to the largest output of each.
+
+    Computed in ``precision``: float64, or the network's own where it does not run in that. Then
+    ``tolerance`` is what rounding does to the wide network, many times over.
+    """
+
+    error: float
+    precision: str
+    tolerance: float
+
+    def __str__(self) -> str:
+        return f"{self.error:.1e} in {self.precision}, where {self.tolerance:.0e} is allowed"
+
+
 def verify(
     wide: nn.Module,
     narrow: nn.Module,
@@ -52,30 +73,106 @@ def verify(
     example: Example,
     *,
     auxiliary: bool = False,
-) -> float:
-    """Largest error of the narrow network's outputs, relative to the largest output.
+    odd: bool = False,
+) -> Proof:
+    """Compare the narrow network with the wide one without the removed channels.
 
-    Both run on noise like ``example``, or smaller images where they are as good, in float64 on
-    the CPU; in the wide one the removed channels are zeroed in front of every layer that sums over
-    them. With ``auxiliary`` the heads that only run in train mode are compared too. Raises
-    GammaslimError above 1e-9.
+    Both run on noise like ``example``, or smaller images where they are as good, on the CPU; in
+    the wide one the removed channels are zeroed in front of every layer that sums over them. With
+    ``auxiliary`` the heads that only run in train mode are compared too. Raises GammaslimError
+    above the tolerance, and where only the wide network can be trained: a forward pass in train
+    mode shows it, with ``odd`` a backward one too.
     """
-    if not auxiliary:  # such heads have sizes of their own
-        example = smaller(wide, example)
-    masked = _masked(wide, layers)
-    expected = _outputs(masked, example, auxiliary)
+    small = example if auxiliary else smaller(wide, example)  # such heads have sizes of their own
+    masked, expected, precision = _expected(wide, layers, small, auxiliary)
     try:
-        found = _outputs(_in_float64(narrow), example, auxiliary)
+        # another seed: what depends on chance proves nothing
+        found = _outputs(placed(narrow, precision), small, auxiliary, seed=1)
     except Exception as failure:  # anybody's network
         raise GammaslimError(f"the narrow network does not run: {reason(failure)}") from failure
-    error = difference(found, expected)
-    if not error <= TOLERANCE:
-        explain(masked, probe(example))
+    tolerance = TOLERANCE
+    if precision != torch.float64:
+        tolerance = _noise(masked, expected, small, auxiliary)
+    proof = Proof(difference(found, expected), str(precision).removeprefix("torch."), tolerance)
+    if not proof.error <= tolerance:
+        explain(masked, _noise_for(masked, small))
         raise GammaslimError(
             f"the cut is wrong: the narrow network differs from the wide one without those "
-            f"channels by {error:.1e}, above {TOLERANCE:.0e}"
+            f"channels by {proof}"
         )
-    return error
+    if (why := _training_error(narrow, example, odd)) and not _training_error(wide, example, odd):
+        raise GammaslimError(f"the narrow network does not train, as the wide one does: {why}")
+    return proof
+
+
+def _expected(
+    wide: nn.Module, layers: Layers, example: Example, auxiliary: bool
+) -> tuple[nn.Module, list[torch.Tensor], torch.dtype]:
+    """The wide network without the removed channels, its outputs, and in which precision."""
+    try:
+        masked = _masked(wide, layers, torch.float64)
+        expected = _outputs(masked, example, auxiliary)
+        if all(t.dtype == torch.float64 for t in expected if t.is_floating_point()):
+            return masked, expected, torch.float64
+    except Exception:  # anybody's network: float32 may be written into it
+        pass
+    own = _precision(wide)
+    masked = _masked(wide, layers, own)
+    try:
+        return masked, _outputs(masked, example, auxiliary), own
+    except Exception as failure:  # as of operations that only run on a GPU
+        raise UsageError(
+            f"a cut is proven on the CPU, where the network does not run: {reason(failure)}"
+        ) from failure
+
+
+def _noise(
+    masked: nn.Module, expected: list[torch.Tensor], example: Example, auxiliary: bool
+) -> float:
+    """A tolerance: ``NOISES`` times what the outputs change by when each weight is rounded anew.
+
+    That is by one unit in its last place, up or down, which narrow sums in another order are like.
+    """
+    generator, worst = torch.Generator().manual_seed(1), 0.0
+    with torch.no_grad():
+        for _ in range(TRIES):
+            moved = copied(masked, {})
+            for tensor in moved.parameters():
+                if tensor.is_floating_point():
+                    sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+                    tensor.mul_(1 + sign.to(tensor.dtype) * torch.finfo(tensor.dtype).eps)
+            worst = max(worst, difference(_outputs(moved, example, auxiliary), expected))
+    eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
+    return NOISES * max(worst, eps)
+
+
+def _training_error(network: nn.Module, example: Example, backward: bool) -> str | None:
+    """Why a step of training fails on samples like those of ``example``, or None."""
+    try:
+        if backward:
+            _step(network, example)
+        else:
+            record(network, example, training=True)
+    except Exception as error:  # anybody's network
+        return reason(error)
+    return None
+
+
+def _step(network: nn.Module, example: Example) -> None:
+    """A step forward and backward of a copy on the meta device; on the CPU where that fails."""
+    try:
+        trained = copied(network, placed_tensors(network, torch.device("meta")))
+        _trained(trained, mapped(_noise_for(trained, example), lambda t: t.to("meta")))
+    except Exception:  # meta tensors have no values, and some networks look at some
+        trained = placed(network, _precision(network))
+        _trained(trained, _noise_for(trained, example))
+
+
+def _trained(network: nn.Module, batch: Example) -> None:
+    with untouched(network), mode(network, training=True), torch.enable_grad():
+        outputs = [t for t in tensors_in(call(network, batch)) if t.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
 
 
 def smaller(network: nn.Module, image: Example) -> Example:
@@ -115,19 +212,40 @@ def _treatment(network: nn.Module, image: torch.Tensor) -> list[tuple[object, ..
     ]
 
 
-def _in_float64(network: nn.Module) -> nn.Module:
+def placed_tensors(
+    network: nn.Module, device: torch.device, dtype: torch.dtype | None = None
+) -> dict[int, Any]:
+    """Copies of parameters and buffers by id of the original, floating ones in ``dtype``."""
     memo: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
-        if tensor.is_floating_point():
-            double = tensor.detach().to("cpu", torch.float64, copy=True)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(double) if is_parameter else double
-    return copied(network, memo).cpu()
+        kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        new = tensor.detach().to(device, kind, copy=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+    return memo
 
 
-def _outputs(network: nn.Module, example: Example, auxiliary: bool) -> list[torch.Tensor]:
-    with _proof_mode(network, auxiliary), torch.inference_mode():
-        return list(tensors_in(call(network, probe(example))))
+def placed(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy on the CPU in ``dtype``."""
+    return copied(network, placed_tensors(network, torch.device("cpu"), dtype)).cpu()
+
+
+def _outputs(
+    network: nn.Module, example: Example, auxiliary: bool, seed: int = 0
+) -> list[torch.Tensor]:
+    with untouched(network), _proof_mode(network, auxiliary), torch.inference_mode():
+        torch.default_generator.manual_seed(seed)
+        return list(tensors_in(call(network, _noise_for(network, example))))
+
+
+def _noise_for(network: nn.Module, example: Example) -> Any:
+    """Noise like ``example`` in the precision of the network."""
+    kind = _precision(network)
+    return mapped(probe(example), lambda t: t.to(kind) if t.is_floating_point() else t)
+
+
+def _precision(network: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
 
 @contextmanager
@@ -140,9 +258,9 @@ def _proof_mode(network: nn.Module, auxiliary: bool) -> Iterator[None]:
         yield
 
 
-def _masked(wide: nn.Module, layers: Layers) -> nn.Module:
+def _masked(wide: nn.Module, layers: Layers, dtype: torch.dtype) -> nn.Module:
     """A copy whose readers have zeros for the removed channels: it does not see them."""
-    masked = _in_float64(wide)
+    masked = placed(wide, dtype)
     with torch.no_grad():
         for name, channels in layers.items():
             if channels.in_ is not None:
@@ -206,7 +324,8 @@ def _passes(network: nn.Module, graph: ChannelGraph, names: list[str], example: 
     """
     layers = layers_of(graph, _trial(graph, names))
     try:
-        verify(network, narrowed(network, layers), layers, example, auxiliary=graph.auxiliary)
+        narrow = narrowed(network, layers)
+        verify(network, narrow, layers, example, auxiliary=graph.auxiliary, odd=graph.odd)
     except (UsageError, DataError):
         raise
     except Exception:  # whatever a network raises that does not take fewer channels

@@ -130,7 +130,7 @@ def compare(name: str, repeat: int) -> list[str]:
     _, plan = job.slim(network, image, target="macs=0.5")
     small = torch.rand(1, 3, PROOF, PROOF)
     narrow, proven = job.slim(network, small, target="macs=0.5")
-    error = verify(network, narrow, proven.layers, small)
+    error = verify(network, narrow, proven.layers, small).error
     times = [f"{analysis:.3f} + {step:.3f}" for analysis, step in medians]
     return [
         name, *times, f"{sum(medians[0]) / sum(medians[1]):.1f}x",

@@ -1,0 +1,266 @@
+"""A network that is run without a trace: all state of it, of its code and of chance, put back."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import random
+import sys
+import types
+from collections import OrderedDict, deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+ATOMS = frozenset([bool, int, float, complex, str, bytes, types.NoneType, torch.Size, torch.dtype])
+FOREIGN = frozenset(["torch", "numpy", *sys.stdlib_module_names]) - {"__main__"}
+HOOKS = (dict, OrderedDict)
+MOST_PARTS = 10_000  # of a container that is looked into
+_ABSENT = object()
+Place = tuple[Any, Any, torch.Tensor]
+
+
+@contextmanager
+def untouched(network: nn.Module, *, values: bool = True) -> Iterator[Snapshot]:
+    """Put back all state of ``network`` at the end: attributes, buffers, hooks, modes, caches.
+
+    Also what its classes, closures and module-level names held, and the generators of torch,
+    Python and NumPy. With ``values`` the numbers in buffers and other tensors too; parameters are
+    not expected to change.
+    """
+    snapshot = Snapshot(network)
+    if values:
+        snapshot.keep(t for t in snapshot.tensors if not isinstance(t, nn.Parameter))
+    try:
+        yield snapshot
+    finally:
+        snapshot.restore()
+
+
+class Snapshot:
+    """Every container that a network reaches, with what was in it; each is put back in place.
+
+    ``tensors`` are those found. Containers behind code (closures, defaults, classes, module-level
+    names that are used) count as much as attributes do.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._stores: list[tuple[Any, Any]] = []
+        self._empty: list[dict[Any, Any]] = []  # most of those with hooks
+        self._names: list[tuple[dict[str, Any], dict[str, Any]]] = []  # some of a module's globals
+        self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._kinds: list[tuple[nn.Module, type]] = []  # those of lazy modules change
+        self._cells: list[tuple[types.CellType, Any]] = []
+        self._caches: list[tuple[Any, Any]] = []
+        self._generators: list[tuple[torch.Generator, torch.Tensor]] = []
+        self._values: list[tuple[Any, Any, int]] = []
+        self._seen: set[int] = set()
+        self._entered: set[int] = set()
+        self._code: list[Any] = []
+        self._walk(roots)
+        self._own = len(self._stores)
+        while self._code:
+            self._enter(self._code.pop())
+        self._chance = _chance(self.tensors)
+
+    def places(self) -> list[Place]:
+        """The containers of attributes that hold tensors: each with the key, and the tensor."""
+        found: list[Place] = []
+        for store, before in self._stores[: self._own]:
+            if before and type(before) is dict:
+                found += [(store, k, v) for k, v in before.items() if isinstance(v, torch.Tensor)]
+            elif before and type(before) is list and type(store) is list:
+                found += [(store, k, v) for k, v in enumerate(before) if type(v) is torch.Tensor]
+        return found
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Put back the numbers in these too."""
+        for tensor in tensors:
+            if not (tensor.is_meta or tensor.is_inference() or is_lazy(tensor)):
+                self._values.append((tensor, tensor.detach().clone(), tensor._version))
+
+    def restore(self) -> list[torch.Tensor]:
+        """Put everything back; the tensors that were in its place."""
+        new: list[Any] = []
+        for store, before in self._stores:
+            if not _same(store, before):
+                new += store.values() if isinstance(store, dict) else store
+                store.clear()
+                (store.update if isinstance(store, (dict, set)) else store.extend)(before)
+        for store in self._empty:
+            if store:
+                new += store.values()
+                store.clear()
+        for space, names in self._names:
+            for name, value in names.items():
+                if space.get(name, _ABSENT) is not value:
+                    new.append(space.pop(name))
+                    if value is not _ABSENT:
+                        space[name] = value
+        for kind, attributes in self._classes:
+            _restore_class(kind, attributes)
+        for module, kind in self._kinds:
+            if type(module) is not kind:
+                module.__class__ = kind
+        for cell, content in self._cells:
+            if cell.cell_contents is not content:
+                cell.cell_contents = content
+        for cache, before in self._caches:
+            if cache.cache_info().misses != before:
+                cache.cache_clear()  # what was added cannot be taken out by itself
+        for generator, state in self._generators:
+            generator.set_state(state)
+        for value, before, version in self._values:
+            if isinstance(value, np.ndarray):
+                value[...] = before
+            elif value._version != version:
+                with torch.no_grad():
+                    value.data.copy_(before)
+        _set_chance(self._chance)
+        return Snapshot(*new).tensors if new else []
+
+    def _walk(self, values: Iterable[Any]) -> None:
+        """Look into containers and objects; code that is met is left for later."""
+        waiting, seen, stores, empty = list(values), self._seen, self._stores, self._empty
+        while waiting:
+            value = waiting.pop()
+            kind = type(value)
+            if kind in ATOMS or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, torch.Tensor):
+                self.tensors.append(value)
+            elif isinstance(value, dict):
+                before = dict(value)
+                stores.append((value, before))
+                if before and len(before) < MOST_PARTS:
+                    waiting += [part for part in before.values() if type(part) not in ATOMS]
+            elif isinstance(value, nn.Module):
+                self._kinds.append((value, kind))
+                if id(kind) not in self._entered:
+                    self._code.append(kind)
+                attributes = value.__dict__
+                stores.append((attributes, dict(attributes)))
+                for part in attributes.values():
+                    if type(part) in ATOMS:
+                        continue
+                    if type(part) in HOOKS and not part:  # most: at once
+                        empty.append(part)
+                    else:
+                        waiting.append(part)
+            elif isinstance(value, (list, deque, set)):
+                stores.append((value, list(value)))
+                waiting += value if len(value) < MOST_PARTS else ()
+            elif isinstance(value, (tuple, frozenset)):
+                waiting += value if len(value) < MOST_PARTS else ()
+            else:
+                waiting += self._parts(value)
+
+    def _parts(self, value: Any) -> tuple[Any, ...]:
+        """What is in an object of another kind."""
+        if isinstance(value, functools.partial):
+            return value.func, value.args, value.keywords
+        if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
+            return (getattr(value, "__func__", None), value.__self__)
+        if isinstance(value, (types.FunctionType, type, functools._lru_cache_wrapper)):
+            self._code.append(value)
+        elif isinstance(value, torch.Generator):
+            self._generators.append((value, value.get_state()))
+        elif isinstance(value, np.ndarray):
+            if value.flags.writeable and value.dtype != object:
+                self._values.append((value, value.copy(), 0))
+        elif not isinstance(value, types.ModuleType) and not _foreign(type(value)):
+            self._code.append(type(value))
+            return (getattr(value, "__dict__", None),)
+        return ()
+
+    def _enter(self, code: Any) -> None:
+        """Look into what code holds: a class, a function, a function with a cache."""
+        if isinstance(code, functools._lru_cache_wrapper):
+            self._caches.append((code, code.cache_info().misses))
+            self._walk([code.__wrapped__])
+        elif isinstance(code, type):
+            for kind in code.__mro__:
+                if id(kind) not in self._entered:
+                    self._entered.add(id(kind))
+                    if not _foreign(kind):
+                        self._enter_class(kind)
+        elif not _foreign(code):
+            self._enter_function(code)
+
+    def _enter_class(self, kind: type) -> None:
+        attributes = dict(vars(kind))
+        self._classes.append((kind, attributes))
+        for value in attributes.values():
+            inner = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
+            self._walk([inner])
+
+    def _enter_function(self, function: types.FunctionType) -> None:
+        self._walk([function.__defaults__, function.__kwdefaults__, function.__dict__])
+        for cell in function.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # an empty one
+                continue
+            self._cells.append((cell, content))
+            self._walk([content])
+        space = function.__globals__
+        names = {name: space.get(name, _ABSENT) for name in _names(function.__code__)}
+        self._names.append((space, names))
+        self._walk([v for v in names.values() if not isinstance(v, types.ModuleType)])
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """The global names that code may read or set, that of functions in it too."""
+    inner = (part for part in code.co_consts if isinstance(part, types.CodeType))
+    return frozenset(code.co_names).union(*map(_names, inner))
+
+
+def _foreign(code: Any) -> bool:
+    """Whether a class or function is of the standard library, torch or NumPy."""
+    module = getattr(code, "__module__", None) or "builtins"
+    return module.partition(".")[0] in FOREIGN and code is not types.SimpleNamespace
+
+
+def _same(store: Any, before: Any) -> bool:
+    if len(store) != len(before):
+        return False
+    if not before:
+        return True
+    if isinstance(store, dict):
+        alike = all(map(operator.is_, store.values(), before.values()))
+        return alike and all(map(operator.eq, store, before))
+    return store == set(before) if isinstance(store, set) else all(map(operator.is_, store, before))
+
+
+def _restore_class(kind: type, before: dict[str, Any]) -> None:
+    now = dict(vars(kind))
+    for name, value in now.items():
+        if name not in before and not (name.startswith("__") and name.endswith("__")):
+            delattr(kind, name)
+        elif before.get(name, value) is not value:
+            setattr(kind, name, before[name])
+
+
+def _chance(tensors: Iterable[torch.Tensor]) -> tuple[Any, ...]:
+    """The states of all generators of random numbers that a network may use."""
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    on_gpu = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    return torch.get_rng_state(), random.getstate(), np.random.get_state(), on_gpu
+
+
+def _set_chance(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
+    for device, state in states[3]:
+        torch.cuda.set_rng_state(state, device)
