@@ -136,10 +136,11 @@ def comparison_record(histories: Sequence[History]) -> dict[str, Any]:
 
 
 def _state(history: History) -> str:
-    code, text = history.exit_code, history.state
-    if history.position and text not in ("finished", "unknown"):
-        text += f" in {where(*history.position)}"
-    return text + (f" (exit code {code})" if code else "")
+    code, state = history.exit_code, history.state
+    text = state + (f" (exit code {code})" if code else "")
+    if history.position and state not in ("finished", "unknown"):
+        text += f", in {where(*history.position)}"
+    return text
 
 
 def _run_text(history: History) -> str:

@@ -76,10 +76,10 @@ def test_a_run_is_running_only_while_its_job_lives(
     assert read_run(folder).state == "died"  # its number is another process's now
     job.report.report([str(folder)], None, False)
     said = capsys.readouterr().out
-    assert "run: died in round 1, epoch 2, step 34" in said
+    assert "run: died, in round 1, epoch 2, step 34" in said
     assert "run the same command to resume" in said
     page = (folder / "report.html").read_text()
-    assert "died in round 1" in page
+    assert "died, in round 1" in page
     assert "running" not in page.partition("<h2>")[0].partition("</head>")[2]
     job.report.report([str(folder), str(running_folder(tmp_path / "b"))], str(tmp_path / "c.html"),
                       True)  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_stopped_run_says_where_it_is_and_resumes_there(
     assert (status(run)["state"], position(run)) == ("stopped", where)
     if round_:
         assert json.loads((run / "summary.json").read_text())["state"] == "stopped"
-    assert f"stopped in {words}" in (run / "report.html").read_text()
+    assert f"stopped (exit code 75), in {words}" in (run / "report.html").read_text()
     monkeypatch.undo()
     capsys.readouterr()
     prune(tiny(noise, run))
