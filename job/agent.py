@@ -11,13 +11,13 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-import click
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
+from job.console import tell_error
 from job.errors import GammaslimError, StopRequest
 from job.signals import TOO_EARLY, answered_at_once, leave_now
 
@@ -121,7 +121,7 @@ def _exit_code(failures: list[ProcessFailure], asked: list[int]) -> int:
     stopped = {StopRequest.exit_code, -signal.SIGKILL, *(-number for number in asked)}
     if asked and all(failure.exitcode in stopped for failure in failures):
         if all(failure.exitcode < 0 for failure in failures):  # before they could say so
-            click.echo(f"Error: {TOO_EARLY}", err=True)
+            tell_error(TOO_EARLY)
         return StopRequest.exit_code
 
     def order(failure: ProcessFailure) -> tuple[int, int]:
@@ -134,9 +134,8 @@ def _exit_code(failures: list[ProcessFailure], asked: list[int]) -> int:
         return int(first.exitcode)
     name = signal.Signals(-first.exitcode).name
     reason = " (out of memory, or by hand)" if name == "SIGKILL" else ""
-    click.echo(
-        f"Error: process {first.local_rank} of this node was killed by {name}{reason}; "
-        "run the same command to resume",
-        err=True,
+    tell_error(
+        f"process {first.local_rank} of this node was killed by {name}{reason}; "
+        "run the same command to resume"
     )
     return 1

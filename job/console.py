@@ -128,6 +128,12 @@ def warn(text: str) -> None:
         click.echo(f"Warning: {printable(text)}", err=True)
 
 
+def tell_error(text: str) -> None:
+    """Print a line on stderr that begins with "Error: "; text from outside may be in it."""
+    fresh_line()
+    click.echo(f"Error: {printable(text)}", err=True)
+
+
 def fresh_line() -> None:
     """On a terminal, clear what this process or another one has drawn on the present line."""
     with _line.lock:

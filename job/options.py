@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from job.config import PruneConfig, read_toml, recipes
-from job.console import fresh_line
+from job.console import tell_error
 from job.environment import check_environment
 from job.errors import (
     ConfigError,
@@ -166,8 +166,7 @@ class Group(click.Group):
 
 def _report(error: object) -> None:
     """The one line on stderr: it may quote names and values from outside."""
-    fresh_line()
-    click.echo(f"Error: {printable(str(error))}", err=True)
+    tell_error(str(error))
 
 
 def _storage_error(ctx: click.Context, error: OSError) -> GammaslimError:

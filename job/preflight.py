@@ -10,17 +10,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import click
 import torch
 
 from job.artifact import find_model, load_model
 from job.checkpoint import KEPT
-from job.console import rounds_table, say, warn
+from job.console import rounds_table, say, tell_error, warn
 from job.cores import available_cores
 from job.cut import cut
 from job.data.batches import default_workers
 from job.data.dataset import ArraySplit
-from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, printable, shown
+from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, shown
 from job.files import check_writable, is_file
 from job.folders import choose
 from job.models.weights import read_state
@@ -79,7 +78,7 @@ class Findings:
             for warning in self.warnings:
                 warn(warning)
             for error in self.errors[1:]:
-                click.echo(f"Error: {printable(str(error))}", err=True)
+                tell_error(str(error))
         if self.errors:
             raise self.errors[0]
 

@@ -14,10 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from job.accuracy import signed
-from job.console import rounds_table, say, table, where
+from job.console import rounds_table, say, table, warn, where
 from job.errors import printable, shown, writing
 from job.figures import Picture, draw_comparison, draw_run
 from job.files import check_output, check_writable, write_bytes, write_output
@@ -79,7 +77,7 @@ def report(paths: Sequence[str], output: str | None, as_json: bool) -> None:
     write_output(page, (run_page if alone else comparison_page)(histories, pictures).encode())
     for history in histories:
         for problem in history.problems:
-            click.echo(f"Warning: {printable(problem)}", err=True)
+            warn(problem)
     if as_json:
         say(json.dumps(comparison_record(histories) | {"report": shown(target)}, indent=1))
     else:
