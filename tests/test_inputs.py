@@ -7,6 +7,8 @@ import math
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +95,8 @@ def network(make: Callable[[], nn.Module]) -> nn.Module:
         (Batched, {"image": IMAGE}, 1),
         (Batched, ({"image": IMAGE.expand(5, -1, -1, -1)},), 1),
         (Listed, [IMAGE[0], IMAGE[0]], 2),
+        (Pair, (IMAGE, IMAGE, torch.tensor([0.5])), 2),
+        (Trunk, IMAGE.double(), 1),
     ],
 )
 def test_an_example_may_be_several_inputs(make: type[nn.Module], example: Any, images: int) -> None:
@@ -127,6 +131,7 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "-inf": lambda y: y.masked_fill(torch.arange(3, device=y.device) == 2, -INF),
     "named": lambda y: Named(y, None),
     "classes": lambda y: (y, [y.argmax(1)]),
+    "namespace": lambda y: SimpleNamespace(logits=y),
     "complex": lambda y: torch.complex(y, -y),
 }
 
@@ -169,6 +174,22 @@ UNSURE = {
 def test_a_network_that_cannot_be_compared_is_told_why(message: str) -> None:
     with pytest.raises(UsageError, match=message):
         job.slim(network(lambda: Trunk(UNSURE[message])), IMAGE)
+
+
+def test_taylor_takes_the_logits_among_the_outputs() -> None:
+    wide = network(lambda: Trunk(lambda y: {"boxes": y[:, 0], "logits": y}))
+    images = torch.rand(4, 3, 16, 16)
+    given = {"importance": "taylor", "compensate": "none"}
+    _, plan = job.slim(wide, IMAGE, calibration=[(images, torch.arange(4) % 3)], **given)
+    assert plan.method == "importance taylor, compensation none"
+    for finish, label, message in (
+        (lambda y: y, 3, "a label 3, the network has 3 classes"),
+        (lambda y: y[:, 0], 0, "needs a network that gives logits"),
+    ):
+        other = network(partial(Trunk, finish))
+        batches = [(images, torch.full((4,), label))]
+        with pytest.raises(UsageError, match=message):
+            job.slim(other, IMAGE, calibration=batches, **given)
 
 
 @pytest.mark.parametrize("name", ["two.0.weight", "two.1.weight", "two.1.running_var"])

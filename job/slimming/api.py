@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from job.slimming.graph import ChannelGraph
+    from job.slimming.inputs import Example
     from job.slimming.plan import Plan
 
 POLICIES = ("uniform", "global")
@@ -85,7 +87,7 @@ def slim(
     slimming = Slimming(policy, budget_of(target), int(round_to), float(min_keep))
     inputs, names = example_of(model, example), ignored(model, ignore)
     try:
-        graph = analyse(model, inputs, names)
+        graph = _analysed(model, inputs, names)
         batches = (
             None if calibration is None else batches_of(model, inputs, calibration, recalibrate)
         )
@@ -107,6 +109,13 @@ def slim(
     if recalibrate and batches:
         recalibrated(narrow, batches[:recalibrate])
     return narrow, replace(plan, example=without_values(inputs))
+
+
+def _analysed(model: nn.Module, inputs: Example, names: list[str]) -> ChannelGraph:
+    try:
+        return analyse(model, inputs, names)
+    except UsageError as error:
+        raise UsageError(f"example: {error}") from error
 
 
 def _tell(line: str) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from job.config import nearest
 from job.errors import UsageError
 from job.slimming.budget import METRICS, Budget
-from job.slimming.inputs import arguments_for, tensors_of_inputs
+from job.slimming.inputs import arguments_for, like, tensors_of_inputs
 from job.slimming.layers import LAYERS, modules_of, owner
 
 if TYPE_CHECKING:
@@ -68,7 +68,10 @@ def _check_layer(name: str, module: nn.Module) -> None:
 
 
 def example_of(model: nn.Module, example: Any) -> Example:
-    """The example as the network takes it; raises UsageError for what is no batch of inputs."""
+    """The example as the network takes it, on its device and in its type.
+
+    Raises UsageError for what is not a batch of inputs.
+    """
     found = isinstance(example, (torch.Tensor, tuple, list, Mapping)) and list(
         tensors_of_inputs(example)
     )
@@ -79,7 +82,9 @@ def example_of(model: nn.Module, example: Any) -> Example:
             "example must be a batch as the network takes it, a tensor or a tuple, list or dict of "
             f"inputs, e.g. torch.rand({shape}); got {kind_of(example)}"
         )
-    return arguments_for(model, example)
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    inputs = arguments_for(model, example)
+    return inputs if weight is None else like(inputs, weight)
 
 
 def budget_of(target: Any) -> Budget:
@@ -90,7 +95,10 @@ def budget_of(target: Any) -> Budget:
         value = value if type(value) in (int, float) else 0.5
         got = kind_of(target)
         raise UsageError(f"target must be 'METRIC=VALUE', e.g. '{name}={value}'; got {got}")
-    return Budget.parse(target)
+    try:
+        return Budget.parse(target)
+    except UsageError as error:
+        raise UsageError(f"target: {error}") from error
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str], *, none: bool = False) -> None:

@@ -84,13 +84,13 @@ def samples(example: Any) -> int:
 def batchwise(example: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """``example`` with ``change`` of each tensor that has as many rows as there are samples.
 
-    Lists of inputs, such as images of several sizes, are left alone.
+    Lists of inputs, such as images of several sizes, are left alone, and single numbers.
     """
     count = samples(example)
 
     def changed(part: Any) -> Any:
         if isinstance(part, torch.Tensor):
-            return change(part) if part.dim() and len(part) == count else part
+            return change(part) if part.dim() and len(part) == count and part.numel() > 1 else part
         return _rebuilt(part, changed, (tuple, Mapping))
 
     return changed(example)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from types import NoneType
+from types import NoneType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -181,6 +181,8 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
         for name in value.__dataclass_fields__:
             yield from tensors_in(getattr(value, name, None))
+    elif isinstance(value, SimpleNamespace):
+        yield from tensors_in(vars(value))
 
 
 class _Recorder(TorchFunctionMode):

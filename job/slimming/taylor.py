@@ -13,7 +13,7 @@ from job.errors import UsageError
 from job.processes import total
 from job.slimming.flow import FIXED
 from job.slimming.inputs import batchwise, call
-from job.slimming.record import mode
+from job.slimming.record import mode, tensors_in
 from job.slimming.select import batchnorms
 from job.slimming.untouched import untouched
 
@@ -34,7 +34,7 @@ def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable
     γ ∂L/∂γ + β ∂L/∂β is how the loss reacts to a gate on the BatchNorm's output (ibid., eq. 8 and
     section 3.3). ``batches`` are pairs of pictures and labels (B,), of each process its own; what
     has no label, or -1, is left out. nan where no BatchNorm ranks a channel. Raises UsageError when
-    no process has labels.
+    no process has labels, or they do not fit the network.
     """
     names = {norm for group in graph.groups for norm in group.norms}
     places = [p for p in graph.positions if p.layer in names and p.side in ("through", "select")]
@@ -48,7 +48,7 @@ def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable
             tensor.requires_grad_(True)
         with untouched(network), mode(network, training=False), torch.enable_grad():
             for inputs, labels in _labelled(batches):
-                loss = F.cross_entropy(call(network, inputs), labels)
+                loss = F.cross_entropy(_logits(call(network, inputs), labels), labels)
                 gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
                 change = np.zeros(graph.count)
                 for number, place in enumerate(places):
@@ -68,6 +68,20 @@ def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable
         ranked[place.ids] = True
     scores[~ranked] = np.nan
     return scores
+
+
+def _logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The logits (B, C) among a network's outputs; raises UsageError where labels do not fit."""
+    count, highest = len(labels), int(labels.max())
+    found = [t for t in tensors_in(outputs) if t.dim() == 2 and len(t) == count]
+    if not found:
+        raise UsageError("--importance taylor needs a network that gives logits (B, classes)")
+    if highest >= found[0].shape[1]:
+        raise UsageError(
+            f"--importance taylor: there is a label {highest}, the network has "
+            f"{found[0].shape[1]} classes, numbered from 0"
+        )
+    return found[0]
 
 
 def _labelled(batches: Iterable[Batch]) -> Iterator[tuple[Example, torch.Tensor]]:
