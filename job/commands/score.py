@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from job.commands.chosen import Chosen, DataOptions, open_chosen
 from job.commands.model import ModelOptions, open_model
 from job.console import progress, say, table
 from job.data.batches import default_workers
+from job.data.dataset import UNLABELLED
 from job.data.layout import IMAGES
 from job.errors import DataError, shown
 from job.files import check_output, write_output
@@ -139,19 +141,21 @@ def predict(model: ModelOptions, options: DataOptions, output: str, format: str 
         network, lambda batches: bar(batches, len(evaluator.batches))
     )
     names = [card.class_names[number] if card.class_names else str(number) for number in classes]
+    there = [number != UNLABELLED for number in classes]
     kaggle = format == "kaggle" or (format == "auto" and chosen.split_of_numbers)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     if kaggle:
         rows.writerow(("Id", "Category"))
-        rows.writerows(zip(chosen.ids(), names, strict=True))
+        rows.writerows(compress(zip(chosen.ids(), names, strict=True), there))
     else:
         files = map(split.name, range(len(split)))
         rows.writerow(("file", "class", "probability"))
-        rows.writerows(zip(files, names, (f"{share:.6f}" for share in shares), strict=True))
+        told = (f"{share:.6f}" for share in shares)
+        rows.writerows(compress(zip(files, names, told, strict=True), there))
     content = text.getvalue().encode("utf-8", "surrogateescape")  # names as the files have them
     on_main(lambda: write_output(Path(output), content))
-    _say_predictions(chosen, len(classes), output, auto=format == "auto" and kaggle)
+    _say_predictions(chosen, sum(there), output, auto=format == "auto" and kaggle)
 
 
 def _say_predictions(chosen: Chosen, count: int, output: str, *, auto: bool) -> None:

@@ -61,11 +61,13 @@ def check_pictures(
                 else:
                     good.append(index)
                     largest = max(largest, *result)
+        if on_bad_image == "skip":
+            data = data.with_splits(**{name: replace(split, lenient=True)})
         if not good:
             raise DataError(f"no image of the {name} split of {data.root} can be read")
         if bad:
             data = replace(
-                data.with_splits(**{name: split.take(np.array(good))}),
+                data.with_splits(**{name: data.splits[name].take(np.array(good))}),
                 skipped=(*data.skipped, *bad),
             )
     return data, largest

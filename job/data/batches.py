@@ -6,14 +6,15 @@ import multiprocessing
 import signal
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from job.console import warn
 from job.cores import available_cores
-from job.data.dataset import ArraySplit, Split
+from job.data.dataset import UNLABELLED, ArraySplit, Split
 from job.data.table import Draw, epoch_table
 from job.data.transforms import center_arrays, small_arrays
 from job.errors import DataError, StorageError
@@ -21,6 +22,8 @@ from job.signals import end_with_parent, ignore_requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from PIL import Image
 
     from job.data.transforms import Preprocessing
 
@@ -36,18 +39,19 @@ class TrainingPictures:
     split: Split
     preprocessing: Preprocessing
 
-    def __getitems__(self, draws: list[Draw]) -> Batch | Failure:
+    def __getitems__(self, draws: list[Draw]) -> Batch | Incomplete | Failure:
         """One rank's part of a global batch, possibly empty; an error travels as a value."""
         size, whole = self.preprocessing.size, not self.preprocessing.resizing.side
         if self.preprocessing.preset == "small" and whole and isinstance(self.split, ArraySplit):
             images = small_arrays(self.split.images, draws, size)
             return _batch(images, self.split, [d.index for d in draws], size)
+        reader = Reader(self.split)
         try:
-            pictures = [self.preprocessing.train(self.split.picture(d.index), d) for d in draws]
+            pictures = [self.preprocessing.train(reader.read(d.index), d) for d in draws]
         except FAILURES as error:  # raised here, a worker's traceback would become its message
             return error
         arrays = [np.asarray(picture) for picture in pictures]
-        return _batch(arrays, self.split, [d.index for d in draws], size)
+        return reader.told(_batch(arrays, self.split, [d.index for d in draws], size))
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,69 @@ class EvaluationPictures:
 
     split: Split
     preprocessing: Preprocessing
+    leave_out: bool = False  # what cannot be read any more, by the label -1
 
-    def __getitems__(self, indices: list[int]) -> Batch | Failure:
+    def __getitems__(self, indices: list[int]) -> Batch | Incomplete | Failure:
         """The pictures at ``indices``."""
         size = self.preprocessing.size
         if not self.preprocessing.resizing.side and isinstance(self.split, ArraySplit):
             images = center_arrays(self.split.images, indices, size)
             return _batch(images, self.split, indices, size)
+        reader = Reader(self.split)
         try:
-            pictures = [self.preprocessing.evaluate(self.split.picture(i)) for i in indices]
+            pictures = [self.preprocessing.evaluate(reader.read(i)) for i in indices]
         except FAILURES as error:
             return error
-        return _batch([np.asarray(p) for p in pictures], self.split, indices, size)
+        batch = _batch([np.asarray(p) for p in pictures], self.split, indices, size)
+        if self.leave_out and reader.failed:
+            batch[1][[index in reader.failed for index in indices]] = UNLABELLED
+        return reader.told(batch)
+
+
+class Reader:
+    """Reads a batch's images; in a lenient split another of the class stands in for one that fails.
+
+    Which one depends on nothing but the split, so every rank and every attempt takes the same.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        self.failed: dict[int, str] = {}  # images that could not be read, and why
+
+    def read(self, index: int) -> Image.Image:
+        """Image ``index``, or the next of its class that can be read.
+
+        Raises DataError where there is none or the split is not lenient, and StorageError.
+        """
+        try:
+            return self.split.picture(index)
+        except DataError as error:
+            if not self.split.lenient:
+                raise
+            self.failed[index] = str(error)
+            for other in self._others(index):
+                try:
+                    return self.split.picture(other)
+                except DataError:
+                    continue
+            raise
+
+    def _others(self, index: int) -> list[int]:
+        labels = self.split.labels
+        same = np.flatnonzero(labels == labels[index])
+        place = int(np.searchsorted(same, index))
+        return [*same[place + 1 :].tolist(), *same[:place].tolist()]
+
+    def told(self, batch: Batch) -> Batch | Incomplete:
+        """``batch``, with what is to be said of it."""
+        return Incomplete(batch, tuple(self.failed.values())) if self.failed else batch
+
+
+class Incomplete(NamedTuple):
+    """A batch in which other images stand in for some that cannot be read; ``why`` says which."""
+
+    batch: Batch
+    why: tuple[str, ...]
 
 
 def _batch(images: Any, split: Split, indices: list[int], size: int) -> Batch:
@@ -165,11 +220,24 @@ def prepare_worker(_worker: int = 0) -> None:
 
 
 def checked(batches: DataLoader[Any]) -> Iterator[Batch]:
-    """The loader's batches; an error that came in place of one is raised."""
+    """The loader's batches; an error that came in place of one is raised.
+
+    Images that --on-bad-image skip leaves out only now are named once by each process.
+    """
     for batch in batches:
         if isinstance(batch, FAILURES):
             raise batch
+        if isinstance(batch, Incomplete):
+            for why in sorted(set(batch.why) - _named):
+                warn(
+                    f"{why}; it is left out from now on, another image of its class takes its place"
+                )
+            _named.update(batch.why)
+            batch = batch.batch
         yield batch
+
+
+_named: set[str] = set()  # what has been said of images
 
 
 def default_workers(local_world: int, cuda: bool) -> int:

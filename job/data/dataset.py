@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,10 @@ class Split(Protocol):
     def labels(self) -> Labels:
         """Class indices (N,)."""
 
+    @property
+    def lenient(self) -> bool:
+        """Whether an image that cannot be read is left out."""
+
     def __len__(self) -> int: ...
 
     def picture(self, index: int) -> Image.Image:
@@ -51,6 +55,7 @@ class FileSplit:
     root: Path
     paths: tuple[str, ...]
     labels: Labels
+    lenient: bool = False  # --on-bad-image skip: a file that fails later is left out too
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -67,7 +72,8 @@ class FileSplit:
 
     def take(self, chosen: Labels, labels: Labels | None = None) -> FileSplit:  # noqa: D102
         kept = tuple(self.paths[i] for i in chosen)
-        return FileSplit(self.root, kept, self.labels[chosen] if labels is None else labels)
+        labels = self.labels[chosen] if labels is None else labels
+        return replace(self, paths=kept, labels=labels)
 
     def digest(self) -> bytes:
         """SHA-256 of names, sizes and labels (contents would mean reading the whole set again)."""
@@ -83,6 +89,7 @@ class ArraySplit:
 
     images: np.ndarray[Any, np.dtype[np.uint8]]
     labels: Labels
+    lenient: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(self.images)

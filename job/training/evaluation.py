@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from job.data.batches import EvaluationPictures, RankShare, checked, loader
+from job.data.dataset import UNLABELLED
 from job.errors import DataError, GammaslimError
 from job.processes import rank, total, world
 from job.training.outputs import logits_of
@@ -79,7 +80,7 @@ class Evaluator:
         self.accelerator = accelerator
         self.batch_size = batch_size_at(preprocessing.size)
         self.batches = loader(
-            EvaluationPictures(split, preprocessing),
+            EvaluationPictures(split, preprocessing, leave_out=True),
             RankShare(len(split), self.batch_size, rank(), world()),
             workers=workers,
             pin=accelerator.device.type == "cuda",
@@ -115,18 +116,27 @@ class Evaluator:
         Raises StopRequest when ``watch`` says so.
         """
         device, classes = self.accelerator.device, self.num_classes
-        loss = torch.zeros(1, dtype=torch.float64, device=device)
+        # the loss, and how many images cannot be read any more and are left out
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
         confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
         common = len(self.split) // world() // self.batch_size  # batches that every process has
         for number, (logits, labels) in enumerate(self._outputs(network, progress)):
             if watch and number < common:
                 watch.check()
-            loss += F.cross_entropy(logits, labels, reduction="sum")
+            there = labels != UNLABELLED
+            if self.split.lenient and not there.all():
+                sums[1] += len(labels) - int(there.sum())
+                logits, labels = logits[there], labels[there]
+            sums[0] += F.cross_entropy(logits, labels, reduction="sum")
             confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
-        total(loss), total(confusion)
-        result = Evaluation(float(loss) / len(self.split), confusion.view(classes, classes).cpu())
-        if result.count != len(self.split):
-            raise GammaslimError(f"{result.count} of {len(self.split)} pictures were evaluated")
+        total(sums), total(confusion)
+        loss, left_out = sums.tolist()
+        count = len(self.split) - int(left_out)
+        if not count:
+            raise DataError("no image of the split can be read any more")
+        result = Evaluation(loss / count, confusion.view(classes, classes).cpu())
+        if result.count != count:
+            raise GammaslimError(f"{result.count} of {count} images were evaluated")
         return result
 
     def predict(
@@ -136,13 +146,18 @@ class Evaluator:
     ) -> tuple[list[int], list[float]]:
         """The predicted class of every image of the split, in its order, on every process.
 
-        With it how probable the network takes it to be: its share of the softmax, 0 to 1.
+        With it how probable the network takes it to be: its share of the softmax, 0 to 1. Images
+        that cannot be read any more are of class -1.
         """
-        mine = [logits.double().softmax(1).max(1) for logits, _ in self._outputs(network, progress)]
+        mine, there = [], []
+        for logits, labels in self._outputs(network, progress):
+            mine.append(logits.double().softmax(1).max(1))
+            there.append(labels != UNLABELLED)
         device = self.accelerator.device
         classes = torch.zeros(len(self.split), dtype=torch.int64, device=device)
         shares = torch.zeros(len(self.split), dtype=torch.float64, device=device)
         if mine:
             classes[rank() :: world()] = torch.cat([best.indices for best in mine])
+            classes[rank() :: world()][~torch.cat(there)] = UNLABELLED
             shares[rank() :: world()] = torch.cat([best.values for best in mine])
         return total(classes).tolist(), total(shares).tolist()
