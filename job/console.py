@@ -153,6 +153,11 @@ def phase(name: str, detail: str = "", share: float | None = None) -> None:
             _line.phase = _line.detail = ""
 
 
+def show_step(name: str, step: str, number: int = 0, count: int = 0) -> None:
+    """Show a step of the phase ``name``, and which of how many such steps it is."""
+    phase(name, step + (f" {number} of {count}" if count else ""))
+
+
 def tick(done: int, count: int) -> None:
     """Show how much of the present phase is done."""
     _line.update(_line.phase, _line.detail, done / count if count else None)

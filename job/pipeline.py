@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,17 @@ import torch
 from job.accuracy import signed
 from job.attempt import Attempt
 from job.checkpoint import Position, save_position
-from job.console import epoch_line, phase, progress, rounds_table, run_progress, say, tick, where
+from job.console import (
+    epoch_line,
+    phase,
+    progress,
+    rounds_table,
+    run_progress,
+    say,
+    show_step,
+    tick,
+    where,
+)
 from job.cut import can_cut, cut, cut_before, ranking_norms
 from job.errors import DataError, StopRequest, exit_code, shown
 from job.folders import likely
@@ -175,7 +186,8 @@ class Job:
             scores = self.start.values["scores"]
         else:
             shared = (self.config, self.accelerator.device, self.calibration)
-            narrow, card, error = cut(network, card, len(self.entries), *shared, self.slimming)
+            show = partial(show_step, self.forecast.name())
+            narrow, card, error = cut(network, card, len(self.entries), *shared, show)
             pruned = self.evaluate(narrow)
             scores = {"valid_acc_pruned": pruned.accuracy}
             known = {"round": len(self.entries), "width": card.width, **scores}
@@ -183,11 +195,6 @@ class Job:
             self.attempt.log("slim", known | more)
         best = self.fit(narrow, card, self.config.epochs, scores, began)
         return self.keep(narrow, card, scores | _best_scores(best), began, wide=network)
-
-    def slimming(self, step: str, number: int = 0, count: int = 0) -> None:
-        """Show what the cut in progress does, and which of how many such steps it is."""
-        numbers = f" {number} of {count}" if count else ""
-        phase(self.forecast.name(), f"{step}{numbers}")
 
     def evaluate(self, network: nn.Module) -> Evaluation:
         """``network`` on the validation split."""

@@ -11,9 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
+import job
 import job.console as console
 from job.forecast import Forecast
+from job.models.student import StudentNet
+from job.slimming.budget import Budget
+from job.slimming.cut import Method, make_cut, plan_cut
+from job.slimming.engine import Slimming, analyse
 
 
 class Clock:
@@ -217,3 +223,31 @@ def test_a_resumed_epoch_does_not_pass_for_a_whole_one() -> None:
     clock.now = 10
     forecast.train(1, 0.9)
     assert forecast.left() == pytest.approx(10 + 2 * 100 + forecast.cut_seconds)
+
+
+def test_a_cut_tells_its_steps_to_a_callback_and_the_library_prints_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    network, image = StudentNet(base=2, num_classes=3), torch.rand(1, 3, 32, 32)
+    batches = [torch.rand(8, 3, 32, 32)]
+    graph, steps = analyse(network, image), []
+    slimming = Slimming("global", Budget("channels", 0.6))
+    make_cut(
+        network,
+        graph,
+        image,
+        Method("refit", "regress"),
+        lambda scores: plan_cut(network, graph, scores, slimming, "regress", image),
+        lambda: batches,
+        progress=lambda *step: steps.append(step),
+    )
+    names = [name for name, _, _ in steps]
+    assert list(dict.fromkeys(names)) == [
+        "measuring channels", "proving the cut", "reconstructing layers", "reconstructing layer",
+    ]  # fmt: skip
+    layers = [(number, count) for name, number, count in steps if name == "reconstructing layer"]
+    assert layers == [(number, len(layers)) for number in range(1, len(layers) + 1)]
+    assert len(layers) > 3
+    job.slim(network, image, target="channels=0.6", calibration=batches)
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from job.artifact import save_model
 from job.commands.images import SlimImages, open_images
 from job.commands.model import ModelOptions, open_model
 from job.config import PruneConfig
-from job.console import progress, say, table
+from job.console import phase, progress, say, show_step, table
 from job.cut import base_of
 from job.errors import OutputError, UsageError, shown
 from job.files import check_writable
@@ -95,7 +96,9 @@ def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
         method,
         lambda scores: plan_cut(network, graph, scores, slimming, method.compensate, image, base),
         tools.calibration.batches if tools else None,
+        progress=partial(show_step, "slimming"),
     )
+    phase("")
     if tools and options.recalibrate:
         count = options.recalibrate * PruneConfig.batch_size
         recalibrate(narrow, tools.calibration.batches(count))

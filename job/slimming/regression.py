@@ -73,6 +73,7 @@ def regress(
         todo += [reader] if behind else []
     if not todo:
         return
+    progress("reconstructing layers", 0, 0)
     pairs, seen = _Pairs(wide, narrow, graph, batches(), example), False
     with pairs.standing(todo):
         for number, reader in enumerate(todo, start=1):
