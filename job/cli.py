@@ -59,7 +59,7 @@ def gammaslim() -> None:
     "--resume",
     type=click.Choice(["auto", "never", "require"]),
     default=DEFAULTS.resume,
-    help="Resume the run in the folder: if there is one, never, or it must be there.",
+    help="Resume the run in the folder: if there is one, never, or fail without one.",
 )
 @option("--model", default=DEFAULTS.model, help=MODELS)
 @model_args
@@ -120,14 +120,14 @@ def gammaslim() -> None:
     "--compensate",
     type=click.Choice(["none", "beta", "mean", "regress"]),
     default=DEFAULTS.compensate,
-    help="What stands in for the channels that are cut.",
+    help="What makes up for the channels that are cut.",
 )
 @option(
     "--recalibrate",
     metavar="N",
     type=click.IntRange(0),
     default=DEFAULTS.recalibrate,
-    help="Batches that BatchNorm's statistics are taken from after a cut.",
+    help="Batches to measure BatchNorm's statistics on after a cut.",
 )
 @option(
     "--batchnorm",
@@ -191,7 +191,7 @@ def gammaslim() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, train nothing.")
 def prune(**options: Any) -> None:
-    """Train or take a base network, then slim and fine-tune it round after round."""
+    """Train or load a base network, slim and fine-tune it in rounds."""
     config = PruneConfig(**options)
     with starting():
         ensure_processes()
@@ -217,11 +217,11 @@ def launch(
     master_addr: str | None,
     master_port: int | None,
 ) -> None:
-    """Run prune, evaluate or predict in several processes: launch --nproc 2 -- prune …
+    """Run prune, evaluate or predict in several processes.
 
     Signals become stop requests, and the processes' exit code is kept. Machines find each other by
-    the options, by NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, in a Slurm step (srun
-    --ntasks-per-node=1) by themselves, in a Kubernetes Indexed Job with NNODES alone.
+    the options or by NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; in a Slurm step (srun
+    --ntasks-per-node=1) automatically; in a Kubernetes Indexed Job by NNODES alone.
     """
     name, *args = command
     if name not in ("prune", "evaluate", "predict"):
@@ -251,7 +251,7 @@ def _model(options: dict[str, Any]) -> Any:
 @scoring("validation", "Labelled images, as for prune")
 @json_option
 def evaluate(json: bool, **options: Any) -> None:
-    """Loss, accuracy, per-class accuracy and confusion matrix of MODEL on a split."""
+    """Measure loss, accuracy and confusion matrix of MODEL on a split."""
     with starting():
         ensure_processes()
         from job.commands import chosen, score
@@ -271,7 +271,7 @@ def evaluate(json: bool, **options: Any) -> None:
 )
 @click.option("--output", metavar="FILE", required=True, help="CSV to write.")
 def predict(output: str, format: str, **options: Any) -> None:
-    """Write the class that MODEL predicts for each image, in file order."""
+    """Predict the class of each image, in file order."""
     with starting():
         ensure_processes()
         from job.commands import chosen, score
@@ -284,7 +284,7 @@ def predict(output: str, format: str, **options: Any) -> None:
 @model_options
 @json_option
 def inspect(json: bool, **options: Any) -> None:
-    """Channel groups, γ, costs by layer, what can be slimmed and what cannot, and why."""
+    """Show channel groups, costs by layer, what cannot be cut and why."""
     with starting():
         from job.commands.inspect import inspect as run
 
@@ -338,7 +338,7 @@ def slim(output: str, **options: Any) -> None:
 )
 @click.option("--output", metavar="FILE", required=True, help="File to write.")
 def export(format: str | None, output: str, **options: Any) -> None:
-    """Write MODEL for other programs: a state dict, ONNX, or an exported program of torch.
+    """Write MODEL as a state dict, ONNX or exported torch program.
 
     StudentNet's state dict loads into the homework's StudentNet(width_mult=…). ONNX needs the extra
     gammaslim[onnx]; a .pt2 of torch-export is loaded by torch.export.load without any other code.
@@ -358,9 +358,9 @@ def export(format: str | None, output: str, **options: Any) -> None:
 )
 @json_option
 def report(runs: tuple[str, ...], output: str | None, json: bool) -> None:
-    """Show one run, or compare several: accuracy against parameters, MACs and bytes.
+    """Show one run, or compare several: accuracy against cost.
 
-    Writes a page of HTML that holds its figures, and the figures as PNG into a folder beside it.
+    Writes a page of HTML that holds its figures, and the figures as PNG into a folder next to it.
     RUN is a run folder, finished or not.
     """
     from job.report import report as run

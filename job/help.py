@@ -16,7 +16,7 @@ SECTIONS = {
     "Data": "data split format on-bad-image",
     "Preprocessing": "transform image-size mean std resize crop interpolation",
     "Model": "model model-arg weights num-classes",
-    "Training": "base-epochs epochs batch-size optimizer lr weight-decay schedule batchnorm seed",
+    "Training": "base-epochs epochs batch-size optimizer lr weight-decay schedule batchnorm",
     "Slimming": (
         "rounds rate target policy importance compensate recalibrate round-to min-keep max-drop"
     ),
@@ -24,7 +24,8 @@ SECTIONS = {
         "sparsity sparsity-weight sparsity-epochs distill-alpha distill-temperature teacher"
     ),
     "Running": (
-        "output resume checkpoint-every device precision workers dry-run json config debug help"
+        "output resume checkpoint-every seed device precision workers dry-run json config debug"
+        " help"
     ),
     "Tracking": "wandb wandb-project",
 }
@@ -51,7 +52,10 @@ EXAMPLES = {
         ("gammaslim evaluate w.pt --model resnet18 --data D", "a weights file"),
     ),
     "predict": (("gammaslim predict RUN --data D --output classes.csv", ""),),
-    "slim": (("gammaslim slim RUN --output half --target macs=0.5", "half of the MACs"),),
+    "slim": (
+        ("gammaslim slim RUN --output half --target macs=0.5", "half of the MACs"),
+        ("gammaslim slim w.pt --model resnet18 --output half --data D", "calibrated by images"),
+    ),
     "export": (("gammaslim export RUN --format onnx --output model.onnx", ""),),
     "report": (("gammaslim report RUN", ""), ("gammaslim report RUN RUN", "compare two")),
     "inspect": (("gammaslim inspect RUN", ""),),
@@ -98,4 +102,9 @@ def _rows(ctx: click.Context, options: Sequence[click.Parameter]) -> Rows:
 
 
 def _shorter(usage: str) -> str:
-    return usage.replace("INTEGER RANGE", "N").replace("FLOAT RANGE", "X").replace("TEXT", "NAME")
+    return (
+        usage.replace("INTEGER RANGE", "N")
+        .replace("FLOAT RANGE", "X")
+        .replace("TEXT", "NAME")
+        .replace("|AUTO", "|auto")
+    )

@@ -224,7 +224,7 @@ model_args = option(
     "--model-arg",
     type=KeyValue(),
     multiple=True,
-    help="An argument of the network, as width_mult=0.95 or aux_logits=true.",
+    help="An argument of the network, e.g. width_mult=0.95 or aux_logits=true.",
 )
 MODELS = (
     "The network: student, vgg19-cifar, resnet164-cifar, densenet40-cifar, a torchvision "

@@ -20,7 +20,9 @@ SECTIONED = sorted(FIRST)
 def invoke(*args: str, **env: str) -> Result:
     """A command line in this process; the caller's own variables are left out."""
     ours = {name: None for name in os.environ if name.startswith("GAMMASLIM_")}
-    return CliRunner().invoke(gammaslim, args, env={**ours, **env}, prog_name="gammaslim")
+    return CliRunner().invoke(
+        gammaslim, args, env={**ours, **env}, prog_name="gammaslim", terminal_width=80
+    )
 
 
 def options_of(command: str) -> list[click.Parameter]:
@@ -120,3 +122,9 @@ def test_variables_of_ours_and_of_kubernetes_are_no_surprise(name: str, value: s
 def test_a_variable_with_the_version_is_not_taken_for_an_option() -> None:
     done = invoke("prune", "--help", GAMMASLIM_VERSION="1.2")
     assert done.exit_code == 0, done.output
+
+
+def test_the_list_of_commands_shows_whole_sentences() -> None:
+    listed = invoke("--help").output.split("Commands:\n")[1]
+    assert len(listed.splitlines()) == len(gammaslim.commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed.splitlines())
