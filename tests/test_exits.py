@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from conftest import run
+from conftest import run, write_flat
+from job.agent import _exit_code
 from job.exits import run_and_exit
+
+WORKERS = Path(__file__).parent / "workers"
 
 # each child leaves with collectives in progress, as a rank does when the machine is busy: without
 # run_and_exit a quarter of them ends with SIGABRT (torch 2.14, CPython 3.11)
@@ -90,3 +96,32 @@ def test_exit_codes_output_and_exit_functions(
     assert (ended, out) == (code, "output exit function\n")
     assert said in err
     assert bool(err) == bool(said)
+
+
+def test_two_processes_end_with_the_code_of_the_one_that_knows_the_reason(tmp_path: Path) -> None:
+    """One that has lost the other ends with 1, later; ``launch`` gives the reason's code."""
+    data = write_flat(tmp_path / "data", {"training": 2, "validation": 1}, size=32)
+    done = run(
+        sys.executable, WORKERS / "ends.py", tmp_path, "prune", "--model", "ends:tiny",
+        "--data", data, "--transform", "small", "--image-size", 32, "--batch-size", 3,
+        "--base-epochs", 1, "--rounds", 0, "--wandb", "off",
+    )  # fmt: skip
+    found = [json.loads(line) for line in done.out.splitlines()]
+    codes = {}
+    for end in found:
+        failures = [
+            SimpleNamespace(local_rank=rank, exitcode=code, timestamp=place)
+            for place, (rank, code) in enumerate(end["ends"])
+            if code
+        ]
+        key = end["fault"], end["workers"]
+        codes[key] = _exit_code(failures, []) if failures else 0  # type: ignore[arg-type]
+    assert codes == {
+        ("none", 0): 0, ("dict", 0): 2, ("bug 1", 0): 1, ("data 1", 0): 65, ("data 1", 1): 65,
+        ("stop", 0): 75,
+    }, found  # fmt: skip
+    both = {end["fault"]: {code for _, code in end["ends"]} for end in found}
+    assert (both["none"], both["dict"], both["stop"]) == ({0}, {2}, {75}), found
+    for end in found:
+        said = end["log"].count("Error: ") - end["log"].count("the other processes are gone")
+        assert said == int(end["fault"] != "none"), end["log"]
