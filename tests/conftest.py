@@ -122,10 +122,15 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for layer in network.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.weight.copy_(torch.rand(len(layer.weight), generator=generator) + 0.1)
-                layer.bias.copy_(torch.randn(len(layer.bias), generator=generator) * 0.3)
-                layer.running_mean.copy_(torch.randn(len(layer.bias), generator=generator) * 0.2)
-                layer.running_var.copy_(torch.rand(len(layer.bias), generator=generator) + 0.5)
+                count = layer.num_features
+                for tensor, scale, least in (
+                    (layer.weight, torch.rand(count, generator=generator), 0.1),
+                    (layer.bias, torch.randn(count, generator=generator) * 0.3, 0),
+                    (layer.running_mean, torch.randn(count, generator=generator) * 0.2, 0),
+                    (layer.running_var, torch.rand(count, generator=generator), 0.5),
+                ):
+                    if tensor is not None:
+                        tensor.copy_(scale + least)
     return network.eval()
 
 

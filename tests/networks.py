@@ -386,12 +386,171 @@ class AcrossChannels(Net):
         return self.after(self.conv(x).softmax(1))
 
 
+class Halves(Net):
+    """Slices by a fraction of the channels go different ways."""
+
+    out = 16
+
+    def build(self) -> None:
+        self.conv, self.left, self.right = block(12, 20), block(10, 8), block(10, 8)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        half = x.shape[1] // 2
+        return torch.cat([self.left(x[:, :half]), self.right(x[:, half:])], 1)
+
+
+class Quarters(Halves):
+    def build(self) -> None:
+        self.conv, self.left, self.right = block(12, 20), block(5, 8), block(15, 8)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        rest = 3 * x.shape[1] // 4
+        one, other = x.split([x.shape[1] - rest, rest], 1)
+        return torch.cat([self.left(one), self.right(other)], 1)
+
+
+class FixedHalves(Net):
+    """Slices by numbers that are those of the present width."""
+
+    def build(self) -> None:
+        self.conv, self.left, self.right = block(12, 12), block(6, 6), block(6, 6)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return torch.cat([self.left(x[:, :6]), self.right(x.narrow(1, 6, 6))], 1)
+
+
+class OddSlices(FixedHalves):
+    def build(self) -> None:
+        self.conv, self.left, self.right = block(12, 12), block(5, 6), block(7, 6)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        part = (x.shape[1] - 1) // 2
+        return torch.cat([self.left(x[:, :part]), self.right(x[:, part:])], 1)
+
+
+class Plain(Net):
+    """BatchNorms without γ, without statistics, without either, with a cumulative average."""
+
+    def build(self) -> None:
+        kinds = (
+            {"affine": False}, {"track_running_stats": False}, {"momentum": None},
+            {"affine": False, "track_running_stats": False},
+        )  # fmt: skip
+        self.convs = nn.ModuleList(nn.Conv2d(12, 12, 1, bias=False) for _ in kinds)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(12, **kind) for kind in kinds)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x)))
+        return x
+
+
+class Centres(Net):
+    """Centres of classes, which only train mode reads."""
+
+    def build(self) -> None:
+        self.c, self.centres = block(12, 12), nn.Parameter(torch.randn(5, 12))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = self.c(self.stem(images)).mean((2, 3))
+        logits = self.head(features)
+        return (logits, self.extra(features)) if self.training else (logits,)
+
+    def extra(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(features, self.centres)
+
+
+class Queue(Centres):
+    def build(self) -> None:
+        self.c = block(12, 12)
+        self.register_buffer("queue", torch.randn(12, 7))
+
+    def extra(self, features: torch.Tensor) -> torch.Tensor:
+        return features @ self.queue
+
+
+class MovingAverage(Queue):
+    def build(self) -> None:
+        self.c = block(12, 12)
+        self.register_buffer("average", torch.zeros(12))
+
+    def extra(self, features: torch.Tensor) -> torch.Tensor:
+        self.average.lerp_(features.detach().mean(0), 0.1)
+        return features * self.average
+
+
+class Paths(Net):
+    """Whole paths are dropped at random, and noise is added, in train mode."""
+
+    def build(self) -> None:
+        self.c = block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x + self.c(x)
+        kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5)
+        return x + self.c(x) * kept + torch.randn_like(x)
+
+
+class FixedNoise(Net):
+    """A width that is written down for train mode alone."""
+
+    def build(self) -> None:
+        self.conv = block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return x * (1 + 0.1 * torch.randn(len(x), 12, 1, 1)) if self.training else x
+
+
+class Bank(Net):
+    """A bank that train mode writes features to."""
+
+    def build(self) -> None:
+        self.conv = block(12, 12)
+        self.register_buffer("bank", torch.zeros(9, 12))
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        if self.training:
+            self.bank[: len(x)] = x.detach().mean((2, 3))
+        return x
+
+
+class _TwelveWide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient * torch.full((12, 1, 1), 2.0)
+
+
+class FixedBackward(Net):
+    """A width that is written down for the backward pass alone."""
+
+    def build(self) -> None:
+        self.conv = block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return _TwelveWide.apply(x) if self.training else x * 2
+
+
 CUTTABLE = [
+    Halves, Quarters, Plain, Centres, Queue, MovingAverage, Paths,
     Residual, PreActivation, Dense, Gate, Gated, Parts, Grouped, ShuffledGroups, PaddedShortcut,
     Scaled, Shared, Functional, Reparameterised, Flattened, Places, SpatialGate, SelectiveKernels,
 ]  # fmt: skip
 # networks, and layers of which nothing may be cut
 LEFT_ALONE = {
+    FixedHalves: "conv.0", OddSlices: "conv.0", FixedNoise: "conv.0", Bank: "conv.0",
+    FixedBackward: "conv.0",
     FixedView: "conv.0", FixedSplit: "conv.0", Attention: "conv.0", EfficientAttention: "stem.0",
     Written: "conv.0", Normalised: "conv.0", Custom: "conv.0",
     Measured: "conv.0", Counted: "conv.0", AcrossChannels: "conv.0",

@@ -30,6 +30,7 @@ class Activations:
         self.twins = _twins(network)
         self.positions: dict[tuple[str, Side], Position] = {}
         self.labels: dict[int, torch.Tensor] = {}  # by id of the activation
+        self.bounds: dict[bytes, tuple[Ids, set[int]]] = {}  # of slices, by the channels sliced
         self.shared: set[int] = set()  # activations whose elements go more than one way
         self.known: dict[int, torch.Tensor] = {}  # labels of which not all are FIXED, by their id
         self.lines: dict[int, tuple[int, Ids]] = {}  # the axis and the elements of some of those

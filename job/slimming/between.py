@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from job.slimming.activations import Activations
 from job.slimming.labels import axes, axes_given, joined, moved, plain, reshaped
 
 if TYPE_CHECKING:
+    from job.slimming.flow import Ids
     from job.slimming.record import Operation
 
 # whatever the number of channels is
@@ -162,10 +164,30 @@ class Between(Activations):
             parts = [plain(labels) for labels in outcomes]
             if {len(part) for part in parts} == {len(before) / len(parts)}:
                 self.flow.blocks.append(np.stack(parts))
+                sources = []
         for result, labels in zip(op.results(), outcomes, strict=True):
             after = plain(labels)
             same = len(before) == len(after) and bool((before == after).all())
             if op.name not in HARMLESS and not (same and not op.name.startswith("expand")):
                 self.flow.suspects += [(op.name, before), (op.name, after)]
+                if len(sources) == 1:
+                    self.slice(before, after)
             self.set(result, labels, shared=self.wide)
         return None
+
+    def slice(self, before: Ids, after: Ids) -> None:
+        """Remember where channels (n,) are cut into parts, of which ``after`` is one."""
+        start = int(np.argmax(before == after[0]))
+        if len(after) < len(before) and np.array_equal(before[start : start + len(after)], after):
+            bounds = self.bounds.setdefault(before.tobytes(), (before, set()))[1]
+            bounds.update((start, start + len(after)))
+
+    def parts(self) -> None:
+        """As many channels must stay in each part, so that fractions of them stay fractions."""
+        for channels, bounds in self.bounds.values():
+            size = math.gcd(len(channels), *bounds)
+            if size == 1:
+                self.flow.fix(channels, "slices of it have no common part")
+            else:
+                self.flow.blocks.append(channels.reshape(-1, size))
+        self.bounds.clear()

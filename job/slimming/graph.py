@@ -119,8 +119,9 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
     if auxiliary and len(recordings) == 1:
         reason = f"{min(unseen)} reads some of them in train mode, which fails"
         flow.fix(np.arange(flow.count), reason)
-    odd = flow.doubtful or len(recordings) > 1
-    graph = replace(_graph(network, flow), auxiliary=auxiliary, odd=odd)
+    odd = len(recordings) > 1
+    flow.doubtful |= snapshot.custom or (odd and not unseen)
+    graph = replace(_graph(network, flow), auxiliary=auxiliary, odd=odd or flow.doubtful)
     prefixes = tuple(ignore)
     asked = [
         group.name

@@ -79,6 +79,7 @@ class _Walk(Between):
             known.update(map(id, operation.results()))
         for output in recording.outputs:
             self.fix(output, "the network's output")
+        self.parts()
         for position in self.flow.positions:
             if position.layer in self.loose:
                 self.flow.fix(position.ids, f"{self.loose[position.layer]} reads its weight too")

@@ -53,6 +53,7 @@ class Snapshot:
 
     def __init__(self, *roots: Any) -> None:
         self.tensors: list[torch.Tensor] = []
+        self.custom = False  # the code has functions of its own for autograd
         self._stores: list[tuple[Any, Any]] = []
         self._empty: list[dict[Any, Any]] = []  # most of those with hooks
         self._names: list[tuple[dict[str, Any], dict[str, Any]]] = []  # some of a module's globals
@@ -197,6 +198,7 @@ class Snapshot:
             self._enter_function(code)
 
     def _enter_class(self, kind: type) -> None:
+        self.custom |= issubclass(kind, torch.autograd.Function)
         attributes = dict(vars(kind))
         self._classes.append((kind, attributes))
         for value in attributes.values():
