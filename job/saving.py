@@ -44,6 +44,7 @@ def save(
     model: Any = None,
     model_args: dict[str, Any] | None = None,
     class_names: Sequence[str] = (),
+    image_size: int | None = None,
 ) -> None:
     """Write ``network`` into a new folder ``path``: model.safetensors and model.json.
 
@@ -53,7 +54,8 @@ def save(
     arguments. ``load(path)`` then gives the same network, which is checked now, and the commands
     take the folder. Without ``model`` it is found for networks of torchvision, of this package, and
     of importable classes that need no arguments. For others (a line is logged) ``load`` takes the
-    network before any cut: ``load(path, network=Net())``.
+    network before any cut: ``load(path, network=Net())``. ``class_names`` and ``image_size``, by
+    default that of the plan's example, are for the commands.
 
     Raises UsageError where ``plan`` or ``model`` are not this network's, OutputError where there is
     something at ``path`` already.
@@ -76,7 +78,7 @@ def save(
     example = plans[-1].example if plans else None
     classes = len(class_names) or _classes(network, example)
     card = ModelCard(
-        "", {}, classes, _preprocessing(example), tuple(class_names), layers=layers,
+        "", {}, classes, _preprocessing(example, image_size), tuple(class_names), layers=layers,
         width=plans[-1].width if plans else 1.0,
     )  # fmt: skip
     made = _named(network, card, model, model_args or {}, example)
@@ -133,9 +135,9 @@ def _classes(network: nn.Module, example: Any) -> int:
     return int(outputs[0].shape[1]) if len(outputs) == 1 and outputs[0].dim() == 2 else 1
 
 
-def _preprocessing(example: Any) -> Any:
+def _preprocessing(example: Any, size: int | None) -> Any:
     images = isinstance(example, torch.Tensor) and example.dim() == 4
-    size = min(example.shape[2:]) if images else SIZE
+    size = size or (min(example.shape[2:]) if images else SIZE)
     return PreprocessingOptions(image_size=size).resolve(size)
 
 

@@ -102,7 +102,9 @@ def test_several_cuts_and_none_are_saved(tmp_path: Path) -> None:
     twice, second = job.slim(once, IMAGE, target="channels=0.7")
     job.save(twice, tmp_path / "twice", plan=[first, second])
     assert torch.equal(job.load(tmp_path / "twice")(PROBE), twice.eval()(PROBE))
-    job.save(wide, tmp_path / "wide", model=Residual)
+    job.save(wide, tmp_path / "wide", model=Residual, class_names="abcde", image_size=48)
+    card = json.loads((tmp_path / "wide" / "model.json").read_text())
+    assert (card["input"]["size"], card["class_names"]) == (48, list("abcde"))
     assert torch.equal(job.load(tmp_path / "wide")(PROBE), wide.eval()(PROBE))
     with pytest.raises(UsageError, match=r"its .* is \(.*\), there it is .*is the plan missing\?"):
         job.save(twice, tmp_path / "x", model=Residual)
