@@ -177,6 +177,8 @@ class Between(Activations):
 
     def slice(self, before: Ids, after: Ids) -> None:
         """Remember where channels (n,) are cut into parts, of which ``after`` is one."""
+        if not len(after):
+            return
         start = int(np.argmax(before == after[0]))
         if len(after) < len(before) and np.array_equal(before[start : start + len(after)], after):
             bounds = self.bounds.setdefault(before.tobytes(), (before, set()))[1]
