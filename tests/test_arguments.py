@@ -138,6 +138,17 @@ def test_the_best_that_there_is_is_the_default_and_one_line_says_which(
     assert caplog.messages == []
 
 
+def test_the_line_is_seen_where_nobody_configured_logging(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger("gammaslim"), "hasHandlers", lambda: False)
+    job.slim(network, EXAMPLE)
+    seen = capsys.readouterr()
+    assert seen.err.startswith("gammaslim: importance gamma, compensation none: ")
+    assert seen.err.count("\n") == 1
+    assert not seen.out
+
+
 def test_layers_to_ignore_are_names_or_modules() -> None:
     def block(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU())

@@ -11,9 +11,11 @@ from job.artifact import find_model, read_card
 from job.commands.score import in_classes_of
 from job.console import progress
 from job.data import Dataset, Split, check_pictures, open_data
-from job.data.dataset import UNLABELLED, FileSplit, with_validation
-from job.data.images import SUFFIXES
-from job.errors import DataError, shown
+from job.data.dataset import UNLABELLED, with_validation
+from job.data.folders import PRESENT_LISTING
+from job.data.layout import open_images as images_below
+from job.data.provenance import as_listing
+from job.errors import DataError
 
 if TYPE_CHECKING:
     from job.artifact import ModelCard
@@ -74,15 +76,15 @@ def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) ->
     A data set of any layout, or a folder with images that have no labels. Without a validation
     split a tenth of the training split is held out as MODEL's run did, to score.
     """
-    data = _open(path)
+    folder = Path(model.path)
+    lineage = read_card(find_model(folder)).lineage if folder.is_dir() else {}
+    data = _open(path, as_listing(lineage.get("listing", 1)) if lineage else PRESENT_LISTING)
     used = [name for name in dict.fromkeys(_splits_of(data)) if name]
     data, largest = check_pictures(data, used, on_bad_image, progress("checking"))
     training = data.splits.get("training")
     if training is not None and "validation" not in data.splits and _labelled(training):
-        if Path(model.path).is_dir():
-            seed = int(read_card(find_model(model.path)).lineage.get("seed", seed))
         try:
-            data = with_validation(data, seed)
+            data = with_validation(data, int(lineage.get("seed", seed)))
         except DataError:  # too few: they are scored by what calibrates them, which is reported
             return SlimImages(data, largest)
     return SlimImages(data, largest)
@@ -99,17 +101,11 @@ def _labelled(split: Split) -> bool:
     return not bool((split.labels == UNLABELLED).any())
 
 
-def _open(path: str) -> Dataset:
+def _open(path: str, listing: int) -> Dataset:
     try:
-        return open_data(path)
-    except DataError:
-        root = Path(path)
-        found = sorted(
-            str(file.relative_to(root))
-            for file in root.rglob("*")
-            if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
-        )
-        if not found:
-            raise
-    split = FileSplit(root, tuple(found), np.full(len(found), UNLABELLED, np.int64))
-    return Dataset("images without labels", shown(path), ("?",), {"testing": split})
+        return open_data(path, listing)
+    except DataError as error:
+        try:
+            return images_below(Path(path))
+        except DataError:
+            raise error from None
