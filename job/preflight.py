@@ -140,15 +140,20 @@ def _check_inputs(
             found.attempt(lambda: on_main(lambda: _readable(str(config.weights))))
         return None
     data, preprocessing = prepared
-    found.warnings += batch_warnings(config.batch_size, len(data.splits["training"]), world())
     found.warnings += core_warnings(config, data, accelerator.device.type == "cuda")
     torch.manual_seed(config.seed)
     based = found.attempt(
         lambda: on_main(lambda: base_network(config, data, preprocessing), interrupt=True)
     )
+    size, count = config.batch_size, len(data.splits["training"])
     if based is None:
+        found.warnings += batch_warnings(size, count, world())
         return None
     network, card = based
+    least = found.attempt(
+        lambda: on_main(lambda: least_batch(network, config, preprocessing.size, count))
+    )
+    found.warnings += batch_warnings(size, count, world(), least or 1)
     planned = found.attempt(
         lambda: on_main(lambda: planned_rounds(config, network, card), interrupt=True)
     )
@@ -165,8 +170,8 @@ def _check_inputs(
 
     found.attempt(check_run)
     if planned and not found.errors:
-        rounds = len(planned) - 1
-        found.attempt(lambda: _try(config, data, network, card, accelerator, watch, rounds))
+        tried = (config, data, network, card, accelerator, least or 1, watch, len(planned) - 1)
+        found.attempt(lambda: _try(*tried))
     return planned
 
 
@@ -176,6 +181,7 @@ def _try(
     network: nn.Module,
     card: ModelCard,
     accelerator: Accelerator,
+    least: int,
     watch: Watch,
     rounds: int,
 ) -> None:
@@ -183,10 +189,9 @@ def _try(
 
     Cuts are measured on one batch of images. Raises what the job would.
     """
-    preprocessing, count = card.preprocessing, len(data.splits["training"])
-    least = on_main(lambda: least_batch(network, config, preprocessing.size, count))
-    tools = training_tools(config, data, preprocessing, accelerator, least, watch)
-    evaluator, trainer, calibration = tools
+    evaluator, trainer, calibration = training_tools(
+        config, data, card.preprocessing, accelerator, least, watch
+    )
     calibration.most = config.batch_size
     evaluator.try_batch(network)
     for round_ in range(rounds + 1):
@@ -238,7 +243,7 @@ def _amount(count: int) -> str:
     return f"{count:,} bytes"
 
 
-def batch_warnings(batch: int, count: int, processes: int) -> list[str]:
+def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> list[str]:
     """What is unfortunate about global batches of ``batch`` out of ``count`` pictures."""
     found = []
     if batch % processes:
@@ -249,7 +254,7 @@ def batch_warnings(batch: int, count: int, processes: int) -> list[str]:
             f"pictures: a multiple, as {near}, keeps all busy"
         )
     last = count % batch
-    if last and (last < processes or last * TINY < batch):
+    if last >= least and last and (last < processes or last * TINY < batch):
         sizes = sorted(range(batch // 2 + 1, batch * 2), key=lambda size: abs(size - batch))
         good = (s for s in sizes if s % processes == 0 and (count % s == 0 or count % s * 2 >= s))
         better = f": --batch-size {size} would be better" if (size := next(good, 0)) else ""

@@ -403,12 +403,6 @@ def test_a_weights_file_tells_its_own_number_of_classes(
         ("inception_v3", {"init_weights": False}, 32, "too small for Inception3: 96 pixels do"),
         ("vit_b_32", {}, 256, r"256 does not fit VisionTransformer \(.*\): 224 pixels do"),
         ("student", {}, 5000, "at most 4096"),
-        (
-            "googlenet",
-            {"aux_logits": True, "init_weights": False},
-            64,
-            "try --model-arg aux_logits=false",
-        ),
     ],
 )
 @pytest.mark.sampled(2)

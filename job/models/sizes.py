@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from job.errors import UsageError, reason
+from job.models.outputs import logits_of
 
 MAX_SIZE = 4096  # pixels: a single input of StudentNet's takes about a GiB
 SIZES = (32, 64, 96, 128, 224, 256, 299)  # pixels: those that networks are made for
@@ -71,11 +72,12 @@ def misfit(shadow: nn.Module, size: int, modes: tuple[bool, ...]) -> str | None:
         try:
             with torch.no_grad():
                 logits = shadow.train(training)(images)
+                if training:  # auxiliary classifiers may come with them
+                    logits = logits_of(logits)
         except Exception as error:  # anybody's network, which may raise anything
             return reason(error)
         if not isinstance(logits, torch.Tensor):
-            aux = "; try --model-arg aux_logits=false" if hasattr(shadow, "aux_logits") else ""
-            return f"it gives a {type(logits).__name__}, not a tensor of logits{aux}"
+            return f"it gives a {type(logits).__name__}, not a tensor of logits"
         if logits.dim() != 2:
             return f"it gives {tuple(logits.shape)}, not one row of logits a picture"
     return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from job.training.outputs import logits_of
+from job.models.outputs import logits_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from job.data.batches import EvaluationPictures, RankShare, checked, loader
 from job.data.dataset import UNLABELLED
 from job.errors import DataError, GammaslimError
+from job.models.outputs import logits_of
 from job.processes import rank, total, world
-from job.training.outputs import logits_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from job.checkpoint import Position
 from job.data.batches import GlobalBatches, TrainingPictures, checked, loader
 from job.errors import GammaslimError, StopRequest
+from job.models.outputs import AUXILIARY, Logits
 from job.processes import check_same, digest, rank, total, world
 from job.signals import NOTHING, STOP
 from job.training.optimizer import (
@@ -27,7 +28,6 @@ from job.training.optimizer import (
     optimizer_tensors,
     restore_optimizer,
 )
-from job.training.outputs import AUXILIARY, Logits
 from job.training.sparsity import gamma_histogram, gamma_layers, gamma_numbers, gammas_of, pull
 from job.training.sync_batchnorm import (
     average_running_statistics,

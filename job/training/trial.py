@@ -11,8 +11,8 @@ from torch import nn
 
 from job.console import say
 from job.errors import DataError, UsageError
+from job.models.outputs import AUXILIARY, all_logits
 from job.processes import total, world
-from job.training.outputs import AUXILIARY, all_logits
 from job.training.sync_batchnorm import BatchNorm, unsynchronised
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ def least_batch(network: nn.Module, config: PruneConfig, size: int, count: int) 
         raise DataError(
             f"{count} training images are too few: BatchNorm {name!r} needs {least} in a batch"
         )
+    say(
+        f"training: the last {count % batch} of {count:,} images join the batch before them: "
+        f"BatchNorm {name!r} gets one value per channel of each"
+    )
     return least
 
 

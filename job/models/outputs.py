@@ -31,7 +31,7 @@ def all_logits(output: Any) -> list[torch.Tensor]:
         found = [value for value in _values(output) if isinstance(value, torch.Tensor)]
     if not found or found[0].dim() != 2:
         told = tuple(found[0].shape) if found else type(output).__name__
-        raise DataError(f"the network returns {told}: logits of shape (images, classes) are needed")
+        raise DataError(f"the network gives {told}: logits of shape (images, classes) are needed")
     return [value for value in found if value.shape == found[0].shape]
 
 
