@@ -23,7 +23,6 @@ from job.pipeline import prune
 from job.processes import start
 from job.training.evaluation import Evaluator
 from job.training.fit import Trainer
-from job.training.sync_batchnorm import exact_statistics
 from job.training.trial import least_batch
 
 NETWORKS = """
@@ -132,16 +131,6 @@ def test_batchnorms_of_every_kind_train_alone_as_torch_trains_them(
         network.named_buffers(), dict(plain.named_buffers()).values(), strict=True
     ):
         torch.testing.assert_close(mine.double(), theirs.double(), atol=1e-4, rtol=1e-3, msg=name)
-
-
-def test_one_process_keeps_torchs_own_modules_and_what_evaluates_is_untouched() -> None:
-    network = Norms()
-    kinds = [type(module) for module in network.modules()]
-    before = network.eval()(torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0)))
-    exact_statistics(network)
-    assert [type(module) for module in network.modules()] == kinds
-    images = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(network(images), before)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ from job.training.optimizer import (
 from job.training.sparsity import gamma_histogram, gamma_layers, gamma_numbers, gammas_of, pull
 from job.training.sync_batchnorm import (
     average_running_statistics,
-    exact_statistics,
     synchronised,
 )
 from job.training.trial import has_unused_parameters, say_of_outputs
@@ -50,6 +49,8 @@ if TYPE_CHECKING:
     Progress = Callable[[Iterable[Any], int], Iterable[Any]]
     Save = Callable[[Position], None]
     OnGamma = Callable[[str, int, dict[str, Any]], None]  # before or after, epoch, histogram
+
+FIRST = torch.contiguous_format  # channels
 
 
 @dataclass(frozen=True)
@@ -183,16 +184,17 @@ class _Round:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, right answers
         self.seconds = 0.0  # that earlier attempts spent on this epoch
         trained = copy.deepcopy(network).to(device)
-        trained.to(memory_format=torch.channels_last)
         self.trained = trained
+        shared = world() > 1 and self.config.batchnorm == "sync"
+        # torch's BatchNorm of a CPU is exact with channels first only: see sync_batchnorm
+        self.layout = torch.channels_last if shared or device.type == "cuda" else FIRST
+        trained.to(memory_format=self.layout)
         if handler := self.accelerator.ddp_handler:
             handler.find_unused_parameters = has_unused_parameters(
                 trained, trainer.preprocessing.size
             )
-        if self.config.batchnorm == "sync":
+        if shared:
             synchronised(trained, device)
-        if device.type == "cpu" and (world() == 1 or self.config.batchnorm == "local"):
-            exact_statistics(trained)
         self.told = False
         fused = self.accelerator.mixed_precision != "fp16"  # the gradient scaler steps by itself
         self.prepared, self.optimizer = self.accelerator.prepare(
@@ -326,6 +328,7 @@ class _Round:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         inputs = self.trainer.preprocessing.to_input(images.to(device, non_blocking=True))
+        inputs = inputs.contiguous(memory_format=self.layout)
         labels = labels.to(device, non_blocking=True)
         logits, *auxiliary = (output.float() for output in self.prepared(inputs))
         if not self.told:

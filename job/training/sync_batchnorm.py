@@ -1,10 +1,12 @@
 """BatchNorm over the global batch of all processes, on a CPU too.
 
-With one process a network keeps torch's own BatchNorm: its batch is the global batch. Torch's CPU
-kernel is right where the channels come first in memory (it sums in float64) but not where they come
-last: it adds up row after row in float32, and the sums of StudentNet's backward pass on images with
-flat backgrounds, which nearly cancel, leave weight gradients 9 to 12 % off those in float64 (torch
-2.14, batches of 32; 0.003 % with channels first). Its inputs are laid out for the right one.
+With one process a network keeps torch's own BatchNorm: its batch is the global batch. On a CPU it
+trains with channels first in memory. With channels last torch's kernel adds up row after row in
+float32, and the sums of StudentNet's backward pass on images with flat backgrounds, which nearly
+cancel, leave weight gradients 9 to 12 % off those in float64 (torch 2.14, batches of 32); with
+channels first it sums in float64: 0.003 to 0.5 % off. Processor time of a step with channels
+first, against channels last with BatchNorm's inputs copied: StudentNet 34 ms against 30, MobileNet
+v2 82 against 104, ResNet-164 380 against 620.
 
 With several processes the statistics are those of all ranks' batches (Ioffe & Szegedy 2015,
 section 3). torch.nn.SyncBatchNorm does that on GPUs; torch has nothing for CPUs. There, and where
@@ -25,13 +27,6 @@ from torch.overrides import TorchFunctionMode
 from job.processes import total, world
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-
-
-def exact_statistics(network: nn.Module) -> None:
-    """Give every BatchNorm of ``network``, on a CPU, what torch's exact kernel takes, in place."""
-    for module in network.modules():
-        if isinstance(module, BatchNorm):
-            module.register_forward_pre_hook(_channels_first)
 
 
 def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
@@ -63,13 +58,6 @@ def average_running_statistics(network: nn.Module) -> None:
             for buffer in (module.running_mean, module.running_var):
                 if buffer is not None:
                     total(buffer).div_(world())
-
-
-def _channels_first(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The input of a BatchNorm that measures a batch, laid out for the exact kernel."""
-    if module.training or module.running_mean is None:
-        return tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs)
-    return inputs
 
 
 def _global_class(kind: Any) -> Any:
