@@ -98,7 +98,7 @@ def test_the_first_of_equally_good_epochs_is_kept(
     training = trainer(tmp_path)
     scores, states = iter([0, 2, 1, 2, 2]), []
 
-    def evaluate(network: nn.Module, watch: object = None) -> Evaluation:
+    def evaluate(network: nn.Module, *_: object) -> Evaluation:
         states.append(copy.deepcopy(network.state_dict()))
         right = next(scores)
         return Evaluation(1.0, torch.tensor([[right, 3 - right], [0, 0]]))
