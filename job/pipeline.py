@@ -28,6 +28,7 @@ from job.cut import can_cut, cut, cut_before, ranking_norms
 from job.errors import DataError, StopRequest, exit_code, shown
 from job.folders import likely
 from job.forecast import Forecast
+from job.models.factory import name_factory
 from job.preflight import dry_run
 from job.preparation import (
     base_network,
@@ -74,7 +75,10 @@ def prune(config: PruneConfig) -> None:
     watch = Watch(likely(config) / "STOP", config.checkpoint_every)
     accelerator = start(config.device, config.precision)
     with deferred():
+        if ":" in config.model:  # a model folder may name it too, then
+            name_factory(config.model)
         config = on_main(lambda: adopted(config), interrupt=True)
+        watch.follow(likely(config) / "STOP")
         if config.dry_run:
             return dry_run(config, watch, accelerator)
         data, preprocessing = prepare_data(config, watch.check_here, watch.stop_file.parent)
@@ -141,7 +145,8 @@ class Job:
         """Open or create the run directory, the loaders and the W&B run."""
         record = on_main(lambda: dataset_record(self.data))
         self.start = self.attempt.begin(record, base)
-        again = f"; {self.attempt.saved} models of an earlier attempt" if self.attempt.saved else ""
+        models = "1 model" if self.attempt.saved == 1 else f"{self.attempt.saved} models"
+        again = f"; {models} of an earlier attempt" if self.attempt.saved else ""
         if self.attempt.numbered:
             again += f"; {self.attempt.numbered}"
         say(f"run: {shown(self.run.path)} on {accelerator_name(self.accelerator)}{again}")

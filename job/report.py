@@ -116,6 +116,7 @@ def comparison_record(histories: Sequence[History]) -> dict[str, Any]:
             "path": shown(history.path),
             "state": history.state,
             "exit_code": history.exit_code,
+            "position": dict(zip(("round", "epoch", "step"), history.position or (), strict=False)),
             "base": asdict(history.base) if history.base else None,
             "rounds": [asdict(entry) for entry in history.rounds if entry.round],
             "recommended": f"rounds/{history.best.round:02d}" if history.best else None,

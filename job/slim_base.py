@@ -10,11 +10,10 @@ from job.artifact import ModelCard, find_model, load_model, read_card
 from job.config import PruneConfig
 from job.console import say
 from job.cut import base_of
+from job.data.layout import BUILT_IN
+from job.data.provenance import own_data
 from job.errors import DataError, UsageError, shown
-from job.files import is_file
-from job.models.factory import name_factory
 from job.processes import digest
-from job.reading import parse_toml, read_bytes
 from job.slimming.engine import layer_widths
 
 if TYPE_CHECKING:
@@ -38,14 +37,13 @@ def source_folder(config: PruneConfig) -> Path | None:
 def adopted(config: PruneConfig) -> PruneConfig:
     """``config`` with the network, and without ``--data`` the data, of its slim base, if any.
 
-    Raises UsageError where an option contradicts it, and InputNotFound or DataError.
+    Raises UsageError where an option contradicts it or the data are not known, InputNotFound or
+    DataError.
     """
     folder = source_folder(config)
     if folder is None:
         return config
     card, name = read_card(folder), f"--weights {shown(str(config.weights))}"
-    if config.model != DEFAULTS.model:
-        name_factory(config.model)
     for option, given, default, own in (
         ("--model", config.model, DEFAULTS.model, card.model),
         ("--model-arg", config.args, DEFAULTS.args, card.args),
@@ -53,25 +51,15 @@ def adopted(config: PruneConfig) -> PruneConfig:
     ):
         if given not in (default, own):
             raise UsageError(f"{name} brings its own network, with {option} {own}: leave that out")
-    data = config.data or _data_of(folder)
-    if data and not config.data:
-        say(f"data: {shown(data)}, that of {shown(folder)}")
+    data = config.data
+    if data is None:
+        own = own_data(str(config.weights), card.lineage)
+        say(f"data: {shown(own)}, that of {shown(folder)}")
+        data = None if own == BUILT_IN else own
     own_args = tuple(card.args.items())
     return replace(
         config, model=card.model, model_arg=own_args, num_classes=card.num_classes, data=data
     )
-
-
-def _data_of(folder: Path) -> str | None:
-    """``--data`` of the run that a round's model is in; None for the built-in data or no run."""
-    stored = folder.absolute().parent.parent / "config.toml"
-    if not is_file(stored):
-        return None
-    try:
-        data = parse_toml(read_bytes(stored).decode())["prune"].get("data")
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
-    return data if isinstance(data, str) else None
 
 
 def own_preprocessing(config: PruneConfig) -> Preprocessing | None:
@@ -92,8 +80,8 @@ def slim_base(
     check_classes(f"--weights {shown(str(config.weights))}", card, data.class_names)
     sha = digest(network.state_dict())
     lineage: dict[str, Any] = {
-        "seed": config.seed, "base_weights": shown(folder), "base_sha256": sha,
-        "from": card.lineage,
+        "seed": config.seed, "listing": data.listing, "base_weights": shown(folder),
+        "base_sha256": sha, "from": card.lineage,
     }  # fmt: skip
     base, width = replace(base_of(network, card), slim=True), 1.0
     scaled: dict[str, int] = getattr(network, "uniform_widths", {})

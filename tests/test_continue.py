@@ -408,3 +408,9 @@ def test_the_number_of_rounds_may_be_auto_in_a_file_too(tmp_path: Path) -> None:
     for wrong in ("all", "-1", "2.5"):
         with pytest.raises(click.BadParameter):
             job.cli.prune.make_context("prune", ["--rounds", wrong])
+
+
+def test_a_student_wider_than_width_1_is_cut_by_its_width(noise: Path, tmp_path: Path) -> None:
+    prune(config(noise, model_arg=(("base", 2), ("width_mult", 2)), output=str(tmp_path / "run")))
+    widths = [read_card(tmp_path / "run" / "rounds" / name).width for name in ("00", "01")]
+    assert widths == pytest.approx([2, 1.6])

@@ -69,7 +69,7 @@ class Budget:
 
     def fraction(self, base: Cost) -> float:
         """The part of the base that is to be left; raises UsageError above the whole."""
-        if self.value <= 1:
+        if self.value <= 1 or self.metric == "width":  # a student may be wider than width 1
             return self.value
         whole = getattr(base, self.metric)
         if self.value > whole:
