@@ -111,12 +111,13 @@ def _keep_freed_memory() -> None:
 def leave() -> None:
     """End the loader's workers and part from the other processes.
 
-    Workers ignore SIGTERM, so an exit that only asks them would wait for ever.
+    Workers ignore SIGTERM, so an exit that only asks them would wait for ever; and so would the end
+    of a group of gloo's, for a collective that another process has not joined.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for child in multiprocessing.active_children():
         child.kill()
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_backend() != "gloo":
         dist.destroy_process_group()
 
 

@@ -137,7 +137,7 @@ def test_evaluate_and_predict_with_two_processes(
 
 
 def test_others_wait_for_the_main_process_as_long_as_it_is_alive() -> None:
-    """With limits of one and two seconds in place of minutes; no launcher watches these pairs.
+    """Silence for one second in place of five minutes; no launcher watches these pairs.
 
     The main process works for three seconds, is killed, or is stopped, as if its machine were gone.
     """
@@ -156,3 +156,4 @@ def test_others_wait_for_the_main_process_as_long_as_it_is_alive() -> None:
     assert ends["works", 1]["s"] > 2
     assert ends["works", 1]["cpu"] < 0.5  # it sleeps
     assert ends["dies", 1]["s"] < 2
+    assert ends["stops", 1]["s"] < 5  # it leaves without the other

@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 
 from job import processes
-from job.processes import lost_others, on_main, rank, start, total
+from job.processes import leave, lost_others, on_main, rank, start, total
 
 WORK = 3.0  # seconds that the main process works alone: more than any limit here
 
@@ -43,6 +43,7 @@ def process(event: str) -> str:
         ended = "lost"
     except processes.GammaslimError as error:
         ended = str(error)
+    leave()
     seconds, cpu = time.monotonic() - began, time.process_time() - used
     return json.dumps({"event": event, "rank": rank(), "ended": ended, "s": seconds, "cpu": cpu})
 
@@ -65,7 +66,7 @@ def pair(event: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    processes.TIMEOUT, processes.SILENCE = timedelta(seconds=2), timedelta(seconds=1)
+    processes.TIMEOUT, processes.SILENCE = timedelta(seconds=9), timedelta(seconds=1)
     pairs = [pair(event) for event in sys.argv[1:]]
     for main, other in pairs:
         os.waitpid(other, 0)
