@@ -112,7 +112,7 @@ def test_the_processor_and_the_gpu_agree(runs: dict[str, Path], precision: str) 
         for left, right in zip(one["confusion"], other["confusion"], strict=True)
         for a, b in zip(left, right, strict=True)
     )
-    assert moved <= 0.01 * one["count"]
+    assert moved <= 0.02 * one["count"]
 
 
 def test_a_stopped_run_resumes(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -21,7 +21,12 @@ from job.processes import start
 from job.slimming.surgery import narrowed
 from job.training.evaluation import Evaluation, Evaluator
 from job.training.fit import EpochResult, Trainer, _Round
-from job.training.optimizer import learning_rate, new_optimizer
+from job.training.optimizer import (
+    learning_rate,
+    new_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
 
 SMALL = Preprocessing("small", 32)
 
@@ -182,6 +187,23 @@ def test_gamma_and_biases_get_no_weight_decay(name: str) -> None:
         elif isinstance(layer, nn.BatchNorm2d):
             assert decay[id(layer.weight)] == decay[id(layer.bias)] == 0
     assert len(decay) == 48
+
+
+def test_a_restored_optimizer_is_on_the_device_of_its_parameters() -> None:
+    """A fused one on a GPU counts its steps there; the meta device takes the GPU's place."""
+    parameter = nn.Parameter(torch.rand(3, 2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.rand(3, 2)
+    optimizer.step()
+    saved = {key.removeprefix("optimizer."): v for key, v in optimizer_tensors(optimizer).items()}
+    for fused, device in ((True, "meta"), (False, "cpu")):
+        elsewhere = nn.Parameter(torch.empty(3, 2, device="meta"))
+        other = torch.optim.AdamW([elsewhere])
+        other.param_groups[0]["fused"] = fused
+        restore_optimizer(other, saved)
+        state = other.state[elsewhere]
+        assert state["exp_avg"].device.type == "meta"
+        assert state["step"].device.type == device
 
 
 def test_learning_rates_of_each_schedule() -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from job.console import say
+from job.console import say, warn
 from job.errors import DataError, UsageError
 from job.models.outputs import AUXILIARY, all_logits
-from job.processes import total, world
+from job.processes import is_main, total, world
 from job.training.sync_batchnorm import BatchNorm, unsynchronised
 
 if TYPE_CHECKING:
@@ -41,10 +41,11 @@ def say_of_outputs(trained: nn.Module, auxiliary: int) -> None:
     """Report what the first step of ``trained`` showed: classifiers, BatchNorms on their own."""
     if auxiliary:
         say(f"training: auxiliary classifiers: {auxiliary}, whose losses count {AUXILIARY} times")
-    if names := unsynchronised(trained):
+    names = unsynchronised(trained)
+    if names and is_main():
         shown = ", ".join(names[:3]) + " and others" * (len(names) > 3)
-        say(
-            f"Warning: BatchNorm {shown} does not call torch.nn.functional.batch_norm: each "
+        warn(
+            f"BatchNorm {shown} does not call torch.nn.functional.batch_norm: each "
             "process normalises its own part of a batch, and weights depend on their number"
         )
 
