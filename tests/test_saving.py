@@ -96,6 +96,28 @@ def test_any_network_loads_into_the_one_before_the_cut(
             job.load(tmp_path / "slim", network=other)
 
 
+class Signed(nn.Module):
+    """One of two networks that have the same weights."""
+
+    def __init__(self, sign: int = 1) -> None:
+        super().__init__()
+        self.body, self.sign = tiny(), sign
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.body(images) * self.sign
+
+
+def test_what_builds_another_network_of_the_same_weights_is_not_taken(tmp_path: Path) -> None:
+    for sign, name in ((1, "test_saving:Signed"), (-1, "")):
+        narrow, plan = slimmed(Signed(sign))
+        job.save(narrow, tmp_path / str(sign), plan=plan)
+        assert json.loads((tmp_path / str(sign) / "model.json").read_text())["model"] == name
+    with pytest.raises(UsageError, match="it computes something else"):
+        job.save(narrow, tmp_path / "x", plan=plan, model=Signed)
+    job.save(narrow, tmp_path / "y", plan=plan, model=Signed, model_args={"sign": -1})
+    assert torch.equal(job.load(tmp_path / "y")(PROBE), narrow.eval()(PROBE))
+
+
 def test_several_cuts_and_none_are_saved(tmp_path: Path) -> None:
     wide = Residual()
     once, first = slimmed(wide)

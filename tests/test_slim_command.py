@@ -113,18 +113,24 @@ def test_images_without_labels_calibrate(model: Path, tmp_path: Path) -> None:
     assert "taylor needs labelled" in done.stderr
 
 
-def test_classes_that_the_model_does_not_know_are_not_scored(model: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
+def test_classes_are_matched_by_name(model: Path, tmp_path: Path) -> None:
+    rng, data = np.random.default_rng(0), tmp_path / "data"
+    for split, count in (("train", 3), ("val", 6)):
         for label, name in enumerate(("cat", "dog")):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for number in range(3):
-                picture(rng, label, 32, 32).save(tmp_path / "data" / split / name / f"{number}.png")
-    done = command(
-        "slim", model, "--output", tmp_path / "slim", "--data", tmp_path / "data", "--workers", 0
-    )
+            (data / split / name).mkdir(parents=True)
+            for number in range(count + label):
+                picture(rng, label, 32, 32).save(data / split / name / f"{number}.png")
+    args = ("--data", data, "--workers", 0)
+    done = command("slim", model, "--output", tmp_path / "slim", *args)
     assert done.exit_code == 0, done.output
     assert "accuracy was not measured: the model does not know the class 'cat'" in done.stdout
+    card, own = json.loads((model / "model.json").read_text()), tmp_path / "own"
+    shutil.copytree(model, own)
+    (own / "model.json").write_text(json.dumps(card | {"class_names": ["dog", "emu", "cat"]}))
+    done = command("slim", own, "--output", tmp_path / "other", *args)
+    before = accuracy(own, data, "validation")
+    assert 0 < before < 1
+    assert f"accuracy on the validation split of {data} (13 images): {before:.4f}" in done.stdout
 
 
 def test_a_weights_file_has_the_size_that_its_network_is_made_for(tmp_path: Path) -> None:
