@@ -16,10 +16,12 @@ from PIL import Image
 
 from job.artifact import ModelCard, read_card, save_model
 from job.cli import gammaslim
+from job.config import PruneConfig, write_toml
 from job.data import open_data
+from job.data.dataset import with_validation
 from job.data.transforms import Preprocessing
 from job.models import build
-from job.preparation import dataset_record
+from job.preparation import dataset_record, prepare_data
 
 NAMES = tuple(sorted(map(str, range(12))))  # as text: 0, 1, 10, 11, 2, …
 
@@ -79,8 +81,6 @@ def write_run(folder: Path, data: str | None, seed: int = 0) -> Path:
     save_model(folder / "rounds" / "00", network, replace(card, lineage=lineage))
     if "validation" not in opened.splits:
         opened = opened.with_splits(validation=opened.splits["training"])
-    from job.config import write_toml
-
     (folder / "config.toml").write_text(write_toml({"dataset": dataset_record(opened)}))
     (folder / "summary.json").write_text(json.dumps({"recommended": "rounds/00"}))
     return folder
@@ -283,11 +283,26 @@ def test_other_suffixes_are_images(tmp_path: Path, suffix: str) -> None:
     assert "c" in old.notes[0]
 
 
-def test_a_run_of_before_finds_the_files_it_was_begun_with(run: Path, tmp_path: Path) -> None:
-    from job.data.provenance import listing_of
+def test_a_run_of_before_is_resumed_on_the_files_that_it_was_begun_with(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    put(root, *(f"train/{label}/{n}.png" for label in "ab" for n in range(20)))
+    old = dataset_record(with_validation(open_data(str(root)), 0))
+    put(root, "train/a/20.gif", "dev/a/0.png", "dev/b/0.png")
+    config = PruneConfig(data=str(root))
+    text = write_toml({"prune": config.to_dict(), "dataset": {**old, "listing": 2}})
+    (tmp_path / "run").mkdir()
+    for listing in ("listing = 2\n", ""):
+        content = text.replace("listing = 2\n", listing)
+        (tmp_path / "run" / "config.toml").write_text(content)
+        data, _ = prepare_data(config, output=tmp_path / "run")
+        assert (dataset_record(data)["fingerprint"] == old["fingerprint"]) == (listing == "")
+    data, _ = prepare_data(config, output=tmp_path / "new")
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "training": 41, "validation": 2,
+    }  # fmt: skip
 
-    assert listing_of(run) == 2
-    text = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(text.replace("listing = 2\n", ""))
-    assert listing_of(run) == 1
-    assert listing_of(tmp_path / "new") == 2
+
+def test_a_class_without_validation_images_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/0.png", "train/b/0.jfif.png", "train/bird/0.png", "val/a/1.png")
+    data, _ = prepare_data(PruneConfig(data=str(tmp_path)))
+    assert any("no validation images of 2 classes (b, bird)" in note for note in data.notes)

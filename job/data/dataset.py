@@ -133,7 +133,7 @@ class Dataset:
         found = self.splits.get(name) or self.splits.get(others.get(name, ""))
         if not found:
             there = ", ".join(self.splits)
-            raise InputNotFound(f"{self.root} has no {name} split; it has: {there}")
+            raise InputNotFound(f"{self.root} has no {name} split; it has: {there} (--split)")
         return found
 
     def labelled(self, name: str) -> Split:
