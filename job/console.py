@@ -128,6 +128,13 @@ def warn(text: str) -> None:
         click.echo(f"Warning: {printable(text)}", err=True)
 
 
+def say_cautions(cautions: Iterable[str | None]) -> None:
+    """Print each caution that there is on a line."""
+    for caution in cautions:
+        if caution:
+            say(f"caution: {caution}")
+
+
 def tell_error(text: str) -> None:
     """Print a line on stderr that begins with "Error: "; text from outside may be in it."""
     fresh_line()

@@ -82,6 +82,7 @@ class History:
     epochs: tuple[Epoch, ...] = ()
     recommended: int | None = None
     reason: str = ""
+    cautions: tuple[str, ...] = ()
     seconds: float | None = None
     layers: tuple[Layer, ...] = ()  # of the recommended model
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -188,6 +189,7 @@ def read_run(path: Path) -> History:
         epochs=_epochs(events),
         recommended=recommended,
         reason=str(summary.get("reason", "")),
+        cautions=_texts(summary.get("cautions")),
         seconds=_number(summary.get("seconds")),
         layers=() if recommended is None else _layers(path, recommended, problems),
         settings={k: v for k, v in settings.items() if isinstance(v, dict)},
@@ -301,6 +303,10 @@ def _number(value: Any) -> Any:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from job.accuracy import signed
 from job.attempt import Attempt
+from job.cautions import Cautions, of_sample
 from job.checkpoint import Position, save_position
 from job.console import (
     epoch_line,
@@ -20,6 +21,7 @@ from job.console import (
     rounds_table,
     run_progress,
     say,
+    say_cautions,
     show_step,
     tick,
     where,
@@ -163,6 +165,7 @@ class Job:
 
     def base(self, network: nn.Module, card: ModelCard) -> tuple[nn.Module, ModelCard]:
         """Round 0: train the base network, or take it as its weights are."""
+        self.cautions = Cautions.of(self.config, self.data, card)
         if self.attempt.saved:
             return self.restore()
         began = self.began()
@@ -170,7 +173,10 @@ class Job:
         if sparse:
             say(forecast(self.config, sparse, sparse * len(self.trainer.sampler)))
         if self.config.first_epochs + sparse:
+            if self.cautions.weights and not (self.start or "fresh_classifier" in card.lineage):
+                say_cautions([of_sample(self.evaluator, network)])
             best = self.fit(network, card, self.config.first_epochs, {}, began, sparse)
+            self.doubt(network, best)
             scores = _best_scores(best)
         else:
             valid = self.evaluate(network)
@@ -178,6 +184,7 @@ class Job:
                 raise DataError(f"the loss of --weights is {valid.loss}: they are damaged")
             scores = {"valid_acc": valid.accuracy, "valid_loss": valid.loss}
             say(f"base: valid loss: {valid.loss:6.4f}, acc {valid.accuracy:6.4f}")
+            say_cautions(self.cautions.of_base(valid))
         return self.keep(network, card, scores, began, wide=network)
 
     def round(self, network: nn.Module, card: ModelCard) -> tuple[nn.Module, ModelCard]:
@@ -199,12 +206,18 @@ class Job:
             more = {"valid_loss_pruned": pruned.loss, "verification_error": error}
             self.attempt.log("slim", known | more)
         best = self.fit(narrow, card, self.config.epochs, scores, began)
+        self.doubt(narrow, best)
         return self.keep(narrow, card, scores | _best_scores(best), began, wide=network)
 
     def evaluate(self, network: nn.Module) -> Evaluation:
         """``network`` on the validation split."""
         bar, count = progress(self.forecast.name(), "validating"), len(self.evaluator.batches)
         return self.evaluator(network, lambda batches: bar(batches, count), self.watch)
+
+    def doubt(self, network: nn.Module, best: EpochResult) -> None:
+        """Caution where a trained network is no better than chance."""
+        evaluate = partial(self.evaluate, network)
+        say_cautions(self.cautions.of_round(len(self.entries), best.valid_acc, evaluate))
 
     def began(self) -> float:
         """When the round that begins now began, as if no attempt had been interrupted."""
@@ -366,8 +379,8 @@ class Job:
 
     def summarise(self, state: str) -> dict[str, Any]:
         """Write the summary of what there is so far."""
-        limit = self.config.max_drop
-        return self.attempt.write(lambda: self.run.summarise(self.entries, state, limit))
+        limit, cautions = self.config.max_drop, self.cautions.of_run(self.entries)
+        return self.attempt.write(lambda: self.run.summarise(self.entries, state, limit, cautions))
 
     def finish(self) -> None:
         """Write the final summary and show the table of rounds."""
@@ -383,6 +396,7 @@ class Job:
         say("")
         say(rounds_table(self.entries))
         say(f"\nrecommended: {summary['recommended']} ({summary['reason']})")
+        say_cautions(summary["cautions"])
         say(f"{summary['seconds']:.0f} seconds; all files are in {shown(self.run.path)}")
         if self.attempt.tracker:
             chosen = self.entries[int(summary["recommended"].split("/")[1])]

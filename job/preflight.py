@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from job.artifact import find_model, load_model
+from job.cautions import of_sample
 from job.checkpoint import KEPT
 from job.console import rounds_table, say, tell_error, warn
 from job.cores import available_cores
@@ -171,7 +172,8 @@ def _check_inputs(
     found.attempt(check_run)
     if planned and not found.errors:
         tried = (config, data, network, card, accelerator, least or 1, watch, len(planned) - 1)
-        found.attempt(lambda: _try(*tried))
+        low = found.attempt(lambda: _try(*tried))
+        found.warnings += [low] if low else []
     return planned
 
 
@@ -184,16 +186,20 @@ def _try(
     least: int,
     watch: Watch,
     rounds: int,
-) -> None:
+) -> str | None:
     """One evaluation batch; for the base and each of ``rounds`` its cut and one training step.
 
-    Cuts are measured on one batch of images. Raises what the job would.
+    Cuts are measured on one batch of images. Returns a caution where weights score low. Raises what
+    the job would.
     """
     evaluator, trainer, calibration = training_tools(
         config, data, card.preprocessing, accelerator, least, watch
     )
     calibration.most = config.batch_size
     evaluator.try_batch(network)
+    caution = None
+    if config.weights and "fresh_classifier" not in card.lineage:
+        caution = of_sample(evaluator, network)
     for round_ in range(rounds + 1):
         watch.check()
         if round_:
@@ -201,6 +207,7 @@ def _try(
         trainer.try_step(network)
     cuts = f", the cuts of {rounds} rounds" if rounds else ""
     say(f"tried: an evaluation batch, a training step{cuts}")
+    return caution
 
 
 def _readable(weights: str) -> None:

@@ -167,6 +167,7 @@ def base_network(
     if config.weights:
         state, source = read_state(str(config.weights)), shown(config.weights)
         fresh = load_state(network, state, source, fresh_head=True, note=say)
+        lineage |= {"fresh_classifier": True} if fresh else {}
         if fresh and not config.first_epochs:
             say("the classifier is not trained before the first cut: --base-epochs N would do that")
         lineage |= {"base_weights": shown(config.weights), "base_sha256": digest(state)}

@@ -121,6 +121,7 @@ def comparison_record(histories: Sequence[History]) -> dict[str, Any]:
             "rounds": [asdict(entry) for entry in history.rounds if entry.round],
             "recommended": f"rounds/{history.best.round:02d}" if history.best else None,
             "reason": history.reason,
+            "cautions": list(history.cautions),
             "relative": {c: history.share(history.best, c) for c in COSTS} if history.best else {},
             "points_lost": None if history.change is None else 0.0 - history.change,
             "problems": list(history.problems),
@@ -150,6 +151,7 @@ def _run_text(history: History) -> str:
         lines.append("no round is finished yet")
     if history.best:
         lines += ["", f"recommended: rounds/{history.best.round:02d} ({printable(history.reason)})"]
+    lines += [f"caution: {printable(caution)}" for caution in history.cautions]
     if history.state == "died":
         lines += ["", "its job is gone without a word: run the same command to resume"]
     return "\n".join(lines)
@@ -179,7 +181,7 @@ def run_page(histories: Sequence[History], pictures: Sequence[Picture]) -> str:
     if history.seconds is not None:
         facts.append(f"It has taken {history.seconds:,.0f} seconds so far.")
     parts = [f"<h1>{_quote(history.name)}</h1>", *(f"<p>{fact}</p>" for fact in facts)]
-    parts += [_problem(problem) for problem in history.problems]
+    parts += [_problem(problem) for problem in (*history.cautions, *history.problems)]
     parts.append("<h2>Base and rounds</h2>")
     parts.append(_rounds(history) if history.rounds else "<p>No round is finished yet.</p>")
     parts += _figures(pictures)

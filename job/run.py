@@ -267,10 +267,14 @@ class Run:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         whole = whole and type(seconds) in (int, float) and int(chosen[7:]) < self.saved
-        return {"reason": "", **summary} if whole else None
+        return {"reason": "", "cautions": [], **summary} if whole else None
 
     def summarise(
-        self, entries: Sequence[Mapping[str, Any]], state: str, max_drop: float | None = None
+        self,
+        entries: Sequence[Mapping[str, Any]],
+        state: str,
+        max_drop: float | None = None,
+        cautions: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Write summary.json from the base's and the rounds' entries, and return it."""
         recommended, reason = recommend(entries, max_drop)
@@ -281,6 +285,7 @@ class Run:
             "rounds": [dict(entry) for entry in entries[1:]],
             "recommended": f"rounds/{recommended:02d}",
             "reason": reason,
+            "cautions": list(cautions),
             "seconds": round(self.seconds, 3),
         }
         write_json(self.path / "summary.json", summary)

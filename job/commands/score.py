@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from job.cautions import of_model, one_class
 from job.commands.chosen import Chosen, DataOptions, open_chosen
 from job.commands.model import ModelOptions, open_model
-from job.console import progress, say, table
+from job.console import progress, say, say_cautions, table
 from job.data.batches import default_workers
 from job.data.dataset import UNLABELLED
 from job.data.layout import IMAGES
@@ -46,10 +47,15 @@ def evaluate(model: ModelOptions, options: DataOptions, as_json: bool) -> None:
             f"the loss of {shown(model.path)} is {result.loss}: its weights are damaged"
         )
     names = card.class_names or tuple(str(number) for number in range(card.num_classes))
+    counts, weights = result.confusion.sum(1).tolist(), Path(model.path).is_file()
+    found = (of_model(result.accuracy, counts, weights=weights), one_class(result, names))
+    cautions = [caution for caution in found if caution]
     if as_json:
-        say(json.dumps(_evaluation_record(result, names, data, chosen.name), indent=1))
+        record = _evaluation_record(result, names, data, chosen.name)
+        say(json.dumps(record | {"cautions": cautions}, indent=1))
     else:
         say(_evaluation_text(result, names, data, chosen.name))
+        say_cautions(cautions)
 
 
 def in_classes_of(card: ModelCard, data: Dataset, split: Split) -> Split:

@@ -7,11 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from job.artifact import save_model
+from job.cautions import of_model
 from job.commands.images import SlimImages, open_images
 from job.commands.model import ModelOptions, open_model
 from job.config import PruneConfig
-from job.console import phase, progress, say, show_step, table
+from job.console import phase, progress, say, say_cautions, show_step, table
 from job.cut import base_of
 from job.errors import OutputError, UsageError, shown
 from job.files import check_writable
@@ -71,6 +74,7 @@ class SlimOptions:
 def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
     """Cut MODEL, prove the cut in float64, save it, and print what it costs and scores."""
     options.check()
+    model.check()
     folder = _new_folder(output)
     images, accelerator = None, None
     if options.data:
@@ -87,6 +91,9 @@ def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
     if line:
         say(line)
     before = tools.accuracy(network) if tools else None
+    if images and images.scoring is not None and before is not None:
+        counts = np.bincount(images.scoring.labels).tolist()
+        say_cautions([of_model(before, counts, weights=Path(model.path).is_file())])
     image, slimming = picture(card.preprocessing.size), options.slimming
     graph, base = analyse(network, image), card.base or base_of(network, card)
     narrow, plan, error = make_cut(
