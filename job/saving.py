@@ -99,6 +99,7 @@ def load(path: str | Path, *, network: nn.Module | None = None) -> nn.Module:
     >>> network = job.load("runs/student-fashion-mnist")  # doctest: +SKIP
     >>> logits = network(torch.rand(1, 3, 32, 32))  # doctest: +SKIP
     """
+    _check_path(path)
     folder = find_model(path)
     if network is None:
         return load_model(folder)[0]
@@ -114,9 +115,13 @@ def load(path: str | Path, *, network: nn.Module | None = None) -> nn.Module:
     return narrow.eval()
 
 
+def _check_path(path: Any) -> None:
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise UsageError(f"path must be a folder; got {kind_of(path)}")
+
+
 def _new_folder(path: Any) -> Path:
-    if not isinstance(path, (str, Path)):
-        raise UsageError(f"path must be a folder to write; got {kind_of(path)}")
+    _check_path(path)
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{shown(path)} exists already; choose another")

@@ -41,6 +41,8 @@ def network() -> nn.Module:
         ({"example": (1, 3, 24, 24)}, "e.g. torch.rand(1, 3, 24, 24); got (1, 3, 24, 24)"),
         ({"example": {"size": 24}}, "example must be a batch .*; got {'size': 24}"),
         ({"example": "cat.jpg"}, "example must be a batch .*; got 'cat.jpg'"),
+        ({"example": torch.rand(0, 3, 24, 24)}, "example is empty: give one sample"),
+        ({"example": torch.rand(3, 24, 24)}, "; for a single image give example[None], a batch of"),
         ({"example": torch.rand(1, 4, 8, 8)}, "example: the network does not run on images of 4 x"),
         ({"policy": "globl"}, "policy must be one of uniform, global; got 'globl'; did you m"),
         ({"importance": "gama"}, "importance must be one of .* got 'gama'; did you mean gamma?"),
@@ -91,6 +93,7 @@ def test_a_wrong_calibration_is_named(network: nn.Module, calibration: Any, mess
     [
         [BATCH, BATCH], [(BATCH, LABELS)], [[BATCH.double(), LABELS]], [(BATCH,), {"x": BATCH}],
         [{"pixel_values": BATCH, "labels": LABELS}], iter([BATCH]),
+        [(BATCH, LABELS, ["a.jpg"] * 4)],
         torch.utils.data.DataLoader(torch.utils.data.TensorDataset(BATCH, LABELS), 3),
         [torch.rand(2, 3, 32, 24)], [BATCH.bfloat16()],
     ],
@@ -149,6 +152,17 @@ def test_the_line_is_seen_where_nobody_configured_logging(
     assert not seen.out
 
 
+def test_where_nothing_can_be_cut_it_is_said_why() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with pytest.raises(UsageError, match=r"no BatchNorm ranks them; importance l2 ranks them$"):
+        job.slim(plain, EXAMPLE)
+    narrow, _ = job.slim(plain, torch.empty(1, 3, 24, 24, device="meta"), importance="l2")
+    assert narrow.get_parameter("0.weight").shape[0] == 8
+    norm = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Softmax(1), nn.Conv2d(8, 4, 3))
+    with pytest.raises(UsageError, match="why most are not: softmax across channels"):
+        job.slim(norm, EXAMPLE)
+
+
 def test_layers_to_ignore_are_names_or_modules() -> None:
     def block(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU())
@@ -163,6 +177,9 @@ def test_layers_to_ignore_are_names_or_modules() -> None:
 REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "scripted": (torch.jit.script, "TorchScript module .*: pass the nn.Module"),
     "traced": (lambda n: torch.jit.trace(n, EXAMPLE), "TorchScript module .*: pass the nn.Module"),
+    "partly scripted": (
+        lambda n: nn.Sequential(torch.jit.script(n)), r"has a TorchScript part \(0\).*pass the nn.M"
+    ),
     "exported": (lambda n: torch.export.export(n, (EXAMPLE,)), "torch.export: pass the nn.Module"),
     "its module": (
         lambda n: torch.export.export(n, (EXAMPLE,)).module(), "torch.export: pass the nn.Module"

@@ -138,7 +138,7 @@ def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
     (tmp_path / "full" / "notes.txt").touch()
     for arguments, error, message in (
         ({"path": tmp_path / "full"}, OutputError, "exists already"),
-        ({"path": 3}, UsageError, "path must be a folder to write; got 3"),
+        ({"path": 3}, UsageError, "path must be a folder; got 3"),
         ({"plan": "global"}, UsageError, "plan must be what slim returned"),
         ({"model": 3}, UsageError, "model must be a name, or what builds the network; got 3"),
         ({"model": lambda: BareStream()}, UsageError, "cannot be imported by its name"),
@@ -150,5 +150,7 @@ def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             job.save(**wanted)
     assert not (tmp_path / "slim").exists()
+    with pytest.raises(UsageError, match="path must be a folder; got None"):
+        job.load(None)
     with pytest.raises(InputNotFound):
         job.load(tmp_path / "slim")

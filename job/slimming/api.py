@@ -7,6 +7,8 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from job.errors import UsageError
 from job.slimming.arguments import (
     budget_of,
@@ -115,7 +117,9 @@ def _analysed(model: nn.Module, inputs: Example, names: list[str]) -> ChannelGra
     try:
         return analyse(model, inputs, names)
     except UsageError as error:
-        raise UsageError(f"example: {error}") from error
+        single = isinstance(inputs, torch.Tensor) and inputs.dim() == 3
+        hint = "; for a single image give example[None], a batch of one" if single else ""
+        raise UsageError(f"example: {error}{hint}") from error
 
 
 def _tell(line: str) -> None:

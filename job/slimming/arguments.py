@@ -13,7 +13,7 @@ from torch import nn
 from job.config import nearest
 from job.errors import UsageError
 from job.slimming.budget import METRICS, Budget
-from job.slimming.inputs import arguments_for, like, tensors_of_inputs
+from job.slimming.inputs import arguments_for, like, mapped, samples, tensors_of_inputs
 from job.slimming.layers import LAYERS, modules_of, owner
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ def _check_layer(name: str, module: nn.Module) -> None:
     weights = [p for p in module._parameters.values() if p is not None]
     if any(nn.parameter.is_lazy(p) for p in weights):
         raise UsageError(f"model has no weights yet ({where} is lazy): run it once first")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UsageError(
+            f"model has a TorchScript part ({name}), whose channels cannot be followed: "
+            f"{PYTHON_NETWORK}"
+        )
     made_by = type(module).__module__
     quantised = made_by.startswith(("torch.ao.", "torch.nn.quantized", "torchao.")) or (
         isinstance(module, LAYERS) and any(not p.is_floating_point() for p in weights)
@@ -82,9 +87,15 @@ def example_of(model: nn.Module, example: Any) -> Example:
             "example must be a batch as the network takes it, a tensor or a tuple, list or dict of "
             f"inputs, e.g. torch.rand({shape}); got {kind_of(example)}"
         )
+    if not samples(example):
+        raise UsageError("example is empty: give one sample, e.g. torch.rand(1, 3, 224, 224)")
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    inputs = arguments_for(model, example)
-    return inputs if weight is None else like(inputs, weight)
+    inputs: Example = mapped(
+        arguments_for(model, example), lambda t: t if not t.is_meta else torch.zeros(t.shape)
+    )
+    if weight is not None:
+        inputs = like(inputs, weight)
+    return inputs
 
 
 def budget_of(target: Any) -> Budget:

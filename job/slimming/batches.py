@@ -74,9 +74,9 @@ def _split(
         *rest, last = batch
         if len(batch) == 1 and _fits(example, last):
             return _split(model, example, last, where)
-        if len(batch) == 2 and _fits(example, batch[0]):
+        if len(batch) > 1 and _fits(example, batch[0]):  # what follows labels is left out
             inputs, own = _split(model, example, batch[0], where)
-            return inputs, _labels(last) if own is None else own
+            return inputs, _labels(batch[1]) if own is None else own
         if _fits(example, tuple(rest)):
             return tuple(rest), _labels(last)
     raise UsageError(f"{where} is {_shapes(batch)}, the example {_shapes(example)}: {FORMS}")

@@ -10,7 +10,7 @@ from job.slimming.cost import Cost, Costs
 from job.slimming.graph import Blocked, channel_graph
 from job.slimming.inputs import described
 from job.slimming.layers import LAYERS, modules_of
-from job.slimming.policy import Planner, Ranked, given_back, ranked, solve
+from job.slimming.policy import UNRANKED, Planner, Ranked, given_back, ranked, solve
 from job.slimming.select import SelectedChannels
 from job.slimming.verification import settled
 
@@ -147,7 +147,7 @@ def _explained(graph: ChannelGraph, groups: Sequence[Ranked]) -> ChannelGraph:
     """The graph whose ``blocked`` tells of groups without a rank too."""
     names = {r.group.name for r in groups}
     extra = tuple(
-        Blocked(layer, group.size, "no BatchNorm ranks them")
+        Blocked(layer, group.size, UNRANKED)
         for group in graph.groups
         if group.name not in names
         for layer in group.layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from job.slimming.importance import Scores
 
 T = TypeVar("T")
+OUTPUT, UNRANKED = "the network's output", "no BatchNorm ranks them"
 NOTHING = "no channel of this network is ranked by a BatchNorm and can be cut"
 
 
@@ -152,7 +154,7 @@ def solve(
     Raises UsageError, with what is reachable, when none does.
     """
     if not planner.groups:
-        raise UsageError(f"{budget} cannot be reached: {NOTHING}")
+        raise UsageError(f"{budget} cannot be reached: {NOTHING}{_most_blocked(planner.graph)}")
     low, high = 0, len(steps) - 1
     least = _left(planner, budget, counts_at(steps[high]))
     if least > limit:
@@ -191,6 +193,18 @@ def given_back(planner: Planner, counts: Sequence[int], budget: Budget, limit: f
             for entry in candidate(i):
                 heapq.heappush(queue, entry)
     return counts
+
+
+def _most_blocked(graph: ChannelGraph) -> str:
+    """Why most channels are not cut, but for those that never are."""
+    count: Counter[str] = Counter()
+    for blocked in graph.blocked:
+        count[blocked.reason] += blocked.channels * (blocked.reason != OUTPUT)
+    reason = next((reason for reason, channels in count.most_common(1) if channels), None)
+    if reason is None:
+        return ""
+    hint = "; --importance l2 ranks them" if reason == UNRANKED else ""
+    return f"; why most are not: {reason}{hint}"
 
 
 def _left(planner: Planner, budget: Budget, counts: Sequence[int]) -> float:
