@@ -188,7 +188,8 @@ class Attempt:
             self.run.restate_summary("running", state)
         if self.tracker:
             self.tracker.abandon(exit_code)
-        self.report()
+        if (self.run.path / "report.html").exists():  # it says that the run is running
+            self.report()
 
     def end(self) -> None:
         """Give the run directory back."""

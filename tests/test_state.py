@@ -142,7 +142,7 @@ def test_a_stopped_run_says_where_it_is_and_resumes_there(
     assert (status(run)["state"], position(run)) == ("stopped", where)
     if round_:
         assert json.loads((run / "summary.json").read_text())["state"] == "stopped"
-    assert f"stopped (exit code 75), in {words}" in (run / "report.html").read_text()
+        assert f"stopped (exit code 75), in {words}" in (run / "report.html").read_text()
     monkeypatch.undo()
     capsys.readouterr()
     prune(tiny(noise, run))

@@ -223,7 +223,8 @@ def test_the_disk_is_full_at_a_chosen_moment(
 def test_a_disk_that_is_full_at_the_end_has_room_for_the_last_status(
     noise: Path, undisturbed: Path, call: Call, disk: Path
 ) -> None:
-    where = {"event": "write", "match": r"status\.json", "passage": 8}
+    # one at the start, of three rounds, of 24 positions, and the last
+    where = {"event": "write", "match": r"status\.json", "passage": 29}
     done = call(*options(noise, disk / "run"), fault=f"fill:{disk}", **where)
     assert done.code == 0, done
     assert (disk / "filler").exists()
