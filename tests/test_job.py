@@ -406,7 +406,7 @@ def test_the_default_run_is_fast_and_stays_near_its_base(tmp_path: Path) -> None
     assert len(summary["rounds"]) == 5
     for entry in summary["rounds"]:
         assert entry["valid_acc_pruned"] > base - 0.03, summary
-        assert abs(entry["valid_acc"] - base) < 0.015, summary  # slimming is what is measured
+        assert base - 0.015 < entry["valid_acc"] < base + 0.02, summary  # slimming is measured
     assert summary["cautions"] == []
     widths = [round(entry["width"], 4) for entry in summary["rounds"]]
     assert widths == [0.95, 0.9025, 0.8574, 0.8145, 0.7738]
