@@ -39,11 +39,16 @@ class Typed(Net):
 
 
 @pytest.mark.parametrize("kind", [ToFloat, FloatAtTheEnd])
-def test_a_network_in_float32_alone_is_proven_in_float32(kind: type[Net]) -> None:
+def test_a_network_in_float32_alone_is_proven_in_float32(
+    kind: type[Net], capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     network = randomise(kind())
     narrow, plan = job.slim(network, IMAGE)
     assert plan.proof.precision == "float32"
+    said = capsys.readouterr().err
+    assert "does not run in float64: the cut is exact to" in said
+    assert f"in float32, where {plan.proof.tolerance:.0e} is allowed" in said
     assert 1e-7 < plan.proof.tolerance < 1e-3
     assert plan.proof.error <= plan.proof.tolerance
     assert narrow(IMAGE).dtype == torch.float32

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from job.processes import check_same, digest, on_main, world
+from job.console import warn
+from job.processes import check_same, digest, on_main, rank, world
 from job.slimming.calibrated import compensated, measured, scores_for
 from job.slimming.comparison import check_weights
 from job.slimming.compensation import with_biases, without_constant
@@ -110,6 +111,8 @@ def make_cut(
         lambda: verify(network, narrow, layers, example, auxiliary=graph.auxiliary, odd=graph.odd),
         interrupt=True,
     )
+    if proof.precision != "float64" and rank() == 0:
+        warn(f"the network does not run in float64: the cut is exact to {proof}")
     keep = keep_of(graph, plan.groups)
     shared = (method.compensate, moments, example, batches, check, progress)
     compensated(network, narrow, graph, keep, layers, *shared)
