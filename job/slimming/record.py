@@ -22,10 +22,10 @@ from job.slimming.layers import tensors_of
 from job.slimming.untouched import untouched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from job.slimming.inputs import Example
-    from job.slimming.untouched import Snapshot
+    from job.slimming.untouched import Place, Snapshot
 
 IN_PLACE = frozenset({"add_", "__iadd__", "mul_", "__imul__"})
 SUMS = frozenset({"add", "__add__", "mul", "__mul__"}) | IN_PLACE
@@ -115,27 +115,35 @@ def recorded(
         return _record(network, example, None, snapshot, training)
 
 
+EQUAL = frozenset([int, float, str, slice, torch.device])
+
+
 def alike(one: Recording, other: Recording) -> bool:
     """Whether the same is done in two recordings, but for flags such as ``training``."""
 
+    ours_of, theirs_of = one.names.get, other.names.get
+
     def same(ours: Any, theirs: Any) -> bool:
         kind = type(ours)
-        if kind is bool or kind is not type(theirs):
-            return kind is type(theirs)
+        if kind is not type(theirs):
+            return False
         if isinstance(ours, torch.Tensor):
-            names = one.names.get(id(ours)), other.names.get(id(theirs))
-            return names[0] == names[1] and ours.shape == theirs.shape
+            return ours_of(id(ours)) == theirs_of(id(theirs))
         if isinstance(ours, (list, tuple)):
             return len(ours) == len(theirs) and all(map(same, ours, theirs))
-        return bool(ours == theirs)
+        return kind is bool or ours is theirs or (kind in EQUAL and bool(ours == theirs))
 
     first, second = one.steps(), other.steps()
-    return len(first) == len(second) and all(
-        a.name == b.name
-        and same(*((op.args[:3] if a.name == "batch_norm" else op.args) for op in (a, b)))
-        and same(*(list(op.kwargs.items()) for op in (a, b)))
+    return [op.name for op in first] == [op.name for op in second] and all(
+        same(a.args[:3], b.args[:3])  # not the momentum, which is set in train mode alone
+        if a.name == "batch_norm"
+        else same(a.args, b.args) and (not (a.kwargs or b.kwargs) or same(*map(_items, (a, b))))
         for a, b in zip(first, second, strict=True)
     )
+
+
+def _items(op: Operation) -> list[tuple[str, Any]]:
+    return list(op.kwargs.items())
 
 
 @contextmanager
@@ -297,13 +305,11 @@ def _record(
     batch = repeated(example, BATCH)
     if device:
         batch = mapped(batch, lambda tensor: torch.empty_like(tensor, device=device))
-    named = list(tensors_of(network))
-    ids = {id(tensor) for *_, tensor in named}
-    places, copies = snapshot.places(), {}
-    for _, _, tensor in places:
-        if id(tensor) not in copies:
-            numbers = id(tensor) not in ids and not tensor.is_floating_point()  # as indices
-            copies[id(tensor)] = _copy(tensor, None if numbers else device)
+    places = snapshot.places
+    made = snapshot.shadows if device else None  # without numbers: nothing can change in them
+    copies, names = made or _copies(network, places, device)
+    if device:
+        snapshot.shadows = copies, names
     rest = [tensor for tensor in snapshot.tensors if id(tensor) not in copies]
     if device is None:
         snapshot.keep(t for t in rest if not isinstance(t, nn.Parameter))
@@ -319,7 +325,6 @@ def _record(
                 if store[key] is copies[id(tensor)]:
                     store[key] = tensor
         new += snapshot.restore()
-    names = {id(copies[id(tensor)]): name for name, *_, tensor in reversed(named)}
     kept = {*map(id, copies.values()), *map(id, rest), *map(id, new)}
     return Recording(
         recorder.operations,
@@ -330,6 +335,20 @@ def _record(
         list(tensors_in(outputs)),
         recorder.measured,
     )
+
+
+def _copies(
+    network: nn.Module, places: Sequence[Place], device: str | None
+) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+    """Copies of tensors by id of the original, and the names of those that have one, by id."""
+    copies: dict[int, torch.Tensor] = {}
+    named = list(tensors_of(network))
+    ids = {id(tensor) for *_, tensor in named}
+    for _, _, tensor in places:
+        if id(tensor) not in copies:
+            numbers = id(tensor) not in ids and not tensor.is_floating_point()  # as indices
+            copies[id(tensor)] = _copy(tensor, None if numbers else device)
+    return copies, {id(copies[id(tensor)]): name for name, *_, tensor in reversed(named)}
 
 
 def _copy(tensor: torch.Tensor, device: str | None) -> torch.Tensor:

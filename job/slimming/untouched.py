@@ -53,6 +53,8 @@ class Snapshot:
 
     def __init__(self, *roots: Any) -> None:
         self.tensors: list[torch.Tensor] = []
+        # of a recording's tensors on the meta device: by id of the original, and their names
+        self.shadows: tuple[dict[int, torch.Tensor], dict[int, str]] | None = None
         self.custom = False  # the code has functions of its own for autograd
         self._stores: list[tuple[Any, Any]] = []
         self._empty: list[dict[Any, Any]] = []  # most of those with hooks
@@ -72,6 +74,7 @@ class Snapshot:
             self._enter(self._code.pop())
         self._chance = _chance(self.tensors)
 
+    @functools.cached_property
     def places(self) -> list[Place]:
         """The containers of attributes that hold tensors: each with the key, and the tensor."""
         found: list[Place] = []

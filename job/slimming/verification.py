@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from job.slimming.plan import LayerChannels, Layers
 
 TOLERANCE = 1e-9  # relative, in float64
-NOISES = 64  # times
+NOISES = 16  # times
 TRIES = 3
 PROBES = 2  # pictures
 SMALLER = (64, 96)  # pixels that a proof is made with, if larger pictures are treated alike
