@@ -7,7 +7,11 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export WANDB_MODE=offline GPU_CHECKS_DEVICE=${GPU_CHECKS_DEVICE:-cuda}
 "$python" - <<'EOF'
-import os, sys, torch
+import importlib.util, os, sys
+missing = [name for name in ("torch", "pytest") if not importlib.util.find_spec(name)]
+if missing:
+    sys.exit(f"tests/gpu.sh: this Python has no {missing[0]}: choose another, PYTHON=...")
+import torch
 if os.environ["GPU_CHECKS_DEVICE"] == "cuda" and not torch.cuda.is_available():
     sys.exit("tests/gpu.sh: torch finds no CUDA device here")
 EOF

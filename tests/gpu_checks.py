@@ -117,7 +117,9 @@ def test_the_processor_and_the_gpu_agree(runs: dict[str, Path], precision: str) 
 
 def test_a_stopped_run_resumes(runs: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with subprocess.Popen(command(*options(run, "fp32")), env=environ()) as process:
+    with subprocess.Popen(
+        command(*options(run, "fp32")), env=environ(), stdout=subprocess.DEVNULL
+    ) as process:
         while process.poll() is None and not (
             (run / "metrics.jsonl").exists() and events(run, "epoch")
         ):
