@@ -69,9 +69,9 @@ def _check_own_size(network: nn.Module, card: ModelCard, folder: Path) -> None:
 def _preprocessing(options: ModelOptions, model: str, largest: int) -> Preprocessing:
     """Without images, whose largest side is ``largest``, the size is the network's nominal one."""
     said = (options.image_size, options.crop, options.resize)
-    if largest or any(said) or options.transform not in ("auto", "small", "homework"):
-        return options.resolve(largest or options.image_size or nominal_size(model) or 0)
     size = nominal_size(model)
+    if largest or any(said) or options.transform not in ("auto", "small"):
+        return options.resolve(largest or options.image_size or size or 0)
     if size is None:
         raise UsageError(
             f"{shown(options.path)} is a weights file: say the side of the images that {model} is "

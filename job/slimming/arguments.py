@@ -90,9 +90,9 @@ def example_of(model: nn.Module, example: Any) -> Example:
     if not samples(example):
         raise UsageError("example is empty: give one sample, e.g. torch.rand(1, 3, 224, 224)")
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    inputs: Example = mapped(
-        arguments_for(model, example), lambda t: t if not t.is_meta else torch.zeros(t.shape)
-    )
+    # without values, which do not matter
+    values = mapped(example, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t)
+    inputs = arguments_for(model, values)
     if weight is not None:
         inputs = like(inputs, weight)
     return inputs
