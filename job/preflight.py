@@ -36,6 +36,7 @@ from job.preparation import (
 )
 from job.processes import is_main, local_world, on_main, world
 from job.run import Run
+from job.training.distillation import distillation
 from job.training.trial import least_batch
 
 if TYPE_CHECKING:
@@ -200,11 +201,16 @@ def _try(
     caution = None
     if config.weights and "fresh_classifier" not in card.lineage:
         caution = of_sample(evaluator, network)
+    learned = None
+    if config.distill_alpha:
+        teacher = on_main(lambda: teacher_network(config, card), interrupt=True) or network
+        weights = config.distill_alpha, config.distill_temperature
+        learned = distillation(teacher, *weights, accelerator)
     for round_ in range(rounds + 1):
         watch.check()
         if round_:
             network, card, _ = cut(network, card, round_, config, accelerator.device, calibration)
-        trainer.try_step(network)
+        trainer.try_step(network, learned)
     cuts = f", the cuts of {rounds} rounds" if rounds else ""
     say(f"tried: an evaluation batch, a training step{cuts}")
     return caution

@@ -213,8 +213,12 @@ def test_the_dry_run_fails_as_a_step_does(
     def broken(*_: Any, **__: Any) -> None:
         raise DataError("no step")
 
-    for part in ("job.preflight.cut", "job.training.fit.F.cross_entropy"):
+    for part, options in (
+        ("job.preflight.cut", {}),
+        ("job.training.fit.F.cross_entropy", {}),
+        ("job.training.distillation.distillation_loss", {"distill_alpha": 0.5}),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(part, broken)
             with pytest.raises(DataError, match="no step"):
-                dry(tmp_path, "Pooled")
+                dry(tmp_path, "Pooled", **options)

@@ -100,9 +100,10 @@ class Trainer:
             pin=accelerator.device.type == "cuda",
         )
 
-    def try_step(self, network: nn.Module) -> None:
+    def try_step(self, network: nn.Module, distillation: Distillation | None = None) -> None:
         """One step on the first global batch with a copy of ``network``, which stays as it is."""
         training = _Round(self, network, 0, 1, 0, None, lambda _: None)
+        training.distillation = distillation
         self.sampler.set_epoch(0, 0)
         training.prepared.train()
         images, labels = next(iter(checked(self.batches)))
