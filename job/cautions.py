@@ -126,13 +126,15 @@ class Cautions:
         """Of a network that was trained, the base too; ``evaluate`` is called only in doubt."""
         subject = f"round {round_} scores" if round_ else "the base scores"
         near = at_chance(subject, accuracy, self.counts)
-        return _there(near, one_class(evaluate(), self.names)) if near else []
+        if not near:
+            return []
+        with torch.random.fork_rng(devices=[]):  # a loader draws a random number
+            return _there(near, one_class(evaluate(), self.names))
 
     def of_run(self, entries: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Of the base and the rounds."""
-        check = of_weights if self.given else self._base
-        base = check(float(entries[0]["valid_acc"]), self.counts)
-        return _there(base, above_base(entries, sum(self.counts), self.weights))
+        """Those that the entries of the base and the rounds keep, and of the rounds together."""
+        kept = [caution for entry in entries for caution in entry.get("cautions", ())]
+        return kept + _there(above_base(entries, sum(self.counts), self.weights))
 
     @staticmethod
     def _base(accuracy: float, counts: Sequence[int]) -> str | None:

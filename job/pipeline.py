@@ -176,15 +176,14 @@ class Job:
             if self.cautions.weights and not (self.start or "fresh_classifier" in card.lineage):
                 say_cautions([of_sample(self.evaluator, network)])
             best = self.fit(network, card, self.config.first_epochs, {}, began, sparse)
-            self.doubt(network, best)
-            scores = _best_scores(best)
+            scores = _best_scores(best) | self.doubt(network, best)
         else:
             valid = self.evaluate(network)
             if not math.isfinite(valid.loss):
                 raise DataError(f"the loss of --weights is {valid.loss}: they are damaged")
             scores = {"valid_acc": valid.accuracy, "valid_loss": valid.loss}
             say(f"base: valid loss: {valid.loss:6.4f}, acc {valid.accuracy:6.4f}")
-            say_cautions(self.cautions.of_base(valid))
+            scores |= _cautioned(self.cautions.of_base(valid))
         return self.keep(network, card, scores, began, wide=network)
 
     def round(self, network: nn.Module, card: ModelCard) -> tuple[nn.Module, ModelCard]:
@@ -206,18 +205,18 @@ class Job:
             more = {"valid_loss_pruned": pruned.loss, "verification_error": error}
             self.attempt.log("slim", known | more)
         best = self.fit(narrow, card, self.config.epochs, scores, began)
-        self.doubt(narrow, best)
-        return self.keep(narrow, card, scores | _best_scores(best), began, wide=network)
+        scores = scores | _best_scores(best) | self.doubt(narrow, best)
+        return self.keep(narrow, card, scores, began, wide=network)
 
     def evaluate(self, network: nn.Module) -> Evaluation:
         """``network`` on the validation split."""
         bar, count = progress(self.forecast.name(), "validating"), len(self.evaluator.batches)
         return self.evaluator(network, lambda batches: bar(batches, count), self.watch)
 
-    def doubt(self, network: nn.Module, best: EpochResult) -> None:
-        """Caution where a trained network is no better than chance."""
+    def doubt(self, network: nn.Module, best: EpochResult) -> dict[str, Any]:
+        """Caution where a trained network is no better than chance; for its entry."""
         evaluate = partial(self.evaluate, network)
-        say_cautions(self.cautions.of_round(len(self.entries), best.valid_acc, evaluate))
+        return _cautioned(self.cautions.of_round(len(self.entries), best.valid_acc, evaluate))
 
     def began(self) -> float:
         """When the round that begins now began, as if no attempt had been interrupted."""
@@ -411,6 +410,12 @@ class Job:
             f"stopped by request in {where(*self.attempt.at)}; {saved}: "
             "run the same command to resume"
         )
+
+
+def _cautioned(cautions: list[str]) -> dict[str, Any]:
+    """Print ``cautions``; what an entry keeps of them."""
+    say_cautions(cautions)
+    return {"cautions": cautions} if cautions else {}
 
 
 def _best_scores(best: EpochResult) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Tracker:
         }
         self._put(
             "round",
-            values={f"round/{key}": value for key, value in entry.items()},
+            values={f"round/{k}": value for k, value in entry.items() if k != "cautions"},
             histograms=histograms,
             tables={"layers": (columns, rows)},
             model=artifact,

@@ -126,8 +126,11 @@ def test_useless_weights_are_cautioned_about_wherever_they_are_used(
         assert f"aution: {low}" in done.out or f"Warning: {low}" in done.err, options
         assert f"caution: {only}" in done.out or options == {"dry_run": True}
     run = useless / "run0{}"
-    assert json.loads((run / "summary.json").read_text())["cautions"][0].startswith(low)
-    assert read_run(run).cautions[0].startswith(low)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["cautions"] == summary["base"]["cautions"]
+    assert summary["cautions"][0].startswith(low)
+    assert summary["cautions"][1] == only
+    assert read_run(run).cautions == tuple(summary["cautions"])
     report([str(run)], None, as_json=False)
     assert f"caution: {low}" in capsys.readouterr().out
     assert f"<b>Caution:</b> {low}" in (run / "report.html").read_text()
