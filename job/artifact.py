@@ -183,5 +183,5 @@ def find_model(path: str | Path) -> Path:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{shown(summary)} names no recommended model: {error}") from error
     if not (isinstance(recommended, str) and re.fullmatch(RECOMMENDED, recommended)):
-        raise DataError(f"{shown(summary)} recommends {recommended!r}, which is no rounds/NN")
+        raise DataError(f"{shown(summary)} recommends {recommended!r}, which is not rounds/NN")
     return folder / recommended

@@ -92,7 +92,7 @@ class PruneConfig:
                 raise UsageError(f"--{name} is empty: give a path, or leave the option out")
         if self.sparsity != "none" and not self.sparsity_epochs:
             raise UsageError(
-                f"--sparsity {self.sparsity} acts in epochs of its own: say how many, as in "
+                f"--sparsity {self.sparsity} acts in its own epochs: give their number, e.g. "
                 "--sparsity-epochs 10"
             )
         if self.sparsity == "none" and (self.sparsity_epochs or self.sparsity_weight is not None):
@@ -106,7 +106,7 @@ class PruneConfig:
         if self.rounds == AUTO and self.rate >= 1:
             raise UsageError(f"--rounds auto would never end at --rate {self.rate:g}: e.g. 0.9")
         if self.teacher and not self.distill_alpha:
-            raise UsageError("--teacher is not asked without --distill-alpha, as 0.9")
+            raise UsageError("--teacher has no effect without --distill-alpha, e.g. 0.9")
 
     @property
     def first_epochs(self) -> int:

@@ -101,7 +101,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 def cannot(verb: str, path: str | os.PathLike[str], error: OSError) -> StorageError:
     """The StorageError (74) that names ``path``, what is wrong and what to do."""
-    advice = "free some space" if error.errno in _FULL else "mend that"
+    advice = "free some space" if error.errno in _FULL else "fix that"
     why = error.strerror or str(error)
     return StorageError(
         f"cannot {verb} {shown(path)}: {why}; {advice} and run the same command again"

@@ -52,7 +52,7 @@ def format_of(path: Path, asked: str | None) -> str:
         if path.suffix and own is None:
             known = ", ".join(f"{suffix} ({format})" for suffix, format in SUFFIXES.items())
             raise UsageError(
-                f"--output {shown(path)}: {path.suffix} is no format; give --format, or one of "
+                f"--output {shown(path)}: {path.suffix} is not a format; give --format, or one of "
                 f"{known}"
             )
         return own or "state-dict"
@@ -165,7 +165,7 @@ def _compare(
         with torch.no_grad():
             wanted, given = network(images), run(images)
         if given.shape != wanted.shape:
-            raise GammaslimError(f"{runtime} gives {tuple(given.shape)} for {count} pictures")
+            raise GammaslimError(f"{runtime} gives {tuple(given.shape)} for {count} images")
         scale = wanted.abs().max().clamp_min(1)
         worst = max(worst, float((given - wanted).abs().max() / scale))
     if not worst <= TOLERANCE:  # nan, too

@@ -36,7 +36,7 @@ NAMED = 10  # runs that a legend names; of more there are only the numbers
 LABELS = 48  # ticks and marks that still can be read
 UNITS = {
     "params": ("parameters", "parameters"),
-    "macs": ("multiply-adds a picture (MACs)", "multiply-adds a picture (MACs)"),
+    "macs": ("multiply-adds an image (MACs)", "multiply-adds an image (MACs)"),
     "bytes": ("size of all tensors (bytes)", "size"),
 }
 ACCURACY = "validation accuracy (%)"

@@ -264,7 +264,7 @@ def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> li
         near = max(processes, round(batch / processes) * processes)
         found.append(
             f"--batch-size {batch} over {processes} processes gives some {low} and some {low + 1} "
-            f"pictures: a multiple, as {near}, keeps all busy"
+            f"images: a multiple, e.g. {near}, keeps all busy"
         )
     last = count % batch
     if last >= least and last and (last < processes or last * TINY < batch):
@@ -272,7 +272,7 @@ def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> li
         good = (s for s in sizes if s % processes == 0 and (count % s == 0 or count % s * 2 >= s))
         better = f": --batch-size {size} would be better" if (size := next(good, 0)) else ""
         found.append(
-            f"the last batch of an epoch has only {last} of {batch} pictures, and a step and "
+            f"the last batch of an epoch has only {last} of {batch} images, and a step and "
             f"BatchNorm statistics of its own{better}"
         )
     return found

@@ -129,7 +129,7 @@ def teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | None:
         return None
     name, path = f"--teacher {shown(config.teacher)}", Path(config.teacher)
     if not any(is_file(path / file) for file in ("model.json", "summary.json")):
-        raise InputNotFound(f"{name} is no run, round or model folder")
+        raise InputNotFound(f"{name} is not a run, round or model folder")
     network, theirs = load_model(find_model(path))
     if theirs.num_classes != card.num_classes:
         raise DataError(f"{name} has {theirs.num_classes} classes, this run {card.num_classes}")

@@ -121,7 +121,9 @@ class Run:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{shown(stored)} cannot be read: {error}") from error
         if not all(isinstance(tables.get(name, {}), dict) for name in ("prune", "dataset")):
-            raise ConfigError(f"{shown(stored)} is not a run's: its tables are none")
+            raise ConfigError(
+                f"{shown(stored)} is not the config.toml of a run: a table is missing"
+            )
         done = max(0, self.saved - 1)
         check_unchanged(tables.get("prune", {}), config, shown(self.path), done)
         fingerprint = tables.get("dataset", {}).get("fingerprint")

@@ -70,7 +70,9 @@ def save(
     check_network(network)
     plans = [plan] if isinstance(plan, Plan) else list(plan or ())
     if not all(isinstance(each, Plan) for each in plans):
-        raise UsageError(f"plan must be what slim returned beside the network; got {kind_of(plan)}")
+        raise UsageError(
+            f"plan must be what slim returned next to the network; got {kind_of(plan)}"
+        )
     folder = _new_folder(path)
     layers: Layers = {}
     for each in plans:

@@ -134,7 +134,7 @@ class Tracker:
                 process.kill()  # the offline one follows
             thread.join(OFFLINE)
         if thread.is_alive() and linger:
-            say(f"W&B: not all is sent yet; it goes on for up to {linger} s after the job")
+            say(f"W&B: not all is sent yet; sending continues for up to {linger} s after the job")
         elif thread.is_alive() and self._process:
             self._process.kill()
         if command := self.segments.sync_command():
@@ -168,7 +168,7 @@ class Tracker:
         answer = self._answer() or {"failed": "the job ended before"}
         self.mode = answer.get("mode", mode)
         if "failed" in answer:
-            then = "it is off" if self.mode == "offline" else "going on offline"
+            then = "it is off" if self.mode == "offline" else "continuing offline"
             _warn(f"W&B did not begin ({answer['failed']}): {then}")
             return False
         self.segments.begun(answer["begun"])

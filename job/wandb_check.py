@@ -44,7 +44,9 @@ def _check(server: str) -> dict[str, Any]:
             return {"user": "as W&B knows it"}  # by other means, as an identity token
         return {"kind": "none"}
     if not KEY.fullmatch(key):
-        problem = f"the API key of {len(key)} characters is none: it has at least 40, of A-Z, 0-9"
+        problem = (
+            f"the API key of {len(key)} characters is invalid: it has at least 40, of A-Z, 0-9"
+        )
         return {"kind": "key", "problem": problem}
     request = urllib.request.Request(f"{server}/graphql", QUERY)
     request.add_header("Content-Type", "application/json")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `gammaslim prune` as a Slurm job: one node or many, GPUs or none. It saves before its time is up and goes on by itself.
+# `gammaslim prune` as a Slurm job: one node or many, GPUs or none. It saves before its time is up and resumes automatically.
 #
 # From nothing, in a clone of the repository on storage that all nodes share:
 #   python3 -m venv .venv && .venv/bin/pip install .
@@ -12,11 +12,11 @@
 # Watch    squeue --me; tail -f gammaslim-JOB.out; runs/slurm-JOB/status.json and metrics.jsonl
 # Stop     touch runs/slurm-JOB/STOP (saves, and the job ends with code 75), or scancel JOB (saves too if Slurm's KillWait,
 #          30 seconds by default, is enough). Neither is run again by itself.
-# Resume   A job that Slurm stops (time limit, preemption, scontrol requeue, a lost node) is requeued and goes on where it
+# Resume   A job that Slurm stops (time limit, preemption, scontrol requeue, a lost node) is requeued and resumes where it
 #          stood. One that you stopped: scontrol requeue JOB while Slurm still knows it, later the same sbatch line with
 #          --output runs/slurm-JOB behind the script.
 # Clean up rm -r runs/slurm-JOB gammaslim-JOB.out
-# The job's exit code is gammaslim's: 2, 65, 66, 73, 78 want another command, 74 a mended disk; the README has the table.
+# The job's exit code is gammaslim's: 2, 65, 66, 73, 78 want another command, 74 a fixed disk; the README has the table.
 
 #SBATCH --job-name=gammaslim
 #SBATCH --output=%x-%j.out
@@ -137,7 +137,7 @@ trap 'ask TERM' TERM
 
 say "job $job, start $((restarts + 1)), on $nodes nodes: $SLURM_JOB_NODELIST"
 [ "$SRUN_CPUS_PER_TASK" -ge $((4 * ${SLURM_GPUS_ON_NODE:-0})) ] ||
-  say "only $SRUN_CPUS_PER_TASK CPUs for $SLURM_GPUS_ON_NODE GPUs may load pictures too slowly: sbatch --cpus-per-task, for a node"
+  say "only $SRUN_CPUS_PER_TASK CPUs for $SLURM_GPUS_ON_NODE GPUs may load images too slowly: sbatch --cpus-per-task, for a node"
 say "${program[*]}, run folder $run; to stop it: touch $run/STOP"
 "${srun[@]}" "${program[@]}" "${launch[@]}" -- prune "$@" &
 step=$!

@@ -53,7 +53,7 @@ def network() -> nn.Module:
         ({"recalibrate": 2}, "recalibrate needs calibration batches"),
         ({"importance": "refit"}, "^importance refit: calibration "),
         ({"ignore": ["two.3"]}, "ignore: the network has no layer 'two.3'; did you mean two."),
-        ({"ignore": [nn.ReLU()]}, "ignore: a ReLU that is no part of the network"),
+        ({"ignore": [nn.ReLU()]}, "ignore: a ReLU that is not part of the network"),
         ({"ignore": [nn.Linear]}, "ignore must be names of layers, or modules; got "),
         ({"ignore": 3}, "ignore must be layers, by name or as modules; got 3"),
     ],

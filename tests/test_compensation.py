@@ -354,7 +354,7 @@ def test_what_needs_moments_measures_them_or_says_so(importance: str, method: st
     network = NETWORKS["3 x 3"]()
     graph = analyse(network, IMAGES)
     for batches in (None, list):
-        with pytest.raises(UsageError, match="calibration pictures are needed"):
+        with pytest.raises(UsageError, match="calibration images are needed"):
             measured(importance, method, network, graph, batches)
     assert measured("gamma", "beta", network, graph, None) == {}
     found = measured(importance, method, network, graph, lambda: [IMAGES])
@@ -363,5 +363,5 @@ def test_what_needs_moments_measures_them_or_says_so(importance: str, method: st
 
 @pytest.mark.parametrize("calibration", [None, []])
 def test_regress_without_pictures_says_so(calibration: list[torch.Tensor] | None) -> None:
-    with pytest.raises(UsageError, match=r"regress: calibration pictures are needed|it holds none"):
+    with pytest.raises(UsageError, match=r"regress: calibration images are needed|it holds none"):
         job.slim(NETWORKS["3 x 3"](), IMAGES, compensate="regress", calibration=calibration)

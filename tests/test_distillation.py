@@ -156,7 +156,7 @@ def test_a_teacher_may_have_no_class_names_and_another_augmentation(tmp_path: Pa
 
 
 def test_a_missing_teacher_and_one_that_is_not_asked() -> None:
-    with pytest.raises(InputNotFound, match="--teacher nowhere is no run"):
+    with pytest.raises(InputNotFound, match="--teacher nowhere is not a run"):
         teacher_network(PruneConfig(distill_alpha=0.5, teacher="nowhere"), card())
     with pytest.raises(UsageError, match="without --distill-alpha"):
         PruneConfig(teacher="somewhere")

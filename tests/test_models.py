@@ -106,8 +106,8 @@ def test_torchvisions_names_are_its_networks(
         ("vgg19-cifr", {}, "did you mean vgg19-cifar"),
         ("", {}, "module:factory"),
         ("resnet18", {"depth": 3}, "resnet18 does not take --model-arg depth=3"),
-        ("resnet18", {"weights": "DEFAULT"}, "option of its own: --weights"),
-        ("vgg19-cifar", {"num_classes": 3}, "option of its own: --num-classes"),
+        ("resnet18", {"weights": "DEFAULT"}, "its own option: --weights"),
+        ("vgg19-cifar", {"num_classes": 3}, "its own option: --num-classes"),
     ],
 )
 @pytest.mark.sampled(2)
@@ -359,7 +359,7 @@ def test_a_classifier_of_other_classes_is_replaced_and_nothing_else(name: str) -
     notes: list[str] = []
     assert load_state(network, state, "w", fresh_head=True, note=notes.append)
     assert len(notes) == 1
-    assert f"the classifier {find_head(network)[0]}, which begins afresh" in notes[0]
+    assert f"the classifier {find_head(network)[0]}, which starts from random weights" in notes[0]
     heads = {"resnet18": 2, "squeezenet1_1": 2, "inception_v3": 4}  # tensors
     own = network.state_dict()
     fresh = [key for key in own if own[key].shape != state[key].shape]

@@ -262,7 +262,7 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "train" / "bird").mkdir()
     notes = open_data(str(tmp_path)).notes
     assert len(notes) == 1
-    assert "3 files that are no images by name (2 .heic, 1 .txt)" in notes[0]
+    assert "3 files that are not images by name (2 .heic, 1 .txt)" in notes[0]
     assert "1 folders without images" in notes[0]
     assert "bird" in notes[0]
 

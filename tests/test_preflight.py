@@ -59,7 +59,7 @@ def test_what_the_data_is_needed_for_is_found_too(tmp_path: Path) -> None:
     assert len(errors(target.err)) == 1
     for done in (wrong, target):
         assert "with 200 loader processes each want 201" in done.err
-        assert "the last batch of an epoch has only 1 of 32 pictures" in done.err
+        assert "the last batch of an epoch has only 1 of 32 images" in done.err
 
 
 def test_on_several_processes_all_is_said_once(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_disk_is_compared_with_what_a_run_takes(
     [
         ("answer", KEY, None, ""),
         ("answer", KEY[::-1], "key", "does not take the API key"),
-        ("answer", "abc", "key", "of 3 characters is none"),
+        ("answer", "abc", "key", "of 3 characters is invalid"),
         ("answer", "", "none", ""),
         ("500", KEY, "server", "answers with status 500"),
         ("reset", KEY, "server", "cannot be reached"),
@@ -178,8 +178,8 @@ def test_a_wandb_problem_is_an_error_only_where_online_is_asked_for(
     [
         (32, 6000, 1, []),
         (32, 6016, 4, []),
-        (32, 6000, 3, ["a multiple, as 33"]),
-        (2, 6000, 4, ["some 0 and some 1", "a multiple, as 4"]),
+        (32, 6000, 3, ["a multiple, e.g. 33"]),
+        (2, 6000, 4, ["some 0 and some 1", "a multiple, e.g. 4"]),
         (32, 6001, 1, []),  # 17 in the last batch
         (32, 33, 1, ["only 1 of 32", "--batch-size 33 would be better"]),
         (64, 6 * 64 + 7, 1, ["only 7 of 64", "--batch-size 66 would be better"]),

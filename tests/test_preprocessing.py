@@ -118,7 +118,7 @@ def test_a_packages_transform_at_another_size() -> None:
         ("torchvision:ResNet50_Weights.IMAGENET1K_V3", "did you mean ResNet50_Weights.IMAGENET1K"),
         (
             "torchvision:resnet50",
-            "say which weights .*ResNet50_Weights.DEFAULT",
+            "name the weights .*ResNet50_Weights.DEFAULT",
         ),
         ("torchvision:FCN_ResNet50_Weights.DEFAULT", "not of a network that classifies"),
     ],

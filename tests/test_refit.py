@@ -151,7 +151,7 @@ def test_taylor_is_how_the_loss_reacts_to_a_gate_on_each_channel() -> None:
 def test_taylor_without_labels_says_what_it_needs() -> None:
     network, graph, _ = streams()
     for batches in (None, lambda: [IMAGES], lambda: [(IMAGES, torch.full((32,), -1))]):
-        with pytest.raises(UsageError, match="labelled calibration pictures"):
+        with pytest.raises(UsageError, match="labelled calibration images"):
             scores_for("taylor", network, graph, {}, batches)
 
 

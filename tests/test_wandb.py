@@ -210,7 +210,7 @@ def test_an_outage_is_waited_for_briefly_and_loses_nothing(
     tracker.finish({"recommended": "rounds/00"})
     assert time.monotonic() - began < (25 if at == "init" else 3.5)
     out, err = capfd.readouterr()
-    assert err.count("\n") == err.count("going on offline") == (at == "init"), err
+    assert err.count("\n") == err.count("continuing offline") == (at == "init"), err
     assert not leaks(out, err)
     for pid in processes(place):  # as a scheduler does when the job has ended
         os.kill(pid, signal.SIGKILL)
@@ -336,10 +336,10 @@ def test_when_its_process_dies_that_is_said_once(
     ("mode", "project", "env", "warning"),
     [
         ("offline", "a/b#c", {}, "W&B did not begin"),
-        ("auto", "gammaslim", {"WANDB_MODE": "bogus"}, "going on offline"),
+        ("auto", "gammaslim", {"WANDB_MODE": "bogus"}, "continuing offline"),
         ("auto", "gammaslim", {"WANDB_MODE": "disabled"}, ""),
-        ("online", "gammaslim", {"NETRC": "/dev/null"}, "going on offline"),
-        ("online", "gammaslim", {"WANDB_API_KEY": f"{KEY}!"}, "going on offline"),
+        ("online", "gammaslim", {"NETRC": "/dev/null"}, "continuing offline"),
+        ("online", "gammaslim", {"WANDB_API_KEY": f"{KEY}!"}, "continuing offline"),
     ],
     ids=["project", "mode", "disabled", "no key", "wrong key"],
 )

@@ -74,7 +74,7 @@ def _preprocessing(options: ModelOptions, model: str, largest: int) -> Preproces
         return options.resolve(largest or options.image_size or size or 0)
     if size is None:
         raise UsageError(
-            f"{shown(options.path)} is a weights file: say the side of the images that {model} is "
+            f"{shown(options.path)} is a weights file: give the side of the images that {model} is "
             "made for, e.g. --image-size 32"
         )
     if is_main():
@@ -85,7 +85,7 @@ def _preprocessing(options: ModelOptions, model: str, largest: int) -> Preproces
 
 def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.Module, ModelCard]:
     if options.model is None:
-        raise UsageError(f"{shown(path)} is a weights file: say of which network, --model student")
+        raise UsageError(f"{shown(path)} is a weights file: give its network, --model student")
     state = read_state(path)
     args = dict(options.model_arg)
     classes = options.num_classes or (11 if options.model in NAMES else 1000)

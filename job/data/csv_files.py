@@ -116,7 +116,7 @@ def _rows(path: Path) -> list[Row]:
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise DataError(
-            f"{shown(path)}: {', '.join(bad[:3])}{more}; splits are called "
+            f"{shown(path)}: {', '.join(bad[:3])}{more}; splits are named "
             f"{', '.join(SPLIT_NAMES)}, train, val or test"
         )
     return rows

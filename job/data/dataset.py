@@ -185,7 +185,7 @@ def with_validation(data: Dataset, seed: int) -> Dataset:
             held.extend(members[: max(1, round(len(members) / 10))].tolist())
     if not held:
         raise DataError(
-            f"{data.root} has no validation split and too few pictures to hold some out: "
+            f"{data.root} has no validation split and too few images to hold some out: "
             "add a validation folder"
         )
     mask = np.zeros(len(training), bool)

@@ -38,7 +38,7 @@ class Lister:
     """Lists the images of a data set, and counts what it passes over."""
 
     listing: int = PRESENT_LISTING
-    others: Counter[str] = field(default_factory=Counter)  # files that are no images, by suffix
+    others: Counter[str] = field(default_factory=Counter)  # files that are not images, by suffix
     empty: list[str] = field(default_factory=list)  # class folders without images
 
     def split(self, name: str) -> str | None:
@@ -93,7 +93,7 @@ class Lister:
         if count := self.others.total():
             kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in self.others.most_common(6))
             kinds += ", …" if len(self.others) > 6 else ""
-            what = "file that is no image" if count == 1 else "files that are no images"
+            what = "file that is not an image" if count == 1 else "files that are not images"
             parts.append(f"{count:,} {what} by name ({kinds})")
         if self.empty:
             names = ", ".join(self.empty[:6]) + (", …" if len(self.empty) > 6 else "")

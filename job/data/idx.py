@@ -57,7 +57,7 @@ def _read_header(
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES:
         raise DataError(f"{shown(path)} is not an IDX file: its first four bytes are wrong")
     if magic[3] > MAX_DIMENSIONS:
-        raise DataError(f"{shown(path)} has {magic[3]} dimensions; pictures and labels have 1 to 4")
+        raise DataError(f"{shown(path)} has {magic[3]} dimensions; images and labels have 1 to 4")
     sizes = file.read(4 * magic[3])
     if len(sizes) < 4 * magic[3]:
         raise DataError(f"{shown(path)} is cut short inside its header")

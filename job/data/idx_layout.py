@@ -38,7 +38,7 @@ def open_idx(root: Path) -> Dataset | None:
     if len(prefixes) > 1:
         raise DataError(
             f"{shown(root)} holds {len(prefixes)} sets of IDX files ({', '.join(prefixes)}): "
-            "move the one to use into a folder of its own"
+            "move the one to use into its own folder"
         )
     splits: dict[str, Split] = {
         name: _idx_split(path, found.get((prefixes[0], name, "labels")))
@@ -84,12 +84,12 @@ def class_numbers(root: Path, tokens: set[str]) -> tuple[str, ...]:
     if odd:
         raise DataError(
             f"{shown(root)} mixes class numbers with the class name {odd[0]!r}: "
-            "files are called CLASS_NUMBER.jpg, as 3_45.jpg"
+            "files are named CLASS_NUMBER.jpg, e.g. 3_45.jpg"
         )
     highest = max(map(int, tokens))
     if highest >= max(1000, 10 * len(tokens)):
         raise DataError(
             f"{shown(root)} has an image of class {highest:,} but only {len(tokens)} classes: "
-            "classes are numbered from 0, and Food-11 files called CLASS_NUMBER.jpg, as 3_45.jpg"
+            "classes are numbered from 0, and Food-11 files named CLASS_NUMBER.jpg, e.g. 3_45.jpg"
         )
     return tuple(str(number) for number in range(highest + 1))

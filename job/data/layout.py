@@ -59,7 +59,7 @@ def open_folder(path: str | os.PathLike[str], listing: int = PRESENT_LISTING) ->
         raise DataError(f"--data {shown(path)} is a file; it takes a folder with {LOOKED_FOR}")
     found = open_splits(root, listing) or _open_class_folders(_inmost(root)[-1], Lister(listing))
     if not found:
-        raise DataError(f"--data {shown(path)} is no data set; looked for {LOOKED_FOR}")
+        raise DataError(f"--data {shown(path)} is not a data set; looked for {LOOKED_FOR}")
     return found
 
 
@@ -191,7 +191,7 @@ def _from_flat_files(
     if source == "training" and unnamed:
         raise DataError(
             f"{shown(root / folders[source] / unnamed[0])} has no class in its name: "
-            "images of the Food-11 layout are called CLASS_NUMBER.jpg, as 3_45.jpg"
+            "images of the Food-11 layout are named CLASS_NUMBER.jpg, e.g. 3_45.jpg"
         )
     known = _known(tokens, "training", "validation") or _known(tokens, "evaluation")
     known = known or _known(tokens, "testing")

@@ -100,7 +100,7 @@ def _weights(option: str, name: str) -> Any:
         names = ", ".join(
             f"torchvision:{kind.__name__}.{key}" for kind in (kinds,) for key in kinds.__members__
         )
-        raise UsageError(f"{option}: say which weights of {name}: {names}")
+        raise UsageError(f"{option}: name the weights of {name}: {names}")
     try:
         return get_weight(name)
     except (ValueError, KeyError, AttributeError) as error:

@@ -54,7 +54,7 @@ def build(
     for what there is not, or what it does not take.
     """
     for key in sorted(OWN_OPTIONS.keys() & args.keys()):
-        raise UsageError(f"--model-arg {key} has an option of its own: {OWN_OPTIONS[key]}")
+        raise UsageError(f"--model-arg {key} has its own option: {OWN_OPTIONS[key]}")
     if ":" in name:
         return with_classes(_call(name, num_classes, args, from_card), num_classes, note)
     make = NETWORKS.get(name) or _torchvision(name)

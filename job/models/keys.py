@@ -132,7 +132,7 @@ def _prefix(state: Tensors, own: Tensors) -> str:
     if len(likely) > 1:
         raise DataError(
             f"the weights hold several networks, under {' and '.join(p + '*' for p in likely)}: "
-            "save the one to use as a state dict of its own"
+            "save the one to use as its own state dict"
         )
     return likely[0] if likely else ""
 

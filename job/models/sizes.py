@@ -42,7 +42,7 @@ def check_size(network: nn.Module, size: int, *, trained: bool = True) -> None:
     kind = type(network).__name__
     fits = [other for other in SIZES if misfit(shadow, other, modes) is None]
     if not fits:
-        raise UsageError(f"{kind} cannot be run on pictures of {size} pixels: {why}")
+        raise UsageError(f"{kind} cannot be run on images of {size} pixels: {why}")
     small = size < fits[0]
     problem = f"is too small for {kind}" if small else f"does not fit {kind} ({why})"
     raise UsageError(f"--image-size {size} {problem}: {fits[0]} pixels do")
@@ -79,5 +79,5 @@ def misfit(shadow: nn.Module, size: int, modes: tuple[bool, ...]) -> str | None:
         if not isinstance(logits, torch.Tensor):
             return f"it gives a {type(logits).__name__}, not a tensor of logits"
         if logits.dim() != 2:
-            return f"it gives {tuple(logits.shape)}, not one row of logits a picture"
+            return f"it gives {tuple(logits.shape)}, not one row of logits an image"
     return None

@@ -117,7 +117,7 @@ def _refusal(path: Path, error: Exception) -> str:
                     "it is a pickle, which may hold Python code and is never executed: "
                     "save model.state_dict() with torch.save or safetensors"
                 )
-        return "it is no file of torch.save or safetensors, or it is damaged"
+        return "it is not a file of torch.save or safetensors, or it is damaged"
     return f"it is damaged ({reason(error)})"
 
 
@@ -208,7 +208,7 @@ class _OtherClasses:
     def replacement(self) -> str:
         return (
             f"they have {self.theirs} classes, the data or --num-classes {self.ours}: all is taken "
-            f"but the classifier {self.layer}, which begins afresh"
+            f"but the classifier {self.layer}, which starts from random weights"
         )
 
 

@@ -147,7 +147,7 @@ def ignored(model: nn.Module, ignore: Any) -> list[str]:
         if isinstance(entry, nn.Module):
             if id(entry) not in names_of:
                 kind = type(entry).__name__
-                raise UsageError(f"ignore: a {kind} that is no part of the network")
+                raise UsageError(f"ignore: a {kind} that is not part of the network")
             found += names_of[id(entry)]
         else:
             found.append(_layer_name(model, modules, entry))

@@ -54,7 +54,7 @@ def measured(
         moments = collect(network, graph, batches())
         batches = batches if moments else None
     if batches is None:
-        raise UsageError(f"{' and '.join(asked)}: calibration pictures are needed, there are none")
+        raise UsageError(f"{' and '.join(asked)}: calibration images are needed, there are none")
     return moments  # regress takes its own
 
 

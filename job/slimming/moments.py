@@ -164,7 +164,7 @@ class Sums:
         apart = self.mean - mean
         scatter = total(self.scatter.addr(apart[: self.left], apart, alpha=self.count))
         if not bool(scatter.isfinite().all()):
-            raise DataError(f"what {name} reads of the calibration pictures is not finite")
+            raise DataError(f"what {name} reads of the calibration images is not finite")
         return Moments(count, mean.cpu(), (scatter / max(1, count)).cpu())
 
 

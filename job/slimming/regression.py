@@ -86,7 +86,7 @@ def regress(
                 fits = _fits(reader, keep, kept, moments, ridge)
                 rebuild(wide, narrow, reader, layers, fits, norms)
     if not seen:
-        raise UsageError("--compensate regress: calibration pictures are needed, there are none")
+        raise UsageError("--compensate regress: calibration images are needed, there are none")
 
 
 class _Pairs:

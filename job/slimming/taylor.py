@@ -62,7 +62,7 @@ def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable
     device = tensors[0].device if tensors else None
     scores = total(torch.from_numpy(scores).to(device)).cpu().numpy()
     if not scores[FIXED]:
-        raise UsageError("--importance taylor needs labelled calibration pictures, there are none")
+        raise UsageError("--importance taylor needs labelled calibration images, there are none")
     ranked = np.zeros(graph.count, bool)
     for place in places:
         ranked[place.ids] = True

@@ -184,7 +184,7 @@ class _Walk(Between):
         layer = owner(layer) if selects else layer
         splits = id(image) in self.shared and layer not in self.bound and len(layers) == 1
         if selects or splits:
-            self.fix(image, "channels are selected in front of each BatchNorm that reads them")
+            self.fix(image, "channels are selected before each BatchNorm that reads them")
             if layer not in self.selected:
                 self.selected[layer] = self.flow.born(layer, len(ids))
                 self.flow.positions.append(Position(layer, "select", self.selected[layer]))

@@ -41,7 +41,7 @@ class Evaluation:
 
     @property
     def count(self) -> int:
-        """How many pictures were evaluated."""
+        """How many images were evaluated."""
         return int(self.confusion.sum())
 
     @property
