@@ -249,3 +249,12 @@ def test_what_has_no_white_is_refused_by_the_check_too(tmp_path: Path, kind: typ
     for read in (load_rgb, check_image):
         with pytest.raises(DataError, match="8 nor 16 bits"):
             read(tmp_path / "a.tif")
+
+
+def test_zeros_behind_a_header_are_no_chunks(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.write(encoded(noise(), "PNG")[:40])
+        file.truncate(10 << 30)  # sparse: it takes no space
+    for read in (load_rgb, check_image):
+        with pytest.raises(DataError, match=r"a\.png"):
+            read(tmp_path / "a.png")

@@ -44,6 +44,8 @@ def _without_texts(path: Path, file: BinaryIO) -> BinaryIO | None:
     parts, size, left_out = [(0, len(PNG))], path.stat().st_size, False
     while len(header := file.read(8)) == 8:
         length, kind = int.from_bytes(header[:4], "big"), header[4:]
+        if not kind.isalpha():  # no chunk: a file of zeros would be one for ever
+            break
         begin, end = file.tell() - 8, file.tell() + length + 4
         if kind in PNG_KEPT and (kind not in PNG_CHECKED or _is_sound(file, kind, length)):
             parts.append((begin, min(end, size)))
