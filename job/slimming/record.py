@@ -348,7 +348,8 @@ def _copies(
         if id(tensor) not in copies:
             numbers = id(tensor) not in ids and not tensor.is_floating_point()  # as indices
             copies[id(tensor)] = _copy(tensor, None if numbers else device)
-    return copies, {id(copies[id(tensor)]): name for name, *_, tensor in reversed(named)}
+    names = {id(copies.get(id(t), t)): name for name, *_, t in reversed(named)}
+    return copies, names
 
 
 def _copy(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
