@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from networks import CUTTABLE, LEFT_ALONE, SelectiveKernels, SpatialGate
+from networks import CUTTABLE, LEFT_ALONE, Halves, Quarters, SelectiveKernels, SpatialGate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -115,6 +115,14 @@ def test_cuts_of_peculiar_networks_are_proven(kind: type[nn.Module], ratio: floa
         ratio = 0.2
     check_cut(network, image, ratio, "gamma")
     check_cut(network, image, ratio, "random")
+
+
+@pytest.mark.parametrize("kind", [Halves, Quarters])
+def test_slices_by_fractions_of_the_channels_are_cut(kind: type[nn.Module]) -> None:
+    torch.manual_seed(1)
+    graph = analyse(randomise(kind()), torch.rand(1, 3, 20, 28))
+    blocks = {group.name: group.blocks for group in graph.groups}
+    assert blocks["conv.0"] is not None  # as many stay in each part
 
 
 def test_ways_that_are_chosen_between_are_cut_together() -> None:
