@@ -41,7 +41,7 @@ from job.option_types import (
     Target,
     Transform,
 )
-from job.signals import ignore_requests, listen
+from job.signals import ignore_requests, listen, requested
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -119,6 +119,8 @@ def _has_the_word(error: GammaslimError) -> bool:
     main = os.environ.get("RANK", "0") == "0"
     if isinstance(error, StopRequest):
         return main
+    if error.late and requested():  # the launcher knows who failed, and waits for our end
+        return False
     if error.late or not main:
         try:
             time.sleep(REASON_FIRST)

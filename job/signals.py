@@ -50,6 +50,11 @@ def _ask(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
 
 
+def requested() -> bool:
+    """Whether a signal has asked this process to stop."""
+    return _Requests.asked
+
+
 def become(program: list[str]) -> NoReturn:
     """Run ``program`` in place of this one; a request meanwhile waits for its ``listen``."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
