@@ -159,7 +159,7 @@ elif [ -e "$run/STOP" ]; then
 fi
 
 how_to_go_on() {
-  printf 'slurm: to go on: sbatch [the same options] slurm/prune.sh'
+  printf 'slurm: to resume: sbatch [the same options] slurm/prune.sh'
   printf ' %q' --output "$run" "${arguments[@]}"
   printf '\n'
 }
