@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import run, write_flat
+from job import options, signals
 from job.agent import _exit_code
+from job.errors import GammaslimError
 from job.exits import run_and_exit
 
 WORKERS = Path(__file__).parent / "workers"
@@ -125,3 +127,14 @@ def test_two_processes_end_with_the_code_of_the_one_that_knows_the_reason(tmp_pa
     for end in found:
         said = end["log"].count("Error: ") - end["log"].count("the other processes are gone")
         assert said == int(end["fault"] != "none"), end["log"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_who_has_lost_the_others_is_silent_where_the_launcher_ends_it(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals._Requests, "asked", asked)
+    monkeypatch.setattr(options, "REASON_FIRST", 0.0)
+    lost = GammaslimError("the other processes are gone")
+    lost.late = True
+    assert options._has_the_word(lost) == (not asked)
