@@ -229,13 +229,13 @@ class Tracker:
 
 
 def gammas(network: nn.Module) -> dict[str, Any]:
-    """γ of every BatchNorm2d, by layer name: arrays (C,)."""
+    """γ of every BatchNorm2d that has one, by layer name: arrays (C,)."""
     from torch import nn
 
     return {
         name.replace(".", "_"): layer.weight.detach().float().cpu().numpy()
         for name, layer in network.named_modules()
-        if isinstance(layer, nn.BatchNorm2d)
+        if isinstance(layer, nn.BatchNorm2d) and layer.affine
     }
 
 

@@ -41,6 +41,17 @@ class Pooled(nn.Module):
     def forward(self, x):
         return self.last(self.head(self.body(x).mean((2, 3))))
 
+class Plain(nn.Module):
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU())
+        self.c = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, track_running_stats=False))
+        self.last = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.last(self.c(self.b(self.a(x))).mean((2, 3)))
+
 class Outputs(NamedTuple):
     early: torch.Tensor
     logits: torch.Tensor
@@ -183,10 +194,10 @@ def dry(tmp_path: Path, model: str, **options: Any) -> None:
     prune(
         PruneConfig(
             data=str(data), output=str(tmp_path / "run"), model=f"nets:{model}", transform="small",
-            device="cpu", dry_run=True, workers=0, **(settings | options),
+            device="cpu", workers=0, **(settings | {"dry_run": True} | options),
         )
     )  # fmt: skip
-    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "run").exists() != options.get("dry_run", True)
 
 
 def test_the_dry_run_tries_a_step_the_cuts_and_an_evaluation(
@@ -195,7 +206,7 @@ def test_the_dry_run_tries_a_step_the_cuts_and_an_evaluation(
     dry(tmp_path, "Auxiliary")
     said = capsys.readouterr().out
     assert "tried: an evaluation batch, a training step, the cuts of 2 rounds" in said
-    assert "auxiliary classifiers: 1, whose losses count 0.3 times" in said
+    assert "auxiliary classifiers: 1, their losses count 0.3 times" in said
     assert "the last 1 of 33 images join the batch before them: BatchNorm 'head.1'" in said
     with pytest.raises(UsageError, match="--batch-size 1 is too small"):
         dry(tmp_path, "Pooled", batch_size=1)
@@ -222,3 +233,14 @@ def test_the_dry_run_fails_as_a_step_does(
             patch.setattr(part, broken)
             with pytest.raises(DataError, match="no step"):
                 dry(tmp_path, "Pooled", **options)
+
+
+def test_a_job_with_batchnorms_without_gamma_momentum_and_statistics(
+    nets: Any, tmp_path: Path
+) -> None:
+    dry(
+        tmp_path, "Plain", dry_run=False, rounds=1, base_epochs=1, epochs=1, sparsity="l1",
+        sparsity_epochs=1, policy="global", target="channels=0.8", importance="gamma",
+        compensate="none",
+    )  # fmt: skip
+    assert (tmp_path / "run" / "rounds" / "01" / "model.safetensors").exists()

@@ -11,7 +11,7 @@ from torch import nn
 
 from job.errors import DataError
 
-AUXILIARY = 0.3  # weight of an auxiliary classifier's loss: Szegedy et al. 2014, section 5
+AUXILIARY_WEIGHT = 0.3  # weight of an auxiliary classifier's loss: Szegedy et al. 2014, section 5
 MAIN = ("logits", "out", "output", "prediction", "predictions")
 
 

@@ -59,7 +59,11 @@ def meta_copy(network: nn.Module) -> nn.Module:
     shapes: dict[int, Any] = {id(b): b.detach().to("meta") for b in network.buffers()}
     for parameter in network.parameters():
         shapes[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    return copy.deepcopy(network, shapes)
+    shadow = copy.deepcopy(network, shapes)
+    for layer in shadow.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is None:
+            layer.momentum = 0.0  # a cumulative average reads a number, of which there is none
+    return shadow
 
 
 def misfit(shadow: nn.Module, size: int, modes: tuple[bool, ...]) -> str | None:

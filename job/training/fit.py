@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from job.checkpoint import Position
 from job.data.batches import GlobalBatches, TrainingPictures, checked, loader
 from job.errors import GammaslimError, StopRequest
-from job.models.outputs import AUXILIARY, Logits
+from job.models.outputs import AUXILIARY_WEIGHT, Logits
 from job.processes import check_same, digest, rank, total, world
 from job.signals import NOTHING, STOP
 from job.training.optimizer import (
@@ -340,7 +340,7 @@ class _Round:
         else:
             loss = F.cross_entropy(logits, labels, reduction="sum")
         for output in auxiliary:
-            loss = loss + AUXILIARY * F.cross_entropy(output, labels, reduction="sum")
+            loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(output, labels, reduction="sum")
         self.optimizer.zero_grad()
         # DDP takes the mean over ranks; the gradient must be the mean over the global batch
         self.accelerator.backward(loss * (world() / size))

@@ -11,7 +11,7 @@ from torch import nn
 
 from job.console import say, warn
 from job.errors import DataError, UsageError
-from job.models.outputs import AUXILIARY, all_logits
+from job.models.outputs import AUXILIARY_WEIGHT, all_logits
 from job.processes import is_main, total, world
 from job.training.sync_batchnorm import BatchNorm, unsynchronised
 
@@ -40,7 +40,8 @@ def has_unused_parameters(network: nn.Module, size: int) -> bool:
 def say_of_outputs(trained: nn.Module, auxiliary: int) -> None:
     """Report what the first step of ``trained`` showed: classifiers, BatchNorms on their own."""
     if auxiliary:
-        say(f"training: auxiliary classifiers: {auxiliary}, whose losses count {AUXILIARY} times")
+        weight = f"their losses count {AUXILIARY_WEIGHT} times"
+        say(f"training: auxiliary classifiers: {auxiliary}, {weight}")
     names = unsynchronised(trained)
     if names and is_main():
         shown = ", ".join(names[:3]) + " and others" * (len(names) > 3)
