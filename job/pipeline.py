@@ -147,6 +147,9 @@ class Job:
         """Open or create the run directory, the loaders and the W&B run."""
         record = on_main(lambda: dataset_record(self.data))
         self.start = self.attempt.begin(record, base)
+        if (epochs := on_main(lambda: self.run.base_epochs)) is not None:
+            self.config = replace(self.config, base_epochs=epochs)
+            self.forecast.base_epochs = epochs + self.config.sparsity_epochs
         models = "1 model" if self.attempt.saved == 1 else f"{self.attempt.saved} models"
         again = f"; {models} of an earlier attempt" if self.attempt.saved else ""
         if self.attempt.numbered:

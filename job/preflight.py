@@ -100,7 +100,8 @@ def dry_run(config: PruneConfig, watch: Watch, accelerator: Accelerator) -> None
         found.attempt(lambda: on_main(lambda: _check_disk(config, planned, output)))
     _check_wandb(config.wandb, found)
     if not found.errors and planned:
-        trained = f"{config.first_epochs} epochs of base training"
+        begun = on_main(lambda: Run(output).base_epochs)
+        trained = f"{config.first_epochs if begun is None else begun} epochs of base training"
         if config.sparsity_epochs:
             trained += f", {config.sparsity_epochs} with {config.sparsity} on γ"
         say(f"output: {shown(output)} can be written{on_main(lambda: _resumed(output))}")

@@ -131,7 +131,10 @@ class Run:
             raise other_run(
                 f"{shown(self.path)} was begun on other data", ": type the same --data to resume it"
             )
-        if base is not None and tables.get("base") != dict(base):
+        own = tables.get("base")
+        if base is not None and config.base_epochs is None and isinstance(own, dict):
+            base = {**base, "epochs": own.get("epochs")}  # the default when the run was begun
+        if base is not None and own != dict(base):
             raise other_run(
                 f"{shown(self.path)} was begun from other --weights, --base-epochs or --teacher",
                 ": type the same to resume it",
@@ -140,9 +143,19 @@ class Run:
     @property
     def stored_rounds(self) -> Any:
         """``--rounds`` as the run has it now."""
+        return self._stored("prune", "rounds", PruneConfig.rounds)
+
+    @property
+    def base_epochs(self) -> int | None:
+        """Epochs of base training of the run, by the default of the version that began it too."""
+        epochs = self._stored("base", "epochs", None)
+        return epochs if type(epochs) is int and epochs >= 0 else None
+
+    def _stored(self, table: str, key: str, default: Any) -> Any:
+        """A value of config.toml; None where that cannot be read."""
         try:
             tables = parse_toml(read_bytes(self.path / "config.toml").decode())
-            return tables["prune"].get("rounds", PruneConfig.rounds)
+            return tables[table].get(key, default)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 

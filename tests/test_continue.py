@@ -16,12 +16,21 @@ import torch
 import job
 import job.attempt
 import job.cli
+import job.config
 import job.folders
 import job.pipeline
 from conftest import gammaslim, write_flat, write_noise_idx
 from job.artifact import load_model, read_card
 from job.config import PruneConfig
-from job.errors import ConfigError, DataError, InputNotFound, OtherRunError, OutputError, UsageError
+from job.errors import (
+    ConfigError,
+    DataError,
+    InputNotFound,
+    OtherRunError,
+    OutputError,
+    StopRequest,
+    UsageError,
+)
 from job.lock import Lock
 from job.pipeline import prune
 from job.run import Run
@@ -414,3 +423,28 @@ def test_a_student_wider_than_width_1_is_cut_by_its_width(noise: Path, tmp_path:
     prune(config(noise, model_arg=(("base", 2), ("width_mult", 2)), output=str(tmp_path / "run")))
     widths = [read_card(tmp_path / "run" / "rounds" / name).width for name in ("00", "01")]
     assert widths == pytest.approx([2, 1.6])
+
+
+def test_a_run_keeps_the_default_base_epochs_that_it_was_begun_with(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job.config, "DEFAULT_BASE_EPOCHS", 2)
+    monkeypatch.setattr(job.attempt.Run, "save_round", _stop)
+    options = config(noise, base_epochs=None, rounds=0)
+    with pytest.raises(StopRequest):
+        prune(options)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job.config, "DEFAULT_BASE_EPOCHS", 3)  # in a later version
+    prune(config(noise, base_epochs=None, rounds=0, dry_run=True))
+    assert "plan: 2 epochs of base training" in capsys.readouterr().out
+    prune(options)
+    (run,) = Path("runs").iterdir()
+    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [e["epoch"] for e in epochs if e["event"] == "epoch"] == [0, 1]
+    assert summary(run)["state"] == "finished"
+
+
+def _stop(*_: Any) -> None:
+    raise StopRequest("stopped by request")
