@@ -86,7 +86,7 @@ def complaints(case: Case, end: End, *, several: bool = False) -> list[str]:
     lines = [
         line
         for line in end.err.split("\n")
-        if line and not line.startswith(("Warning: ", "libgomp: "))
+        if line and not line.startswith(("Warning: ", "input size: ", "libgomp: "))
     ]
     if lines and lines[0].startswith("Usage: ") and end.code == 2:
         lines = [line for line in lines[1:] if not line.startswith("Try 'gammaslim ")]

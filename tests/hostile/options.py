@@ -275,4 +275,4 @@ def file_in_the_way(originals: Originals, name: str, folder: Path) -> Args:
     """An output below something that is a file."""
     path = folder / f"file {name}"
     path.touch()
-    return ("export", originals.model, f"--output={path / name}")
+    return ("export", originals.model, "--format=state-dict", f"--output={path / name}")
