@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.errors import GammaslimError, InputNotFound, OtherRunError, shown
+from job.errors import ConfigError, GammaslimError, InputNotFound, OtherRunError, shown
 from job.files import is_file
 from job.lock import Lock
 from job.preparation import default_output
@@ -28,7 +29,8 @@ def choose(
 
     Without ``--output`` it is ``runs/MODEL-DATA``, or that with a number: the one whose run is of
     these options, ``dataset`` and ``base`` (None: whatever they are), else the next that has none.
-    Raises ConfigError or InputNotFound (``--resume require``).
+    A run that an earlier version named otherwise is resumed. Raises ConfigError, or InputNotFound
+    (``--resume require``).
     """
     if config.output:
         return Path(config.output), ""
@@ -43,6 +45,8 @@ def choose(
             others.append(error)
         else:
             return path, _reason(others)
+    if config.resume != "never" and _is_of(_earlier_output(config), config, dataset, base):
+        return _earlier_output(config), ""
     if config.resume == "require":
         raise (
             others[0]
@@ -52,6 +56,23 @@ def choose(
     return next(path for path in _numbers(first) if not is_file(path / "config.toml")), _reason(
         others
     )
+
+
+def _is_of(
+    path: Path,
+    config: PruneConfig,
+    dataset: Mapping[str, Any] | None,
+    base: Mapping[str, Any] | None,
+) -> bool:
+    with suppress(ConfigError):
+        return is_file(path / "config.toml") and Run(path).check(config, dataset, base)
+    return False
+
+
+def _earlier_output(config: PruneConfig) -> Path:
+    """The default when names had no ``--model-arg`` and no numbers."""
+    data = Path(config.data).absolute().name if config.data else "fashion-mnist"
+    return Path("runs") / f"{config.model.replace(':', '-')}-{data}"
 
 
 def likely(config: PruneConfig) -> Path:

@@ -167,6 +167,21 @@ def test_other_options_get_the_next_number_and_the_same_command_its_own_run(
         prune(config(noise, model_arg=(("width_mult", 2),), resume="require"))
 
 
+def test_a_run_that_was_named_without_its_model_arguments_is_resumed(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prune(config(noise, rounds=0, output="runs/student-idx"))
+    prune(config(noise, rounds=0))
+    prune(config(noise, rounds=0, resume="require"))
+    assert [path.name for path in Path("runs").iterdir()] == ["student-idx"]
+    prune(config(noise, rounds=0, seed=1))
+    prune(config(noise, rounds=0, resume="never"))
+    assert len(list(Path("runs").iterdir())) == 3
+    (tmp_path / "runs" / "student-idx" / "config.toml").write_text("?")
+    prune(config(noise, rounds=0))  # it may be any run
+
+
 def test_of_two_that_begin_at_the_same_time_the_second_gets_the_next_number(
     noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
