@@ -233,6 +233,34 @@ def test_csv_files_may_be_one_a_split(tmp_path: Path) -> None:
     assert data.splits["testing"].labels.tolist() == [-1]
 
 
+def test_csv_rows_end_at_line_ends_alone(tmp_path: Path) -> None:
+    names = ("a\u2028b.png", "c\x85d.png", "e\x0bf.png", "g\x1ch.png")
+    text = "path,label\r\n" + "".join(f"{name},1\r\n" for name in names) + '"x\ny.png",2\r\n'
+    (tmp_path / "all.csv").write_bytes(text.encode())
+    split = open_data(str(tmp_path / "all.csv")).splits["training"]
+    assert [split.name(n) for n in range(len(split))] == [*names, "x\ny.png"]
+    (tmp_path / "old.csv").write_text("path,label\ra.png,1\rb.png,2\r")
+    assert len(open_data(str(tmp_path / "old.csv")).splits["training"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("a.png,1,train b.png,2,train a.png,1,val", "1 training images are in the validation split"),
+        ("a.png,1,train b.png,2,train ./a.png,1,train", "1 training images have several rows (a.p"),
+        ("a.png,1,train a.png,1,train b.png,1,val", ""),  # a class is given more weight
+        ("a.png,1,train b.png,1,test b.png,1,val", ""),
+    ],
+)
+def test_images_that_are_trained_on_and_validated_on_are_warned_of(
+    tmp_path: Path, rows: str, said: str
+) -> None:
+    (tmp_path / "all.csv").write_text("\n".join(["path,label,split", *rows.split()]))
+    notes = open_data(str(tmp_path / "all.csv")).notes
+    assert said in "".join(notes)
+    assert len(notes) == bool(said)
+
+
 @pytest.mark.parametrize(
     ("text", "code", "said"),
     [

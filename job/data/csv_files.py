@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,8 +70,13 @@ def _text(path: Path) -> str:
         raise DataError(f"{shown(path)} cannot be read: {error}") from error
 
 
+def _lines(text: str) -> io.StringIO:
+    """The lines of a CSV file, by its line ends alone: a name may hold what else ends a line."""
+    return io.StringIO(text, newline="")
+
+
 def _header(path: Path) -> list[str]:
-    first = _text(path).partition("\n")[0]
+    first = _lines(_text(path)).readline()
     delimiter = max(DELIMITERS, key=first.count)
     names = next(csv.reader([first], delimiter=delimiter), [])
     return [name.strip().lower().replace(" ", "_") for name in names]
@@ -91,8 +99,8 @@ def _rows(path: Path) -> list[Row]:
     assert columns
     text, bad, rows = _text(path), [], []
     default = CANONICAL.get(path.stem.lower(), "training")
-    delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)
-    reader = csv.reader(text.splitlines(), delimiter=delimiter)
+    delimiter = max(DELIMITERS, key=_lines(text).readline().count)
+    reader = csv.reader(_lines(text), delimiter=delimiter)
     try:
         next(reader)
         for values in reader:
@@ -143,4 +151,19 @@ def _dataset(root: Path, rows: list[Row]) -> Dataset:
     if not splits:
         raise DataError(f"the CSV in {shown(root)} names no images")
     numbered = bool(names) and names == tuple(map(str, range(len(names))))
-    return Dataset("CSV", shown(root), names, splits, numbered=numbered)
+    return Dataset("CSV", shown(root), names, splits, numbered, _repetitions(rows))
+
+
+def _repetitions(rows: list[Row]) -> tuple[str, ...]:
+    """A note on training images that are validated on, or may be: those held out of several rows."""
+    training = Counter(os.path.normpath(row.path) for row in rows if row.split == "training")
+    validation = {os.path.normpath(row.path) for row in rows if row.split == "validation"}
+    again = [p for p, n in training.items() if (p in validation if validation else n > 1)]
+    if not again:
+        return ()
+    names = ", ".join(map(shown, again[:3])) + (", …" if len(again) > 3 else "")
+    where = "are in the validation split too" if validation else "have several rows"
+    return (
+        f"warning: {len(again):,} training images {where} ({names}): the accuracy on images that "
+        "are trained on is too high",
+    )
