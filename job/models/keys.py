@@ -127,7 +127,8 @@ def _prefix(state: Tensors, own: Tensors) -> str:
     """What all of the network's keys have in front of them in ``state``, or nothing."""
     first = next((key for key in own if not key.endswith(COUNTER)), "")
     found = {key[: -len(first)] for key in state if first and key.endswith(f".{first}")}
-    fitting = [p for p in sorted(found, key=len)[:LIKELY] if _fits(_under(p, state, own), own)]
+    shortest = sorted(sorted(found), key=len)[:LIKELY]
+    fitting = [prefix for prefix in shortest if _fits(_under(prefix, state, own), own)]
     likely = [p for p in fitting if set(p[:-1].split(".")) <= OWNERS] or fitting
     if len(likely) > 1:
         raise DataError(
