@@ -104,6 +104,17 @@ def test_a_truncated_file_and_a_missing_one(tmp_path: Path) -> None:
         read_state(tmp_path / "none.pt")
 
 
+def test_weights_saved_in_half_precision_counters_included_are_taken() -> None:
+    half = {key: value.half() for key, value in state().items()}
+    network = build("student", 11, {})
+    load_state(network, half, "w.pt")
+    for key, value in network.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            assert (value.dtype, value.item()) == (torch.int64, 0)
+        else:
+            assert torch.equal(value, half[key].float())
+
+
 def other(change: str) -> State:
     values = state()
     if change == "classes":

@@ -136,7 +136,7 @@ def load_state(
     """
     own = network.state_dict()
     state = fitted(state, own, lambda line: note(f"weights {source}: {line}"))
-    state = {key: value for key, value in own.items() if key.endswith(COUNTER)} | state
+    state = {**state, **{key: own[key] for key in own if _no_count(key, state.get(key))}}
     _check_keys(own, state, source)
     wrong = [key for key in own if own[key].shape != state[key].shape]
     head = _other_classes(network, state, wrong) if wrong else None
@@ -170,6 +170,11 @@ def _head(network: nn.Module) -> tuple[str | None, int]:
         return find_head(network)
     except UsageError:
         return None, 0
+
+
+def _no_count(key: str, value: torch.Tensor | None) -> bool:
+    """Whether a BatchNorm's counter is missing, or was turned into a float as all else was."""
+    return key.endswith(COUNTER) and (value is None or value.is_floating_point())
 
 
 def _check_keys(own: State, state: State, source: str) -> None:
