@@ -13,6 +13,7 @@ PRESETS = ("homework", "small", "imagenet")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 FITS = {"shorter": "", "both": "x", "longer": "longer:"}  # what is resized -> how it is spelt
 MAX_RESIZE = 8192  # pixels: the shorter side of a resized image
+LEAST_STD = 1e-4  # a grey level of 255 is 0.004
 LARGEST_SHARE = 2.0  # a crop above it is in pixels, else a share of the resized side
 LONGEST = 64  # sides to one, of an image that is resized by its shorter side
 
@@ -71,7 +72,7 @@ class Resize:
 def parse_channels(value: Any, *, positive: bool = False) -> Channels:
     """One number for all channels or three, of text or a list, on the scale from 0 to 1.
 
-    ``positive``: none may be 0. Raises UsageError.
+    ``positive``: none may be 0, nor so small that inputs lose all measure. Raises UsageError.
     """
     parts = value if isinstance(value, (list, tuple)) else re.split(r"[\s,;]+", _bare(value))
     try:
@@ -80,8 +81,9 @@ def parse_channels(value: Any, *, positive: bool = False) -> Channels:
         numbers = []
     if len(numbers) not in (1, 3) or any(isinstance(part, bool) for part in parts):
         raise UsageError(f"{value!r} is neither one number nor three, as 0.485 0.456 0.406")
-    if any(not math.isfinite(n) or n < 0 or (positive and n == 0) for n in numbers):
-        raise UsageError(f"{value!r}: each number is {'above 0' if positive else 'from 0'} to 1")
+    least = LEAST_STD if positive else 0
+    if any(not math.isfinite(n) or n < least for n in numbers):
+        raise UsageError(f"{value!r}: each number is from {least:g} to 1")
     if max(numbers) > 1:
         scaled = " ".join(f"{n / 255:.4g}" for n in numbers)
         raise UsageError(

@@ -178,7 +178,7 @@ def test_own_data_are_found_from_a_round_a_copy_and_elsewhere_or_asked_for(
     data.rename(tmp_path / "moved")
     for command in (("evaluate", run), ("predict", run, "--output", tmp_path / "p.csv")):
         done = call(*command)
-        assert done.exit_code == 2
+        assert done.exit_code == 66
         assert "pass --data" in done.output
         assert str(data) in done.output
     (run / "config.toml").unlink()

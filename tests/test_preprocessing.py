@@ -176,7 +176,8 @@ def test_a_file_and_the_environment_say_the_same(tmp_path: Path) -> None:
     [
         (["--mean", "123.675", "116.28", "103.53"], "divide by 255, which gives 0.485 0.456 0.406"),
         (["--std", "58.395 57.12 57.375"], "divide by 255, which gives 0.229 0.224 0.225"),
-        (["--std", "0"], "above 0"),
+        (["--std", "0"], "from 0.0001 to 1"),
+        (["--std", "1e-300"], "from 0.0001 to 1"),  # 0 in float32
         (["--mean", "-0.5"], "from 0 to 1"),
         (["--mean", "nan"], "from 0 to 1"),
         (["--mean", "0.5 0.5"], "neither one number nor three"),

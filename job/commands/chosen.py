@@ -13,7 +13,7 @@ from job.data.dataset import with_validation
 from job.data.folders import PRESENT_LISTING
 from job.data.layout import BUILT_IN, NUMBERED, UNSPLIT, open_images, open_splits
 from job.data.provenance import as_listing, own_data
-from job.errors import UsageError
+from job.errors import InputNotFound, UsageError
 from job.preparation import SPLITS as TRAINING_SPLITS
 
 if TYPE_CHECKING:
@@ -135,10 +135,10 @@ def _card(model: ModelOptions) -> ModelCard | None:
 
 
 def _own(model: ModelOptions, card: ModelCard | None, given: str | None) -> str | None:
-    """The data of MODEL's run; raises UsageError where they are needed, but not known or there."""
+    """The data of MODEL's run; raises as ``own_data`` where they are needed."""
     try:
         return own_data(model.path, card.lineage if card else {})
-    except UsageError:
+    except (UsageError, InputNotFound):
         if given is None:
             raise
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from job.data.folders import PRESENT_LISTING
 from job.data.layout import BUILT_IN
-from job.errors import UsageError, shown
+from job.errors import InputNotFound, UsageError, shown
 from job.files import is_file
 from job.reading import parse_toml, read_bytes
 
@@ -38,7 +38,7 @@ def as_listing(value: object) -> int:
 def own_data(model: str, lineage: dict[str, Any]) -> str:
     """What ``--data`` was of the run that a model comes from, by its folder or its ``lineage``.
 
-    Raises UsageError where that is not known or not there.
+    Raises UsageError where that is not known, InputNotFound where it is not there.
     """
     folder = Path(model)
     places = [folder, folder.absolute().parent.parent]
@@ -57,5 +57,5 @@ def own_data(model: str, lineage: dict[str, Any]) -> str:
     found = next((name for name in names if Path(name).exists()), None)
     if found is None:
         named = f", {names[0]}," if names else ""
-        raise UsageError(f"the data of {shown(model)}{named} are not here: pass --data D")
+        raise InputNotFound(f"the data of {shown(model)}{named} are not here: pass --data D")
     return found
