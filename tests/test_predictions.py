@@ -233,6 +233,13 @@ def test_csv_files_may_be_one_a_split(tmp_path: Path) -> None:
     assert data.splits["testing"].labels.tolist() == [-1]
 
 
+def test_the_order_of_a_csvs_classes_is_no_accident(tmp_path: Path) -> None:
+    labels = [f"{0:0{width}}" for width in range(1, 12)]  # all are 0, in other words
+    rows = [f"a.png,{label}" for label in reversed(labels)]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label", *rows]))
+    assert open_data(str(tmp_path / "all.csv")).class_names == tuple(labels)
+
+
 def test_csv_rows_end_at_line_ends_alone(tmp_path: Path) -> None:
     names = ("a\u2028b.png", "c\x85d.png", "e\x0bf.png", "g\x1ch.png")
     text = "path,label\r\n" + "".join(f"{name},1\r\n" for name in names) + '"x\ny.png",2\r\n'
@@ -246,7 +253,7 @@ def test_csv_rows_end_at_line_ends_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ("a.png,1,train b.png,2,train a.png,1,val", "1 training images are in the validation split"),
+        ("a.png,1,train b.png,2,train a.png,1,val", "1 training images are in the validation spl"),
         ("a.png,1,train b.png,2,train ./a.png,1,train", "1 training images have several rows (a.p"),
         ("a.png,1,train a.png,1,train b.png,1,val", ""),  # a class is given more weight
         ("a.png,1,train b.png,1,test b.png,1,val", ""),

@@ -134,7 +134,7 @@ def _dataset(root: Path, rows: list[Row]) -> Dataset:
     labels = {r.label for r in rows if r.label and r.split == "training"}
     labels = labels or {row.label for row in rows if row.label}
     numbers = all(label.isdecimal() for label in labels)
-    names = tuple(sorted(labels, key=int if numbers else str))
+    names = tuple(sorted(sorted(labels), key=int if numbers else str))
     index = {name: number for number, name in enumerate(names)}
     splits: dict[str, Split] = {}
     for split in SPLIT_NAMES:
@@ -155,7 +155,7 @@ def _dataset(root: Path, rows: list[Row]) -> Dataset:
 
 
 def _repetitions(rows: list[Row]) -> tuple[str, ...]:
-    """A note on training images that are validated on, or may be: those held out of several rows."""
+    """A note on training images that are validated on, or may be: those of several rows."""
     training = Counter(os.path.normpath(row.path) for row in rows if row.split == "training")
     validation = {os.path.normpath(row.path) for row in rows if row.split == "validation"}
     again = [p for p, n in training.items() if (p in validation if validation else n > 1)]
