@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from job.accuracy import change, signed
+from job.errors import shown
 from job.training.evaluation import Evaluator
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def one_class(result: Evaluation, names: Sequence[str]) -> str | None:
     if len(predicted) != 1 or _present(result.confusion.sum(1).tolist()) < 2:
         return None
     (number,) = predicted
-    name = names[number] if number < len(names) else number
+    name = shown(names[number]) if number < len(names) else number
     return f"the class {name} is predicted for every image"
 
 

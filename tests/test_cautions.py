@@ -58,6 +58,8 @@ def test_a_model_of_one_class_only() -> None:
     assert one_class(Evaluation(1.0, confusion), ("a", "b", "c")) == (
         "the class b is predicted for every image"
     )
+    hostile = one_class(Evaluation(1.0, confusion), ("a", "\x1b[31m", "c"))
+    assert hostile == r"the class \x1b[31m is predicted for every image"
     confusion[0, 0] = 1
     assert one_class(Evaluation(1.0, confusion), ("a", "b", "c")) is None
     alone = torch.zeros(3, 3, dtype=torch.int64)

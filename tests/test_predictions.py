@@ -238,6 +238,8 @@ def test_the_order_of_a_csvs_classes_is_no_accident(tmp_path: Path) -> None:
     rows = [f"a.png,{label}" for label in reversed(labels)]
     (tmp_path / "all.csv").write_text("\n".join(["path,label", *rows]))
     assert open_data(str(tmp_path / "all.csv")).class_names == tuple(labels)
+    (tmp_path / "all.csv").write_text(f"path,label\na.png,{'3' * 5000}\nb.png,2")  # int() refuses
+    assert open_data(str(tmp_path / "all.csv")).class_names == ("2", "3" * 5000)
 
 
 def test_csv_rows_end_at_line_ends_alone(tmp_path: Path) -> None:

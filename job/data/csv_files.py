@@ -27,6 +27,7 @@ FILE_COLUMNS = (
 LABEL_COLUMNS = ("label", "class", "target", "labels", "class_name", "category")
 SPLIT_COLUMNS = ("split", "subset", "set")
 DELIMITERS = ",;\t"
+DIGITS = 18  # of a number; longer labels are names
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _rows(path: Path) -> list[Row]:
 def _dataset(root: Path, rows: list[Row]) -> Dataset:
     labels = {r.label for r in rows if r.label and r.split == "training"}
     labels = labels or {row.label for row in rows if row.label}
-    numbers = all(label.isdecimal() for label in labels)
+    numbers = all(label.isdecimal() and len(label) <= DIGITS for label in labels)
     names = tuple(sorted(sorted(labels), key=int if numbers else str))
     index = {name: number for number, name in enumerate(names)}
     splits: dict[str, Split] = {}
