@@ -173,6 +173,11 @@ def find_model(path: str | Path) -> Path:
     if is_file(folder / "model.json"):
         return folder
     summary = folder / "summary.json"
+    if not is_file(summary) and is_file(folder / "config.toml"):
+        raise InputNotFound(
+            f"{shown(path)} is a run whose base is not finished, it has no model yet: "
+            "run its prune command again to resume it"
+        )
     if not is_file(summary):
         raise InputNotFound(
             f"{shown(path)} is not a model: expected a run folder (summary.json), "

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SIGMAS = 2.0  # standard deviations of binomial noise that say nothing
 LOW = 0.4  # of the way from chance to all right: trained weights mostly score more
+CLEARLY = 0.1  # above chance: only few images leave it in doubt
 SAMPLE = 512  # images that tell whether weights score at all
 PREPROCESSING = (
     "is the preprocessing the one they were trained with? see --mean, --std, --transform"
@@ -58,7 +59,8 @@ def at_chance(subject: str, accuracy: float, counts: Sequence[int]) -> str | Non
     chance = max(counts) / total
     if accuracy > chance + SIGMAS * math.sqrt(chance * (1 - chance) / total):
         return None
-    return f"{subject} {accuracy:.1%}, near chance for {_present(counts)} classes"
+    few = f" as far as {total} images can tell" if accuracy > chance + CLEARLY else ""
+    return f"{subject} {accuracy:.1%}, near chance for {_present(counts)} classes{few}"
 
 
 def one_class(result: Evaluation, names: Sequence[str]) -> str | None:

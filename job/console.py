@@ -208,6 +208,11 @@ def progress(name: str, detail: str = "") -> Callable[[Iterable[Any], int], Iter
     return counted
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def span(seconds: float) -> str:
     """A time in words, to about two digits: 40 s, 12 min, 3 h 20 min, 2 days 5 h."""
     minutes = round(seconds / 60)

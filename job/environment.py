@@ -31,7 +31,8 @@ def check_environment(command: click.Command, ctx: click.Context) -> str:
     for name in unread:
         own = name.removeprefix(prefix)
         if own != name and (near := nearest(own, known, 0.7)):
-            return f"{shown(name)} names no option of {ctx.info_name}{near}"
+            near = near.replace("mean ", f"mean {prefix}")
+            return f"the variable {shown(name)} names no option of {ctx.info_name}{near}"
     meta = ctx.find_root().meta
     if ctx.info_name == "launch" or os.environ.get("RANK", "0") != "0":
         meta[WARNED] = True  # the launched process 0 warns

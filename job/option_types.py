@@ -48,7 +48,7 @@ class ProcessCount(click.ParamType):  # type: ignore[type-arg]
         """The number; fails below 1."""
         if value in ("auto", None):
             return None
-        return int(POSITIVE(value, param, ctx))
+        return _whole(value, POSITIVE, self, param, ctx)
 
 
 class RoundCount(click.ParamType):  # type: ignore[type-arg]
@@ -58,7 +58,17 @@ class RoundCount(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
         """The number, or ``auto``; fails below 0."""
-        return AUTO if value == AUTO else int(click.IntRange(0)(value, param, ctx))
+        return AUTO if value == AUTO else _whole(value, click.IntRange(0), self, param, ctx)
+
+
+def _whole(
+    value: Any, bounds: click.IntRange, kind: click.ParamType[Any], param: Any, ctx: Any
+) -> int:
+    try:
+        int(value)
+    except ValueError:
+        kind.fail(f"{value!r} is neither a whole number nor auto", param, ctx)
+    return int(bounds(value, param, ctx))
 
 
 class KeyValue(click.ParamType):  # type: ignore[type-arg]

@@ -15,6 +15,7 @@ from job.attempt import Attempt
 from job.cautions import Cautions, of_sample
 from job.checkpoint import Position, save_position
 from job.console import (
+    counted,
     epoch_line,
     phase,
     progress,
@@ -150,8 +151,10 @@ class Job:
         if (epochs := on_main(lambda: self.run.base_epochs)) is not None:
             self.config = replace(self.config, base_epochs=epochs)
             self.forecast.base_epochs = epochs + self.config.sparsity_epochs
-        models = "1 model" if self.attempt.saved == 1 else f"{self.attempt.saved} models"
+        models = counted(self.attempt.saved, "model")
         again = f"; {models} of an earlier attempt" if self.attempt.saved else ""
+        if on_main(self.run.finished_summary):
+            again = "; the run is finished and only shown"
         if self.attempt.numbered:
             again += f"; {self.attempt.numbered}"
         say(f"run: {shown(self.run.path)} on {accelerator_name(self.accelerator)}{again}")

@@ -15,7 +15,7 @@ import torch
 from job.artifact import find_model, load_model
 from job.cautions import of_sample
 from job.checkpoint import KEPT
-from job.console import rounds_table, say, tell_error, warn
+from job.console import counted, rounds_table, say, tell_error, warn
 from job.cores import available_cores
 from job.cut import cut
 from job.data.batches import default_workers
@@ -101,7 +101,8 @@ def dry_run(config: PruneConfig, watch: Watch, accelerator: Accelerator) -> None
     _check_wandb(config.wandb, found)
     if not found.errors and planned:
         begun = on_main(lambda: Run(output).base_epochs)
-        trained = f"{config.first_epochs if begun is None else begun} epochs of base training"
+        epochs = config.first_epochs if begun is None else begun
+        trained = f"{counted(epochs, 'epoch')} of base training"
         if config.sparsity_epochs:
             trained += f", {config.sparsity_epochs} with {config.sparsity} on γ"
         say(f"output: {shown(output)} can be written{on_main(lambda: _resumed(output))}")
@@ -116,10 +117,10 @@ def dry_run(config: PruneConfig, watch: Watch, accelerator: Accelerator) -> None
 
 def _rounds_text(config: PruneConfig) -> str:
     if config.last_round is not None:
-        return f"{config.rounds} rounds of {config.epochs}"
+        return f"{counted(int(config.rounds), 'round')} of {counted(config.epochs, 'epoch')}"
     return (
-        f"rounds of {config.epochs} until one is more than {config.most_points_lost:g} points "
-        "below the base, or nothing more can be cut"
+        f"rounds of {counted(config.epochs, 'epoch')} until one is more than "
+        f"{config.most_points_lost:g} points below the base, or nothing more can be cut"
     )
 
 
@@ -212,7 +213,7 @@ def _try(
         if round_:
             network, card, _ = cut(network, card, round_, config, accelerator.device, calibration)
         trainer.try_step(network, learned)
-    cuts = f", the cuts of {rounds} rounds" if rounds else ""
+    cuts = f", the cuts of {counted(rounds, 'round')}" if rounds else ""
     say(f"tried: an evaluation batch, a training step{cuts}")
     return caution
 

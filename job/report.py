@@ -153,7 +153,10 @@ def _run_text(history: History) -> str:
         lines += ["", f"recommended: rounds/{history.best.round:02d} ({printable(history.reason)})"]
     lines += [f"caution: {printable(caution)}" for caution in history.cautions]
     if history.state == "died":
-        lines += ["", "its job is gone without a word: run the same command to resume"]
+        lines += [
+            "",
+            "its process was killed or its machine was lost: run the same command to resume",
+        ]
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from job.errors import (
     ConfigError,
     DataError,
     InputNotFound,
+    OtherRunError,
     OutputError,
     StorageError,
     cannot_begin,
@@ -125,20 +126,38 @@ class Run:
                 f"{shown(stored)} is not the config.toml of a run: a table is missing"
             )
         done = max(0, self.saved - 1)
-        check_unchanged(tables.get("prune", {}), config, shown(self.path), done)
+        origin = self._other_origin(tables, config, dataset, base)
+        try:
+            check_unchanged(tables.get("prune", {}), config, shown(self.path), done)
+        except OtherRunError:
+            raise
+        except ConfigError as fewer:  # fewer rounds: of another run they may be
+            raise origin or fewer from None
+        if origin:
+            raise origin
+
+    def _other_origin(
+        self,
+        tables: Mapping[str, Any],
+        config: PruneConfig,
+        dataset: Mapping[str, Any] | None,
+        base: Mapping[str, Any] | None,
+    ) -> OtherRunError | None:
+        """What is wrong with resuming this run on ``dataset`` from ``base``; None: any will do."""
         fingerprint = tables.get("dataset", {}).get("fingerprint")
         if dataset is not None and fingerprint != dataset["fingerprint"]:
-            raise other_run(
+            return other_run(
                 f"{shown(self.path)} was begun on other data", ": type the same --data to resume it"
             )
         own = tables.get("base")
         if base is not None and config.base_epochs is None and isinstance(own, dict):
             base = {**base, "epochs": own.get("epochs")}  # the default when the run was begun
         if base is not None and own != dict(base):
-            raise other_run(
+            return other_run(
                 f"{shown(self.path)} was begun from other --weights, --base-epochs or --teacher",
                 ": type the same to resume it",
             )
+        return None
 
     @property
     def stored_rounds(self) -> Any:

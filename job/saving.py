@@ -13,7 +13,7 @@ import torch
 from job.artifact import ModelCard, find_model, load_model, load_weights, read_card, save_model
 from job.data import PreprocessingOptions
 from job.errors import DataError, GammaslimError, OutputError, UsageError, shown
-from job.files import check_writable
+from job.files import check_writable, is_file
 from job.models.factory import NETWORKS, name_factory, torchvision_names
 from job.models.head import find_head
 from job.slimming.arguments import check_network, kind_of
@@ -102,6 +102,11 @@ def load(path: str | Path, *, network: nn.Module | None = None) -> nn.Module:
     >>> logits = network(torch.rand(1, 3, 32, 32))  # doctest: +SKIP
     """
     _check_path(path)
+    if is_file(Path(path)):
+        raise UsageError(
+            f"path must be a folder; {shown(path)} is a file: give the weights in it to the "
+            "load_state_dict of the network they were saved from"
+        )
     folder = find_model(path)
     if network is None:
         return load_model(folder)[0]
@@ -158,6 +163,8 @@ def _named(
     if model is not None:
         name = _name_of(model)
         name_factory(name)
+        if args.get("num_classes") == card.num_classes:  # the card has that already
+            args = {key: value for key, value in args.items() if key != "num_classes"}
         made = replace(card, model=name, args=args)
         if why := _why_not(network, made, example):
             raise UsageError(

@@ -44,13 +44,14 @@ def adopted(config: PruneConfig) -> PruneConfig:
     if folder is None:
         return config
     card, name = read_card(folder), f"--weights {shown(str(config.weights))}"
+    what = f"{card.model} with {card.num_classes} logits"
     for option, given, default, own in (
         ("--model", config.model, DEFAULTS.model, card.model),
         ("--model-arg", config.args, DEFAULTS.args, card.args),
         ("--num-classes", config.num_classes, DEFAULTS.num_classes, card.num_classes),
     ):
         if given not in (default, own):
-            raise UsageError(f"{name} brings its own network, with {option} {own}: leave that out")
+            raise UsageError(f"{name} brings its own network, {what}: leave out {option}")
     data = config.data
     if data is None:
         own = own_data(str(config.weights), card.lineage)

@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from job.config import HARMLESS, PruneConfig
+from job.console import counted
 from job.errors import ConfigError, OtherRunError
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str, done:
     if changed == ["rounds"] and not now.target:
         if now.last_round is not None and now.last_round < done:
             raise ConfigError(
-                f"{run} has {done} rounds already, --rounds {now.rounds} is fewer: type --rounds "
-                f"{done} or more to continue it, or choose another --output"
+                f"{run} has {counted(done, 'round')} already, --rounds {now.rounds} is fewer: "
+                f"type --rounds {done} or more to continue it, or choose another --output"
             )
         return
     if not changed:

@@ -34,6 +34,7 @@ TEN = [100] * 10
         (0.278, TEN, "the weights score 27.8%, low for 10 classes"),
         (0.45, TEN, "low for 10 classes"),
         (0.47, TEN, None),
+        (0.667, [2, 2, 2], "66.7%, near chance for 3 classes as far as 6 images can tell: is"),
         (0.91, [900, 100], "near chance for 2 classes"),  # the commonest class would do as well
         (0.97, [900, 100], None),
         (0.2, [10, 0, 0], None),  # one class alone tells nothing

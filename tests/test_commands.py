@@ -256,11 +256,11 @@ def test_configuration_comes_from_file_environment_and_options(tmp_path: Path) -
     )
     args = ("prune", "--dry-run", "--config", "my.toml")
     done = gammaslim(*args, cwd=tmp_path)
-    assert "9 epochs of base training, then 3 rounds of 7" in done.out, done
+    assert "9 epochs of base training, then 3 rounds of 7 epochs" in done.out, done
     assert "0.9000" in done.out
     env = {"GAMMASLIM_PRUNE_ROUNDS": "2", "GAMMASLIM_PRUNE_EPOCHS": "4"}
     done = gammaslim(*args, "--epochs", 6, cwd=tmp_path, env=env)
-    assert "9 epochs of base training, then 2 rounds of 6" in done.out, done
+    assert "9 epochs of base training, then 2 rounds of 6 epochs" in done.out, done
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -
 def test_a_misspelt_variable_is_named_and_kubernetes_are_left_alone() -> None:
     wrong = gammaslim("prune", "--dry-run", env={"GAMMASLIM_PRUNE_RATES": "0.9"})
     assert wrong.code == 78
-    assert "did you mean RATE?" in one_line(wrong.err)
+    assert "did you mean GAMMASLIM_PRUNE_RATE?" in one_line(wrong.err)
     services = {
         "GAMMASLIM_PRUNE_SERVICE_HOST": "10.0.0.1",
         "GAMMASLIM_PRUNE_PORT_80_TCP_ADDR": "10.0.0.1",

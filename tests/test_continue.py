@@ -20,7 +20,7 @@ import job.config
 import job.folders
 import job.pipeline
 from conftest import gammaslim, write_flat, write_noise_idx
-from job.artifact import load_model, read_card
+from job.artifact import find_model, load_model, read_card
 from job.config import PruneConfig
 from job.errors import (
     ConfigError,
@@ -126,6 +126,38 @@ def test_open_rounds_need_an_end() -> None:
 
 
 # --- the default folder
+
+
+def test_fewer_rounds_of_other_data_or_another_base_are_another_run(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prune(config(noise, rounds=1))
+    capsys.readouterr()
+    prune(config(noise, rounds=1))
+    assert (
+        "runs/student-base=4-idx on 1 process, cpu, fp32; the run is finished and only shown"
+        in (capsys.readouterr().out)
+    )
+    other = write_noise_idx(tmp_path / "other" / "idx", 24, 16)
+    prune(config(other, rounds=0))
+    assert "student-base=4-idx was begun on other data" in capsys.readouterr().out
+    assert summary(tmp_path / "runs" / "student-base=4-idx-2")["state"] == "finished"
+    with pytest.raises(ConfigError, match="has 1 round already"):
+        prune(config(noise, rounds=0, output="runs/student-base=4-idx"))
+
+
+def test_a_run_whose_base_is_not_finished_is_no_model_yet(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(InputNotFound, match="is a run whose base is not finished"):
+        find_model(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [("prune", "--rounds"), ("launch", "--nproc")])
+def test_a_number_or_auto_is_asked_for_by_name(arguments: tuple[str, ...]) -> None:
+    done = gammaslim(*arguments, "many", *(["--", "prune"] if "launch" in arguments else []))
+    assert done.code == 2
+    assert "'many' is neither a whole number nor auto" in " ".join(done.err.split())
 
 
 def test_other_options_get_the_next_number_and_the_same_command_its_own_run(
@@ -401,9 +433,11 @@ def test_a_run_stands_for_its_recommended_model(
 
 def test_what_contradicts_a_slim_base_is_named(slim_run: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "run")
-    with pytest.raises(UsageError, match="brings its own network, with --model student"):
+    with pytest.raises(
+        UsageError, match="brings its own network, student with 4 logits: leave out --model"
+    ):
         prune(weights(slim_run, model="resnet18", output=output))
-    with pytest.raises(UsageError, match="--num-classes 4"):
+    with pytest.raises(UsageError, match="4 logits: leave out --num-classes"):
         prune(weights(slim_run, num_classes=9, output=output))
     with pytest.raises(InputNotFound, match="is not a model"):
         prune(weights(tmp_path, output=output))

@@ -218,6 +218,7 @@ def test_a_csv_of_paths_and_labels_is_a_data_set(run: Path, tmp_path: Path, deli
             "training": 12, "validation": 12, "testing": 1,
         }  # fmt: skip
         record = json.loads(call("evaluate", run, "--data", given, "--json", "--workers", 0).output)
+        assert record["data"] == str(given)  # not the folder that a file is in
         assert (record["count"], record["accuracy"]) == (12, 1.0)  # in the model's own order
         assert [row["class"] for row in predict(run, "--data", given)] == ["11"]
 

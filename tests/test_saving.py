@@ -154,3 +154,12 @@ def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
         job.load(None)
     with pytest.raises(InputNotFound):
         job.load(tmp_path / "slim")
+    with pytest.raises(UsageError, match="load_state_dict"):
+        job.load(tmp_path / "full" / "notes.txt")
+
+
+def test_classes_among_the_arguments_are_those_of_the_network(tmp_path: Path) -> None:
+    narrow, plan = slimmed(StudentNet(base=4, num_classes=5))
+    given = {"model": StudentNet, "model_args": {"base": 4, "num_classes": 5}}
+    job.save(narrow, tmp_path / "slim", plan=plan, **given)
+    assert torch.equal(job.load(tmp_path / "slim")(PROBE), narrow.eval()(PROBE))

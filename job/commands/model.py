@@ -71,7 +71,11 @@ def _preprocessing(options: ModelOptions, model: str, largest: int) -> Preproces
     said = (options.image_size, options.crop, options.resize)
     size = nominal_size(model)
     if largest or any(said) or options.transform not in ("auto", "small"):
-        return options.resolve(largest or options.image_size or size or 0)
+        chosen = options.resolve(largest or options.image_size or size or 0)
+        if largest and not any(said) and options.transform == "auto" and is_main():
+            line = f"input size: {chosen.size} pixels, by the images; else give --image-size"
+            click.echo(line, err=True)
+        return chosen
     if size is None:
         raise UsageError(
             f"{shown(options.path)} is a weights file: give the side of the images that {model} is "
@@ -85,7 +89,7 @@ def _preprocessing(options: ModelOptions, model: str, largest: int) -> Preproces
 
 def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.Module, ModelCard]:
     if options.model is None:
-        raise UsageError(f"{shown(path)} is a weights file: give its network, --model student")
+        raise UsageError(f"{shown(path)} is a weights file: give its network, e.g. --model student")
     state = read_state(path)
     args = dict(options.model_arg)
     classes = options.num_classes or (11 if options.model in NAMES else 1000)

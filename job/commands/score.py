@@ -15,7 +15,7 @@ import numpy as np
 from job.cautions import of_model, one_class
 from job.commands.chosen import Chosen, DataOptions, open_chosen
 from job.commands.model import ModelOptions, open_model
-from job.console import progress, say, say_cautions, table
+from job.console import counted, progress, say, say_cautions, table
 from job.data.batches import default_workers
 from job.data.dataset import UNLABELLED
 from job.data.layout import IMAGES
@@ -170,7 +170,7 @@ def _say_predictions(chosen: Chosen, count: int, output: str, *, auto: bool) -> 
         say(f"data: {note}")
     what = "Id,Category, as the files are numbered; --format csv has names" if auto else ""
     of = f"the {chosen.name} split of {data.root}" if data.layout != IMAGES else data.root
-    say(f"{count:,} predictions of {of} in {shown(output)}{f' ({what})' if what else ''}")
+    say(f"{counted(count, 'prediction')} of {of} in {shown(output)}{f' ({what})' if what else ''}")
     if data.skipped:
         say(f"{len(data.skipped)} images that cannot be read are left out:")
         say("\n".join(f"  {shown(name)}" for name in data.skipped))

@@ -61,7 +61,7 @@ def open_csv_file(path: Path) -> Dataset:
             f"--data {shown(path)} has no column of image paths: its first line names the columns, "
             "as in file,label or path,class,split"
         )
-    return _dataset(path.parent, _rows(path))
+    return _dataset(path.parent, _rows(path), path)
 
 
 def _text(path: Path) -> str:
@@ -131,7 +131,7 @@ def _rows(path: Path) -> list[Row]:
     return rows
 
 
-def _dataset(root: Path, rows: list[Row]) -> Dataset:
+def _dataset(root: Path, rows: list[Row], file: Path | None = None) -> Dataset:
     labels = {r.label for r in rows if r.label and r.split == "training"}
     labels = labels or {row.label for row in rows if row.label}
     numbers = all(label.isdecimal() and len(label) <= DIGITS for label in labels)
@@ -150,9 +150,9 @@ def _dataset(root: Path, rows: list[Row]) -> Dataset:
             paths = tuple(row.path for row in own)
             splits[split] = FileSplit(root, paths, np.array(found, np.int64))
     if not splits:
-        raise DataError(f"the CSV in {shown(root)} names no images")
+        raise DataError(f"the CSV in {shown(file or root)} names no images")
     numbered = bool(names) and names == tuple(map(str, range(len(names))))
-    return Dataset("CSV", shown(root), names, splits, numbered, _repetitions(rows))
+    return Dataset("CSV", shown(file or root), names, splits, numbered, _repetitions(rows))
 
 
 def _repetitions(rows: list[Row]) -> tuple[str, ...]:

@@ -132,8 +132,13 @@ class Dataset:
         others = {"testing": "evaluation", "evaluation": "testing"}
         found = self.splits.get(name) or self.splits.get(others.get(name, ""))
         if not found:
-            there = ", ".join(self.splits)
-            raise InputNotFound(f"{self.root} has no {name} split; it has: {there} (--split)")
+            there = list(self.splits)
+            training = self.splits.get("training")
+            if "validation" not in there and training and (training.labels != UNLABELLED).all():
+                there.append("validation (held out of training)")
+            raise InputNotFound(
+                f"{self.root} has no {name} split; --split can be {', '.join(there)}"
+            )
         return found
 
     def labelled(self, name: str) -> Split:

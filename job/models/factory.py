@@ -109,7 +109,10 @@ def _made(name: str, make: Callable[..., Any], args: Mapping[str, Any]) -> nn.Mo
         )
         told = f"does not take {given}" if given else "cannot be built"
         kind = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
-        raise UsageError(f"--model {name} {told}: {kind}{reason(error)}") from error
+        why = f"{kind}{reason(error)}"
+        if isinstance(error, TypeError) and "missing" in why and "required" in why:
+            why += "; give it by --model-arg NAME=VALUE"
+        raise UsageError(f"--model {name} {told}: {why}") from error
     if not isinstance(network, nn.Module):
         raise UsageError(
             f"--model {name} returned {type(network).__name__}: it must return a torch.nn.Module"
@@ -156,9 +159,10 @@ def _imported(name: str) -> Any:
     for part in path.split("."):
         if not hasattr(found, part):
             callables = [n for n, value in vars(found).items() if callable(value)]
-            raise UsageError(
-                f"--model {name}: no {part} in {module_name}{nearest(part, callables)}"
-            )
+            near = nearest(part, callables)
+            if module_name == "timm":  # the form that --transform takes
+                near = f"; type --model timm:create_model --model-arg model_name={part}"
+            raise UsageError(f"--model {name}: no {part} in {module_name}{near}")
         found = getattr(found, part)
     if not callable(found):
         raise UsageError(f"--model {name} is a {type(found).__name__}, which cannot be called")

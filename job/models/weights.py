@@ -242,7 +242,10 @@ def _other_shape(network: nn.Module, own: State, state: State, wrong: list[str])
     if any(state[key].dim() != own[key].dim() for key in wrong):
         return differ
     args = "width_mult=… (or base=…)" if isinstance(network, StudentNet) else "K=V"
-    return f"{differ}: another width? pass --model-arg {args} as it was trained"
+    return (
+        f"{differ}: another width? pass --model-arg {args} as it was trained; "
+        "a slim model is given by its run or model folder, not by a weights file"
+    )
 
 
 def _some(keys: list[str]) -> str:
