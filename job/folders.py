@@ -105,7 +105,7 @@ def _numbered(first: Path) -> list[Path]:
     name = re.compile(re.escape(first.name) + r"(?:-([2-9]|[1-9][0-9]{1,5}))?")
     try:
         found = {name.fullmatch(path.name): path for path in first.parent.iterdir()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     matches = sorted((int(match[1] or 1), path) for match, path in found.items() if match)
     return [path for _, path in matches]

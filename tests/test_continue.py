@@ -199,6 +199,15 @@ def test_other_options_get_the_next_number_and_the_same_command_its_own_run(
         prune(config(noise, model_arg=(("width_mult", 2),), resume="require"))
 
 
+def test_a_file_in_place_of_the_folder_of_runs_cannot_be_written_to(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").touch()
+    with pytest.raises(OutputError, match="cannot write into runs: it is not a folder"):
+        prune(config(noise, rounds=0))
+
+
 def test_a_run_that_was_named_without_its_model_arguments_is_resumed(
     noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from job.data.batches import (
     TrainingPictures,
     checked,
     loader,
+    report_uncaught,
 )
 from job.data.dataset import ArraySplit
 from job.data.table import Draw, epoch_table
@@ -158,3 +159,11 @@ def test_an_empty_share_of_a_batch_is_an_empty_batch(tmp_path: Path) -> None:
     images, labels = TrainingPictures(split, Preprocessing("homework", 32)).__getitems__([])  # type: ignore[misc]
     assert images.shape == (0, 32, 32, 3)
     assert labels.shape == (0,)
+
+
+def test_a_worker_does_not_report_that_the_job_has_left(capsys: pytest.CaptureFixture[str]) -> None:
+    """A second Ctrl-C may come while its thread hands a tensor out."""
+    report_uncaught(ConnectionResetError, ConnectionResetError("reset by peer"), None)
+    assert capsys.readouterr().err == ""
+    report_uncaught(ValueError, ValueError("a bug"), None)
+    assert "ValueError: a bug" in capsys.readouterr().err

@@ -217,6 +217,13 @@ def prepare_worker(_worker: int = 0) -> None:
     """
     ignore_requests()
     end_with_parent(signal.SIGKILL)
+    sys.excepthook = report_uncaught
+
+
+def report_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What multiprocessing's thread that hands tensors out reports; not that the job has left."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def checked(batches: DataLoader[Any]) -> Iterator[Batch]:
