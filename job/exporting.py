@@ -68,7 +68,7 @@ def format_of(path: Path, asked: str | None) -> str:
 def state_dict_bytes(network: nn.Module, suffix: str) -> bytes:
     """The state dict: safetensors for that ``suffix``, else what torch.save writes."""
     state = unshared(network.state_dict())
-    if suffix == ".safetensors":
+    if suffix.lower() == ".safetensors":
         content: bytes = safetensors_bytes(state, {"format": "pt"})
         return content
     buffer = io.BytesIO()

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from conftest import gammaslim, randomise
 from job.errors import DataError, InputNotFound
+from job.exporting import state_dict_bytes
 from job.models import build
 from job.models.weights import load_state, read_state
 
@@ -102,6 +103,15 @@ def test_a_truncated_file_and_a_missing_one(tmp_path: Path) -> None:
         read_state(tmp_path / "w.pt")
     with pytest.raises(InputNotFound, match="do not exist"):
         read_state(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".SafeTensors", ".PTH"])
+def test_a_state_dict_is_read_back_whatever_letters_its_suffix_has(
+    tmp_path: Path, suffix: str
+) -> None:
+    network = build("student", 3, {"base": 2})
+    (tmp_path / f"w{suffix}").write_bytes(state_dict_bytes(network, suffix))
+    assert read_state(tmp_path / f"w{suffix}").keys() == network.state_dict().keys()
 
 
 def test_weights_saved_in_half_precision_counters_included_are_taken() -> None:
