@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from job.errors import UsageError
 from job.slimming.arguments import (
@@ -25,11 +27,10 @@ from job.slimming.cut import best_method, make_cut, plan_cut
 from job.slimming.engine import Slimming, analyse
 from job.slimming.inputs import without_values
 from job.slimming.recalibration import recalibrate as recalibrated
+from job.slimming.untouched import untouched
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import nn
+    from collections.abc import Iterable, Iterator
 
     from job.slimming.graph import ChannelGraph
     from job.slimming.inputs import Example
@@ -98,14 +99,15 @@ def slim(
         method, line = best_method(importance, compensate, images=batches is not None)
         if line:
             _tell(line)
-        narrow, plan, _ = make_cut(
-            model,
-            graph,
-            inputs,
-            method,
-            lambda scores: plan_cut(model, graph, scores, slimming, method.compensate, inputs),
-            None if batches is None else lambda: batches,
-        )
+        with _weights_kept(model, batches is not None):
+            narrow, plan, _ = make_cut(
+                model,
+                graph,
+                inputs,
+                method,
+                lambda scores: plan_cut(model, graph, scores, slimming, method.compensate, inputs),
+                None if batches is None else lambda: batches,
+            )
     except UsageError as error:
         raise UsageError(in_python(str(error))) from error
     if recalibrate and batches:
@@ -120,6 +122,15 @@ def _analysed(model: nn.Module, inputs: Example, names: list[str]) -> ChannelGra
         single = isinstance(inputs, torch.Tensor) and inputs.dim() == 3
         hint = "; for a single image give example[None], a batch of one" if single else ""
         raise UsageError(f"example: {error}{hint}") from error
+
+
+@contextmanager
+def _weights_kept(model: nn.Module, measured: bool) -> Iterator[None]:
+    """Put chance back and, of a network that runs, weights that its own passes change."""
+    with untouched(model, values=False) as snapshot:
+        if measured:
+            snapshot.keep(t for t in snapshot.tensors if isinstance(t, nn.Parameter))
+        yield
 
 
 def _tell(line: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import operator
 import random
 import sys
+import threading
 import types
-from collections import OrderedDict, deque
+import weakref
+from collections import OrderedDict, UserDict, UserList, deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +20,17 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 ATOMS = frozenset([bool, int, float, complex, str, bytes, types.NoneType, torch.Size, torch.dtype])
 FOREIGN = frozenset(["torch", "numpy", *sys.stdlib_module_names]) - {"__main__"}
+KEEPING = (  # classes of the standard library whose objects keep what they are given
+    types.SimpleNamespace, argparse.Namespace, UserDict, UserList, weakref.WeakSet,
+    weakref.WeakKeyDictionary, weakref.WeakValueDictionary,
+)  # fmt: skip
+LOCKS = (
+    type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore,
+)  # fmt: skip
 HOOKS = (dict, OrderedDict)
 MOST_PARTS = 10_000  # of a container that is looked into
 _ABSENT = object()
@@ -55,6 +65,7 @@ class Snapshot:
         self.tensors: list[torch.Tensor] = []
         # of a recording's tensors on the meta device: by id of the original, and their names
         self.shadows: tuple[dict[int, torch.Tensor], dict[int, str]] | None = None
+        self.locks = False  # something of it can be locked: one pass may wait for another
         self.custom = False  # the code has functions of its own for autograd
         self._stores: list[tuple[Any, Any]] = []
         self._empty: list[dict[Any, Any]] = []  # most of those with hooks
@@ -63,8 +74,10 @@ class Snapshot:
         self._kinds: list[tuple[nn.Module, type]] = []  # those of lazy modules change
         self._cells: list[tuple[types.CellType, Any]] = []
         self._caches: list[tuple[Any, Any]] = []
-        self._generators: list[tuple[torch.Generator, torch.Tensor]] = []
-        self._values: list[tuple[Any, Any, int]] = []
+        self._slots: list[tuple[Any, dict[str, Any]]] = []
+        self._generators: list[tuple[Callable[[Any], Any], Any]] = []
+        self._arrays: list[tuple[Any, Any]] = []
+        self._values: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = []
         self._seen: set[int] = set()
         self._entered: set[int] = set()
         self._code: list[Any] = []
@@ -89,7 +102,8 @@ class Snapshot:
         """Put back the numbers in these too."""
         for tensor in tensors:
             if not (tensor.is_meta or tensor.is_inference() or is_lazy(tensor)):
-                self._values.append((tensor, tensor.detach().clone(), tensor._version))
+                was = tensor.detach()  # its place in memory, of which it may get another one
+                self._values.append((tensor, was, was.clone(), tensor._version))
 
     def restore(self) -> list[torch.Tensor]:
         """Put everything back; the tensors that were in its place."""
@@ -120,14 +134,21 @@ class Snapshot:
         for cache, before in self._caches:
             if cache.cache_info().misses != before:
                 cache.cache_clear()  # what was added cannot be taken out by itself
-        for generator, state in self._generators:
-            generator.set_state(state)
-        for value, before, version in self._values:
-            if isinstance(value, np.ndarray):
-                value[...] = before
-            elif value._version != version:
-                with torch.no_grad():
-                    value.data.copy_(before)
+        for owner, before in self._slots:
+            for name, value in before.items():
+                if getattr(owner, name, _ABSENT) is not value:
+                    new.append(getattr(owner, name, None))
+                    _set_slot(owner, name, value)
+        for put, state in self._generators:
+            put(state)
+        for array, before in self._arrays:
+            array[...] = before
+        for tensor, was, numbers, version in self._values:
+            changed = tensor._version != version
+            if _place(tensor) != _place(was):
+                tensor.data = was
+            if changed:
+                was.copy_(numbers)
         _set_chance(self._chance)
         return Snapshot(*new).tensors if new else []
 
@@ -153,6 +174,7 @@ class Snapshot:
                     self._code.append(kind)
                 attributes = value.__dict__
                 stores.append((attributes, dict(attributes)))
+                waiting += self._slotted(value)
                 for part in attributes.values():
                     if type(part) in ATOMS:
                         continue
@@ -176,15 +198,32 @@ class Snapshot:
             return (getattr(value, "__func__", None), value.__self__)
         if isinstance(value, (types.FunctionType, type, functools._lru_cache_wrapper)):
             self._code.append(value)
-        elif isinstance(value, torch.Generator):
-            self._generators.append((value, value.get_state()))
+        elif isinstance(value, (torch.Generator, np.random.RandomState)):
+            self._generators.append((value.set_state, value.get_state()))
+        elif isinstance(value, np.random.Generator):
+            bits = value.bit_generator
+            self._generators.append((functools.partial(setattr, bits, "state"), bits.state))
+        elif isinstance(value, random.Random):
+            self._generators.append((value.setstate, value.getstate()))
+        elif isinstance(value, LOCKS):
+            self.locks = True
         elif isinstance(value, np.ndarray):
             if value.flags.writeable and value.dtype != object:
-                self._values.append((value, value.copy(), 0))
+                self._arrays.append((value, value.copy()))
         elif not isinstance(value, types.ModuleType) and not _foreign(type(value)):
             self._code.append(type(value))
-            return (getattr(value, "__dict__", None),)
+            return getattr(value, "__dict__", None), *self._slotted(value)
         return ()
+
+    def _slotted(self, value: Any) -> tuple[Any, ...]:
+        """What is in an object's slots."""
+        kind: Any = type(value)
+        names = slots(kind)
+        if not names:
+            return ()
+        before = {name: getattr(value, name, _ABSENT) for name in names}
+        self._slots.append((value, before))
+        return tuple(before.values())
 
     def _enter(self, code: Any) -> None:
         """Look into what code holds: a class, a function, a function with a cache."""
@@ -224,6 +263,34 @@ class Snapshot:
 
 
 @functools.lru_cache(maxsize=4096)
+def slots(kind: Any) -> tuple[str, ...]:
+    """The names of the attributes that objects of a class have besides those in their dict."""
+    return tuple(
+        name
+        for each in kind.__mro__
+        for name, value in vars(each).items()
+        if isinstance(value, types.MemberDescriptorType) and "__slots__" in vars(each)
+    )
+
+
+def _set_slot(owner: Any, name: str, value: Any) -> None:
+    """As it is set in no way of the object's own."""
+    if value is _ABSENT:
+        object.__delattr__(owner, name)
+    else:
+        object.__setattr__(owner, name, value)
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Where a tensor's numbers are; those without a plain memory have none."""
+    try:
+        place = tensor.untyped_storage()._cdata, tensor.storage_offset()
+    except (NotImplementedError, RuntimeError):
+        return ()
+    return *place, tensor.dtype, tensor.shape, tensor.stride()
+
+
+@functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> frozenset[str]:
     """The global names that code may read or set, that of functions in it too."""
     inner = (part for part in code.co_consts if isinstance(part, types.CodeType))
@@ -233,7 +300,7 @@ def _names(code: types.CodeType) -> frozenset[str]:
 def _foreign(code: Any) -> bool:
     """Whether a class or function is of the standard library, torch or NumPy."""
     module = getattr(code, "__module__", None) or "builtins"
-    return module.partition(".")[0] in FOREIGN and code is not types.SimpleNamespace
+    return module.partition(".")[0] in FOREIGN and code not in KEEPING
 
 
 def _same(store: Any, before: Any) -> bool:
@@ -243,7 +310,7 @@ def _same(store: Any, before: Any) -> bool:
         return True
     if isinstance(store, dict):
         alike = all(map(operator.is_, store.values(), before.values()))
-        return alike and all(map(operator.eq, store, before))
+        return alike and all(map(operator.is_, store, before))
     return store == set(before) if isinstance(store, set) else all(map(operator.is_, store, before))
 
 
