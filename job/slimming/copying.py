@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
+import io
+import threading
 import types
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, defaultdict, deque
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from job.errors import UsageError, reason
 from job.slimming.layers import modules_of, tensors_of
+from job.slimming.untouched import slots
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,6 +29,13 @@ PLAIN_COPY = {
     name: [getattr(kind, name, None) for kind in (nn.Module, nn.modules.conv._ConvNd)]
     for name in ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 }
+MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+PLAIN_OBJECT = {name: getattr(object, name, None) for name in PLAIN_COPY}
+# what cannot be copied, and keeps nothing that a network computes
+SHARED = (
+    type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local,
+    io.IOBase, types.ModuleType,
+)  # fmt: skip
 PLAIN = frozenset([bool, int, float, str, type(None)])
 
 
@@ -58,9 +71,38 @@ class _Copier:
             elif name in ("_parameters", "_buffers"):
                 attributes[name] = {key: self.tensor(t) for key, t in value.items()}
             elif type(value) in (dict, OrderedDict, set) and not value:
-                attributes[name] = type(value)()
+                attributes[name] = memo[id(value)] = type(value)()  # handles of hooks refer to it
             else:
-                attributes[name] = self.value(value)
+                attributes[name] = self.attribute(module, name, value)
+        self.slots(module, new)
+        return new
+
+    def attribute(self, owner: Any, name: str, value: Any) -> Any:
+        try:
+            return self.value(value)
+        except (
+            TypeError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # as of generators, and of what has one
+            where = f"{type(owner).__name__}.{name}"
+            raise UsageError(
+                f"the network cannot be copied, for its attribute {where}: {reason(error)}"
+            ) from error
+
+    def slots(self, old: Any, new: Any) -> None:
+        kind: Any = type(old)
+        for name in slots(kind):
+            if hasattr(old, name):
+                object.__setattr__(new, name, self.attribute(old, name, getattr(old, name)))
+
+    def object(self, value: Any) -> Any:
+        """An object that copies in no way of its own, with what it holds."""
+        kind: Any = type(value)
+        new = self.memo[id(value)] = kind.__new__(kind)
+        for name, part in getattr(value, "__dict__", {}).items():
+            vars(new)[name] = self.value(part)
+        self.slots(value, new)
         return new
 
     def tensor(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -95,8 +137,17 @@ class _Copier:
             memo[id(value)] = items
             items += [self.value(part) for part in value]
             return items
-        if kind in (dict, OrderedDict):
-            entries = memo[id(value)] = kind()
+        if kind is deque:
+            ends = memo[id(value)] = deque(maxlen=value.maxlen)
+            ends.extend(self.value(part) for part in value)
+            return ends
+        if kind is set:
+            members = memo[id(value)] = set()
+            members.update(self.value(part) for part in value)
+            return members
+        if kind in (dict, OrderedDict, defaultdict):
+            made = (self.value(value.default_factory),) if kind is defaultdict else ()
+            entries = memo[id(value)] = kind(*made)
             entries.update((self.value(key), self.value(part)) for key, part in value.items())
             return entries
         if kind is types.MethodType:
@@ -106,6 +157,16 @@ class _Copier:
             return functools.partial(self.value(value.func), *args, **kwargs)
         if kind is types.FunctionType:
             return self.function(value) if self.refers(value, set()) else value
+        if kind is functools._lru_cache_wrapper and self.refers(value, set()):
+            cached = functools.lru_cache(**value.cache_parameters())
+            memo[id(value)] = new = cached(self.value(value.__wrapped__))
+            return new
+        if kind is weakref.ref:
+            return weakref.ref(self.value(value())) if self.refers(value, set()) else value
+        if isinstance(value, SHARED):
+            return value
+        if _is_plain(kind):
+            return self.object(value)
         return copy.deepcopy(value, memo)
 
     def function(self, function: types.FunctionType) -> types.FunctionType:
@@ -150,8 +211,22 @@ class _Copier:
             parts = value.__func__, value.__self__
         elif isinstance(value, functools.partial):
             parts = value.func, value.args, value.keywords
+        elif isinstance(value, functools._lru_cache_wrapper):
+            parts = (value.__wrapped__,)
+        elif isinstance(value, weakref.ref):
+            parts = (value(),)
+        elif _is_plain(type(value)):
+            parts = getattr(value, "__dict__", {}).values()
         elif isinstance(value, dict):
             parts = value.values()
-        elif isinstance(value, (list, tuple, set)):
+        elif isinstance(value, (list, tuple, set, deque)):
             parts = value
         return any(self.refers(part, seen) for part in parts)
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether copies of objects of a class are new ones with copies of what they hold."""
+    own = kind.__flags__ & MADE_IN_PYTHON and kind.__new__ is object.__new__
+    if not own or kind in copyreg.dispatch_table:
+        return False
+    return all(getattr(kind, name, None) is plain for name, plain in PLAIN_OBJECT.items())
