@@ -10,7 +10,7 @@ from job.errors import UsageError
 from job.processes import rank, total, world
 from job.slimming.compensation import METHODS, betas, fold_means
 from job.slimming.importance import gamma_importance, magnitude_importance, random_importance
-from job.slimming.moments import collect
+from job.slimming.moments import collect, readers
 from job.slimming.refit import refit_importance
 from job.slimming.regression import quiet, regress
 from job.slimming.taylor import taylor_importance
@@ -52,7 +52,7 @@ def measured(
     moments: dict[str, Moments] = {}
     if batches is not None and (importance == "refit" or method == "mean"):
         moments = collect(network, graph, batches())
-        batches = batches if moments else None
+        batches = batches if moments or not readers(network, graph) else None
     if batches is None:
         raise UsageError(f"{' and '.join(asked)}: calibration images are needed, there are none")
     return moments  # regress takes its own

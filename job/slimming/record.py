@@ -305,6 +305,11 @@ def _record(
     batch = repeated(example, BATCH)
     if device:
         batch = mapped(batch, lambda tensor: torch.empty_like(tensor, device=device))
+    else:  # sizes alone may be known of an example
+        weight = next(network.parameters(), torch.empty(0))
+        batch = mapped(
+            batch, lambda t: torch.rand_like(t, device=weight.device) if t.is_meta else t
+        )
     places = snapshot.places
     made = snapshot.shadows if device else None  # without numbers: nothing can change in them
     copies, names = made or _copies(network, places, device)

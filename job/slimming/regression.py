@@ -21,7 +21,7 @@ from job.slimming.inputs import call, joined, samples, shape_of
 from job.slimming.moments import Sums, inputs_of, readers, rows_of, values_of
 from job.slimming.passes import forward_passes, standing_bytes
 from job.slimming.record import observed
-from job.slimming.untouched import untouched
+from job.slimming.untouched import Snapshot, untouched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -101,6 +101,7 @@ class _Pairs:
         example: Example,
     ) -> None:
         self.networks = narrow, wide
+        self.locks = Snapshot(wide).locks  # no pass may stand still while it holds one
         self.often = Counter(call.weight for call in graph.calls)
         most = max(1, MOST_BYTES // (2 * standing_bytes(wide, example)))
         inputs = list(_first(map(inputs_of, batches), most))
@@ -140,10 +141,10 @@ class _Pairs:
         often, found = self.often[f"{reader.layer}.weight"], []
         for network, passes in zip(self.networks, self.passes, strict=True):
             layer, values = network.get_submodule(reader.layer), []
-            if often == 1:
+            if often == 1 and not self.locks:
                 read = passes[number].until(layer)
                 values = [] if read is None else [values_of(layer, read, reader)]
-            elif often > 1:  # the last of its calls comes behind layers that it feeds itself
+            elif often:  # the last of its calls comes behind layers that it feeds itself
                 values = _inputs(network, layer, reader, self.inputs[number])
             found.append(values)
         return found
