@@ -317,3 +317,15 @@ def test_a_damaged_model_json_is_named(tmp_path: Path, wrong: dict[str, Any]) ->
     file.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"model\.json: unknown preprocessing"):
         read_card(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["timm:resnet50", "torchvision:ResNet50_Weights.IMAGENET1K_V2"])
+def test_inputs_of_any_size_have_a_resizing(name: str) -> None:
+    """At least a pixel, since 0 is no resizing at all, and at most the most that there is."""
+    large = PreprocessingOptions(transform=name, image_size=8192).resolve(0)
+    assert (large.size, large.resizing) == (8192, Resize(8192))
+    padded = Preprocessing("small", 48, Resize(20))
+    assert PreprocessingOptions(image_size=1).override(padded).resizing == Resize(1)
+    assert PreprocessingOptions(image_size=8192).override(padded).resizing == Resize(3413)
+    grown = Preprocessing("small", 32, Resize(40))
+    assert PreprocessingOptions(image_size=8000).override(grown).resizing == Resize(8192)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from job.config import nearest
 from job.data.transforms import Preprocessing
 from job.errors import UsageError
-from job.geometry import INTERPOLATIONS, Resize, parse_channels
+from job.geometry import INTERPOLATIONS, MAX_RESIZE, Resize, parse_channels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,7 @@ def _timm(name: str) -> Callable[[int | None], Preprocessing]:
 
     def at(size: int | None) -> Preprocessing:
         side = size or own.size
-        return replace(own, size=side, resize=Resize(math.floor(side / share), own.resizing.fit))
+        return replace(own, size=side, resize=_resize(math.floor(side / share), own.resizing.fit))
 
     return at
 
@@ -120,5 +120,11 @@ def scaled(own: Preprocessing, size: int | None) -> Preprocessing:
     """``own`` at another size, the crop the same share of the resized image."""
     if size is None or size == own.size:
         return own
+    if not own.resizing.side:
+        return replace(own, size=size)
     side = round(size * own.resizing.side / own.size)
-    return replace(own, size=size, resize=Resize(side, own.resizing.fit))
+    return replace(own, size=size, resize=_resize(side, own.resizing.fit))
+
+
+def _resize(side: int, fit: str) -> Resize:
+    return Resize(min(MAX_RESIZE, max(1, side)), fit)
