@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import warnings
@@ -180,7 +181,17 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
         _tell(_DONE)
     else:
         _wait_for_main()
-    dist.broadcast_object_list(outcome, src=0, group=gloo_group())
+    try:
+        dist.broadcast_object_list(outcome, src=0, group=gloo_group())
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        if not is_main():
+            raise
+        failure = UsageError(  # of all that is shared only a network is others' code
+            f"several processes need a network that can be pickled: {error}; define its classes "
+            "and functions at the top level of a module, or use one process"
+        )
+        outcome = [None, (UsageError, str(failure))]  # nothing has been sent yet
+        dist.broadcast_object_list(outcome, src=0, group=gloo_group())
     if failure is not None:
         raise failure
     if outcome[1] is not None:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from job.config import PruneConfig
 from job.data import Preprocessing
 from job.data.dataset import ArraySplit
-from job.errors import DataError, GammaslimError
+from job.errors import DataError, GammaslimError, UsageError
 from job.exits import exit_now
 from job.models.student import StudentNet
 from job.processes import check_same, on_main, rank, start, world
@@ -213,6 +213,13 @@ def check_errors_travel() -> None:
         assert getattr(error, "reported", False) == (rank() > 0)
     else:
         raise AssertionError("no error")
+    try:
+        on_main(lambda: [lambda: "of a module"])  # as a network that a factory defines within
+    except UsageError as error:
+        assert "can be pickled" in str(error)
+        assert error.reported == (rank() != 0)
+    else:
+        raise AssertionError
     assert on_main(lambda: "from main") == "from main"
     check_same("equal", "x")
     try:
