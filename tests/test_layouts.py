@@ -213,3 +213,12 @@ def test_a_name_that_is_not_utf8_is_read_and_can_be_printed(tmp_path: Path) -> N
     split = open_data(str(tmp_path)).splits["training"]
     assert split.picture(0).size == (8, 8)
     assert len(split.digest()) == 32
+
+
+def test_a_split_that_is_missing_is_named_with_those_that_are_there(tmp_path: Path) -> None:
+    save(tmp_path / "testing" / "7.jpg")
+    data = open_data(str(tmp_path))
+    with pytest.raises(InputNotFound, match=r"no training split; it has: testing$"):
+        data.labelled("training")  # as prune does it, which has no --split
+    with pytest.raises(InputNotFound, match=r"no validation split; --split can be testing$"):
+        data.labelled("validation")

@@ -136,9 +136,8 @@ class Dataset:
             training = self.splits.get("training")
             if "validation" not in there and training and (training.labels != UNLABELLED).all():
                 there.append("validation (held out of training)")
-            raise InputNotFound(
-                f"{self.root} has no {name} split; --split can be {', '.join(there)}"
-            )
+            has = "it has:" if name == "training" else "--split can be"  # prune has no such option
+            raise InputNotFound(f"{self.root} has no {name} split; {has} {', '.join(there)}")
         return found
 
     def labelled(self, name: str) -> Split:
