@@ -261,6 +261,8 @@ class Job:
         ranking = on_main(lambda: ranking_norms(network, self.preprocessing.size, sparse_epochs))
         cost = network_cost(network, self.preprocessing.size)
         start, self.start = self.start, None
+        if start and start.epoch > last:  # nothing is left to be trained that would say where it is
+            self.attempt.at = (round_, last, self.attempt.at[2])
         plan: dict[str, Any] = {"wide": card.lineage.get("wide_sha256", ""), "width": card.width}
         plan["layers"] = {name: kept.to_dict() for name, kept in card.layers.items()}
 

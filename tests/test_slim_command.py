@@ -113,6 +113,17 @@ def test_images_without_labels_calibrate(model: Path, tmp_path: Path) -> None:
     assert "taylor needs labelled" in done.stderr
 
 
+def test_images_of_more_numbered_classes_calibrate_without_labels(
+    model: Path, tmp_path: Path
+) -> None:
+    data = write_flat(tmp_path / "data", {"training": 2, "validation": 1}, classes=5, size=32)
+    args = ("--data", data, "--workers", 0, "--target", "width=0.5")
+    done = command("slim", model, "--output", tmp_path / "slim", *args)
+    assert done.exit_code == 0, done.output
+    last = done.stdout.splitlines()[-1]
+    assert last.endswith("has a class 4, the network 3 classes, numbered from 0")
+
+
 def test_classes_are_matched_by_name(model: Path, tmp_path: Path) -> None:
     rng, data = np.random.default_rng(0), tmp_path / "data"
     for split, count in (("train", 3), ("val", 6)):
