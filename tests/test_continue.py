@@ -502,6 +502,8 @@ def test_a_run_keeps_the_default_base_epochs_that_it_was_begun_with(
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [e["epoch"] for e in epochs if e["event"] == "epoch"] == [0, 1]
     assert summary(run)["state"] == "finished"
+    # the position after the last epoch was all that there was to resume from
+    assert json.loads((run / "status.json").read_text())["epoch"] == 1
 
 
 def _stop(*_: Any) -> None:

@@ -44,8 +44,14 @@ class SlimImages:
         names, own = card.class_names, self.data.class_names
         if self.scoring is None:
             return
+        numbers = [s.labels.max(initial=0) for s in (self.scoring, self.calibration)]
         others = [name for name in own if name not in names]
-        if names and others and not self.data.numbered:
+        if self.data.numbered and max(numbers) >= card.num_classes:
+            self._leave(
+                f"{self.data.root} has a class {max(numbers)}, the network {card.num_classes:,} "
+                "classes, numbered from 0"
+            )
+        elif names and others and not self.data.numbered:
             self._leave(f"the model does not know the class {others[0]!r} of {self.data.root}")
         elif not names and not self.data.numbered and len(own) != card.num_classes:
             self._leave(
