@@ -128,7 +128,7 @@ def teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | None:
     if config.teacher is None:
         return None
     name, path = f"--teacher {shown(config.teacher)}", Path(config.teacher)
-    if not any(is_file(path / file) for file in ("model.json", "summary.json")):
+    if not any(is_file(path / file) for file in ("model.json", "summary.json", "config.toml")):
         raise InputNotFound(f"{name} is not a run, round or model folder")
     network, theirs = load_model(find_model(path))
     if theirs.num_classes != card.num_classes:

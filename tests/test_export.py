@@ -156,3 +156,13 @@ def test_batchnorms_that_select_their_channels_are_exported_too(
     else:
         logits = torch.export.load(tmp_path / name).module()(images)
     torch.testing.assert_close(logits, narrow(images), atol=1e-4, rtol=0)
+
+
+def test_the_width_of_another_network_is_told_in_four_digits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = build("resnet18", 3, {})
+    card = ModelCard("resnet18", {}, 3, Preprocessing("small", 32), width=0.8573749999999999)
+    save_model(tmp_path / "slim", network, card)
+    export(ModelOptions(str(tmp_path / "slim")), str(tmp_path / "m.pt"))
+    assert "resnet18 at width 0.8574: " in capsys.readouterr().out

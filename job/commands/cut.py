@@ -28,7 +28,9 @@ def export(model: ModelOptions, output: str, format: str | None = None) -> None:
     network, card = open_model(model)
     content, how = _exported(network, card, format, Path(output).suffix)
     write_output(Path(output), content)
-    say(f"{card.model} at width {card.width!r}: {how} in {shown(output)}")
+    # StudentNet(width_mult=…) needs all digits
+    width = repr(card.width) if card.model == "student" else f"{card.width:.4f}"
+    say(f"{card.model} at width {width}: {how} in {shown(output)}")
 
 
 def _exported(network: nn.Module, card: ModelCard, format: str, suffix: str) -> tuple[bytes, str]:
