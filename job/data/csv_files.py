@@ -79,7 +79,10 @@ def _lines(text: str) -> io.StringIO:
 def _header(path: Path) -> list[str]:
     first = _lines(_text(path)).readline()
     delimiter = max(DELIMITERS, key=first.count)
-    names = next(csv.reader([first], delimiter=delimiter), [])
+    try:
+        names = next(csv.reader([first], delimiter=delimiter), [])
+    except csv.Error:  # a field longer than any name: a file of something else
+        return []
     return [name.strip().lower().replace(" ", "_") for name in names]
 
 
