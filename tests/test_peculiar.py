@@ -250,6 +250,37 @@ def test_a_network_with_a_lock_is_calibrated() -> None:
     assert narrow(IMAGE) is not None
 
 
+class Recalling(Net):
+    """Reads what it has put into an attribute before another layer ran."""
+
+    def build(self) -> None:
+        self.c, self.d = block(12, 12), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = x
+        y: torch.Tensor = self.d(self.c(x) + self.seen)
+        return y
+
+
+class Passing(Recalling):
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.d(self.c(x) + x)
+        return y
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (16, 18, 20)])
+def test_batches_do_not_see_what_is_kept_of_each_other(sizes: tuple[int, ...]) -> None:
+    wide = randomise(Passing())
+    keeping = Recalling()
+    keeping.load_state_dict(wide.state_dict())
+    batches = [torch.randn(4 + n, 3, size, 16) * (1 + n) for n, size in enumerate(sizes)]
+    expected, found = (
+        job.slim(network, IMAGE, calibration=batches)[0].state_dict() for network in (wide, keeping)
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
 class Generating(Net):
     def build(self) -> None:
         self.numbers = (number for number in range(100))

@@ -121,3 +121,13 @@ def standing_bytes(network: nn.Module, example: Example) -> int:
         alive |= {id(result): result.nbytes for result in operation.results()}
         alive = {key: size for key, size in alive.items() if last.get(key, -1) > number}
     return most // recording.samples
+
+
+def keeps_activations(network: nn.Module, example: Example) -> bool:
+    """Whether a pass leaves what it computed where another one would find it."""
+    recording = record(network, example)
+    results = (result for operation in recording.operations for result in operation.results())
+    return any(
+        id(tensor) in recording.constants and tensor.dim() > 1 and len(tensor) == recording.samples
+        for tensor in (*recording.inputs, *results)
+    )

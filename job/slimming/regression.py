@@ -19,7 +19,7 @@ from job.errors import UsageError
 from job.slimming.compensation import columns_of, norms_behind, rebuild
 from job.slimming.inputs import call, joined, samples, shape_of
 from job.slimming.moments import Sums, inputs_of, readers, rows_of, values_of
-from job.slimming.passes import forward_passes, standing_bytes
+from job.slimming.passes import forward_passes, keeps_activations, standing_bytes
 from job.slimming.record import observed
 from job.slimming.untouched import Snapshot, untouched
 
@@ -101,12 +101,16 @@ class _Pairs:
         example: Example,
     ) -> None:
         self.networks = narrow, wide
-        self.locks = Snapshot(wide).locks  # no pass may stand still while it holds one
         self.often = Counter(call.weight for call in graph.calls)
         most = max(1, MOST_BYTES // (2 * standing_bytes(wide, example)))
         inputs = list(_first(map(inputs_of, batches), most))
         self.step = max(map(samples, inputs), default=1)  # readings of so many are added at a time
-        self.inputs = list(_joined(inputs, -(-len(inputs) // MOST_PASSES)))
+        keeps = keeps_activations(wide, example)
+        self.inputs = list(
+            _joined(inputs, len(inputs) if keeps else -(-len(inputs) // MOST_PASSES))
+        )
+        # no pass may stand still while it holds a lock, or another one takes what it keeps
+        self.alone = Snapshot(wide).locks or (keeps and len(self.inputs) > 1)
         self.passes: list[list[ForwardPass]] = []
 
     @contextmanager
@@ -141,7 +145,7 @@ class _Pairs:
         often, found = self.often[f"{reader.layer}.weight"], []
         for network, passes in zip(self.networks, self.passes, strict=True):
             layer, values = network.get_submodule(reader.layer), []
-            if often == 1 and not self.locks:
+            if often == 1 and not self.alone:
                 read = passes[number].until(layer)
                 values = [] if read is None else [values_of(layer, read, reader)]
             elif often:  # the last of its calls comes behind layers that it feeds itself
