@@ -36,7 +36,9 @@ from job.option_types import (
     Finite,
     KeyValue,
     PerChannel,
+    ProcessCount,
     Resizing,
+    RoundCount,
     SplitName,
     Target,
     Transform,
@@ -197,7 +199,8 @@ def _use_config(ctx: click.Context, _param: click.Parameter, source: str | None)
 
 def _check_value(ctx: click.Context, option: click.Option, where: str, value: Any) -> None:
     """Raise ConfigError unless ``value``, of TOML, is one that ``option`` takes."""
-    if isinstance(option.type, type(click.INT)) and type(value) not in (int, str):
+    whole = isinstance(option.type, (type(click.INT), RoundCount, ProcessCount))
+    if whole and type(value) not in (int, str):
         raise ConfigError(f"{where}: not a whole number")
     if isinstance(value, bool) != option.is_flag:
         raise ConfigError(f"{where}: {'neither true nor false' if option.is_flag else 'a boolean'}")

@@ -273,6 +273,7 @@ def test_configuration_comes_from_file_environment_and_options(tmp_path: Path) -
         ("rounds = [1, 2]", "not a whole number"),
         ("epochs = 2.7", "not a whole number"),
         ("rounds = true", "not a whole number"),
+        ("rounds = 2.7", "not a whole number"),
         ("seed = 1979-05-27", "not a whole number"),
         ("rate == 3", "not valid TOML"),
         ("prune = 3", "must be a table"),

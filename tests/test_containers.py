@@ -249,7 +249,7 @@ def test_the_pod_of_job_yaml_is_stopped_and_its_successor_ends_the_run(
         assert state(run) == ("finished", 0)
         assert len(rows(run, "resume")) == 1
         assert {file.lstat().st_gid for file in run.rglob("*")} == {10001}
-        kubernetes.set_recipe(**RECIPE | {"rounds": 2})
+        kubernetes.set_recipe(**RECIPE | {"rate": 0.9})
         code, action, log = kubernetes.end(kubernetes.start())
         assert (code, action) == (78, "FailJob"), log
 

@@ -79,12 +79,12 @@ def test_biases_that_compensation_adds_are_in_the_costs(target: str) -> None:
     assert getattr(plan.after, budget.metric) <= budget.limit(plan.before)
 
 
-def test_preactivation_networks_select_in_front_of_their_batchnorms() -> None:
+def test_preactivation_networks_select_before_their_batchnorms() -> None:
     torch.manual_seed(0)
     network = randomise(PreActivation())
     narrow, plan = job.slim(network, EXAMPLE, target="channels=0.4", min_keep=0)
     assert plan.layers["n1"].select is not None
-    assert any("selected in front" in blocked.reason for blocked in plan.blocked)
+    assert any("selected before each BatchNorm" in blocked.reason for blocked in plan.blocked)
     again, _ = job.slim(narrow, EXAMPLE, target="channels=0.9", min_keep=0)
     assert again(EXAMPLE).shape == (1, 5)
 

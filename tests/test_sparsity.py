@@ -172,7 +172,7 @@ def test_the_last_sparse_epoch_is_kept_even_if_others_were_better(
     training = sparse_trainer(tmp_path)
     scores, states = iter([1, 3, 2, 0]), []
 
-    def evaluate(network: nn.Module, watch: object = None) -> Evaluation:
+    def evaluate(network: nn.Module, *_: object) -> Evaluation:
         states.append(copy.deepcopy(network.state_dict()))
         right = next(scores)
         return Evaluation(1.0, torch.tensor([[right, 3 - right], [0, 0]]))

@@ -6,11 +6,13 @@ import os
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from conftest import gammaslim, randomise
@@ -287,3 +289,24 @@ def test_what_stands_beside_weights_is_not_executed(
     with pytest.raises(DataError, match=r"posix.system"):
         read_state("code.pt")
     assert not Path("executed").exists()
+
+
+class Versioned(nn.Module):
+    """Refuses weights without its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if args[2].get("version") != 2:
+            raise ValueError(f"version should be 2 instead of {args[2].get('version')}")
+        super()._load_from_state_dict(*args)
+
+
+def test_a_network_that_asks_for_its_version_loads_from_tensors_alone() -> None:
+    network, saved = Versioned(), {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
+    load_state(network, saved, "w.safetensors")
+    assert torch.equal(network.fc.weight, saved["fc.weight"])

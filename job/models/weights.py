@@ -147,8 +147,19 @@ def load_state(
         note(f"weights {source}: {head.replacement}")
         state = {**state, **{key: own[key] for key in wrong}}
     _check_values(own, state, source)
-    network.load_state_dict(state)
+    load_tensors(network, state)
     return head is not None
+
+
+def load_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load ``tensors``, by the names of ``network``'s own state dict and as if they were from it.
+
+    Files of tensors lack the versions of modules that a state dict carries, and some modules refuse
+    to load without (torchvision's MNASNet).
+    """
+    state: Any = OrderedDict(tensors)
+    state._metadata = getattr(network.state_dict(), "_metadata", {})
+    network.load_state_dict(state)
 
 
 def known_classes(network: nn.Module, state: Mapping[str, torch.Tensor]) -> int | None:

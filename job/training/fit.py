@@ -20,6 +20,7 @@ from job.checkpoint import Position
 from job.data.batches import GlobalBatches, TrainingPictures, checked, loader
 from job.errors import GammaslimError, StopRequest
 from job.models.outputs import AUXILIARY_WEIGHT, Logits
+from job.models.weights import load_tensors
 from job.processes import check_same, digest, rank, total, world
 from job.signals import NOTHING, STOP
 from job.training.optimizer import (
@@ -232,7 +233,7 @@ class _Round:
             return {k.removeprefix(prefix): v for k, v in found if k.startswith(prefix)}
 
         self.epoch, self.batch = position.epoch, position.batch
-        self.trained.load_state_dict(part("model"))
+        load_tensors(self.trained, part("model"))
         restore_optimizer(self.optimizer, part("optimizer"))
         if rank() == 0:  # the sums of all processes, counted once
             self.sums.copy_(position.tensors["sums"])
@@ -240,7 +241,7 @@ class _Round:
         self.seconds = position.values["seconds"]
         if position.values["best"]:
             self.best = EpochResult(**position.values["best"])
-            self.kept.load_state_dict(part("best"))
+            load_tensors(self.kept, part("best"))
         if self.accelerator.scaler and position.values["scaler"]:
             self.accelerator.scaler.load_state_dict(position.values["scaler"])
 
