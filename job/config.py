@@ -162,7 +162,7 @@ class PruneConfig:
 
 AUTO = "auto"
 MAX_DROP = 1.0  # points of accuracy below the base that a recommended model may have
-DEFAULT_BASE_EPOCHS = 30
+DEFAULT_BASE_EPOCHS = 24
 DEFAULT_SPARSITY = 1e-4  # Liu et al. 2017, for VGG
 
 
