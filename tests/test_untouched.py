@@ -231,6 +231,12 @@ def test_what_closes_over_the_network_closes_over_the_narrow_one() -> None:
     assert torch.equal(narrow(IMAGE), expected)  # of nothing of the wide one
 
 
+def test_closures_are_copied_after_a_compilation_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as torch.compile leaves the class behind
+    monkeypatch.setattr(nn.Module, "__setstate__", lambda self, state: vars(self).update(state))
+    test_what_closes_over_the_network_closes_over_the_narrow_one()
+
+
 class TwoNames(PreActivation):
     """Layers that are attributes, stand in a Sequential and in a list."""
 

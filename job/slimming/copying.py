@@ -24,13 +24,9 @@ from job.slimming.untouched import slots
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# how modules copy that do so in no way of their own; that of convolutions is for old pickles
-PLAIN_COPY = {
-    name: [getattr(kind, name, None) for kind in (nn.Module, nn.modules.conv._ConvNd)]
-    for name in ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
-}
+COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
-PLAIN_OBJECT = {name: getattr(object, name, None) for name in PLAIN_COPY}
+PLAIN_OBJECT = {name: getattr(object, name, None) for name in COPYING}
 # what cannot be copied, and keeps nothing that a network computes
 SHARED = (
     type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local,
@@ -58,7 +54,7 @@ class _Copier:
         if id(module) in memo:
             known: nn.Module = memo[id(module)]
             return known
-        if not all(getattr(kind, name, None) in plain for name, plain in PLAIN_COPY.items()):
+        if not _copies_plainly(kind):
             return copy.deepcopy(module, memo)
         new = memo[id(module)] = kind.__new__(kind)
         attributes = vars(new)
@@ -222,6 +218,17 @@ class _Copier:
         elif isinstance(value, (list, tuple, set, deque)):
             parts = value
         return any(self.refers(part, seen) for part in parts)
+
+
+def _copies_plainly(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class copy in no way of their own; that of convolutions counts as none.
+
+    Compared with nn.Module as it is now: torch.compile replaces a method of it.
+    """
+    plain = nn.Module, nn.modules.conv._ConvNd
+    return all(
+        getattr(kind, name, None) in [getattr(one, name, None) for one in plain] for name in COPYING
+    )
 
 
 def _is_plain(kind: Any) -> bool:
