@@ -61,13 +61,13 @@ def restore_optimizer(
 ) -> None:
     """Load what ``optimizer_tensors`` gave, keys without their first part, laid out as needed."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    fused = any(group.get("fused") for group in optimizer.param_groups)
+    state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".")
         parameter = parameters[int(number)]
         if value.shape == parameter.shape:
             # fused kernels walk both in memory order: the layout must be the parameter's
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        elif fused:  # such kernels count their steps on the parameter's device
-            value = value.to(parameter.device)
-        optimizer.state[parameter][name] = value
+        state.setdefault(int(number), {})[name] = value
+    # torch places each value where its kernel reads it: a fused AdamW's step count on the GPU too
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
