@@ -26,18 +26,18 @@ from job.errors import (
 )
 
 if TYPE_CHECKING:
-    from job.saving import load, save
+    from job.artifacts.saving import load, save
     from job.slimming.api import slim
-    from job.slimming.plan import Plan
+    from job.slimming.planning.plan import Plan
 
     __version__: str
 
 # torch takes a second to import, and `gammaslim --help` must not wait for it
 LAZY = {
-    "load": "job.saving",
-    "save": "job.saving",
+    "load": "job.artifacts.saving",
+    "save": "job.artifacts.saving",
     "slim": "job.slimming.api",
-    "Plan": "job.slimming.plan",
+    "Plan": "job.slimming.planning.plan",
 }
 __all__ = [
     "ConfigError",

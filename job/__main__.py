@@ -11,9 +11,9 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Run the command line; exits with a documented code."""
-    from job.cli import gammaslim
-    from job.cores import set_thread_variables
-    from job.exits import run_and_exit
+    from job.cli.exits import run_and_exit
+    from job.cli.main import gammaslim
+    from job.distributed.cores import set_thread_variables
 
     with suppress(OSError):  # the script finds --model module:factory here too, as `python -m` does
         here = str(Path.cwd())

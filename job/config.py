@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import ConfigError, InputNotFound, UsageError, shown
-from job.reading import parse_toml, read_bytes
+from job.files import parse_toml, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -17,8 +17,8 @@ from job.errors import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from job.slimming.cost import LayerCost
-    from job.training.fit import EpochResult
+    from job.slimming.planning.cost import LayerCost
+    from job.training.trainer import EpochResult
 
 LIVE = 0.1  # seconds between drawings on a terminal
 LOGGED = 30.0  # seconds between lines in a log
@@ -27,7 +27,7 @@ SHORT = 10.0  # seconds: a phase of less gets no line in a log
 
 def _is_main() -> bool:
     """Whether this process speaks: a command that is alone loads no torch to know that."""
-    processes = sys.modules.get("job.processes")
+    processes = sys.modules.get("job.distributed.collectives")
     return processes is None or bool(processes.is_main())
 
 

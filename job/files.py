@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all: temporary name, fsync, rename, fsync of the folder."""
+"""Files: written complete or not at all (fsync, rename, fsync of the folder), read with a bound."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import tomllib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from job.errors import OutputError, cannot_begin, reading, shown, writing
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+MAX_BYTES = 64 << 20  # far above any configuration, model card or history of epochs
 _LEFT = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
 
 
@@ -43,6 +45,31 @@ def is_file(path: Path) -> bool:
             if error.errno == errno.ELOOP:  # links in a circle
                 return False
             raise
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of ``path``; raises StorageError, OSError, or ValueError above 64 MiB."""
+    with reading(path), path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """The value in ``path``; raises OSError, or ValueError when it is not JSON in UTF-8."""
+    try:
+        return json.loads(read_bytes(path).decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of ``text``; raises ValueError when it is not TOML."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

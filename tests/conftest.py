@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from job.slimming.budget import Budget
-from job.slimming.cost import picture as picture_like
-from job.slimming.engine import Slimming, analyse, make_plan
-from job.slimming.importance import gamma_importance
-from job.slimming.plan import Plan
+from job.slimming.importance.criteria import gamma_importance
+from job.slimming.planning.cost import picture as picture_like
+from job.slimming.planning.plan import Plan
+from job.slimming.planning.planner import Slimming, analyse, make_plan
+from job.slimming.planning.target import Budget
 from programs import close_server, forkable, run_forked
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from job import errors
-from job.agent import GRACE
+from job.distributed.agent import GRACE
 from schemas import Document, as_job
 
 RETRY_AT_ONCE = {errors.StopRequest.exit_code}

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import write_flat, write_noise_idx
-from job.artifact import ModelCard, save_model
-from job.cautions import Cautions, above_base, at_chance, of_weights, one_class
-from job.commands.model import ModelOptions
-from job.commands.score import DataOptions, evaluate
+from job.artifacts.history import read_run
+from job.artifacts.model_card import ModelCard, save_model
+from job.cli.model import ModelOptions
+from job.cli.score import DataOptions, evaluate
 from job.config import PruneConfig
-from job.data import Preprocessing
-from job.history import read_run
-from job.pipeline import prune
-from job.report import report
+from job.data.transforms import Preprocessing
+from job.pipeline.cautions import Cautions, above_base, at_chance, of_weights, one_class
+from job.pipeline.prune import prune
+from job.report.page import report
 from job.training.evaluation import Evaluation
 
 TEN = [100] * 10

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import job
 from conftest import gammaslim, picture, run, write_flat
-from job.cli import gammaslim as group
+from job.cli.main import gammaslim as group
 from job.config import PruneConfig
 from reference import PlainStudentNet
 

@@ -14,15 +14,15 @@ from torch.nn import functional as F
 import job
 from job.errors import UsageError
 from job.slimming.calibrated import compensated, measured, scores_for
-from job.slimming.compensation import norms_behind, with_biases, without_constant
-from job.slimming.engine import analyse
-from job.slimming.graph import ChannelGraph
-from job.slimming.moments import Moments, collect
-from job.slimming.plan import everything, layers_of
-from job.slimming.recalibration import recalibrate
-from job.slimming.regression import regress
-from job.slimming.surgery import narrowed
-from job.slimming.verification import verify
+from job.slimming.calibration.moments import Moments, collect
+from job.slimming.compensation.folding import norms_behind, with_biases, without_constant
+from job.slimming.compensation.recalibration import recalibrate
+from job.slimming.compensation.regression import regress
+from job.slimming.graph.groups import ChannelGraph
+from job.slimming.planning.plan import everything, layers_of
+from job.slimming.planning.planner import analyse
+from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.verification import verify
 
 IMAGES = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
@@ -257,7 +257,7 @@ def test_of_large_feature_maps_every_column_of_the_picture_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     network = behind_a_stem(nn.Conv2d(6, 4, 1))
-    monkeypatch.setattr("job.slimming.moments.MOST_VALUES", 6 * 400)
+    monkeypatch.setattr("job.slimming.calibration.moments.MOST_VALUES", 6 * 400)
     column = torch.arange(8.0, dtype=torch.float64).expand(24, 3, 8, 8)
     graph = analyse(network, IMAGES)
     few = collect(network, graph, [column])["3"]

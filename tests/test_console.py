@@ -15,11 +15,11 @@ import torch
 
 import job
 import job.console as console
-from job.forecast import Forecast
 from job.models.student import StudentNet
-from job.slimming.budget import Budget
+from job.pipeline.forecast import Forecast
 from job.slimming.cut import Method, make_cut, plan_cut
-from job.slimming.engine import Slimming, analyse
+from job.slimming.planning.planner import Slimming, analyse
+from job.slimming.planning.target import Budget
 
 
 class Clock:

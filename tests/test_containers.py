@@ -77,7 +77,7 @@ def test_the_image_is_small_and_nobody_s(engine: Engine) -> None:
 
 UNCOMPILED = """
 import os, sys
-import job.pipeline
+import job.pipeline.prune
 files = [getattr(module, "__cached__", None) for module in sys.modules.values()]
 print([file for file in files if isinstance(file, str) and not os.path.exists(file)])
 """

@@ -14,13 +14,16 @@ import pytest
 import torch
 
 import job
-import job.attempt
-import job.cli
+import job.artifacts.run_folder
+import job.cli.main
 import job.config
-import job.folders
-import job.pipeline
+import job.pipeline.prune
+import job.pipeline.session
 from conftest import gammaslim, write_flat, write_noise_idx
-from job.artifact import find_model, load_model, read_card
+from job.artifacts.compatibility import check_unchanged, typed
+from job.artifacts.lock import Lock
+from job.artifacts.model_card import find_model, load_model, read_card
+from job.artifacts.run_directory import Run
 from job.config import PruneConfig
 from job.errors import (
     ConfigError,
@@ -31,10 +34,7 @@ from job.errors import (
     StopRequest,
     UsageError,
 )
-from job.lock import Lock
-from job.pipeline import prune
-from job.run import Run
-from job.unchanged import check_unchanged, typed
+from job.pipeline.prune import prune
 
 OPTIONS: dict[str, Any] = {
     "model_arg": (("base", 4),), "base_epochs": 1, "rounds": 1, "epochs": 1, "batch_size": 8,
@@ -50,7 +50,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job.attempt, "write_run_report", lambda _: None)
+    monkeypatch.setattr(job.pipeline.session, "write_run_report", lambda _: None)
 
 
 def config(data: Path | None = None, **options: Any) -> PruneConfig:
@@ -308,7 +308,7 @@ def test_more_rounds_that_were_stopped_in_their_first_are_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.pipeline, "cut", broken)
+        patch.setattr(job.pipeline.prune, "cut", broken)
         with pytest.raises(job.errors.StopRequest):
             prune(config(noise, rounds=2, output=str(run)))
     assert summary(run)["state"] == "stopped"
@@ -323,7 +323,7 @@ def test_rounds_without_a_number_end_when_one_loses_too_much(
     noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     accuracies = iter([0.9, 0.9, 0.89, 0.86, 0.9])
-    monkeypatch.setattr(job.pipeline, "_best_scores", lambda _: {
+    monkeypatch.setattr(job.pipeline.prune, "_best_scores", lambda _: {
         "valid_acc": next(accuracies), "valid_loss": 1.0, "best_epoch": 0, "train_acc": 0.5,
     })  # fmt: skip
     run = tmp_path / "run"
@@ -366,7 +366,7 @@ def test_rounds_without_a_number_end_when_nothing_more_can_be_cut(
 def slim_run(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("slim") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job.attempt, "write_run_report", lambda _: None)
+        patch.setattr(job.pipeline.session, "write_run_report", lambda _: None)
         prune(config(noise, output=str(run), rounds=2))
     return run
 
@@ -468,13 +468,13 @@ def test_the_command_line_takes_all_of_it(slim_run: Path, tmp_path: Path) -> Non
 def test_the_number_of_rounds_may_be_auto_in_a_file_too(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text('[prune]\nrounds = "auto"\n')
     args = ["--config", str(tmp_path / "own.toml")]
-    with job.cli.prune.make_context("prune", args) as ctx:
+    with job.cli.main.prune.make_context("prune", args) as ctx:
         assert ctx.params["rounds"] == "auto"
-    with job.cli.prune.make_context("prune", ["--rounds", "7"]) as ctx:
+    with job.cli.main.prune.make_context("prune", ["--rounds", "7"]) as ctx:
         assert ctx.params["rounds"] == 7
     for wrong in ("all", "-1", "2.5"):
         with pytest.raises(click.BadParameter):
-            job.cli.prune.make_context("prune", ["--rounds", wrong])
+            job.cli.main.prune.make_context("prune", ["--rounds", wrong])
 
 
 def test_a_student_wider_than_width_1_is_cut_by_its_width(noise: Path, tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_a_run_keeps_the_default_base_epochs_that_it_was_begun_with(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job.config, "DEFAULT_BASE_EPOCHS", 2)
-    monkeypatch.setattr(job.attempt.Run, "save_round", _stop)
+    monkeypatch.setattr(job.pipeline.session.Run, "save_round", _stop)
     options = config(noise, base_epochs=None, rounds=0)
     with pytest.raises(StopRequest):
         prune(options)

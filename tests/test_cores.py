@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from conftest import run
-from job import cores
-from job.cores import PATIENCE, available_cores, given_environ, set_thread_variables
+from job.distributed import cores
+from job.distributed.cores import PATIENCE, available_cores, given_environ, set_thread_variables
 
 VARIABLES = ("OMP_NUM_THREADS", *PATIENCE)
 CORES = len(os.sched_getaffinity(0))

@@ -15,12 +15,12 @@ import torch
 from torch.nn import functional as F
 
 from conftest import gammaslim, randomise, run, write_flat, write_noise_idx
-from job.artifact import ModelCard, save_model
+from job.artifacts.model_card import ModelCard, save_model
 from job.config import PruneConfig
-from job.data import Preprocessing
+from job.data.transforms import Preprocessing
 from job.errors import DataError, InputNotFound, UsageError
-from job.models import build
-from job.preparation import teacher_network
+from job.models.factory import build
+from job.pipeline.setup import teacher_network
 from job.training.distillation import distillation, distillation_loss
 from test_training import SMALL, changed_parameters, trainer
 

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import run, write_flat
-from job import options, signals
-from job.agent import _exit_code
+from job.cli import options
+from job.cli.exits import run_and_exit
+from job.distributed import signals
+from job.distributed.agent import _exit_code
 from job.errors import GammaslimError
-from job.exits import run_and_exit
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -25,7 +26,7 @@ LEAVING = """
 import os, sys
 import click, torch, torch.distributed as dist
 from job.__main__ import main
-from job.cli import gammaslim
+from job.cli.main import gammaslim
 
 @gammaslim.command()
 @click.argument("code", type=int)

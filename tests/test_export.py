@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 import job
-import job.exporting
+import job.artifacts.export
 from conftest import randomise, uniform
-from job.artifact import ModelCard, save_model
-from job.commands.cut import export
-from job.commands.model import ModelOptions
+from job.artifacts.model_card import ModelCard, save_model
+from job.cli.export import export
+from job.cli.model import ModelOptions
 from job.data.transforms import Preprocessing
 from job.errors import GammaslimError, UsageError
-from job.models import build
-from job.slimming.surgery import narrowed
+from job.models.factory import build
+from job.slimming.surgery.surgery import narrowed
 
 NAMES = ("cat", "dog", "emu")
 
@@ -100,7 +100,7 @@ def test_what_differs_or_cannot_be_expressed_is_not_written(
     target = tmp_path / "m"
     target.write_text("of yesterday")
     with monkeypatch.context() as patch:
-        patch.setattr(job.exporting, "TOLERANCE", -1.0)
+        patch.setattr(job.artifacts.export, "TOLERANCE", -1.0)
         with pytest.raises(GammaslimError, match=r"differs from torch by .*nothing is written"):
             export(ModelOptions(str(slim)), str(target), format)
 
@@ -110,7 +110,7 @@ def test_what_differs_or_cannot_be_expressed_is_not_written(
             return rows if rows.sum() > 0 else -rows
 
     card = ModelCard("student", {}, 3, Preprocessing("small", 8))
-    monkeypatch.setattr("job.commands.cut.open_model", lambda _: (Deciding(), card))
+    monkeypatch.setattr("job.cli.export.open_model", lambda _: (Deciding(), card))
     with pytest.raises(UsageError, match=f"--format {format} cannot express") as caught:
         export(ModelOptions(str(slim)), str(target), format)
     assert "\n" not in str(caught.value)
@@ -121,7 +121,7 @@ def test_what_differs_or_cannot_be_expressed_is_not_written(
 def test_without_the_packages_the_extra_is_named(
     slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job.exporting, "_installed", lambda _: False)
+    monkeypatch.setattr(job.artifacts.export, "_installed", lambda _: False)
     with pytest.raises(UsageError, match=r"pip install 'gammaslim\[onnx\]'"):
         export(ModelOptions(str(slim)), str(tmp_path / "m.onnx"), "onnx")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.accuracy import change, signed
-from job.checkpoint import Position, newest_position, save_position
+from job.artifacts.accuracy import change, signed
+from job.artifacts.checkpoint import Position, newest_position, save_position
 from job.files import new_directory, tidy
 
 

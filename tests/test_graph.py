@@ -12,16 +12,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import randomise
-from job.models import build
-from job.slimming.budget import Budget
+from job.models.factory import build
 from job.slimming.calibrated import scores_for
-from job.slimming.cost import Cost, Costs
-from job.slimming.engine import Slimming, analyse, make_plan
-from job.slimming.importance import gamma_importance
-from job.slimming.plan import everything
-from job.slimming.record import tensors_in
-from job.slimming.surgery import narrowed
-from job.slimming.verification import verify
+from job.slimming.graph.recorder import tensors_in
+from job.slimming.importance.criteria import gamma_importance
+from job.slimming.planning.cost import Cost, Costs
+from job.slimming.planning.plan import everything
+from job.slimming.planning.planner import Slimming, analyse, make_plan
+from job.slimming.planning.target import Budget
+from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.verification import verify
 
 TORCHVISION = {
     "vgg11_bn": 64, "resnet18": 64, "resnet50": 64, "resnext50_32x4d": 64, "densenet121": 64,

@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from conftest import run
-from job.cli import gammaslim
-from job.help import FIRST, LAST, SECTIONS, sections
+from job.cli.help import FIRST, LAST, SECTIONS, sections
+from job.cli.main import gammaslim
 
 SECTIONED = sorted(FIRST)
 
@@ -32,7 +32,7 @@ def options_of(command: str) -> list[click.Parameter]:
 
 @pytest.mark.parametrize("command", SECTIONED)
 def test_each_option_has_a_section(command: str) -> None:
-    """One that has none is shown all the same, in the last section: add it to job/help.py."""
+    """One that has none is shown all the same, in the last section: add it to job/cli/help.py."""
     options = options_of(command)
     found = sections(command, options)
     assert [p.name for p in found.get(LAST, [])] == []

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from conftest import gammaslim, write_flat
-from job.data import check_pictures, open_data
 from job.data.images import check_image, load_rgb
+from job.data.opening import check_pictures, open_data
 from job.errors import DataError
 
 RED = (200, 30, 10)

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 import job
 from conftest import randomise
 from job.errors import DataError, GammaslimError, UsageError
-from job.slimming.comparison import difference
-from job.slimming.verification import verify
+from job.slimming.surgery.comparison import difference
+from job.slimming.surgery.verification import verify
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:

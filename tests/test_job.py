@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import job
 from conftest import CHEAP, ROOT, Result, gammaslim, picture, run, write_flat, write_noise_idx
-from job.artifact import load_model
+from job.artifacts.model_card import load_model
+from job.artifacts.run_directory import recommend
 from job.errors import DataError
-from job.run import recommend
 
 EPOCH_LINE = re.compile(
     r"rate \d\.\d{4} epoch +\d+: train loss: +\d+\.\d{4}, acc \d\.\d{4} "
@@ -252,7 +252,7 @@ def test_bfloat16_on_a_cpu(tmp_path: Path, workers: int) -> None:
 def test_a_bug_ends_the_process_in_spite_of_loader_workers(tmp_path: Path) -> None:
     data = write_flat(tmp_path / "data", {"training": 8, "validation": 2})
     script = (
-        "import job.training.fit as f\n"
+        "import job.training.trainer as f\n"
         "def bug(*_): raise RuntimeError('a bug')\n"
         "f._Round.step = bug\n"
         "from job.__main__ import main\nmain()\n"

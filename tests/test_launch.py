@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from conftest import gammaslim, run, write_flat, write_noise_idx
-from job.cores import PATIENCE, available_cores
+from job.distributed.cores import PATIENCE, available_cores
+from job.distributed.topology import Nodes, find_nodes, nodes_left_out
 from job.errors import UsageError
-from job.nodes import Nodes, find_nodes, nodes_left_out
 
 pytestmark = pytest.mark.alone
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from conftest import write_flat, write_idx
-from job.data import open_data
 from job.data.dataset import UNLABELLED, ArraySplit, with_validation
 from job.data.layout import natural_key
+from job.data.opening import open_data
 from job.errors import DataError, InputNotFound
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import job.lock
+import job.artifacts.lock
 from conftest import gammaslim, write_noise_idx
+from job.artifacts.lock import Lock
 from job.errors import OutputError
-from job.lock import Lock
 
 OPTIONS = ("--base-epochs", 60, "--rounds", 0, "--batch-size", 16, "--wandb", "off")
 
@@ -26,8 +26,8 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job.lock, "BEAT", 0.1)
-    monkeypatch.setattr(job.lock, "STALE", 1.5)
+    monkeypatch.setattr(job.artifacts.lock, "BEAT", 0.1)
+    monkeypatch.setattr(job.artifacts.lock, "STALE", 1.5)
 
 
 def elsewhere(lock: Lock, host: str = "node7") -> Lock:
@@ -153,9 +153,10 @@ def test_of_two_that_take_over_at_once_one_has_it(tmp_path: Path) -> None:
     dead.acquire()
     killed(dead)
     code = (
-        "import sys, job.lock; from pathlib import Path\n"
-        "job.lock.STALE = 1.5\n"
-        "try: job.lock.Lock(Path(sys.argv[1])).acquire(); print('mine'); sys.stdin.read()\n"
+        "import sys, job.artifacts.lock; from pathlib import Path\n"
+        "job.artifacts.lock.STALE = 1.5\n"
+        "try: job.artifacts.lock.Lock(Path(sys.argv[1])).acquire(); print('mine');"
+        " sys.stdin.read()\n"
         "except Exception as error: print(error); sys.stdin.read()\n"
     )
     both = [

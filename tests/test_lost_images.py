@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from test_predictions import call, data, predict, run  # noqa: F401 (data and run are fixtures)
 
-import job.data.batches as batches_module
 import job.data.dataset as dataset_module
+import job.data.loader as batches_module
 from conftest import write_flat
-from job.data import check_pictures, open_data
-from job.data.batches import GlobalBatches, TrainingPictures, checked, loader
 from job.data.images import load_rgb
+from job.data.loader import GlobalBatches, TrainingPictures, checked, loader
+from job.data.opening import check_pictures, open_data
 from job.data.transforms import Preprocessing
 from job.errors import DataError
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, run
-from job.cli import prune
+from job.cli.main import prune
 from manifests import problems
 from schemas import VERSIONS, Document, as_job, lint, schema
 

@@ -16,16 +16,16 @@ import torchvision.models
 from torch import nn
 
 from conftest import ROOT, clean_environ, randomise
-from job.artifact import ModelCard, load_model, save_model
-from job.commands.model import ModelOptions, open_model
+from job.artifacts.model_card import ModelCard, load_model, save_model
+from job.cli.model import ModelOptions, open_model
+from job.cli.option_types import KeyValue
 from job.data.transforms import Preprocessing
 from job.errors import DataError, UsageError
-from job.models import build, nominal_width
-from job.models.head import find_head
-from job.models.sizes import check_size
+from job.models.classifier import find_head
+from job.models.factory import build, nominal_width
+from job.models.input_size import check_size
 from job.models.weights import load_state, read_state
-from job.option_types import KeyValue
-from job.slimming.plan import LayerChannels
+from job.slimming.planning.plan import LayerChannels
 
 State = dict[str, torch.Tensor]
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import job
 from conftest import randomise
 from job.errors import StopRequest
-from job.slimming import regression
-from job.slimming.passes import forward_passes, standing_bytes
+from job.slimming.calibration.paused_forward import forward_passes, standing_bytes
+from job.slimming.compensation import regression
 
 IMAGES = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -12,15 +12,15 @@ from torch import nn
 
 from conftest import randomise
 from job.errors import UsageError
-from job.models import build
-from job.slimming.budget import Budget
-from job.slimming.cost import Cost, Costs, network_cost, picture
-from job.slimming.engine import Base, Slimming, analyse, layer_widths, make_plan
-from job.slimming.graph import ChannelGraph
-from job.slimming.importance import gamma_importance
-from job.slimming.plan import Plan, everything, keep_of
-from job.slimming.policy import ranked
-from job.slimming.surgery import narrowed
+from job.models.factory import build
+from job.slimming.graph.groups import ChannelGraph
+from job.slimming.importance.criteria import gamma_importance
+from job.slimming.planning.cost import Cost, Costs, network_cost, picture
+from job.slimming.planning.plan import Plan, everything, keep_of
+from job.slimming.planning.planner import Base, Slimming, analyse, layer_widths, make_plan
+from job.slimming.planning.policy import ranked
+from job.slimming.planning.target import Budget
+from job.slimming.surgery.surgery import narrowed
 
 IMAGE = picture(64)
 

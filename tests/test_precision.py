@@ -12,7 +12,7 @@ from torch import nn
 import job
 from conftest import randomise
 from job.errors import GammaslimError, UsageError
-from job.slimming.verification import verify
+from job.slimming.surgery.verification import verify
 
 IMAGE = torch.rand(1, 3, 20, 28)
 

@@ -14,14 +14,14 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from job.artifact import ModelCard, read_card, save_model
-from job.cli import gammaslim
+from job.artifacts.model_card import ModelCard, read_card, save_model
+from job.cli.main import gammaslim
 from job.config import PruneConfig, write_toml
-from job.data import open_data
 from job.data.dataset import with_validation
+from job.data.opening import open_data
 from job.data.transforms import Preprocessing
-from job.models import build
-from job.preparation import dataset_record, prepare_data
+from job.models.factory import build
+from job.pipeline.setup import dataset_record, prepare_data
 
 NAMES = tuple(sorted(map(str, range(12))))  # as text: 0, 1, 10, 11, 2, …
 

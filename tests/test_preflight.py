@@ -13,13 +13,13 @@ import torch
 from wandb_server import KEY, WandbServer
 
 from conftest import gammaslim, run, write_flat
-from job import preflight
 from job.config import PruneConfig
-from job.data import open_data
+from job.data.opening import open_data
+from job.distributed.collectives import is_main
 from job.errors import StorageError
-from job.preflight import Findings, batch_warnings, core_warnings, space_needed
-from job.preparation import default_output
-from job.processes import is_main
+from job.pipeline import dry_run as preflight
+from job.pipeline.dry_run import Findings, batch_warnings, core_warnings, space_needed
+from job.pipeline.setup import default_output
 
 NO_KEY = {"NETRC": "/dev/null", "HOME": "/nonexistent"}
 

@@ -17,18 +17,19 @@ from timm.data import create_transform, resolve_data_config
 from torchvision.models import get_weight
 from torchvision.transforms import functional as F
 
-from job.artifact import ModelCard, read_card, save_model
-from job.cli import gammaslim as program
-from job.commands.model import ModelOptions, open_model
+from job.artifacts.export import metadata
+from job.artifacts.model_card import ModelCard, read_card, save_model
+from job.cli.main import gammaslim as program
+from job.cli.model import ModelOptions, open_model
 from job.config import PruneConfig
-from job.data import Preprocessing, PreprocessingOptions
 from job.data import pretrained as packages
-from job.data.batches import EvaluationPictures, TrainingPictures
 from job.data.dataset import ArraySplit
-from job.data.table import epoch_table
+from job.data.geometry import Resize
+from job.data.loader import EvaluationPictures, TrainingPictures
+from job.data.preprocessing import PreprocessingOptions
+from job.data.sample_order import epoch_table
+from job.data.transforms import Preprocessing
 from job.errors import DataError, UsageError
-from job.exporting import metadata
-from job.geometry import Resize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHAPES = [(61, 97), (96, 96), (230, 229), (95, 96)]  # heights and widths

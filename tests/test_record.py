@@ -7,9 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
-from job.slimming.layers import modules_of
-from job.slimming.record import Recording, _record, record
-from job.slimming.untouched import Snapshot
+from job.slimming.graph.layers import modules_of
+from job.slimming.graph.recorder import Recording, _record, record
+from job.slimming.graph.snapshot import Snapshot
 
 
 class Convolutions(nn.Module):

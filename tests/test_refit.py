@@ -16,10 +16,10 @@ from conftest import randomise, run
 from job.errors import UsageError
 from job.models.student import StudentNet
 from job.slimming.calibrated import scores_for
-from job.slimming.engine import analyse
-from job.slimming.graph import ChannelGraph
-from job.slimming.moments import Moments, collect
-from job.slimming.refit import refit_importance
+from job.slimming.calibration.moments import Moments, collect
+from job.slimming.graph.groups import ChannelGraph
+from job.slimming.importance.refit import refit_importance
+from job.slimming.planning.planner import analyse
 
 WORKER = Path(__file__).parent / "workers" / "calibration.py"
 IMAGES = torch.rand(32, 3, 6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_several_at_once_are_about_as_good(monkeypatch: pytest.MonkeyPatch) -> N
     images = torch.rand(16, 3, 32, 32, dtype=torch.float64)
     moments = collect(network, graph, [images])
     one_by_one = refit_importance(network, graph, moments)
-    monkeypatch.setattr("job.slimming.refit.STEPS", 16)
+    monkeypatch.setattr("job.slimming.importance.refit.STEPS", 16)
     at_once = refit_importance(network, graph, moments)
     for group in graph.groups:
         ours, theirs = at_once[group.channels], one_by_one[group.channels]

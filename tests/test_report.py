@@ -18,12 +18,12 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, Result, gammaslim, run, write_noise_idx
-from job.attempt import Attempt
+from job.artifacts.history import fronts, pareto, read_run
+from job.artifacts.run_directory import Run
 from job.errors import StorageError
-from job.figures import draw_comparison, draw_run
-from job.history import fronts, pareto, read_run
-from job.report import comparison_page, run_page, write_run_report
-from job.run import Run
+from job.pipeline.session import Attempt
+from job.report.figures import draw_comparison, draw_run
+from job.report.page import comparison_page, run_page, write_run_report
 
 FIGURES = [
     "accuracy-bytes", "accuracy-macs", "accuracy-params", "channels", "training-accuracy",
@@ -339,7 +339,7 @@ def test_neither_torch_nor_a_home_nor_a_display_is_needed(tmp_path: Path) -> Non
     folder, temporary = make_run(tmp_path / "run"), tmp_path / "tmp"
     temporary.mkdir()
     script = (
-        "import sys\nfrom job.cli import gammaslim\n"
+        "import sys\nfrom job.cli.main import gammaslim\n"
         f"gammaslim(['report', {str(folder)!r}], standalone_mode=False)\n"
         "heavy = {'torch', 'accelerate', 'wandb', 'matplotlib.pyplot'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -398,7 +398,7 @@ def test_whatever_the_report_raises_is_one_warning(
     def fail(_: Path) -> None:
         raise error
 
-    monkeypatch.setattr("job.attempt.write_run_report", fail)
+    monkeypatch.setattr("job.pipeline.session.write_run_report", fail)
     writer = attempt(tmp_path)
     for _ in range(3):
         writer.report()
@@ -423,11 +423,11 @@ PRUNE = (
 BREAK = {
     "no matplotlib": "import sys; sys.modules['matplotlib'] = None\n",
     "a full disk": (
-        "import job.report\n"
+        "import job.report.page\n"
         "from job.errors import writing\n"
         "def full(path, content):\n"
         "    with writing(path): raise OSError(28, 'No space left on device')\n"
-        "job.report.write_bytes = full\n"
+        "job.report.page.write_bytes = full\n"
     ),
 }
 
@@ -452,7 +452,7 @@ def test_the_job_writes_it_after_the_base_after_each_round_and_at_its_end(tmp_pa
     """What is there at each moment is what a later reader finds when the job is killed next."""
     data, output = write_noise_idx(tmp_path / "idx", 32, 12), tmp_path / "run"
     script = (
-        "import json, job.attempt as a\n"
+        "import json, job.pipeline.session as a\n"
         "write = a.write_run_report\n"
         "def tell(run):\n"
         "    write(run)\n"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import job
 from conftest import gammaslim, randomise, run
-from job.models import build
+from job.models.factory import build
 
 FACTORY = """
 import torch

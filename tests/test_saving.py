@@ -16,7 +16,7 @@ from torch import nn
 
 import job
 from conftest import randomise
-from job.cli import gammaslim
+from job.cli.main import gammaslim
 from job.errors import DataError, InputNotFound, OutputError, UsageError
 from job.models.student import StudentNet
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from job import signals
-from job.signals import STOP, Watch
+from job.distributed import signals
+from job.distributed.signals import STOP, Watch
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_an_old_file_is_no_request_and_a_new_one_is(tmp_path: Path) -> None:
 
 BECOME = """
 import signal, sys
-from job.signals import become
+from job.distributed.signals import become
 become([sys.executable, "-c", sys.argv[1]])
 """
 ASKED_BEFORE = """

@@ -14,7 +14,7 @@ import job
 import job.slimming.api
 from conftest import randomise
 from job.errors import UsageError
-from job.slimming.budget import Budget
+from job.slimming.planning.target import Budget
 
 
 def small(seed: int = 0) -> nn.Module:

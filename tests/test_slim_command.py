@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 
 import job
 from conftest import picture, randomise, write_flat
-from job.artifact import ModelCard, save_model
-from job.cli import gammaslim
+from job.artifacts.export import format_of
+from job.artifacts.model_card import ModelCard, save_model
+from job.cli.main import gammaslim
 from job.data.transforms import Preprocessing
-from job.exporting import format_of
-from job.models import build
+from job.models.factory import build
 
 
 def command(*args: object) -> Result:

@@ -9,14 +9,14 @@ from torch import nn
 
 from conftest import randomise, uniform
 from job.errors import GammaslimError, UsageError
-from job.models import build
-from job.slimming.cost import picture
-from job.slimming.engine import analyse
-from job.slimming.importance import gamma_importance
-from job.slimming.plan import LayerChannels, Layers, compose, keep_of, layers_of
-from job.slimming.policy import ranked
-from job.slimming.surgery import narrowed
-from job.slimming.verification import smaller, verify
+from job.models.factory import build
+from job.slimming.importance.criteria import gamma_importance
+from job.slimming.planning.cost import picture
+from job.slimming.planning.plan import LayerChannels, Layers, compose, keep_of, layers_of
+from job.slimming.planning.planner import analyse
+from job.slimming.planning.policy import ranked
+from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.verification import smaller, verify
 from reference import PlainStudentNet, homework_slimming
 
 SWEEP = [float(w) for w in np.linspace(1, 0.1, 19)]

@@ -16,9 +16,8 @@ from torch import nn
 from conftest import gammaslim, randomise, write_noise_idx
 from job.config import PruneConfig
 from job.errors import UsageError
-from job.models import build
+from job.models.factory import build
 from job.training.evaluation import Evaluation
-from job.training.fit import EpochResult, Trainer, _Round
 from job.training.sparsity import (
     T,
     forecast,
@@ -30,6 +29,7 @@ from job.training.sparsity import (
     pull,
     shrunk,
 )
+from job.training.trainer import EpochResult, Trainer, _Round
 from test_training import trainer
 
 SLIM = {"base": 4}

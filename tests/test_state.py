@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-import job.lock
-import job.report
+import job.artifacts.lock
+import job.report.page
 from conftest import write_noise_idx
+from job.artifacts.history import read_run
+from job.artifacts.lock import Lock
 from job.config import PruneConfig
+from job.distributed.signals import NOTHING, STOP, Watch
 from job.errors import GammaslimError, StopRequest
-from job.history import read_run
-from job.lock import Lock
-from job.pipeline import prune
-from job.signals import NOTHING, STOP, Watch
-from job.training.fit import _Round
+from job.pipeline.prune import prune
+from job.training.trainer import _Round
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +74,15 @@ def test_a_run_is_running_only_while_its_job_lives(
     owner = json.loads((folder / "lock.json").read_text())
     (folder / "lock.json").write_text(json.dumps(owner | {"started": "1"}))
     assert read_run(folder).state == "died"  # its number is another process's now
-    job.report.report([str(folder)], None, False)
+    job.report.page.report([str(folder)], None, False)
     said = capsys.readouterr().out
     assert "run: died, in round 1, epoch 2, step 34" in said
     assert "run the same command to resume" in said
     page = (folder / "report.html").read_text()
     assert "died, in round 1" in page
     assert "running" not in page.partition("<h2>")[0].partition("</head>")[2]
-    job.report.report([str(folder), str(running_folder(tmp_path / "b"))], str(tmp_path / "c.html"),
-                      True)  # fmt: skip
+    folders = [str(folder), str(running_folder(tmp_path / "b"))]
+    job.report.page.report(folders, str(tmp_path / "c.html"), True)
     record = json.loads(capsys.readouterr().out)
     assert [run["state"] for run in record["runs"]] == ["died", "died"]
 
@@ -94,7 +94,7 @@ def test_a_job_of_another_host_lives_while_its_heartbeat_is_fresh(tmp_path: Path
     lock.acquire()
     forget(lock)
     assert read_run(folder).state == "running"
-    old = time.time() - job.lock.STALE - 1
+    old = time.time() - job.artifacts.lock.STALE - 1
     os.utime(folder / "lock.json", (old, old))
     assert read_run(folder).state == "died"
     assert sorted(os.listdir(folder)) == ["lock.json", "status.json"]  # a reader leaves nothing

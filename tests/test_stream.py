@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from conftest import write_flat
-from job.data import Preprocessing, open_data
-from job.data.batches import (
+from job.data.dataset import ArraySplit
+from job.data.loader import (
     EvaluationPictures,
     GlobalBatches,
     RankShare,
@@ -21,8 +21,9 @@ from job.data.batches import (
     loader,
     report_uncaught,
 )
-from job.data.dataset import ArraySplit
-from job.data.table import Draw, epoch_table
+from job.data.opening import open_data
+from job.data.sample_order import Draw, epoch_table
+from job.data.transforms import Preprocessing
 
 
 def test_the_table_never_changes() -> None:

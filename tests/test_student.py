@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from job.errors import UsageError
-from job.models import build
+from job.models.factory import build
 from job.models.student import StudentNet
-from job.slimming.cost import layer_costs, network_cost
+from job.slimming.planning.cost import layer_costs, network_cost
 from reference import PlainStudentNet
 
 WIDTHS = {

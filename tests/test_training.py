@@ -11,22 +11,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import job.training.fit
+import job.training.trainer
 from conftest import randomise, uniform, write_noise_idx
 from job.config import PruneConfig
-from job.data import Preprocessing, open_data
+from job.data.opening import open_data
+from job.data.transforms import Preprocessing
+from job.distributed.collectives import start
 from job.errors import GammaslimError
-from job.models import build
-from job.processes import start
-from job.slimming.surgery import narrowed
+from job.models.factory import build
+from job.slimming.surgery.surgery import narrowed
 from job.training.evaluation import Evaluation, Evaluator
-from job.training.fit import EpochResult, Trainer, _Round
 from job.training.optimizer import (
     learning_rate,
     new_optimizer,
     optimizer_tensors,
     restore_optimizer,
 )
+from job.training.trainer import EpochResult, Trainer, _Round
 
 SMALL = Preprocessing("small", 32)
 
@@ -72,7 +73,7 @@ def test_with_the_homeworks_stale_optimizer_no_parameter_would(
             first.append(new_optimizer(network, config, fused=fused))
         return first[0]
 
-    monkeypatch.setattr(job.training.fit, "new_optimizer", stale)
+    monkeypatch.setattr(job.training.trainer, "new_optimizer", stale)
     rounds = three_rounds(trainer(tmp_path))
     assert changed_parameters(*rounds[0]) == 48
     for before, after in rounds[1:]:

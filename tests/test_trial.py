@@ -13,16 +13,17 @@ from torch import nn
 
 from conftest import write_noise_idx
 from job.config import PruneConfig
-from job.data import Preprocessing, open_data
-from job.data.batches import GlobalBatches
+from job.data.loader import GlobalBatches
+from job.data.opening import open_data
+from job.data.transforms import Preprocessing
+from job.distributed.collectives import start
 from job.errors import DataError, UsageError
-from job.models import build
+from job.models.factory import build
+from job.models.input_size import check_size
 from job.models.outputs import all_logits, logits_of
-from job.models.sizes import check_size
-from job.pipeline import prune
-from job.processes import start
+from job.pipeline.prune import prune
 from job.training.evaluation import Evaluator
-from job.training.fit import Trainer
+from job.training.trainer import Trainer
 from job.training.trial import least_batch
 
 NETWORKS = """
@@ -225,8 +226,8 @@ def test_the_dry_run_fails_as_a_step_does(
         raise DataError("no step")
 
     for part, options in (
-        ("job.preflight.cut", {}),
-        ("job.training.fit.F.cross_entropy", {}),
+        ("job.pipeline.dry_run.cut", {}),
+        ("job.training.trainer.F.cross_entropy", {}),
         ("job.training.distillation.distillation_loss", {"distill_alpha": 0.5}),
     ):
         with monkeypatch.context() as patch:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import job
 from conftest import randomise
 from job.errors import GammaslimError
-from job.slimming.recalibration import recalibrate
+from job.slimming.compensation.recalibration import recalibrate
 
 IMAGE = torch.rand(1, 3, 20, 28)
 BATCHES = [(torch.rand(4, 3, 20, 28), torch.arange(4) % 5) for _ in range(2)]

@@ -17,8 +17,8 @@ import pytest
 from wandb_server import KEY, WandbServer
 
 from conftest import ROOT, Result, gammaslim, run, write_noise_idx
-from job import tracking
-from job.tracking import Tracker
+from job.tracking import tracker as tracking
+from job.tracking.tracker import Tracker
 
 KILL_AT = ROOT / "tests" / "workers" / "kill_at.py"
 

@@ -16,9 +16,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from conftest import gammaslim, randomise
+from job.artifacts.export import state_dict_bytes
 from job.errors import DataError, InputNotFound
-from job.exporting import state_dict_bytes
-from job.models import build
+from job.models.factory import build
 from job.models.weights import load_state, read_state
 
 State = dict[str, torch.Tensor]

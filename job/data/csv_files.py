@@ -13,9 +13,9 @@ import numpy as np
 
 from job.data.dataset import UNLABELLED, Dataset, FileSplit, Split
 from job.data.folders import visible
+from job.data.splits import CANONICAL, SPLIT_NAMES
 from job.errors import DataError, shown
-from job.reading import read_bytes
-from job.splits import CANONICAL, SPLIT_NAMES
+from job.files import read_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from job.data.images import load_rgb
-from job.data.table import stable_order
+from job.data.sample_order import stable_order
 from job.errors import DataError, InputNotFound, shown
 
 if TYPE_CHECKING:

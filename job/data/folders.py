@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from job.data.images import SUFFIXES, SUFFIXES_OF_OLD
+from job.data.splits import CANONICAL
 from job.errors import DataError, reading, shown
-from job.splits import CANONICAL
 
 # How folders are read. A run is resumed, and its held-out images are found again, by the listing
 # that it was begun with: 1 knew fewer suffixes, and no split called dev.

@@ -10,8 +10,8 @@ import numpy as np
 from job.data.dataset import UNLABELLED, ArraySplit, Dataset, Labels, Split
 from job.data.folders import visible
 from job.data.idx import read_idx
+from job.data.splits import CANONICAL
 from job.errors import DataError, shown
-from job.splits import CANONICAL
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from job.data.geometry import LARGEST_SHARE, MAX_RESIZE, Channels, Resize
 from job.data.pretrained import SOURCES, pretrained, scaled
 from job.data.transforms import Preprocessing
 from job.errors import UsageError
-from job.geometry import LARGEST_SHARE, MAX_RESIZE, Channels, Resize
 
 if TYPE_CHECKING:
     from collections.abc import Callable

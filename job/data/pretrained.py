@@ -9,9 +9,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from job.config import nearest
+from job.data.geometry import INTERPOLATIONS, MAX_RESIZE, Resize, parse_channels
 from job.data.transforms import Preprocessing
 from job.errors import UsageError
-from job.geometry import INTERPOLATIONS, MAX_RESIZE, Resize, parse_channels
 
 if TYPE_CHECKING:
     from collections.abc import Callable

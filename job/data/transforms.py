@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from job.errors import DataError, UsageError
-from job.geometry import (
+from job.data.geometry import (
     INTERPOLATIONS,
     LONGEST,
     MAX_RESIZE,
@@ -28,11 +27,12 @@ from job.geometry import (
     Resize,
     parse_channels,
 )
+from job.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from job.data.table import Draw
+    from job.data.sample_order import Draw
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)

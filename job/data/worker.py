@@ -7,6 +7,6 @@ two processes and CPython 3.11, in _PyThreadState_DeleteExcept). Python 3.14 doe
 
 from __future__ import annotations
 
-from job.data.batches import prepare_worker
+from job.data.loader import prepare_worker
 
 prepare_worker()

@@ -15,7 +15,7 @@ from torch import nn
 from job.config import nearest
 from job.errors import UsageError, reason
 from job.models.cifar import DenseNet40Cifar, ResNet164Cifar, Vgg19Cifar
-from job.models.head import with_classes
+from job.models.classifier import with_classes
 from job.models.notes import Note, quiet
 from job.models.student import StudentNet
 

@@ -23,9 +23,9 @@ from job.errors import (
     reason,
     shown,
 )
-from job.models.head import auxiliary_heads, find_head
-from job.models.keys import COUNTER, PLACES, Inert, State, fitted, unwrapped
+from job.models.classifier import auxiliary_heads, find_head
 from job.models.notes import Note, quiet
+from job.models.state_dict_keys import COUNTER, PLACES, Inert, State, fitted, unwrapped
 from job.models.student import StudentNet
 
 if TYPE_CHECKING:

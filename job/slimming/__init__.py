@@ -1,1 +1,1 @@
-"""Slimming: channel groups, importance, plan, surgery, verification, cost."""
+"""Slimming: channel groups, importance, plan, surgery, verification, compensation."""

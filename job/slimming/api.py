@@ -21,20 +21,20 @@ from job.slimming.arguments import (
     ignored,
     in_python,
 )
-from job.slimming.batches import batches_of
 from job.slimming.calibrated import COMPENSATIONS, IMPORTANCES
+from job.slimming.calibration.batches import batches_of
+from job.slimming.compensation.recalibration import recalibrate as recalibrated
 from job.slimming.cut import best_method, make_cut, plan_cut
-from job.slimming.engine import Slimming, analyse
+from job.slimming.graph.snapshot import untouched
 from job.slimming.inputs import without_values
-from job.slimming.recalibration import recalibrate as recalibrated
-from job.slimming.untouched import untouched
+from job.slimming.planning.planner import Slimming, analyse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from job.slimming.graph import ChannelGraph
+    from job.slimming.graph.groups import ChannelGraph
     from job.slimming.inputs import Example
-    from job.slimming.plan import Plan
+    from job.slimming.planning.plan import Plan
 
 POLICIES = ("uniform", "global")
 LOGGER = logging.getLogger("gammaslim")

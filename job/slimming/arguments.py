@@ -12,9 +12,9 @@ from torch import nn
 
 from job.config import nearest
 from job.errors import UsageError
-from job.slimming.budget import METRICS, Budget
+from job.slimming.graph.layers import LAYERS, modules_of, owner
 from job.slimming.inputs import arguments_for, like, mapped, samples, tensors_of_inputs
-from job.slimming.layers import LAYERS, modules_of, owner
+from job.slimming.planning.target import METRICS, Budget
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

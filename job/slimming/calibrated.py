@@ -6,27 +6,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from job.distributed.collectives import rank, total, world
 from job.errors import UsageError
-from job.processes import rank, total, world
-from job.slimming.compensation import METHODS, betas, fold_means
-from job.slimming.importance import gamma_importance, magnitude_importance, random_importance
-from job.slimming.moments import collect, readers
-from job.slimming.refit import refit_importance
-from job.slimming.regression import quiet, regress
-from job.slimming.taylor import taylor_importance
+from job.slimming.calibration.moments import collect, readers
+from job.slimming.compensation.folding import METHODS, betas, fold_means
+from job.slimming.compensation.regression import quiet, regress
+from job.slimming.importance.criteria import (
+    gamma_importance,
+    magnitude_importance,
+    random_importance,
+)
+from job.slimming.importance.refit import refit_importance
+from job.slimming.importance.taylor import taylor_importance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from torch import nn
 
-    from job.slimming.flow import Ids
-    from job.slimming.graph import ChannelGraph
-    from job.slimming.importance import Scores
+    from job.slimming.calibration.moments import Batch, Moments
+    from job.slimming.compensation.regression import Progress
+    from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.graph.union import Ids
+    from job.slimming.importance.criteria import Scores
     from job.slimming.inputs import Example
-    from job.slimming.moments import Batch, Moments
-    from job.slimming.plan import Layers
-    from job.slimming.regression import Progress
+    from job.slimming.planning.plan import Layers
 
     Batches = Callable[[], Iterable[Batch]]  # every call gives them anew, on the network's device
 

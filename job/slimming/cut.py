@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from job.console import warn
-from job.processes import check_same, digest, on_main, rank, world
+from job.distributed.collectives import check_same, digest, on_main, rank, world
 from job.slimming.calibrated import compensated, measured, scores_for
-from job.slimming.comparison import check_weights
-from job.slimming.compensation import with_biases, without_constant
-from job.slimming.engine import make_plan
-from job.slimming.plan import keep_of
-from job.slimming.regression import quiet
-from job.slimming.surgery import narrowed
-from job.slimming.verification import verify
+from job.slimming.compensation.folding import with_biases, without_constant
+from job.slimming.compensation.regression import quiet
+from job.slimming.planning.plan import keep_of
+from job.slimming.planning.planner import make_plan
+from job.slimming.surgery.comparison import check_weights
+from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.verification import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.slimming.calibrated import Batches
-    from job.slimming.engine import Base, Slimming
-    from job.slimming.graph import ChannelGraph
-    from job.slimming.importance import Scores
+    from job.slimming.compensation.regression import Progress
+    from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.importance.criteria import Scores
     from job.slimming.inputs import Example
-    from job.slimming.plan import Plan
-    from job.slimming.regression import Progress
+    from job.slimming.planning.plan import Plan
+    from job.slimming.planning.planner import Base, Slimming
 
 
 @dataclass(frozen=True)

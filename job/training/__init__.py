@@ -1,1 +1,1 @@
-"""Training: one round of fine-tuning, evaluation, what several processes need."""
+"""Training: one round of fine-tuning, evaluation, synchronised BatchNorm."""

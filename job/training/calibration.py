@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.data.batches import EvaluationPictures, checked, loader
-from job.processes import rank, world
-from job.slimming.moments import MOST, samples_at
+from job.data.loader import EvaluationPictures, checked, loader
+from job.distributed.collectives import rank, world
+from job.slimming.calibration.moments import MOST, samples_at
 from job.training.evaluation import batch_size_at
 
 if TYPE_CHECKING:
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from job.data import Preprocessing, Split
-    from job.signals import Watch
+    from job.data.dataset import Split
+    from job.data.transforms import Preprocessing
+    from job.distributed.signals import Watch
 
 
 class Calibration:

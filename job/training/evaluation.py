@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from job.data.batches import EvaluationPictures, RankShare, checked, loader
 from job.data.dataset import UNLABELLED
+from job.data.loader import EvaluationPictures, RankShare, checked, loader
+from job.distributed.collectives import rank, total, world
 from job.errors import DataError, GammaslimError
 from job.models.outputs import logits_of
-from job.processes import rank, total, world
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from job.data import Preprocessing, Split
-    from job.signals import Watch
+    from job.data.dataset import Split
+    from job.data.transforms import Preprocessing
+    from job.distributed.signals import Watch
 
 MOST_CLASSES = 10_000  # the confusion matrix then takes 0.8 GB
 PIXELS = 256 * 32 * 32  # in one evaluation batch of a process, about

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from job.processes import total, world
+from job.distributed.collectives import total, world
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

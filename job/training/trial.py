@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from job.console import say, warn
+from job.distributed.collectives import is_main, total, world
 from job.errors import DataError, UsageError
 from job.models.outputs import AUXILIARY_WEIGHT, all_logits
-from job.processes import is_main, total, world
 from job.training.sync_batchnorm import BatchNorm, unsynchronised
 
 if TYPE_CHECKING:

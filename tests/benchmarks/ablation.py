@@ -24,14 +24,14 @@ from torch.nn import functional as F
 
 from job.data.idx import read_idx
 from job.models.student import StudentNet
-from job.slimming.budget import Budget
 from job.slimming.calibrated import COMPENSATIONS, compensated, measured, scores_for
-from job.slimming.compensation import with_biases, without_constant
-from job.slimming.engine import Slimming, analyse, make_plan
-from job.slimming.plan import keep_of
-from job.slimming.recalibration import recalibrate
-from job.slimming.surgery import narrowed
-from job.slimming.verification import verify
+from job.slimming.compensation.folding import with_biases, without_constant
+from job.slimming.compensation.recalibration import recalibrate
+from job.slimming.planning.plan import keep_of
+from job.slimming.planning.planner import Slimming, analyse, make_plan
+from job.slimming.planning.target import Budget
+from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.verification import verify
 
 IMPORTANCES = ("gamma", "taylor", "refit")
 BATCH = 256

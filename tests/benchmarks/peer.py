@@ -30,12 +30,12 @@ import ablation
 
 import job
 from job.models.student import StudentNet
-from job.slimming.budget import Budget
-from job.slimming.cost import network_cost
-from job.slimming.engine import Slimming, analyse, make_plan
-from job.slimming.importance import gamma_importance
-from job.slimming.surgery import narrowed
-from job.slimming.verification import verify
+from job.slimming.importance.criteria import gamma_importance
+from job.slimming.planning.cost import network_cost
+from job.slimming.planning.planner import Slimming, analyse, make_plan
+from job.slimming.planning.target import Budget
+from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.verification import verify
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "StudentNet": (lambda: StudentNet(num_classes=10), 256),

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conftest import gammaslim, randomise, write_flat, write_noise_idx
-from job.artifact import ModelCard, save_model
+from job.artifacts.model_card import ModelCard, save_model
 from job.data.transforms import Preprocessing
-from job.models import build
+from job.models.factory import build
 
 DOCUMENTED = frozenset({0, 2, 65, 66, 73, 74, 75, 78})
 SMALL = {"base": 2}  # a StudentNet of 2 to 32 channels

@@ -19,9 +19,9 @@ from typing import Any
 
 import matplotlib.figure  # noqa: F401
 
-import job.artifact
-import job.pipeline
-import job.report
+import job.artifacts.model_card
+import job.pipeline.prune
+import job.report.page
 from job.__main__ import main
 
 WRITES = os.O_WRONLY | os.O_RDWR
@@ -91,7 +91,7 @@ def child(request: dict[str, Any]) -> None:
 def serve() -> None:
     from fork_server import draw_one  # not in the loader processes
 
-    job.report.draw_run = draw_one
+    job.report.page.draw_run = draw_one
     gc.freeze()  # a collection in a child would copy all of torch
     for line in sys.stdin:
         process = os.fork()

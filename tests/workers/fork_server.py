@@ -29,17 +29,17 @@ import torch
 import torch._meta_registrations
 
 import job.__main__
-import job.figures
-import job.report
-from job.figures import Picture
-from job.history import History
-from job.models import build
-from job.slimming.cost import network_cost
+import job.report.figures
+import job.report.page
+from job.artifacts.history import History
+from job.models.factory import build
+from job.report.figures import Picture
+from job.slimming.planning.cost import network_cost
 
 PRELOADED = (
     "accelerate", "matplotlib.backends.backend_agg", "torch._dynamo", "torch.distributed.run",
-    "matplotlib.figure", "job.commands.cut", "job.commands.inspect", "job.commands.score",
-    "job.commands.slim", "job.pipeline",
+    "matplotlib.figure", "job.cli.export", "job.cli.inspect", "job.cli.score",
+    "job.cli.slim", "job.pipeline.prune",
 )  # fmt: skip
 GUARD = 12 << 30  # bytes of address space: saves the machine; what is judged is measured
 
@@ -61,8 +61,8 @@ def serve() -> None:
 
 def draw_one(history: History) -> list[Picture]:
     """One figure of a run's six, which take longer than so small a run."""
-    with job.figures._drawing() as figure:
-        return [job.figures._curves(figure, history, "loss")] if history.epochs else []
+    with job.report.figures._drawing() as figure:
+        return [job.report.figures._curves(figure, history, "loss")] if history.epochs else []
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _become(case: dict[str, Any]) -> NoReturn:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
         if case["program"][:3] != ["-m", "job", "report"]:
-            job.report.draw_run = draw_one
+            job.report.page.draw_run = draw_one
         _start(*case["program"])
         code = 0
     except SystemExit as end:

@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import job.attempt
-import job.checkpoint
+import job.artifacts.checkpoint
+import job.artifacts.run_directory
 import job.data
 import job.files
-import job.pipeline
-import job.run
+import job.pipeline.prune
+import job.pipeline.session
 import job.slimming.cut
 import job.training.evaluation
-import job.training.fit
+import job.training.trainer
 from job.__main__ import main
 
 passed = 0
@@ -119,8 +119,8 @@ def slow_check() -> None:
 
 PLACES = {
     "data check": slow_check,
-    "W&B begins": lambda: before(job.attempt, "Tracker"),
-    "step": lambda: after(job.training.fit._Round, "step"),
+    "W&B begins": lambda: before(job.pipeline.session, "Tracker"),
+    "step": lambda: after(job.training.trainer._Round, "step"),
     "evaluation": in_evaluation,
     "surgery": lambda: before(job.slimming.cut, "narrowed"),
     "proof of a cut": lambda: after(job.slimming.cut, "verify"),
@@ -129,10 +129,10 @@ PLACES = {
     "rename": lambda: before(Path, "rename"),
     "after a rename": lambda: after(Path, "rename"),
     "replace": lambda: before(Path, "replace"),
-    "metrics line": lambda: after(job.run.Run, "log"),
-    "round to be saved": lambda: before(job.run.Run, "save_round"),
-    "round saved": lambda: after(job.run.Run, "save_round"),
-    "summary": lambda: before(job.run.Run, "summarise"),
+    "metrics line": lambda: after(job.artifacts.run_directory.Run, "log"),
+    "round to be saved": lambda: before(job.artifacts.run_directory.Run, "save_round"),
+    "round saved": lambda: after(job.artifacts.run_directory.Run, "save_round"),
+    "summary": lambda: before(job.artifacts.run_directory.Run, "summarise"),
     "old checkpoint": half_deleted,
 }
 

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from job.exits import exit_now
+from job.cli.exits import exit_now
+from job.distributed.collectives import check_same, digest, rank, start, world
 from job.models.student import StudentNet
-from job.processes import check_same, digest, rank, start, world
 from job.training.distillation import distillation
 from job.training.sparsity import gamma_layers, gammas_of, pull
 from job.training.sync_batchnorm import synchronised

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import job
-from job.cli import gammaslim
+from job.cli.main import gammaslim
 
 
 def command(*args: object) -> None:

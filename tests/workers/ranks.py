@@ -11,20 +11,20 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from job.cli.exits import exit_now
 from job.config import PruneConfig
-from job.data import Preprocessing
 from job.data.dataset import ArraySplit
+from job.data.transforms import Preprocessing
+from job.distributed.collectives import check_same, on_main, rank, start, world
 from job.errors import DataError, GammaslimError, UsageError
-from job.exits import exit_now
 from job.models.student import StudentNet
-from job.processes import check_same, on_main, rank, start, world
 from job.training.evaluation import Evaluator
-from job.training.fit import Trainer
 from job.training.sync_batchnorm import (
     average_running_statistics,
     synchronised,
     unsynchronised,
 )
+from job.training.trainer import Trainer
 from job.training.trial import has_unused_parameters
 
 

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import job.training.fit
+import job.training.trainer
 from job.__main__ import main
 
-original = job.training.fit._Round.step
+original = job.training.trainer._Round.step
 steps = 0
 
 
@@ -40,5 +40,5 @@ def recording(self: Any, images: Any, labels: Any, size: int, number: int) -> No
 if __name__ == "__main__":  # loader processes import this too
     file, last = Path(sys.argv[1]), int(sys.argv[2])
     sys.argv = ["gammaslim", *sys.argv[3:]]
-    job.training.fit._Round.step = recording  # type: ignore[method-assign]
+    job.training.trainer._Round.step = recording  # type: ignore[method-assign]
     main()

@@ -15,8 +15,8 @@ from datetime import timedelta
 
 import torch
 
-from job import processes
-from job.processes import leave, lost_others, on_main, rank, start, total
+from job.distributed import collectives as processes
+from job.distributed.collectives import leave, lost_others, on_main, rank, start, total
 
 WORK = 3.0  # seconds that the main process works alone: more than any limit here
 

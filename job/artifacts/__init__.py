@@ -1,0 +1,1 @@
+"""What a run writes: run directory, checkpoints, model cards, exports."""

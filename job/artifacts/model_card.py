@@ -1,0 +1,192 @@
+"""A slim model on disk: model.safetensors + model.json. Loading needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+
+from job.data.transforms import Preprocessing
+from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown, writing
+from job.files import is_file, new_directory, read_json
+from job.models.factory import build
+from job.models.input_size import MAX_SIZE
+from job.models.weights import load_state, read_state
+from job.slimming.planning.plan import LayerChannels, Layers, compose
+from job.slimming.planning.planner import Base
+from job.slimming.surgery.surgery import narrowed
+from job.versions import versions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+FORMAT = 1
+RECOMMENDED = r"rounds/[0-9]{2,4}"  # a summary's word for its model
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """All that is known of a network but its weights.
+
+    ``layers`` holds the channels kept, as indices into the base network; ``base`` what that one had
+    and cost, which fractions are of.
+    """
+
+    model: str
+    args: dict[str, Any]
+    num_classes: int
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] = ()
+    width: float = 1.0
+    layers: Layers = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
+    base: Base | None = None
+
+    def build(self) -> nn.Module:
+        """The network of this card with fresh weights; torch's random state is left alone.
+
+        The module of a ``module:factory`` must be importable. Raises UsageError.
+        """
+        with torch.random.fork_rng(devices=[]):
+            base = build(self.model, self.num_classes, self.args, from_card=True)
+        return narrowed(base, self.layers)
+
+    def cut(self, layers: Layers, width: float) -> ModelCard:
+        """The card after ``layers`` (indices into the present network) are cut."""
+        return replace(self, layers=compose(self.layers, layers), width=width)
+
+
+def save_model(folder: Path, network: nn.Module, card: ModelCard) -> None:
+    """Write the two files of a model into ``folder``, all or nothing; raises StorageError."""
+    state = unshared(network.state_dict())
+    content = {
+        "format": FORMAT,
+        "model": card.model,
+        "args": card.args,
+        "num_classes": card.num_classes,
+        "class_names": list(card.class_names),
+        "width": card.width,
+        "layers": {name: kept.to_dict() for name, kept in card.layers.items()},
+        "widths": {k[:-7]: len(v) for k, v in state.items() if k.endswith(".weight")},
+        "input": card.preprocessing.to_dict(),
+        "metrics": card.metrics,
+        "lineage": card.lineage,
+        "base": card.base.to_dict() if card.base else None,
+        "versions": versions(),
+    }
+    with new_directory(folder) as temporary, writing(folder):
+        (temporary / "model.safetensors").write_bytes(safetensors_bytes(state, {"format": "pt"}))
+        lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+        (temporary / "model.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+
+
+def unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state on the CPU as safetensors takes it: shared tensors once for each of their names."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        found[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
+    return found
+
+
+def load_model(folder: Path) -> tuple[nn.Module, ModelCard]:
+    """The network in eval mode and its card.
+
+    Raises InputNotFound, DataError, or UsageError for one saved in Python without what builds it.
+    """
+    card = read_card(folder)
+    if not card.model:
+        raise UsageError(
+            f"{shown(folder)} was saved without what builds its network: load it in Python, "
+            "load(path, network=…), or save it with model='module:factory'"
+        )
+    try:
+        network = card.build()
+    except (GammaslimError, IndexError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{shown(folder / 'model.json')} describes no network: {error}") from error
+    load_weights(network, folder)
+    return network.eval(), card
+
+
+def load_weights(network: nn.Module, folder: Path) -> None:
+    """Load the weights in ``folder``, of exactly this network; raises InputNotFound, DataError."""
+    weights = folder / "model.safetensors"
+    load_state(network, read_state(weights), shown(weights))
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card in ``folder``/model.json; raises InputNotFound or DataError."""
+    path = folder / "model.json"
+    if not is_file(path):
+        raise InputNotFound(f"{shown(path)} does not exist")
+    try:
+        content = read_json(path)
+        if content["format"] != FORMAT:
+            raise DataError(f"format {content['format']} is not {FORMAT}; use a newer gammaslim")
+        card = ModelCard(
+            model=str(content["model"]),
+            args=dict(content["args"]),
+            num_classes=int(content["num_classes"]),
+            preprocessing=Preprocessing.from_dict(content["input"]),
+            class_names=tuple(map(str, content["class_names"])),
+            width=float(content["width"]),
+            layers={k: LayerChannels.from_dict(v) for k, v in content["layers"].items()},
+            metrics=dict(content["metrics"]),
+            lineage=dict(content["lineage"]),
+            base=Base.from_dict(content["base"]) if content.get("base") else None,
+        )
+        _check_card(card)
+    except DataError as error:
+        raise DataError(f"{shown(path)}: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{shown(path)} is not a model card: {reason}") from error
+    return card
+
+
+def _check_card(card: ModelCard) -> None:
+    if card.num_classes < 1 or len(card.class_names) not in (0, card.num_classes):
+        raise DataError(f"{len(card.class_names)} class names for {card.num_classes} classes")
+    if not (math.isfinite(card.width) and card.width > 0):
+        raise DataError(f"a width of {card.width}")
+    if card.preprocessing.size > MAX_SIZE:
+        raise DataError(f"inputs of {card.preprocessing.size} pixels")
+
+
+def find_model(path: str | Path) -> Path:
+    """The model folder that ``path`` means: itself, or the recommended model of a run.
+
+    Raises InputNotFound or DataError.
+    """
+    folder = Path(path)
+    if is_file(folder / "model.json"):
+        return folder
+    summary = folder / "summary.json"
+    if not is_file(summary) and is_file(folder / "config.toml"):
+        raise InputNotFound(
+            f"{shown(path)} is a run whose base is not finished, it has no model yet: "
+            "run its prune command again to resume it"
+        )
+    if not is_file(summary):
+        raise InputNotFound(
+            f"{shown(path)} is not a model: expected a run folder (summary.json), "
+            "a model folder (model.json), or a weights file with --model"
+        )
+    try:
+        recommended = read_json(summary)["recommended"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{shown(summary)} names no recommended model: {error}") from error
+    if not (isinstance(recommended, str) and re.fullmatch(RECOMMENDED, recommended)):
+        raise DataError(f"{shown(summary)} recommends {recommended!r}, which is not rounds/NN")
+    return folder / recommended

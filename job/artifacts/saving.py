@@ -1,0 +1,259 @@
+"""``save`` and ``load``: networks as folders of weights and a card, without any pickle."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from job.artifacts.model_card import (
+    ModelCard,
+    find_model,
+    load_model,
+    load_weights,
+    read_card,
+    save_model,
+)
+from job.data.preprocessing import PreprocessingOptions
+from job.errors import DataError, GammaslimError, OutputError, UsageError, shown
+from job.files import check_writable, is_file
+from job.models.classifier import find_head
+from job.models.factory import NETWORKS, name_factory, torchvision_names
+from job.slimming.arguments import check_network, kind_of
+from job.slimming.graph.recorder import mode, record, tensors_in
+from job.slimming.inputs import call, like
+from job.slimming.planning.plan import Plan, compose
+from job.slimming.planning.planner import Base, layer_widths
+from job.slimming.surgery.comparison import difference
+from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.verification import probe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from job.slimming.planning.plan import Layers
+
+SIZE = 224  # pixels of a network's images where nothing says it
+SAME = 1e-5  # relative: one network may compute in two ways on two devices
+
+
+def save(
+    network: nn.Module,
+    path: str | Path,
+    *,
+    plan: Plan | Sequence[Plan] | None = None,
+    model: Any = None,
+    model_args: dict[str, Any] | None = None,
+    class_names: Sequence[str] = (),
+    image_size: int | None = None,
+) -> None:
+    """Write ``network`` into a new folder ``path``: model.safetensors and model.json.
+
+    ``plan`` is that of the cut which made it, or those of several cuts, in order. ``model`` is what
+    builds the network before any cut: a name as for ``gammaslim prune --model``, or a class or
+    function that can be imported, itself or as "module:factory", and ``model_args`` its keyword
+    arguments. ``load(path)`` then gives the same network, which is checked now, and the commands
+    take the folder. Without ``model`` it is found for networks of torchvision, of this package, and
+    of importable classes that need no arguments. For others (a line is logged) ``load`` takes the
+    network before any cut: ``load(path, network=Net())``. ``class_names`` and ``image_size``, by
+    default that of the plan's example, are for the commands.
+
+    Raises UsageError where ``plan`` or ``model`` are not this network's, OutputError where there is
+    something at ``path`` already.
+
+    >>> import torch, torchvision
+    >>> import job
+    >>> wide = torchvision.models.resnet18(num_classes=10)
+    >>> narrow, plan = job.slim(wide, torch.rand(1, 3, 64, 64))
+    >>> job.save(narrow, "slim", plan=plan)  # doctest: +SKIP
+    >>> narrow = job.load("slim")  # doctest: +SKIP
+    """
+    check_network(network)
+    plans = [plan] if isinstance(plan, Plan) else list(plan or ())
+    if not all(isinstance(each, Plan) for each in plans):
+        raise UsageError(
+            f"plan must be what slim returned next to the network; got {kind_of(plan)}"
+        )
+    folder = _new_folder(path)
+    layers: Layers = {}
+    for each in plans:
+        layers = compose(layers, each.layers)
+    example = plans[-1].example if plans else None
+    classes = len(class_names) or _classes(network, example)
+    card = ModelCard(
+        "", {}, classes, _preprocessing(example, image_size), tuple(class_names), layers=layers,
+        width=plans[-1].width if plans else 1.0,
+    )  # fmt: skip
+    made = _named(network, card, model, model_args or {}, example)
+    if made is None:
+        logging.getLogger("gammaslim").info(
+            "%s is saved without what builds it: load it by load(path, network=…)", shown(folder)
+        )
+    save_model(folder, network, made or card)
+
+
+def load(path: str | Path, *, network: nn.Module | None = None) -> nn.Module:
+    """The network saved at ``path`` (a run, a round or a model folder), in eval mode.
+
+    ``network`` is the one before any cut, with any weights, where ``save`` did not know what builds
+    it; it is left untouched. Executes no pickle. Raises InputNotFound, DataError for damaged files,
+    or UsageError without the network that is needed.
+
+    >>> network = job.load("runs/student-fashion-mnist")  # doctest: +SKIP
+    >>> logits = network(torch.rand(1, 3, 32, 32))  # doctest: +SKIP
+    """
+    _check_path(path)
+    if is_file(Path(path)):
+        raise UsageError(
+            f"path must be a folder; {shown(path)} is a file: give the weights in it to the "
+            "load_state_dict of the network they were saved from"
+        )
+    folder = find_model(path)
+    if network is None:
+        return load_model(folder)[0]
+    check_network(network)
+    try:
+        narrow = narrowed(network, read_card(folder).layers)
+    except (GammaslimError, IndexError, AttributeError, RuntimeError) as error:
+        raise DataError(
+            f"{shown(path)} was cut from another network than the {type(network).__name__} given: "
+            f"{error}"
+        ) from error
+    load_weights(narrow, folder)
+    return narrow.eval()
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise UsageError(f"path must be a folder; got {kind_of(path)}")
+
+
+def _new_folder(path: Any) -> Path:
+    _check_path(path)
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{shown(path)} exists already; choose another")
+    check_writable(folder)
+    return folder
+
+
+def _classes(network: nn.Module, example: Any) -> int:
+    """How many logits the network gives; 1 where it gives something else."""
+    if example is None:
+        try:
+            return find_head(network)[1]
+        except UsageError:
+            return 1
+    outputs = record(network, example).outputs
+    return int(outputs[0].shape[1]) if len(outputs) == 1 and outputs[0].dim() == 2 else 1
+
+
+def _preprocessing(example: Any, size: int | None) -> Any:
+    images = isinstance(example, torch.Tensor) and example.dim() == 4
+    size = size or (min(example.shape[2:]) if images else SIZE)
+    return PreprocessingOptions(image_size=size).resolve(size)
+
+
+def _named(
+    network: nn.Module, card: ModelCard, model: Any, args: dict[str, Any], example: Any
+) -> ModelCard | None:
+    """The card with the name of what builds the network, checked; None where it is not found.
+
+    Raises UsageError for a ``model`` that builds another network.
+    """
+    if model is not None:
+        name = _name_of(model)
+        name_factory(name)
+        if args.get("num_classes") == card.num_classes:  # the card has that already
+            args = {key: value for key, value in args.items() if key != "num_classes"}
+        made = replace(card, model=name, args=args)
+        if why := _why_not(network, made, example):
+            raise UsageError(
+                f"model {name} does not give this network: {why}; without a model, load takes the "
+                "network: load(path, network=…)"
+            )
+        return _with_base(made)
+    # by its outputs alone one network can be told from others that have the same weights
+    guesses = [] if example is None else _guesses(type(network))
+    for made in (replace(card, model=name) for name in guesses):
+        if _why_not(network, made, example) is None:
+            return _with_base(made)
+    return None
+
+
+def _with_base(card: ModelCard) -> ModelCard:
+    return replace(card, base=Base(layer_widths(replace(card, layers={}).build())))
+
+
+def _name_of(model: Any) -> str:
+    if isinstance(model, str):
+        return model
+    builders = {made: name for name, made in NETWORKS.items()}
+    if not callable(model):
+        raise UsageError(f"model must be a name, or what builds the network; got {kind_of(model)}")
+    if model in builders:
+        return builders[model]
+    name = getattr(model, "__name__", "")
+    if name in torchvision_names() and str(model.__module__).startswith("torchvision.models"):
+        return str(name)
+    path = f"{model.__module__}:{getattr(model, '__qualname__', name)}"
+    if "<" in path or path.startswith("__main__:"):
+        raise UsageError(
+            f"model {name or kind_of(model)} cannot be imported by its name: put it into a module, "
+            "or leave model out and give load the network"
+        )
+    return path
+
+
+def _guesses(kind: type) -> list[str]:
+    """Names of what may have built a network of a class."""
+    own = [name for name, made in NETWORKS.items() if made is kind]
+    if kind.__module__.startswith("torchvision.models"):
+        import torchvision
+
+        return [
+            name
+            for name in torchvision_names()
+            if torchvision.models.get_model_builder(name).__module__ == kind.__module__
+        ]
+    foreign = kind.__module__.partition(".")[0] in ("torch", "__main__", "builtins")
+    if own or foreign or "<" in kind.__qualname__:
+        return own
+    needed = [
+        p
+        for p in list(inspect.signature(kind).parameters.values())
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return [] if needed else [f"{kind.__module__}:{kind.__qualname__}"]
+
+
+def _why_not(network: nn.Module, card: ModelCard, example: Any) -> str | None:
+    """Why the network of ``card`` is not ``network``, or None where it is."""
+    try:
+        other = card.build()
+    except (GammaslimError, IndexError, AttributeError, RuntimeError) as error:
+        return str(error)
+    state = network.state_dict()
+    shapes = {key: value.shape for key, value in other.state_dict().items()}
+    for key, value in state.items():
+        if shapes.get(key) != value.shape:
+            there = tuple(shapes[key]) if key in shapes else "nothing"
+            return f"its {key} is {tuple(value.shape)}, there it is {there}; is the plan missing?"
+    if len(shapes) > len(state):
+        return f"it has no {next(key for key in shapes if key not in state)}"
+    if example is None:
+        return None
+    other.load_state_dict(state)
+    weight = next(iter(network.parameters()))
+    noise = like(probe(example), weight)
+    outputs = []
+    for each in (network, other.to(weight.device, weight.dtype)):
+        with mode(each, training=False), torch.no_grad():
+            outputs.append(list(tensors_in(call(each, noise))))
+    return None if difference(*outputs) <= SAME else "it computes something else"

@@ -1,0 +1,117 @@
+"""Images to slim by: some to calibrate, and others with labels, where there are, to score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from job.artifacts.model_card import find_model, read_card
+from job.artifacts.provenance import as_listing
+from job.cli.score import in_classes_of
+from job.console import progress
+from job.data.dataset import UNLABELLED, Dataset, Split, with_validation
+from job.data.folders import PRESENT_LISTING
+from job.data.layout import open_images as images_below
+from job.data.opening import check_pictures, open_data
+from job.errors import DataError
+
+if TYPE_CHECKING:
+    from job.artifacts.model_card import ModelCard
+    from job.cli.model import ModelOptions
+
+CALIBRATE = ("training", "validation", "evaluation", "testing")  # the first that there is
+SCORE = ("validation", "evaluation", "testing", "training")
+
+
+class SlimImages:
+    """Images of one data set: ``calibration`` and, with labels, ``scoring``.
+
+    ``scored`` is the name of the scoring split; ``unscored`` says why there is none. ``largest`` is
+    the largest side of any image.
+    """
+
+    def __init__(self, data: Dataset, largest: int) -> None:
+        self.data, self.largest = data, largest
+        self.calibrated, self.scored = _splits_of(data)
+        self.calibration: Split = data.splits[self.calibrated]
+        self.scoring = data.splits[self.scored] if self.scored else None
+        self.unscored = f"{data.root} has no labels"
+
+    def fit(self, card: ModelCard) -> None:
+        """Number the classes as the model does; without a scoring split where they are others."""
+        names, own = card.class_names, self.data.class_names
+        if self.scoring is None:
+            return
+        numbers = [s.labels.max(initial=0) for s in (self.scoring, self.calibration)]
+        others = [name for name in own if name not in names]
+        if self.data.numbered and max(numbers) >= card.num_classes:
+            self._leave(
+                f"{self.data.root} has a class {max(numbers)}, the network {card.num_classes:,} "
+                "classes, numbered from 0"
+            )
+        elif names and others and not self.data.numbered:
+            self._leave(f"the model does not know the class {others[0]!r} of {self.data.root}")
+        elif not names and not self.data.numbered and len(own) != card.num_classes:
+            self._leave(
+                f"{self.data.root} has {len(own)} classes, the network {card.num_classes:,}"
+            )
+        else:
+            self.scoring = in_classes_of(card, self.data, self.scoring)
+            if _labelled(self.calibration):
+                self.calibration = in_classes_of(card, self.data, self.calibration)
+
+    def _leave(self, reason: str) -> None:
+        count = len(self.calibration)
+        self.scoring, self.unscored = None, reason
+        nothing = np.full(count, UNLABELLED, np.int64)
+        self.calibration = self.calibration.take(np.arange(count), nothing)
+
+    def describe(self) -> str:
+        """The scoring split, for people."""
+        count = len(self.scoring) if self.scoring is not None else 0
+        what = f"the {self.scored} split of {self.data.root} ({count:,} images"
+        same = ", which it was calibrated by too" if self.scored == self.calibrated else ""
+        return f"{what}{same})"
+
+
+def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) -> SlimImages:
+    """The images in ``path``, checked; raises InputNotFound or DataError.
+
+    A data set of any layout, or a folder with images that have no labels. Without a validation
+    split a tenth of the training split is held out as MODEL's run did, to score.
+    """
+    folder = Path(model.path)
+    lineage = read_card(find_model(folder)).lineage if folder.is_dir() else {}
+    data = _open(path, as_listing(lineage.get("listing", 1)) if lineage else PRESENT_LISTING)
+    used = [name for name in dict.fromkeys(_splits_of(data)) if name]
+    data, largest = check_pictures(data, used, on_bad_image, progress("checking"))
+    training = data.splits.get("training")
+    if training is not None and "validation" not in data.splits and _labelled(training):
+        try:
+            data = with_validation(data, int(lineage.get("seed", seed)))
+        except DataError:  # too few: they are scored by what calibrates them, which is reported
+            return SlimImages(data, largest)
+    return SlimImages(data, largest)
+
+
+def _splits_of(data: Dataset) -> tuple[str, str]:
+    """The names of the splits that calibrate and that score; the latter is empty for none."""
+    calibrates = next(name for name in CALIBRATE if name in data.splits)
+    scores = [name for name in SCORE if name in data.splits and _labelled(data.splits[name])]
+    return calibrates, next(iter(scores), "")
+
+
+def _labelled(split: Split) -> bool:
+    return not bool((split.labels == UNLABELLED).any())
+
+
+def _open(path: str, listing: int) -> Dataset:
+    try:
+        return open_data(path, listing)
+    except DataError as error:
+        try:
+            return images_below(Path(path))
+        except DataError:
+            raise error from None

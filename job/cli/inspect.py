@@ -1,0 +1,96 @@
+"""Look into a model: ``inspect``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from job.cli.model import ModelOptions, open_model
+from job.console import layers_table, say, table
+from job.slimming.importance.criteria import gamma_importance
+from job.slimming.planning.cost import layer_costs, network_cost, picture
+from job.slimming.planning.planner import analyse, full_sizes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from job.artifacts.model_card import ModelCard
+    from job.slimming.importance.criteria import Scores
+
+QUARTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
+
+
+def inspect(model: ModelOptions, as_json: bool) -> None:
+    """Print channel groups with their γ, costs layer by layer, and what cannot be cut and why."""
+    network, card = open_model(model)
+    record = _record(network, card)
+    say(json.dumps(record, indent=1) if as_json else _text(record, network, card))
+
+
+def _record(network: nn.Module, card: ModelCard) -> dict[str, Any]:
+    size = card.preprocessing.size
+    graph = analyse(network, picture(size))
+    gamma, sizes = gamma_importance(network, graph), full_sizes(network, graph, card.base)
+    groups = [
+        {
+            "group": group.name,
+            "channels": group.size,
+            "of": sizes[group.name],
+            "gamma": _quartiles(gamma[group.channels]),
+            "norms": list(group.norms),
+            "positions": [f"{layer} {side}" for layer, side in group.positions],
+        }
+        for group in graph.groups
+    ]
+    return {
+        "model": card.model,
+        "width": card.width,
+        "num_classes": card.num_classes,
+        "class_names": list(card.class_names),
+        "image_size": size,
+        "cost": network_cost(network, size).to_dict(),
+        "groups": groups,
+        "blocked": [asdict(blocked) for blocked in graph.blocked],
+        "layers": [asdict(layer) for layer in layer_costs(network, size)],
+        "metrics": card.metrics,
+        "lineage": card.lineage,
+    }
+
+
+def _quartiles(gamma: Scores) -> dict[str, float] | None:
+    if np.isnan(gamma).any():
+        return None  # no BatchNorm ranks them
+    return dict(zip(QUARTILES, np.quantile(gamma, [*QUARTILES.values()]).tolist(), strict=True))
+
+
+def _text(record: dict[str, Any], network: nn.Module, card: ModelCard) -> str:
+    size, cost = record["image_size"], record["cost"]
+    names = {"channels": "channels", "params": "params", "macs": "MACs", "bytes": "bytes"}
+    costs = ", ".join(f"{cost[key]:,} {name}" for key, name in names.items())
+    groups = [
+        (
+            group["group"],
+            f"{group['channels']}/{group['of']}",
+            *(f"{value:.4f}" for value in (group["gamma"] or {}).values()),
+        )
+        for group in record["groups"]
+        if group["gamma"]
+    ]
+    blocked = [(b["layer"], str(b["channels"]), b["reason"]) for b in record["blocked"]]
+    blocked += [
+        (g["group"], str(g["channels"]), "no BatchNorm ranks them; other importances can")
+        for g in record["groups"]
+        if not g["gamma"]
+    ]
+    title = f"{card.model} at width {card.width:.4f}, {card.num_classes} classes, {size} pixels"
+    parts = [
+        f"{title}\n{costs}",
+        layers_table(layer_costs(network, size)),
+        "channels that can be cut, and the |γ| that ranks them\n"
+        + table(("group", "channels", *QUARTILES), groups),
+        "channels that are not cut\n" + table(("layer", "channels", "why"), blocked, left=3),
+    ]
+    return "\n\n".join(parts)

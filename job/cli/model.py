@@ -1,0 +1,104 @@
+"""MODEL on a command line: a run, round or model folder, or a weights file with --model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from job.artifacts.model_card import ModelCard, find_model, load_model
+from job.console import say
+from job.data.preprocessing import PreprocessingOptions
+from job.distributed.collectives import digest, is_main
+from job.errors import DataError, UsageError, shown
+from job.models.factory import NAMES, build, name_factory, nominal_width
+from job.models.input_size import check_size, nominal_size
+from job.models.notes import quiet
+from job.models.weights import known_classes, load_state, read_state
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from job.data.transforms import Preprocessing
+
+
+@dataclass(frozen=True)
+class ModelOptions(PreprocessingOptions):
+    """How to read MODEL: a run, round or model folder needs nothing but its path."""
+
+    path: str
+    model: str | None = None
+    model_arg: tuple[tuple[str, Any], ...] = ()
+    num_classes: int | None = None
+
+
+def open_model(options: ModelOptions, largest: int = 0) -> tuple[nn.Module, ModelCard]:
+    """The network that MODEL means, in eval mode, and its card.
+
+    A weights file has no card: its preprocessing follows from ``largest``, the largest side of the
+    pictures. Raises InputNotFound, DataError or UsageError.
+    """
+    path = Path(options.path)
+    options.check()
+    if options.model:
+        name_factory(options.model)
+    if path.is_dir() or not path.exists():
+        folder = find_model(path)
+        network, card = load_model(folder)
+        if not options.image_size:
+            _check_own_size(network, card, folder)
+        card = replace(card, preprocessing=options.override(card.preprocessing))
+    else:
+        network, card = _open_weights(options, path, largest)
+    check_size(network, card.preprocessing.size, trained=False)
+    return network, card
+
+
+def _check_own_size(network: nn.Module, card: ModelCard, folder: Path) -> None:
+    try:
+        check_size(network, card.preprocessing.size, trained=False)
+    except UsageError as error:
+        path = shown(folder / "model.json")
+        size = card.preprocessing.size
+        raise DataError(f"{path}: inputs of {size} pixels do not fit its network") from error
+
+
+def _preprocessing(options: ModelOptions, model: str, largest: int) -> Preprocessing:
+    """Without images, whose largest side is ``largest``, the size is the network's nominal one."""
+    said = (options.image_size, options.crop, options.resize)
+    size = nominal_size(model)
+    if largest or any(said) or options.transform not in ("auto", "small"):
+        chosen = options.resolve(largest or options.image_size or size or 0)
+        if largest and not any(said) and options.transform == "auto" and is_main():
+            line = f"input size: {chosen.size} pixels, by the images; else give --image-size"
+            click.echo(line, err=True)
+        return chosen
+    if size is None:
+        raise UsageError(
+            f"{shown(options.path)} is a weights file: give the side of the images that {model} is "
+            "made for, e.g. --image-size 32"
+        )
+    if is_main():
+        line = f"input size: {size} pixels, which {model} is made for; else give --image-size"
+        click.echo(line, err=True)
+    return replace(options, image_size=size).resolve(size)
+
+
+def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.Module, ModelCard]:
+    if options.model is None:
+        raise UsageError(f"{shown(path)} is a weights file: give its network, e.g. --model student")
+    state = read_state(path)
+    args = dict(options.model_arg)
+    classes = options.num_classes or (11 if options.model in NAMES else 1000)
+    network = build(options.model, classes, args, note=say if options.num_classes else quiet)
+    known = classes if options.num_classes else known_classes(network, state)
+    if known and known != classes:
+        classes, network = known, build(options.model, known, args)
+    load_state(network, state, shown(path), note=say)
+    preprocessing = _preprocessing(options, options.model, largest)
+    width = nominal_width(options.model, args)
+    lineage = {"base_weights": shown(path), "base_sha256": digest(state)}
+    card = ModelCard(options.model, args, classes, preprocessing, width=width, lineage=lineage)
+    return network.eval(), card

@@ -1,0 +1,181 @@
+"""``slim``: cut MODEL once, without training, by its weights alone or by images of its kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from job.artifacts.model_card import save_model
+from job.cli.calibration_images import SlimImages, open_images
+from job.cli.model import ModelOptions, open_model
+from job.config import PruneConfig
+from job.console import phase, progress, say, say_cautions, show_step, table
+from job.distributed.collectives import local_world, start
+from job.errors import OutputError, UsageError, shown
+from job.files import check_writable
+from job.pipeline.cautions import of_model
+from job.pipeline.slim_round import base_of
+from job.slimming.compensation.recalibration import recalibrate
+from job.slimming.cut import best_method, make_cut, plan_cut
+from job.slimming.planning.cost import picture
+from job.slimming.planning.planner import Slimming, analyse
+from job.slimming.planning.target import Budget
+from job.training.calibration import Calibration
+from job.training.evaluation import Evaluator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from job.artifacts.model_card import ModelCard
+    from job.slimming.planning.plan import Plan
+
+NEED_IMAGES = ("refit", "taylor", "mean", "regress")
+
+
+@dataclass(frozen=True)
+class SlimOptions:
+    """How to cut, and which images to calibrate by: None is the best that there is."""
+
+    policy: str | None
+    target: str
+    round_to: int
+    min_keep: float
+    importance: str | None
+    compensate: str | None
+    recalibrate: int
+    data: str | None
+    on_bad_image: str
+    device: str
+    precision: str
+    workers: int | None
+    seed: int
+
+    def check(self) -> None:
+        """Raise UsageError for what needs images when there are none."""
+        asked = {"--importance": self.importance, "--compensate": self.compensate}
+        words = [f"{name} {value}" for name, value in asked.items() if value in NEED_IMAGES]
+        words += ["--recalibrate"] if self.recalibrate else []
+        if words and not self.data:
+            raise UsageError(f"{' and '.join(words)}: images are needed; give some, --data PATH")
+
+    @property
+    def slimming(self) -> Slimming:
+        """The target, and the policy that it asks for."""
+        budget = Budget.parse(self.target)
+        policy = self.policy or ("uniform" if budget.metric == "width" else "global")
+        return Slimming(policy, budget, self.round_to, self.min_keep)
+
+
+def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
+    """Cut MODEL, prove the cut in float64, save it, and print what it costs and scores."""
+    options.check()
+    model.check()
+    folder = _new_folder(output)
+    images, accelerator = None, None
+    if options.data:
+        accelerator = start(options.device, options.precision)
+        images = open_images(options.data, options.on_bad_image, model, options.seed)
+    network, card = open_model(model, images.largest if images else 0)
+    tools = None
+    if images and accelerator:
+        network.to(accelerator.device)
+        tools = _Tools(images, card, accelerator, options)
+    method, line = best_method(
+        options.importance, options.compensate, images=bool(images), seed=options.seed
+    )
+    if line:
+        say(line)
+    before = tools.accuracy(network) if tools else None
+    if images and images.scoring is not None and before is not None:
+        counts = np.bincount(images.scoring.labels).tolist()
+        say_cautions([of_model(before, counts, weights=Path(model.path).is_file())])
+    image, slimming = picture(card.preprocessing.size), options.slimming
+    graph, base = analyse(network, image), card.base or base_of(network, card)
+    narrow, plan, error = make_cut(
+        network,
+        graph,
+        image,
+        method,
+        lambda scores: plan_cut(network, graph, scores, slimming, method.compensate, image, base),
+        tools.calibration.batches if tools else None,
+        progress=partial(show_step, "slimming"),
+    )
+    phase("")
+    if tools and options.recalibrate:
+        count = options.recalibrate * PruneConfig.batch_size
+        recalibrate(narrow, tools.calibration.batches(count))
+    after = tools.accuracy(narrow) if tools else None
+    lineage = card.lineage | {"slimmed_from": shown(Path(model.path).absolute())}
+    slimmed = card.cut(plan.layers, plan.width)
+    metrics = {} if after is None or not images else {images.scored: after}
+    save_model(folder, narrow.cpu(), replace(slimmed, metrics=metrics, lineage=lineage, base=base))
+    say(_costs(plan))
+    say(f"the cut is verified in float64: relative error {error:.1e}; saved in {shown(output)}")
+    say(_accuracies(images, before, after))
+
+
+def _new_folder(output: str) -> Path:
+    """The folder to write; raises OutputError where there is something already."""
+    folder = Path(output)
+    if folder.absolute() == Path.cwd():  # complete or not at all: it is put there as a whole
+        raise OutputError(f"--output {shown(output)!r} is the current folder; choose a new one")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"--output {shown(output)} exists already; choose another")
+    check_writable(folder)
+    return folder
+
+
+class _Tools:
+    """What calibrates and scores networks by the images."""
+
+    def __init__(
+        self, images: SlimImages, card: ModelCard, accelerator: Accelerator, options: SlimOptions
+    ) -> None:
+        workers = options.workers
+        if workers is None:
+            from job.data.loader import default_workers
+
+            workers = default_workers(local_world(), accelerator.device.type == "cuda")
+        images.fit(card)
+        self.calibration = Calibration(
+            images.calibration, card.preprocessing, accelerator, workers, options.seed
+        )
+        self.evaluator = None
+        if images.scoring is not None:
+            self.evaluator = Evaluator(
+                images.scoring, card.num_classes, card.preprocessing, accelerator, workers
+            )
+
+    def accuracy(self, network: nn.Module) -> float | None:
+        """Of the scored split; None when there is none with labels."""
+        if self.evaluator is None:
+            return None
+        count, bar = len(self.evaluator.batches), progress("evaluating")
+        return self.evaluator(network, lambda batches: bar(batches, count)).accuracy
+
+
+def _costs(plan: Plan) -> str:
+    assert plan.before
+    assert plan.after
+    after = plan.after.to_dict()
+    rows = [
+        (name, f"{old:,}", f"{after[name]:,}", f"{after[name] / old:.1%}" if old else "")
+        for name, old in plan.before.to_dict().items()
+    ]
+    return table(("", "before", "after", "left"), rows)
+
+
+def _accuracies(images: SlimImages | None, before: float | None, after: float | None) -> str:
+    if images is None:
+        return "accuracy was not measured: --data PATH calibrates the cut by images and measures it"
+    if before is None or after is None:
+        return f"accuracy was not measured: {images.unscored}"
+    return (
+        f"accuracy on {images.describe()}: {before:.4f} before, {after:.4f} after "
+        f"({100 * (after - before):+.2f} points)"
+    )

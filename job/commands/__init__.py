@@ -1,1 +1,0 @@
-"""What is done with a model: evaluate, predict, inspect, slim, export."""

@@ -1,0 +1,1 @@
+"""Several processes as one job: collectives, launch, signals, stop requests, cores."""

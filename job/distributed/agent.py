@@ -1,0 +1,141 @@
+"""torch's elastic agent, with stop requests passed on and the processes' exit codes kept."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import registry as rendezvous
+
+from job.console import tell_error
+from job.distributed.signals import TOO_EARLY, answered_at_once, leave_now
+from job.errors import GammaslimError, StopRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from job.distributed.topology import Nodes
+
+MEETING = 900  # seconds within which all nodes must have come
+GRACE = 50  # seconds that processes have to end by themselves
+FORCE = 5.0  # seconds between a second SIGINT and SIGKILL
+
+
+class Agent(LocalElasticAgent):
+    """Starts the processes of one node, watches them, passes stop requests on to them."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        # only a signal to the agent itself that we do not take (SIGHUP, SIGQUIT) makes it wait so
+        known = inspect.signature(LocalElasticAgent.__init__).parameters
+        wait: dict[str, Any] = {"shutdown_timeout": GRACE} if "shutdown_timeout" in known else {}
+        super().__init__(spec, DefaultLogsSpecs(), **wait)
+        self.pids: list[int] = []
+        self.asked: list[int] = []  # signals, in their order
+        self._starting = threading.Lock()
+
+    def _start_workers(self, worker_group: Any) -> dict[int, Any]:
+        with self._starting:
+            started: dict[int, Any] = super()._start_workers(worker_group)
+            self.pids = list(started.values())
+        return started
+
+    def pass_on(self, number: int) -> None:
+        """Give a stop request to every process; before there are any, end at once."""
+        with self._starting:
+            self.asked.append(number)
+            if not self.pids:
+                leave_now()
+            self._send(number)
+        if self.asked.count(signal.SIGINT) > 1:
+            time.sleep(FORCE)
+            self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        for pid in self.pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:  # it has ended by itself
+                continue
+
+
+def run_agent(command: Sequence[str], nproc: int, nodes: Nodes) -> int:
+    """Run ``command`` in ``nproc`` processes of this node; returns their exit code.
+
+    Raises GammaslimError when the nodes do not find each other.
+    """
+    logging.disable(logging.ERROR)  # the processes say themselves what is wrong
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    spec = WorkerSpec(
+        role="gammaslim",
+        local_world_size=nproc,
+        entrypoint=command[0],
+        args=tuple(command[1:]),
+        rdzv_handler=rendezvous.get_rendezvous_handler(_meeting(nodes)),
+        max_restarts=0,
+        monitor_interval=0.1,
+        master_addr=nodes.address if nodes.count > 1 else None,
+        master_port=nodes.port if nodes.count > 1 else None,
+        local_addr="127.0.0.1" if nodes.count == 1 else None,
+    )
+    agent = Agent(spec)
+    with answered_at_once(agent.pass_on):
+        try:
+            result = agent.run()
+        except SignalException as error:
+            raise StopRequest(f"stopped by {error.sigval.name}") from None
+        except (RuntimeError, OSError) as error:  # torch's own are RuntimeErrors
+            raise GammaslimError(
+                f"the {nodes.count} nodes did not find each other at {nodes.address}:{nodes.port}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+    if nodes.rank == 0 and nodes.count > 1 and result.is_failed():
+        time.sleep(2)  # others still talk to the store that ends with this process
+    return _exit_code(list(result.failures.values()), agent.asked) if result.is_failed() else 0
+
+
+def _meeting(nodes: Nodes) -> RendezvousParameters:
+    count = nodes.count
+    shared: dict[str, Any] = {"min_nodes": count, "max_nodes": count, "timeout": MEETING}
+    if count == 1:
+        # c10d finds a free port of this host by itself
+        shared |= {"local_addr": "127.0.0.1", "is_host": True}
+        return RendezvousParameters("c10d", "127.0.0.1:0", uuid.uuid4().hex, **shared)
+    address = f"{nodes.address}:{nodes.port}"
+    return RendezvousParameters("static", address, "gammaslim", rank=nodes.rank, **shared)
+
+
+def _exit_code(failures: list[ProcessFailure], asked: list[int]) -> int:
+    """The code of the process that failed first; one that was killed is said, and is 1."""
+    stopped = {StopRequest.exit_code, -signal.SIGKILL, *(-number for number in asked)}
+    if asked and all(failure.exitcode in stopped for failure in failures):
+        if all(failure.exitcode < 0 for failure in failures):  # before they could say so
+            tell_error(TOO_EARLY)
+        return StopRequest.exit_code
+
+    def order(failure: ProcessFailure) -> tuple[int, int]:
+        # the agent's SIGTERM ends the others with 75, or by itself; a lost connection with 1
+        consequence = not asked and failure.exitcode in (StopRequest.exit_code, -signal.SIGTERM)
+        return 2 if consequence else int(failure.exitcode == 1), failure.timestamp
+
+    first = min(failures, key=order)
+    if first.exitcode > 0:
+        return int(first.exitcode)
+    name = signal.Signals(-first.exitcode).name
+    reason = " (out of memory, or by hand)" if name == "SIGKILL" else ""
+    tell_error(
+        f"process {first.local_rank} of this node was killed by {name}{reason}; "
+        "run the same command to resume"
+    )
+    return 1

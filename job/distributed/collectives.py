@@ -1,0 +1,287 @@
+"""What the processes of one job share: who is main, broadcasts, sums, the main one's errors."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from job.distributed.signals import interruptible, starting
+from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # longest time that a process may wait for others in a collective
+SILENCE = timedelta(minutes=5)  # longest time without a sign of life from a main process at work
+SIGNS = 30  # that it gives in the time after which it would be missed
+_WORKING, _DONE = range(2)
+_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def start(device: str, precision: str) -> Accelerator:
+    """Join the other processes, if any; raises GammaslimError when they cannot be reached."""
+    _check_variables()
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if device == "cuda" and cpu:
+        raise UsageError("--device cuda: torch finds no CUDA GPU here")
+    if cpu and precision == "fp16":
+        raise UsageError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    if cpu:
+        # without it Accelerate makes worlds of one from what torchrun starts on a CPU
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        _keep_freed_memory()
+    # torch 2.14 renames it, Accelerate's handler does not know the new name yet
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+    with starting():
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=_mixed_precision(precision, cpu),
+            kwargs_handlers=[
+                # every rank computes the same BatchNorm statistics, or averages them itself
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
+                InitProcessGroupKwargs(timeout=TIMEOUT),
+            ],
+        )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise GammaslimError(
+            f"{expected} processes were started but they form a world of "
+            f"{accelerator.num_processes}: check the launcher's --num_processes"
+        )
+    if dist.is_initialized() and dist.get_backend() != "gloo":
+        _Gloo.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return accelerator
+
+
+class _Gloo:
+    group: Any = None  # None: the default one is gloo's
+
+
+def gloo_group() -> Any:
+    """The group of all processes for what is on CPUs: no GPU waits for that."""
+    return _Gloo.group
+
+
+def _check_variables() -> None:
+    """Raise ConfigError where a launcher's variable is no number; others would only trip on it."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdigit()):
+            raise ConfigError(f"the environment variable {name} is {value!r}, not a whole number")
+
+
+def _mixed_precision(precision: str, cpu: bool) -> str:
+    if precision != "auto":
+        return _MIXED[precision]
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched in ("bf16", "fp16"):
+        return launched
+    if cpu:
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep big blocks: half of a CPU step is page faults on fresh activations."""
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # not glibc
+        return
+    for option, value in ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 256 << 20)):
+        mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+def leave() -> None:
+    """End the loader's workers and part from the other processes.
+
+    Workers ignore SIGTERM, so an exit that only asks them would wait for ever; and so would the end
+    of a group of gloo's, for a collective that another process has not joined.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+    for child in multiprocessing.active_children():
+        child.kill()
+    if dist.is_initialized() and dist.get_backend() != "gloo":
+        dist.destroy_process_group()
+
+
+def lost_others(error: RuntimeError) -> bool:
+    """Whether ``error`` says that another process has gone, which has the reason."""
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def accelerator_name(accelerator: Accelerator) -> str:
+    """How many processes on what, at which precision."""
+    count = f"{world()} processes" if world() > 1 else "1 process"
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return f"{count}, {accelerator.device.type}, {precision}"
+
+
+def rank() -> int:
+    """This process's number in the world."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world() -> int:
+    """How many processes there are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process decides and writes."""
+    return rank() == 0
+
+
+def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
+    """Run ``work`` on the main process and give every process its result.
+
+    With ``interrupt`` a request to stop interrupts it: for long work that writes nothing.
+
+    The others wait for as long as the main process is alive, whatever TIMEOUT is: one that dies
+    closes its connections, one whose machine is gone gives no sign of life for SILENCE.
+
+    An error that ``work`` raises there is raised everywhere, so that nobody waits for ever; on the
+    other processes it is marked ``reported``, since the main one prints it.
+    """
+    if interrupt:
+        return on_main(lambda: _interruptibly(work))
+    if world() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if is_main():
+        with _signs_of_life():
+            try:
+                outcome[0] = work()
+            except BaseException as error:
+                failure = error
+                outcome[1] = (_shared_kind(error), str(error))
+        _tell(_DONE)
+    else:
+        _wait_for_main()
+    try:
+        dist.broadcast_object_list(outcome, src=0, group=gloo_group())
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        if not is_main():
+            raise
+        failure = UsageError(  # of all that is shared only a network is others' code
+            f"several processes need a network that can be pickled: {error}; define its classes "
+            "and functions at the top level of a module, or use one process"
+        )
+        outcome = [None, (UsageError, str(failure))]  # nothing has been sent yet
+        dist.broadcast_object_list(outcome, src=0, group=gloo_group())
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        kind, message = outcome[1]
+        copy = kind(message)
+        copy.reported = True
+        raise copy
+    result: T = outcome[0]
+    return result
+
+
+def _interruptibly(work: Callable[[], T]) -> T:
+    with interruptible():
+        return work()
+
+
+@contextmanager
+def _signs_of_life() -> Iterator[None]:
+    """Tell the others every few seconds that this process is at work, from a thread."""
+    done = threading.Event()
+    pause = min(SILENCE, TIMEOUT).total_seconds() / SIGNS
+
+    def beat() -> None:
+        while not done.wait(pause):
+            try:
+                _tell(_WORKING)
+            except RuntimeError:  # another process is gone: the next collective says so
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _tell(sign: int) -> None:
+    dist.broadcast(torch.tensor(sign), 0, group=gloo_group())
+
+
+def _wait_for_main() -> None:
+    """Return when the main process is done; raises GammaslimError when it is silent."""
+    sign = torch.tensor(_WORKING)
+    while int(sign) == _WORKING:
+        waiting = dist.broadcast(sign, 0, group=gloo_group(), async_op=True)
+        assert waiting
+        try:
+            waiting.wait(SILENCE)
+        except RuntimeError:
+            if waiting.is_completed():  # its connection is closed
+                raise
+            raise GammaslimError(
+                f"the main process gives no sign of life for {SILENCE.total_seconds():.0f} "
+                "seconds: look at its machine and the network, then run the same command again"
+            ) from None
+
+
+def _shared_kind(error: BaseException) -> type[GammaslimError]:
+    """What the other processes raise for the main one's ``error``: the same exit code."""
+    if isinstance(error, GammaslimError):
+        return type(error)
+    if isinstance(error, KeyboardInterrupt):
+        return StopRequest
+    return StorageError if isinstance(error, OSError) else GammaslimError
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of ``values`` over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of a state dict."""
+    sha = hashlib.sha256()
+    for key, value in sorted(state.items()):  # safetensors gives them in any order
+        sha.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def check_same(value: str, what: str) -> None:
+    """Raise GammaslimError on every process when ``value`` is not the same on all of them."""
+    if world() == 1:
+        return
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        ranks = [r for r, other in enumerate(values) if other != values[0]]
+        raise GammaslimError(f"{what} differs between processes: ranks {ranks} from rank 0")

@@ -1,0 +1,1 @@
+"""The main job: base -> (slim -> fine-tune -> keep the best) x rounds."""

@@ -1,0 +1,1 @@
+"""Calibration batches, and the statistics of activations over them."""

@@ -1,0 +1,1 @@
+"""Which channels to cut: target, cost, policy, plan."""

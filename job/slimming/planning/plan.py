@@ -1,0 +1,192 @@
+"""A plan: which channels of which layers stay. Made on the main process, applied on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from job.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from job.slimming.graph.groups import Blocked, ChannelGraph
+    from job.slimming.graph.union import Ids
+    from job.slimming.planning.cost import Cost
+    from job.slimming.surgery.verification import Proof
+
+Kept = tuple[int, ...]
+SIDES = {"out": "out", "in": "in_", "select": "select"}
+
+
+@dataclass(frozen=True)
+class LayerChannels:
+    """Indices that stay on a layer's sides; None: all of them.
+
+    A BatchNorm has but ``out``; both sides of a depthwise convolution are the same, or multiples.
+    ``select``: what a BatchNorm takes of its input, which stays whole. ``bias``: the layer gets
+    one, to hold what removed channels used to add.
+    """
+
+    out: Kept | None = None
+    in_: Kept | None = None
+    select: Kept | None = None
+    bias: bool = False
+
+    def after(self, later: LayerChannels) -> LayerChannels:
+        """The indices, into what this one started from, that stay when ``later`` is cut too."""
+        return LayerChannels(
+            _chain(self.out, later.out),
+            _chain(self.in_, later.in_),
+            _chain(self.select, later.select),
+            self.bias or later.bias,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in model.json."""
+        sides = {side: getattr(self, name) for side, name in SIDES.items()}
+        found: dict[str, Any] = {side: list(kept) for side, kept in sides.items() if kept}
+        return found | ({"bias": True} if self.bias else {})
+
+    @classmethod
+    def from_dict(cls, values: Any) -> LayerChannels:
+        """Read back what ``to_dict`` gave; raises DataError."""
+        if not isinstance(values, dict) or type(values.get("bias", False)) is not bool:
+            raise DataError("a layer's kept channels are not lists of rising indices")
+        sides = {name: values.get(side) for side, name in SIDES.items()}
+        for kept in sides.values():
+            if kept is not None and not (
+                isinstance(kept, list)
+                and kept
+                and all(type(i) is int and 0 <= i < 2**31 for i in kept)
+                and all(before < i for before, i in pairwise(kept))
+            ):
+                raise DataError("a layer's kept channels are not lists of rising indices")
+        chosen = {name: None if kept is None else tuple(kept) for name, kept in sides.items()}
+        return cls(**chosen, bias=values.get("bias", False))
+
+
+Layers = dict[str, LayerChannels]
+
+
+Sizes = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """What one cut keeps: of each group by name, of each layer; the costs before and after.
+
+    ``groups`` are indices into each group's channels, ``layers`` into each layer's. ``blocked``
+    says which channels could not be cut and why, ``method`` what ranked and compensated. ``sizes``
+    are the inputs and outputs that each convolution or linear layer had, ``example`` what the
+    network takes, without values, ``proof`` says how exact the cut is. ``print`` shows a table.
+    """
+
+    policy: str
+    width: float
+    groups: Mapping[str, Kept]
+    layers: Layers = field(default_factory=dict)
+    before: Cost | None = None
+    after: Cost | None = None
+    blocked: tuple[Blocked, ...] = ()
+    sizes: Mapping[str, Sizes] = field(default_factory=dict)
+    method: str = ""
+    example: Any = None
+    proof: Proof | None = None
+
+    def __repr__(self) -> str:
+        costs = ""
+        if self.before and self.after:
+            costs = f": {self.before.params:,} -> {self.after.params:,} params"
+            costs += f", {self.before.macs:,} -> {self.after.macs:,} MACs"
+        by = f", {self.method}" if self.method else ""
+        return f"<Plan: policy {self.policy}{by}{costs}>"
+
+    def __str__(self) -> str:
+        from job.slimming.planning.overview import plan_text
+
+        return plan_text(self)
+
+
+def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
+    """The channels (count,) bool that stay where of each group its indices ``groups`` do."""
+    keep = everything(graph)
+    for group in graph.groups:
+        keep[group.channels] = False
+        keep[group.channels[list(groups[group.name])]] = True
+    return keep
+
+
+def everything(graph: ChannelGraph) -> Ids:
+    """All channels of a graph as ``keep`` (count,) bool; number 0, of those never cut, is true."""
+    return np.ones(graph.count, bool)
+
+
+def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
+    """Where the channels of ``keep`` (count,) bool stand, layer by layer; whole layers left out."""
+    layers: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[int, int], Kept | None] = {}  # by array, of which positions share some
+    for position in graph.positions:
+        kept = _staying(keep, position.ids, 1, found)
+        if kept is None:
+            continue
+        sides = layers.setdefault(position.layer, {})
+        if position.side == "through":
+            sides["out"] = kept
+            if position.times:
+                sides["in_"] = _staying(keep, position.ids, position.times, found)
+        else:
+            sides[SIDES[position.side]] = kept
+    return {layer: LayerChannels(**sides) for layer, sides in layers.items()}
+
+
+def groups_of(graph: ChannelGraph, keep: Ids) -> dict[str, Kept]:
+    """Which of each group's channels stay."""
+    return {group.name: _indices(keep[group.channels]) for group in graph.groups}
+
+
+def sizes_of(graph: ChannelGraph) -> dict[str, Sizes]:
+    """Inputs and outputs of every layer that sums over channels or picks some, in order."""
+    sizes: dict[str, Sizes] = {}
+    for position in graph.positions:
+        number = len(position.ids)
+        inputs, outputs = sizes.get(position.layer, (None, None))
+        if position.side in ("in", "select"):
+            sizes[position.layer] = number, outputs
+        elif position.side == "out":
+            sizes[position.layer] = inputs, number
+        elif position.times:  # depthwise; a BatchNorm is as wide as what it follows
+            sizes[position.layer] = number // position.times, number
+    return sizes
+
+
+def compose(first: Layers, then: Layers) -> Layers:
+    """The layers of two cuts, one after the other, as one cut of what the first started from."""
+    whole = LayerChannels()
+    return {
+        name: first.get(name, whole).after(then.get(name, whole))
+        for name in dict.fromkeys([*first, *then])
+    }
+
+
+def _staying(
+    keep: Ids, ids: Ids, times: int, found: dict[tuple[int, int], Kept | None]
+) -> Kept | None:
+    """Which of ``ids`` stay, each ``times`` in a row; None if all do. ``found`` is filled in."""
+    if (id(ids), times) not in found:
+        stays = keep[ids[::times]]
+        found[id(ids), times] = None if stays.all() else _indices(stays)
+    return found[id(ids), times]
+
+
+def _indices(stays: Ids) -> Kept:
+    return tuple(np.flatnonzero(stays).tolist())
+
+
+def _chain(first: Kept | None, then: Kept | None) -> Kept | None:
+    if first is None or then is None:
+        return then if first is None else first
+    return tuple(first[i] for i in then)

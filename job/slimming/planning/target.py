@@ -1,0 +1,138 @@
+"""What a cut is to leave, as ``--target METRIC=VALUE`` says it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from job.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from job.slimming.planning.cost import Cost
+
+UNITS = {
+    "width": "width",
+    "channels": "channels",
+    "params": "parameters",
+    "macs": "multiply-adds",
+    "bytes": "bytes",
+}
+METRICS = tuple(UNITS)
+OTHER_NAMES = {
+    "": "macs", "flops": "macs", "ops": "macs", "mults": "macs", "multiply-adds": "macs",
+    "weights": "params", "parameters": "params", "size": "bytes", "memory": "bytes",
+    "filters": "channels",
+}  # fmt: skip
+TYPED = re.compile(r"([a-z_-]*)\s*[=:]?\s*([\d.,_]+(?:e[+-]?\d+)?)\s*(%|percent|[kmg])?")
+FACTORS = {"": 1.0, "%": 0.01, "percent": 0.01, "k": 1e3, "m": 1e6, "g": 1e9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to be left: ``value`` of ``metric`` (width, channels, params, macs or bytes).
+
+    At most 1: a fraction of the base; above 1: absolute. ``typed`` is how the user asked for it,
+    to be quoted in messages.
+    """
+
+    metric: str
+    value: float
+    typed: str = field(default="", compare=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """``METRIC=VALUE`` as typed; raises UsageError."""
+        metric, _, number = text.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        quoted = printable(text)
+        if metric not in METRICS or not (0 < value < math.inf):
+            raise UsageError(
+                f"{quoted!r} is not a target: give METRIC=VALUE, METRIC one of "
+                f"{', '.join(METRICS)}, VALUE a fraction of the base up to 1, or a number above 1"
+                f"{_did_you_mean(text)}"
+            )
+        if metric == "width" and value > 1:
+            raise UsageError(
+                f"{quoted!r} is not a target: a width is a fraction of the base, at most 1"
+                f"{_did_you_mean(text)}"
+            )
+        return cls(metric, value, f"--target {quoted}")
+
+    def __str__(self) -> str:
+        return self.typed or f"--target {self.metric}={self.value:g}"
+
+    def fraction(self, base: Cost) -> float:
+        """The part of the base that is to be left; raises UsageError above the whole."""
+        if self.value <= 1 or self.metric == "width":  # a student may be wider than width 1
+            return self.value
+        whole = getattr(base, self.metric)
+        if self.value > whole:
+            raise UsageError(
+                f"{self} is above what the base has, {whole:,} {UNITS[self.metric]}: give fewer, "
+                f"or a fraction{self.hint() or f', e.g. {self.metric}=0.5'}"
+            )
+        return float(self.value / whole)
+
+    def limit(self, base: Cost) -> float:
+        """The most that may be left, in the metric's own unit; of a width, itself."""
+        if self.metric == "width" or self.value > 1:
+            return self.value
+        return self.value * float(getattr(base, self.metric))
+
+    def spread(self, round_: int, rounds: int, base: Cost) -> Budget:
+        """What is to be left after ``round_`` of ``rounds``: a geometric way to the whole cut."""
+        if round_ == rounds:
+            return self
+        return replace(self, value=self.fraction(base) ** (round_ / rounds))
+
+    def unreachable(self, least: float, base: Cost) -> str:
+        """The message where no cut leaves less than ``least`` of the metric."""
+        whole = getattr(base, self.metric)
+        share = math.ceil(1000 * least / whole) / 1000
+        typed = re.search(r"=(.*)", self.typed)
+        absolute = typed and float(typed[1]) > 1
+        number = f": above 1 is an absolute number of {UNITS[self.metric]}; it" if absolute else ""
+        return (
+            f"{self}{number} cannot be reached: the least is {self.metric}={least:,.0f} of "
+            f"{whole:,} ({share:g}); lower --min-keep or --round-to to go further"
+            f"{self.hint() if absolute else ''}"
+        )
+
+    def hint(self) -> str:
+        """``; did you mean …?`` for a small number that was meant as a fraction, or nothing."""
+        value = self.typed.partition("=")[2]
+        return _as_fraction(self.metric, float(value)) if value else ""
+
+
+def _did_you_mean(text: str) -> str:
+    """The target that ``text`` was meant to be, or nothing."""
+    found = TYPED.fullmatch(text.strip().lower())
+    if not found:
+        return ""
+    name, number, unit = found[1], found[2], found[3] or ""
+    near = difflib.get_close_matches(name, [*METRICS, *OTHER_NAMES], 1, 0.6)
+    metric = OTHER_NAMES.get(name) or (OTHER_NAMES.get(near[0], near[0]) if near else "")
+    if re.fullmatch(r"\d*,\d+", number) and not re.fullmatch(r"\d+,\d{3}", number):
+        number = number.replace(",", ".")  # 0,5
+    try:
+        value = float(number.replace(",", "").replace("_", "")) * FACTORS[unit]
+    except ValueError:
+        return ""
+    if not metric or not 0 < value < math.inf:
+        return ""
+    if value > 1 and (metric == "width" or not name):
+        return _as_fraction(metric, value)
+    return f"; did you mean {metric}={value:g}?"
+
+
+def _as_fraction(metric: str, value: float) -> str:
+    """A number in place of a fraction: 2 for one half, 50 for 50 percent."""
+    if not 1 < value <= 100:
+        return ""
+    return f"; did you mean {metric}={1 / value if value < 10 else value / 100:.3g}?"

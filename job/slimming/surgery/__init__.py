@@ -1,0 +1,1 @@
+"""The narrow network, built from the wide one and verified against it."""

@@ -1,0 +1,113 @@
+"""Compare what two networks give for the same inputs, and find why they cannot be compared."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from job.errors import DataError, UsageError
+from job.slimming.graph.layers import LAYERS, modules_of
+from job.slimming.graph.recorder import mode, record, tensors_in
+from job.slimming.inputs import call
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from job.slimming.graph.recorder import Operation
+    from job.slimming.inputs import Example
+
+DROPOUTS = frozenset(
+    """dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout dropout_
+    feature_dropout""".split()
+)
+RANDOM = frozenset(
+    """rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ normal
+    normal_ uniform_ random_ multinomial poisson exponential_ rrelu gumbel_softmax""".split()
+)
+
+
+def difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    """The largest difference of two networks' outputs, relative to the largest value of each.
+
+    Infinite where sizes, integers, booleans, or the places of what is not finite differ, or where
+    no value is finite.
+    """
+    if len(ours) != len(theirs) or not any(bool(tensor.isfinite().any()) for tensor in theirs):
+        return math.inf
+    return max(map(_difference, ours, theirs))
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return math.inf
+    if not (theirs.is_floating_point() or theirs.is_complex()):
+        return 0.0 if torch.equal(ours, theirs) else math.inf
+    finite = theirs.isfinite()
+    if not bool(finite.all()):
+        if not torch.equal(finite, ours.isfinite()) or not torch.equal(
+            ours[~finite].nan_to_num(), theirs[~finite].nan_to_num()
+        ):
+            return math.inf
+        ours, theirs = ours[finite], theirs[finite]
+    if not theirs.numel():
+        return 0.0
+    worst = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-300)
+    return float(worst.nan_to_num(torch.inf))
+
+
+def explain(network: nn.Module, noise: Example) -> None:
+    """Raise the reason why the outputs of ``network`` for ``noise`` prove nothing about a cut.
+
+    Do nothing when they prove something. Raises DataError for damaged weights, UsageError for a
+    network whose outputs are not finite, or differ from pass to pass.
+    """
+    check_weights(network)
+    outputs = _pass(network, noise, seed=0)
+    if not any(bool(tensor.isfinite().any()) for tensor in outputs):
+        raise UsageError(
+            "the network gives no finite number for noise from 0 to 1, so that a cut cannot be "
+            "proven: look for a division by zero, or a root or logarithm of negative values"
+            if any(tensor.numel() for tensor in outputs)
+            else "the network gives no tensor with values, so that a cut cannot be proven"
+        )
+    if difference(_pass(network, noise, seed=1), outputs) > 0:
+        raise UsageError(
+            "the network's outputs in eval mode differ from pass to pass, so that a cut cannot be "
+            f"proven: {_culprit(network, noise)}"
+        )
+
+
+def check_weights(network: nn.Module) -> None:
+    """Raise DataError when a weight of a layer, or a BatchNorm's statistic, is not finite."""
+    for name, module in modules_of(network, once=True).items():
+        if not isinstance(module, LAYERS):  # others may hold a mask of -inf
+            continue
+        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or bool(tensor.detach().isfinite().all()):
+                continue
+            kind = "NaN" if bool(tensor.detach().isnan().any()) else "infinity"
+            raise DataError(f"{name}.{own} of the network holds {kind}: its weights are damaged")
+
+
+def _pass(network: nn.Module, noise: Example, seed: int) -> list[torch.Tensor]:
+    with mode(network, training=False), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return [tensor.clone() for tensor in tensors_in(call(network, noise))]
+
+
+def _culprit(network: nn.Module, noise: Example) -> str:
+    operations = record(network, noise).operations
+    if any(operation.name in DROPOUTS and _drops(operation) for operation in operations):
+        return "dropout is always on; pass it training=self.training, slim, and turn it on again"
+    names = sorted({op.name for op in operations if op.name in RANDOM})
+    if names:
+        return f"its forward pass calls {', '.join(names)}; turn that off for the cut"
+    return "its forward pass keeps a state, or uses random numbers; turn that off for the cut"
+
+
+def _drops(operation: Operation) -> Any:
+    return operation.argument(2, "training", operation.argument(2, "train", True))

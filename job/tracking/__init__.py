@@ -1,0 +1,1 @@
+"""Weights & Biases: the numbers of a run on a dashboard."""
