@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import CHEAP, ROOT, Result, clean_environ
 from job.training.sync_batchnorm import synchronised
-from test_trial import Norms
+from support.commands import CHEAP, ROOT, Result, clean_environ
+from support.networks import Norms
 
 DEVICE = os.environ["GPU_CHECKS_DEVICE"]
 PRECISIONS = ("fp32", "bf16")

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 debian_packages=(
-  # the container engine of tests/test_containers.py
+  # the container engine of tests/system/test_containers.py
   aardvark-dns
   buildah
   catatonit
@@ -18,7 +18,7 @@ debian_packages=(
   netavark
   podman
   runc
-  # the Slurm cluster of tests/test_slurm.py
+  # the Slurm cluster of tests/system/test_slurm.py
   munge
   slurm-client
   slurmctld

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from wandb_server import WandbServer
+from support.wandb_server import WandbServer
 
 KINDS = ("off", "offline", "answer", "500", "reset", "hang")
 

@@ -1,0 +1,36 @@
+"""Random weights as after some training, and the homework's plan."""
+
+from __future__ import annotations
+
+import torch
+
+from job.slimming.importance.criteria import gamma_importance
+from job.slimming.planning.cost import picture as picture_like
+from job.slimming.planning.plan import Plan
+from job.slimming.planning.planner import Slimming, analyse, make_plan
+from job.slimming.planning.target import Budget
+
+
+def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random weights, γ > 0 and running statistics, as after some training; eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                count = layer.num_features
+                for tensor, scale, least in (
+                    (layer.weight, torch.rand(count, generator=generator), 0.1),
+                    (layer.bias, torch.randn(count, generator=generator) * 0.3, 0),
+                    (layer.running_mean, torch.randn(count, generator=generator) * 0.2, 0),
+                    (layer.running_var, torch.rand(count, generator=generator), 0.5),
+                ):
+                    if tensor is not None:
+                        tensor.copy_(scale + least)
+    return network.eval()
+
+
+def uniform(network: torch.nn.Module, width: float, size: int = 64) -> Plan:
+    """The homework's plan: the same fraction of each group of channels, by γ."""
+    graph = analyse(network, picture_like(size))
+    slimming = Slimming("uniform", Budget("width", width))
+    return make_plan(network, graph, gamma_importance(network, graph), slimming)

@@ -1,0 +1,168 @@
+"""Exported networks give torch's own logits in programs that know nothing of this one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import job
+import job.artifacts.export
+from job.artifacts.model_card import ModelCard, save_model
+from job.cli.export import export
+from job.cli.model import ModelOptions
+from job.data.transforms import Preprocessing
+from job.errors import GammaslimError, UsageError
+from job.models.factory import build
+from job.slimming.surgery.surgery import narrowed
+from support.cuts import randomise, uniform
+
+NAMES = ("cat", "dog", "emu")
+
+
+@pytest.fixture(scope="module")
+def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slim StudentNet in a model folder."""
+    folder = tmp_path_factory.mktemp("slim") / "model"
+    card = ModelCard("student", {"base": 2}, 3, Preprocessing("imagenet", 48), NAMES)
+    torch.manual_seed(0)
+    network = randomise(card.build())
+    plan = uniform(network, 0.5)
+    save_model(folder, narrowed(network, plan.layers), card.cut(plan.layers, 0.5))
+    return folder
+
+
+def test_onnx_gives_torchs_logits_for_any_batch(
+    slim: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(ModelOptions(str(slim)), str(tmp_path / "m.onnx"))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "student at width 0.5: the same logits by onnxruntime" in said
+    model = onnx.load(tmp_path / "m.onnx")
+    assert model.opset_import[0].version >= 18
+    values = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(values["class_names"]) == list(NAMES)
+    assert json.loads(values["input"]) == Preprocessing("imagenet", 48).to_dict() | {
+        "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+    }  # fmt: skip
+    assert (values["model"], values["width"]) == ("student", "0.5")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["images"]
+    assert session.get_inputs()[0].shape[1:] == [3, 48, 48]
+    assert [o.name for o in session.get_outputs()] == ["logits"]
+    network = job.load(slim)
+    for count in (1, 2, 5):
+        images = np.random.default_rng(count).normal(size=(count, 3, 48, 48)).astype(np.float32)
+        wanted = network(torch.from_numpy(images)).detach().numpy()
+        (given,) = session.run(None, {"images": images})
+        np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
+
+
+RELOAD = """
+import json, sys
+sys.modules["job"] = None  # cannot be imported
+import torch
+extra = {"gammaslim.json": ""}
+network = torch.export.load("m.pt2", extra_files=extra).module()
+images = torch.load("images.pt", weights_only=True)
+torch.save([network(batch) for batch in images], "logits.pt")
+print(json.loads(extra["gammaslim.json"])["class_names"])
+"""
+
+
+def test_an_exported_program_needs_no_code_of_the_network(slim: Path, tmp_path: Path) -> None:
+    export(ModelOptions(str(slim)), str(tmp_path / "m.pt2"))
+    batches = [torch.randn(count, 3, 48, 48) for count in (1, 2, 5)]
+    torch.save(batches, tmp_path / "images.pt")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", RELOAD], cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout == f"{list(NAMES)}\n", done.stderr
+    network = job.load(slim)
+    for batch, given in zip(batches, torch.load(tmp_path / "logits.pt"), strict=True):
+        torch.testing.assert_close(given, network(batch))
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_what_differs_or_cannot_be_expressed_is_not_written(
+    slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    target = tmp_path / "m"
+    target.write_text("of yesterday")
+    with monkeypatch.context() as patch:
+        patch.setattr(job.artifacts.export, "TOLERANCE", -1.0)
+        with pytest.raises(GammaslimError, match=r"differs from torch by .*nothing is written"):
+            export(ModelOptions(str(slim)), str(target), format)
+
+    class Deciding(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            rows = images.flatten(1)
+            return rows if rows.sum() > 0 else -rows
+
+    card = ModelCard("student", {}, 3, Preprocessing("small", 8))
+    monkeypatch.setattr("job.cli.export.open_model", lambda _: (Deciding(), card))
+    with pytest.raises(UsageError, match=f"--format {format} cannot express") as caught:
+        export(ModelOptions(str(slim)), str(target), format)
+    assert "\n" not in str(caught.value)
+    assert target.read_text() == "of yesterday"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_without_the_packages_the_extra_is_named(
+    slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job.artifacts.export, "_installed", lambda _: False)
+    with pytest.raises(UsageError, match=r"pip install 'gammaslim\[onnx\]'"):
+        export(ModelOptions(str(slim)), str(tmp_path / "m.onnx"), "onnx")
+
+
+def test_torchvisions_normalised_network_is_exported_too(tmp_path: Path) -> None:
+    card = ModelCard("squeezenet1_1", {}, 4, Preprocessing("imagenet", 64))
+    torch.manual_seed(0)
+    save_model(tmp_path / "model", card.build(), card)
+    export(ModelOptions(str(tmp_path / "model")), str(tmp_path / "m.onnx"), "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    images = torch.randn(3, 3, 64, 64)
+    wanted = job.load(tmp_path / "model")(images).detach().numpy()
+    (given,) = session.run(None, {"images": images.numpy()})
+    np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("format", "name"), [("onnx", "m.onnx"), ("torch-export", "m.pt2")])
+def test_batchnorms_that_select_their_channels_are_exported_too(
+    tmp_path: Path, format: str, name: str
+) -> None:
+    torch.manual_seed(0)
+    network = randomise(build("densenet40-cifar", 3, {}))
+    narrow, plan = job.slim(network, torch.rand(1, 3, 32, 32), target="macs=0.4", min_keep=0)
+    card = ModelCard("densenet40-cifar", {}, 3, Preprocessing("small", 32))
+    save_model(tmp_path / "slim", narrow, card.cut(plan.layers, plan.width))
+    assert any(kept.select for kept in plan.layers.values())
+    export(ModelOptions(str(tmp_path / "slim")), str(tmp_path / name), format)
+    images = torch.rand(3, 3, 32, 32)
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"])
+        logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    else:
+        logits = torch.export.load(tmp_path / name).module()(images)
+    torch.testing.assert_close(logits, narrow(images), atol=1e-4, rtol=0)
+
+
+def test_the_width_of_another_network_is_told_in_four_digits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = build("resnet18", 3, {})
+    card = ModelCard("resnet18", {}, 3, Preprocessing("small", 32), width=0.8573749999999999)
+    save_model(tmp_path / "slim", network, card)
+    export(ModelOptions(str(tmp_path / "slim")), str(tmp_path / "m.pt"))
+    assert "resnet18 at width 0.8574: " in capsys.readouterr().out

@@ -1,0 +1,59 @@
+"""What ``import gammaslim`` and ``import job`` give: the same names, from an installed package."""
+
+from __future__ import annotations
+
+import os
+import pydoc
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import job
+import job.gammaslim
+from support.commands import ROOT
+
+NAMES = {"slim", "save", "load", "Plan", "GammaslimError", "UsageError", "DataError", "__version__"}
+ALONE = """
+import sys, gammaslim, job
+assert "torch" not in sys.modules
+assert all(getattr(gammaslim, name) == getattr(job, name) for name in gammaslim.__all__)
+print(gammaslim.__version__, gammaslim.__file__)
+"""
+
+
+@pytest.mark.parametrize("module", [job, job.gammaslim])
+def test_all_that_is_public_is_in_dir_and_help(module: object) -> None:
+    assert set(dir(module)) >= NAMES
+    text = pydoc.plain(pydoc.render_doc(module))
+    assert all(f"\n    {name}(" in text for name in ("slim", "save", "load"))
+    assert all(f"class {name}(" in text for name in ("UsageError", "DataError", "InputNotFound"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert job.__version__ == project["version"]
+    with pytest.raises(AttributeError, match="has no attribute 'prune'"):
+        _ = module.prune
+
+
+def test_the_installed_package_is_gammaslim(tmp_path: Path) -> None:
+    build = "import sys, setuptools.build_meta as b; b.build_wheel(sys.argv[1])"
+    copy = tmp_path / "source"  # setuptools leaves folders behind
+    copy.mkdir()
+    for name in ("job", "pyproject.toml", "README.md", "LICENSE"):
+        (copy / name).symlink_to(ROOT / name)
+    subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=copy, check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    commands = {"site/gammaslim/__init__.py": ("-c", ALONE)}
+    commands["gammaslim, version"] = ("-m", "gammaslim", "--version")
+    for wanted, args in commands.items():
+        command = [sys.executable, *args]
+        done = subprocess.run(
+            command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert wanted in done.stdout, done

@@ -1,0 +1,192 @@
+"""Channel groups of many networks: every cut equals the wide network without those channels."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from job.models.factory import build
+from job.slimming.calibrated import scores_for
+from job.slimming.graph.recorder import tensors_in
+from job.slimming.importance.criteria import gamma_importance
+from job.slimming.planning.cost import Cost, Costs
+from job.slimming.planning.plan import everything
+from job.slimming.planning.planner import Slimming, analyse, make_plan
+from job.slimming.planning.target import Budget
+from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.verification import verify
+from support.cuts import randomise
+from support.networks import CUTTABLE, LEFT_ALONE, Halves, Quarters, SelectiveKernels, SpatialGate
+
+TORCHVISION = {
+    "vgg11_bn": 64, "resnet18": 64, "resnet50": 64, "resnext50_32x4d": 64, "densenet121": 64,
+    "googlenet": 96, "inception_v3": 299, "mobilenet_v2": 64, "mobilenet_v3_large": 64,
+    "mobilenet_v3_small": 64, "mnasnet0_5": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64,
+    "regnet_x_400mf": 64, "regnet_y_400mf": 64, "shufflenet_v2_x1_0": 64,
+}  # fmt: skip
+
+
+def torchvision_network(name: str, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    return randomise(torchvision.models.get_model(name, weights=None, num_classes=7, **options))
+
+
+def counted(network: nn.Module, image: torch.Tensor) -> Cost:
+    """What the network costs, by torch's own counters."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        copy.deepcopy(network).eval()(image)
+    found = counter.get_flop_counts()["Global"]  # what multiplies activations is left out
+    norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return Cost(
+        sum(m.num_features for m in norms),
+        sum(p.numel() for p in network.parameters()),
+        sum(flops for op, flops in found.items() if "bmm" not in str(op)) // 2,
+        sum(t.numel() * t.element_size() for t in network.state_dict().values()),
+    )
+
+
+def check_cut(network: nn.Module, image: torch.Tensor, ratio: float, importance: str) -> nn.Module:
+    """Cut to about 1 - ``ratio`` of the channels, prove it, count it, train one step."""
+    graph = analyse(network, image)
+    scores = scores_for(importance, network, graph, {})
+    slimming = Slimming("uniform", Budget("width", 1 - ratio))
+    plan = make_plan(network, graph, scores, slimming)
+    narrow = narrowed(network, plan.layers)
+    assert verify(network, narrow, plan.layers, image, auxiliary=graph.auxiliary).error <= 1e-9
+    assert counted(narrow, image) == plan.after
+    assert plan.after.params < plan.before.params
+    train_a_step(narrow, image)
+    return narrow
+
+
+def train_a_step(network: nn.Module, image: torch.Tensor) -> None:
+    network.train()
+    optimizer = torch.optim.SGD(network.parameters(), 0.01)
+    batch = torch.rand(2, *image.shape[1:])
+    sum(out.square().sum() for out in tensors_in(network(batch))).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.shape == parameter.shape
+    optimizer.step()
+    network.eval()
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.sampled(3)
+def test_cuts_of_torchvision_networks_are_proven(name: str, ratio: float) -> None:
+    size = TORCHVISION[name]
+    network = torchvision_network(name)
+    check_cut(network, torch.rand(1, 3, size, size), ratio, "gamma")
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("name", ["vgg19-cifar", "resnet164-cifar", "densenet40-cifar"])
+@pytest.mark.sampled(3)
+def test_cuts_of_the_papers_networks_are_proven(name: str, ratio: float) -> None:
+    torch.manual_seed(0)
+    network = randomise(build(name, 10, {}))
+    graph = analyse(network, torch.rand(1, 3, 32, 32))
+    selecting = {p.layer for p in graph.positions if p.side == "select"}
+    # of the paper: 54 blocks and the last BatchNorm select; 36 layers, 2 transitions and the last
+    assert len(selecting) == {"vgg19-cifar": 0, "resnet164-cifar": 55, "densenet40-cifar": 39}[name]
+    check_cut(network, torch.rand(1, 3, 32, 32), ratio, "gamma")
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("kind", CUTTABLE)
+@pytest.mark.sampled(3)
+def test_cuts_of_peculiar_networks_are_proven(kind: type[nn.Module], ratio: float) -> None:
+    torch.manual_seed(1)
+    network = randomise(kind())
+    image = torch.rand(1, 3, 33, 27) if kind.__name__ == "Flattened" else torch.rand(1, 3, 20, 28)
+    graph = analyse(network, image)
+    groups = {group.name for group in graph.groups}
+    assert "stem.0" in groups or kind.__name__ in ("PreActivation", "Flattened", "Grouped"), graph
+    if ratio == 0.1:  # too few channels to cut a tenth of: one of each
+        ratio = 0.2
+    check_cut(network, image, ratio, "gamma")
+    check_cut(network, image, ratio, "random")
+
+
+@pytest.mark.parametrize("kind", [Halves, Quarters])
+def test_slices_by_fractions_of_the_channels_are_cut(kind: type[nn.Module]) -> None:
+    torch.manual_seed(1)
+    graph = analyse(randomise(kind()), torch.rand(1, 3, 20, 28))
+    blocks = {group.name: group.blocks for group in graph.groups}
+    assert blocks["conv.0"] is not None  # as many stay in each part
+
+
+def test_ways_that_are_chosen_between_are_cut_together() -> None:
+    graph = analyse(randomise(SelectiveKernels()), torch.rand(1, 3, 20, 28))
+    layers = {group.name: group.layers for group in graph.groups}
+    assert layers["three.0"] == ("three.0", "five.0", "excite", "after.0")
+    assert [b.layer for b in graph.blocked] == ["head"]
+
+
+def test_one_map_for_all_channels_is_left_alone_and_they_are_not() -> None:
+    graph = analyse(randomise(SpatialGate()), torch.rand(1, 3, 20, 28))
+    assert [group.layers for group in graph.groups] == [("stem.0", "after.0")]
+    assert [b.layer for b in graph.blocked] == ["map", "head"]
+    assert not graph.suspects  # all is understood
+
+
+@pytest.mark.parametrize(("kind", "layer"), LEFT_ALONE.items())
+def test_what_is_not_understood_is_left_alone_with_the_reason(
+    kind: type[nn.Module], layer: str
+) -> None:
+    torch.manual_seed(1)
+    network = randomise(kind())
+    image = torch.rand(1, 3, 20, 28)
+    graph = analyse(network, image)
+    blocked = {b.layer: b for b in graph.blocked}
+    assert blocked[layer].channels == 12
+    assert len(blocked[layer].reason) > 10
+    assert all(layer not in group.layers for group in graph.groups)
+    if graph.groups:
+        check_cut(network, image, 0.5, "gamma")
+
+
+@pytest.mark.parametrize("name", ["alexnet", "squeezenet1_0"])
+def test_networks_without_batchnorm_have_nothing_to_slim(name: str) -> None:
+    network = torchvision_network(name)
+    image = torch.rand(1, 3, 64, 64)
+    graph = analyse(network, image)
+    assert all(group.norms == () for group in graph.groups)
+    check_cut(network, image, 0.5, "l2")  # but by another importance
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_without_auxiliary_heads(name: str) -> None:
+    network = torchvision_network(name, aux_logits=False)
+    assert not analyse(network, torch.rand(1, 3, 96, 96)).auxiliary
+    if name == "googlenet":
+        check_cut(network, torch.rand(1, 3, 96, 96), 0.5, "gamma")
+
+
+def test_shufflenet_leaves_its_shuffled_stream_alone_and_says_so() -> None:
+    network = torchvision_network("shufflenet_v2_x1_0")
+    graph = analyse(network, torch.rand(1, 3, 64, 64))
+    reasons = {b.reason for b in graph.blocked if b.layer.startswith("stage")}
+    assert reasons == {"parts that must stay equally large overlap"}
+    inner = {group.name for group in graph.groups}
+    assert {"stage2.1.branch2.0", "stage3.0.branch2.0", "conv5.0"} <= inner
+
+
+@pytest.mark.parametrize("name", ["resnet50", "densenet121", "mobilenet_v3_large"])
+def test_costs_of_a_plan_are_those_of_the_built_network(name: str) -> None:
+    network, image = torchvision_network(name), torch.rand(1, 3, 64, 64)
+    graph = analyse(network, image)
+    scores = gamma_importance(network, graph)
+    assert Costs(network, graph).cost(everything(graph)) == counted(network, image)
+    for target in ("channels=0.4", "params=0.31", "macs=0.2", "bytes=0.6"):
+        plan = make_plan(network, graph, scores, Slimming("global", Budget.parse(target)))
+        assert counted(narrowed(network, plan.layers), image) == plan.after, target

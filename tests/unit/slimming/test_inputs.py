@@ -1,0 +1,200 @@
+"""Networks that take several inputs, or integers, and that give other things than logits."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import job
+from job.errors import DataError, GammaslimError, UsageError
+from job.slimming.surgery.comparison import difference
+from job.slimming.surgery.verification import verify
+from support.cuts import randomise
+
+
+def block(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+class Trunk(nn.Module):
+    """Two blocks and a head: 8 and 12 channels, 3 logits."""
+
+    def __init__(self, finish: Callable[[torch.Tensor], Any] = lambda logits: logits) -> None:
+        super().__init__()
+        self.one, self.two, self.head = block(3, 8), block(8, 12), nn.Linear(12, 3)
+        self.finish = finish
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.two(self.one(images)).mean((2, 3)))
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.finish(self.logits(images))
+
+
+class Pair(Trunk):
+    def forward(self, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return (self.logits(left) - self.logits(right)).abs() * scale
+
+
+class Batched(Trunk):
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"logits": self.logits(batch["image"])}
+
+
+class Listed(Trunk):
+    def forward(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [self.logits(image[None])[0] for image in images]
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(30, 6), nn.Linear(10, 3)
+        self.body = nn.Sequential(
+            nn.Conv1d(6, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(),
+            nn.Conv1d(8, 10, 3, padding=1), nn.BatchNorm1d(10), nn.ReLU(),
+        )  # fmt: skip
+
+    def forward(self, words: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        embedded = self.embedding(words)
+        if mask is not None:
+            embedded = embedded * mask[:, :, None]
+        return self.head(self.body(embedded.transpose(1, 2)).amax(2))
+
+
+NAN, INF = math.nan, math.inf
+IMAGE = torch.rand(1, 3, 16, 16)
+MACS = 16 * 16 * (3 * 8 + 8 * 12) * 9 + 12 * 3  # of one image through Trunk
+WORDS = torch.randint(0, 30, (2, 9))
+
+
+def network(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(make())
+
+
+@pytest.mark.parametrize(
+    ("make", "example", "images"),
+    [
+        (Pair, (IMAGE, IMAGE), 2),
+        (Pair, [IMAGE, IMAGE, 0.5], 2),
+        (Pair, {"left": IMAGE, "right": IMAGE, "scale": 2.0}, 2),
+        (Batched, {"image": IMAGE}, 1),
+        (Batched, ({"image": IMAGE.expand(5, -1, -1, -1)},), 1),
+        (Listed, [IMAGE[0], IMAGE[0]], 2),
+        (Pair, (IMAGE, IMAGE, torch.tensor([0.5])), 2),
+        (Trunk, IMAGE.double(), 1),
+    ],
+)
+def test_an_example_may_be_several_inputs(make: type[nn.Module], example: Any, images: int) -> None:
+    narrow, plan = job.slim(network(make), example, policy="uniform", target="width=0.5")
+    assert plan.before.macs == images * MACS
+    assert narrow.get_parameter("two.0.weight").shape[:2] == (6, 4)
+
+
+@pytest.mark.parametrize(
+    "example", [WORDS, (WORDS, None), {"words": WORDS, "mask": torch.ones(2, 9, dtype=torch.bool)}]
+)
+def test_words_may_be_the_input(example: Any) -> None:
+    narrow, plan = job.slim(
+        network(Words), example, target="macs=0.5", importance="refit", compensate="regress",
+        calibration=[(example, torch.zeros(2, dtype=torch.int64))] * 3,
+    )  # fmt: skip
+    assert plan.after.macs <= 0.5 * plan.before.macs
+    assert narrow(WORDS).isfinite().all()
+
+
+@dataclass
+class Detections:
+    logits: torch.Tensor
+    note: str = "a dataclass"
+
+
+Named = namedtuple("Named", "logits more")
+OUTPUTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "dataclass": Detections,
+    "booleans": lambda y: {"logits": y, "sure": y > 0.2},
+    "no boxes": lambda y: OrderedDict(logits=y, boxes=y[:0]),
+    "-inf": lambda y: y.masked_fill(torch.arange(3, device=y.device) == 2, -INF),
+    "named": lambda y: Named(y, None),
+    "classes": lambda y: (y, [y.argmax(1)]),
+    "namespace": lambda y: SimpleNamespace(logits=y),
+    "complex": lambda y: torch.complex(y, -y),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_of_many_kinds_are_compared(name: str) -> None:
+    wide = network(lambda: Trunk(OUTPUTS[name]))
+    _, plan = job.slim(wide, IMAGE, policy="uniform", target="width=0.5")
+    assert plan.after.channels == 10
+    wrong = copy.deepcopy(wide)
+    wrong.get_parameter("head.bias").data[0] += 1e-6
+    with pytest.raises(GammaslimError, match="the cut is wrong"):
+        verify(wide, wrong, {}, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "apart"),
+    [
+        ([1.0, 2.0], [1.0, 4.0], 0.5), ([-INF, 2.0], [-INF, 4.0], 0.5),
+        ([NAN, 2.0], [NAN, 2.0], 0.0), ([INF, 2.0], [-INF, 2.0], INF),
+        ([2.0, NAN], [NAN, 2.0], INF), ([NAN, 2.0], [1.0, 2.0], INF), ([NAN, 1.0], [INF, 1.0], INF),
+        ([NAN, NAN], [NAN, NAN], INF), ([True, False], [True, True], INF), ([3, 4], [3, 4], 0.0),
+        ([], [], INF), ([1.0], [1.0, 1.0], INF), ([1.0, 0.0], [1, 0], INF),
+    ],
+)  # fmt: skip
+def test_differences_are_told_apart(ours: Any, theirs: Any, apart: float) -> None:
+    assert difference([torch.tensor(ours)], [torch.tensor(theirs)]) == apart
+    assert difference([torch.ones(1)] * 2, [torch.ones(1)]) == INF
+
+
+UNSURE = {
+    "dropout is always on": lambda y: F.dropout(y, 0.5, training=True),
+    "its forward pass calls randn_like": lambda y: y + torch.randn_like(y),
+    "gives no finite number": lambda y: y * NAN,
+    "gives no tensor with values": lambda _: None,
+}
+
+
+@pytest.mark.parametrize("message", UNSURE)
+def test_a_network_that_cannot_be_compared_is_told_why(message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        job.slim(network(lambda: Trunk(UNSURE[message])), IMAGE)
+
+
+def test_taylor_takes_the_logits_among_the_outputs() -> None:
+    wide = network(lambda: Trunk(lambda y: {"boxes": y[:, 0], "logits": y}))
+    images = torch.rand(4, 3, 16, 16)
+    given = {"importance": "taylor", "compensate": "none"}
+    _, plan = job.slim(wide, IMAGE, calibration=[(images, torch.arange(4) % 3)], **given)
+    assert plan.method == "importance taylor, compensation none"
+    for finish, label, message in (
+        (lambda y: y, 3, "a label 3, the network has 3 classes"),
+        (lambda y: y[:, 0], 0, "needs a network that gives logits"),
+    ):
+        other = network(partial(Trunk, finish))
+        batches = [(images, torch.full((4,), label))]
+        with pytest.raises(UsageError, match=message):
+            job.slim(other, IMAGE, calibration=batches, **given)
+
+
+@pytest.mark.parametrize("name", ["two.0.weight", "two.1.weight", "two.1.running_var"])
+def test_a_damaged_weight_is_named(name: str) -> None:
+    wide = network(Trunk)
+    wide.state_dict()[name].view(-1)[1] = NAN
+    with pytest.raises(DataError, match=f"{name} of the network holds NaN"):
+        job.slim(wide, IMAGE)

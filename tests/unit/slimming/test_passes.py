@@ -1,0 +1,134 @@
+"""Forward passes that stand still, and what ``regress`` makes of them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import job
+from job.errors import StopRequest
+from job.slimming.calibration.paused_forward import forward_passes, standing_bytes
+from job.slimming.compensation import regression
+from support.cuts import randomise
+
+IMAGES = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+RAN = itertools.count()  # passes of all networks; what they count themselves is put back
+
+
+class Network(nn.Module):
+    """Counts its forward passes; works in place; raises in ``fails``' place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.other = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.last = nn.Linear(8, 4)
+        self.fails = False
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        next(RAN)
+        stream = F.relu(self.norm(self.first(images)), inplace=True)
+        stream = stream + F.relu(self.other(self.second(stream)), inplace=True)
+        if self.fails and len(images) > 2:  # not when it is analysed
+            raise ValueError("no such thing")
+        found: torch.Tensor = self.last(stream.mean((2, 3)))
+        return found
+
+
+def network() -> Network:
+    torch.manual_seed(0)
+    return randomise(Network(), 1)
+
+
+def slim(wide: Network, batches: list[torch.Tensor]) -> Network:
+    narrow, _ = job.slim(
+        wide, IMAGES[:1], importance="gamma", compensate="regress", calibration=batches
+    )
+    assert isinstance(narrow, Network)
+    return narrow
+
+
+def test_a_pass_stands_where_it_is_asked_to_and_sees_what_has_changed() -> None:
+    wide = network()
+    layers = wide.second, wide.last
+    before = wide(IMAGES)
+    with forward_passes(wide, layers, IMAGES.split(8)) as passes:
+        read = [standing.until(wide.second) for standing in passes]
+        assert [None if values is None else len(values) for values in read] == [8, 8, 4]
+        with torch.no_grad():
+            wide.second.weight.zero_()
+        after = [standing.until(wide.last) for standing in passes]
+        assert passes[0].until(wide.second) is None  # it has gone by
+    changed = wide(IMAGES)
+    assert not torch.allclose(before, changed)
+    assert all(values is not None for values in after)
+    joined = torch.cat([values for values in after if values is not None])
+    torch.testing.assert_close(wide.last(joined), changed)
+
+
+def test_regress_passes_the_pictures_once_however_many_layers() -> None:
+    counts = []
+    for size in (4, 1):  # 5 batches, and 20: joined by three, 7
+        before = next(RAN)
+        slim(network(), list(IMAGES.split(size)))
+        counts.append(next(RAN) - before)
+    assert counts[1] - counts[0] == 2 * 2  # in the narrow and in the wide network
+
+
+def test_only_as_many_pictures_count_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = network()
+    whole, part = slim(wide, list(IMAGES.split(5))), slim(wide, [IMAGES[:10]])
+    assert not torch.equal(whole.last.weight, part.last.weight)
+    monkeypatch.setattr(regression, "MOST_BYTES", 2 * 6 * standing_bytes(wide, IMAGES))
+    limited = slim(wide, list(IMAGES.split(5)))
+    torch.testing.assert_close(limited.last.weight, part.last.weight)
+    torch.testing.assert_close(limited.second.weight, part.second.weight)
+
+
+def test_what_stands_is_counted() -> None:
+    # in front of the second convolution: the stream, which is added later; the picture has gone
+    assert standing_bytes(network(), IMAGES) == 4 * 8 * 16 * 16
+
+
+def _fail(wide: Network) -> Callable[[], None]:
+    wide.fails = True
+    return lambda: None
+
+
+def _stop(_: Network) -> Callable[[], None]:
+    def check() -> None:
+        checks.append(1)
+        if len(checks) == 2:
+            raise StopRequest("stopped by request")
+
+    checks: list[int] = []
+    return check
+
+
+@pytest.mark.parametrize(
+    ("how", "error"), [(_fail, ValueError), (_stop, StopRequest)], ids=["error", "stop"]
+)
+def test_nothing_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch,
+    how: Callable[[Network], Callable[[], None]],
+    error: type[BaseException],
+) -> None:
+    wide = network()
+    check, plain = how(wide), regression.regress
+    monkeypatch.setattr(
+        "job.slimming.calibrated.regress",
+        lambda *args, **others: plain(*args, **others | {"check": check}),
+    )
+    before = threading.active_count()
+    with pytest.raises(error):
+        slim(wide, list(IMAGES.split(4)))
+    assert threading.active_count() == before
+    assert not any(module._forward_pre_hooks for module in wide.modules())

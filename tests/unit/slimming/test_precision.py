@@ -1,0 +1,96 @@
+"""Networks that do not run in float64 are cut, and proven in the precision that they have."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import job
+from job.errors import GammaslimError, UsageError
+from job.slimming.surgery.verification import verify
+from support.cuts import randomise
+from support.networks import Net, Residual, block
+
+IMAGE = torch.rand(1, 3, 20, 28)
+
+
+class ToFloat(Residual):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images.float())
+
+
+class FloatAtTheEnd(Residual):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images).float()
+
+
+class Typed(Net):
+    """A table whose type is written down, and an operation that only takes that."""
+
+    def build(self) -> None:
+        self.c = block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        table = torch.linspace(0, 1, x.shape[-1], dtype=torch.float32, device=x.device)
+        return self.c(x + (x.flatten(0, 2) @ table).view(*x.shape[:3], 1))
+
+
+@pytest.mark.parametrize("kind", [ToFloat, FloatAtTheEnd])
+def test_a_network_in_float32_alone_is_proven_in_float32(
+    kind: type[Net], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    network = randomise(kind())
+    narrow, plan = job.slim(network, IMAGE)
+    assert plan.proof.precision == "float32"
+    said = capsys.readouterr().err
+    assert "does not run in float64: the cut is exact to" in said
+    assert f"in float32, where {plan.proof.tolerance:.0e} is allowed" in said
+    assert 1e-7 < plan.proof.tolerance < 1e-3
+    assert plan.proof.error <= plan.proof.tolerance
+    assert narrow(IMAGE).dtype == torch.float32
+    wrong = copy.deepcopy(narrow)
+    with torch.no_grad():
+        wrong.get_parameter("one.0.weight")[0] += 0.05
+    with pytest.raises(GammaslimError, match=r"the cut is wrong: .* in float32, where .* is"):
+        verify(network, wrong, plan.layers, IMAGE)
+
+
+def test_others_are_proven_in_float64() -> None:
+    _, plan = job.slim(randomise(Residual()), IMAGE)
+    assert plan.proof.precision == "float64"
+    assert plan.proof.error <= plan.proof.tolerance == 1e-9
+
+
+def test_a_type_that_is_written_down_is_no_raw_error() -> None:
+    torch.manual_seed(0)
+    _, plan = job.slim(randomise(Typed()), IMAGE, target="params=0.8")
+    assert plan.proof.precision == "float32"
+
+
+def test_a_network_that_runs_elsewhere_alone_is_refused() -> None:
+    class Picky(Residual):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if not images.is_meta:
+                raise RuntimeError("no such kernel")
+            return super().forward(images)
+
+    with pytest.raises(UsageError, match="proven on the CPU, where the network does not run: no s"):
+        job.slim(randomise(Picky()), IMAGE)
+
+
+def test_a_network_that_trains_is_cut_to_one_that_trains() -> None:
+    wide = randomise(Residual())
+    broken = copy.deepcopy(wide)
+    broken.one[0].register_forward_pre_hook(_fails_in_training)
+    with pytest.raises(GammaslimError, match="does not train, as the wide one does: not in here"):
+        verify(wide, broken, {}, IMAGE)
+    verify(broken, broken, {}, IMAGE)  # nor did the wide one
+
+
+def _fails_in_training(module: nn.Module, _: object) -> None:
+    if module.training:
+        raise ValueError("not in here")

@@ -1,0 +1,163 @@
+"""Importance from calibration pictures: against brute force, by exact cases, over processes."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from job.errors import UsageError
+from job.models.student import StudentNet
+from job.slimming.calibrated import scores_for
+from job.slimming.calibration.moments import Moments, collect
+from job.slimming.graph.groups import ChannelGraph
+from job.slimming.importance.refit import refit_importance
+from job.slimming.planning.planner import analyse
+from support.commands import ROOT, run
+from support.cuts import randomise
+
+WORKER = ROOT / "tests" / "support" / "workers" / "calibration.py"
+IMAGES = torch.rand(32, 3, 6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+class Streams(nn.Module):
+    """Eight channels, read by two layers; one of them reads two copies of each, and others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.also, self.also_norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.one, self.other = nn.Conv2d(8, 5, 1), nn.Conv2d(20, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, z = self.norm(self.stem(x)), F.relu(self.also_norm(self.also(x)))
+        return self.one(F.relu(y)) + self.other(torch.cat([F.relu(y), torch.tanh(y), z], 1))
+
+
+def streams() -> tuple[nn.Module, ChannelGraph, dict[str, Moments]]:
+    torch.manual_seed(0)
+    network = randomise(Streams()).double()
+    graph = analyse(network, IMAGES)
+    return network, graph, collect(network, graph, IMAGES.split(10))
+
+
+def rows_in_front(network: nn.Module) -> dict[str, np.ndarray]:
+    """(N, C) of each reader, centred."""
+    rows = {}
+    with torch.no_grad():
+        y = network.norm(network.stem(IMAGES))
+        z = F.relu(network.also_norm(network.also(IMAGES)))
+        streams = {"one": F.relu(y), "other": torch.cat([F.relu(y), torch.tanh(y), z], 1)}
+    for name, values in streams.items():
+        flat = values.transpose(0, 1).flatten(1).T.numpy()
+        rows[name] = flat - flat.mean(0)
+    return rows
+
+
+def lost(network: nn.Module, gone: list[int]) -> float:
+    """How far the readers' outputs are off after a new least-squares fit, in their variances."""
+    total = 0.0
+    for name, rows in rows_in_front(network).items():
+        weight = network.get_submodule(name).weight.detach().flatten(1).numpy()
+        target = rows @ weight.T
+        away = gone if name == "one" else [*gone, *(8 + c for c in gone)]
+        stay = [c for c in range(rows.shape[1]) if c not in away]
+        error = target - rows[:, stay] @ np.linalg.lstsq(rows[:, stay], target, rcond=None)[0]
+        total += float((error**2).sum() / (target**2).sum())
+    return total
+
+
+def test_the_loss_is_that_of_a_new_fit_without_the_channels() -> None:
+    network, graph, moments = streams()
+    (group,) = [group for group in graph.groups if group.size == 8]
+    scores = refit_importance(network, graph, moments, ridge=1e-12)[group.channels]
+    order = np.argsort(scores)
+    singly = [lost(network, [channel]) for channel in range(8)]
+    assert order[0] == int(np.argmin(singly))
+    for count in range(1, 9):  # the cost of the greedy order, sum by sum
+        assert scores[order[count - 1]] == pytest.approx(lost(network, order[:count].tolist()))
+    best = min(lost(network, list(pair)) for pair in itertools.combinations(range(8), 2))
+    assert scores[order[1]] == pytest.approx(best, rel=0.5)
+
+
+def test_of_two_equal_channels_one_is_free_and_the_other_is_not() -> None:
+    network, graph, _ = streams()
+    with torch.no_grad():
+        for tensor in (*network.stem.parameters(), *network.norm.state_dict().values()):
+            if tensor.dim():
+                tensor[5] = tensor[2]
+    moments = collect(network, graph, [IMAGES])
+    (group,) = [group for group in graph.groups if group.size == 8]
+    scores = refit_importance(network, graph, moments, ridge=1e-9)[group.channels]
+    assert min(scores[2], scores[5]) < 1e-6
+    assert max(scores[2], scores[5]) > 1e-3
+
+
+def test_several_at_once_are_about_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = randomise(StudentNet(base=4, num_classes=5)).double()
+    graph = analyse(network, torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+    images = torch.rand(16, 3, 32, 32, dtype=torch.float64)
+    moments = collect(network, graph, [images])
+    one_by_one = refit_importance(network, graph, moments)
+    monkeypatch.setattr("job.slimming.importance.refit.STEPS", 16)
+    at_once = refit_importance(network, graph, moments)
+    for group in graph.groups:
+        ours, theirs = at_once[group.channels], one_by_one[group.channels]
+        half = group.size // 2
+        same = set(np.argsort(ours)[:half]) & set(np.argsort(theirs)[:half])
+        assert len(same) >= 0.8 * half
+        np.testing.assert_allclose(np.sort(ours)[half], np.sort(theirs)[half], rtol=0.2)
+
+
+def test_channels_of_readers_that_were_not_seen_have_no_rank() -> None:
+    network, graph, moments = streams()
+    scores = refit_importance(network, graph, {})
+    assert np.isnan(scores).all()
+    scores = refit_importance(network, graph, {"one": moments["one"]})
+    sizes = {group.size: np.isfinite(scores[group.channels]).all() for group in graph.groups}
+    assert sizes == {8: True, 4: False}
+
+
+def test_taylor_is_how_the_loss_reacts_to_a_gate_on_each_channel() -> None:
+    network, graph, _ = streams()
+    head = nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    graph = analyse(head, IMAGES)
+    head.requires_grad_(False)
+    labels = torch.arange(32) % 5
+    pairs = [(IMAGES[:20], labels[:20]), (IMAGES[20:], labels[20:])]
+    scores = scores_for("taylor", head, graph, {}, lambda: pairs)
+    expected, step = np.zeros(8), 1e-5
+    norm = network.norm
+    for images, own in pairs:
+        for channel in range(8):
+            losses = []
+            for gate in (1 + step, 1 - step):
+                before = norm.weight[channel].clone(), norm.bias[channel].clone()
+                norm.weight[channel], norm.bias[channel] = before[0] * gate, before[1] * gate
+                losses.append(float(F.cross_entropy(head(images), own)))
+                norm.weight[channel], norm.bias[channel] = before
+            expected[channel] += ((losses[0] - losses[1]) / (2 * step)) ** 2
+    (group,) = [group for group in graph.groups if group.size == 8]
+    np.testing.assert_allclose(scores[group.channels], expected, rtol=1e-5)
+    assert not any(p.requires_grad or p.grad is not None for p in head.parameters())
+
+
+def test_taylor_without_labels_says_what_it_needs() -> None:
+    network, graph, _ = streams()
+    for batches in (None, lambda: [IMAGES], lambda: [(IMAGES, torch.full((32,), -1))]):
+        with pytest.raises(UsageError, match="labelled calibration images"):
+            scores_for("taylor", network, graph, {}, batches)
+
+
+def test_processes_find_together_what_one_finds_alone() -> None:
+    done = run(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 3, WORKER
+    )
+    assert done.code == 0, done
+    assert done.out.count("all checks passed") == 3

@@ -1,0 +1,103 @@
+"""W&B: what an offline run holds."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2 as pb
+
+from support.commands import gammaslim
+from support.datasets import write_flat
+
+
+def records(run: Path) -> list[Any]:
+    """The records of the offline run in ``run``: LevelDB's log format, then protobuf."""
+    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    content, found, pending = path.read_bytes(), [], b""
+    place = 7  # W&B's own header
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        pending += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or last part
+            record = pb.Record()
+            record.ParseFromString(pending)
+            found.append(record)
+            pending = b""
+    return found
+
+
+def history(found: list[Any]) -> dict[str, list[Any]]:
+    values: dict[str, list[Any]] = defaultdict(list)
+    for record in found:
+        if record.WhichOneof("record_type") == "history":
+            for item in record.history.item:
+                values[item.key or "/".join(item.nested_key)].append(json.loads(item.value_json))
+    return values
+
+
+def test_the_offline_run_holds_what_the_run_directory_does(finished_run: Path) -> None:
+    found = records(finished_run)
+    logged = history(found)
+    lines = [json.loads(s) for s in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if line["event"] == "epoch"]
+    for name in ("train_loss", "valid_acc", "lr", "step", "params"):
+        assert logged[f"epoch/{name}"] == [line[name] for line in epochs]
+    rounds = [line for line in lines if line["event"] == "round"]
+    for name in ("valid_acc", "params", "macs", "bytes", "width"):
+        assert logged[f"round/{name}"] == [line[name] for line in rounds]
+    for block in range(8):
+        for when in ("before", "after"):
+            name = f"round/gamma_{when}/cnn_{block}_1"
+            assert logged[f"{name}/_type"] == ["histogram"] * 3
+            assert all(sum(counts) > 0 for counts in logged[f"{name}/values"])
+    # the histogram before a round counts the wide network's channels, after it the narrow one's
+    assert sum(logged["round/gamma_before/cnn_5_1/values"][1]) == 256
+    assert sum(logged["round/gamma_after/cnn_5_1/values"][1]) == 243
+    assert logged["layers/_type"] == ["table-file"] * 3
+    metrics = {r.metric.name or r.metric.glob_name: r.metric for r in found if r.HasField("metric")}
+    assert metrics["epoch/*"].step_metric == "epoch/step"
+    assert metrics["round/*"].step_metric == "round/round"
+    config = {
+        update.key: json.loads(update.value_json)
+        for record in found
+        if record.HasField("run")
+        for update in record.run.config.update
+    }
+    assert config["rate"] == 0.95
+    assert config["batch_size"] == 10
+    assert len(config["fingerprint"]) == 64
+    artifacts = [r.artifact for r in found if r.HasField("artifact")] + [
+        r.request.log_artifact.artifact
+        for r in found
+        if r.HasField("request") and r.request.HasField("log_artifact")
+    ]
+    models = [a for a in artifacts if a.type == "model"]
+    rounds_of_models = [set(a.aliases) - {"latest"} for a in models]
+    assert rounds_of_models == [{"round-0"}, {"round-1"}, {"round-2"}]
+    assert {e.path for e in models[0].manifest.contents} == {"model.json", "model.safetensors"}
+    summary = {
+        update.key: json.loads(update.value_json)
+        for record in found
+        if record.HasField("summary")
+        for update in record.summary.update
+    }
+    assert summary["recommended"].startswith("rounds/")
+    assert summary["valid_acc"] in [line["valid_acc"] for line in rounds]
+
+
+def test_off_means_off(tmp_path: Path) -> None:
+    data = write_flat(tmp_path / "data", {"training": 3, "validation": 2})
+    done = gammaslim(
+        "prune", "--data", data, "--base-epochs", 1, "--rounds", 0, "--wandb", "off",
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert done.code == 0, done
+    assert not (tmp_path / "run" / "wandb").exists()

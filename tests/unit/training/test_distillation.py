@@ -1,0 +1,220 @@
+"""Distillation: the loss is the homework's, the teacher is the right one and stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from job.artifacts.model_card import ModelCard, save_model
+from job.config import PruneConfig
+from job.data.transforms import Preprocessing
+from job.errors import DataError, InputNotFound, UsageError
+from job.models.factory import build
+from job.pipeline.setup import teacher_network
+from job.training.distillation import distillation, distillation_loss
+from support.commands import ROOT, gammaslim, run
+from support.cuts import randomise
+from support.datasets import write_flat, write_noise_idx
+from test_training import SMALL, changed_parameters, trainer
+
+WORKERS = ROOT / "tests" / "support" / "workers"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+SLIM = {"base": 4}
+
+
+def softmax(logits: list[float], temperature: float = 1) -> list[float]:
+    powers = [math.exp(value / temperature) for value in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def by_hand(student: Any, teacher: Any, labels: Any, alpha: float, temperature: float) -> float:
+    """The homework's formula, picture by picture and class by class."""
+    loss = 0.0
+    for ours, theirs, label in zip(student, teacher, labels, strict=True):
+        p, q = softmax(theirs, temperature), softmax(ours, temperature)
+        loss += alpha * temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        loss -= (1 - alpha) * math.log(softmax(ours)[label])
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("alpha", "temperature"), [(0.5, 20.0), (0.9, 4.0), (1.0, 1.0), (0.0, 3.0)]
+)
+def test_loss_and_gradient_are_the_formulas(alpha: float, temperature: float) -> None:
+    torch.manual_seed(0)
+    student = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    teacher = 3 * torch.randn(5, 4, dtype=torch.float64)
+    labels = torch.tensor([0, 3, 1, 1, 2])
+    loss = distillation_loss(student, teacher, labels, alpha, temperature)
+    expected = by_hand(student.tolist(), teacher.tolist(), labels.tolist(), alpha, temperature)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    loss.backward()
+    soft = F.softmax(student / temperature, 1) - F.softmax(teacher / temperature, 1)
+    hard = F.softmax(student, 1) - F.one_hot(labels, 4)
+    gradient = alpha * temperature * soft + (1 - alpha) * hard
+    torch.testing.assert_close(student.grad, gradient.detach(), atol=1e-12, rtol=1e-10)
+
+
+def test_a_network_learns_from_its_teacher_which_stays_as_it_is(tmp_path: Path) -> None:
+    training = trainer(tmp_path, lr=0.02)
+    torch.manual_seed(0)
+    teacher = randomise(build("student", 4, SLIM)).train()  # whatever mode it was in
+    with torch.no_grad():
+        teacher.get_parameter("fc.0.weight").mul_(30)  # so that it has a lot to say
+    before = copy.deepcopy(teacher.state_dict())
+    learning = distillation(teacher, 1.0, 4.0, training.accelerator)
+
+    def disagreement(network: torch.nn.Module) -> float:
+        total = 0.0
+        training.sampler.set_epoch(0, 0)
+        for images, labels in training.batches:
+            inputs = SMALL.to_input(images)
+            with torch.no_grad():
+                total += float(learning.loss(network.eval()(inputs), inputs, labels))
+        return total / 90
+
+    network = randomise(build("student", 4, SLIM), seed=5)
+    first, seen = disagreement(network), []
+    training.fit(network, 1, 12, 0, seen.append, distillation=learning)
+    assert disagreement(network) < first / 2
+    assert seen[-1].train_loss < seen[0].train_loss  # what is minimised
+    placed = learning.teacher
+    assert not placed.training
+    assert all(p.grad is None and not p.requires_grad for p in placed.parameters())
+    for state in (placed.state_dict(), teacher.state_dict()):
+        assert all(torch.equal(value, before[key]) for key, value in state.items())
+    assert changed_parameters(teacher, placed) == 0
+    assert teacher.training
+
+
+def test_the_training_loss_is_the_one_that_is_minimised(tmp_path: Path) -> None:
+    training = trainer(tmp_path, lr=1e-30, batchnorm="local")
+    network, teacher = build("student", 4, SLIM), randomise(build("student", 4, SLIM), seed=2)
+    learning = distillation(teacher, 0.7, 2.0, training.accelerator)
+    result = training.fit(network, 1, 1, 0, lambda _: None, distillation=learning)
+    plain = training.evaluator(network)
+    assert result.valid_loss == pytest.approx(plain.loss, rel=1e-4)  # cross entropy, as ever
+    loss = 0.0
+    network.train()
+    training.sampler.set_epoch(1, 0)
+    with torch.no_grad():
+        for images, labels in training.batches:
+            inputs = SMALL.to_input(images)
+            outputs = network(inputs).tolist(), teacher(inputs).tolist()
+            loss += by_hand(*outputs, labels.tolist(), 0.7, 2.0)
+    assert result.train_loss == pytest.approx(loss / 90, rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_gradients_and_gamma_are_those_of_one_process(processes: int) -> None:
+    done = run(*TORCHRUN, processes, WORKERS / "loss_ranks.py")
+    assert done.code == 0, done
+    assert done.out.count("all checks passed") == processes
+
+
+def card(classes: int = 3, names: tuple[str, ...] = (), size: int = 32) -> ModelCard:
+    return ModelCard("student", {}, classes, Preprocessing("small", size), names)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        (card(4), card(3), "has 4 classes, this run 3"),
+        (card(3, ("a", "b", "c")), card(3, ("a", "x", "c")), "calls class 1 b, this run x"),
+        (card(size=64), card(), "other inputs than this run: small transforms at 64 pixels"),
+        (
+            ModelCard("student", {}, 3, Preprocessing("imagenet", 32)),
+            card(),
+            "imagenet transforms",
+        ),
+    ],
+)
+def test_a_teacher_of_other_classes_or_inputs_is_refused(
+    tmp_path: Path, theirs: ModelCard, ours: ModelCard, message: str
+) -> None:
+    save_model(tmp_path / "teacher", theirs.build(), theirs)
+    config = PruneConfig(distill_alpha=0.5, teacher=str(tmp_path / "teacher"))
+    with pytest.raises(DataError, match=message):
+        teacher_network(config, ours)
+
+
+def test_a_teacher_may_have_no_class_names_and_another_augmentation(tmp_path: Path) -> None:
+    theirs = ModelCard("student", {"base": 4}, 3, Preprocessing("homework", 32))
+    save_model(tmp_path / "teacher", theirs.build(), theirs)
+    config = PruneConfig(distill_alpha=0.5, teacher=str(tmp_path / "teacher"))
+    assert teacher_network(config, card(3, ("a", "b", "c"))) is not None
+    assert teacher_network(PruneConfig(), card()) is None
+
+
+def test_a_missing_teacher_and_one_that_is_not_asked() -> None:
+    with pytest.raises(InputNotFound, match="--teacher nowhere is not a run"):
+        teacher_network(PruneConfig(distill_alpha=0.5, teacher="nowhere"), card())
+    with pytest.raises(UsageError, match="without --distill-alpha"):
+        PruneConfig(teacher="somewhere")
+
+
+def test_the_base_teaches_the_rounds(tmp_path: Path) -> None:
+    data = write_noise_idx(tmp_path / "idx", 48, 20)
+
+    def losses(*options: object) -> list[float]:
+        output = tmp_path / f"run{len(options)}"
+        done = gammaslim(
+            "prune", "--data", data, "--model-arg", "base=4", "--base-epochs", 1, "--rounds", 1,
+            "--epochs", 1, "--batch-size", 16, "--wandb", "off", "--output", output, *options,
+        )  # fmt: skip
+        assert done.code == 0, done
+        lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        return [line["train_loss"] for line in lines if line["event"] == "epoch"]
+
+    plain, taught = losses(), losses("--distill-alpha", 0.9)
+    assert taught[0] == plain[0]
+    assert taught[1] != plain[1]
+    by_another = losses("--distill-alpha", 0.9, "--teacher", tmp_path / "run0")
+    assert by_another[0] != plain[0]  # a teacher of its own teaches the base too
+
+
+def test_a_run_is_not_resumed_with_another_teacher(flat_data: Path, tmp_path: Path) -> None:
+    names = ("0", "1", "2")
+    for name, seed in (("first", 1), ("other", 2)):
+        save_model(tmp_path / name, randomise(build("student", 3, {}), seed), card(3, names, 64))
+
+    def prune(*options: object) -> Any:
+        return gammaslim(
+            "prune", "--data", flat_data, "--base-epochs", 1, "--rounds", 0, "--wandb", "off",
+            "--image-size", 64, "--output", tmp_path / "run", *options,
+        )  # fmt: skip
+
+    alpha = ("--distill-alpha", 0.5)
+    first = prune(*alpha, "--teacher", tmp_path / "first")
+    assert first.code == 0, first
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    assert prune(*alpha, "--teacher", tmp_path / "copy").code == 0  # the same one elsewhere
+    for options in (alpha, (*alpha, "--teacher", tmp_path / "other")):
+        again = prune(*options)
+        assert again.code == 78, again
+        assert "--teacher" in again.err
+    assert prune(*alpha, "--teacher", tmp_path / "none").code == 66
+    eleven = tmp_path / "eleven"
+    save_model(eleven, build("student", 11, {}), card(11, (), 64))
+    wrong = prune(*alpha, "--teacher", eleven)
+    assert (wrong.code, wrong.err.count("\n")) == (65, 1), wrong
+
+
+def test_a_teacher_of_bfloat16_autocast(tmp_path: Path) -> None:
+    data = write_flat(tmp_path / "data", {"training": 4, "validation": 2})
+    done = gammaslim(
+        "prune", "--data", data, "--base-epochs", 1, "--rounds", 1, "--epochs", 1, "--wandb", "off",
+        "--precision", "bf16", "--distill-alpha", 0.9, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done
