@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load as load_tensors
@@ -17,11 +16,10 @@ from safetensors.torch import save as tensor_bytes
 
 from job.errors import StorageError, reading, shown, writing
 from job.files import discard, new_directory
+from job.training.position import Position
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
 KEPT = 2
 # what a run goes on from besides the tensors
@@ -37,22 +35,6 @@ _VALUES: dict[str, Any] = {
 }
 _NAME = re.compile(r"(\d{3})-(\d{4})-(\d{7})")
 _DAMAGED = ".damaged"  # ends the name of one that was passed over: it must not count as kept
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a round stands: ``values`` as JSON can hold them, and named ``tensors``."""
-
-    round: int
-    epoch: int
-    batch: int
-    values: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-
-    @property
-    def name(self) -> str:
-        """Its folder's name; names sort as positions do."""
-        return f"{self.round:03d}-{self.epoch:04d}-{self.batch:07d}"
 
 
 def save_position(folder: Path, position: Position) -> None:

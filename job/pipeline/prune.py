@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.artifacts.accuracy import signed
-from job.artifacts.checkpoint import Position, save_position
+from job.artifacts.checkpoint import save_position
 from job.artifacts.run_directory import drop
 from job.artifacts.run_folder import likely
 from job.console import (
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from job.data.transforms import Preprocessing
     from job.training.distillation import Distillation
     from job.training.evaluation import Evaluation
+    from job.training.position import Position
     from job.training.trainer import EpochResult
 
 

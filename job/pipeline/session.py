@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from job.artifacts.checkpoint import Position
     from job.config import PruneConfig
     from job.distributed.signals import Watch
+    from job.training.position import Position
 
 T = TypeVar("T")
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from job.artifacts.checkpoint import Position
     from job.artifacts.model_card import ModelCard
     from job.config import PruneConfig
     from job.slimming.compensation.regression import Progress
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from job.slimming.importance.criteria import Scores
     from job.slimming.planning.plan import Plan
     from job.training.calibration import Calibration
+    from job.training.position import Position
 
 MOST_STEPS = 2**14  # of --rate, in search of one that cuts: 0.999 to this power is 8e-8
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from job.artifacts.checkpoint import Position
 from job.data.loader import GlobalBatches, TrainingPictures, checked, loader
 from job.distributed.collectives import check_same, digest, rank, total, world
 from job.distributed.signals import NOTHING, STOP
@@ -29,6 +28,7 @@ from job.training.optimizer import (
     optimizer_tensors,
     restore_optimizer,
 )
+from job.training.position import Position
 from job.training.sparsity import gamma_histogram, gamma_layers, gamma_numbers, gammas_of, pull
 from job.training.sync_batchnorm import (
     average_running_statistics,

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from job.artifacts.accuracy import change, signed
-from job.artifacts.checkpoint import Position, newest_position, save_position
+from job.artifacts.checkpoint import newest_position, save_position
 from job.files import new_directory, tidy
+from job.training.position import Position
 
 
 def test_a_folder_that_is_replaced_is_there_before_and_after(tmp_path: Path) -> None:
