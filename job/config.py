@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from job.errors import ConfigError, InputNotFound, UsageError, shown
+from job.errors import ConfigError, InputNotFound, UsageError, did_you_mean, shown
 from job.files import parse_toml, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from job.data.preprocessing import PreprocessingOptions
+ResumeMode = Literal["auto", "never", "require"]
+BadImageMode = Literal["fail", "skip"]
+InterpolationName = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+OptimizerName = Literal["adamw", "sgd"]
+ScheduleName = Literal["constant", "cosine", "step"]
+PolicyName = Literal["uniform", "global"]
+ImportanceName = Literal["gamma", "l2", "random", "refit", "taylor"]
+CompensationName = Literal["none", "beta", "mean", "regress"]
+BatchNormMode = Literal["sync", "local"]
+SparsityName = Literal["none", "l1", "polarize"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+WandbMode = Literal["auto", "online", "offline", "off"]
 
 # Options that may differ when a run is resumed: they cannot change its result.
 HARMLESS = frozenset(
@@ -39,37 +50,37 @@ class PruneConfig:
 
     data: str | None = None
     output: str | None = None
-    resume: str = "auto"
-    on_bad_image: str = "fail"
+    resume: ResumeMode = "auto"
+    on_bad_image: BadImageMode = "fail"
     transform: str = "auto"
     image_size: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     resize: str | None = None
     crop: float | None = None
-    interpolation: str | None = None
+    interpolation: InterpolationName | None = None
     model: str = "student"
     model_arg: tuple[tuple[str, int | float | bool | str], ...] = ()
     weights: str | None = None
     num_classes: int | None = None
     base_epochs: int | None = None
-    rounds: int | str = 5  # or AUTO: until a round loses too much
+    rounds: int | Literal["auto"] = 5  # auto: until a round loses too much
     rate: float = 0.95
     epochs: int = 5
     batch_size: int = 32
-    optimizer: str = "adamw"
+    optimizer: OptimizerName = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.01
-    schedule: str = "cosine"
-    policy: str = "uniform"
+    schedule: ScheduleName = "cosine"
+    policy: PolicyName = "uniform"
     target: str | None = None
     round_to: int = 1
     min_keep: float = 0.1
-    importance: str = "refit"
-    compensate: str = "regress"
+    importance: ImportanceName = "refit"
+    compensate: CompensationName = "regress"
     recalibrate: int = 0
-    batchnorm: str = "sync"
-    sparsity: str = "none"
+    batchnorm: BatchNormMode = "sync"
+    sparsity: SparsityName = "none"
     sparsity_weight: float | None = None
     sparsity_epochs: int = 0
     distill_alpha: float = 0.0
@@ -77,10 +88,10 @@ class PruneConfig:
     teacher: str | None = None
     max_drop: float | None = None
     seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
+    device: DeviceName = "auto"
+    precision: PrecisionName = "auto"
     workers: int | None = None
-    wandb: str = "auto"
+    wandb: WandbMode = "auto"
     wandb_project: str = "gammaslim"
     checkpoint_every: float = 300.0
     dry_run: bool = False
@@ -141,14 +152,6 @@ class PruneConfig:
         return None
 
     @property
-    def preprocessing(self) -> PreprocessingOptions:
-        """How images become inputs, as far as options say it."""
-        from job.data.preprocessing import PreprocessingOptions  # loads torch
-
-        names = (field.name for field in fields(PreprocessingOptions))
-        return PreprocessingOptions(**{name: getattr(self, name) for name in names})
-
-    @property
     def args(self) -> dict[str, Any]:
         """``--model-arg`` as keyword arguments."""
         return dict(self.model_arg)
@@ -182,14 +185,14 @@ def read_toml(source: str, command: str, options: Iterable[str]) -> dict[str, An
         raise ConfigError(f"{name}: {command} must be a table, [{command}]")
     top = {key: value for key, value in content.items() if not isinstance(value, dict)}
     for table in set(content) - set(top) - TABLES:
-        near = nearest(table, TABLES)
+        near = did_you_mean(table, TABLES)
         raise ConfigError(f"{name}: there is no table [{table}]{near}")
     known = {option.replace("-", "_") for option in options}
     values = {}
     for key, value in {**top, **own}.items():
         plain = key.replace("-", "_")
         if plain not in known:
-            raise ConfigError(f"{name}: {command} has no option {key}{nearest(plain, known)}")
+            raise ConfigError(f"{name}: {command} has no option {key}{did_you_mean(plain, known)}")
         values[plain] = value
     return values
 
@@ -198,12 +201,6 @@ TABLES = frozenset(
     {"prune", "launch", "evaluate", "predict", "inspect", "slim", "export", "report"}
     | {"versions", "dataset", "base"}
 )
-
-
-def nearest(key: str, known: Iterable[str], likeness: float = 0.5) -> str:
-    """``; did you mean …?`` for the closest of ``known``, or nothing."""
-    close = difflib.get_close_matches(key, sorted(known), 1, likeness)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def recipes() -> dict[str, str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 class GammaslimError(Exception):
@@ -89,6 +90,15 @@ def shown(path: str | os.PathLike[str]) -> str:
 def reason(error: BaseException) -> str:
     """The first line of what another library says, or the error's name when it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str:
+    """``; did you mean …?`` with the closest of ``choices``, or "".
+
+    ``cutoff``, from 0 to 1, is the least similarity of a suggestion (difflib's ratio).
+    """
+    close = difflib.get_close_matches(name, sorted(choices), 1, cutoff)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 # the storage is to blame, not what it holds: worth another try

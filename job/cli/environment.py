@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from job.config import nearest
-from job.errors import shown
+from job.errors import did_you_mean, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -30,7 +29,7 @@ def check_environment(command: click.Command, ctx: click.Context) -> str:
     known = {name.removeprefix(prefix) for name in _names(ctx, command) if name.startswith(prefix)}
     for name in unread:
         own = name.removeprefix(prefix)
-        if own != name and (near := nearest(own, known, 0.7)):
+        if own != name and (near := did_you_mean(own, known, 0.7)):
             near = near.replace("mean ", f"mean {prefix}")
             return f"the variable {shown(name)} names no option of {ctx.info_name}{near}"
     meta = ctx.find_root().meta
@@ -46,9 +45,11 @@ def check_environment(command: click.Command, ctx: click.Context) -> str:
 def _near(name: str, prefix: str, known: Iterable[str], everything: Iterable[str]) -> str:
     """The variable that was meant: GAMMASLIM_RATE is taken for this command's own."""
     own = name.removeprefix(prefix).removeprefix(PREFIX)
-    if near := nearest(own, known, 0.7):
+    if near := did_you_mean(own, known, 0.7):
         return near.replace("mean ", f"mean {prefix}")
-    near = nearest(name.removeprefix(PREFIX), (n.removeprefix(PREFIX) for n in everything), 0.65)
+    near = did_you_mean(
+        name.removeprefix(PREFIX), (n.removeprefix(PREFIX) for n in everything), 0.65
+    )
     return near.replace("mean ", f"mean {PREFIX}")
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from job.config import AUTO, nearest
+from job.config import AUTO
 from job.data.geometry import PRESETS, Channels, Resize, parse_channels, parse_crop
 from job.data.splits import CANONICAL, SPLIT_NAMES
-from job.errors import UsageError
+from job.errors import UsageError, did_you_mean
 from job.slimming.planning.target import Budget
 
 POSITIVE = click.IntRange(1)
@@ -117,7 +117,7 @@ class Transform(click.ParamType):  # type: ignore[type-arg]
         if text in known or (package in ("timm", "torchvision") and colon and name):
             return text
         names = [*known, "timm:NAME", "torchvision:WEIGHTS"]
-        message = f"{text!r} is none of {', '.join(names)}{nearest(text, names)}"
+        message = f"{text!r} is none of {', '.join(names)}{did_you_mean(text, names)}"
         return str(self.fail(message, param, ctx))
 
 

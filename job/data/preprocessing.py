@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from job.data.geometry import LARGEST_SHARE, MAX_RESIZE, Channels, Resize
@@ -13,6 +13,8 @@ from job.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from job.config import PruneConfig
 
 SMALL = 64  # pixels: images up to this side get the `small` preset by default
 
@@ -28,6 +30,11 @@ class PreprocessingOptions:
     resize: str | None = None
     crop: float | None = None
     interpolation: str | None = None
+
+    @classmethod
+    def of(cls, config: PruneConfig) -> PreprocessingOptions:
+        """The options of preprocessing among those of ``prune``."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
     def check(self) -> None:
         """Raise UsageError for an unknown name, or for sizes that contradict each other."""

@@ -8,10 +8,9 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from job.config import nearest
 from job.data.geometry import INTERPOLATIONS, MAX_RESIZE, Resize, parse_channels
 from job.data.transforms import Preprocessing
-from job.errors import UsageError
+from job.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +40,7 @@ def _timm(name: str) -> Callable[[int | None], Preprocessing]:
 
     if not name or not timm.is_model(name):
         plain = name.partition(".")[0]
-        near = nearest(plain, timm.list_models()) or "; see timm.list_models()"
+        near = did_you_mean(plain, timm.list_models()) or "; see timm.list_models()"
         raise UsageError(f"{option}: timm has no model {name!r}{near}")
     try:
         stated = timm.get_pretrained_cfg(name)
@@ -105,7 +104,7 @@ def _weights(option: str, name: str) -> Any:
         return get_weight(name)
     except (ValueError, KeyError, AttributeError) as error:
         known = {str(w) for model in list_models() for w in get_model_weights(model)}
-        near = nearest(name, known) or "; e.g. ResNet50_Weights.IMAGENET1K_V2"
+        near = did_you_mean(name, known) or "; e.g. ResNet50_Weights.IMAGENET1K_V2"
         raise UsageError(f"{option}: torchvision has no weights {name!r}{near}") from error
 
 

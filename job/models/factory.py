@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from job.config import nearest
-from job.errors import UsageError, reason
+from job.errors import UsageError, did_you_mean, reason
 from job.models.cifar import DenseNet40Cifar, ResNet164Cifar, Vgg19Cifar
 from job.models.classifier import with_classes
 from job.models.notes import Note, quiet
@@ -84,7 +83,7 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
 
     known = torchvision_names()
     if name not in known:
-        near = nearest(name, [*NAMES, *known])
+        near = did_you_mean(name, [*NAMES, *known])
         raise UsageError(
             f"--model {name!r} is unknown{near}; models: {', '.join(NAMES)}, torchvision's "
             "classification networks (resnet50 and others), or your own as module:factory"
@@ -159,7 +158,7 @@ def _imported(name: str) -> Any:
     for part in path.split("."):
         if not hasattr(found, part):
             callables = [n for n, value in vars(found).items() if callable(value)]
-            near = nearest(part, callables)
+            near = did_you_mean(part, callables)
             if module_name == "timm":  # the form that --transform takes
                 near = f"; type --model timm:create_model --model-arg model_name={part}"
             raise UsageError(f"--model {name}: no {part} in {module_name}{near}")

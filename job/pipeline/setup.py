@@ -18,6 +18,7 @@ from job.data.dataset import Dataset, missing_classes, with_validation
 from job.data.folders import PRESENT_LISTING
 from job.data.loader import default_workers
 from job.data.opening import check_pictures, open_data
+from job.data.preprocessing import PreprocessingOptions
 from job.data.splits import SPLIT_NAMES
 from job.distributed.collectives import digest, local_world, on_main
 from job.errors import DataError, InputNotFound, UsageError, shown
@@ -57,7 +58,7 @@ def prepare_data(
     """
 
     def prepare() -> tuple[Dataset, Preprocessing]:
-        config.preprocessing.check()
+        PreprocessingOptions.of(config).check()
         data = open_data(config.data, listing_of(output) if output else PRESENT_LISTING)
         for split in SPLITS:
             if split in data.splits or split == "training":
@@ -73,7 +74,7 @@ def prepare_data(
         data, largest = check_pictures(data, present, config.on_bad_image, bar)
         data = with_validation(data, config.seed)
         data = replace(data, notes=(*data.notes, *missing_classes(data)))
-        own, options = own_preprocessing(config), config.preprocessing
+        own, options = own_preprocessing(config), PreprocessingOptions.of(config)
         return data, options.override(own) if own else options.resolve(largest)
 
     data, preprocessing = on_main(prepare, interrupt=True)

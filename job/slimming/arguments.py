@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from job.config import nearest
-from job.errors import UsageError
+from job.errors import UsageError, did_you_mean
 from job.slimming.graph.layers import LAYERS, modules_of, owner
 from job.slimming.inputs import arguments_for, like, mapped, samples, tensors_of_inputs
 from job.slimming.planning.target import METRICS, Budget
@@ -116,7 +115,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str], *, none: bool = 
     """Raise UsageError unless the argument ``name`` is one of ``choices``, or (``none``) None."""
     if value in choices or (none and value is None):
         return
-    near = nearest(value, choices) if isinstance(value, str) else ""
+    near = did_you_mean(value, choices) if isinstance(value, str) else ""
     raise UsageError(f"{name} must be one of {', '.join(choices)}; got {value!r}{near}")
 
 
@@ -163,7 +162,7 @@ def _layer_name(model: nn.Module, modules: Mapping[str, nn.Module], entry: Any) 
     if entry in tensors:
         layer = owner(entry)
         return layer if isinstance(modules.get(layer), LAYERS) else entry
-    near = nearest(entry, [*filter(None, modules), *tensors])
+    near = did_you_mean(entry, [*filter(None, modules), *tensors])
     raise UsageError(f"ignore: the network has no layer {entry!r}{near}")
 
 

@@ -221,7 +221,7 @@ def test_single_options_override_a_preset(
     options.check()
     assert options.resolve(largest) == expected
     config = PruneConfig(**given)
-    assert config.preprocessing == options
+    assert PreprocessingOptions.of(config) == options
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()  # as config.toml has it
 
 
