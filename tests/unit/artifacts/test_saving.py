@@ -39,7 +39,7 @@ def tiny(width: int = 8, classes: int = 3) -> nn.Module:
     ("make", "given", "name"),
     [
         (lambda: torchvision.models.squeezenet1_1(num_classes=7), {}, "squeezenet1_1"),
-        (Residual, {}, "networks:Residual"),
+        (Residual, {}, "support.networks:Residual"),
         (lambda: StudentNet(base=4), {"model": StudentNet, "model_args": {"base": 4}}, "student"),
         (lambda: tiny(12), {"model": tiny, "model_args": {"width": 12}}, "test_saving:tiny"),
         (lambda: tiny(), {"model": "test_saving:tiny"}, "test_saving:tiny"),
@@ -142,7 +142,7 @@ def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
         ({"plan": "global"}, UsageError, "plan must be what slim returned"),
         ({"model": 3}, UsageError, "model must be a name, or what builds the network; got 3"),
         ({"model": lambda: BareStream()}, UsageError, "cannot be imported by its name"),
-        ({"model": "networks:Residual"}, UsageError, "does not give this network"),
+        ({"model": "support.networks:Residual"}, UsageError, "does not give this network"),
         ({"model": "resnet"}, UsageError, "is unknown; did you mean"),
         ({"network": narrow.state_dict()}, UsageError, "model must be a torch.nn.Module"),
     ):
