@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from job.slimming.planning.cost import LayerCost
-    from job.training.trainer import EpochResult
+    from job.training.epoch import EpochResult
 
 LIVE = 0.1  # seconds between drawings on a terminal
 LOGGED = 30.0  # seconds between lines in a log

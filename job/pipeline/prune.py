@@ -70,9 +70,9 @@ if TYPE_CHECKING:
     from job.data.dataset import Dataset
     from job.data.transforms import Preprocessing
     from job.training.distillation import Distillation
+    from job.training.epoch import EpochResult
     from job.training.evaluation import Evaluation
     from job.training.position import Position
-    from job.training.trainer import EpochResult
 
 
 def prune(config: PruneConfig) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from job.distributed.signals import NOTHING, STOP
 from job.errors import GammaslimError, StopRequest
 from job.models.outputs import AUXILIARY_WEIGHT, Logits
 from job.models.weights import load_tensors
+from job.training.epoch import EpochResult
 from job.training.optimizer import (
     learning_rate,
     new_optimizer,
@@ -53,28 +53,6 @@ if TYPE_CHECKING:
     OnGamma = Callable[[str, int, dict[str, Any]], None]  # before or after, epoch, histogram
 
 FIRST = torch.contiguous_format  # channels
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """One epoch; losses and accuracies are means over every picture of the split."""
-
-    round: int
-    epoch: int
-    step: int
-    train_loss: float
-    train_acc: float
-    valid_loss: float
-    valid_acc: float
-    lr: float
-    images_per_second: float
-    seconds: float
-    gamma_mean: float | None = None  # of |γ|; None without a BatchNorm
-    gamma_small: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Field by field, without those that are None."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 class Trainer:

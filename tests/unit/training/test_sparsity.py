@@ -16,6 +16,7 @@ from torch import nn
 from job.config import PruneConfig
 from job.errors import UsageError
 from job.models.factory import build
+from job.training.epoch import EpochResult
 from job.training.evaluation import Evaluation
 from job.training.sparsity import (
     T,
@@ -28,7 +29,7 @@ from job.training.sparsity import (
     pull,
     shrunk,
 )
-from job.training.trainer import EpochResult, Trainer, _Round
+from job.training.trainer import Trainer, _Round
 from support.commands import gammaslim
 from support.cuts import randomise
 from support.datasets import write_noise_idx

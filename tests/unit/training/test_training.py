@@ -19,6 +19,7 @@ from job.distributed.collectives import start
 from job.errors import GammaslimError
 from job.models.factory import build
 from job.slimming.surgery.surgery import narrowed
+from job.training.epoch import EpochResult
 from job.training.evaluation import Evaluation, Evaluator
 from job.training.optimizer import (
     learning_rate,
@@ -26,7 +27,7 @@ from job.training.optimizer import (
     optimizer_tensors,
     restore_optimizer,
 )
-from job.training.trainer import EpochResult, Trainer, _Round
+from job.training.trainer import Trainer, _Round
 from support.cuts import randomise, uniform
 from support.datasets import write_noise_idx
 

@@ -1,0 +1,33 @@
+"""The numbers of one epoch of training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """The numbers of one epoch; losses and accuracies are means over every image of the split.
+
+    ``step`` counts optimizer steps since the run began, ``seconds`` covers training and evaluation.
+    ``gamma_mean`` is the mean of |γ| and ``gamma_small`` the share of small ones; None without a
+    BatchNorm.
+    """
+
+    round: int
+    epoch: int
+    step: int
+    train_loss: float
+    train_acc: float
+    valid_loss: float
+    valid_acc: float
+    lr: float
+    images_per_second: float
+    seconds: float
+    gamma_mean: float | None = None
+    gamma_small: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, without those that are None."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
