@@ -18,7 +18,7 @@ from job.files import is_file, new_directory, read_json
 from job.models.factory import build
 from job.models.input_size import MAX_SIZE
 from job.models.weights import load_state, read_state
-from job.slimming.planning.plan import LayerChannels, Layers, compose
+from job.slimming.planning.layer_channels import LayerChannels, Layers, compose
 from job.slimming.planning.planner import Base
 from job.slimming.surgery.surgery import narrowed
 from job.versions import versions

@@ -23,10 +23,11 @@ from job.errors import DataError, GammaslimError, OutputError, UsageError, shown
 from job.files import check_writable, is_file
 from job.models.classifier import find_head
 from job.models.factory import NETWORKS, name_factory, torchvision_names
-from job.slimming.arguments import check_network, kind_of
+from job.slimming.arguments import check_network
 from job.slimming.graph.recorder import mode, record, tensors_in
-from job.slimming.inputs import call, like
-from job.slimming.planning.plan import Plan, compose
+from job.slimming.inputs import call, kind_of, like
+from job.slimming.planning.layer_channels import compose
+from job.slimming.planning.plan import Plan
 from job.slimming.planning.planner import Base, layer_widths
 from job.slimming.surgery.comparison import difference
 from job.slimming.surgery.surgery import narrowed
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from job.slimming.planning.plan import Layers
+    from job.slimming.planning.layer_channels import Layers
 
 SIZE = 224  # pixels of a network's images where nothing says it
 SAME = 1e-5  # relative: one network may compute in two ways on two devices

@@ -10,9 +10,10 @@ import numpy as np
 
 from job.cli.model import ModelOptions, open_model
 from job.console import layers_table, say, table
+from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.cost import layer_costs, network_cost, picture
-from job.slimming.planning.planner import analyse, full_sizes
+from job.slimming.planning.planner import full_sizes
 
 if TYPE_CHECKING:
     from torch import nn

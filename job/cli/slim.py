@@ -13,16 +13,18 @@ from job.artifacts.model_card import save_model
 from job.cli.calibration_images import SlimImages, open_images
 from job.cli.model import ModelOptions, open_model
 from job.config import PruneConfig
-from job.console import phase, progress, say, say_cautions, show_step, table
+from job.console import phase, progress, say, say_cautions, show_step
 from job.distributed.collectives import local_world, start
 from job.errors import OutputError, UsageError, shown
 from job.files import check_writable
 from job.pipeline.cautions import of_model
 from job.pipeline.slim_round import base_of
+from job.slimming.analysis import analyse
 from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.cut import best_method, make_cut, plan_cut
 from job.slimming.planning.cost import picture
-from job.slimming.planning.planner import Slimming, analyse
+from job.slimming.planning.overview import costs_table
+from job.slimming.planning.planner import Slimming
 from job.slimming.planning.target import Budget
 from job.training.calibration import Calibration
 from job.training.evaluation import Evaluator
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
-    from job.slimming.planning.plan import Plan
 
 NEED_IMAGES = ("refit", "taylor", "mean", "regress")
 
@@ -114,7 +115,9 @@ def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
     slimmed = card.cut(plan.layers, plan.width)
     metrics = {} if after is None or not images else {images.scored: after}
     save_model(folder, narrow.cpu(), replace(slimmed, metrics=metrics, lineage=lineage, base=base))
-    say(_costs(plan))
+    assert plan.before
+    assert plan.after
+    say(costs_table(plan.before, plan.after))
     say(f"the cut is verified in float64: relative error {error:.1e}; saved in {shown(output)}")
     say(_accuracies(images, before, after))
 
@@ -157,17 +160,6 @@ class _Tools:
             return None
         count, bar = len(self.evaluator.batches), progress("evaluating")
         return self.evaluator(network, lambda batches: bar(batches, count)).accuracy
-
-
-def _costs(plan: Plan) -> str:
-    assert plan.before
-    assert plan.after
-    after = plan.after.to_dict()
-    rows = [
-        (name, f"{old:,}", f"{after[name]:,}", f"{after[name] / old:.1%}" if old else "")
-        for name, old in plan.before.to_dict().items()
-    ]
-    return table(("", "before", "after", "left"), rows)
 
 
 def _accuracies(images: SlimImages | None, before: float | None, after: float | None) -> str:

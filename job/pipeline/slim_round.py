@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from job.distributed.collectives import digest, on_main
 from job.errors import DataError, UsageError, shown
+from job.slimming.analysis import analyse
 from job.slimming.calibrated import scores_for
 from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.compensation.regression import quiet
 from job.slimming.cut import Method, make_cut, plan_cut
 from job.slimming.planning.cost import network_cost, picture
-from job.slimming.planning.plan import LayerChannels
-from job.slimming.planning.planner import Base, Slimming, analyse, layer_widths
+from job.slimming.planning.layer_channels import LayerChannels
+from job.slimming.planning.planner import Base, Slimming, layer_widths
 from job.slimming.planning.target import Budget
 
 if TYPE_CHECKING:

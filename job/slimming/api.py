@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from job.errors import UsageError
+from job.slimming.analysis import analyse
 from job.slimming.arguments import (
     budget_of,
     check_choice,
@@ -27,7 +28,7 @@ from job.slimming.compensation.recalibration import recalibrate as recalibrated
 from job.slimming.cut import best_method, make_cut, plan_cut
 from job.slimming.graph.snapshot import untouched
 from job.slimming.inputs import without_values
-from job.slimming.planning.planner import Slimming, analyse
+from job.slimming.planning.planner import Slimming
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -12,7 +12,14 @@ from torch import nn
 
 from job.errors import UsageError, did_you_mean
 from job.slimming.graph.layers import LAYERS, modules_of, owner
-from job.slimming.inputs import arguments_for, like, mapped, samples, tensors_of_inputs
+from job.slimming.inputs import (
+    arguments_for,
+    kind_of,
+    like,
+    mapped,
+    samples,
+    tensors_of_inputs,
+)
 from job.slimming.planning.target import METRICS, Budget
 
 if TYPE_CHECKING:
@@ -174,11 +181,3 @@ def in_python(message: str) -> str:
         end = next((n for n, c in enumerate(part) if not (c.isalpha() or c == "-")), len(part))
         renamed.append(part[:end].replace("-", "_") + part[end:])
     return words[0] + "".join(renamed)
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, for a message."""
-    if isinstance(value, torch.Tensor):
-        return f"one tensor of {tuple(value.shape)}"
-    text = repr(value)
-    return text if len(text) <= 40 and "\n" not in text else f"a {type(value).__name__}"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.union import Ids
     from job.slimming.importance.criteria import Scores
     from job.slimming.inputs import Example
-    from job.slimming.planning.plan import Layers
+    from job.slimming.planning.layer_channels import Layers
 
     Batches = Callable[[], Iterable[Batch]]  # every call gives them anew, on the network's device
 

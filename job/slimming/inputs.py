@@ -142,3 +142,11 @@ def described(example: Example) -> str:
     if isinstance(example, torch.Tensor) and example.dim() == 4:
         return f"images of {' x '.join(map(str, example.shape[1:]))}"
     return "inputs of " + ", ".join(str(tuple(t.shape)) for t in tensors_of_inputs(example))
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for a message."""
+    if isinstance(value, torch.Tensor):
+        return f"one tensor of {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 40 and "\n" not in text else f"a {type(value).__name__}"

@@ -24,11 +24,12 @@ from torch.nn import functional as F
 
 from job.data.idx import read_idx
 from job.models.student import StudentNet
+from job.slimming.analysis import analyse
 from job.slimming.calibrated import COMPENSATIONS, compensated, measured, scores_for
 from job.slimming.compensation.folding import with_biases, without_constant
 from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.planning.plan import keep_of
-from job.slimming.planning.planner import Slimming, analyse, make_plan
+from job.slimming.planning.planner import Slimming, make_plan
 from job.slimming.planning.target import Budget
 from job.slimming.surgery.surgery import narrowed
 from job.slimming.surgery.verification import verify

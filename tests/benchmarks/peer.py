@@ -30,9 +30,10 @@ import ablation
 
 import job
 from job.models.student import StudentNet
+from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.cost import network_cost
-from job.slimming.planning.planner import Slimming, analyse, make_plan
+from job.slimming.planning.planner import Slimming, make_plan
 from job.slimming.planning.target import Budget
 from job.slimming.surgery.surgery import narrowed
 from job.slimming.surgery.verification import verify

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.cost import picture as picture_like
 from job.slimming.planning.plan import Plan
-from job.slimming.planning.planner import Slimming, analyse, make_plan
+from job.slimming.planning.planner import Slimming, make_plan
 from job.slimming.planning.target import Budget
 
 

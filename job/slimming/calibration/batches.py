@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.errors import UsageError, reason
-from job.slimming.arguments import kind_of
 from job.slimming.calibration.moments import samples_at
 from job.slimming.graph.recorder import record
-from job.slimming.inputs import arguments_for, like, samples, shape_of, tensors_of_inputs
+from job.slimming.inputs import arguments_for, kind_of, like, samples, shape_of, tensors_of_inputs
 
 if TYPE_CHECKING:
     from torch import nn

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MOST, LEAST = 4096, 512  # samples that moments are measured on: more change little
 PIXELS = MOST * 64**2  # of them, those of a channel: of large ones fewer tell as much
+RIDGE = 1e-3  # added to the covariances of a least-squares fit, relative to the mean variance
 MOST_VALUES = 2**24  # of one batch in front of one layer: 128 MiB in float64
 MOST_PRODUCTS = 2**33  # of one batch in front of one layer: a second or so
 

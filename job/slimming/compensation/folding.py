@@ -17,7 +17,7 @@ from job.slimming.graph.layers import owner
 from job.slimming.graph.recorder import record
 from job.slimming.graph.selection import batchnorms, unwrapped
 from job.slimming.inputs import like
-from job.slimming.planning.plan import LayerChannels
+from job.slimming.planning.layer_channels import LayerChannels
 from job.slimming.surgery.clone import copied
 from job.slimming.surgery.verification import probe
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
     from job.slimming.inputs import Example
-    from job.slimming.planning.plan import Layers
+    from job.slimming.planning.layer_channels import Layers
 
 METHODS = ("none", "beta", "mean", "regress")
 Fit = tuple[torch.Tensor, torch.Tensor]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.errors import UsageError
-from job.slimming.calibration.moments import Sums, inputs_of, readers, rows_of, values_of
+from job.slimming.calibration.moments import RIDGE, Sums, inputs_of, readers, rows_of, values_of
 from job.slimming.calibration.paused_forward import (
     forward_passes,
     keeps_activations,
@@ -38,11 +38,10 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
     from job.slimming.inputs import Example
-    from job.slimming.planning.plan import Layers
+    from job.slimming.planning.layer_channels import Layers
 
     Progress = Callable[[str, int, int], None]  # what is done next, and which of how many (or 0)
 
-RIDGE = 1e-3  # of the mean variance
 MOST_BYTES = 2**31  # of what all passes keep while they stand
 MOST_PASSES = 8  # in each network
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.slimming.calibration.moments import readers
-from job.slimming.compensation.regression import RIDGE
+from job.slimming.calibration.moments import RIDGE, readers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A plan as text: what ``print(plan)`` shows."""
+"""The table that ``print(plan)`` shows."""
 
 from __future__ import annotations
 
@@ -6,59 +6,72 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from job.console import table
-from job.slimming.planning.plan import LayerChannels
+from job.slimming.planning.layer_channels import LayerChannels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from job.slimming.planning.plan import Plan, Sizes
+    from job.slimming.graph.groups import Blocked
+    from job.slimming.planning.cost import Cost
+    from job.slimming.planning.layer_channels import Layers
 
-MOST_LAYERS = 24  # shown; of more the first and the last ones
+Sizes = tuple[int | None, int | None]  # inputs and outputs of a layer
+MOST_LAYERS = 24  # shown; of more layers, the first and the last ones
 MOST_REASONS = 4
-LONGEST = 60  # characters of a layer's name or of a reason
+MOST_CHARACTERS = 60  # of a layer's name or of a reason
 
 
-def plan_text(plan: Plan) -> str:
-    """The layers and costs before and after, and what was left alone; at most 40 lines."""
+def plan_text(
+    title: str,
+    sizes: Mapping[str, Sizes],
+    layers: Layers,
+    before: Cost | None,
+    after: Cost | None,
+    blocked: Sequence[Blocked],
+) -> str:
+    """Return at most 40 lines: layers and costs before and after, and what is not cut and why."""
     half = MOST_LAYERS // 2
-    rows = [(_short(layer), *_sides(plan, layer, sizes)) for layer, sizes in plan.sizes.items()]
+    rows = [(_shortened(name), *_widths(layers, name, full)) for name, full in sizes.items()]
     if len(rows) > MOST_LAYERS:
         left_out = len(rows) - 2 * half + 1
         rows[half : len(rows) - half + 1] = [(f"… {left_out} more layers …", "", "")]
-    parts = [f"{plan!r}"]
+    parts = [title]
     if rows:
         parts.append(table(("layer", "inputs", "outputs"), rows))
-    if plan.before and plan.after:
-        after = plan.after.to_dict()
-        costs = [
-            (name, f"{old:,}", f"{after[name]:,}", f"{after[name] / old:.1%}" if old else "")
-            for name, old in plan.before.to_dict().items()
-        ]
-        parts.append(table(("", "before", "after", "left"), costs))
-    parts += ["\n".join(_blocked(plan))] if plan.blocked else []
-    return "\n".join(parts)
+    if before and after:
+        parts.append(costs_table(before, after))
+    return "\n".join([*parts, *_blocked_lines(blocked)])
 
 
-def _sides(plan: Plan, layer: str, sizes: Sizes) -> tuple[str, str]:
-    """Inputs and outputs, as ``64 -> 32`` where some of them go."""
-    kept = plan.layers.get(layer, LayerChannels())
-    now = kept.select or kept.in_, kept.out
+def costs_table(before: Cost, after: Cost) -> str:
+    """Return a table of the costs before and after a cut, and what is left of each in percent."""
+    left = after.to_dict()
+    costs = [
+        (name, f"{old:,}", f"{left[name]:,}", f"{left[name] / old:.1%}" if old else "")
+        for name, old in before.to_dict().items()
+    ]
+    return table(("", "before", "after", "left"), costs)
+
+
+def _widths(layers: Layers, name: str, full: Sizes) -> tuple[str, str]:
+    """Inputs and outputs of a layer, as ``64 -> 32`` where some are cut."""
+    kept = layers.get(name, LayerChannels())
     inputs, outputs = (
-        "" if full is None else f"{full:,} -> {len(some):,}" if some else f"{full:,}"
-        for full, some in zip(sizes, now, strict=True)
+        "" if size is None else f"{size:,} -> {len(indices):,}" if indices else f"{size:,}"
+        for size, indices in zip(full, (kept.select or kept.in_, kept.out), strict=True)
     )
     return inputs, outputs
 
 
-def _blocked(plan: Plan) -> Iterator[str]:
+def _blocked_lines(blocked: Sequence[Blocked]) -> Iterator[str]:
     reasons: Counter[str] = Counter()
-    for blocked in plan.blocked:
-        reasons[blocked.reason] += blocked.channels
+    for each in blocked:
+        reasons[each.reason] += each.channels
     for reason, channels in reasons.most_common(MOST_REASONS):
-        yield f"not cut: {channels:,} channels: {_short(reason)}"
+        yield f"not cut: {channels:,} channels: {_shortened(reason)}"
     if len(reasons) > MOST_REASONS:
         yield f"not cut: {len(reasons) - MOST_REASONS} more reasons, in plan.blocked"
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:28]} … {text[-28:]}"
+def _shortened(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:28]} … {text[-28:]}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.errors import DataError
+from job.slimming.planning.layer_channels import SIDES, Kept, LayerChannels, Layers
+from job.slimming.planning.overview import plan_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,63 +16,23 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import Blocked, ChannelGraph
     from job.slimming.graph.union import Ids
     from job.slimming.planning.cost import Cost
-    from job.slimming.surgery.verification import Proof
-
-Kept = tuple[int, ...]
-SIDES = {"out": "out", "in": "in_", "select": "select"}
+    from job.slimming.planning.overview import Sizes
 
 
 @dataclass(frozen=True)
-class LayerChannels:
-    """Indices that stay on a layer's sides; None: all of them.
+class Proof:
+    """Largest ``error`` of a narrow network's outputs, relative to the largest output of each.
 
-    A BatchNorm has but ``out``; both sides of a depthwise convolution are the same, or multiples.
-    ``select``: what a BatchNorm takes of its input, which stays whole. ``bias``: the layer gets
-    one, to hold what removed channels used to add.
+    Computed in ``precision``: float64, or the network's own where it does not run in that. Then
+    ``tolerance`` is what rounding does to the wide network, many times over.
     """
 
-    out: Kept | None = None
-    in_: Kept | None = None
-    select: Kept | None = None
-    bias: bool = False
+    error: float
+    precision: str
+    tolerance: float
 
-    def after(self, later: LayerChannels) -> LayerChannels:
-        """The indices, into what this one started from, that stay when ``later`` is cut too."""
-        return LayerChannels(
-            _chain(self.out, later.out),
-            _chain(self.in_, later.in_),
-            _chain(self.select, later.select),
-            self.bias or later.bias,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As stored in model.json."""
-        sides = {side: getattr(self, name) for side, name in SIDES.items()}
-        found: dict[str, Any] = {side: list(kept) for side, kept in sides.items() if kept}
-        return found | ({"bias": True} if self.bias else {})
-
-    @classmethod
-    def from_dict(cls, values: Any) -> LayerChannels:
-        """Read back what ``to_dict`` gave; raises DataError."""
-        if not isinstance(values, dict) or type(values.get("bias", False)) is not bool:
-            raise DataError("a layer's kept channels are not lists of rising indices")
-        sides = {name: values.get(side) for side, name in SIDES.items()}
-        for kept in sides.values():
-            if kept is not None and not (
-                isinstance(kept, list)
-                and kept
-                and all(type(i) is int and 0 <= i < 2**31 for i in kept)
-                and all(before < i for before, i in pairwise(kept))
-            ):
-                raise DataError("a layer's kept channels are not lists of rising indices")
-        chosen = {name: None if kept is None else tuple(kept) for name, kept in sides.items()}
-        return cls(**chosen, bias=values.get("bias", False))
-
-
-Layers = dict[str, LayerChannels]
-
-
-Sizes = tuple[int | None, int | None]
+    def __str__(self) -> str:
+        return f"{self.error:.1e} in {self.precision}, where {self.tolerance:.0e} is allowed"
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,9 +66,7 @@ class Plan:
         return f"<Plan: policy {self.policy}{by}{costs}>"
 
     def __str__(self) -> str:
-        from job.slimming.planning.overview import plan_text
-
-        return plan_text(self)
+        return plan_text(repr(self), self.sizes, self.layers, self.before, self.after, self.blocked)
 
 
 def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
@@ -163,15 +121,6 @@ def sizes_of(graph: ChannelGraph) -> dict[str, Sizes]:
     return sizes
 
 
-def compose(first: Layers, then: Layers) -> Layers:
-    """The layers of two cuts, one after the other, as one cut of what the first started from."""
-    whole = LayerChannels()
-    return {
-        name: first.get(name, whole).after(then.get(name, whole))
-        for name in dict.fromkeys([*first, *then])
-    }
-
-
 def _staying(
     keep: Ids, ids: Ids, times: int, found: dict[tuple[int, int], Kept | None]
 ) -> Kept | None:
@@ -184,9 +133,3 @@ def _staying(
 
 def _indices(stays: Ids) -> Kept:
     return tuple(np.flatnonzero(stays).tolist())
-
-
-def _chain(first: Kept | None, then: Kept | None) -> Kept | None:
-    if first is None or then is None:
-        return then if first is None else first
-    return tuple(first[i] for i in then)

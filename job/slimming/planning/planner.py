@@ -1,27 +1,24 @@
-"""Slimming as a whole: what to cut, the cut, and its proof, for any network."""
+"""Plan a cut: how many channels each group keeps to meet a target."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from job.errors import UsageError, reason
-from job.slimming.graph.groups import Blocked, channel_graph
+from job.errors import UsageError
+from job.slimming.graph.groups import Blocked
 from job.slimming.graph.layers import LAYERS, modules_of
 from job.slimming.graph.selection import SelectedChannels
-from job.slimming.inputs import described
 from job.slimming.planning.cost import Cost, Costs
 from job.slimming.planning.policy import UNRANKED, Planner, Ranked, given_back, ranked, solve
-from job.slimming.surgery.verification import settled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.criteria import Scores
-    from job.slimming.inputs import Example
     from job.slimming.planning.plan import Plan
     from job.slimming.planning.target import Budget
 
@@ -65,21 +62,6 @@ class Base:
         cost = values["cost"]
         whole = cost and Cost(**{name: int(n) for name, n in cost.items()})
         return cls(widths, whole, bool(values.get("slim", False)))
-
-
-def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) -> ChannelGraph:
-    """The channel groups of ``network`` on inputs like ``example``.
-
-    Groups that only seem to be understood are found by trial cuts. Raises UsageError when the
-    network does not run on such inputs.
-    """
-    try:
-        graph = channel_graph(network, example, ignore)
-    except Exception as error:  # anybody's network, which may raise anything
-        raise UsageError(
-            f"the network does not run on {described(example)}: {reason(error)}"
-        ) from error
-    return settled(network, graph, example)
 
 
 def layer_widths(network: nn.Module) -> dict[str, int]:

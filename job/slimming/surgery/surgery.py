@@ -15,7 +15,7 @@ from job.slimming.graph.selection import SelectedChannels, unwrapped
 from job.slimming.surgery.clone import copied
 
 if TYPE_CHECKING:
-    from job.slimming.planning.plan import Kept, LayerChannels, Layers
+    from job.slimming.planning.layer_channels import Kept, LayerChannels, Layers
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
 Tensors = dict[str, torch.Tensor]

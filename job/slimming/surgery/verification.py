@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from job.errors import DataError, GammaslimError, UsageError, reason
 from job.slimming.graph.recorder import mode, record, tensors_in
 from job.slimming.graph.snapshot import untouched
 from job.slimming.inputs import call, mapped, repeated
-from job.slimming.planning.plan import layers_of
+from job.slimming.planning.plan import Proof, layers_of
 from job.slimming.planning.policy import Choice, ranked
 from job.slimming.surgery.clone import copied
 from job.slimming.surgery.comparison import difference, explain
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
     from job.slimming.inputs import Example
-    from job.slimming.planning.plan import LayerChannels, Layers
+    from job.slimming.planning.layer_channels import LayerChannels, Layers
 
 TOLERANCE = 1e-9  # relative, in float64
 NOISES = 16  # times
@@ -48,22 +47,6 @@ def probe(example: Example) -> Any:
         return torch.rand(tensor.shape, dtype=torch.float64, generator=generator)
 
     return mapped(repeated(example, PROBES), noise)
-
-
-@dataclass(frozen=True)
-class Proof:
-    """Largest ``error`` of a narrow network's outputs, relative to the largest output of each.
-
-    Computed in ``precision``: float64, or the network's own where it does not run in that. Then
-    ``tolerance`` is what rounding does to the wide network, many times over.
-    """
-
-    error: float
-    precision: str
-    tolerance: float
-
-    def __str__(self) -> str:
-        return f"{self.error:.1e} in {self.precision}, where {self.tolerance:.0e} is allowed"
 
 
 def verify(

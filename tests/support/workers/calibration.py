@@ -10,13 +10,13 @@ import torch.distributed as dist
 from job.cli.exits import exit_now
 from job.distributed.collectives import rank, start
 from job.models.student import StudentNet
+from job.slimming.analysis import analyse
 from job.slimming.calibrated import compensated
 from job.slimming.calibration.moments import collect
 from job.slimming.compensation.folding import with_biases, without_constant
 from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.importance.taylor import taylor_importance
 from job.slimming.planning.plan import everything, layers_of
-from job.slimming.planning.planner import analyse
 from job.slimming.surgery.surgery import narrowed
 
 start("cpu", "fp32")

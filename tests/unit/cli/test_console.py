@@ -17,8 +17,9 @@ import job
 import job.console as console
 from job.models.student import StudentNet
 from job.pipeline.forecast import Forecast
+from job.slimming.analysis import analyse
 from job.slimming.cut import Method, make_cut, plan_cut
-from job.slimming.planning.planner import Slimming, analyse
+from job.slimming.planning.planner import Slimming
 from job.slimming.planning.target import Budget
 
 

@@ -24,7 +24,7 @@ from job.models.classifier import find_head
 from job.models.factory import build, nominal_width
 from job.models.input_size import check_size
 from job.models.weights import load_state, read_state
-from job.slimming.planning.plan import LayerChannels
+from job.slimming.planning.layer_channels import LayerChannels
 from support.commands import ROOT, clean_environ
 from support.cuts import randomise
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import job
 from job.errors import UsageError
+from job.slimming.analysis import analyse
 from job.slimming.calibrated import compensated, measured, scores_for
 from job.slimming.calibration.moments import Moments, collect
 from job.slimming.compensation.folding import norms_behind, with_biases, without_constant
@@ -20,7 +21,6 @@ from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.compensation.regression import regress
 from job.slimming.graph.groups import ChannelGraph
 from job.slimming.planning.plan import everything, layers_of
-from job.slimming.planning.planner import analyse
 from job.slimming.surgery.surgery import narrowed
 from job.slimming.surgery.verification import verify
 

@@ -11,12 +11,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from job.models.factory import build
+from job.slimming.analysis import analyse
 from job.slimming.calibrated import scores_for
 from job.slimming.graph.recorder import tensors_in
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.cost import Cost, Costs
 from job.slimming.planning.plan import everything
-from job.slimming.planning.planner import Slimming, analyse, make_plan
+from job.slimming.planning.planner import Slimming, make_plan
 from job.slimming.planning.target import Budget
 from job.slimming.surgery.surgery import narrowed
 from job.slimming.surgery.verification import verify

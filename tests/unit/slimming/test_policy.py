@@ -12,11 +12,12 @@ from torch import nn
 
 from job.errors import UsageError
 from job.models.factory import build
+from job.slimming.analysis import analyse
 from job.slimming.graph.groups import ChannelGraph
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.cost import Cost, Costs, network_cost, picture
 from job.slimming.planning.plan import Plan, everything, keep_of
-from job.slimming.planning.planner import Base, Slimming, analyse, layer_widths, make_plan
+from job.slimming.planning.planner import Base, Slimming, layer_widths, make_plan
 from job.slimming.planning.policy import ranked
 from job.slimming.planning.target import Budget
 from job.slimming.surgery.surgery import narrowed

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from job.errors import UsageError
 from job.models.student import StudentNet
+from job.slimming.analysis import analyse
 from job.slimming.calibrated import scores_for
 from job.slimming.calibration.moments import Moments, collect
 from job.slimming.graph.groups import ChannelGraph
 from job.slimming.importance.refit import refit_importance
-from job.slimming.planning.planner import analyse
 from support.commands import ROOT, run
 from support.cuts import randomise
 

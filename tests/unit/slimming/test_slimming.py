@@ -9,10 +9,11 @@ from torch import nn
 
 from job.errors import GammaslimError, UsageError
 from job.models.factory import build
+from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.cost import picture
-from job.slimming.planning.plan import LayerChannels, Layers, compose, keep_of, layers_of
-from job.slimming.planning.planner import analyse
+from job.slimming.planning.layer_channels import LayerChannels, Layers, compose
+from job.slimming.planning.plan import keep_of, layers_of
 from job.slimming.planning.policy import ranked
 from job.slimming.surgery.surgery import narrowed
 from job.slimming.surgery.verification import smaller, verify
