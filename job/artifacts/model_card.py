@@ -15,7 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 from job.data.transforms import Preprocessing
 from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown, writing
 from job.files import is_file, new_directory, read_json
-from job.models.factory import build
+from job.models.factory import build_network
 from job.models.input_size import MAX_SIZE
 from job.models.weights import load_state, read_state
 from job.slimming.planning.layer_channels import LayerChannels, Layers, compose
@@ -57,7 +57,7 @@ class ModelCard:
         The module of a ``module:factory`` must be importable. Raises UsageError.
         """
         with torch.random.fork_rng(devices=[]):
-            base = build(self.model, self.num_classes, self.args, from_card=True)
+            base = build_network(self.model, self.num_classes, self.args, from_card=True)
         return narrowed(base, self.layers)
 
     def cut(self, layers: Layers, width: float) -> ModelCard:

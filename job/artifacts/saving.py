@@ -22,7 +22,7 @@ from job.data.preprocessing import PreprocessingOptions
 from job.errors import DataError, GammaslimError, OutputError, UsageError, shown
 from job.files import check_writable, is_file
 from job.models.classifier import find_head
-from job.models.factory import NETWORKS, name_factory, torchvision_names
+from job.models.factory import NETWORKS, torchvision_names, trust_factory
 from job.slimming.arguments import check_network
 from job.slimming.graph.recorder import mode, record, tensors_in
 from job.slimming.inputs import call, kind_of, like
@@ -170,7 +170,7 @@ def _named(
     """
     if model is not None:
         name = _name_of(model)
-        name_factory(name)
+        trust_factory(name)
         if args.get("num_classes") == card.num_classes:  # the card has that already
             args = {key: value for key, value in args.items() if key != "num_classes"}
         made = replace(card, model=name, args=args)

@@ -13,8 +13,8 @@ from job.cli.score import in_classes_of
 from job.console import progress
 from job.data.dataset import UNLABELLED, Dataset, Split, with_validation
 from job.data.folders import PRESENT_LISTING
-from job.data.layout import open_images as images_below
-from job.data.opening import check_pictures, open_data
+from job.data.layout import open_unlabelled
+from job.data.opening import check_images, open_data
 from job.errors import DataError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) ->
     lineage = read_card(find_model(folder)).lineage if folder.is_dir() else {}
     data = _open(path, as_listing(lineage.get("listing", 1)) if lineage else PRESENT_LISTING)
     used = [name for name in dict.fromkeys(_splits_of(data)) if name]
-    data, largest = check_pictures(data, used, on_bad_image, progress("checking"))
+    data, largest = check_images(data, used, on_bad_image, progress("checking"))
     training = data.splits.get("training")
     if training is not None and "validation" not in data.splits and _labelled(training):
         try:
@@ -112,6 +112,6 @@ def _open(path: str, listing: int) -> Dataset:
         return open_data(path, listing)
     except DataError as error:
         try:
-            return images_below(Path(path))
+            return open_unlabelled(Path(path))
         except DataError:
             raise error from None

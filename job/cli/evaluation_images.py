@@ -11,8 +11,8 @@ from job.artifacts.provenance import as_listing, own_data
 from job.console import progress
 from job.data.dataset import Dataset, Split, with_validation
 from job.data.folders import PRESENT_LISTING
-from job.data.layout import BUILT_IN, NUMBERED, UNSPLIT, open_images, open_splits
-from job.data.opening import check_pictures, open_data
+from job.data.layout import BUILT_IN, NUMBERED, UNSPLIT, open_splits, open_unlabelled
+from job.data.opening import check_images, open_data
 from job.errors import InputNotFound, UsageError
 from job.pipeline.setup import SPLITS as TRAINING_SPLITS
 
@@ -85,17 +85,17 @@ def open_chosen(model: ModelOptions, options: DataOptions, *, labelled: bool) ->
         data.split(name)  # fails before any image is read
     trained = [split for split in TRAINING_SPLITS if split in data.splits]
     checked, largest = trained if held_out or unsized else [], 0
-    data, largest = check_pictures(data, checked, options.on_bad_image, progress("checking"))
+    data, largest = check_images(data, checked, options.on_bad_image, progress("checking"))
     if held_out:
         data = with_validation(data, _seed(model, options))
     split = data.labelled(name) if labelled else data.split(name)
     files = tuple(split.name(index) for index in range(len(split)))
     data = replace(data, splits={name: split})
     if name not in checked and not held_out and options.on_bad_image == "skip":
-        data, own = check_pictures(data, [name], options.on_bad_image, progress("checking"))
+        data, own = check_images(data, [name], options.on_bad_image, progress("checking"))
         largest = largest or own
     elif unsized and not largest:
-        data, largest = check_pictures(data, [name], options.on_bad_image, progress("checking"))
+        data, largest = check_images(data, [name], options.on_bad_image, progress("checking"))
     return Chosen(data, name, largest, files)
 
 
@@ -110,7 +110,7 @@ def _open(model: ModelOptions, options: DataOptions, *, labelled: bool) -> tuple
     place, split = Path(path), options.split
     built_in = path == BUILT_IN and not place.exists()
     if not labelled and split is None and not built_in and _has_no_splits(place):
-        return open_images(place), "testing"
+        return open_unlabelled(place), "testing"
     name = split or ("validation" if labelled else "testing")
     listing = PRESENT_LISTING
     if card and name in TRAINING_SPLITS:  # held-out images are those that the run held out

@@ -13,10 +13,10 @@ from job.console import say
 from job.data.preprocessing import PreprocessingOptions
 from job.distributed.collectives import digest, is_main
 from job.errors import DataError, UsageError, shown
-from job.models.factory import NAMES, build, name_factory, nominal_width
+from job.models.factory import NAMES, build_network, nominal_width, trust_factory
 from job.models.input_size import check_size, nominal_size
 from job.models.notes import quiet
-from job.models.weights import known_classes, load_state, read_state
+from job.models.weights import count_classes, load_state, read_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +43,7 @@ def open_model(options: ModelOptions, largest: int = 0) -> tuple[nn.Module, Mode
     path = Path(options.path)
     options.check()
     if options.model:
-        name_factory(options.model)
+        trust_factory(options.model)
     if path.is_dir() or not path.exists():
         folder = find_model(path)
         network, card = load_model(folder)
@@ -92,10 +92,12 @@ def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.M
     state = read_state(path)
     args = dict(options.model_arg)
     classes = options.num_classes or (11 if options.model in NAMES else 1000)
-    network = build(options.model, classes, args, note=say if options.num_classes else quiet)
-    known = classes if options.num_classes else known_classes(network, state)
+    network = build_network(
+        options.model, classes, args, note=say if options.num_classes else quiet
+    )
+    known = classes if options.num_classes else count_classes(network, state)
     if known and known != classes:
-        classes, network = known, build(options.model, known, args)
+        classes, network = known, build_network(options.model, known, args)
     load_state(network, state, shown(path), note=say)
     preprocessing = _preprocessing(options, options.model, largest)
     width = nominal_width(options.model, args)

@@ -1,4 +1,4 @@
-"""Data sets in memory: splits of labelled pictures, whatever folder they came from."""
+"""Data sets in memory: splits of labelled images, whatever folder they came from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNLABELLED = -1
 
 
 class Split(Protocol):
-    """Pictures in a fixed order; ``labels`` (N,) int64, all -1 when the split has none."""
+    """Images in a fixed order; ``labels`` (N,) int64, all -1 when the split has none."""
 
     @property
     def labels(self) -> Labels:
@@ -35,14 +35,14 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def picture(self, index: int) -> Image.Image:
-        """The picture in RGB; raises DataError."""
+    def image(self, index: int) -> Image.Image:
+        """The image in RGB; raises DataError."""
 
     def name(self, index: int) -> str:
-        """What to call a picture in a message or a prediction."""
+        """What to call an image in a message or a prediction."""
 
     def take(self, chosen: Labels, labels: Labels | None = None) -> Split:
-        """The pictures at ``chosen``, in that order, under new labels if given."""
+        """The images at ``chosen``, in that order, under new labels if given."""
 
     def digest(self) -> bytes:
         """SHA-256 of what the split holds."""
@@ -50,7 +50,7 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Pictures as files: ``paths`` relative to ``root``."""
+    """Images as files: ``paths`` relative to ``root``."""
 
     root: Path
     paths: tuple[str, ...]
@@ -61,10 +61,10 @@ class FileSplit:
         return len(self.paths)
 
     def path(self, index: int) -> Path:
-        """Where picture ``index`` lies."""
+        """Where image ``index`` lies."""
         return self.root / self.paths[index]
 
-    def picture(self, index: int) -> Image.Image:  # noqa: D102
+    def image(self, index: int) -> Image.Image:  # noqa: D102
         return load_rgb(self.path(index))
 
     def name(self, index: int) -> str:  # noqa: D102
@@ -85,7 +85,7 @@ class FileSplit:
 
 @dataclass(frozen=True)
 class ArraySplit:
-    """Pictures as one array: ``images`` (N, H, W) grey or (N, H, W, 3) RGB, uint8."""
+    """Images as one array: ``images`` (N, H, W) grey or (N, H, W, 3) RGB, uint8."""
 
     images: np.ndarray[Any, np.dtype[np.uint8]]
     labels: Labels
@@ -94,7 +94,7 @@ class ArraySplit:
     def __len__(self) -> int:
         return len(self.images)
 
-    def picture(self, index: int) -> Image.Image:  # noqa: D102
+    def image(self, index: int) -> Image.Image:  # noqa: D102
         return Image.fromarray(self.images[index]).convert("RGB")
 
     def name(self, index: int) -> str:  # noqa: D102
@@ -141,7 +141,7 @@ class Dataset:
         return found
 
     def labelled(self, name: str) -> Split:
-        """The split ``name``, whose pictures all have a class; raises DataError otherwise."""
+        """The split ``name``, whose images all have a class; raises DataError otherwise."""
         split = self.split(name)
         if (split.labels == UNLABELLED).any():
             raise DataError(
@@ -176,7 +176,7 @@ def missing_classes(data: Dataset) -> tuple[str, ...]:
 def with_validation(data: Dataset, seed: int) -> Dataset:
     """Hold a stratified tenth of training out, by ``seed``, when there is no validation split.
 
-    Each class gives a tenth of its pictures, at least one of those that have two or more.
+    Each class gives a tenth of its images, at least one of those that have two or more.
     """
     if "validation" in data.splits:
         return data

@@ -20,7 +20,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {code: np.dtype(name) for code, name in _COD
 
 
 MAX_DIMENSIONS = 4  # (N, height, width, 3)
-MOST_UNPACKED = 100  # times a gzip file's size; pictures come to ten at the most
+MOST_UNPACKED = 100  # times a gzip file's size; images come to ten at the most
 ALWAYS_UNPACKED = 64 << 20  # bytes
 
 

@@ -50,7 +50,7 @@ def load_rgb(path: Path) -> Image.Image:
     Of several frames the first. Raises DataError that names the file when it is not a whole image,
     StorageError when it cannot be told.
     """
-    with quiet():
+    with without_warnings():
         return _reading(path, _as_rgb)
 
 
@@ -58,7 +58,7 @@ def check_image(path: Path) -> tuple[int, int]:
     """Decode ``path`` as ``load_rgb`` does and return its (width, height); raises as load_rgb.
 
     JPEG is decoded at an eighth of its size: every byte is still read, in a third of the time.
-    Threads may call it, within one ``quiet()`` around them all.
+    Threads may call it, within one ``without_warnings()`` around them all.
     """
 
     def check(image: Image.Image) -> tuple[int, int]:
@@ -74,7 +74,7 @@ def check_image(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Keep Pillow's warnings back. Not for each of several threads: filters belong to all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says it

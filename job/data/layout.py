@@ -75,7 +75,7 @@ def open_splits(root: Path, listing: int = PRESENT_LISTING) -> Dataset | None:
     return None
 
 
-def open_images(path: Path) -> Dataset:
+def open_unlabelled(path: Path) -> Dataset:
     """An image file, or all below a folder, as a split ``testing`` without labels.
 
     Raises InputNotFound or DataError.

@@ -33,8 +33,8 @@ FAILURES = (DataError, StorageError)
 
 
 @dataclass(frozen=True)
-class TrainingPictures:
-    """Augmented pictures by table row; what the loader's workers see."""
+class TrainingImages:
+    """Augmented images by table row; what the loader's workers see."""
 
     split: Split
     preprocessing: Preprocessing
@@ -47,33 +47,33 @@ class TrainingPictures:
             return _batch(images, self.split, [d.index for d in draws], size)
         reader = Reader(self.split)
         try:
-            pictures = [self.preprocessing.train(reader.read(d.index), d) for d in draws]
+            crops = [self.preprocessing.train(reader.read(d.index), d) for d in draws]
         except FAILURES as error:  # raised here, a worker's traceback would become its message
             return error
-        arrays = [np.asarray(picture) for picture in pictures]
+        arrays = [np.asarray(crop) for crop in crops]
         return reader.told(_batch(arrays, self.split, [d.index for d in draws], size))
 
 
 @dataclass(frozen=True)
-class EvaluationPictures:
-    """Pictures as evaluation sees them, by index."""
+class EvaluationImages:
+    """Images as evaluation sees them, by index."""
 
     split: Split
     preprocessing: Preprocessing
     leave_out: bool = False  # what cannot be read any more, by the label -1
 
     def __getitems__(self, indices: list[int]) -> Batch | Incomplete | Failure:
-        """The pictures at ``indices``."""
+        """The images at ``indices``."""
         size = self.preprocessing.size
         if not self.preprocessing.resizing.side and isinstance(self.split, ArraySplit):
             images = center_arrays(self.split.images, indices, size)
             return _batch(images, self.split, indices, size)
         reader = Reader(self.split)
         try:
-            pictures = [self.preprocessing.evaluate(reader.read(i)) for i in indices]
+            crops = [self.preprocessing.evaluate(reader.read(i)) for i in indices]
         except FAILURES as error:
             return error
-        batch = _batch([np.asarray(p) for p in pictures], self.split, indices, size)
+        batch = _batch([np.asarray(crop) for crop in crops], self.split, indices, size)
         if self.leave_out and reader.failed:
             batch[1][[index in reader.failed for index in indices]] = UNLABELLED
         return reader.told(batch)
@@ -95,14 +95,14 @@ class Reader:
         Raises DataError where there is none or the split is not lenient, and StorageError.
         """
         try:
-            return self.split.picture(index)
+            return self.split.image(index)
         except DataError as error:
             if not self.split.lenient:
                 raise
             self.failed[index] = str(error)
             for other in self._others(index):
                 try:
-                    return self.split.picture(other)
+                    return self.split.image(other)
                 except DataError:
                     continue
             raise
@@ -149,9 +149,9 @@ class GlobalBatches:
         self.rank, self.world = rank, world
         self.round, self.epoch, self.first = 0, 0, 0
 
-    def set_epoch(self, round_: int, epoch: int, first: int = 0) -> None:
+    def set_epoch(self, round_index: int, epoch: int, first: int = 0) -> None:
         """Choose the table that the next pass follows, and the batch that it begins with."""
-        self.round, self.epoch, self.first = round_, epoch, first
+        self.round, self.epoch, self.first = round_index, epoch, first
 
     def __len__(self) -> int:
         return self.batches
@@ -171,7 +171,7 @@ class GlobalBatches:
 
 
 class RankShare:
-    """Batch sampler for evaluation: pictures r, r + W, … of rank r, each exactly once."""
+    """Batch sampler for evaluation: images r, r + W, … of rank r, each exactly once."""
 
     def __init__(self, count: int, batch_size: int, rank: int, world: int) -> None:
         self.indices, self.batch_size = range(rank, count, world), batch_size
@@ -184,11 +184,11 @@ class RankShare:
             yield list(self.indices[start : start + self.batch_size])
 
 
-def loader(pictures: Any, sampler: Any, *, workers: int, pin: bool) -> DataLoader[Any]:
-    """A DataLoader over ``pictures``; arrays in memory need no workers and get none."""
-    workers = 0 if isinstance(pictures.split, ArraySplit) else workers
+def build_loader(images: Any, sampler: Any, *, workers: int, pin: bool) -> DataLoader[Any]:
+    """A DataLoader over ``images``; arrays in memory need no workers and get none."""
+    workers = 0 if isinstance(images.split, ArraySplit) else workers
     return DataLoader(
-        pictures,
+        images,
         batch_sampler=sampler,
         collate_fn=_as_is,
         num_workers=workers,
@@ -226,7 +226,7 @@ def report_uncaught(kind: type[BaseException], error: BaseException, trace: Any)
         sys.__excepthook__(kind, error, trace)
 
 
-def checked(batches: DataLoader[Any]) -> Iterator[Batch]:
+def iterate_batches(batches: DataLoader[Any]) -> Iterator[Batch]:
     """The loader's batches; an error that came in place of one is raised.
 
     Images that --on-bad-image skip leaves out only now are named once by each process.

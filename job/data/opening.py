@@ -1,4 +1,4 @@
-"""From folders to batches: layout -> samples -> checked pictures -> augmented batches."""
+"""From folders to batches: layout -> samples -> checked images -> augmented batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from job.data.dataset import ArraySplit, Dataset, FileSplit
 from job.data.folders import PRESENT_LISTING
-from job.data.images import check_image, quiet
+from job.data.images import check_image, without_warnings
 from job.data.layout import BUILT_IN, open_builtin, open_folder
 from job.distributed.cores import available_cores
 from job.errors import DataError
@@ -31,15 +31,15 @@ def open_data(path: str | None, listing: int = PRESENT_LISTING) -> Dataset:
     return replace(open_folder(path, listing), source=path, listing=listing)
 
 
-def check_pictures(
+def check_images(
     data: Dataset,
     names: Iterable[str],
     on_bad_image: str,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda results, _: results,
 ) -> tuple[Dataset, int]:
-    """Read every picture of the splits ``names`` once; returns the data set and its largest side.
+    """Read every image of the splits ``names`` once; returns the data set and its largest side.
 
-    A picture that cannot be read raises DataError (``fail``) or is left out and listed in
+    An image that cannot be read raises DataError (``fail``) or is left out and listed in
     ``skipped`` (``skip``).
     """
     largest = 0
@@ -81,7 +81,7 @@ def _checked(split: FileSplit) -> Generator[tuple[int, int] | DataError]:
     # threads do: Pillow decodes outside the interpreter lock
     pool = ThreadPoolExecutor(min(16, available_cores()))
     try:
-        with quiet():
+        with without_warnings():
             yield from pool.map(check, range(len(split)))
     finally:
-        pool.shutdown(cancel_futures=True)  # a stop request must not wait for all pictures
+        pool.shutdown(cancel_futures=True)  # a stop request must not wait for all images

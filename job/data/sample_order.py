@@ -42,24 +42,26 @@ class EpochTable:
         return [Draw(int(self.order[p]), *self.uniforms[p].tolist()) for p in positions]
 
 
-def _raw(count: int, seed: int, stream: str, round_: int, epoch: int) -> Any:
+def _raw(count: int, seed: int, stream: str, round_index: int, epoch: int) -> Any:
     key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
     # the lowest counter word counts the draws themselves
     generator = np.random.Philox(
         key=np.array([seed % 2**64, key], np.uint64),
-        counter=np.array([0, epoch, round_, 0], np.uint64),
+        counter=np.array([0, epoch, round_index, 0], np.uint64),
     )
     return generator.random_raw(count)
 
 
-def stable_order(count: int, seed: int, *, stream: str, round_: int = 0, epoch: int = 0) -> Any:
+def stable_order(
+    count: int, seed: int, *, stream: str, round_index: int = 0, epoch: int = 0
+) -> Any:
     """A permutation of ``range(count)``: the order of ``count`` random 64-bit numbers."""
-    return np.argsort(_raw(count, seed, stream, round_, epoch), kind="stable")
+    return np.argsort(_raw(count, seed, stream, round_index, epoch), kind="stable")
 
 
-def epoch_table(count: int, seed: int, round_: int, epoch: int) -> EpochTable:
+def epoch_table(count: int, seed: int, round_index: int, epoch: int) -> EpochTable:
     """The table of one epoch over ``count`` samples."""
-    order = stable_order(count, seed, stream="order", round_=round_, epoch=epoch)
-    bits = _raw(count * len(COLUMNS), seed, "augmentation", round_, epoch)
+    order = stable_order(count, seed, stream="order", round_index=round_index, epoch=epoch)
+    bits = _raw(count * len(COLUMNS), seed, "augmentation", round_index, epoch)
     uniforms = (bits >> np.uint64(11)) * 2.0**-53
     return EpochTable(order, uniforms.reshape(count, len(COLUMNS)))

@@ -1,8 +1,8 @@
 """From a decoded image to the network's input: three presets, parameters from the epoch table.
 
-- ``homework``: random crop at raw resolution with symmetric padding of small pictures, flip,
+- ``homework``: random crop at raw resolution with symmetric padding of small images, flip,
   rotation within 15 degrees; evaluation takes the centre. (Hung-yi Lee ML2020, HW3 and HW7)
-- ``small``: pad 4, random crop, flip, for pictures of a few dozen pixels (He et al. 2016, 4.2).
+- ``small``: pad 4, random crop, flip, for images of a few dozen pixels (He et al. 2016, 4.2).
 - ``imagenet``: random resized crop, flip, normalise (Szegedy et al. 2015; torchvision's recipe).
 
 A preset is how training augments; resizing, interpolation, mean and std are its own or given.
@@ -38,7 +38,7 @@ IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 MAX_ANGLE = 15.0  # degrees
 SMALL_PAD = 4  # pixels
-CROP_AREA = (0.08, 1.0)  # share of the picture
+CROP_AREA = (0.08, 1.0)  # share of the image
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height
 
 
@@ -130,35 +130,35 @@ class Preprocessing:
                 parts.append(f"{name} {' '.join(f'{value:g}' for value in values)}")
         return ", ".join([f"{self.preset} transforms at {self.size} pixels", *parts])
 
-    def train(self, picture: Image.Image, draw: Draw) -> Image.Image:
-        """The augmented picture, RGB of ``size`` x ``size``."""
+    def train(self, image: Image.Image, draw: Draw) -> Image.Image:
+        """The augmented image, RGB of ``size`` x ``size``."""
         if self.preset == "imagenet":
-            return _resized_crop(picture, draw, self.size, _resampling(self.interpolation))
+            return _resized_crop(image, draw, self.size, _resampling(self.interpolation))
         augment = {"homework": _homework, "small": _small}[self.preset]
-        return augment(self.resized(picture), draw, self.size)
+        return augment(self.resized(image), draw, self.size)
 
-    def evaluate(self, picture: Image.Image) -> Image.Image:
-        """The picture without chance: its centre, RGB of ``size`` x ``size``."""
-        picture = self.resized(picture)
-        left, top = (_centre(side, self.size) for side in picture.size)
+    def evaluate(self, image: Image.Image) -> Image.Image:
+        """The image without chance: its centre, RGB of ``size`` x ``size``."""
+        image = self.resized(image)
+        left, top = (_centre(side, self.size) for side in image.size)
         box = (left, top, left + self.size, top + self.size)
-        if self.resizing.fit != "longer" or min(picture.size) >= self.size:
-            return picture.crop(box)
+        if self.resizing.fit != "longer" or min(image.size) >= self.size:
+            return image.crop(box)
         # what timm calls border: in the colour of the mean
         paper = Image.new("RGB", (self.size, self.size), tuple(round(255 * m) for m in self.mean))
-        right, bottom = map(min, box[2:], picture.size)
-        inside = picture.crop((max(left, 0), max(top, 0), right, bottom))
+        right, bottom = map(min, box[2:], image.size)
+        inside = image.crop((max(left, 0), max(top, 0), right, bottom))
         paper.paste(inside, (max(-left, 0), max(-top, 0)))
         return paper
 
-    def resized(self, picture: Image.Image) -> Image.Image:
-        """The picture as ``resize`` has it."""
+    def resized(self, image: Image.Image) -> Image.Image:
+        """The image as ``resize`` has it."""
         if not self.resizing.side:
-            return picture
+            return image
         if self.resizing.fit == "shorter":
-            picture = _without_long_ends(picture)
-        size = self.resizing.size_of(picture.size)
-        return picture.resize(size, _resampling(self.interpolation))
+            image = _without_long_ends(image)
+        size = self.resizing.size_of(image.size)
+        return image.resize(size, _resampling(self.interpolation))
 
     def to_input(self, images: torch.Tensor) -> torch.Tensor:
         """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, same device, channels last in memory."""
@@ -175,85 +175,81 @@ def draw_offset(uniform: float, slack: int) -> int:
 
 
 def draw_flip(draw: Draw) -> bool:
-    """Whether the picture is mirrored: half the time."""
+    """Whether the image is mirrored: half the time."""
     return draw.flip < 0.5
 
 
 def _centre(side: int, size: int) -> int:
     """Where ``size`` pixels about the centre of ``side`` begin, below 0 in front of it.
 
-    Rounded as torchvision's center_crop does it, which pads a whole picture before it crops.
+    Rounded as torchvision's center_crop does it, which pads a whole image before it crops.
     """
     return -((size - side) // 2) if side < size else round((side - size) / 2)
 
 
-def _without_long_ends(picture: Image.Image) -> Image.Image:
-    """The middle of a picture of more than 64 times its other side: only that will be seen.
+def _without_long_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image of more than 64 times its other side: only that will be seen.
 
     Resized as a whole, a line of a million pixels would be 256 million high.
     """
-    most = LONGEST * min(picture.size)
-    if max(picture.size) <= most:
-        return picture
-    left, top = (max(0, (side - most) // 2) for side in picture.size)
-    return picture.crop(
-        (left, top, min(picture.width, left + most), min(picture.height, top + most))
-    )
+    most = LONGEST * min(image.size)
+    if max(image.size) <= most:
+        return image
+    left, top = (max(0, (side - most) // 2) for side in image.size)
+    return image.crop((left, top, min(image.width, left + most), min(image.height, top + most)))
 
 
 def _resampling(interpolation: str) -> Image.Resampling:
     return Image.Resampling[interpolation.upper()]
 
 
-def _flip(picture: Image.Image, draw: Draw) -> Image.Image:
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw_flip(draw) else picture
+def _flip(image: Image.Image, draw: Draw) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw_flip(draw) else image
 
 
-def _homework(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
+def _homework(image: Image.Image, draw: Draw, size: int) -> Image.Image:
     # as torchvision's RandomCrop(pad_if_needed=True): the whole shortfall on both sides; but a
-    # side that is long enough is cropped first, or a line of a picture would be padded to a sheet
-    short_x, short_y = max(0, size - picture.width), max(0, size - picture.height)
-    left = draw_offset(draw.left, picture.width + 2 * short_x - size)
-    top = draw_offset(draw.top, picture.height + 2 * short_y - size)
-    across = (0, picture.width) if short_x else (left, left + size)
-    down = (0, picture.height) if short_y else (top, top + size)
-    picture = picture.crop((across[0], down[0], across[1], down[1]))
+    # side that is long enough is cropped first, or a line of an image would be padded to a sheet
+    short_x, short_y = max(0, size - image.width), max(0, size - image.height)
+    left = draw_offset(draw.left, image.width + 2 * short_x - size)
+    top = draw_offset(draw.top, image.height + 2 * short_y - size)
+    across = (0, image.width) if short_x else (left, left + size)
+    down = (0, image.height) if short_y else (top, top + size)
+    image = image.crop((across[0], down[0], across[1], down[1]))
     if short_x or short_y:
         margins = [(short_y, short_y), (short_x, short_x), (0, 0)]
-        picture = Image.fromarray(np.pad(np.asarray(picture), margins, "symmetric"))
+        image = Image.fromarray(np.pad(np.asarray(image), margins, "symmetric"))
         left, top = left * bool(short_x), top * bool(short_y)
-        picture = picture.crop((left, top, left + size, top + size))
-    return _flip(picture, draw).rotate((2 * draw.angle - 1) * MAX_ANGLE)
+        image = image.crop((left, top, left + size, top + size))
+    return _flip(image, draw).rotate((2 * draw.angle - 1) * MAX_ANGLE)
 
 
-def _small(picture: Image.Image, draw: Draw, size: int) -> Image.Image:
+def _small(image: Image.Image, draw: Draw, size: int) -> Image.Image:
     # centred in a frame of at least ``size``, padded all round; only the crop itself is made
-    left = _small_offset(picture.width, size, draw.left)
-    top = _small_offset(picture.height, size, draw.top)
-    return _flip(picture.crop((left, top, left + size, top + size)), draw)
+    left = _small_offset(image.width, size, draw.left)
+    top = _small_offset(image.height, size, draw.top)
+    return _flip(image.crop((left, top, left + size, top + size)), draw)
 
 
 def _small_offset(side: int, size: int, uniform: float) -> int:
-    """Where the crop begins on a side of the picture: below 0 in the padding in front of it."""
+    """Where the crop begins on a side of the image: below 0 in the padding in front of it."""
     frame = max(size, side)
     return _centre(side, frame) - SMALL_PAD + draw_offset(uniform, frame + 2 * SMALL_PAD - size)
 
 
 def _resized_crop(
-    picture: Image.Image, draw: Draw, size: int, resampling: Image.Resampling
+    image: Image.Image, draw: Draw, size: int, resampling: Image.Resampling
 ) -> Image.Image:
-    # one draw a picture, held to the picture's edges, where torchvision tries up to ten times
-    area = (
-        picture.width * picture.height * (CROP_AREA[0] + draw.area * (CROP_AREA[1] - CROP_AREA[0]))
-    )
+    # one draw per image, held to the image's edges, where torchvision tries up to ten times
+    area = image.width * image.height * (CROP_AREA[0] + draw.area * (CROP_AREA[1] - CROP_AREA[0]))
     log_ratio = [math.log(r) for r in CROP_RATIO]
     ratio = math.exp(log_ratio[0] + draw.ratio * (log_ratio[1] - log_ratio[0]))
-    width = min(picture.width, max(1, round(math.sqrt(area * ratio))))
-    height = min(picture.height, max(1, round(math.sqrt(area / ratio))))
-    top = draw_offset(draw.top, picture.height - height)
-    left = draw_offset(draw.left, picture.width - width)
-    picture = picture.crop((left, top, left + width, top + height))
-    return _flip(picture.resize((size, size), resampling), draw)
+    width = min(image.width, max(1, round(math.sqrt(area * ratio))))
+    height = min(image.height, max(1, round(math.sqrt(area / ratio))))
+    top = draw_offset(draw.top, image.height - height)
+    left = draw_offset(draw.left, image.width - width)
+    image = image.crop((left, top, left + width, top + height))
+    return _flip(image.resize((size, size), resampling), draw)
 
 
 def small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarray[Any, Any]:
@@ -279,7 +275,7 @@ def small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarray[Any, A
 
 
 def center_arrays(images: Any, indices: list[int], size: int) -> np.ndarray[Any, Any]:
-    """Pictures of (N, H, W[, 3]) cropped or zero-padded to ``size`` about the centre.
+    """Images of (N, H, W[, 3]) cropped or zero-padded to ``size`` about the centre.
 
     As torchvision's center_crop; cropped before they are copied.
     """

@@ -1,4 +1,4 @@
-"""The networks of Network Slimming for 32 x 32 pictures (Liu et al. 2017, section 4.2).
+"""The networks of Network Slimming for 32 x 32 images (Liu et al. 2017, section 4.2).
 
 VGG-19 with BatchNorm (Simonyan & Zisserman 2015), the pre-activation ResNet-164 of bottlenecks (He
 et al. 2016) and DenseNet-40 of growth 12 (Huang et al. 2017). Every γ begins at 0.5, convolutions

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from job.errors import UsageError, reason
-from job.models.input_size import SIZES, meta_copy
+from job.models.input_size import SIZES, copy_to_meta
 
 if TYPE_CHECKING:
     from job.models.notes import Note
@@ -22,7 +22,7 @@ def find_head(network: nn.Module) -> tuple[str | None, int]:
     It is the last linear layer or 1x1 convolution run that has as many outputs as there are logits;
     None when there is no such layer. Raises UsageError for a network that gives no logits (B, N).
     """
-    shadow = meta_copy(network).eval()
+    shadow = copy_to_meta(network).eval()
     ran: list[str] = []
     for name, layer in shadow.named_modules():
         if _outputs(layer):
@@ -44,7 +44,7 @@ def auxiliary_heads(network: nn.Module, count: int) -> list[str]:
     ]
 
 
-def with_classes(network: nn.Module, num_classes: int, note: Note) -> nn.Module:
+def replace_classifier(network: nn.Module, num_classes: int, note: Note) -> nn.Module:
     """``network`` with ``num_classes`` logits: its classifier is replaced where it has others.
 
     The new layer draws its weights from torch's random state. Raises UsageError.

@@ -14,7 +14,7 @@ from torch import nn
 
 from job.errors import UsageError, did_you_mean, reason
 from job.models.cifar import DenseNet40Cifar, ResNet164Cifar, Vgg19Cifar
-from job.models.classifier import with_classes
+from job.models.classifier import replace_classifier
 from job.models.notes import Note, quiet
 from job.models.student import StudentNet
 
@@ -38,7 +38,7 @@ OWN_OPTIONS = {"num_classes": "--num-classes", "weights": "--weights"}
 _named: set[str] = set()  # factories that the user of this process has named
 
 
-def build(
+def build_network(
     name: str,
     num_classes: int,
     args: Mapping[str, Any],
@@ -55,12 +55,12 @@ def build(
     for key in sorted(OWN_OPTIONS.keys() & args.keys()):
         raise UsageError(f"--model-arg {key} has its own option: {OWN_OPTIONS[key]}")
     if ":" in name:
-        return with_classes(_call(name, num_classes, args, from_card), num_classes, note)
+        return replace_classifier(_call(name, num_classes, args, from_card), num_classes, note)
     make = NETWORKS.get(name) or _torchvision(name)
     return _made(name, make, {**args, "num_classes": num_classes})
 
 
-def name_factory(name: str) -> None:
+def trust_factory(name: str) -> None:
     """Remember that the user named this ``module:factory``: a model card may name it too."""
     _named.add(name)
 
@@ -121,7 +121,7 @@ def _made(name: str, make: Callable[..., Any], args: Mapping[str, Any]) -> nn.Mo
 
 def _call(name: str, num_classes: int, args: Mapping[str, Any], from_card: bool) -> nn.Module:
     if not from_card:
-        name_factory(name)
+        trust_factory(name)
     factory = _imported(name)
     if name not in _named and not _gives_networks(factory):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""What sizes of picture a network takes, found by running it on torch's meta device."""
+"""What sizes of image a network takes, found by running it on torch's meta device."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def nominal_size(name: str) -> int | None:
 
 
 def check_size(network: nn.Module, size: int, *, trained: bool = True) -> None:
-    """Raise UsageError unless ``network`` takes pictures of (3, size, size).
+    """Raise UsageError unless ``network`` takes images of (3, size, size).
 
     Nothing is computed: shapes are propagated for a batch of two. ``trained``: in training mode,
     too.
     """
     check_memory(size)
-    shadow = meta_copy(network)
+    shadow = copy_to_meta(network)
     modes = (False, True) if trained else (False,)
     why = misfit(shadow, size, modes)
     if why is None:
@@ -49,12 +49,12 @@ def check_size(network: nn.Module, size: int, *, trained: bool = True) -> None:
 
 
 def check_memory(size: int) -> None:
-    """Raise UsageError when pictures of ``size`` pixels are too large for any memory."""
+    """Raise UsageError when images of ``size`` pixels are too large for any memory."""
     if size > MAX_SIZE:
         raise UsageError(f"--image-size {size} is too large: at most {MAX_SIZE}")
 
 
-def meta_copy(network: nn.Module) -> nn.Module:
+def copy_to_meta(network: nn.Module) -> nn.Module:
     """A copy on the meta device: shapes without numbers, and without the memory of a copy."""
     shapes: dict[int, Any] = {id(b): b.detach().to("meta") for b in network.buffers()}
     for parameter in network.parameters():
@@ -67,7 +67,7 @@ def meta_copy(network: nn.Module) -> nn.Module:
 
 
 def misfit(shadow: nn.Module, size: int, modes: tuple[bool, ...]) -> str | None:
-    """Why a network on the meta device does not take pictures of ``size`` pixels, or None.
+    """Why a network on the meta device does not take images of ``size`` pixels, or None.
 
     ``modes``: True is training.
     """

@@ -126,13 +126,13 @@ def load_state(
     state: Mapping[str, torch.Tensor],
     source: str,
     *,
-    fresh_head: bool = False,
+    replace_head: bool = False,
     note: Note = quiet,
 ) -> bool:
     """Load ``state`` into ``network``; raises DataError that says what does not fit.
 
-    With ``fresh_head`` a classifier of another number of classes is left out, ``note`` gets a line,
-    and the network's own stays as it is: True then.
+    With ``replace_head`` a classifier of another number of classes is left out, and the network's
+    own stays as it is: True then. ``note`` gets a line on what is left out.
     """
     own = network.state_dict()
     state = fitted(state, own, lambda line: note(f"weights {source}: {line}"))
@@ -140,7 +140,7 @@ def load_state(
     _check_keys(own, state, source)
     wrong = [key for key in own if own[key].shape != state[key].shape]
     head = _other_classes(network, state, wrong) if wrong else None
-    if wrong and not (head and fresh_head):
+    if wrong and not (head and replace_head):
         why = head.refusal if head else _other_shape(network, own, state, wrong)
         raise DataError(f"weights {source} do not fit the network: {why}")
     if head:
@@ -162,7 +162,7 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Non
     network.load_state_dict(state)
 
 
-def known_classes(network: nn.Module, state: Mapping[str, torch.Tensor]) -> int | None:
+def count_classes(network: nn.Module, state: Mapping[str, torch.Tensor]) -> int | None:
     """How many classes the classifier in ``state`` tells apart, if it is one of ``network``'s."""
     own = network.state_dict()
     state = fitted(state, own)

@@ -36,7 +36,7 @@ from job.distributed.collectives import (
 )
 from job.distributed.signals import Watch, deferred
 from job.errors import DataError, StopRequest, exit_code, shown
-from job.models.factory import name_factory
+from job.models.factory import trust_factory
 from job.pipeline.cautions import Cautions, of_sample
 from job.pipeline.dry_run import dry_run
 from job.pipeline.forecast import Forecast
@@ -81,7 +81,7 @@ def prune(config: PruneConfig) -> None:
     accelerator = start(config.device, config.precision)
     with deferred():
         if ":" in config.model:  # a model folder may name it too, then
-            name_factory(config.model)
+            trust_factory(config.model)
         config = on_main(lambda: adopted(config), interrupt=True)
         watch.follow(likely(config) / "STOP")
         if config.dry_run:

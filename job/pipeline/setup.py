@@ -17,13 +17,13 @@ from job.console import progress, say
 from job.data.dataset import Dataset, missing_classes, with_validation
 from job.data.folders import PRESENT_LISTING
 from job.data.loader import default_workers
-from job.data.opening import check_pictures, open_data
+from job.data.opening import check_images, open_data
 from job.data.preprocessing import PreprocessingOptions
 from job.data.splits import SPLIT_NAMES
 from job.distributed.collectives import digest, local_world, on_main
 from job.errors import DataError, InputNotFound, UsageError, shown
 from job.files import is_file
-from job.models.factory import build, nominal_width
+from job.models.factory import build_network, nominal_width
 from job.models.input_size import check_memory, check_size
 from job.models.weights import load_state, read_state
 from job.pipeline.slim_base import own_preprocessing, slim_base, source_folder
@@ -71,7 +71,7 @@ def prepare_data(
                 yield result
 
         present = [split for split in SPLITS if split in data.splits]
-        data, largest = check_pictures(data, present, config.on_bad_image, bar)
+        data, largest = check_images(data, present, config.on_bad_image, bar)
         data = with_validation(data, config.seed)
         data = replace(data, notes=(*data.notes, *missing_classes(data)))
         own, options = own_preprocessing(config), PreprocessingOptions.of(config)
@@ -162,12 +162,12 @@ def base_network(
             f"--num-classes {num_classes} is less than the {len(data.class_names)} of the data"
         )
     torch.manual_seed(config.seed)
-    network = build(config.model, num_classes, config.args, note=say)
+    network = build_network(config.model, num_classes, config.args, note=say)
     check_size(network, preprocessing.size)
     lineage: dict[str, Any] = {"seed": config.seed, "listing": data.listing}
     if config.weights:
         state, source = read_state(str(config.weights)), shown(config.weights)
-        fresh = load_state(network, state, source, fresh_head=True, note=say)
+        fresh = load_state(network, state, source, replace_head=True, note=say)
         lineage |= {"fresh_classifier": True} if fresh else {}
         if fresh and not config.first_epochs:
             say("the classifier is not trained before the first cut: --base-epochs N would do that")

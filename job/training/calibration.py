@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.data.loader import EvaluationPictures, checked, loader
+from job.data.loader import EvaluationImages, build_loader, iterate_batches
 from job.distributed.collectives import rank, world
 from job.slimming.calibration.moments import MOST, samples_at
 from job.training.evaluation import batch_size_at
@@ -38,8 +38,8 @@ class Calibration:
         self.progress: Callable[[int, int], None] = lambda *_: None  # batches done, and of how many
         self.most = samples_at(preprocessing.size)
         self.sampler = _FirstShare(len(split), batch_size_at(preprocessing.size), seed)
-        self.loader = loader(
-            EvaluationPictures(split, preprocessing),
+        self.loader = build_loader(
+            EvaluationImages(split, preprocessing),
             self.sampler,
             workers=workers,
             pin=accelerator.device.type == "cuda",
@@ -58,7 +58,7 @@ class Calibration:
         """
         device = self.accelerator.device
         self.sampler.count = self.most if count is None else count
-        for number, (images, labels) in enumerate(checked(self.loader)):
+        for number, (images, labels) in enumerate(iterate_batches(self.loader)):
             if number < self.sampler.common:
                 self.check()
             self.progress(number, len(self.sampler))

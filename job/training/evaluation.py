@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from job.data.dataset import UNLABELLED
-from job.data.loader import EvaluationPictures, RankShare, checked, loader
+from job.data.loader import EvaluationImages, RankShare, build_loader, iterate_batches
 from job.distributed.collectives import rank, total, world
 from job.errors import DataError, GammaslimError
 from job.models.outputs import logits_of
@@ -80,8 +80,8 @@ class Evaluator:
         self.split, self.preprocessing, self.num_classes = split, preprocessing, num_classes
         self.accelerator = accelerator
         self.batch_size = batch_size_at(preprocessing.size)
-        self.batches = loader(
-            EvaluationPictures(split, preprocessing, leave_out=True),
+        self.batches = build_loader(
+            EvaluationImages(split, preprocessing, leave_out=True),
             RankShare(len(split), self.batch_size, rank(), world()),
             workers=workers,
             pin=accelerator.device.type == "cuda",
@@ -98,7 +98,7 @@ class Evaluator:
             network.to(device)
         network.eval()
         with torch.inference_mode(), self.accelerator.autocast():
-            for images, labels in progress(checked(self.batches)):
+            for images, labels in progress(iterate_batches(self.batches)):
                 inputs = self.preprocessing.to_input(images.to(device, non_blocking=True))
                 yield logits_of(network(inputs)).float(), labels.to(device, non_blocking=True)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from job.data.loader import GlobalBatches, TrainingPictures, checked, loader
+from job.data.loader import GlobalBatches, TrainingImages, build_loader, iterate_batches
 from job.distributed.collectives import check_same, digest, rank, total, world
 from job.distributed.signals import NOTHING, STOP
 from job.errors import GammaslimError, StopRequest
@@ -73,8 +73,8 @@ class Trainer:
         self.sampler = GlobalBatches(
             len(split), config.batch_size, config.seed, rank(), world(), least
         )
-        self.batches = loader(
-            TrainingPictures(split, preprocessing),
+        self.batches = build_loader(
+            TrainingImages(split, preprocessing),
             self.sampler,
             workers=workers,
             pin=accelerator.device.type == "cuda",
@@ -86,7 +86,7 @@ class Trainer:
         training.distillation = distillation
         self.sampler.set_epoch(0, 0)
         training.prepared.train()
-        images, labels = next(iter(checked(self.batches)))
+        images, labels = next(iter(iterate_batches(self.batches)))
         training.step(images, labels, self.sampler.sizes()[0], 0)
         self.accelerator.free_memory()
 
@@ -281,7 +281,7 @@ class _Round:
         self.prepared.train()
         lr = self.learning_rate((self.epoch + 1) * len(sizes) - 1)
         rest = sizes[self.batch :]
-        batches = progress(checked(self.trainer.batches), len(rest)) if rest else ()
+        batches = progress(iterate_batches(self.trainer.batches), len(rest)) if rest else ()
         for (images, labels), size in zip(batches, rest, strict=True):
             self.step(images, labels, size, self.epoch * len(sizes) + self.batch)
             self.batch += 1

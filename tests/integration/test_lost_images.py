@@ -14,8 +14,8 @@ from test_predictions import call, data, predict, run  # noqa: F401 (data and ru
 import job.data.dataset as dataset_module
 import job.data.loader as batches_module
 from job.data.images import load_rgb
-from job.data.loader import GlobalBatches, TrainingPictures, checked, loader
-from job.data.opening import check_pictures, open_data
+from job.data.loader import GlobalBatches, TrainingImages, build_loader, iterate_batches
+from job.data.opening import check_images, open_data
 from job.data.transforms import Preprocessing
 from job.errors import DataError
 from support.datasets import write_flat
@@ -35,15 +35,15 @@ def lose(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def stream(root: Path, on_bad_image: str, world: int = 1, workers: int = 0) -> list[torch.Tensor]:
     """The global batches of two epochs, put together from all ranks' shares."""
-    checked_data, _ = check_pictures(open_data(str(root)), ["training"], on_bad_image)
-    images = TrainingPictures(checked_data.splits["training"], Preprocessing("homework", 32))
+    checked_data, _ = check_images(open_data(str(root)), ["training"], on_bad_image)
+    images = TrainingImages(checked_data.splits["training"], Preprocessing("homework", 32))
     shares: list[list[torch.Tensor]] = [[] for _ in range(world)]
     for rank in range(world):
         sampler = GlobalBatches(15, 6, 0, rank, world)
-        batches = loader(images, sampler, workers=workers, pin=False)
+        batches = build_loader(images, sampler, workers=workers, pin=False)
         for epoch in range(2):
             sampler.set_epoch(0, epoch)
-            shares[rank] += [batch.clone() for batch, _ in checked(batches)]
+            shares[rank] += [batch.clone() for batch, _ in iterate_batches(batches)]
     return [
         torch.stack([image for row in zip_longest(*parts) for image in row if image is not None])
         for parts in zip(*shares, strict=True)

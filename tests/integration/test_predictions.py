@@ -20,7 +20,7 @@ from job.config import PruneConfig, write_toml
 from job.data.dataset import with_validation
 from job.data.opening import open_data
 from job.data.transforms import Preprocessing
-from job.models.factory import build
+from job.models.factory import build_network
 from job.pipeline.setup import dataset_record, prepare_data
 
 NAMES = tuple(sorted(map(str, range(12))))  # as text: 0, 1, 10, 11, 2, …
@@ -74,7 +74,7 @@ def run(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_run(folder: Path, data: str | None, seed: int = 0) -> Path:
     opened = open_data(data)
     names = opened.class_names
-    network = build("test_predictions:Brightness", len(names), {})
+    network = build_network("test_predictions:Brightness", len(names), {})
     lineage = {"seed": seed, "listing": opened.listing, "run": str(folder.absolute())}
     preprocessing = Preprocessing("small", 32)
     card = ModelCard("test_predictions:Brightness", {}, len(names), preprocessing, names)

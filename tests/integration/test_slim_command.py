@@ -16,7 +16,7 @@ from job.artifacts.export import format_of
 from job.artifacts.model_card import ModelCard, save_model
 from job.cli.main import gammaslim
 from job.data.transforms import Preprocessing
-from job.models.factory import build
+from job.models.factory import build_network
 from support.cuts import randomise
 from support.datasets import picture, write_flat
 
@@ -148,7 +148,7 @@ def test_classes_are_matched_by_name(model: Path, tmp_path: Path) -> None:
 def test_a_weights_file_has_the_size_that_its_network_is_made_for(tmp_path: Path) -> None:
     torch.manual_seed(0)
     for name in ("densenet40-cifar", "squeezenet1_1"):
-        torch.save(build(name, 4, {}).state_dict(), tmp_path / name)
+        torch.save(build_network(name, 4, {}).state_dict(), tmp_path / name)
 
     def inspect(file: str, name: str, *args: object) -> Result:
         return command("inspect", tmp_path / file, "--json", "--model", name, *args)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from job.artifacts.model_card import ModelCard, save_model
 from job.data.transforms import Preprocessing
-from job.models.factory import build
+from job.models.factory import build_network
 from support.commands import gammaslim
 from support.cuts import randomise
 from support.datasets import write_flat, write_noise_idx
@@ -45,7 +45,7 @@ class Originals:
         for name in ("0", "1", "2"):  # a class of training keeps one when a tenth is held out
             shutil.copy(flat / "training" / f"{name}_1.png", classes / "train" / name)
         idx = write_noise_idx(root / "idx", 6, 3, classes=3)
-        network = randomise(build("student", 3, SMALL))
+        network = randomise(build_network("student", 3, SMALL))
         card = ModelCard("student", SMALL, 3, Preprocessing("small", 32), ("0", "1", "2"))
         save_model(root / "model", network, card)
         originals = cls(flat, classes, idx, root / "model", root / "run")

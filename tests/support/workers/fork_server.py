@@ -32,7 +32,7 @@ import job.__main__
 import job.report.figures
 import job.report.page
 from job.artifacts.history import History
-from job.models.factory import build
+from job.models.factory import build_network
 from job.report.figures import Picture
 from job.slimming.planning.cost import network_cost
 
@@ -50,7 +50,7 @@ def serve() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     PIL.Image.init()
-    network = build("student", 3, {"base": 1})
+    network = build_network("student", 3, {"base": 1})
     network_cost(network, 32)  # loads what is imported at first use
     torch.optim.AdamW(network.parameters())
     gc.collect()

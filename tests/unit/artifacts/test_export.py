@@ -21,7 +21,7 @@ from job.cli.export import export
 from job.cli.model import ModelOptions
 from job.data.transforms import Preprocessing
 from job.errors import GammaslimError, UsageError
-from job.models.factory import build
+from job.models.factory import build_network
 from job.slimming.surgery.surgery import narrowed
 from support.cuts import randomise, uniform
 
@@ -143,7 +143,7 @@ def test_batchnorms_that_select_their_channels_are_exported_too(
     tmp_path: Path, format: str, name: str
 ) -> None:
     torch.manual_seed(0)
-    network = randomise(build("densenet40-cifar", 3, {}))
+    network = randomise(build_network("densenet40-cifar", 3, {}))
     narrow, plan = job.slim(network, torch.rand(1, 3, 32, 32), target="macs=0.4", min_keep=0)
     card = ModelCard("densenet40-cifar", {}, 3, Preprocessing("small", 32))
     save_model(tmp_path / "slim", narrow, card.cut(plan.layers, plan.width))
@@ -161,7 +161,7 @@ def test_batchnorms_that_select_their_channels_are_exported_too(
 def test_the_width_of_another_network_is_told_in_four_digits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    network = build("resnet18", 3, {})
+    network = build_network("resnet18", 3, {})
     card = ModelCard("resnet18", {}, 3, Preprocessing("small", 32), width=0.8573749999999999)
     save_model(tmp_path / "slim", network, card)
     export(ModelOptions(str(tmp_path / "slim")), str(tmp_path / "m.pt"))

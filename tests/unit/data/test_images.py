@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from job.data.images import check_image, load_rgb
-from job.data.opening import check_pictures, open_data
+from job.data.opening import check_images, open_data
 from job.errors import DataError
 from support.commands import gammaslim
 from support.datasets import write_flat
@@ -114,8 +114,8 @@ def test_a_broken_picture_is_named_or_skipped(tmp_path: Path, kind: str) -> None
             read(path)
     data = open_data(str(tmp_path))
     with pytest.raises(DataError, match="--on-bad-image skip"):
-        check_pictures(data, ["training"], "fail")
-    checked, largest = check_pictures(data, ["training"], "skip")
+        check_images(data, ["training"], "fail")
+    checked, largest = check_images(data, ["training"], "skip")
     assert checked.skipped == ("training/1_99.jpg",)
     assert len(checked.splits["training"]) == 12
     assert checked.splits["training"].labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4

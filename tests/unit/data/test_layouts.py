@@ -211,7 +211,7 @@ def test_a_name_that_is_not_utf8_is_read_and_can_be_printed(tmp_path: Path) -> N
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(os.fsencode(folder) + b"/1_\xff\xfe.png")
     split = open_data(str(tmp_path)).splits["training"]
-    assert split.picture(0).size == (8, 8)
+    assert split.image(0).size == (8, 8)
     assert len(split.digest()) == 32
 
 

@@ -25,7 +25,7 @@ from job.config import PruneConfig
 from job.data import pretrained as packages
 from job.data.dataset import ArraySplit
 from job.data.geometry import Resize
-from job.data.loader import EvaluationPictures, TrainingPictures
+from job.data.loader import EvaluationImages, TrainingImages
 from job.data.preprocessing import PreprocessingOptions
 from job.data.sample_order import epoch_table
 from job.data.transforms import Preprocessing
@@ -256,7 +256,7 @@ def test_arrays_in_memory_grey_too_are_resized_and_normalised(
     images = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
     split = ArraySplit(images, np.arange(5))
     preprocessing = Preprocessing("small", 32, resize, "bicubic", MEAN, STD)
-    batch, _ = EvaluationPictures(split, preprocessing).__getitems__([4, 0])  # type: ignore[misc]
+    batch, _ = EvaluationImages(split, preprocessing).__getitems__([4, 0])  # type: ignore[misc]
     for row, index in zip(preprocessing.to_input(batch), (4, 0), strict=True):
         image = Image.fromarray(images[index]).convert("RGB")
         if resize.side:
@@ -264,8 +264,8 @@ def test_arrays_in_memory_grey_too_are_resized_and_normalised(
         wanted = F.normalize(F.to_tensor(F.center_crop(image, [32, 32])), list(MEAN), list(STD))
         assert torch.equal(row, wanted)
     draws = epoch_table(5, 0, 0, 0).rows(range(5))
-    batch, _ = TrainingPictures(split, preprocessing).__getitems__(draws)  # type: ignore[misc]
-    single = [np.asarray(preprocessing.train(split.picture(d.index), d)) for d in draws]
+    batch, _ = TrainingImages(split, preprocessing).__getitems__(draws)  # type: ignore[misc]
+    single = [np.asarray(preprocessing.train(split.image(d.index), d)) for d in draws]
     assert np.array_equal(batch.numpy(), np.stack(single))
 
 

@@ -12,12 +12,12 @@ from torchvision.transforms import functional as F
 
 from job.data.dataset import ArraySplit
 from job.data.loader import (
-    EvaluationPictures,
+    EvaluationImages,
     GlobalBatches,
     RankShare,
-    TrainingPictures,
-    checked,
-    loader,
+    TrainingImages,
+    build_loader,
+    iterate_batches,
     report_uncaught,
 )
 from job.data.opening import open_data
@@ -27,7 +27,7 @@ from support.datasets import write_flat
 
 
 def test_the_table_never_changes() -> None:
-    table = epoch_table(5, seed=1, round_=2, epoch=3)
+    table = epoch_table(5, seed=1, round_index=2, epoch=3)
     # computed once, apart from the package, with numpy.random.Philox: a change breaks every resume
     assert table.order.tolist() == [2, 4, 3, 0, 1]
     first = [0.25588515406253887, 0.3870103995531998, 0.010157689684280213]
@@ -35,9 +35,9 @@ def test_the_table_never_changes() -> None:
     assert 0 <= table.uniforms.min() < table.uniforms.max() < 1
 
 
-@pytest.mark.parametrize("change", [{"seed": 2}, {"round_": 3}, {"epoch": 4}])
+@pytest.mark.parametrize("change", [{"seed": 2}, {"round_index": 3}, {"epoch": 4}])
 def test_each_key_gives_another_table(change: dict[str, int]) -> None:
-    key = {"seed": 1, "round_": 2, "epoch": 3}
+    key = {"seed": 1, "round_index": 2, "epoch": 3}
     one, other = epoch_table(100, **key), epoch_table(100, **(key | change))
     assert one.order.tolist() != other.order.tolist()
     assert sorted(other.order.tolist()) == list(range(100))
@@ -68,13 +68,13 @@ def test_global_batches_are_the_same_for_any_number_of_processes(count: int, wor
 
 def test_the_same_pictures_come_with_any_number_of_workers(tmp_path: Path) -> None:
     write_flat(tmp_path, {"training": 5})
-    pictures = TrainingPictures(
+    pictures = TrainingImages(
         open_data(str(tmp_path)).splits["training"], Preprocessing("homework", 32)
     )
     runs = []
     for workers in (0, 1, 2):
         sampler = GlobalBatches(15, 4, seed=0, rank=0, world=1)
-        batches = checked(loader(pictures, sampler, workers=workers, pin=False))
+        batches = iterate_batches(build_loader(pictures, sampler, workers=workers, pin=False))
         runs.append([(images.clone(), labels.clone()) for images, labels in batches])
     for other in runs[1:]:
         for (images, labels), (same_images, same_labels) in zip(runs[0], other, strict=True):
@@ -121,18 +121,18 @@ def test_whole_batches_of_arrays_equal_one_picture_at_a_time(shape: tuple[int, .
     split = ArraySplit(images, np.arange(9, dtype=np.int64))
     preset = Preprocessing("small", 32)
     draws = epoch_table(9, 0, 0, 0).rows(range(9))
-    whole, labels = TrainingPictures(split, preset).__getitems__(draws)  # type: ignore[misc]
-    single = [np.asarray(preset.train(split.picture(d.index), d)) for d in draws]
+    whole, labels = TrainingImages(split, preset).__getitems__(draws)  # type: ignore[misc]
+    single = [np.asarray(preset.train(split.image(d.index), d)) for d in draws]
     assert np.array_equal(whole.numpy(), np.stack(single))
     assert labels.tolist() == [d.index for d in draws]
-    plain, _ = EvaluationPictures(split, preset).__getitems__([3, 1])  # type: ignore[misc]
-    single = [np.asarray(preset.evaluate(split.picture(i))) for i in (3, 1)]
+    plain, _ = EvaluationImages(split, preset).__getitems__([3, 1])  # type: ignore[misc]
+    single = [np.asarray(preset.evaluate(split.image(i))) for i in (3, 1)]
     assert np.array_equal(plain.numpy(), np.stack(single))
 
 
 def test_a_grey_28_becomes_three_channels_padded_to_32() -> None:
     split = ArraySplit(np.full((1, 28, 28), 255, np.uint8), np.zeros(1, np.int64))
-    images, _ = EvaluationPictures(split, Preprocessing("small", 32)).__getitems__([0])  # type: ignore[misc]
+    images, _ = EvaluationImages(split, Preprocessing("small", 32)).__getitems__([0])  # type: ignore[misc]
     inputs = Preprocessing("small", 32).to_input(images)
     assert inputs.shape == (1, 3, 32, 32)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
@@ -157,7 +157,7 @@ def test_the_imagenet_preset_equals_torchvisions_recipe() -> None:
 def test_an_empty_share_of_a_batch_is_an_empty_batch(tmp_path: Path) -> None:
     write_flat(tmp_path, {"training": 1})
     split = open_data(str(tmp_path)).splits["training"]
-    images, labels = TrainingPictures(split, Preprocessing("homework", 32)).__getitems__([])  # type: ignore[misc]
+    images, labels = TrainingImages(split, Preprocessing("homework", 32)).__getitems__([])  # type: ignore[misc]
     assert images.shape == (0, 32, 32, 3)
     assert labels.shape == (0,)
 

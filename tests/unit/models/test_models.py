@@ -21,7 +21,7 @@ from job.cli.option_types import KeyValue
 from job.data.transforms import Preprocessing
 from job.errors import DataError, UsageError
 from job.models.classifier import find_head
-from job.models.factory import build, nominal_width
+from job.models.factory import build_network, nominal_width
 from job.models.input_size import check_size
 from job.models.weights import load_state, read_state
 from job.slimming.planning.layer_channels import LayerChannels
@@ -41,10 +41,10 @@ PAPER = {
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_networks_have_its_sizes_and_initialisation(name: str) -> None:
     torch.manual_seed(0)
-    network = build(name, 10, {})
+    network = build_network(name, 10, {})
     params = sum(p.numel() for p in network.parameters()) / 1e6
     assert round(params, 2) == PAPER[name][0]
-    larger = sum(p.numel() for p in build(name, 100, {}).parameters()) / 1e6
+    larger = sum(p.numel() for p in build_network(name, 100, {}).parameters()) / 1e6
     assert round(larger, 2) == PAPER[name][1]
     layers = [
         (key, layer)
@@ -65,7 +65,7 @@ def test_the_papers_networks_have_its_sizes_and_initialisation(name: str) -> Non
 
 
 def test_a_bottleneck_adds_its_branch_to_what_came_in() -> None:
-    network = randomise(build("resnet164-cifar", 10, {}))
+    network = randomise(build_network("resnet164-cifar", 10, {}))
     block = network.get_submodule("layer2.3")
     x = torch.randn(2, 128, 16, 16)
     y = x
@@ -93,7 +93,7 @@ def test_torchvisions_names_are_its_networks(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        network = build(name, 7, args)
+        network = build_network(name, 7, args)
     theirs = torchvision.models.get_model(name, num_classes=7, **args, **other)
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
@@ -116,7 +116,7 @@ def test_unknown_networks_and_arguments_are_named(
     name: str, args: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        build(name, 3, args)
+        build_network(name, 3, args)
     assert "\n" not in str(caught.value)
 
 
@@ -194,13 +194,13 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.sampled(2)
 def test_mistakes_with_a_factory_are_one_line(nets: Path, name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        build(name, 3, {})
+        build_network(name, 3, {})
     assert "\n" not in str(caught.value)
 
 
 def test_a_factory_that_takes_num_classes_gets_them(nets: Path) -> None:
     notes: list[str] = []
-    network = build("gammaslim_nets:Net", 3, {}, note=notes.append)
+    network = build_network("gammaslim_nets:Net", 3, {}, note=notes.append)
     assert type(network).__name__ == "Net"
     assert find_head(network) == ("body.5", 3)
     assert notes == []
@@ -211,14 +211,14 @@ def test_the_classifier_of_one_that_does_not_is_replaced_and_said(nets: Path) ->
     made = []
     for _ in range(2):
         torch.manual_seed(4)
-        made.append(build("gammaslim_nets:plain", 3, {"width": 6}, note=notes.append))
+        made.append(build_network("gammaslim_nets:plain", 3, {"width": 6}, note=notes.append))
     assert made[0].eval()(torch.rand(2, 3, 32, 32)).shape == (2, 3)
     assert len(notes) == 2
     assert "5 logits for 3 classes: its classifier, layer 5, is replaced" in notes[0]
     states = [network.state_dict() for network in made]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     notes.clear()
-    build("gammaslim_nets:plain", 5, {}, note=notes.append)
+    build_network("gammaslim_nets:plain", 5, {}, note=notes.append)
     assert notes == []
 
 
@@ -285,7 +285,7 @@ def test_a_model_card_does_not_call_any_function(
 
 def resnet() -> nn.Module:
     torch.manual_seed(1)
-    return randomise(build("resnet18", 5, {}))
+    return randomise(build_network("resnet18", 5, {}))
 
 
 def prefixed(state: State, prefix: str) -> State:
@@ -313,7 +313,7 @@ CHECKPOINTS = {
 def test_checkpoints_of_others_are_understood(tmp_path: Path, kind: str) -> None:
     original = resnet().state_dict()
     torch.save(CHECKPOINTS[kind](original), tmp_path / "w.pth")
-    network = build("resnet18", 5, {})
+    network = build_network("resnet18", 5, {})
     assert not load_state(network, read_state(tmp_path / "w.pth"), "w.pth")
     for key, value in network.state_dict().items():
         assert torch.equal(value, original[key]) or "num_batches" in key, key
@@ -323,11 +323,11 @@ def test_a_prefix_stays_when_not_all_keys_would_fit(tmp_path: Path) -> None:
     state = prefixed(resnet().state_dict(), "model.")
     state["model.teacher.weight"] = torch.zeros(3)
     with pytest.raises(DataError, match=r"they lack conv1\.weight.* also have model\.conv1"):
-        load_state(build("resnet18", 5, {}), state, "w")
+        load_state(build_network("resnet18", 5, {}), state, "w")
     state = prefixed(resnet().state_dict(), "module.")
     del state["module.conv1.weight"]
     with pytest.raises(DataError, match=r"they lack conv1\.weight$"):
-        load_state(build("resnet18", 5, {}), state, "w")
+        load_state(build_network("resnet18", 5, {}), state, "w")
 
 
 def test_a_checkpoint_with_code_says_what_to_save_instead(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_densenets_names_of_old_are_understood() -> None:
     old = {key.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): value
            for key, value in original.items()}  # fmt: skip
     assert set(old) != set(original)
-    ours = build("densenet121", 3, {})
+    ours = build_network("densenet121", 3, {})
     load_state(ours, prefixed(old, "module."), "w")
     assert all(torch.equal(value, original[key]) for key, value in ours.state_dict().items())
 
@@ -351,14 +351,14 @@ def test_densenets_names_of_old_are_understood() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "inception_v3"])
 def test_a_classifier_of_other_classes_is_replaced_and_nothing_else(name: str) -> None:
     args = {"aux_logits": True, "init_weights": False} if name == "inception_v3" else {}
-    state = build(name, 9, args).state_dict()
+    state = build_network(name, 9, args).state_dict()
     torch.manual_seed(3)
-    network = build(name, 4, args)
+    network = build_network(name, 4, args)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(DataError, match="they have 9 classes, the data or --num-classes 4"):
         load_state(network, state, "w")
     notes: list[str] = []
-    assert load_state(network, state, "w", fresh_head=True, note=notes.append)
+    assert load_state(network, state, "w", replace_head=True, note=notes.append)
     assert len(notes) == 1
     assert f"the classifier {find_head(network)[0]}, which starts from random weights" in notes[0]
     heads = {"resnet18": 2, "squeezenet1_1": 2, "inception_v3": 4}  # tensors
@@ -369,17 +369,19 @@ def test_a_classifier_of_other_classes_is_replaced_and_nothing_else(name: str) -
 
 
 def test_auxiliary_classifiers_are_left_out_where_the_network_has_none() -> None:
-    state = build("googlenet", 4, {"aux_logits": True, "init_weights": False}).state_dict()
+    state = build_network("googlenet", 4, {"aux_logits": True, "init_weights": False}).state_dict()
     notes: list[str] = []
-    load_state(build("googlenet", 4, {"init_weights": False}), state, "w", note=notes.append)
+    load_state(
+        build_network("googlenet", 4, {"init_weights": False}), state, "w", note=notes.append
+    )
     assert len(notes) == 1
     assert "auxiliary classifiers are left out" in notes[0]
 
 
 def test_another_width_is_no_other_classifier() -> None:
-    state = build("mobilenet_v2", 9, {"width_mult": 0.5}).state_dict()
+    state = build_network("mobilenet_v2", 9, {"width_mult": 0.5}).state_dict()
     with pytest.raises(DataError, match=r"is \(16, 3, 3, 3\), expected \(32.*another width"):
-        load_state(build("mobilenet_v2", 4, {}), state, "w", fresh_head=True)
+        load_state(build_network("mobilenet_v2", 4, {}), state, "w", replace_head=True)
 
 
 def test_a_weights_file_tells_its_own_number_of_classes(
@@ -387,7 +389,9 @@ def test_a_weights_file_tells_its_own_number_of_classes(
 ) -> None:
     for name, count, args in (("resnet18", 6, {}), ("gammaslim_nets:plain", 5, {"width": 4})):
         file = nets / "w.pth"
-        torch.save({"state_dict": prefixed(build(name, count, args).state_dict(), "module.")}, file)
+        torch.save(
+            {"state_dict": prefixed(build_network(name, count, args).state_dict(), "module.")}, file
+        )
         options = ModelOptions(str(file), name, tuple(args.items()), image_size=32)
         network, card = open_model(options)
         assert card.num_classes == count
@@ -410,13 +414,13 @@ def test_a_weights_file_tells_its_own_number_of_classes(
 def test_a_size_that_does_not_fit_is_refused_with_one_that_does(
     name: str, args: dict[str, object], size: int, message: str
 ) -> None:
-    network = build(name, 3, args)
+    network = build_network(name, 3, args)
     with pytest.raises(UsageError, match=message):
         check_size(network, size)
 
 
 def test_the_size_check_changes_nothing() -> None:
-    network = build("resnet18", 3, {}).train()
+    network = build_network("resnet18", 3, {}).train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     check_size(network, 32)
     assert network.training
@@ -426,7 +430,7 @@ def test_the_size_check_changes_nothing() -> None:
 
 
 def test_a_network_that_cannot_be_run_is_no_usage_error() -> None:
-    network = build("student", 3, {"base": 2})
+    network = build_network("student", 3, {"base": 2})
     state = network.state_dict()
     network.get_submodule("cnn.4")[3] = nn.Conv2d(32, 7, 1)  # as cuts that do not fit leave it
     with pytest.raises(DataError, match=r"cnn\.4\.3\.weight is .*, expected \(7, 32, 1, 1\)"):

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from job.errors import UsageError
-from job.models.factory import build
+from job.models.factory import build_network
 from job.models.student import StudentNet
 from job.slimming.planning.cost import layer_costs, network_cost
 from support.reference import PlainStudentNet
@@ -58,8 +58,8 @@ def test_costs_agree_with_torchs_counter_and_the_homework(
 
 def test_a_width_without_channels_and_unknown_arguments_are_refused() -> None:
     with pytest.raises(UsageError, match="without channels"):
-        build("student", 11, {"width_mult": 0.007})
+        build_network("student", 11, {"width_mult": 0.007})
     with pytest.raises(UsageError, match="depth"):
-        build("student", 11, {"depth": 3})
+        build_network("student", 11, {"depth": 3})
     with pytest.raises(UsageError, match="models: student"):
-        build("studnet", 11, {})
+        build_network("studnet", 11, {})

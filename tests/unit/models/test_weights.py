@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from job.artifacts.export import state_dict_bytes
 from job.errors import DataError, InputNotFound
-from job.models.factory import build
+from job.models.factory import build_network
 from job.models.weights import load_state, read_state
 from support.commands import gammaslim
 from support.cuts import randomise
@@ -26,7 +26,7 @@ State = dict[str, torch.Tensor]
 
 
 def state(**args: float) -> State:
-    return randomise(build("student", 11, args)).state_dict()
+    return randomise(build_network("student", 11, args)).state_dict()
 
 
 def save_as_the_homework_did(path: Path, values: State) -> None:
@@ -50,7 +50,7 @@ def test_the_homeworks_kind_of_file_is_read(tmp_path: Path) -> None:
     assert b"cuda:0" in path.read_bytes()
     loaded = read_state(path)
     assert len(loaded) == 72
-    network = build("student", 11, {})
+    network = build_network("student", 11, {})
     load_state(network, loaded, "file")
     for key, value in network.state_dict().items():
         assert torch.equal(value, original[key]), key
@@ -84,7 +84,7 @@ def test_a_pickle_with_code_is_refused_and_not_executed(
             read_state(name)
     with pytest.raises(DataError, match="never executed"):
         read_state("plain.pt")
-    torch.save(build("student", 11, {}), "whole.pt")
+    torch.save(build_network("student", 11, {}), "whole.pt")
     with pytest.raises(DataError, match="StudentNet"):
         read_state("whole.pt")
     assert not Path("executed").exists()
@@ -112,14 +112,14 @@ def test_a_truncated_file_and_a_missing_one(tmp_path: Path) -> None:
 def test_a_state_dict_is_read_back_whatever_letters_its_suffix_has(
     tmp_path: Path, suffix: str
 ) -> None:
-    network = build("student", 3, {"base": 2})
+    network = build_network("student", 3, {"base": 2})
     (tmp_path / f"w{suffix}").write_bytes(state_dict_bytes(network, suffix))
     assert read_state(tmp_path / f"w{suffix}").keys() == network.state_dict().keys()
 
 
 def test_weights_saved_in_half_precision_counters_included_are_taken() -> None:
     half = {key: value.half() for key, value in state().items()}
-    network = build("student", 11, {})
+    network = build_network("student", 11, {})
     load_state(network, half, "w.pt")
     for key, value in network.state_dict().items():
         if key.endswith("num_batches_tracked"):
@@ -131,7 +131,7 @@ def test_weights_saved_in_half_precision_counters_included_are_taken() -> None:
 def other(change: str) -> State:
     values = state()
     if change == "classes":
-        return randomise(build("student", 10, {})).state_dict()
+        return randomise(build_network("student", 10, {})).state_dict()
     if change == "width":
         return state(width_mult=0.95)
     if change == "missing":
@@ -158,7 +158,7 @@ def other(change: str) -> State:
 )
 def test_what_does_not_fit_is_said(change: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        load_state(build("student", 11, {}), other(change), "w.bin")
+        load_state(build_network("student", 11, {}), other(change), "w.bin")
 
 
 @pytest.mark.parametrize("kind", ["float8", "sparse", "meta", "negative variance", "shape"])
@@ -177,7 +177,7 @@ def test_tensors_that_make_no_sense_are_refused(tmp_path: Path, kind: str) -> No
         values["fc.0.bias"] = torch.tensor(1.0)
     torch.save(values, tmp_path / "w.pt")
     with pytest.raises(DataError, match=r"w\.pt"):
-        load_state(build("student", 11, {}), read_state(tmp_path / "w.pt"), "w.pt")
+        load_state(build_network("student", 11, {}), read_state(tmp_path / "w.pt"), "w.pt")
 
 
 def test_safetensors_are_known_by_their_content(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def averaged(network: torch.nn.Module) -> State:
     return AveragedModel(network).state_dict()
 
 
-SMALL = randomise(build("student", 3, {"base": 2}))
+SMALL = randomise(build_network("student", 3, {"base": 2}))
 PLAIN = SMALL.state_dict()
 AS_OTHERS_SAVE = {
     "DataParallel": prefixed("module.", PLAIN),
@@ -259,7 +259,7 @@ AS_OTHERS_SAVE = {
 @pytest.mark.parametrize("name", AS_OTHERS_SAVE)
 def test_checkpoints_as_others_save_them(tmp_path: Path, name: str, legacy: bool) -> None:
     torch.save(AS_OTHERS_SAVE[name], tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
-    network = build("student", 3, {"base": 2})
+    network = build_network("student", 3, {"base": 2})
     notes: list[str] = []
     load_state(network, read_state(tmp_path / "w.pt"), "w.pt", note=notes.append)
     for key, value in network.state_dict().items():
@@ -270,7 +270,7 @@ def test_checkpoints_as_others_save_them(tmp_path: Path, name: str, legacy: bool
 def test_which_of_two_networks_is_asked() -> None:
     two = prefixed("student.", PLAIN) | prefixed("teacher.", PLAIN)
     with pytest.raises(DataError, match=r"several networks, under student\.\* and teacher\.\*"):
-        load_state(build("student", 3, {"base": 2}), two, "w.pt")
+        load_state(build_network("student", 3, {"base": 2}), two, "w.pt")
 
 
 class Data:

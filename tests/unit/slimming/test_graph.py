@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from job.models.factory import build
+from job.models.factory import build_network
 from job.slimming.analysis import analyse
 from job.slimming.calibrated import scores_for
 from job.slimming.graph.recorder import tensors_in
@@ -94,7 +94,7 @@ def test_cuts_of_torchvision_networks_are_proven(name: str, ratio: float) -> Non
 @pytest.mark.sampled(3)
 def test_cuts_of_the_papers_networks_are_proven(name: str, ratio: float) -> None:
     torch.manual_seed(0)
-    network = randomise(build(name, 10, {}))
+    network = randomise(build_network(name, 10, {}))
     graph = analyse(network, torch.rand(1, 3, 32, 32))
     selecting = {p.layer for p in graph.positions if p.side == "select"}
     # of the paper: 54 blocks and the last BatchNorm select; 36 layers, 2 transitions and the last

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from job.errors import UsageError
-from job.models.factory import build
+from job.models.factory import build_network
 from job.slimming.analysis import analyse
 from job.slimming.graph.groups import ChannelGraph
 from job.slimming.importance.criteria import gamma_importance
@@ -179,7 +179,7 @@ def test_planning_a_target_for_resnet50_takes_less_than_a_second() -> None:
 
 
 def test_studentnet_cuts_all_of_its_blocks_but_by_the_uniform_policy() -> None:
-    network = randomise(build("student", 11, {}))
+    network = randomise(build_network("student", 11, {}))
     graph = analyse(network, IMAGE)
     plan = plan_of(network, graph, "macs=0.5")
     assert len(plan.groups["cnn.1.3"]) < 32

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import job
-from job.models.factory import build
+from job.models.factory import build_network
 from support.commands import gammaslim, run
 from support.cuts import randomise
 
@@ -47,7 +47,7 @@ def test_a_slim_network_loads_in_a_new_process(name: str, target: str, tmp_path:
     torch.manual_seed(0)
     sys.path.insert(0, str(tmp_path))
     try:
-        network = randomise(build(name, 6, {}))
+        network = randomise(build_network(name, 6, {}))
     finally:
         sys.path.remove(str(tmp_path))
         sys.modules.pop("nets", None)

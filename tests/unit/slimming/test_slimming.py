@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from job.errors import GammaslimError, UsageError
-from job.models.factory import build
+from job.models.factory import build_network
 from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.cost import picture
@@ -27,7 +27,7 @@ PIXELS = picture(64)
 
 def student(seed: int = 0, **args: float) -> nn.Module:
     torch.manual_seed(seed)
-    return randomise(build("student", 11, args), seed)
+    return randomise(build_network("student", 11, args), seed)
 
 
 def proof(wide: nn.Module, narrow: nn.Module, layers: Layers) -> float:

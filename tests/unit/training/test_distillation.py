@@ -18,7 +18,7 @@ from job.artifacts.model_card import ModelCard, save_model
 from job.config import PruneConfig
 from job.data.transforms import Preprocessing
 from job.errors import DataError, InputNotFound, UsageError
-from job.models.factory import build
+from job.models.factory import build_network
 from job.pipeline.setup import teacher_network
 from job.training.distillation import distillation, distillation_loss
 from support.commands import ROOT, gammaslim, run
@@ -69,7 +69,7 @@ def test_loss_and_gradient_are_the_formulas(alpha: float, temperature: float) ->
 def test_a_network_learns_from_its_teacher_which_stays_as_it_is(tmp_path: Path) -> None:
     training = trainer(tmp_path, lr=0.02)
     torch.manual_seed(0)
-    teacher = randomise(build("student", 4, SLIM)).train()  # whatever mode it was in
+    teacher = randomise(build_network("student", 4, SLIM)).train()  # whatever mode it was in
     with torch.no_grad():
         teacher.get_parameter("fc.0.weight").mul_(30)  # so that it has a lot to say
     before = copy.deepcopy(teacher.state_dict())
@@ -84,7 +84,7 @@ def test_a_network_learns_from_its_teacher_which_stays_as_it_is(tmp_path: Path) 
                 total += float(learning.loss(network.eval()(inputs), inputs, labels))
         return total / 90
 
-    network = randomise(build("student", 4, SLIM), seed=5)
+    network = randomise(build_network("student", 4, SLIM), seed=5)
     first, seen = disagreement(network), []
     training.fit(network, 1, 12, 0, seen.append, distillation=learning)
     assert disagreement(network) < first / 2
@@ -100,7 +100,10 @@ def test_a_network_learns_from_its_teacher_which_stays_as_it_is(tmp_path: Path) 
 
 def test_the_training_loss_is_the_one_that_is_minimised(tmp_path: Path) -> None:
     training = trainer(tmp_path, lr=1e-30, batchnorm="local")
-    network, teacher = build("student", 4, SLIM), randomise(build("student", 4, SLIM), seed=2)
+    network, teacher = (
+        build_network("student", 4, SLIM),
+        randomise(build_network("student", 4, SLIM), seed=2),
+    )
     learning = distillation(teacher, 0.7, 2.0, training.accelerator)
     result = training.fit(network, 1, 1, 0, lambda _: None, distillation=learning)
     plain = training.evaluator(network)
@@ -187,7 +190,9 @@ def test_the_base_teaches_the_rounds(tmp_path: Path) -> None:
 def test_a_run_is_not_resumed_with_another_teacher(flat_data: Path, tmp_path: Path) -> None:
     names = ("0", "1", "2")
     for name, seed in (("first", 1), ("other", 2)):
-        save_model(tmp_path / name, randomise(build("student", 3, {}), seed), card(3, names, 64))
+        save_model(
+            tmp_path / name, randomise(build_network("student", 3, {}), seed), card(3, names, 64)
+        )
 
     def prune(*options: object) -> Any:
         return gammaslim(
@@ -206,7 +211,7 @@ def test_a_run_is_not_resumed_with_another_teacher(flat_data: Path, tmp_path: Pa
         assert "--teacher" in again.err
     assert prune(*alpha, "--teacher", tmp_path / "none").code == 66
     eleven = tmp_path / "eleven"
-    save_model(eleven, build("student", 11, {}), card(11, (), 64))
+    save_model(eleven, build_network("student", 11, {}), card(11, (), 64))
     wrong = prune(*alpha, "--teacher", eleven)
     assert (wrong.code, wrong.err.count("\n")) == (65, 1), wrong
 

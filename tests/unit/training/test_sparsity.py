@@ -15,7 +15,7 @@ from torch import nn
 
 from job.config import PruneConfig
 from job.errors import UsageError
-from job.models.factory import build
+from job.models.factory import build_network
 from job.training.epoch import EpochResult
 from job.training.evaluation import Evaluation
 from job.training.sparsity import (
@@ -87,7 +87,7 @@ def test_equal_gammas_lie_on_no_side_of_their_mean() -> None:
 @pytest.mark.parametrize("kind", ["l1", "polarize"])
 def test_the_layers_of_a_network_are_one_vector(kind: str) -> None:
     """The mean of polarize is over the network; nothing but γ of the layers named moves."""
-    network = randomise(build("student", 4, SLIM))
+    network = randomise(build_network("student", 4, SLIM))
     before = copy.deepcopy(network.state_dict())
     names = gamma_layers(network)
     assert names == [n for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
@@ -125,7 +125,7 @@ def test_gamma_falls_and_zeros_appear(tmp_path: Path, optimizer: str, kind: str)
     histograms = {}
     for weight in (1e-9, 20.0):
         torch.manual_seed(0)
-        network, seen = randomise(build("student", 4, SLIM)), list[dict[str, Any]]()
+        network, seen = randomise(build_network("student", 4, SLIM)), list[dict[str, Any]]()
         folder = tmp_path / str(weight)
         folder.mkdir()
         training = sparse_trainer(folder, kind, weight, lr=2e-3, optimizer=optimizer)
@@ -158,7 +158,7 @@ def test_only_the_last_epochs_are_sparse_with_rates_of_their_own(
     monkeypatch.setattr(_Round, "step", recording)
     torch.manual_seed(0)
     seen = list[EpochResult]()
-    network = build("student", 4, SLIM)
+    network = build_network("student", 4, SLIM)
     training.fit(network, 0, 5, 0, seen.append, sparse_epochs=3)
 
     def cosine(steps: int) -> list[float]:
@@ -181,7 +181,7 @@ def test_the_last_sparse_epoch_is_kept_even_if_others_were_better(
         return Evaluation(1.0, torch.tensor([[right, 3 - right], [0, 0]]))
 
     monkeypatch.setattr(training, "evaluator", evaluate)
-    network = build("student", 4, SLIM)
+    network = build_network("student", 4, SLIM)
     best = training.fit(network, 0, 4, 0, lambda _: None, sparse_epochs=2)
     assert (best.epoch, best.valid_acc) == (3, 0)
     assert all(torch.equal(value, states[3][key]) for key, value in network.state_dict().items())
@@ -193,7 +193,7 @@ def test_no_pull_where_the_optimizer_took_no_step(
     """As fp16's scaler skips a step whose gradients overflowed."""
     training = sparse_trainer(tmp_path, "l1", 1e9)
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
-    network = build("student", 4, SLIM)
+    network = build_network("student", 4, SLIM)
     training.fit(network, 0, 1, 0, lambda _: None, sparse_epochs=1)
     assert min(float(g.detach().min()) for g in gammas_of(network, gamma_layers(network))) > 0.5
 

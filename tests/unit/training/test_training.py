@@ -17,7 +17,7 @@ from job.data.opening import open_data
 from job.data.transforms import Preprocessing
 from job.distributed.collectives import start
 from job.errors import GammaslimError
-from job.models.factory import build
+from job.models.factory import build_network
 from job.slimming.surgery.surgery import narrowed
 from job.training.epoch import EpochResult
 from job.training.evaluation import Evaluation, Evaluator
@@ -45,7 +45,7 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 def three_rounds(training: Trainer) -> list[tuple[nn.Module, nn.Module]]:
     """Networks before and after the fine-tuning of each of three rounds."""
     torch.manual_seed(0)
-    network, width, rounds = randomise(build("student", 4, {})), 1.0, []
+    network, width, rounds = randomise(build_network("student", 4, {})), 1.0, []
     for round_ in range(1, 4):
         width *= 0.8
         network = narrowed(network, uniform(network, width).layers)
@@ -89,7 +89,7 @@ def test_with_the_homeworks_stale_optimizer_no_parameter_would(
 def test_the_best_epoch_is_kept_the_first_of_equals(tmp_path: Path) -> None:
     training = trainer(tmp_path, lr=0.01, schedule="constant")
     torch.manual_seed(0)
-    network, seen = build("student", 4, {}), list[EpochResult]()
+    network, seen = build_network("student", 4, {}), list[EpochResult]()
     best = training.fit(network, 0, 6, 100, seen.append)
     assert [result.epoch for result in seen] == list(range(6))
     assert [result.step for result in seen] == [100 + 6 * (e + 1) for e in range(6)]
@@ -112,7 +112,7 @@ def test_the_first_of_equally_good_epochs_is_kept(
         return Evaluation(1.0, torch.tensor([[right, 3 - right], [0, 0]]))
 
     monkeypatch.setattr(training, "evaluator", evaluate)
-    network = build("student", 4, {})
+    network = build_network("student", 4, {})
     best = training.fit(network, 0, 5, 0, lambda _: None)
     assert best.epoch == 1
     for key, value in network.state_dict().items():
@@ -131,7 +131,7 @@ def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
 def test_the_loss_and_accuracy_of_an_epoch_are_means_over_every_picture(tmp_path: Path) -> None:
     training = trainer(tmp_path, lr=1e-30, batchnorm="local")
     torch.manual_seed(0)
-    network = build("student", 4, {})
+    network = build_network("student", 4, {})
     result = training.fit(network, 0, 1, 0, lambda _: None)
     loss = right = count = 0.0
     network.train()
@@ -148,14 +148,12 @@ def test_the_loss_and_accuracy_of_an_epoch_are_means_over_every_picture(tmp_path
 
 def test_evaluation_equals_a_plain_loop(tmp_path: Path) -> None:
     training = trainer(tmp_path)
-    network = randomise(build("student", 4, {}))
+    network = randomise(build_network("student", 4, {}))
     result = training.evaluator(network)
     split = training.evaluator.split
     logits = torch.cat(
         [
-            network(
-                SMALL.to_input(torch.from_numpy(_array(SMALL.evaluate(split.picture(i))))[None])
-            )
+            network(SMALL.to_input(torch.from_numpy(_array(SMALL.evaluate(split.image(i))))[None]))
             for i in range(len(split))
         ]
     )
@@ -175,7 +173,7 @@ def _array(image: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_gamma_and_biases_get_no_weight_decay(name: str) -> None:
-    network = build("student", 4, {})
+    network = build_network("student", 4, {})
     config = PruneConfig(optimizer=name, weight_decay=0.3)
     decay = {
         id(p): group["weight_decay"]
@@ -228,17 +226,17 @@ def test_learning_rates_of_each_schedule() -> None:
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     training = trainer(tmp_path, lr=1e12, optimizer="sgd")
     with pytest.raises(GammaslimError, match="try a lower --lr"):
-        training.fit(build("student", 4, {}), 0, 5, 0, lambda _: None)
+        training.fit(build_network("student", 4, {}), 0, 5, 0, lambda _: None)
 
 
 def test_gradients_are_those_of_float64(tmp_path: Path) -> None:
     """On flat backgrounds, where torch's kernel for channels last strays by several per cent."""
     data = open_data(None).splits["training"]
-    training = torch.stack([torch.from_numpy(_array(data.picture(i))) for i in range(32)])
+    training = torch.stack([torch.from_numpy(_array(data.image(i))) for i in range(32)])
     images = SMALL.to_input(F.pad(training, (0, 0, 2, 2, 2, 2)))
     labels = torch.from_numpy(data.labels[:32])
     torch.manual_seed(3)
-    network = build("student", 10, {}).train()
+    network = build_network("student", 10, {}).train()
     exact = copy.deepcopy(network).double()
     F.cross_entropy(exact(images.double()), labels).backward()
     training = trainer(tmp_path)

@@ -17,7 +17,7 @@ from job.data.opening import open_data
 from job.data.transforms import Preprocessing
 from job.distributed.collectives import start
 from job.errors import DataError, UsageError
-from job.models.factory import build
+from job.models.factory import build_network
 from job.models.input_size import check_size
 from job.models.outputs import all_logits, logits_of
 from job.pipeline.prune import prune
@@ -181,7 +181,7 @@ def test_the_dry_run_tries_a_step_the_cuts_and_an_evaluation(
 
 
 def test_auxiliary_classifiers_of_a_public_network_learn() -> None:
-    network = build("googlenet", 3, {"aux_logits": True, "init_weights": False})
+    network = build_network("googlenet", 3, {"aux_logits": True, "init_weights": False})
     check_size(network, 64)
     assert len(all_logits(network.train()(torch.rand(2, 3, 64, 64)))) == 3
 
