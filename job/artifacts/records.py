@@ -1,0 +1,257 @@
+"""Records of a run directory: what its files hold, for those who write and those who read them.
+
+=====================  =====================================================
+file                   record
+=====================  =====================================================
+``status.json``        `StatusRecord`
+``summary.json``       `SummaryRecord`, which holds a `RoundRecord` a round
+``metrics.jsonl``      a line each, `to_line`: `EpochRecord`, `RoundRecord`,
+                       `SlimRecord`, `GammaRecord`, `StopRecord`,
+                       `ResumeRecord`
+``position.json``      `RoundProgress`, next to training's own values
+``model.json``         `Lineage`; the rest is `job.artifacts.model_card`'s
+``config.toml``        `DatasetRecord`, `BaseRecord`
+=====================  =====================================================
+
+A new summary metric is a field of `RoundRecord` and the line that computes it. Give it a default:
+files from before do not have it. Keys keep their names and order: scripts rely on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping  # noqa: TC003  (from_json reads the types)
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from job.artifacts.json_records import ALWAYS, to_json
+from job.slimming.planning.layer_channels import LayerChannels  # noqa: TC001
+from job.training.epoch import EpochResult
+
+
+@dataclass(frozen=True)
+class PlannedRound:
+    """Costs of the base (round 0) or of a round; ``width`` is a fraction of the base's.
+
+    ``channels`` counts those with a BatchNorm, ``bytes`` the whole state dict; ``macs`` are the
+    multiply-adds for one image.
+    """
+
+    round: int
+    width: float
+    channels: int
+    params: int
+    macs: int
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        """Its number, or "base"."""
+        return "base" if self.round == 0 else str(self.round)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord(PlannedRound):
+    """Costs and scores of the base's or a round's best model. Accuracies are fractions.
+
+    ``valid_acc_pruned`` is the accuracy after surgery, before fine-tuning. ``step`` counts
+    optimizer steps since the run began, ``seconds`` is the time that the round took.
+    """
+
+    EVENT: ClassVar[str] = "round"
+
+    valid_acc_pruned: float | None = None
+    valid_acc: float
+    valid_loss: float
+    best_epoch: int | None = None
+    train_acc: float | None = None
+    cautions: tuple[str, ...] = ()
+    step: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord(EpochResult):
+    """The numbers of an epoch, and the width and costs of the network that was trained."""
+
+    EVENT: ClassVar[str] = "epoch"
+
+    width: float
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class SlimRecord:
+    """A cut: accuracy and loss after surgery, and the relative error of its verification."""
+
+    EVENT: ClassVar[str] = "slim"
+
+    round: int
+    width: float
+    valid_acc_pruned: float
+    valid_loss_pruned: float
+    verification_error: float
+
+
+@dataclass(frozen=True)
+class GammaRecord:
+    """A histogram of |γ|, ``when`` sparse epochs begin ("before") or have ended ("after").
+
+    ``bins`` are counts of equal bins from 0 to ``max``; ``zeros`` of the ``count`` values are 0.
+    """
+
+    EVENT: ClassVar[str] = "gamma"
+
+    round: int
+    epoch: int
+    when: str
+    count: int
+    zeros: int
+    max: float
+    bins: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StopRecord:
+    """The early end of an attempt."""
+
+    EVENT: ClassVar[str] = "stop"
+
+    state: str
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class ResumeRecord:
+    """The position at which an attempt resumes, and how many processes run now and ran before."""
+
+    EVENT: ClassVar[str] = "resume"
+
+    round: int
+    epoch: int
+    batch: int
+    processes: int
+    processes_before: int | None
+
+
+EventRecord = EpochRecord | RoundRecord | SlimRecord | GammaRecord | StopRecord | ResumeRecord
+
+
+def to_line(record: EventRecord) -> dict[str, Any]:
+    """Return the line of metrics.jsonl for ``record``: the name of the event comes first."""
+    return {"event": record.EVENT, **to_json(record)}
+
+
+@dataclass(frozen=True)
+class StatusRecord:
+    """The state of a run and where it is; ``time`` is in Unix seconds."""
+
+    state: str
+    exit_code: int | None
+    round: int
+    epoch: int
+    step: int
+    time: float
+
+    @property
+    def at(self) -> tuple[int, int, int]:
+        """Round, epoch and step."""
+        return self.round, self.epoch, self.step
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryRecord:
+    """The base, the rounds, and the model to use with the reason for it."""
+
+    format: int = field(default=1, metadata=ALWAYS)
+    state: str
+    base: RoundRecord
+    rounds: tuple[RoundRecord, ...]
+    recommended: str  # rounds/NN
+    reason: str = field(default="", metadata=ALWAYS)
+    cautions: tuple[str, ...] = field(default=(), metadata=ALWAYS)
+    seconds: float
+
+    @property
+    def entries(self) -> tuple[RoundRecord, ...]:
+        """The base and the rounds."""
+        return self.base, *self.rounds
+
+    @property
+    def recommended_round(self) -> int:
+        """Number of the recommended round."""
+        return int(self.recommended.rpartition("/")[2])
+
+
+@dataclass(frozen=True)
+class CutRecord:
+    """The cut that began a round: channels kept, indices into the base; ``wide`` is a SHA-256."""
+
+    wide: str
+    width: float
+    layers: Mapping[str, LayerChannels]
+
+
+@dataclass(frozen=True)
+class PrunedScores:
+    """Scores of a network between surgery and fine-tuning; none for the base."""
+
+    valid_acc_pruned: float | None = None
+
+
+@dataclass(frozen=True)
+class RoundProgress:
+    """What a checkpoint holds about the run, next to what training resumes from.
+
+    ``valid_acc_pruned`` is None for the base. ``metrics_size`` is the size of metrics.jsonl in
+    bytes. The seconds are those spent on the round and on the run.
+    """
+
+    step: int
+    scores: PrunedScores
+    plan: CutRecord
+    metrics_size: int
+    round_seconds: float
+    run_seconds: float
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a model comes from: hashes are SHA-256 of state dicts, ``from_`` is a slim base's own.
+
+    ``listing`` is the version of the rules by which a folder's files become a data set.
+    """
+
+    base_sha256: str | None = None
+    seed: int | None = None
+    listing: int | None = None
+    fresh_classifier: bool = False
+    base_weights: str | None = None
+    from_: Lineage | None = None
+    run: str | None = None
+    round: int | None = None
+    wide_sha256: str | None = None
+    slimmed_from: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetRecord:
+    """The data set of a run; a run is resumed only with the same ``fingerprint``."""
+
+    layout: str
+    root: str
+    listing: int
+    path: str | None = None  # as given, absolute; None for the built-in data
+    training: int
+    validation: int
+    skipped: tuple[str, ...] = field(default=(), metadata=ALWAYS)
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """Where the base of a run comes from; a run is resumed only from the same."""
+
+    weights_sha256: str
+    epochs: int
+    teacher_sha256: str | None = None
