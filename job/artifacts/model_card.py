@@ -20,7 +20,7 @@ from job.models.input_size import MAX_SIZE
 from job.models.weights import load_state, read_state
 from job.slimming.planning.layer_channels import LayerChannels, Layers, compose
 from job.slimming.planning.planner import Base
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.surgery import apply_plan
 from job.versions import versions
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class ModelCard:
         """
         with torch.random.fork_rng(devices=[]):
             base = build_network(self.model, self.num_classes, self.args, from_card=True)
-        return narrowed(base, self.layers)
+        return apply_plan(base, self.layers)
 
     def cut(self, layers: Layers, width: float) -> ModelCard:
         """The card after ``layers`` (indices into the present network) are cut."""

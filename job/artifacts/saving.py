@@ -24,14 +24,14 @@ from job.files import check_writable, is_file
 from job.models.classifier import find_head
 from job.models.factory import NETWORKS, torchvision_names, trust_factory
 from job.slimming.arguments import check_network
-from job.slimming.graph.recorder import mode, record, tensors_in
-from job.slimming.inputs import call, kind_of, like
+from job.slimming.graph.trace import tensors_in, trace_network, training_mode
+from job.slimming.inputs import call_network, kind_of, move_like
 from job.slimming.planning.layer_channels import compose
 from job.slimming.planning.plan import Plan
 from job.slimming.planning.planner import Base, layer_widths
-from job.slimming.surgery.comparison import difference
-from job.slimming.surgery.surgery import narrowed
-from job.slimming.surgery.verification import probe
+from job.slimming.surgery.comparison import relative_difference
+from job.slimming.surgery.surgery import apply_plan
+from job.slimming.surgery.verification import probe_batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,7 +120,7 @@ def load(path: str | Path, *, network: nn.Module | None = None) -> nn.Module:
         return load_model(folder)[0]
     check_network(network)
     try:
-        narrow = narrowed(network, read_card(folder).layers)
+        narrow = apply_plan(network, read_card(folder).layers)
     except (GammaslimError, IndexError, AttributeError, RuntimeError) as error:
         raise DataError(
             f"{shown(path)} was cut from another network than the {type(network).__name__} given: "
@@ -151,7 +151,7 @@ def _classes(network: nn.Module, example: Any) -> int:
             return find_head(network)[1]
         except UsageError:
             return 1
-    outputs = record(network, example).outputs
+    outputs = trace_network(network, example).outputs
     return int(outputs[0].shape[1]) if len(outputs) == 1 and outputs[0].dim() == 2 else 1
 
 
@@ -252,9 +252,9 @@ def _why_not(network: nn.Module, card: ModelCard, example: Any) -> str | None:
         return None
     other.load_state_dict(state)
     weight = next(iter(network.parameters()))
-    noise = like(probe(example), weight)
+    noise = move_like(probe_batch(example), weight)
     outputs = []
     for each in (network, other.to(weight.device, weight.dtype)):
-        with mode(each, training=False), torch.no_grad():
-            outputs.append(list(tensors_in(call(each, noise))))
-    return None if difference(*outputs) <= SAME else "it computes something else"
+        with training_mode(each, training=False), torch.no_grad():
+            outputs.append(list(tensors_in(call_network(each, noise))))
+    return None if relative_difference(*outputs) <= SAME else "it computes something else"

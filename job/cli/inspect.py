@@ -42,7 +42,7 @@ def _record(network: nn.Module, card: ModelCard) -> dict[str, Any]:
             "of": sizes[group.name],
             "gamma": _quartiles(gamma[group.channels]),
             "norms": list(group.norms),
-            "positions": [f"{layer} {side}" for layer, side in group.positions],
+            "positions": [f"{layer} {side}" for layer, side in group.slots],
         }
         for group in graph.groups
     ]

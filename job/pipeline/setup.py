@@ -28,7 +28,7 @@ from job.models.input_size import check_memory, check_size
 from job.models.weights import load_state, read_state
 from job.pipeline.slim_base import own_preprocessing, slim_base, source_folder
 from job.pipeline.slim_round import base_of, can_cut, plan_round
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.surgery import apply_plan
 from job.training.calibration import Calibration
 from job.training.evaluation import Evaluator
 from job.training.trainer import Trainer
@@ -225,7 +225,7 @@ def planned_rounds(
             break
         plan = plan_round(config, network, card, round_)
         assert plan.after
-        network, card = narrowed(network, plan.layers), card.cut(plan.layers, plan.width)
+        network, card = apply_plan(network, plan.layers), card.cut(plan.layers, plan.width)
         entries.append({"round": round_, "width": card.width, **plan.after.to_dict()})
     return entries
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from job.errors import UsageError, reason
 from job.slimming.graph.groups import channel_graph
-from job.slimming.inputs import described
-from job.slimming.surgery.verification import settled
+from job.slimming.inputs import describe_inputs
+from job.slimming.surgery.verification import drop_wrong_suspects
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,6 +28,6 @@ def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) ->
         graph = channel_graph(network, example, ignore)
     except Exception as error:  # anybody's network, which may raise anything
         raise UsageError(
-            f"the network does not run on {described(example)}: {reason(error)}"
+            f"the network does not run on {describe_inputs(example)}: {reason(error)}"
         ) from error
-    return settled(network, graph, example)
+    return drop_wrong_suspects(network, graph, example)

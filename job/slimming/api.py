@@ -26,8 +26,8 @@ from job.slimming.calibrated import COMPENSATIONS, IMPORTANCES
 from job.slimming.calibration.batches import batches_of
 from job.slimming.compensation.recalibration import recalibrate as recalibrated
 from job.slimming.cut import best_method, make_cut, plan_cut
-from job.slimming.graph.snapshot import untouched
-from job.slimming.inputs import without_values
+from job.slimming.graph.snapshot import preserve_state
+from job.slimming.inputs import strip_values
 from job.slimming.planning.planner import Slimming
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def slim(
         raise UsageError(in_python(str(error))) from error
     if recalibrate and batches:
         recalibrated(narrow, batches[:recalibrate])
-    return narrow, replace(plan, example=without_values(inputs))
+    return narrow, replace(plan, example=strip_values(inputs))
 
 
 def _analysed(model: nn.Module, inputs: Example, names: list[str]) -> ChannelGraph:
@@ -128,7 +128,7 @@ def _analysed(model: nn.Module, inputs: Example, names: list[str]) -> ChannelGra
 @contextmanager
 def _weights_kept(model: nn.Module, measured: bool) -> Iterator[None]:
     """Put chance back and, of a network that runs, weights that its own passes change."""
-    with untouched(model, values=False) as snapshot:
+    with preserve_state(model, values=False) as snapshot:
         if measured:
             snapshot.keep(t for t in snapshot.tensors if isinstance(t, nn.Parameter))
         yield

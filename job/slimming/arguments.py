@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from job.errors import UsageError, did_you_mean
-from job.slimming.graph.layers import LAYERS, modules_of, owner
+from job.slimming.graph.layers import LAYER_TYPES, modules_of, owner_of
 from job.slimming.inputs import (
     arguments_for,
     kind_of,
-    like,
-    mapped,
-    samples,
+    map_tensors,
+    move_like,
+    sample_count,
     tensors_of_inputs,
 )
 from job.slimming.planning.target import METRICS, Budget
@@ -69,7 +69,7 @@ def _check_layer(name: str, module: nn.Module) -> None:
         )
     made_by = type(module).__module__
     quantised = made_by.startswith(("torch.ao.", "torch.nn.quantized", "torchao.")) or (
-        isinstance(module, LAYERS) and any(not p.is_floating_point() for p in weights)
+        isinstance(module, LAYER_TYPES) and any(not p.is_floating_point() for p in weights)
     )
     if quantised or any(type(p).__module__.startswith("torchao") for p in weights):
         raise UsageError(
@@ -93,14 +93,14 @@ def example_of(model: nn.Module, example: Any) -> Example:
             "example must be a batch as the network takes it, a tensor or a tuple, list or dict of "
             f"inputs, e.g. torch.rand({shape}); got {kind_of(example)}"
         )
-    if not samples(example):
+    if not sample_count(example):
         raise UsageError("example is empty: give one sample, e.g. torch.rand(1, 3, 224, 224)")
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     # without values, which do not matter
-    values = mapped(example, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t)
+    values = map_tensors(example, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t)
     inputs = arguments_for(model, values)
     if weight is not None:
-        inputs = like(inputs, weight)
+        inputs = move_like(inputs, weight)
     return inputs
 
 
@@ -167,8 +167,8 @@ def _layer_name(model: nn.Module, modules: Mapping[str, nn.Module], entry: Any) 
         return entry
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     if entry in tensors:
-        layer = owner(entry)
-        return layer if isinstance(modules.get(layer), LAYERS) else entry
+        layer = owner_of(entry)
+        return layer if isinstance(modules.get(layer), LAYER_TYPES) else entry
     near = did_you_mean(entry, [*filter(None, modules), *tensors])
     raise UsageError(f"ignore: the network has no layer {entry!r}{near}")
 

@@ -12,8 +12,8 @@ from job.slimming.compensation.folding import with_biases, without_constant
 from job.slimming.compensation.regression import quiet
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.planner import make_plan
-from job.slimming.surgery.comparison import check_weights
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.comparison import check_finite_weights
+from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
 if TYPE_CHECKING:
@@ -97,14 +97,14 @@ def make_cut(
     needed and missing, DataError for weights that are not finite, and GammaslimError when the
     proof fails.
     """
-    check_weights(network)
+    check_finite_weights(network)
     progress("measuring channels", 0, 0)
     moments = measured(method.importance, method.compensate, network, graph, batches)
     scores = scores_for(method.importance, network, graph, moments, batches, method.seed)
     plan = on_main(lambda: plan_of(scores))
     plan, layers = replace(plan, method=str(method)), plan.layers
     progress("proving the cut", 0, 0)
-    narrow = narrowed(network, layers)
+    narrow = apply_plan(network, layers)
     if world() > 1:
         check_same(digest(narrow.state_dict()), "the slimmed network")
     proof = on_main(

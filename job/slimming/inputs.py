@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Example = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
 
-def call(network: nn.Module, example: Example) -> Any:
+def call_network(network: nn.Module, example: Example) -> Any:
     """The outputs of ``network`` for ``example``."""
     if isinstance(example, torch.Tensor):
         return network(example)
@@ -24,7 +24,7 @@ def call(network: nn.Module, example: Example) -> Any:
 
 
 def arguments_for(network: nn.Module, given: Any) -> Example:
-    """A batch that a user gave, as ``call`` takes it.
+    """A batch that a user gave, as ``call_network`` takes it.
 
     A tuple or a list holds positional arguments, a dict keyword arguments. A list or dict that does
     not fit ``forward`` so, but as its one argument, is that argument.
@@ -44,11 +44,11 @@ def _binds(network: nn.Module, example: Example) -> bool:
     return True
 
 
-def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """``value`` with ``change`` of each of its tensors, in nested tuples, lists and dicts too."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    return _rebuilt(value, lambda part: mapped(part, change), (tuple, list, Mapping))
+    return _rebuilt(value, lambda part: map_tensors(part, change), (tuple, list, Mapping))
 
 
 def _rebuilt(value: Any, change: Callable[[Any], Any], kinds: tuple[Any, ...]) -> Any:
@@ -70,23 +70,23 @@ def tensors_of_inputs(example: Any) -> Iterator[torch.Tensor]:
             yield from tensors_of_inputs(part)
 
 
-def samples(example: Any) -> int:
+def sample_count(example: Any) -> int:
     """The batch size: the length of the first tensor; 1 without any, or of a list of inputs."""
     if isinstance(example, torch.Tensor):
         return len(example) if example.dim() else 1
     if isinstance(example, (tuple, Mapping)):
         for part in example.values() if isinstance(example, Mapping) else example:
             if isinstance(part, (torch.Tensor, tuple, list, Mapping)):
-                return samples(part)
+                return sample_count(part)
     return 1
 
 
-def batchwise(example: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_batched(example: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """``example`` with ``change`` of each tensor that has as many rows as there are samples.
 
     Lists of inputs, such as images of several sizes, are left alone, and single numbers.
     """
-    count = samples(example)
+    count = sample_count(example)
 
     def changed(part: Any) -> Any:
         if isinstance(part, torch.Tensor):
@@ -96,38 +96,41 @@ def batchwise(example: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
     return changed(example)
 
 
-def repeated(example: Example, count: int) -> Any:
+def repeat_first_sample(example: Example, count: int) -> Any:
     """The first sample of ``example``, ``count`` times, without gradients."""
-    return batchwise(
-        mapped(example, torch.Tensor.detach), lambda t: t[:1].expand(count, *t.shape[1:])
+    return map_batched(
+        map_tensors(example, torch.Tensor.detach), lambda t: t[:1].expand(count, *t.shape[1:])
     )
 
 
-def without_values(example: Example) -> Any:
+def strip_values(example: Example) -> Any:
     """One sample of ``example``: sizes of its floating-point tensors, and the integers."""
-    return mapped(
-        repeated(example, 1), lambda t: t.to("meta") if t.is_floating_point() else t.clone()
+    return map_tensors(
+        repeat_first_sample(example, 1),
+        lambda t: t.to("meta") if t.is_floating_point() else t.clone(),
     )
 
 
-def like(example: Example, tensor: torch.Tensor) -> Any:
+def move_like(example: Example, tensor: torch.Tensor) -> Any:
     """``example`` on the device of ``tensor``, floating-point parts in its type too."""
-    return mapped(example, lambda t: t.to(tensor) if t.is_floating_point() else t.to(tensor.device))
+    return map_tensors(
+        example, lambda t: t.to(tensor) if t.is_floating_point() else t.to(tensor.device)
+    )
 
 
-def shape_of(example: Example) -> object:
+def batch_signature(example: Example) -> object:
     """What batches must share to be joined: all but the number of samples."""
     if isinstance(example, torch.Tensor):
         return example.shape[1:], example.dtype
-    count = samples(example)
+    count = sample_count(example)
     parts = example.values() if isinstance(example, dict) else example
     if any(not (isinstance(p, torch.Tensor) and p.dim() and len(p) == count) for p in parts):
         return object()  # like nothing else
-    return tuple(example) if isinstance(example, dict) else None, tuple(map(shape_of, parts))
+    return tuple(example) if isinstance(example, dict) else None, tuple(map(batch_signature, parts))
 
 
-def joined(examples: Sequence[Example]) -> Any:
-    """Examples of one ``shape_of`` as one, their samples one after another."""
+def concatenate(examples: Sequence[Example]) -> Any:
+    """Examples of one ``batch_signature`` as one, their samples one after another."""
     first = examples[0]
     if len(examples) == 1:
         return first
@@ -137,7 +140,7 @@ def joined(examples: Sequence[Example]) -> Any:
     return dict(zip(first, columns, strict=True)) if isinstance(first, dict) else tuple(columns)
 
 
-def described(example: Example) -> str:
+def describe_inputs(example: Example) -> str:
     """The sizes of an example's tensors, for a message."""
     if isinstance(example, torch.Tensor) and example.dim() == 4:
         return f"images of {' x '.join(map(str, example.shape[1:]))}"

@@ -31,7 +31,7 @@ from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.planner import Slimming, make_plan
 from job.slimming.planning.target import Budget
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
 IMPORTANCES = ("gamma", "taylor", "refit")
@@ -147,7 +147,7 @@ def ablate(
                 layers = plan.layers
                 if method != "none":
                     layers = with_biases(layers, without_constant(network, graph, images))
-                narrow = narrowed(network, layers)
+                narrow = apply_plan(network, layers)
                 verify(network, narrow, layers, images)
                 compensated(network, narrow, graph, keep, layers, method, moments, images, batches)
                 for anew in (False, True):

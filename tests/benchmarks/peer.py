@@ -35,7 +35,7 @@ from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.cost import network_cost
 from job.slimming.planning.planner import Slimming, make_plan
 from job.slimming.planning.target import Budget
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -90,7 +90,7 @@ def our_seconds(network: nn.Module, image: torch.Tensor, target: str) -> tuple[f
     known = time.perf_counter()
     scores = gamma_importance(network, graph)
     plan = make_plan(network, graph, scores, Slimming("global", Budget.parse(target)))
-    narrowed(network, plan.layers)
+    apply_plan(network, plan.layers)
     return known - began, time.perf_counter() - known
 
 

@@ -9,8 +9,15 @@ import torch
 
 from job.errors import UsageError, reason
 from job.slimming.calibration.moments import samples_at
-from job.slimming.graph.recorder import record
-from job.slimming.inputs import arguments_for, kind_of, like, samples, shape_of, tensors_of_inputs
+from job.slimming.graph.trace import trace_network
+from job.slimming.inputs import (
+    arguments_for,
+    batch_signature,
+    kind_of,
+    move_like,
+    sample_count,
+    tensors_of_inputs,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,11 +48,11 @@ def batches_of(model: nn.Module, example: Example, calibration: Any, least: int 
         where = f"calibration: batch {number}"
         inputs, labels = _split(model, example, batch, where)
         _check_types(example, inputs, where)
-        inputs = inputs if weight is None else like(inputs, weight)
+        inputs = inputs if weight is None else move_like(inputs, weight)
         _check_runs(model, inputs, where, seen)
         device = next(tensors_of_inputs(inputs)).device
         batches.append((inputs, labels if labels is None else labels.to(device)))
-        count += samples(inputs)
+        count += sample_count(inputs)
         if count >= most and len(batches) >= least:
             break
     if not batches:
@@ -136,11 +143,11 @@ def _check_types(example: Example, inputs: Example, where: str) -> None:
 
 def _check_runs(model: nn.Module, inputs: Example, where: str, seen: set[object]) -> None:
     """Raise UsageError unless the network takes inputs of a shape that was not seen before."""
-    if (shape := shape_of(inputs)) in seen:
+    if (shape := batch_signature(inputs)) in seen:
         return
     seen.add(shape)
     try:
-        record(model, inputs)
+        trace_network(model, inputs)
     except Exception as error:  # anybody's network
         raise UsageError(
             f"{where}, {_shapes(inputs)}: the network does not run on it: {reason(error)}"

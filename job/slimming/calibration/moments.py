@@ -19,8 +19,8 @@ from torch import nn
 from job.distributed.collectives import total
 from job.errors import DataError
 from job.slimming.graph.layers import CONVOLUTIONS, modules_of
-from job.slimming.graph.recorder import observed
-from job.slimming.inputs import call
+from job.slimming.graph.trace import eval_with_hooks
+from job.slimming.inputs import call_network
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -81,7 +81,7 @@ def readers(network: nn.Module, graph: ChannelGraph) -> list[Reader]:
     layers = modules_of(network, once=True).values()
     often = Counter(id(m.weight) for m in layers if isinstance(m, (*CONVOLUTIONS, nn.Linear)))
     found = []
-    for position in graph.positions:
+    for position in graph.slots:
         if position.side != "in" or not position.ids.any():
             continue
         try:
@@ -122,9 +122,9 @@ def collect(
         own.add(rows_of(values_of(layer, inputs[0], reader), len(reader.channels)))
 
     hooks = [(network.get_submodule(name), partial(hook, name=name)) for name in sums]
-    with observed(network, hooks):
+    with eval_with_hooks(network, hooks):
         for batch in batches:
-            call(network, inputs_of(batch))
+            call_network(network, inputs_of(batch))
     found = {name: own.result(name) for name, (_, own) in sums.items()}
     return {name: moments for name, moments in found.items() if moments.count}
 

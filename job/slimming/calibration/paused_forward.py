@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from job.slimming.graph.recorder import observed, record
-from job.slimming.inputs import call, tensors_of_inputs
+from job.slimming.graph.trace import eval_with_hooks, trace_network
+from job.slimming.inputs import call_network, tensors_of_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -62,7 +62,7 @@ class ForwardPass(threading.Thread):
             cuda = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
             with cuda, torch.no_grad():
                 if not self._unwanted:
-                    call(self.network, self.example)
+                    call_network(self.network, self.example)
         except _EnoughError:
             pass
         except BaseException as error:
@@ -99,7 +99,9 @@ def forward_passes(
 
     passes = [ForwardPass(network, batch) for batch in batches]
     hooks = [(layer, hook) for layer in layers]
-    with observed(network, hooks, values=False):  # a narrow one's statistics may change meanwhile
+    with eval_with_hooks(
+        network, hooks, values=False
+    ):  # a narrow one's statistics may change meanwhile
         for each in passes:
             each.start()
         try:
@@ -111,23 +113,23 @@ def forward_passes(
 
 def standing_bytes(network: nn.Module, example: Example) -> int:
     """About the most that a pass keeps in front of a layer, of each sample like ``example``'s."""
-    recording = record(network, example)
-    last = {id(t): n for n, op in enumerate(recording.operations) for t in op.inputs()}
-    alive = {id(tensor): tensor.nbytes for tensor in recording.inputs}
+    trace = trace_network(network, example)
+    last = {id(t): n for n, op in enumerate(trace.ops) for t in op.inputs()}
+    alive = {id(tensor): tensor.nbytes for tensor in trace.inputs}
     most = sum(alive.values())
-    for number, operation in enumerate(recording.operations):
-        if operation.name in READS:
+    for number, op in enumerate(trace.ops):
+        if op.name in READS:
             most = max(most, sum(alive.values()))
-        alive |= {id(result): result.nbytes for result in operation.results()}
+        alive |= {id(result): result.nbytes for result in op.results()}
         alive = {key: size for key, size in alive.items() if last.get(key, -1) > number}
-    return most // recording.samples
+    return most // trace.sample_count
 
 
 def keeps_activations(network: nn.Module, example: Example) -> bool:
     """Whether a pass leaves what it computed where another one would find it."""
-    recording = record(network, example)
-    results = (result for operation in recording.operations for result in operation.results())
+    trace = trace_network(network, example)
+    results = (result for op in trace.ops for result in op.results())
     return any(
-        id(tensor) in recording.constants and tensor.dim() > 1 and len(tensor) == recording.samples
-        for tensor in (*recording.inputs, *results)
+        id(tensor) in trace.constants and tensor.dim() > 1 and len(tensor) == trace.sample_count
+        for tensor in (*trace.inputs, *results)
     )

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.slimming.calibration.moments import collect, readers
-from job.slimming.graph.layers import owner
-from job.slimming.graph.recorder import record
-from job.slimming.graph.selection import batchnorms, unwrapped
-from job.slimming.inputs import like
+from job.slimming.graph.layers import owner_of
+from job.slimming.graph.selection import batchnorms, unwrap_selection
+from job.slimming.graph.trace import trace_network
+from job.slimming.inputs import move_like
 from job.slimming.planning.layer_channels import LayerChannels
-from job.slimming.surgery.clone import copied
-from job.slimming.surgery.verification import probe
+from job.slimming.surgery.clone import clone_module
+from job.slimming.surgery.verification import probe_batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -61,25 +61,25 @@ def norms_behind(network: nn.Module, example: Example) -> dict[str, tuple[str, .
 
     Layers whose outputs also go elsewhere, and BatchNorms that other layers feed too, are left out.
     """
-    recording = record(network, example)
+    trace = trace_network(network, example)
     makers: dict[int, str] = {}  # by id of the activation
     feeds: dict[str, set[str | None]] = {}  # who reads a layer's outputs; None: no BatchNorm
     fed: dict[str, set[str | None]] = {}
-    for operation in recording.operations:
+    for op in trace.ops:
         norm = None
-        if operation.name == "batch_norm":
-            norm = recording.name(operation.argument(1, "running_mean"))
-            maker = makers.get(id(operation.argument(0, "input")))
-            fed.setdefault(owner(norm or ""), set()).add(maker)
-        for tensor in operation.inputs():
+        if op.name == "batch_norm":
+            norm = trace.name(op.argument(1, "running_mean"))
+            maker = makers.get(id(op.argument(0, "input")))
+            fed.setdefault(owner_of(norm or ""), set()).add(maker)
+        for tensor in op.inputs():
             if id(tensor) in makers:
-                feeds.setdefault(makers[id(tensor)], set()).add(owner(norm) if norm else None)
-        for result in operation.results():
+                feeds.setdefault(makers[id(tensor)], set()).add(owner_of(norm) if norm else None)
+        for result in op.results():
             makers.pop(id(result), None)
-        weight = recording.name(operation.argument(1, "weight"))
-        if operation.name in ("conv1d", "conv2d", "conv3d", "linear") and weight:
-            makers[id(operation.result)] = owner(weight)
-    for output in recording.outputs:
+        weight = trace.name(op.argument(1, "weight"))
+        if op.name in ("conv1d", "conv2d", "conv3d", "linear") and weight:
+            makers[id(op.result)] = owner_of(weight)
+    for output in trace.outputs:
         if id(output) in makers:
             feeds.setdefault(makers[id(output)], set()).add(None)
     return {
@@ -153,8 +153,8 @@ def rebuild(
             layer.bias.copy_(old + added)
             return
         for norm in norms.get(reader.layer, ()):
-            now: Any = unwrapped(narrow.get_submodule(norm))
-            then: Any = unwrapped(wide.get_submodule(norm))
+            now: Any = unwrap_selection(narrow.get_submodule(norm))
+            then: Any = unwrap_selection(wide.get_submodule(norm))
             if now.running_mean is not None:  # else each batch hides any constant
                 now.running_mean.copy_(then.running_mean.cpu().double()[rows] - added)
 
@@ -166,9 +166,9 @@ def betas(
 
     What their BatchNorms still add is β, whatever the picture: noise like ``example`` is what runs.
     """
-    still = copied(network, {})
+    still = clone_module(network, {})
     norms = batchnorms(still)
-    for position in graph.positions:
+    for position in graph.slots:
         gone = ~keep[position.ids]
         if position.side not in ("through", "select") or not gone.any():
             continue
@@ -176,7 +176,7 @@ def betas(
         if norm is not None and norm.weight is not None:
             with torch.no_grad():
                 norm.weight[torch.from_numpy(gone).to(norm.weight.device)] = 0
-    return collect(still, graph, [(like(probe(example), _floating(network)), None)])
+    return collect(still, graph, [(move_like(probe_batch(example), _floating(network)), None)])
 
 
 def _floating(network: nn.Module) -> torch.Tensor:

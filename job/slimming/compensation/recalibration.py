@@ -9,8 +9,8 @@ import torch
 from job.distributed.collectives import total
 from job.slimming.calibration.moments import inputs_of
 from job.slimming.graph.layers import BATCHNORM
-from job.slimming.graph.recorder import observed
-from job.slimming.inputs import call
+from job.slimming.graph.trace import eval_with_hooks
+from job.slimming.inputs import call_network
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,9 +32,9 @@ def recalibrate(network: nn.Module, batches: Iterable[Batch]) -> None:
         for layer in network.modules()
         if isinstance(layer, BATCHNORM) and layer.running_mean is not None
     ]
-    with observed(network, [(own.layer, own.hook) for own in norms]):
+    with eval_with_hooks(network, [(own.layer, own.hook) for own in norms]):
         for batch in batches:
-            call(network, inputs_of(batch))
+            call_network(network, inputs_of(batch))
     for own in norms:
         own.finish()
 

@@ -23,9 +23,9 @@ from job.slimming.calibration.paused_forward import (
     standing_bytes,
 )
 from job.slimming.compensation.folding import columns_of, norms_behind, rebuild
-from job.slimming.graph.recorder import observed
-from job.slimming.graph.snapshot import Snapshot, untouched
-from job.slimming.inputs import call, joined, samples, shape_of
+from job.slimming.graph.snapshot import Snapshot, preserve_state
+from job.slimming.graph.trace import eval_with_hooks
+from job.slimming.inputs import batch_signature, call_network, concatenate, sample_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -107,7 +107,9 @@ class _Pairs:
         self.often = Counter(call.weight for call in graph.calls)
         most = max(1, MOST_BYTES // (2 * standing_bytes(wide, example)))
         inputs = list(_first(map(inputs_of, batches), most))
-        self.step = max(map(samples, inputs), default=1)  # readings of so many are added at a time
+        self.step = max(
+            map(sample_count, inputs), default=1
+        )  # readings of so many are added at a time
         keeps = keeps_activations(wide, example)
         self.inputs = list(
             _joined(inputs, len(inputs) if keeps else -(-len(inputs) // MOST_PASSES))
@@ -121,7 +123,7 @@ class _Pairs:
         """Passes that can stand in front of each layer of ``todo``."""
         names = [reader.layer for reader in todo]
         with ExitStack() as stack:
-            stack.enter_context(untouched(self.networks[1]))
+            stack.enter_context(preserve_state(self.networks[1]))
             for network in self.networks:
                 layers = map(network.get_submodule, names)
                 passes = stack.enter_context(forward_passes(network, layers, self.inputs))
@@ -161,16 +163,16 @@ def _first(batches: Iterable[Example], most: int) -> Iterator[Example]:
     """The first batches, of ``most`` samples or a few more."""
     for batch in batches:
         yield batch
-        most -= samples(batch)
+        most -= sample_count(batch)
         if most <= 0:
             return
 
 
 def _joined(batches: Sequence[Example], count: int) -> Iterator[Any]:
     """``count`` batches at a time as one, where they are of one size."""
-    for _, alike in itertools.groupby(batches, key=shape_of):
+    for _, alike in itertools.groupby(batches, key=batch_signature):
         while some := list(itertools.islice(alike, count)):
-            yield joined(some)
+            yield concatenate(some)
 
 
 def _inputs(
@@ -183,8 +185,8 @@ def _inputs(
         # a copy: the next layer may work in place
         found.append(values_of(layer, inputs[0], reader).clone())
 
-    with observed(network, [(layer, hook)]):
-        call(network, batch)
+    with eval_with_hooks(network, [(layer, hook)]):
+        call_network(network, batch)
     return found
 
 

@@ -9,26 +9,26 @@ import torch
 from torch import nn
 
 from job.slimming.graph.channel_labels import along, axes, plain
-from job.slimming.graph.layers import BATCHNORM, LAYERS, modules_of
-from job.slimming.graph.union import Flow, Ids, Position, Side
+from job.slimming.graph.layers import BATCHNORM, LAYER_TYPES, modules_of
+from job.slimming.graph.union import ChannelSlot, Flow, Ids, Side
 
 if TYPE_CHECKING:
-    from job.slimming.graph.recorder import Operation, Recording
+    from job.slimming.graph.trace import Op, Trace
 
 
 class Activations:
-    """Labels of the activations of ``recording``; what is found out goes into ``flow``."""
+    """Labels of the activations of ``trace``; what is found out goes into ``flow``."""
 
-    recording: Recording
+    trace: Trace
     counting: bool  # it is the main pass
-    often: bool  # the operation's result is used more than once
+    often: bool  # the op's result is used more than once
     wide: bool  # so is what it comes from
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self.flow = network, Flow()
         self.modules = modules_of(network)
         self.twins = _twins(network)
-        self.positions: dict[tuple[str, Side], Position] = {}
+        self.slots: dict[tuple[str, Side], ChannelSlot] = {}
         self.labels: dict[int, torch.Tensor] = {}  # by id of the activation
         self.bounds: dict[bytes, tuple[Ids, set[int]]] = {}  # of slices, by the channels sliced
         self.shared: set[int] = set()  # activations whose elements go more than one way
@@ -76,13 +76,13 @@ class Activations:
         if found is not None:
             self.flow.fix(plain(found), reason if self.counting else f"{reason} (in train mode)")
 
-    def forget(self, op: Operation) -> None:
+    def forget(self, op: Op) -> None:
         """Results that nothing can be cut from."""
         for result in op.results():
             self.labels.pop(id(result), None)
 
-    def give_up(self, op: Operation, reason: str) -> None:
-        """Leave alone all that an operation touches."""
+    def give_up(self, op: Op, reason: str) -> None:
+        """Leave alone all that an op touches."""
         self.flow.doubtful = True
         for tensor in op.inputs():
             self.fix(tensor, reason)
@@ -91,14 +91,14 @@ class Activations:
     def note(self, name: str, side: Side, ids: Ids, times: int = 0) -> None:
         """A position of the parameter ``name``; of what is used twice they are tied."""
         layer, _, parameter = name.rpartition(".")
-        bare = not (isinstance(self.modules[layer], LAYERS) and parameter == "weight")
+        bare = not (isinstance(self.modules[layer], LAYER_TYPES) and parameter == "weight")
         where = name if bare else layer
-        if (where, side) in self.positions:
-            return self.flow.tie(self.positions[where, side].ids, ids)
+        if (where, side) in self.slots:
+            return self.flow.tie(self.slots[where, side].ids, ids)
         for alike in (where, *self.twins.get(where, ())):
-            position = Position(alike, side, ids, times)
-            self.positions[alike, side] = position
-            self.flow.positions.append(position)
+            position = ChannelSlot(alike, side, ids, times)
+            self.slots[alike, side] = position
+            self.flow.slots.append(position)
         if bare:
             self.flow.suspects.append((f"the parameter {where}", ids))
         return None
@@ -109,7 +109,7 @@ def _twins(network: nn.Module) -> dict[str, list[str]]:
     first: dict[int, str] = {}
     twins: dict[str, list[str]] = {}
     for name, layer in modules_of(network, once=True).items():
-        if isinstance(layer, LAYERS) and not isinstance(layer, BATCHNORM):
+        if isinstance(layer, LAYER_TYPES) and not isinstance(layer, BATCHNORM):
             known = first.setdefault(id(layer.weight), name)
             if known != name:
                 twins.setdefault(known, []).append(name)

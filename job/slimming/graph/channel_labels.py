@@ -14,7 +14,7 @@ from job.slimming.graph.op_kinds import AXIS_AT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from job.slimming.graph.recorder import Operation
+    from job.slimming.graph.trace import Op
     from job.slimming.graph.union import Ids
 
 MOST_ENTRIES = 1 << 25  # of labels that are laid out in full
@@ -47,7 +47,7 @@ def compact(labels: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def axes_given(op: Operation) -> set[int] | None:
+def axes_given(op: Op) -> set[int] | None:
     """The axes that a reduction, a softmax or the like works along; None where it does not say."""
     given = op.argument(AXIS_AT[op.name], "dim", op.kwargs.get("axis"))
     given = [given] if type(given) is int else given
@@ -92,10 +92,8 @@ def _prefix(shape: torch.Size, product: int) -> int | None:
     return len(shape) if reached == product else None
 
 
-def moved(
-    op: Operation, of: Callable[[torch.Tensor], torch.Tensor | None]
-) -> list[torch.Tensor] | None:
-    """Labels of the results of an operation that moves data: it is run on the labels."""
+def moved(op: Op, of: Callable[[torch.Tensor], torch.Tensor | None]) -> list[torch.Tensor] | None:
+    """Labels of the results of an op that moves data: it is run on the labels."""
 
     def laid_out(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -129,7 +127,7 @@ def moved(
 
 
 def _padded_elsewhere(
-    op: Operation, of: Callable[[torch.Tensor], torch.Tensor | None]
+    op: Op, of: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> torch.Tensor | None:
     """Labels of what is padded along other axes than those of its channels."""
     image, pads = op.argument(0, "input"), op.argument(1, "pad")

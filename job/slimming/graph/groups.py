@@ -1,4 +1,4 @@
-"""Channel groups: which positions of which layers must be cut together."""
+"""Channel groups: which slots of which layers must be cut together."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.slimming.graph.layers import LAYERS, modules_of
+from job.slimming.graph.layers import LAYER_TYPES, modules_of
 from job.slimming.graph.propagation import follow
-from job.slimming.graph.recorder import alike, recorded
 from job.slimming.graph.selection import batchnorms
-from job.slimming.graph.snapshot import untouched
-from job.slimming.graph.union import FIXED, Flow, Ids, Position
+from job.slimming.graph.snapshot import preserve_state
+from job.slimming.graph.trace import same_ops, trace_with_snapshot
+from job.slimming.graph.union import FIXED, ChannelSlot, Flow, Ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import nn
 
-    from job.slimming.graph.recorder import Recording
-    from job.slimming.graph.union import Call
+    from job.slimming.graph.trace import Trace
+    from job.slimming.graph.union import LayerCall
     from job.slimming.inputs import Example
 
 
-DOUBT = "an operation that is not understood"
+DOUBT = "an op that is not understood"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ChannelGroup:
     channels: Ids
     layers: tuple[str, ...]
     norms: tuple[str, ...]
-    positions: tuple[tuple[str, str], ...]
+    slots: tuple[tuple[str, str], ...]
     blocks: Ids | None = None
 
     @property
@@ -52,7 +52,7 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
-class Blocked:
+class BlockedChannels:
     """Output channels of ``layer`` that are not cut, and why."""
 
     layer: str
@@ -64,15 +64,15 @@ class Blocked:
 class ChannelGraph:
     """All groups of a network, in the order of the data flow, and what cannot be cut.
 
-    Channels are numbered from 1 to ``count`` - 1; the ``ids`` of ``positions`` are these numbers,
+    Channels are numbered from 1 to ``count`` - 1; the ``ids`` of ``slots`` are these numbers,
     0 where a channel is never cut.
     """
 
     groups: tuple[ChannelGroup, ...]
-    blocked: tuple[Blocked, ...]
-    positions: tuple[Position, ...]
+    blocked: tuple[BlockedChannels, ...]
+    slots: tuple[ChannelSlot, ...]
     count: int
-    calls: tuple[Call, ...]
+    calls: tuple[LayerCall, ...]
     suspects: tuple[tuple[str, str], ...] = ()  # groups moved by fixed numbers, maybe; by what
     auxiliary: bool = False  # there are layers that only run in train mode
     odd: bool = False  # what is done is not all understood, or another thing in train mode
@@ -85,16 +85,16 @@ class ChannelGraph:
         numbers = np.arange(self.count)
         numbers[np.concatenate([group.channels for group in gone])] = FIXED
         blocked = tuple(
-            Blocked(p.layer, int(np.isin(p.ids, group.channels).sum()), reason)
+            BlockedChannels(p.layer, int(np.isin(p.ids, group.channels).sum()), reason)
             for group in gone
-            for p in self.positions
+            for p in self.slots
             if p.layer in group.layers and p.side in ("out", "select")
         )
         return replace(
             self,
             groups=tuple(group for group in self.groups if group not in gone),
             blocked=self.blocked + blocked,
-            positions=_numbered(self.positions, numbers),
+            slots=_numbered(self.slots, numbers),
             suspects=tuple(s for s in self.suspects if s[0] not in {g.name for g in gone}),
         )
 
@@ -105,28 +105,28 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
     Neither inputs nor outputs of the layers in ``ignore``, by their names or those of the modules
     that they are in, are cut. Raises whatever the network's forward pass raises.
     """
-    with untouched(network, values=False) as snapshot:
-        recordings = [recorded(network, example, snapshot, training=False)]
+    with preserve_state(network, values=False) as snapshot:
+        traces = [trace_with_snapshot(network, example, snapshot, training=False)]
         with suppress(Exception):  # as for pictures too small for an auxiliary head
-            recordings.append(recorded(network, example, snapshot, training=True))
-    unseen = _unseen(network, recordings[0])
-    auxiliary = bool(unseen) and len(recordings) == 1
-    if len(recordings) > 1:
-        auxiliary = bool(unseen) and bool(unseen - _unseen(network, recordings[1]))
-        if not auxiliary and alike(*recordings):
-            recordings.pop()
-    flow = follow(network, recordings)
-    if auxiliary and len(recordings) == 1:
+            traces.append(trace_with_snapshot(network, example, snapshot, training=True))
+    unseen = _unseen(network, traces[0])
+    auxiliary = bool(unseen) and len(traces) == 1
+    if len(traces) > 1:
+        auxiliary = bool(unseen) and bool(unseen - _unseen(network, traces[1]))
+        if not auxiliary and same_ops(*traces):
+            traces.pop()
+    flow = follow(network, traces)
+    if auxiliary and len(traces) == 1:
         reason = f"{min(unseen)} reads some of them in train mode, which fails"
         flow.fix(np.arange(flow.count), reason)
-    odd = len(recordings) > 1
+    odd = len(traces) > 1
     flow.doubtful |= snapshot.custom or (odd and not unseen)
     graph = replace(_graph(network, flow), auxiliary=auxiliary, odd=odd or flow.doubtful)
     prefixes = tuple(ignore)
     asked = [
         group.name
         for group in graph.groups
-        if any(_within(layer, prefixes) for layer, _ in group.positions)
+        if any(_within(layer, prefixes) for layer, _ in group.slots)
     ]
     return graph.without(asked, "asked to be ignored")
 
@@ -135,14 +135,14 @@ def _within(layer: str, names: tuple[str, ...]) -> bool:
     return any(layer == name or layer.startswith(f"{name}.") for name in names)
 
 
-def _unseen(network: nn.Module, recording: Recording) -> set[str]:
+def _unseen(network: nn.Module, trace: Trace) -> set[str]:
     """Layers that the pass did not use."""
-    used = {id(tensor) for op in recording.operations for tensor in op.inputs()}
-    names = {name for key, name in recording.names.items() if key in used}
+    used = {id(tensor) for op in trace.ops for tensor in op.inputs()}
+    names = {name for key, name in trace.names.items() if key in used}
     return {
         name
         for name, layer in modules_of(network, once=True).items()
-        if isinstance(layer, LAYERS)
+        if isinstance(layer, LAYER_TYPES)
         and not any(f"{name}.{own}" in names for own in ("weight", "running_mean"))
     }
 
@@ -157,10 +157,10 @@ def _graph(network: nn.Module, flow: Flow) -> ChannelGraph:
     numbers = np.zeros(flow.count, np.int64)
     numbers[free] = np.arange(1, len(free) + 1)
     numbers = numbers[classes]
-    positions = _numbered(flow.positions, numbers)
+    slots = _numbered(flow.slots, numbers)
     blocks = [numbers[block] for block in blocks if numbers[block].any()]
     count = len(free) + 1
-    found = _groups(network, flow, numbers, positions, blocks, count)
+    found = _groups(network, flow, numbers, slots, blocks, count)
     groups = tuple(group for group, _ in found)
     names = np.zeros(count, object)
     for group in groups:
@@ -173,7 +173,7 @@ def _graph(network: nn.Module, flow: Flow) -> ChannelGraph:
         for name in np.unique(names[numbers[ids][numbers[ids] != FIXED]].astype(str))
     )
     graph = ChannelGraph(
-        groups, _blocked(flow, classes), positions, count, tuple(flow.calls), tuple(suspects)
+        groups, _blocked(flow, classes), slots, count, tuple(flow.calls), tuple(suspects)
     )
     unbalanced = [group.name for group, balanced in found if not balanced]
     graph = graph.without(unbalanced, "only some of them must stay equally many in each part")
@@ -181,16 +181,16 @@ def _graph(network: nn.Module, flow: Flow) -> ChannelGraph:
     return graph.without(single, "all of its channels are tied together")
 
 
-def _numbered(positions: Iterable[Position], numbers: Ids) -> tuple[Position, ...]:
+def _numbered(slots: Iterable[ChannelSlot], numbers: Ids) -> tuple[ChannelSlot, ...]:
     """Positions with ``numbers`` of their ids, equal ones one array; none that are all FIXED."""
     found: dict[int, Ids] = {}
     arrays: dict[bytes, Ids] = {}
     renumbered = []
-    for p in positions:
+    for p in slots:
         if id(p.ids) not in found:
             ids = numbers[p.ids]
             found[id(p.ids)] = arrays.setdefault(ids.tobytes(), ids)
-        renumbered.append(Position(p.layer, p.side, found[id(p.ids)], p.times))
+        renumbered.append(ChannelSlot(p.layer, p.side, found[id(p.ids)], p.times))
     some = {id(ids) for ids in arrays.values() if ids.any()}
     return tuple(p for p in renumbered if id(p.ids) in some)
 
@@ -234,7 +234,7 @@ def _groups(
     network: nn.Module,
     flow: Flow,
     numbers: Ids,
-    positions: Sequence[Position],
+    slots: Sequence[ChannelSlot],
     blocks: Sequence[Ids],
     count: int,
 ) -> list[tuple[ChannelGroup, bool]]:
@@ -252,9 +252,9 @@ def _groups(
     for layer, ids in written:
         if len(ids):
             writers[members[ids[0]]].append(layer)
-    arrays = {id(p.ids): p.ids for p in positions}  # some share one
+    arrays = {id(p.ids): p.ids for p in slots}  # some share one
     firsts = {key: _distinct(members[ids]) for key, ids in arrays.items()}
-    for position in positions:
+    for position in slots:
         for first in firsts[id(position.ids)]:
             within[first].append(position)
     rank = {name for name, norm in batchnorms(network).items() if norm.weight is not None}
@@ -279,7 +279,7 @@ def _distinct(numbers: Ids) -> set[int]:
     return {first, *numbers[numbers != first].tolist()}
 
 
-def _blocked(flow: Flow, classes: Ids) -> tuple[Blocked, ...]:
+def _blocked(flow: Flow, classes: Ids) -> tuple[BlockedChannels, ...]:
     """Layers whose output channels are fixed, with the first reason found."""
     names = dict.fromkeys(reason for reason, _ in flow.reasons)
     names["added to channels that are always there"] = None
@@ -296,7 +296,7 @@ def _blocked(flow: Flow, classes: Ids) -> tuple[Blocked, ...]:
             continue
         numbers = np.bincount(own, minlength=len(names) + 1)
         found += [
-            Blocked(layer, int(numbers[number]), reason)
+            BlockedChannels(layer, int(numbers[number]), reason)
             for reason, number in order.items()
             if numbers[number]
         ]

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCHNORM = nn.modules.batchnorm._BatchNorm
-LAYERS = (*CONVOLUTIONS, nn.Linear, BATCHNORM)
+LAYER_TYPES = (*CONVOLUTIONS, nn.Linear, BATCHNORM)
 
 
-def owner(parameter: str) -> str:
+def owner_of(parameter: str) -> str:
     """The module that a parameter or module belongs to."""
     return parameter.rpartition(".")[0]
 

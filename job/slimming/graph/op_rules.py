@@ -12,7 +12,7 @@ from job.slimming.graph.activations import Activations
 from job.slimming.graph.channel_labels import axes, axes_given, joined, moved, plain, reshaped
 
 if TYPE_CHECKING:
-    from job.slimming.graph.recorder import Operation
+    from job.slimming.graph.trace import Op
     from job.slimming.graph.union import Ids
 
 # whatever the number of channels is
@@ -23,9 +23,9 @@ HARMLESS = frozenset(
 
 
 class Between(Activations):
-    """Rules for operations that have no weights."""
+    """Rules for ops that have no weights."""
 
-    def elementwise(self, op: Operation) -> None:
+    def elementwise(self, op: Op) -> None:
         """Channel by channel: activations, pooling."""
         image, *others = op.inputs()
         found = self.of(image)
@@ -38,7 +38,7 @@ class Between(Activations):
             self.set(result, found, shared=self.wide)
         return None
 
-    def along(self, op: Operation) -> None:
+    def along(self, op: Op) -> None:
         """Sums, maxima, softmax and the like: what meets along an axis is cut together."""
         image, *others = op.inputs()
         found, places = self.of(image), axes_given(op)
@@ -59,7 +59,7 @@ class Between(Activations):
             self.set(result, labels, shared=self.wide)
         return None
 
-    def glu(self, op: Operation) -> None:
+    def glu(self, op: Op) -> None:
         """One half of the channels times the other's sigmoid (Dauphin et al. 2017)."""
         image = next(op.inputs())
         axis = op.argument(1, "dim", -1) % image.dim()
@@ -72,7 +72,7 @@ class Between(Activations):
         self.flow.tie(half, gate)
         return self.lay(op.result, half, axis, shared=self.wide)
 
-    def pairwise(self, op: Operation) -> None:
+    def pairwise(self, op: Op) -> None:
         """Sums and products: channels that meet are cut together."""
         tensors, dims = list(op.inputs()), next(op.results()).dim()
         together: torch.Tensor | None = None
@@ -106,14 +106,14 @@ class Between(Activations):
         own = [a - missing for a in axes(labels) if a >= missing and tensor.shape[a - missing] > 1]
         if not own:
             return True
-        name = self.recording.name(tensor)
+        name = self.trace.name(tensor)
         first = next(axis for axis, size in enumerate(tensor.shape) if size > 1)
         if name is None or own != [first] or len(axes(labels)) > 1:
             return False
         self.note(name, "through", plain(labels))
         return True
 
-    def cat(self, op: Operation) -> None:
+    def cat(self, op: Op) -> None:
         """Concatenation along the channels, or of the same channels along another axis."""
         axis = op.argument(1, "dim", op.kwargs.get("axis", 0)) % op.result.dim()
         parts = []
@@ -135,7 +135,7 @@ class Between(Activations):
             self.flow.tie(plain(first), plain(part.narrow(axis, 0, 1)))
         return self.set(op.result, first, shared=self.wide)
 
-    def reshape(self, op: Operation) -> None:
+    def reshape(self, op: Op) -> None:
         """Views: channels split into groups, or merged with the places that follow them."""
         image, result = next(op.inputs()), op.result
         found = self.of(image)
@@ -153,7 +153,7 @@ class Between(Activations):
             self.flow.suspects.append((op.name, plain(labels)))
         return self.set(result, labels, shared=self.wide)
 
-    def move(self, op: Operation) -> None:
+    def move(self, op: Op) -> None:
         """Slices, transposes, shuffles."""
         outcomes = moved(op, self.of)
         sources = [found for tensor in op.inputs() if (found := self.of(tensor)) is not None]

@@ -24,12 +24,12 @@ class SelectedChannels(nn.Module):
         return output
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrap_selection(module: nn.Module) -> nn.Module:
     """What selects its channels from a stream is the BatchNorm in it; else the module itself."""
     return module.norm if isinstance(module, SelectedChannels) else module
 
 
 def batchnorms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     """BatchNorms by name, also by that of what selects their channels from a stream."""
-    found = ((name, unwrapped(module)) for name, module in modules_of(network).items())
+    found = ((name, unwrap_selection(module)) for name, module in modules_of(network).items())
     return {name: norm for name, norm in found if isinstance(norm, BATCHNORM)}

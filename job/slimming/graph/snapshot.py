@@ -38,7 +38,7 @@ Place = tuple[Any, Any, torch.Tensor]
 
 
 @contextmanager
-def untouched(network: nn.Module, *, values: bool = True) -> Iterator[Snapshot]:
+def preserve_state(network: nn.Module, *, values: bool = True) -> Iterator[Snapshot]:
     """Put back all state of ``network`` at the end: attributes, buffers, hooks, modes, caches.
 
     Also what its classes, closures and module-level names held, and the generators of torch,
@@ -63,7 +63,7 @@ class Snapshot:
 
     def __init__(self, *roots: Any) -> None:
         self.tensors: list[torch.Tensor] = []
-        # of a recording's tensors on the meta device: by id of the original, and their names
+        # of a trace's tensors on the meta device: by id of the original, and their names
         self.shadows: tuple[dict[int, torch.Tensor], dict[int, str]] | None = None
         self.locks = False  # something of it can be locked: one pass may wait for another
         self.custom = False  # the code has functions of its own for autograd

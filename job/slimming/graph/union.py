@@ -1,4 +1,4 @@
-"""Which channels belong together, followed through the recorded operations of a network.
+"""Which channels belong together, followed through the recorded ops of a network.
 
 Every output channel of a convolution or linear layer is an *element*; each activation carries, as
 an int64 tensor that broadcasts to its shape, the element that each of its entries comes from. Where
@@ -20,7 +20,7 @@ FIXED = 0  # the element of everything that is never cut
 
 
 @dataclass(frozen=True)
-class Position:
+class ChannelSlot:
     """Elements ``ids`` along one side of a layer, or of a parameter that no known layer owns.
 
     ``out``: rows that it writes; ``in``: columns that it sums over; ``through``: channels that pass
@@ -35,7 +35,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """A use of a convolution or linear layer: multiply-adds for one picture and each weight.
 
     ``weight`` is None where it is computed; then they are those of all of it.
@@ -47,15 +47,15 @@ class Call:
 
 @dataclass
 class Flow:
-    """What following the operations has found."""
+    """What following the ops has found."""
 
-    positions: list[Position] = field(default_factory=list)
+    slots: list[ChannelSlot] = field(default_factory=list)
     births: list[tuple[str, Ids]] = field(default_factory=list)  # who writes which elements
     blocks: list[Ids] = field(default_factory=list)  # (B, n): as many of each row must stay
     suspects: list[tuple[str, Ids]] = field(default_factory=list)  # moved by fixed numbers, maybe
     reasons: list[tuple[str, Ids]] = field(default_factory=list)  # why elements are fixed
-    calls: list[Call] = field(default_factory=list)
-    doubtful: bool = False  # there is an operation that is not understood
+    calls: list[LayerCall] = field(default_factory=list)
+    doubtful: bool = False  # there is an op that is not understood
     count: int = 1  # elements, FIXED among them
     ties: list[tuple[Ids, Ids]] = field(default_factory=list)  # pair by pair
 

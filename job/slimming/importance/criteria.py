@@ -27,7 +27,7 @@ def gamma_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
     mean = _Mean(graph.count)
     ranking = [
         position
-        for position in graph.positions
+        for position in graph.slots
         if position.side in ("through", "select") and position.layer in names
     ]
     if ranking:
@@ -40,7 +40,7 @@ def gamma_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
 def magnitude_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
     """L2 norm of the weights that write a channel, the mean over its writers (Li et al. 2017)."""
     mean = _Mean(graph.count)
-    for position in graph.positions:
+    for position in graph.slots:
         if position.side == "out":
             weight = _weight(network, position.layer).detach().double().cpu()
             mean.add(position.ids, weight.flatten(1).norm(dim=1).numpy())

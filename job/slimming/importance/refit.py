@@ -44,7 +44,7 @@ def refit_importance(
     """
     parts: list[list[_Part]] = [[] for _ in graph.groups]
     unknown = np.zeros(graph.count, bool)
-    for position in graph.positions:
+    for position in graph.slots:
         unknown[position.ids] |= position.side == "in"
     for reader in readers(network, graph):
         if reader.layer in moments:

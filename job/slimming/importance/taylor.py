@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from job.distributed.collectives import total
 from job.errors import UsageError
-from job.slimming.graph.recorder import mode, tensors_in
 from job.slimming.graph.selection import batchnorms
-from job.slimming.graph.snapshot import untouched
+from job.slimming.graph.snapshot import preserve_state
+from job.slimming.graph.trace import tensors_in, training_mode
 from job.slimming.graph.union import FIXED
-from job.slimming.inputs import batchwise, call
+from job.slimming.inputs import call_network, map_batched
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -37,7 +37,7 @@ def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable
     no process has labels, or they do not fit the network.
     """
     names = {norm for group in graph.groups for norm in group.norms}
-    places = [p for p in graph.positions if p.layer in names and p.side in ("through", "select")]
+    places = [p for p in graph.slots if p.layer in names and p.side in ("through", "select")]
     known = batchnorms(network)
     norms = [known[place.layer] for place in places]
     tensors = [t for norm in norms for t in (norm.weight, norm.bias)]
@@ -46,9 +46,9 @@ def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable
     try:
         for tensor in frozen:
             tensor.requires_grad_(True)
-        with untouched(network), mode(network, training=False), torch.enable_grad():
+        with preserve_state(network), training_mode(network, training=False), torch.enable_grad():
             for inputs, labels in _labelled(batches):
-                loss = F.cross_entropy(_logits(call(network, inputs), labels), labels)
+                loss = F.cross_entropy(_logits(call_network(network, inputs), labels), labels)
                 gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
                 change = np.zeros(graph.count)
                 for number, place in enumerate(places):
@@ -93,7 +93,7 @@ def _labelled(batches: Iterable[Batch]) -> Iterator[tuple[Example, torch.Tensor]
         if known.all():
             yield inputs, labels
         elif known.any():
-            yield batchwise(inputs, operator.itemgetter(known)), labels[known]
+            yield map_batched(inputs, operator.itemgetter(known)), labels[known]
 
 
 def _gate(

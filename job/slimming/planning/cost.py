@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, owner, tensors_of
-from job.slimming.graph.recorder import record
+from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, owner_of, tensors_of
 from job.slimming.graph.selection import batchnorms
+from job.slimming.graph.trace import trace_network
 
 if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
-    from job.slimming.graph.recorder import Operation, Recording
+    from job.slimming.graph.trace import Op, Trace
     from job.slimming.graph.union import Ids
 
 METRICS = ("channels", "params", "macs", "bytes")
 _CALLS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
-Sides = dict[tuple[str, str], int]  # numbers of positions by layer and side
+Sides = dict[tuple[str, str], int]  # numbers of channel slots by layer and side
 INDEX_BYTES = 8  # of a channel that a BatchNorm selects
 
 
@@ -60,21 +60,17 @@ def picture(size: int) -> torch.Tensor:
 
 def layer_costs(network: nn.Module, size: int) -> list[LayerCost]:
     """The cost of every layer with parameters as it is used on a picture of (3, size, size)."""
-    recording = record(network, picture(size))
+    trace = trace_network(network, picture(size))
     return [
-        _layer_cost(network, layer, operation, recording)
-        for operation in recording.operations
-        for layer in dict.fromkeys(
-            owner(name) for name in map(recording.name, operation.inputs()) if name
-        )
+        _layer_cost(network, layer, op, trace)
+        for op in trace.ops
+        for layer in dict.fromkeys(owner_of(name) for name in map(trace.name, op.inputs()) if name)
     ]
 
 
-def _layer_cost(
-    network: nn.Module, name: str, operation: Operation, recording: Recording
-) -> LayerCost:
+def _layer_cost(network: nn.Module, name: str, op: Op, trace: Trace) -> LayerCost:
     layer = network.get_submodule(name)
-    output = next(operation.results())
+    output = next(op.results())
     axis = 1 if output.dim() > 1 else 0
     inputs = outputs = output.shape[axis]
     if isinstance(layer, CONVOLUTIONS):
@@ -82,25 +78,23 @@ def _layer_cost(
     elif isinstance(layer, nn.Linear):
         inputs, outputs = layer.in_features, layer.out_features
     params = sum(p.numel() for p in layer.parameters(recurse=False))
-    return LayerCost(
-        name, type(layer).__name__, inputs, outputs, params, _macs(operation, recording)
-    )
+    return LayerCost(name, type(layer).__name__, inputs, outputs, params, _macs(op, trace))
 
 
-def _macs(operation: Operation, recording: Recording) -> int:
-    if operation.name not in _CALLS:
+def _macs(op: Op, trace: Trace) -> int:
+    if op.name not in _CALLS:
         return 0
-    weight = operation.argument(1, "weight")
-    return int(operation.result.numel() // recording.samples * weight[0].numel())
+    weight = op.argument(1, "weight")
+    return int(op.result.numel() // trace.sample_count * weight[0].numel())
 
 
 def network_cost(network: nn.Module, size: int) -> Cost:
     """The cost of the whole network for a picture of (3, size, size)."""
-    recording = record(network, picture(size))
+    trace = trace_network(network, picture(size))
     return Cost(
         channels=sum(m.num_features for m in network.modules() if isinstance(m, BATCHNORM)),
         params=sum(p.numel() for p in network.parameters()),
-        macs=sum(_macs(operation, recording) for operation in recording.operations),
+        macs=sum(_macs(op, trace) for op in trace.ops),
         bytes=sum(t.numel() * t.element_size() for t in network.state_dict().values()),
     )
 
@@ -115,9 +109,9 @@ class Costs:
     def __init__(
         self, network: nn.Module, graph: ChannelGraph, unbiased: frozenset[str] = frozenset()
     ) -> None:
-        arrays = {id(p.ids): p.ids for p in graph.positions}  # positions share some
+        arrays = {id(p.ids): p.ids for p in graph.slots}  # slots share some
         number_of = {key: number for number, key in enumerate(arrays)}
-        sides: Sides = {(p.layer, p.side): number_of[id(p.ids)] for p in graph.positions}
+        sides: Sides = {(p.layer, p.side): number_of[id(p.ids)] for p in graph.slots}
         self.ids = np.concatenate([[0], *arrays.values()])
         lengths = [1, *map(len, arrays.values())]
         self.starts = np.cumsum([0, *lengths[:-1]])
@@ -171,22 +165,22 @@ class Costs:
         return self.cost_at(self.counts(keep))
 
     def counts(self, keep: Ids) -> Ids:
-        """How many channels of ``keep`` (channels,) bool stand at each position (positions,)."""
+        """How many channels of ``keep`` (channels,) bool stand in each channel slot (slots,)."""
         counts: Ids = np.add.reduceat(keep[self.ids].astype(np.int64), self.starts)
         return counts
 
     def places(self, channels: Ids) -> Ids:
-        """How often some channels (n,) stand at each position (positions,)."""
+        """How often some channels (n,) stand in each channel slot (slots,)."""
         found = [self.position[self.first_of[c] : self.first_of[c + 1]] for c in channels]
         counts: Ids = np.bincount(np.concatenate(found), minlength=len(self.starts))
         return counts
 
     def cost_at(self, counts: Ids) -> Cost:
-        """The cost with so many channels at each position (positions,), as ``counts`` has them."""
+        """The cost with so many channels in each channel slot (slots,), as ``counts`` has them."""
         return Cost(**{metric: self.measure(metric, counts) for metric in METRICS})
 
     def measure(self, metric: str, counts: Ids) -> int:
-        """One of ``METRICS`` with so many channels at each position (positions,)."""
+        """One of ``METRICS`` with so many channels in each channel slot (slots,)."""
         if metric == "channels":
             return self.other_channels + int(counts[self.norms].sum())
         numel = self.numel * (counts[self.first] * counts[self.second]) // self.full
@@ -214,7 +208,7 @@ def _tensors(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def _sides(name: str, tensor: torch.Tensor, sides: Sides, cut: set[str]) -> tuple[int, int]:
-    """Numbers (from 1; 0: none) of the positions that a tensor's size is proportional to."""
+    """Numbers (from 1; 0: none) of the channel slots that a tensor's size is proportional to."""
     layer, _, own = name.rpartition(".")
     if own == "num_batches_tracked":
         return 0, 0

@@ -11,7 +11,7 @@ from job.slimming.planning.layer_channels import LayerChannels
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from job.slimming.graph.groups import Blocked
+    from job.slimming.graph.groups import BlockedChannels
     from job.slimming.planning.cost import Cost
     from job.slimming.planning.layer_channels import Layers
 
@@ -27,7 +27,7 @@ def plan_text(
     layers: Layers,
     before: Cost | None,
     after: Cost | None,
-    blocked: Sequence[Blocked],
+    blocked: Sequence[BlockedChannels],
 ) -> str:
     """Return at most 40 lines: layers and costs before and after, and what is not cut and why."""
     half = MOST_LAYERS // 2
@@ -63,7 +63,7 @@ def _widths(layers: Layers, name: str, full: Sizes) -> tuple[str, str]:
     return inputs, outputs
 
 
-def _blocked_lines(blocked: Sequence[Blocked]) -> Iterator[str]:
+def _blocked_lines(blocked: Sequence[BlockedChannels]) -> Iterator[str]:
     reasons: Counter[str] = Counter()
     for each in blocked:
         reasons[each.reason] += each.channels

@@ -13,7 +13,7 @@ from job.slimming.planning.overview import plan_text
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from job.slimming.graph.groups import Blocked, ChannelGraph
+    from job.slimming.graph.groups import BlockedChannels, ChannelGraph
     from job.slimming.graph.union import Ids
     from job.slimming.planning.cost import Cost
     from job.slimming.planning.overview import Sizes
@@ -51,7 +51,7 @@ class Plan:
     layers: Layers = field(default_factory=dict)
     before: Cost | None = None
     after: Cost | None = None
-    blocked: tuple[Blocked, ...] = ()
+    blocked: tuple[BlockedChannels, ...] = ()
     sizes: Mapping[str, Sizes] = field(default_factory=dict)
     method: str = ""
     example: Any = None
@@ -86,8 +86,8 @@ def everything(graph: ChannelGraph) -> Ids:
 def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
     """Where the channels of ``keep`` (count,) bool stand, layer by layer; whole layers left out."""
     layers: dict[str, dict[str, Any]] = {}
-    found: dict[tuple[int, int], Kept | None] = {}  # by array, of which positions share some
-    for position in graph.positions:
+    found: dict[tuple[int, int], Kept | None] = {}  # by array, of which slots share some
+    for position in graph.slots:
         kept = _staying(keep, position.ids, 1, found)
         if kept is None:
             continue
@@ -109,7 +109,7 @@ def groups_of(graph: ChannelGraph, keep: Ids) -> dict[str, Kept]:
 def sizes_of(graph: ChannelGraph) -> dict[str, Sizes]:
     """Inputs and outputs of every layer that sums over channels or picks some, in order."""
     sizes: dict[str, Sizes] = {}
-    for position in graph.positions:
+    for position in graph.slots:
         number = len(position.ids)
         inputs, outputs = sizes.get(position.layer, (None, None))
         if position.side in ("in", "select"):

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from job.errors import UsageError
-from job.slimming.graph.groups import Blocked
-from job.slimming.graph.layers import LAYERS, modules_of
+from job.slimming.graph.groups import BlockedChannels
+from job.slimming.graph.layers import LAYER_TYPES, modules_of
 from job.slimming.graph.selection import SelectedChannels
 from job.slimming.planning.cost import Cost, Costs
 from job.slimming.planning.policy import UNRANKED, Planner, Ranked, given_back, ranked, solve
@@ -70,7 +70,7 @@ def layer_widths(network: nn.Module) -> dict[str, int]:
     for name, layer in modules_of(network, once=True).items():
         if isinstance(layer, SelectedChannels):
             widths[name] = len(layer.indices)
-        elif isinstance(layer, LAYERS):
+        elif isinstance(layer, LAYER_TYPES):
             names = ("out_channels", "out_features", "num_features")
             widths[name] = int(next(getattr(layer, n) for n in names if hasattr(layer, n)))
     return widths
@@ -129,7 +129,7 @@ def _explained(graph: ChannelGraph, groups: Sequence[Ranked]) -> ChannelGraph:
     """The graph whose ``blocked`` tells of groups without a rank too."""
     names = {r.group.name for r in groups}
     extra = tuple(
-        Blocked(layer, group.size, UNRANKED)
+        BlockedChannels(layer, group.size, UNRANKED)
         for group in graph.groups
         if group.name not in names
         for layer in group.layers

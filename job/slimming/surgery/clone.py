@@ -35,7 +35,7 @@ SHARED = (
 PLAIN = frozenset([bool, int, float, str, type(None)])
 
 
-def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def clone_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """As copy.deepcopy does, but at once past what most of a module's attributes are.
 
     Functions that hold modules or tensors of the network, in closures or as defaults, become ones

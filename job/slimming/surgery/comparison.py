@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.errors import DataError, UsageError
-from job.slimming.graph.layers import LAYERS, modules_of
-from job.slimming.graph.recorder import mode, record, tensors_in
-from job.slimming.inputs import call
+from job.slimming.graph.layers import LAYER_TYPES, modules_of
+from job.slimming.graph.trace import tensors_in, trace_network, training_mode
+from job.slimming.inputs import call_network
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
 
-    from job.slimming.graph.recorder import Operation
+    from job.slimming.graph.trace import Op
     from job.slimming.inputs import Example
 
 DROPOUTS = frozenset(
@@ -30,7 +30,7 @@ RANDOM = frozenset(
 )
 
 
-def difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+def relative_difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
     """The largest difference of two networks' outputs, relative to the largest value of each.
 
     Infinite where sizes, integers, booleans, or the places of what is not finite differ, or where
@@ -59,13 +59,13 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(worst.nan_to_num(torch.inf))
 
 
-def explain(network: nn.Module, noise: Example) -> None:
+def explain_mismatch(network: nn.Module, noise: Example) -> None:
     """Raise the reason why the outputs of ``network`` for ``noise`` prove nothing about a cut.
 
     Do nothing when they prove something. Raises DataError for damaged weights, UsageError for a
     network whose outputs are not finite, or differ from pass to pass.
     """
-    check_weights(network)
+    check_finite_weights(network)
     outputs = _pass(network, noise, seed=0)
     if not any(bool(tensor.isfinite().any()) for tensor in outputs):
         raise UsageError(
@@ -74,17 +74,17 @@ def explain(network: nn.Module, noise: Example) -> None:
             if any(tensor.numel() for tensor in outputs)
             else "the network gives no tensor with values, so that a cut cannot be proven"
         )
-    if difference(_pass(network, noise, seed=1), outputs) > 0:
+    if relative_difference(_pass(network, noise, seed=1), outputs) > 0:
         raise UsageError(
             "the network's outputs in eval mode differ from pass to pass, so that a cut cannot be "
             f"proven: {_culprit(network, noise)}"
         )
 
 
-def check_weights(network: nn.Module) -> None:
+def check_finite_weights(network: nn.Module) -> None:
     """Raise DataError when a weight of a layer, or a BatchNorm's statistic, is not finite."""
     for name, module in modules_of(network, once=True).items():
-        if not isinstance(module, LAYERS):  # others may hold a mask of -inf
+        if not isinstance(module, LAYER_TYPES):  # others may hold a mask of -inf
             continue
         for own, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or bool(tensor.detach().isfinite().all()):
@@ -94,20 +94,20 @@ def check_weights(network: nn.Module) -> None:
 
 
 def _pass(network: nn.Module, noise: Example, seed: int) -> list[torch.Tensor]:
-    with mode(network, training=False), torch.no_grad(), torch.random.fork_rng():
+    with training_mode(network, training=False), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        return [tensor.clone() for tensor in tensors_in(call(network, noise))]
+        return [tensor.clone() for tensor in tensors_in(call_network(network, noise))]
 
 
 def _culprit(network: nn.Module, noise: Example) -> str:
-    operations = record(network, noise).operations
-    if any(operation.name in DROPOUTS and _drops(operation) for operation in operations):
+    ops = trace_network(network, noise).ops
+    if any(op.name in DROPOUTS and _drops(op) for op in ops):
         return "dropout is always on; pass it training=self.training, slim, and turn it on again"
-    names = sorted({op.name for op in operations if op.name in RANDOM})
+    names = sorted({op.name for op in ops if op.name in RANDOM})
     if names:
         return f"its forward pass calls {', '.join(names)}; turn that off for the cut"
     return "its forward pass keeps a state, or uses random numbers; turn that off for the cut"
 
 
-def _drops(operation: Operation) -> Any:
-    return operation.argument(2, "training", operation.argument(2, "train", True))
+def _drops(op: Op) -> Any:
+    return op.argument(2, "training", op.argument(2, "train", True))

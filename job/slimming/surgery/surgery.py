@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from job.errors import GammaslimError
-from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, LAYERS, modules_of, owner
-from job.slimming.graph.selection import SelectedChannels, unwrapped
-from job.slimming.surgery.clone import copied
+from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, LAYER_TYPES, modules_of, owner_of
+from job.slimming.graph.selection import SelectedChannels, unwrap_selection
+from job.slimming.surgery.clone import clone_module
 
 if TYPE_CHECKING:
     from job.slimming.planning.layer_channels import Kept, LayerChannels, Layers
@@ -22,7 +22,7 @@ Tensors = dict[str, torch.Tensor]
 Modules = dict[str, nn.Module]
 
 
-def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
+def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
     """A copy of ``network`` with only the channels in ``layers``; the input is left untouched.
 
     Device, dtype, memory format, training mode and requires_grad stay as they are. Raises
@@ -41,7 +41,7 @@ def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
     for name, kept in layers.items():
         if kept.select is not None:
             _choose(modules[name], kept.select, memo)
-    narrow = copied(network, memo)
+    narrow = clone_module(network, memo)
     if layers:
         for module in modules_of(network, once=True).values():
             _adjust(module, memo)
@@ -56,10 +56,10 @@ def narrowed(network: nn.Module, layers: Layers) -> nn.Module:
 def _holder(modules: Modules, name: str) -> nn.Module:
     """The module that has the tensors which are cut under ``name``."""
     if name not in modules:  # a parameter or buffer, not a layer
-        if owner(name) not in modules:
+        if owner_of(name) not in modules:
             raise GammaslimError(f"there is no layer {name}")
-        return modules[owner(name)]
-    return unwrapped(modules[name])
+        return modules[owner_of(name)]
+    return unwrap_selection(modules[name])
 
 
 def _is_param(tensor: torch.Tensor) -> bool:
@@ -165,9 +165,9 @@ def _grouped(
 
 def _adjust(wide: Any, memo: dict[int, Any]) -> None:
     """Make the numbers of a layer's copy those of its tensors."""
-    if not isinstance(wide, LAYERS) or id(wide) not in memo:
+    if not isinstance(wide, LAYER_TYPES) or id(wide) not in memo:
         return
-    layer: Any = unwrapped(memo[id(wide)])
+    layer: Any = unwrap_selection(memo[id(wide)])
     if isinstance(wide, BATCHNORM):
         sizes = (getattr(layer, own) for own in STATISTICS)
         layer.num_features = next((len(t) for t in sizes if t is not None), layer.num_features)
@@ -188,6 +188,6 @@ def _choose(norm: nn.Module, kept: Kept, memo: dict[int, Any]) -> None:
         return
     device = next((t.device for t in (*norm.parameters(), *norm.buffers())), None)
     indices = torch.tensor(kept, dtype=torch.long, device=device)
-    selected = SelectedChannels(copied(norm, memo), indices)
+    selected = SelectedChannels(clone_module(norm, memo), indices)
     selected.training = norm.training
     memo[id(norm)] = selected

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from job.errors import DataError, GammaslimError, UsageError, reason
-from job.slimming.graph.recorder import mode, record, tensors_in
-from job.slimming.graph.snapshot import untouched
-from job.slimming.inputs import call, mapped, repeated
+from job.slimming.graph.snapshot import preserve_state
+from job.slimming.graph.trace import tensors_in, trace_network, training_mode
+from job.slimming.inputs import call_network, map_tensors, repeat_first_sample
 from job.slimming.planning.plan import Proof, layers_of
 from job.slimming.planning.policy import Choice, ranked
-from job.slimming.surgery.clone import copied
-from job.slimming.surgery.comparison import difference, explain
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.clone import clone_module
+from job.slimming.surgery.comparison import explain_mismatch, relative_difference
+from job.slimming.surgery.surgery import apply_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
     from job.slimming.planning.layer_channels import LayerChannels, Layers
 
-TOLERANCE = 1e-9  # relative, in float64
+PROOF_TOLERANCE = 1e-9  # relative, in float64
 NOISES = 16  # times
 TRIES = 3
 PROBES = 2  # pictures
 SMALLER = (64, 96)  # pixels that a proof is made with, if larger pictures are treated alike
 
 
-def probe(example: Example) -> Any:
+def probe_batch(example: Example) -> Any:
     """Noise in float64, on the CPU, in place of the floating-point tensors of ``example``.
 
     Of two samples; integers and booleans, which may be indices, are those of the first one.
@@ -46,7 +46,7 @@ def probe(example: Example) -> Any:
             return tensor.cpu()
         return torch.rand(tensor.shape, dtype=torch.float64, generator=generator)
 
-    return mapped(repeated(example, PROBES), noise)
+    return map_tensors(repeat_first_sample(example, PROBES), noise)
 
 
 def verify(
@@ -66,19 +66,23 @@ def verify(
     above the tolerance, and where only the wide network can be trained: a forward pass in train
     mode shows it, with ``odd`` a backward one too.
     """
-    small = example if auxiliary else smaller(wide, example)  # such heads have sizes of their own
+    small = (
+        example if auxiliary else smallest_equivalent_input(wide, example)
+    )  # such heads have sizes of their own
     masked, expected, precision = _expected(wide, layers, small, auxiliary)
     try:
         # another seed: what depends on chance proves nothing
         found = _outputs(placed(narrow, precision), small, auxiliary, seed=1)
     except Exception as failure:  # anybody's network
         raise GammaslimError(f"the narrow network does not run: {reason(failure)}") from failure
-    tolerance = TOLERANCE
+    tolerance = PROOF_TOLERANCE
     if precision != torch.float64:
         tolerance = _noise(masked, expected, small, auxiliary)
-    proof = Proof(difference(found, expected), str(precision).removeprefix("torch."), tolerance)
+    proof = Proof(
+        relative_difference(found, expected), str(precision).removeprefix("torch."), tolerance
+    )
     if not proof.error <= tolerance:
-        explain(masked, _noise_for(masked, small))
+        explain_mismatch(masked, _noise_for(masked, small))
         raise GammaslimError(
             f"the cut is wrong: the narrow network differs from the wide one without those "
             f"channels by {proof}"
@@ -103,7 +107,7 @@ def _expected(
     masked = _masked(wide, layers, own)
     try:
         return masked, _outputs(masked, example, auxiliary), own
-    except Exception as failure:  # as of operations that only run on a GPU
+    except Exception as failure:  # as of ops that only run on a GPU
         raise UsageError(
             f"a cut is proven on the CPU, where the network does not run: {reason(failure)}"
         ) from failure
@@ -119,12 +123,12 @@ def _noise(
     generator, worst = torch.Generator().manual_seed(1), 0.0
     with torch.no_grad():
         for _ in range(TRIES):
-            moved = copied(masked, {})
+            moved = clone_module(masked, {})
             for tensor in moved.parameters():
                 if tensor.is_floating_point():
                     sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
                     tensor.mul_(1 + sign.to(tensor.dtype) * torch.finfo(tensor.dtype).eps)
-            worst = max(worst, difference(_outputs(moved, example, auxiliary), expected))
+            worst = max(worst, relative_difference(_outputs(moved, example, auxiliary), expected))
     eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
     return NOISES * max(worst, eps)
 
@@ -135,7 +139,7 @@ def _training_error(network: nn.Module, example: Example, backward: bool) -> str
         if backward:
             _step(network, example)
         else:
-            record(network, example, training=True)
+            trace_network(network, example, training=True)
     except Exception as error:  # anybody's network
         return reason(error)
     return None
@@ -144,24 +148,24 @@ def _training_error(network: nn.Module, example: Example, backward: bool) -> str
 def _step(network: nn.Module, example: Example) -> None:
     """A step forward and backward of a copy on the meta device; on the CPU where that fails."""
     try:
-        trained = copied(network, placed_tensors(network, torch.device("meta")))
-        _trained(trained, mapped(_noise_for(trained, example), lambda t: t.to("meta")))
+        trained = clone_module(network, placed_tensors(network, torch.device("meta")))
+        _trained(trained, map_tensors(_noise_for(trained, example), lambda t: t.to("meta")))
     except Exception:  # meta tensors have no values, and some networks look at some
         trained = placed(network, _precision(network))
         _trained(trained, _noise_for(trained, example))
 
 
 def _trained(network: nn.Module, batch: Example) -> None:
-    with untouched(network), mode(network, training=True), torch.enable_grad():
-        outputs = [t for t in tensors_in(call(network, batch)) if t.requires_grad]
+    with preserve_state(network), training_mode(network, training=True), torch.enable_grad():
+        outputs = [t for t in tensors_in(call_network(network, batch)) if t.requires_grad]
         if outputs:
             torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
 
 
-def smaller(network: nn.Module, image: Example) -> Example:
+def smallest_equivalent_input(network: nn.Module, image: Example) -> Example:
     """The smallest image that ``network`` treats as it does ``image`` (B, C, H, W).
 
-    That is by the same operations, on activations that have no other axis of size 1: each place of
+    That is by the same ops, on activations that have no other axis of size 1: each place of
     a kernel still sees some input. ``image`` itself where there is none, or it is no image.
     """
     if not (isinstance(image, torch.Tensor) and image.is_floating_point()):
@@ -184,14 +188,14 @@ def smaller(network: nn.Module, image: Example) -> Example:
 
 def _treatment(network: nn.Module, image: torch.Tensor) -> list[tuple[object, ...]]:
     """What is done to pictures like ``image``, however large they are."""
-    recording = record(network, image)
+    trace = trace_network(network, image)
     return [
         (
-            operation.name,
-            *(recording.name(tensor) for tensor in operation.inputs()),
-            *(tuple(size == 1 for size in result.shape) for result in operation.results()),
+            op.name,
+            *(trace.name(tensor) for tensor in op.inputs()),
+            *(tuple(size == 1 for size in result.shape) for result in op.results()),
         )
-        for operation in recording.operations
+        for op in trace.ops
     ]
 
 
@@ -210,21 +214,21 @@ def placed_tensors(
 
 def placed(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy on the CPU in ``dtype``."""
-    return copied(network, placed_tensors(network, torch.device("cpu"), dtype)).cpu()
+    return clone_module(network, placed_tensors(network, torch.device("cpu"), dtype)).cpu()
 
 
 def _outputs(
     network: nn.Module, example: Example, auxiliary: bool, seed: int = 0
 ) -> list[torch.Tensor]:
-    with untouched(network), _proof_mode(network, auxiliary), torch.inference_mode():
+    with preserve_state(network), _proof_mode(network, auxiliary), torch.inference_mode():
         torch.default_generator.manual_seed(seed)
-        return list(tensors_in(call(network, _noise_for(network, example))))
+        return list(tensors_in(call_network(network, _noise_for(network, example))))
 
 
 def _noise_for(network: nn.Module, example: Example) -> Any:
     """Noise like ``example`` in the precision of the network."""
     kind = _precision(network)
-    return mapped(probe(example), lambda t: t.to(kind) if t.is_floating_point() else t)
+    return map_tensors(probe_batch(example), lambda t: t.to(kind) if t.is_floating_point() else t)
 
 
 def _precision(network: nn.Module) -> torch.dtype:
@@ -234,7 +238,7 @@ def _precision(network: nn.Module) -> torch.dtype:
 @contextmanager
 def _proof_mode(network: nn.Module, auxiliary: bool) -> Iterator[None]:
     """Eval mode; with ``auxiliary``, train mode for all but the layers themselves."""
-    with mode(network, training=False):
+    with training_mode(network, training=False):
         if auxiliary:
             for module in network.modules():
                 module.training = any(True for _ in module.children())
@@ -265,7 +269,7 @@ def _zero_columns(network: nn.Module, name: str, channels: LayerChannels) -> Non
     weight.mul_(rows.view(*rows.shape, *[1] * (weight.dim() - 2)))
 
 
-def settled(network: nn.Module, graph: ChannelGraph, example: Example) -> ChannelGraph:
+def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Example) -> ChannelGraph:
     """The graph without those suspects that a trial cut shows to be misunderstood.
 
     Suspects are groups that a view or a slice by fixed numbers may treat wrongly once they are
@@ -275,7 +279,7 @@ def settled(network: nn.Module, graph: ChannelGraph, example: Example) -> Channe
     if not names:
         return graph
     if not graph.auxiliary:
-        example = smaller(network, example)
+        example = smallest_equivalent_input(network, example)
     if _passes(network, graph, names, example):
         return graph
     reasons = dict(graph.suspects)
@@ -307,7 +311,7 @@ def _passes(network: nn.Module, graph: ChannelGraph, names: list[str], example: 
     """
     layers = layers_of(graph, _trial(graph, names))
     try:
-        narrow = narrowed(network, layers)
+        narrow = apply_plan(network, layers)
         verify(network, narrow, layers, example, auxiliary=graph.auxiliary, odd=graph.odd)
     except (UsageError, DataError):
         raise

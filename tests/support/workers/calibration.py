@@ -17,7 +17,7 @@ from job.slimming.compensation.folding import with_biases, without_constant
 from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.importance.taylor import taylor_importance
 from job.slimming.planning.plan import everything, layers_of
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.surgery import apply_plan
 
 start("cpu", "fp32")
 torch.manual_seed(0)
@@ -33,7 +33,7 @@ taylor = taylor_importance(network, graph, mine)
 keep = everything(graph)
 keep[graph.groups[-1].channels[::2]] = False
 layers = with_biases(layers_of(graph, keep), without_constant(network, graph, images))
-narrow = narrowed(network, layers)
+narrow = apply_plan(network, layers)
 compensated(network, narrow, graph, keep, layers, "regress", together, images, lambda: mine)
 tuned = copy.deepcopy(narrow)
 recalibrate(tuned, mine)
@@ -47,7 +47,7 @@ for name, moments in single.items():
     torch.testing.assert_close(moments.covariance, together[name].covariance)
 expected = torch.from_numpy(taylor_importance(network, graph, both))
 torch.testing.assert_close(torch.from_numpy(taylor), expected, equal_nan=True)
-other, again = narrowed(network, layers), copy.deepcopy(narrow)
+other, again = apply_plan(network, layers), copy.deepcopy(narrow)
 compensated(network, other, graph, keep, layers, "regress", single, images, lambda: both)
 recalibrate(again, both)
 for ours, theirs in ((narrow, other), (tuned, again)):

@@ -122,7 +122,7 @@ PLACES = {
     "W&B begins": lambda: before(job.pipeline.session, "Tracker"),
     "step": lambda: after(job.training.trainer._Round, "step"),
     "evaluation": in_evaluation,
-    "surgery": lambda: before(job.slimming.cut, "narrowed"),
+    "surgery": lambda: before(job.slimming.cut, "apply_plan"),
     "proof of a cut": lambda: after(job.slimming.cut, "verify"),
     "file write": half_a_file,
     "fsync": lambda: before(job.files, "sync_path"),

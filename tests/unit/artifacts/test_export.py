@@ -22,7 +22,7 @@ from job.cli.model import ModelOptions
 from job.data.transforms import Preprocessing
 from job.errors import GammaslimError, UsageError
 from job.models.factory import build_network
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.surgery import apply_plan
 from support.cuts import randomise, uniform
 
 NAMES = ("cat", "dog", "emu")
@@ -36,7 +36,7 @@ def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     network = randomise(card.build())
     plan = uniform(network, 0.5)
-    save_model(folder, narrowed(network, plan.layers), card.cut(plan.layers, 0.5))
+    save_model(folder, apply_plan(network, plan.layers), card.cut(plan.layers, 0.5))
     return folder
 
 

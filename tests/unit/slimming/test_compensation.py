@@ -21,7 +21,7 @@ from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.compensation.regression import regress
 from job.slimming.graph.groups import ChannelGraph
 from job.slimming.planning.plan import everything, layers_of
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
 IMAGES = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -103,7 +103,7 @@ def cut(network: nn.Module) -> tuple[ChannelGraph, np.ndarray]:
 def slim(network: nn.Module, method: str, ridge: float = 1e-12) -> nn.Module:
     graph, keep = cut(network)
     layers = with_biases(layers_of(graph, keep), without_constant(network, graph, IMAGES))
-    narrow = narrowed(network, layers)
+    narrow = apply_plan(network, layers)
     verify(network, narrow, layers, IMAGES)
     moments = collect(network, graph, IMAGES.split(10))
     if method == "regress":
@@ -172,7 +172,7 @@ def test_readers_are_fitted_as_numpy_fits_them(kind: str, method: str) -> None:
     network = NETWORKS[kind]()
     graph, keep = cut(network)
     expected = copy.deepcopy(network)
-    for position in graph.positions:
+    for position in graph.slots:
         if position.side == "in" and position.ids.any():
             layer = network.get_submodule(position.layer)
             gone = np.flatnonzero(~keep[position.ids])
@@ -215,7 +215,7 @@ def test_beta_is_exact_where_γ_is_zero(kind: str) -> None:
     network = NETWORKS[kind]()
     graph, keep = cut(network)
     with torch.no_grad():
-        for position in graph.positions:
+        for position in graph.slots:
             layer = network.get_submodule(position.layer)
             if position.side == "through" and isinstance(layer, nn.BatchNorm2d):
                 layer.weight[torch.from_numpy(~keep[position.ids])] = 0
@@ -280,7 +280,7 @@ def test_dead_channels_and_one_picture_give_finite_weights() -> None:
                         parameter.zero_()
             moments = collect(network, graph, [IMAGES[:1]])
             for method in ("beta", "mean", "regress"):
-                narrow = narrowed(network, layers)
+                narrow = apply_plan(network, layers)
                 compensated(
                     network,
                     narrow,
@@ -301,7 +301,7 @@ def test_frozen_layers_stay_frozen_and_single_precision_single() -> None:
     network = NETWORKS["1 x 1 without a bias"]().float().requires_grad_(False)
     graph, keep = cut(network)
     layers = with_biases(layers_of(graph, keep), without_constant(network, graph, IMAGES.float()))
-    narrow = narrowed(network, layers)
+    narrow = apply_plan(network, layers)
     moments = collect(network, graph, [IMAGES.float()])
     compensated(
         network,

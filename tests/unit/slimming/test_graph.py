@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from job.models.factory import build_network
 from job.slimming.analysis import analyse
 from job.slimming.calibrated import scores_for
-from job.slimming.graph.recorder import tensors_in
+from job.slimming.graph.trace import tensors_in
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.cost import Cost, Costs
 from job.slimming.planning.plan import everything
 from job.slimming.planning.planner import Slimming, make_plan
 from job.slimming.planning.target import Budget
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 from support.cuts import randomise
 from support.networks import CUTTABLE, LEFT_ALONE, Halves, Quarters, SelectiveKernels, SpatialGate
@@ -60,7 +60,7 @@ def check_cut(network: nn.Module, image: torch.Tensor, ratio: float, importance:
     scores = scores_for(importance, network, graph, {})
     slimming = Slimming("uniform", Budget("width", 1 - ratio))
     plan = make_plan(network, graph, scores, slimming)
-    narrow = narrowed(network, plan.layers)
+    narrow = apply_plan(network, plan.layers)
     assert verify(network, narrow, plan.layers, image, auxiliary=graph.auxiliary).error <= 1e-9
     assert counted(narrow, image) == plan.after
     assert plan.after.params < plan.before.params
@@ -96,7 +96,7 @@ def test_cuts_of_the_papers_networks_are_proven(name: str, ratio: float) -> None
     torch.manual_seed(0)
     network = randomise(build_network(name, 10, {}))
     graph = analyse(network, torch.rand(1, 3, 32, 32))
-    selecting = {p.layer for p in graph.positions if p.side == "select"}
+    selecting = {p.layer for p in graph.slots if p.side == "select"}
     # of the paper: 54 blocks and the last BatchNorm select; 36 layers, 2 transitions and the last
     assert len(selecting) == {"vgg19-cifar": 0, "resnet164-cifar": 55, "densenet40-cifar": 39}[name]
     check_cut(network, torch.rand(1, 3, 32, 32), ratio, "gamma")
@@ -190,4 +190,4 @@ def test_costs_of_a_plan_are_those_of_the_built_network(name: str) -> None:
     assert Costs(network, graph).cost(everything(graph)) == counted(network, image)
     for target in ("channels=0.4", "params=0.31", "macs=0.2", "bytes=0.6"):
         plan = make_plan(network, graph, scores, Slimming("global", Budget.parse(target)))
-        assert counted(narrowed(network, plan.layers), image) == plan.after, target
+        assert counted(apply_plan(network, plan.layers), image) == plan.after, target

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import job
 from job.errors import DataError, GammaslimError, UsageError
-from job.slimming.surgery.comparison import difference
+from job.slimming.surgery.comparison import relative_difference
 from job.slimming.surgery.verification import verify
 from support.cuts import randomise
 
@@ -158,8 +158,8 @@ def test_outputs_of_many_kinds_are_compared(name: str) -> None:
     ],
 )  # fmt: skip
 def test_differences_are_told_apart(ours: Any, theirs: Any, apart: float) -> None:
-    assert difference([torch.tensor(ours)], [torch.tensor(theirs)]) == apart
-    assert difference([torch.ones(1)] * 2, [torch.ones(1)]) == INF
+    assert relative_difference([torch.tensor(ours)], [torch.tensor(theirs)]) == apart
+    assert relative_difference([torch.ones(1)] * 2, [torch.ones(1)]) == INF
 
 
 UNSURE = {

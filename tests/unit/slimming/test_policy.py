@@ -20,7 +20,7 @@ from job.slimming.planning.plan import Plan, everything, keep_of
 from job.slimming.planning.planner import Base, Slimming, layer_widths, make_plan
 from job.slimming.planning.policy import ranked
 from job.slimming.planning.target import Budget
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.surgery import apply_plan
 from support.cuts import randomise
 
 IMAGE = picture(64)
@@ -90,7 +90,7 @@ def test_floors_hold_and_an_unreachable_target_says_what_is_reachable(
     assert plan_of(network, graph, f"macs={share}", min_keep=0.25).after.macs >= least
     reached = plan_of(network, graph, f"macs={least}", min_keep=0.25)
     assert reached.after.macs == least
-    assert network_cost(narrowed(network, reached.layers), 64) == reached.after
+    assert network_cost(apply_plan(network, reached.layers), 64) == reached.after
     with pytest.raises(UsageError, match=r"above what the base has, 11,\d{3},\d{3} parameters"):
         Budget("params", 2e9).fraction(plan.before)
     with pytest.raises(
@@ -108,7 +108,7 @@ def test_floors_hold_and_an_unreachable_target_says_what_is_reachable(
 def test_absurd_ratios_leave_one_channel_a_group(network: nn.Module, graph: ChannelGraph) -> None:
     plan = plan_of(network, graph, "width=1e-9", policy="uniform")
     assert {len(kept) for kept in plan.groups.values()} == {1}
-    narrow = narrowed(network, plan.layers)
+    narrow = apply_plan(network, plan.layers)
     assert narrow(torch.rand(2, 3, 64, 64)).shape == (2, 7)
 
 
@@ -158,7 +158,7 @@ def test_a_target_is_spread_geometrically_over_the_rounds() -> None:
 def test_fractions_are_of_the_base_in_later_rounds(network: nn.Module, graph: ChannelGraph) -> None:
     base = Base(layer_widths(network), network_cost(network, 64))
     first = plan_of(network, graph, "macs=0.5")
-    narrow = narrowed(network, first.layers)
+    narrow = apply_plan(network, first.layers)
     later = analyse(narrow, IMAGE)
     slimming = Slimming("global", Budget("macs", 0.25), min_keep=0.2)
     plan = make_plan(narrow, later, gamma_importance(narrow, later), slimming, base)

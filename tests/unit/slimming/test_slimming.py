@@ -15,8 +15,8 @@ from job.slimming.planning.cost import picture
 from job.slimming.planning.layer_channels import LayerChannels, Layers, compose
 from job.slimming.planning.plan import keep_of, layers_of
 from job.slimming.planning.policy import ranked
-from job.slimming.surgery.surgery import narrowed
-from job.slimming.surgery.verification import smaller, verify
+from job.slimming.surgery.surgery import apply_plan
+from job.slimming.surgery.verification import smallest_equivalent_input, verify
 from support.cuts import randomise, uniform
 from support.reference import PlainStudentNet, homework_slimming
 
@@ -38,7 +38,7 @@ def proof(wide: nn.Module, narrow: nn.Module, layers: Layers) -> float:
 def test_uniform_equals_the_homework_at_every_width(width: float) -> None:
     network = student()
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    narrow = narrowed(network, uniform(network, width).layers)
+    narrow = apply_plan(network, uniform(network, width).layers)
     reference = PlainStudentNet(width).eval()
     reference.load_state_dict(homework_slimming(network.state_dict(), width))
     with torch.inference_mode():
@@ -54,7 +54,7 @@ def test_rounds_one_after_another_equal_the_homework() -> None:
     network, state = student(3), student(3).state_dict()
     images = torch.rand(2, 3, 64, 64)
     for width in ROUNDS:
-        network = narrowed(network, uniform(network, width).layers)
+        network = apply_plan(network, uniform(network, width).layers)
         state = homework_slimming(state, width)
         reference = PlainStudentNet(width).eval()
         reference.load_state_dict(state)
@@ -65,15 +65,15 @@ def test_rounds_one_after_another_equal_the_homework() -> None:
 def test_every_cut_is_proven_in_float64(width: float) -> None:
     network = student(4)
     plan = uniform(network, width)
-    assert proof(network, narrowed(network, plan.layers), plan.layers) <= 1e-9
+    assert proof(network, apply_plan(network, plan.layers), plan.layers) <= 1e-9
 
 
 def test_the_proof_fails_for_a_wrong_cut() -> None:
     network = student(5)
     plan = uniform(network, 0.5)
-    narrow = narrowed(network, plan.layers)
+    narrow = apply_plan(network, plan.layers)
     for key in ("cnn.4.0.weight", "cnn.5.1.running_mean", "cnn.3.3.bias", "cnn.7.3.weight"):
-        wrong = narrowed(narrow, {})
+        wrong = apply_plan(narrow, {})
         wrong.state_dict()[key].copy_(wrong.state_dict()[key].roll(1, 0))
         with pytest.raises(GammaslimError, match="differs from the wide"):
             proof(network, wrong, plan.layers)
@@ -86,8 +86,8 @@ def test_the_proof_fails_for_a_wrong_cut() -> None:
     }
     moved = layers_of(graph, keep_of(graph, others))
     with pytest.raises(GammaslimError, match="differs from the wide"):
-        proof(network, narrowed(network, moved), plan.layers)
-    broken = narrowed(narrow, {})
+        proof(network, apply_plan(network, moved), plan.layers)
+    broken = apply_plan(narrow, {})
     broken.state_dict()["cnn.5.1.weight"][0] = float("nan")
     with pytest.raises(GammaslimError, match="differs from the wide"):
         proof(network, broken, plan.layers)
@@ -126,14 +126,18 @@ class Halves(nn.Module):
 def test_proofs_take_smaller_pictures_only_where_they_are_as_good(
     network: nn.Module, sides: tuple[int, int], proven: tuple[int, int]
 ) -> None:
-    assert tuple(smaller(network.eval(), torch.rand(1, 3, *sides)).shape) == (1, 3, *proven)
+    assert tuple(smallest_equivalent_input(network.eval(), torch.rand(1, 3, *sides)).shape) == (
+        1,
+        3,
+        *proven,
+    )
 
 
 def test_the_network_that_is_cut_is_left_untouched() -> None:
     network = student(6).to(memory_format=torch.channels_last).train()
     network.get_parameter("cnn.5.0.weight").requires_grad_(False)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    narrow = narrowed(network, uniform(network, 0.5).layers)
+    narrow = apply_plan(network, uniform(network, 0.5).layers)
     for key, value in network.state_dict().items():
         assert torch.equal(value, before[key])
     assert narrow.training
@@ -162,17 +166,17 @@ def test_ranking_is_by_magnitude_and_ties_go_to_the_lower_index() -> None:
 def test_kept_indices_of_several_cuts_lead_back_to_the_base() -> None:
     base = student(8)
     first = uniform(base, 0.7)
-    middle = narrowed(base, first.layers)
+    middle = apply_plan(base, first.layers)
     second = uniform(middle, 0.4)
-    twice = narrowed(middle, second.layers)
-    once = narrowed(base, compose(first.layers, second.layers))
+    twice = apply_plan(middle, second.layers)
+    once = apply_plan(base, compose(first.layers, second.layers))
     for key, value in twice.state_dict().items():
         assert torch.equal(value, once.state_dict()[key]), key
 
 
 def test_width_counts_from_the_network_at_width_1() -> None:
     network = student(width_mult=0.95)
-    narrow = narrowed(network, uniform(network, 0.9025).layers)
+    narrow = apply_plan(network, uniform(network, 0.9025).layers)
     PlainStudentNet(0.9025).load_state_dict(narrow.state_dict())
 
 

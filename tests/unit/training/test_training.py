@@ -18,7 +18,7 @@ from job.data.transforms import Preprocessing
 from job.distributed.collectives import start
 from job.errors import GammaslimError
 from job.models.factory import build_network
-from job.slimming.surgery.surgery import narrowed
+from job.slimming.surgery.surgery import apply_plan
 from job.training.epoch import EpochResult
 from job.training.evaluation import Evaluation, Evaluator
 from job.training.optimizer import (
@@ -48,7 +48,7 @@ def three_rounds(training: Trainer) -> list[tuple[nn.Module, nn.Module]]:
     network, width, rounds = randomise(build_network("student", 4, {})), 1.0, []
     for round_ in range(1, 4):
         width *= 0.8
-        network = narrowed(network, uniform(network, width).layers)
+        network = apply_plan(network, uniform(network, width).layers)
         before = copy.deepcopy(network)
         training.fit(network, round_, 2, 0, lambda _: None)
         rounds.append((before, copy.deepcopy(network)))

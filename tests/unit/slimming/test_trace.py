@@ -1,4 +1,4 @@
-"""What is recorded on the meta device against what really happens."""
+"""What is traced on the meta device against what really happens."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torchvision
 from torch import nn
 
 from job.slimming.graph.layers import modules_of
-from job.slimming.graph.recorder import Recording, _record, record
 from job.slimming.graph.snapshot import Snapshot
+from job.slimming.graph.trace import Trace, _trace, trace_network
 
 
 class Convolutions(nn.Module):
@@ -41,10 +41,10 @@ class Convolutions(nn.Module):
         return found
 
 
-def shapes(recording: Recording) -> list[tuple[object, ...]]:
+def shapes(trace: Trace) -> list[tuple[object, ...]]:
     return [
-        (op.name, *(recording.name(t) for t in op.inputs()), *(r.shape for r in op.results()))
-        for op in recording.operations
+        (op.name, *(trace.name(t) for t in op.inputs()), *(r.shape for r in op.results()))
+        for op in trace.ops
     ]
 
 
@@ -61,10 +61,10 @@ def shapes(recording: Recording) -> list[tuple[object, ...]]:
 def test_shapes_on_the_meta_device_are_those_of_real_pictures(make: type[nn.Module]) -> None:
     network = make().eval()
     image = torch.rand(1, 3, 67, 64)
-    recorded = record(network, image)
-    assert recorded.inputs[0].is_meta
-    really = _record(network, image, None, Snapshot(network), training=False)
-    assert shapes(recorded) == shapes(really)
+    traced = trace_network(network, image)
+    assert traced.inputs[0].is_meta
+    really = _trace(network, image, None, Snapshot(network), training=False)
+    assert shapes(traced) == shapes(really)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_shapes_on_the_meta_device_are_those_of_real_pictures(make: type[nn.Modu
 )
 def test_what_a_convolution_does_not_take_raises(layer: nn.Module) -> None:
     with pytest.raises(RuntimeError):
-        record(layer, torch.rand(1, 3, 8, 8))
+        trace_network(layer, torch.rand(1, 3, 8, 8))
 
 
 def test_modules_are_named_and_ordered_as_by_torch() -> None:

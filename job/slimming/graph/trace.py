@@ -1,4 +1,4 @@
-"""What a network computes: every torch operation of one forward pass, in order.
+"""What a network computes: every torch op of one forward pass, in order.
 
 Recorded under a TorchFunctionMode, so that Python control flow and shapes are plain, and functional
 and module calls look alike. On torch's ``meta`` device nothing is computed.
@@ -18,8 +18,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from job.slimming.graph.layers import tensors_of
-from job.slimming.graph.snapshot import untouched
-from job.slimming.inputs import call, mapped, repeated, samples, tensors_of_inputs
+from job.slimming.graph.snapshot import preserve_state
+from job.slimming.inputs import (
+    call_network,
+    map_tensors,
+    repeat_first_sample,
+    sample_count,
+    tensors_of_inputs,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,7 +46,7 @@ BATCH = 2  # pictures: BatchNorm in train mode needs two values a channel
 
 
 @dataclass(frozen=True)
-class Operation:
+class Op:
     """One call of a torch function: its name, arguments and result."""
 
     name: str
@@ -69,19 +75,19 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Recording:
+class Trace:
     """Operations of one pass over ``inputs``; ``names`` tells parameters and buffers by id.
 
-    ``inputs`` are of ``samples`` images, or whatever the network takes.
+    ``inputs`` are of ``sample_count`` images, or whatever the network takes.
     ``constants`` are the ids of other tensors that the network keeps, or that its code does.
     ``measured`` are tensors whose size along another axis than the first was asked for.
     """
 
-    operations: list[Operation]
+    ops: list[Op]
     names: dict[int, str]
     constants: frozenset[int]
     inputs: list[torch.Tensor]
-    samples: int
+    sample_count: int
     outputs: list[torch.Tensor]
     measured: list[torch.Tensor]
 
@@ -89,37 +95,37 @@ class Recording:
         """The parameter or buffer that a tensor is, if it is one."""
         return self.names.get(id(value))
 
-    def steps(self) -> list[Operation]:
-        """The operations but for the counting of batches."""
+    def steps(self) -> list[Op]:
+        """The ops but for the counting of batches."""
         counters = {key for key, name in self.names.items() if name.endswith("batches_tracked")}
-        return [op for op in self.operations if not (op.args and id(op.args[0]) in counters)]
+        return [op for op in self.ops if not (op.args and id(op.args[0]) in counters)]
 
 
-def record(network: nn.Module, example: Example, *, training: bool = False) -> Recording:
+def trace_network(network: nn.Module, example: Example, *, training: bool = False) -> Trace:
     """Run ``network`` on ``BATCH`` samples like those of ``example``; it is left untouched.
 
     On the ``meta`` device, or on the real one where the network does not run there. Raises whatever
     its forward pass raises.
     """
-    with untouched(network, values=False) as snapshot:
-        return recorded(network, example, snapshot, training=training)
+    with preserve_state(network, values=False) as snapshot:
+        return trace_with_snapshot(network, example, snapshot, training=training)
 
 
-def recorded(
+def trace_with_snapshot(
     network: nn.Module, example: Example, snapshot: Snapshot, *, training: bool
-) -> Recording:
-    """As ``record`` does, with the ``snapshot`` of the network that several recordings share."""
+) -> Trace:
+    """As ``trace_network`` does, with the ``snapshot`` of the network that several traces share."""
     try:
-        return _record(network, example, "meta", snapshot, training)
+        return _trace(network, example, "meta", snapshot, training)
     except Exception:  # meta tensors have no values, and some networks look at some
-        return _record(network, example, None, snapshot, training)
+        return _trace(network, example, None, snapshot, training)
 
 
 EQUAL = frozenset([int, float, str, slice, torch.device])
 
 
-def alike(one: Recording, other: Recording) -> bool:
-    """Whether the same is done in two recordings, but for flags such as ``training``."""
+def same_ops(one: Trace, other: Trace) -> bool:
+    """Whether the same is done in two traces, but for flags such as ``training``."""
 
     ours_of, theirs_of = one.names.get, other.names.get
 
@@ -142,12 +148,12 @@ def alike(one: Recording, other: Recording) -> bool:
     )
 
 
-def _items(op: Operation) -> list[tuple[str, Any]]:
+def _items(op: Op) -> list[tuple[str, Any]]:
     return list(op.kwargs.items())
 
 
 @contextmanager
-def mode(network: nn.Module, *, training: bool) -> Iterator[None]:
+def training_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
     """Every module in train or in eval mode, for a while."""
     modules = [(m, m.training) for m in network.modules() if m.training != training]
     for module, _ in modules:
@@ -160,7 +166,7 @@ def mode(network: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def observed(
+def eval_with_hooks(
     network: nn.Module,
     hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, Any], None]]],
     *,
@@ -170,7 +176,11 @@ def observed(
 
     All of its state is put back; without ``values``, not the numbers in its buffers.
     """
-    with untouched(network, values=values), mode(network, training=False), torch.no_grad():
+    with (
+        preserve_state(network, values=values),
+        training_mode(network, training=False),
+        torch.no_grad(),
+    ):
         for layer, hook in hooks:
             layer.register_forward_pre_hook(hook)
         yield
@@ -193,10 +203,10 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_in(vars(value))
 
 
-class _Recorder(TorchFunctionMode):
+class _Tracer(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.operations: list[Operation] = []
+        self.ops: list[Op] = []
         self.measured: list[torch.Tensor] = []
 
     def __torch_function__(
@@ -209,7 +219,7 @@ class _Recorder(TorchFunctionMode):
         is_tensor = isinstance(result, torch.Tensor)
         if is_tensor or name == "__setitem__" or any(True for _ in tensors_in(result)):
             kept = _copied(args), _copied(kwargs or {})
-            self.operations.append(Operation(name, func, *kept, result))
+            self.ops.append(Op(name, func, *kept, result))
         elif (name in SIZES and (*args[1:], *(kwargs or {}).values()) != (0,)) or func == SHAPE:
             self.measured.append(args[0])
         return result
@@ -294,20 +304,20 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _record(
+def _trace(
     network: nn.Module,
     example: Example,
     device: str | None,
     snapshot: Snapshot,
     training: bool,
-) -> Recording:
+) -> Trace:
     """One pass on copies of all tensors that the network keeps; others keep their numbers too."""
-    batch = repeated(example, BATCH)
+    batch = repeat_first_sample(example, BATCH)
     if device:
-        batch = mapped(batch, lambda tensor: torch.empty_like(tensor, device=device))
+        batch = map_tensors(batch, lambda tensor: torch.empty_like(tensor, device=device))
     else:  # sizes alone may be known of an example
         weight = next(network.parameters(), torch.empty(0))
-        batch = mapped(
+        batch = map_tensors(
             batch, lambda t: torch.rand_like(t, device=weight.device) if t.is_meta else t
         )
     places = snapshot.places
@@ -318,12 +328,12 @@ def _record(
     rest = [tensor for tensor in snapshot.tensors if id(tensor) not in copies]
     if device is None:
         snapshot.keep(t for t in rest if not isinstance(t, nn.Parameter))
-    recorder, new = _Recorder(), list[torch.Tensor]()
+    tracer, new = _Tracer(), list[torch.Tensor]()
     try:
         for store, key, tensor in places:
             store[key] = copies[id(tensor)]
-        with mode(network, training=training), torch.no_grad(), recorder:
-            outputs = call(network, batch)
+        with training_mode(network, training=training), torch.no_grad(), tracer:
+            outputs = call_network(network, batch)
     finally:
         for store, key, tensor in places:
             with suppress(LookupError):
@@ -331,14 +341,14 @@ def _record(
                     store[key] = tensor
         new += snapshot.restore()
     kept = {*map(id, copies.values()), *map(id, rest), *map(id, new)}
-    return Recording(
-        recorder.operations,
+    return Trace(
+        tracer.ops,
         names,
         frozenset(kept),
         list(tensors_of_inputs(batch)),
-        samples(batch),
+        sample_count(batch),
         list(tensors_in(outputs)),
-        recorder.measured,
+        tracer.measured,
     )
 
 
