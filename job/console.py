@@ -15,10 +15,8 @@ import click
 from job.errors import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from job.slimming.planning.cost import LayerCost
-    from job.training.epoch import EpochResult
 
 LIVE = 0.1  # seconds between drawings on a terminal
 LOGGED = 30.0  # seconds between lines in a log
@@ -227,51 +225,10 @@ def span(seconds: float) -> str:
     return f"{days} days {hours} h" if hours else f"{days} days"
 
 
-def epoch_line(width: float, epoch: EpochResult) -> str:
-    """The line that users of the homework know."""
-    return (
-        f"rate {width:6.4f} epoch {epoch.epoch:>3d}: "
-        f"train loss: {epoch.train_loss:6.4f}, acc {epoch.train_acc:6.4f} "
-        f"valid loss: {epoch.valid_loss:6.4f}, acc {epoch.valid_acc:6.4f}"
-    )
-
-
 def where(round_: int, epoch: int, step: int) -> str:
     """Where a run is, in words; epochs count from 0, as in ``epoch_line``."""
     name = f"round {round_}" if round_ else "the base (round 0)"
     return f"{name}, epoch {epoch}, step {step}"
-
-
-def rounds_table(entries: Sequence[Mapping[str, Any]]) -> str:
-    """One line a round: width, cost, accuracy after surgery and after fine-tuning."""
-    scores = {"acc after cut": "valid_acc_pruned", "acc tuned": "valid_acc"}
-    if not any("valid_acc" in entry for entry in entries):
-        scores = {}  # a plan
-    header = ("round", "width", "channels", "params", "MACs", "bytes", *scores)
-    rows = [
-        (
-            "base" if entry["round"] == 0 else str(entry["round"]),
-            f"{entry['width']:.4f}",
-            *(f"{entry[cost]:,}" for cost in ("channels", "params", "macs", "bytes")),
-            *(_accuracy(entry.get(key)) for key in scores.values()),
-        )
-        for entry in entries
-    ]
-    return table(header, rows)
-
-
-def layers_table(rows: Sequence[LayerCost]) -> str:
-    """One line a layer."""
-    header = ("layer", "kind", "in", "out", "params", "MACs")
-    return table(
-        header,
-        [
-            (row.name, row.kind, *(f"{n:,}" for n in (row.channels_in, row.channels_out)),
-             f"{row.params:,}", f"{row.macs:,}")
-            for row in rows
-        ],
-        left=2,
-    )  # fmt: skip
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -285,7 +242,3 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
         ).rstrip()
         for line in lines
     )
-
-
-def _accuracy(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

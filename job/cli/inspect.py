@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from job.cli.model import ModelOptions, open_model
-from job.console import layers_table, say, table
+from job.console import say, table
+from job.report.tables import layers_table
 from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.cost import layer_costs, network_cost, picture

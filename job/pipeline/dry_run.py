@@ -16,7 +16,7 @@ from job.artifacts.checkpoint import KEPT
 from job.artifacts.model_card import find_model, load_model
 from job.artifacts.run_directory import Run
 from job.artifacts.run_folder import choose
-from job.console import counted, rounds_table, say, tell_error, warn
+from job.console import counted, say, tell_error, warn
 from job.data.dataset import ArraySplit
 from job.data.loader import default_workers
 from job.distributed.collectives import is_main, local_world, on_main, world
@@ -36,6 +36,7 @@ from job.pipeline.setup import (
     training_tools,
 )
 from job.pipeline.slim_round import cut
+from job.report.tables import rounds_table
 from job.tracking import key_check
 from job.training.distillation import distillation
 from job.training.trial import least_batch

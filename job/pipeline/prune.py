@@ -16,10 +16,8 @@ from job.artifacts.run_directory import drop
 from job.artifacts.run_folder import likely
 from job.console import (
     counted,
-    epoch_line,
     phase,
     progress,
-    rounds_table,
     run_progress,
     say,
     say_cautions,
@@ -52,6 +50,7 @@ from job.pipeline.setup import (
 )
 from job.pipeline.slim_base import adopted
 from job.pipeline.slim_round import can_cut, cut, cut_before, ranking_norms
+from job.report.tables import epoch_line, rounds_table
 from job.slimming.planning.cost import Cost, layer_costs, network_cost
 from job.tracking.tracker import gammas
 from job.training.distillation import distillation

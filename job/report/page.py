@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from job.artifacts.accuracy import signed
 from job.artifacts.history import COSTS, History, Round, fronts, incomparable, names, read_run
-from job.console import rounds_table, say, table, warn, where
+from job.console import say, table, warn, where
 from job.errors import printable, shown, writing
 from job.files import check_output, check_writable, write_bytes, write_output
 from job.report.figures import Picture, draw_comparison, draw_run
+from job.report.tables import rounds_table
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
