@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from job.errors import printable
+from job.processes import is_main
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
 LIVE = 0.1  # seconds between drawings on a terminal
 LOGGED = 30.0  # seconds between lines in a log
 SHORT = 10.0  # seconds: a phase of less gets no line in a log
-
-
-def _is_main() -> bool:
-    """Whether this process speaks: a command that is alone loads no torch to know that."""
-    processes = sys.modules.get("job.distributed.collectives")
-    return processes is None or bool(processes.is_main())
 
 
 class _Line:
@@ -42,7 +37,7 @@ class _Line:
 
     def update(self, phase: str, detail: str = "", share: float | None = None) -> None:
         """Show what is being done, unless the last drawing was just now; main process only."""
-        if not _is_main():
+        if not is_main():
             return
         with self.lock:
             now, changed = time.monotonic(), (phase, detail) != (self.phase, self.detail)
@@ -114,7 +109,7 @@ def written() -> Iterator[None]:
 
 def say(text: str) -> None:
     """Print a line, on the main process only."""
-    if _is_main():
+    if is_main():
         with written():
             click.echo(text)
 

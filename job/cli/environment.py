@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from job.errors import did_you_mean, shown
+from job.processes import is_main
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -33,7 +34,7 @@ def check_environment(command: click.Command, ctx: click.Context) -> str:
             near = near.replace("mean ", f"mean {prefix}")
             return f"the variable {shown(name)} names no option of {ctx.info_name}{near}"
     meta = ctx.find_root().meta
-    if ctx.info_name == "launch" or os.environ.get("RANK", "0") != "0":
+    if ctx.info_name == "launch" or not is_main():
         meta[WARNED] = True  # the launched process 0 warns
     if not meta.get(WARNED):
         for name in unread:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 import time
 import traceback
@@ -44,6 +43,7 @@ from job.errors import (
     printable,
     shown,
 )
+from job.processes import is_main
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -118,7 +118,7 @@ class Command(click.Command):
 
 def _has_the_word(error: GammaslimError) -> bool:
     """Let the process speak first that failed first; False when the launcher ends us meanwhile."""
-    main = os.environ.get("RANK", "0") == "0"
+    main = is_main()
     if isinstance(error, StopRequest):
         return main
     if error.late and requested():  # the launcher knows who failed, and waits for our end

@@ -18,10 +18,11 @@ from job.console import counted, progress, say, say_cautions, table
 from job.data.dataset import UNLABELLED
 from job.data.layout import IMAGES
 from job.data.loader import default_workers
-from job.distributed.collectives import local_world, on_main, start
+from job.distributed.collectives import on_main, start
 from job.errors import DataError, shown
 from job.files import check_output, write_output
 from job.pipeline.cautions import of_model, one_class
+from job.processes import local_world_size
 from job.training.evaluation import Evaluation, Evaluator
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def in_classes_of(card: ModelCard, data: Dataset, split: Split) -> Split:
 def _workers(options: DataOptions, device: torch.device) -> int:
     if options.workers is not None:
         return options.workers
-    return default_workers(local_world(), device.type == "cuda")
+    return default_workers(local_world_size(), device.type == "cuda")
 
 
 def _evaluation_record(

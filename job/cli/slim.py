@@ -14,11 +14,12 @@ from job.cli.calibration_images import SlimImages, open_images
 from job.cli.model import ModelOptions, open_model
 from job.config import PruneConfig
 from job.console import phase, progress, say, say_cautions, show_step
-from job.distributed.collectives import local_world, start
+from job.distributed.collectives import start
 from job.errors import OutputError, UsageError, shown
 from job.files import check_writable
 from job.pipeline.cautions import of_model
 from job.pipeline.slim_round import base_of
+from job.processes import local_world_size
 from job.slimming.analysis import analyse
 from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.cut import best_method, make_cut, plan_cut
@@ -143,7 +144,7 @@ class _Tools:
         if workers is None:
             from job.data.loader import default_workers
 
-            workers = default_workers(local_world(), accelerator.device.type == "cuda")
+            workers = default_workers(local_world_size(), accelerator.device.type == "cuda")
         images.fit(card)
         self.calibration = Calibration(
             images.calibration, card.preprocessing, accelerator, workers, options.seed

@@ -1,4 +1,4 @@
-"""What the processes of one job share: who is main, broadcasts, sums, the main one's errors."""
+"""What the processes of one job share: broadcasts, sums, the main process's errors."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from job.distributed.signals import interruptible, starting
 from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, UsageError
+from job.processes import is_main, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -124,34 +125,14 @@ def leave() -> None:
 
 def lost_others(error: RuntimeError) -> bool:
     """Whether ``error`` says that another process has gone, which has the reason."""
-    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def accelerator_name(accelerator: Accelerator) -> str:
     """How many processes on what, at which precision."""
-    count = f"{world()} processes" if world() > 1 else "1 process"
+    count = f"{world_size()} processes" if world_size() > 1 else "1 process"
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     return f"{count}, {accelerator.device.type}, {precision}"
-
-
-def rank() -> int:
-    """This process's number in the world."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def local_world() -> int:
-    """How many processes there are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process decides and writes."""
-    return rank() == 0
 
 
 def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
@@ -167,7 +148,7 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
     """
     if interrupt:
         return on_main(lambda: _interruptibly(work))
-    if world() == 1:
+    if world_size() == 1:
         return work()
     outcome: list[Any] = [None, None]
     failure: BaseException | None = None
@@ -262,7 +243,7 @@ def _shared_kind(error: BaseException) -> type[GammaslimError]:
 
 def total(values: torch.Tensor) -> torch.Tensor:
     """The sum of ``values`` over all processes, in place."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
@@ -278,9 +259,9 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 
 def check_same(value: str, what: str) -> None:
     """Raise GammaslimError on every process when ``value`` is not the same on all of them."""
-    if world() == 1:
+    if world_size() == 1:
         return
-    values: list[Any] = [None] * world()
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     if len(set(values)) > 1:
         ranks = [r for r, other in enumerate(values) if other != values[0]]

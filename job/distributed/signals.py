@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from job.distributed.cores import given_environ
 from job.errors import StopRequest
+from job.processes import is_main
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -138,7 +139,7 @@ def starting() -> Any:
 
 def leave_now(_number: int = 0) -> None:
     """End this process, which has nothing to save, from whatever thread."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         os.write(2, f"Error: {TOO_EARLY}\n".encode())
     os._exit(StopRequest.exit_code)
 
@@ -192,12 +193,13 @@ class Watch:
 
     def poll(self) -> int:
         """NOTHING, SAVE (``save_every`` seconds have passed) or STOP, the same on every process."""
-        from job.distributed.collectives import gloo_group, is_main, world
+        from job.distributed.collectives import gloo_group
+        from job.processes import is_main, world_size
 
         stop = self.asked() if is_main() else _Requests.asked
         due = is_main() and time.monotonic() - self._saved >= self.save_every
         answer = STOP if stop else SAVE if due else NOTHING
-        if world() > 1:
+        if world_size() > 1:
             import torch
             import torch.distributed as dist
 

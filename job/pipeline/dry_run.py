@@ -19,7 +19,7 @@ from job.artifacts.run_folder import choose
 from job.console import counted, say, tell_error, warn
 from job.data.dataset import ArraySplit
 from job.data.loader import default_workers
-from job.distributed.collectives import is_main, local_world, on_main, world
+from job.distributed.collectives import on_main
 from job.distributed.cores import available_cores
 from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, shown
 from job.files import check_writable, is_file
@@ -36,6 +36,7 @@ from job.pipeline.setup import (
     training_tools,
 )
 from job.pipeline.slim_round import cut
+from job.processes import is_main, local_world_size, world_size
 from job.report.tables import rounds_table
 from job.tracking import key_check
 from job.training.distillation import distillation
@@ -153,13 +154,13 @@ def _check_inputs(
     )
     size, count = config.batch_size, len(data.splits["training"])
     if based is None:
-        found.warnings += batch_warnings(size, count, world())
+        found.warnings += batch_warnings(size, count, world_size())
         return None
     network, card = based
     least = found.attempt(
         lambda: on_main(lambda: least_batch(network, config, preprocessing.size, count))
     )
-    found.warnings += batch_warnings(size, count, world(), least or 1)
+    found.warnings += batch_warnings(size, count, world_size(), least or 1)
     planned = found.attempt(
         lambda: on_main(lambda: planned_rounds(config, network, card), interrupt=True)
     )
@@ -284,7 +285,7 @@ def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> li
 
 def core_warnings(config: PruneConfig, data: Dataset, cuda: bool) -> list[str]:
     """Whether the cores that this node gives the job are too few for its processes."""
-    processes, cores = local_world(), available_cores()
+    processes, cores = local_world_size(), available_cores()
     if (slurm := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdecimal():
         cores = min(cores, int(slurm))
     workers = default_workers(processes, cuda) if config.workers is None else config.workers

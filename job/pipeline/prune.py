@@ -25,13 +25,7 @@ from job.console import (
     tick,
     where,
 )
-from job.distributed.collectives import (
-    accelerator_name,
-    digest,
-    is_main,
-    on_main,
-    start,
-)
+from job.distributed.collectives import accelerator_name, digest, on_main, start
 from job.distributed.signals import Watch, deferred
 from job.errors import DataError, StopRequest, exit_code, shown
 from job.models.factory import trust_factory
@@ -50,6 +44,7 @@ from job.pipeline.setup import (
 )
 from job.pipeline.slim_base import adopted
 from job.pipeline.slim_round import can_cut, cut, cut_before, ranking_norms
+from job.processes import is_main
 from job.report.tables import epoch_line, rounds_table
 from job.slimming.planning.cost import Cost, layer_costs, network_cost
 from job.tracking.tracker import gammas

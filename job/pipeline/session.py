@@ -11,9 +11,10 @@ from job.artifacts.model_card import read_card
 from job.artifacts.run_directory import Run
 from job.artifacts.run_folder import await_config, choose
 from job.console import say, warn, where
-from job.distributed.collectives import on_main, world
+from job.distributed.collectives import on_main
 from job.errors import ConfigError, GammaslimError, OutputError, reason
 from job.files import check_writable
+from job.processes import world_size
 from job.report.page import write_run_report
 from job.tracking.tracker import Tracker
 
@@ -123,7 +124,7 @@ class Attempt:
             before = start.values["processes"] if start else None
             entry = {"round": saved, "epoch": start.epoch if start else 0}
             batch = start.batch if start else 0
-            processes = {"processes": world(), "processes_before": before}
+            processes = {"processes": world_size(), "processes_before": before}
             self.run.log({"event": "resume", **entry, "batch": batch, **processes})
         if start:
             self.run.earlier_seconds = start.values["run_seconds"]

@@ -20,7 +20,7 @@ from job.data.loader import default_workers
 from job.data.opening import check_images, open_data
 from job.data.preprocessing import PreprocessingOptions
 from job.data.splits import SPLIT_NAMES
-from job.distributed.collectives import digest, local_world, on_main
+from job.distributed.collectives import digest, on_main
 from job.errors import DataError, InputNotFound, UsageError, shown
 from job.files import is_file
 from job.models.factory import build_network, nominal_width
@@ -28,6 +28,7 @@ from job.models.input_size import check_memory, check_size
 from job.models.weights import load_state, read_state
 from job.pipeline.slim_base import own_preprocessing, slim_base, source_folder
 from job.pipeline.slim_round import base_of, can_cut, plan_round
+from job.processes import local_world_size
 from job.slimming.surgery.surgery import apply_plan
 from job.training.calibration import Calibration
 from job.training.evaluation import Evaluator
@@ -199,7 +200,7 @@ def training_tools(
     """
     workers = config.workers
     if workers is None:
-        workers = default_workers(local_world(), accelerator.device.type == "cuda")
+        workers = default_workers(local_world_size(), accelerator.device.type == "cuda")
     shared = (preprocessing, accelerator, workers)
     classes = config.num_classes or len(data.class_names)
     evaluator = Evaluator(data.splits["validation"], classes, *shared)

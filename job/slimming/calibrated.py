@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from job.distributed.collectives import rank, total, world
+from job.distributed.collectives import total
 from job.errors import UsageError
+from job.processes import is_main, world_size
 from job.slimming.calibration.moments import collect, readers
 from job.slimming.compensation.folding import METHODS, betas, fold_means
 from job.slimming.compensation.regression import quiet, regress
@@ -111,8 +112,8 @@ def compensated(
     elif method != "none":
         means = betas(wide, graph, keep, example) if method == "beta" else moments
         fold_means(wide, narrow, graph, keep, layers, means, example)
-    if world() > 1:
+    if world_size() > 1:
         with torch.no_grad():
             for tensor in (*narrow.parameters(), *narrow.buffers()):
-                tensor.mul_(rank() == 0)
+                tensor.mul_(is_main())
                 total(tensor)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from job.console import warn
-from job.distributed.collectives import check_same, digest, on_main, rank, world
+from job.distributed.collectives import check_same, digest, on_main
+from job.processes import is_main, world_size
 from job.slimming.calibrated import compensated, measured, scores_for
 from job.slimming.compensation.folding import with_biases, without_constant
 from job.slimming.compensation.regression import quiet
@@ -105,13 +106,13 @@ def make_cut(
     plan, layers = replace(plan, method=str(method)), plan.layers
     progress("proving the cut", 0, 0)
     narrow = apply_plan(network, layers)
-    if world() > 1:
+    if world_size() > 1:
         check_same(digest(narrow.state_dict()), "the slimmed network")
     proof = on_main(
         lambda: verify(network, narrow, layers, example, auxiliary=graph.auxiliary, odd=graph.odd),
         interrupt=True,
     )
-    if proof.precision != "float64" and rank() == 0:
+    if proof.precision != "float64" and is_main():
         warn(f"the network does not run in float64: the cut is exact to {proof}")
     keep = keep_of(graph, plan.groups)
     shared = (method.compensate, moments, example, batches, check, progress)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.data.loader import EvaluationImages, build_loader, iterate_batches
-from job.distributed.collectives import rank, world
+from job.processes import rank, world_size
 from job.slimming.calibration.moments import MOST, samples_at
 from job.training.evaluation import batch_size_at
 
@@ -77,10 +77,10 @@ class _FirstShare:
     @property
     def common(self) -> int:
         """Batches that every process has."""
-        return min(self.count, len(self.order)) // world() // self.batch_size
+        return min(self.count, len(self.order)) // world_size() // self.batch_size
 
     def _own(self) -> list[int]:
-        own: list[int] = self.order[: self.count][rank() :: world()].tolist()
+        own: list[int] = self.order[: self.count][rank() :: world_size()].tolist()
         return own
 
     def __len__(self) -> int:

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from job.data.dataset import UNLABELLED
 from job.data.loader import EvaluationImages, RankShare, build_loader, iterate_batches
-from job.distributed.collectives import rank, total, world
+from job.distributed.collectives import total
 from job.errors import DataError, GammaslimError
 from job.models.outputs import logits_of
+from job.processes import rank, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -82,7 +83,7 @@ class Evaluator:
         self.batch_size = batch_size_at(preprocessing.size)
         self.batches = build_loader(
             EvaluationImages(split, preprocessing, leave_out=True),
-            RankShare(len(split), self.batch_size, rank(), world()),
+            RankShare(len(split), self.batch_size, rank(), world_size()),
             workers=workers,
             pin=accelerator.device.type == "cuda",
         )
@@ -120,7 +121,8 @@ class Evaluator:
         # the loss, and how many images cannot be read any more and are left out
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
-        common = len(self.split) // world() // self.batch_size  # batches that every process has
+        # batches that every process has
+        common = len(self.split) // world_size() // self.batch_size
         for number, (logits, labels) in enumerate(self._outputs(network, progress)):
             if watch and number < common:
                 watch.check()
@@ -158,7 +160,7 @@ class Evaluator:
         classes = torch.zeros(len(self.split), dtype=torch.int64, device=device)
         shares = torch.zeros(len(self.split), dtype=torch.float64, device=device)
         if mine:
-            classes[rank() :: world()] = torch.cat([best.indices for best in mine])
-            classes[rank() :: world()][~torch.cat(there)] = UNLABELLED
-            shares[rank() :: world()] = torch.cat([best.values for best in mine])
+            classes[rank() :: world_size()] = torch.cat([best.indices for best in mine])
+            classes[rank() :: world_size()][~torch.cat(there)] = UNLABELLED
+            shares[rank() :: world_size()] = torch.cat([best.values for best in mine])
         return total(classes).tolist(), total(shares).tolist()

@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from job.distributed.collectives import total, world
+from job.distributed.collectives import total
+from job.processes import world_size
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -35,7 +36,7 @@ def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
     BatchNorm1d, 2d and 3d and their subclasses, wherever they call torch's function. With one
     process there is nothing to do.
     """
-    if world() == 1:
+    if world_size() == 1:
         return network
     norms: list[Any] = [m for m in network.modules() if isinstance(m, BatchNorm)]
     for module in norms:
@@ -51,13 +52,13 @@ def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
 
 def average_running_statistics(network: nn.Module) -> None:
     """Average the running statistics of every BatchNorm over the processes, in place."""
-    if world() == 1:
+    if world_size() == 1:
         return
     for module in network.modules():
         if isinstance(module, BatchNorm):
             for buffer in (module.running_mean, module.running_var):
                 if buffer is not None:
-                    total(buffer).div_(world())
+                    total(buffer).div_(world_size())
 
 
 def _global_class(kind: Any) -> Any:
@@ -119,7 +120,7 @@ def _batch_norm(
     if input.is_cuda:
         group = dist.group.WORLD
         output: torch.Tensor = nn.modules._functions.SyncBatchNorm.apply(
-            input, weight, bias, running_mean, running_var, eps, momentum, group, world()
+            input, weight, bias, running_mean, running_var, eps, momentum, group, world_size()
         )
         return output
     # in float32 whatever the precision: counts and means are lost in bfloat16

@@ -16,11 +16,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from job.data.loader import GlobalBatches, TrainingImages, build_loader, iterate_batches
-from job.distributed.collectives import check_same, digest, rank, total, world
+from job.distributed.collectives import check_same, digest, total
 from job.distributed.signals import NOTHING, STOP
 from job.errors import GammaslimError, StopRequest
 from job.models.outputs import AUXILIARY_WEIGHT, Logits
 from job.models.weights import load_tensors
+from job.processes import is_main, rank, world_size
 from job.training.epoch import EpochResult
 from job.training.optimizer import (
     learning_rate,
@@ -71,7 +72,7 @@ class Trainer:
         self.preprocessing, self.evaluator = preprocessing, evaluator
         self.accelerator, self.config = accelerator, config
         self.sampler = GlobalBatches(
-            len(split), config.batch_size, config.seed, rank(), world(), least
+            len(split), config.batch_size, config.seed, rank(), world_size(), least
         )
         self.batches = build_loader(
             TrainingImages(split, preprocessing),
@@ -166,7 +167,7 @@ class _Round:
         self.seconds = 0.0  # that earlier attempts spent on this epoch
         trained = copy.deepcopy(network).to(device)
         self.trained = trained
-        shared = world() > 1 and self.config.batchnorm == "sync"
+        shared = world_size() > 1 and self.config.batchnorm == "sync"
         # torch's BatchNorm of a CPU is exact with channels first only: see sync_batchnorm
         self.layout = torch.channels_last if shared or device.type == "cuda" else FIRST
         trained.to(memory_format=self.layout)
@@ -199,7 +200,7 @@ class _Round:
             "best": self.best.to_dict() if self.best else None,
             "seconds": self.seconds,
             "scaler": scaler.state_dict() if scaler else None,
-            "processes": world(),
+            "processes": world_size(),
         }
         return Position(self.round, self.epoch, self.batch, values, tensors)
 
@@ -214,7 +215,7 @@ class _Round:
         self.epoch, self.batch = position.epoch, position.batch
         load_tensors(self.trained, part("model"))
         restore_optimizer(self.optimizer, part("optimizer"))
-        if rank() == 0:  # the sums of all processes, counted once
+        if is_main():  # the sums of all processes, counted once
             self.sums.copy_(position.tensors["sums"])
         torch.set_rng_state(position.tensors["rng"])
         self.seconds = position.values["seconds"]
@@ -323,7 +324,7 @@ class _Round:
             loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(output, labels, reduction="sum")
         self.optimizer.zero_grad()
         # DDP takes the mean over ranks; the gradient must be the mean over the global batch
-        self.accelerator.backward(loss * (world() / size))
+        self.accelerator.backward(loss * (world_size() / size))
         self.optimizer.step()
         if self.sparse and not self.accelerator.optimizer_step_was_skipped:
             pull(self.config.sparsity, self.gammas, lr * self.config.sparsity_strength)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from job.console import say, warn
-from job.distributed.collectives import is_main, total, world
+from job.distributed.collectives import total
 from job.errors import DataError, UsageError
 from job.models.outputs import AUXILIARY_WEIGHT, all_logits
+from job.processes import is_main, world_size
 from job.training.sync_batchnorm import BatchNorm, unsynchronised
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def has_unused_parameters(network: nn.Module, size: int) -> bool:
 
     Found by one pass of a copy of ``network``; only where there are several processes.
     """
-    if world() == 1:
+    if world_size() == 1:
         return False
     inputs = _two_images(network, size)
     with _apart():
@@ -57,7 +58,7 @@ def least_batch(network: nn.Module, config: PruneConfig, size: int, count: int) 
     A BatchNorm that sees one value per channel of an image cannot train on one image. Raises
     UsageError where all batches would be too small, DataError where there are too few images.
     """
-    parts = world() if config.batchnorm == "local" else 1
+    parts = world_size() if config.batchnorm == "local" else 1
     least, batch = 2 * parts, config.batch_size
     if batch >= least and not 0 < count % batch < least:
         return 1

@@ -13,11 +13,11 @@ import torch
 
 from job.config import PruneConfig
 from job.data.opening import open_data
-from job.distributed.collectives import is_main
 from job.errors import StorageError
 from job.pipeline import dry_run as preflight
 from job.pipeline.dry_run import Findings, batch_warnings, core_warnings, space_needed
 from job.pipeline.setup import default_output
+from job.processes import is_main
 from support.commands import gammaslim, run
 from support.datasets import write_flat
 from support.wandb_server import KEY, WandbServer

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from job.cli.exits import exit_now
-from job.distributed.collectives import rank, start
+from job.distributed.collectives import start
 from job.models.student import StudentNet
+from job.processes import rank
 from job.slimming.analysis import analyse
 from job.slimming.calibrated import compensated
 from job.slimming.calibration.moments import collect

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from job.cli.exits import exit_now
-from job.distributed.collectives import check_same, digest, rank, start, world
+from job.distributed.collectives import check_same, digest, start
 from job.models.student import StudentNet
+from job.processes import rank, world_size
 from job.training.distillation import distillation
 from job.training.sparsity import gamma_layers, gammas_of, pull
 from job.training.sync_batchnorm import synchronised
@@ -30,9 +31,9 @@ def check_steps(samples: int, kind: str) -> None:
         for network in (alone, shared):
             network.zero_grad()
         (teacher.loss(alone(images), images, labels) / samples).backward()
-        mine = slice(rank(), None, world())
+        mine = slice(rank(), None, world_size())
         loss = teacher.loss(wrapped(images[mine]), images[mine], labels[mine])
-        (loss * (world() / samples)).backward()
+        (loss * (world_size() / samples)).backward()
         for (name, ours), theirs in zip(shared.named_parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-7, msg=name)
         for network in (alone, shared):

@@ -15,9 +15,10 @@ from job.cli.exits import exit_now
 from job.config import PruneConfig
 from job.data.dataset import ArraySplit
 from job.data.transforms import Preprocessing
-from job.distributed.collectives import check_same, on_main, rank, start, world
+from job.distributed.collectives import check_same, on_main, start
 from job.errors import DataError, GammaslimError, UsageError
 from job.models.student import StudentNet
+from job.processes import rank, world_size
 from job.training.evaluation import Evaluator
 from job.training.sync_batchnorm import (
     average_running_statistics,
@@ -38,9 +39,9 @@ def check_gradients(samples: int) -> None:
     F.cross_entropy(whole(images), labels).backward()
     shared = synchronised(copy.deepcopy(network), torch.device("cpu"))
     wrapped = DistributedDataParallel(shared, broadcast_buffers=False)
-    mine = slice(rank(), None, world())
+    mine = slice(rank(), None, world_size())
     loss = F.cross_entropy(wrapped(images[mine]), labels[mine], reduction="sum")
-    (loss * (world() / samples)).backward()
+    (loss * (world_size() / samples)).backward()
     for (name, ours), theirs in zip(shared.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-7, msg=name)
     for ours, theirs in zip(shared.buffers(), whole.buffers(), strict=True):
@@ -108,9 +109,9 @@ def check_kinds(memory_format: torch.memory_format, compiled: bool) -> None:
         whole.zero_grad()
         F.cross_entropy(whole(images), labels).backward()
         shared.zero_grad()
-        mine = slice(rank(), None, world())
+        mine = slice(rank(), None, world_size())
         loss = F.cross_entropy(wrapped(images[mine]), labels[mine], reduction="sum")
-        (loss * (world() / samples)).backward()
+        (loss * (world_size() / samples)).backward()
         for (name, ours), theirs in zip(shared.named_parameters(), whole.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-7, msg=name)
         for (name, ours), theirs in zip(shared.named_buffers(), whole.buffers(), strict=True):
@@ -176,7 +177,7 @@ def check_averages() -> None:
         if buffer.is_floating_point():
             buffer.fill_(float(rank()))
     average_running_statistics(network)
-    expected = sum(range(world())) / world()
+    expected = sum(range(world_size())) / world_size()
     for buffer in network.buffers():
         if buffer.is_floating_point():
             assert torch.allclose(buffer, torch.tensor(expected))

@@ -16,7 +16,8 @@ from datetime import timedelta
 import torch
 
 from job.distributed import collectives as processes
-from job.distributed.collectives import leave, lost_others, on_main, rank, start, total
+from job.distributed.collectives import leave, lost_others, on_main, start, total
+from job.processes import rank
 
 WORK = 3.0  # seconds that the main process works alone: more than any limit here
 

@@ -157,7 +157,7 @@ def test_other_commands_keep_progress_off_their_output(
 
 
 def test_other_processes_show_no_progress(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    monkeypatch.setattr(console, "_is_main", lambda: False)
+    monkeypatch.setattr(console, "is_main", lambda: False)
     with on_terminal() as terminal:
         console.phase("checking images", share=0.5)
         console.say("a line")

@@ -96,7 +96,7 @@ def test_a_variable_that_nothing_reads_is_warned_of(name: str, meant: str | None
     assert warning == f"Warning: nothing reads the variable {name}{hint}"
     again = invoke("launch", "--nproc", "2", "--", "prune", "--rate", "7", **{name: "0.5"})
     assert "Warning" not in again.output  # process 0 of those launched says it
-    other = invoke("prune", "--rate", "7", RANK="1", **{name: "0.5"})
+    other = invoke("prune", "--rate", "7", RANK="1", WORLD_SIZE="2", **{name: "0.5"})
     assert "Warning" not in other.output
 
 
