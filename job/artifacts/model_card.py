@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from job.data.transforms import Preprocessing
+from job.data.preprocessing import Preprocessing
 from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown, writing
 from job.files import is_file, new_directory, read_json
 from job.models.factory import build_network
 from job.models.input_size import MAX_SIZE
-from job.models.weights import load_state, read_state
+from job.models.weights import load_state
+from job.models.weights_file import read_state
 from job.slimming.planning.layer_channels import LayerChannels, Layers, compose
 from job.slimming.planning.planner import Base
 from job.slimming.surgery.surgery import apply_plan

@@ -18,7 +18,7 @@ from job.artifacts.model_card import (
     read_card,
     save_model,
 )
-from job.data.preprocessing import PreprocessingOptions
+from job.data.preprocessing_options import PreprocessingOptions
 from job.errors import DataError, GammaslimError, OutputError, UsageError, shown
 from job.files import check_writable, is_file
 from job.models.classifier import find_head

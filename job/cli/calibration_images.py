@@ -11,10 +11,11 @@ from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import as_listing
 from job.cli.score import in_classes_of
 from job.console import progress
-from job.data.dataset import UNLABELLED, Dataset, Split, with_validation
+from job.data.dataset import Dataset, with_validation
 from job.data.folders import PRESENT_LISTING
-from job.data.layout import open_unlabelled
-from job.data.opening import check_images, open_data
+from job.data.image_check import check_images
+from job.data.layout import open_data, open_unlabelled
+from job.data.splits import UNLABELLED, Split
 from job.errors import DataError
 
 if TYPE_CHECKING:

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import as_listing, own_data
 from job.console import progress
-from job.data.dataset import Dataset, Split, with_validation
+from job.data.dataset import Dataset, with_validation
 from job.data.folders import PRESENT_LISTING
-from job.data.layout import BUILT_IN, NUMBERED, UNSPLIT, open_splits, open_unlabelled
-from job.data.opening import check_images, open_data
+from job.data.image_check import check_images
+from job.data.layout import BUILT_IN, NUMBERED, UNSPLIT, open_data, open_splits, open_unlabelled
 from job.errors import InputNotFound, UsageError
 from job.pipeline.setup import SPLITS as TRAINING_SPLITS
 
 if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
     from job.cli.model import ModelOptions
+    from job.data.splits import Split
 
 
 @dataclass(frozen=True)

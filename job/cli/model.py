@@ -10,19 +10,20 @@ import click
 
 from job.artifacts.model_card import ModelCard, find_model, load_model
 from job.console import say
-from job.data.preprocessing import PreprocessingOptions
+from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import digest
 from job.errors import DataError, UsageError, shown
-from job.models.factory import NAMES, build_network, nominal_width, trust_factory
-from job.models.input_size import check_size, nominal_size
+from job.models.factory import NAMES, build_network, nominal_size, nominal_width, trust_factory
+from job.models.input_size import check_size
 from job.models.notes import quiet
-from job.models.weights import count_classes, load_state, read_state
+from job.models.weights import count_classes, load_state
+from job.models.weights_file import read_state
 from job.processes import is_main
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from job.data.transforms import Preprocessing
+    from job.data.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import click
 
 from job.config import AUTO
 from job.data.geometry import PRESETS, Channels, Resize, parse_channels, parse_crop
-from job.data.splits import CANONICAL, SPLIT_NAMES
+from job.data.split_names import CANONICAL, SPLIT_NAMES
 from job.errors import UsageError, did_you_mean
 from job.slimming.planning.target import Budget
 

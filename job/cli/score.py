@@ -15,9 +15,9 @@ import numpy as np
 from job.cli.evaluation_images import Chosen, DataOptions, open_chosen
 from job.cli.model import ModelOptions, open_model
 from job.console import counted, progress, say, say_cautions, table
-from job.data.dataset import UNLABELLED
 from job.data.layout import IMAGES
 from job.data.loader import default_workers
+from job.data.splits import UNLABELLED
 from job.distributed.collectives import on_main, start
 from job.errors import DataError, shown
 from job.files import check_output, write_output
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from job.artifacts.model_card import ModelCard
-    from job.data.dataset import Dataset, Split
+    from job.data.dataset import Dataset
+    from job.data.splits import Split
 
 
 def evaluate(model: ModelOptions, options: DataOptions, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from job.data.images import SUFFIXES, SUFFIXES_OF_OLD
-from job.data.splits import CANONICAL
+from job.data.split_names import CANONICAL
 from job.errors import DataError, reading, shown
 
 # How folders are read. A run is resumed, and its held-out images are found again, by the listing

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.data.dataset import UNLABELLED, ArraySplit, Dataset, Labels, Split
+from job.data.dataset import Dataset
 from job.data.folders import visible
 from job.data.idx import read_idx
-from job.data.splits import CANONICAL
+from job.data.split_names import CANONICAL
+from job.data.splits import UNLABELLED, ArraySplit, Labels, Split
 from job.errors import DataError, shown
 
 if TYPE_CHECKING:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from job.data.csv_files import open_csv_file, open_csv_folder
-from job.data.dataset import UNLABELLED, Dataset, FileSplit, Split
+from job.data.csv_layout import open_csv_file, open_csv_folder
+from job.data.dataset import Dataset
 from job.data.folders import PRESENT_LISTING, Lister, natural_key, visible
 from job.data.idx_layout import class_numbers, open_idx
+from job.data.splits import UNLABELLED, FileSplit, Split
 from job.errors import DataError, InputNotFound, shown
 
 BUILT_IN = "built-in"  # as --data
@@ -35,6 +36,16 @@ LOOKED_FOR = (
     "IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…; gzipped or not), "
     "a CSV file of paths and labels (train.csv: file,label)"
 )
+
+
+def open_data(path: str | None, listing: int = PRESENT_LISTING) -> Dataset:
+    """The data set at ``path``, or the built-in one; raises InputNotFound or DataError.
+
+    Folders are read by the rules of ``listing``.
+    """
+    if path is None or (path == BUILT_IN and not Path(path).exists()):
+        return open_builtin()
+    return replace(open_folder(path, listing), source=path, listing=listing)
 
 
 def open_builtin() -> Dataset:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from job.data.geometry import INTERPOLATIONS, MAX_RESIZE, Resize, parse_channels
-from job.data.transforms import Preprocessing
+from job.data.preprocessing import Preprocessing
 from job.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:

@@ -1,11 +1,107 @@
-"""Names of splits, as folders, columns and options have them."""
+"""Splits of a data set: images in a fixed order with their labels, as files or as one array."""
 
 from __future__ import annotations
 
-SPLIT_NAMES = {
-    "training": ("training", "train"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "testing": ("testing", "test"),
-    "evaluation": ("evaluation", "eval"),
-}
-CANONICAL = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+from PIL import Image
+
+from job.data.images import load_rgb
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Labels = np.ndarray[Any, np.dtype[np.int64]]
+UNLABELLED = -1
+
+
+class Split(Protocol):
+    """Images in a fixed order; ``labels`` (N,) int64, all -1 when the split has none."""
+
+    @property
+    def labels(self) -> Labels:
+        """Class indices (N,)."""
+
+    @property
+    def lenient(self) -> bool:
+        """Whether an image that cannot be read is left out."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image.Image:
+        """The image in RGB; raises DataError."""
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message or a prediction."""
+
+    def take(self, chosen: Labels, labels: Labels | None = None) -> Split:
+        """The images at ``chosen``, in that order, under new labels if given."""
+
+    def digest(self) -> bytes:
+        """SHA-256 of what the split holds."""
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Images as files: ``paths`` relative to ``root``."""
+
+    root: Path
+    paths: tuple[str, ...]
+    labels: Labels
+    lenient: bool = False  # --on-bad-image skip: a file that fails later is left out too
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> Path:
+        """Where image ``index`` lies."""
+        return self.root / self.paths[index]
+
+    def image(self, index: int) -> Image.Image:  # noqa: D102
+        return load_rgb(self.path(index))
+
+    def name(self, index: int) -> str:  # noqa: D102
+        return self.paths[index]
+
+    def take(self, chosen: Labels, labels: Labels | None = None) -> FileSplit:  # noqa: D102
+        kept = tuple(self.paths[i] for i in chosen)
+        labels = self.labels[chosen] if labels is None else labels
+        return replace(self, paths=kept, labels=labels)
+
+    def digest(self) -> bytes:
+        """SHA-256 of names, sizes and labels (contents would mean reading the whole set again)."""
+        sha = hashlib.sha256(self.labels.astype("<i8").tobytes())
+        for index, path in enumerate(self.paths):
+            sha.update(os.fsencode(path) + b"\0%d\0" % self.path(index).stat().st_size)
+        return sha.digest()
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """Images as one array: ``images`` (N, H, W) grey or (N, H, W, 3) RGB, uint8."""
+
+    images: np.ndarray[Any, np.dtype[np.uint8]]
+    labels: Labels
+    lenient: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> Image.Image:  # noqa: D102
+        return Image.fromarray(self.images[index]).convert("RGB")
+
+    def name(self, index: int) -> str:  # noqa: D102
+        return str(index)
+
+    def take(self, chosen: Labels, labels: Labels | None = None) -> ArraySplit:  # noqa: D102
+        return ArraySplit(self.images[chosen], self.labels[chosen] if labels is None else labels)
+
+    def digest(self) -> bytes:  # noqa: D102
+        shape = repr(self.images.shape).encode()
+        return hashlib.sha256(
+            shape + self.images.tobytes() + self.labels.astype("<i8").tobytes()
+        ).digest()

@@ -34,6 +34,11 @@ TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
+NOMINAL = {
+    "student": 256, "vgg19-cifar": 32, "resnet164-cifar": 32, "densenet40-cifar": 32,
+    "inception_v3": 299,
+}  # fmt: skip
+IMAGENET = 224
 OWN_OPTIONS = {"num_classes": "--num-classes", "weights": "--weights"}
 _named: set[str] = set()  # factories that the user of this process has named
 
@@ -68,6 +73,11 @@ def trust_factory(name: str) -> None:
 def nominal_width(name: str, args: Mapping[str, Any]) -> float:
     """The width of a network before any cut, relative to its base: StudentNet's width_mult."""
     return float(args.get("width_mult", 1)) if name == "student" else 1.0
+
+
+def nominal_size(name: str) -> int | None:
+    """The side in pixels of the images that a network is made for; None for ``module:factory``."""
+    return None if ":" in name else NOMINAL.get(name, IMAGENET)
 
 
 def torchvision_names() -> list[str]:

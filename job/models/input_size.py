@@ -15,18 +15,6 @@ MAX_SIZE = 4096  # pixels: a single input of StudentNet's takes about a GiB
 SIZES = (32, 64, 96, 128, 224, 256, 299)  # pixels: those that networks are made for
 
 
-NOMINAL = {
-    "student": 256, "vgg19-cifar": 32, "resnet164-cifar": 32, "densenet40-cifar": 32,
-    "inception_v3": 299,
-}  # fmt: skip
-IMAGENET = 224
-
-
-def nominal_size(name: str) -> int | None:
-    """The side in pixels of the images that a network is made for; None for ``module:factory``."""
-    return None if ":" in name else NOMINAL.get(name, IMAGENET)
-
-
 def check_size(network: nn.Module, size: int, *, trained: bool = True) -> None:
     """Raise UsageError unless ``network`` takes images of (3, size, size).
 

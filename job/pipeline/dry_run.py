@@ -17,13 +17,13 @@ from job.artifacts.model_card import find_model, load_model
 from job.artifacts.run_directory import Run
 from job.artifacts.run_folder import choose
 from job.console import counted, say, tell_error, warn
-from job.data.dataset import ArraySplit
 from job.data.loader import default_workers
+from job.data.splits import ArraySplit
 from job.distributed.collectives import on_main
 from job.distributed.cores import available_cores
 from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, shown
 from job.files import check_writable, is_file
-from job.models.weights import read_state
+from job.models.weights_file import read_state
 from job.pipeline.cautions import of_sample
 from job.pipeline.setup import (
     PLANNED,

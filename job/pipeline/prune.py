@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from job.artifacts.run_directory import Run
     from job.config import PruneConfig
     from job.data.dataset import Dataset
-    from job.data.transforms import Preprocessing
+    from job.data.preprocessing import Preprocessing
     from job.training.distillation import Distillation
     from job.training.epoch import EpochResult
     from job.training.evaluation import Evaluation

@@ -16,16 +16,18 @@ from job.artifacts.provenance import listing_of
 from job.console import progress, say
 from job.data.dataset import Dataset, missing_classes, with_validation
 from job.data.folders import PRESENT_LISTING
+from job.data.image_check import check_images
+from job.data.layout import open_data
 from job.data.loader import default_workers
-from job.data.opening import check_images, open_data
-from job.data.preprocessing import PreprocessingOptions
-from job.data.splits import SPLIT_NAMES
+from job.data.preprocessing_options import PreprocessingOptions
+from job.data.split_names import SPLIT_NAMES
 from job.distributed.collectives import digest, on_main
 from job.errors import DataError, InputNotFound, UsageError, shown
 from job.files import is_file
 from job.models.factory import build_network, nominal_width
 from job.models.input_size import check_memory, check_size
-from job.models.weights import load_state, read_state
+from job.models.weights import load_state
+from job.models.weights_file import read_state
 from job.pipeline.slim_base import own_preprocessing, slim_base, source_folder
 from job.pipeline.slim_round import base_of, can_cut, plan_round
 from job.processes import local_world_size
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.config import PruneConfig
-    from job.data.transforms import Preprocessing
+    from job.data.preprocessing import Preprocessing
     from job.distributed.signals import Watch
 
 PLANNED = 10  # rounds of --rounds auto that are shown beforehand

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.data.dataset import Dataset
-    from job.data.transforms import Preprocessing
+    from job.data.preprocessing import Preprocessing
 
 DEFAULTS = PruneConfig()
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.data.loader import EvaluationImages, build_loader, iterate_batches
+from job.data.batches import EvaluationImages
+from job.data.loader import build_loader, iterate_batches
 from job.processes import rank, world_size
 from job.slimming.calibration.moments import MOST, samples_at
 from job.training.evaluation import batch_size_at
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from job.data.dataset import Split
-    from job.data.transforms import Preprocessing
+    from job.data.preprocessing import Preprocessing
+    from job.data.splits import Split
     from job.distributed.signals import Watch
 
 

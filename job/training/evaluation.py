@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from job.data.dataset import UNLABELLED
-from job.data.loader import EvaluationImages, RankShare, build_loader, iterate_batches
+from job.data.batches import EvaluationImages
+from job.data.loader import build_loader, iterate_batches
+from job.data.samplers import RankShare
+from job.data.splits import UNLABELLED
 from job.distributed.collectives import total
 from job.errors import DataError, GammaslimError
 from job.models.outputs import logits_of
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from job.data.dataset import Split
-    from job.data.transforms import Preprocessing
+    from job.data.preprocessing import Preprocessing
+    from job.data.splits import Split
     from job.distributed.signals import Watch
 
 MOST_CLASSES = 10_000  # the confusion matrix then takes 0.8 GB

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from job.data.loader import GlobalBatches, TrainingImages, build_loader, iterate_batches
+from job.data.batches import TrainingImages
+from job.data.loader import build_loader, iterate_batches
+from job.data.samplers import GlobalBatches
 from job.distributed.collectives import check_same, digest, total
 from job.distributed.signals import NOTHING, STOP
 from job.errors import GammaslimError, StopRequest
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from job.config import PruneConfig
-    from job.data.dataset import Split
-    from job.data.transforms import Preprocessing
+    from job.data.preprocessing import Preprocessing
+    from job.data.splits import Split
     from job.distributed.signals import Watch
     from job.training.distillation import Distillation
     from job.training.evaluation import Evaluator

@@ -11,12 +11,15 @@ import torch
 from PIL import Image
 from test_predictions import call, data, predict, run  # noqa: F401 (data and run are fixtures)
 
-import job.data.dataset as dataset_module
 import job.data.loader as batches_module
+import job.data.splits as splits_module
+from job.data.batches import TrainingImages
+from job.data.image_check import check_images
 from job.data.images import load_rgb
-from job.data.loader import GlobalBatches, TrainingImages, build_loader, iterate_batches
-from job.data.opening import check_images, open_data
-from job.data.transforms import Preprocessing
+from job.data.layout import open_data
+from job.data.loader import build_loader, iterate_batches
+from job.data.preprocessing import Preprocessing
+from job.data.samplers import GlobalBatches
 from job.errors import DataError
 from support.datasets import write_flat
 
@@ -29,7 +32,7 @@ def lose(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
             raise DataError(f"{path} cannot be read as an image: lost")
         return load_rgb(path)
 
-    monkeypatch.setattr(dataset_module, "load_rgb", load)
+    monkeypatch.setattr(splits_module, "load_rgb", load)
     monkeypatch.setattr(batches_module, "_named", set())
 
 

@@ -18,8 +18,8 @@ from job.artifacts.model_card import ModelCard, read_card, save_model
 from job.cli.main import gammaslim
 from job.config import PruneConfig, write_toml
 from job.data.dataset import with_validation
-from job.data.opening import open_data
-from job.data.transforms import Preprocessing
+from job.data.layout import open_data
+from job.data.preprocessing import Preprocessing
 from job.models.factory import build_network
 from job.pipeline.setup import dataset_record, prepare_data
 

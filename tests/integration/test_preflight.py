@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from job.config import PruneConfig
-from job.data.opening import open_data
+from job.data.layout import open_data
 from job.errors import StorageError
 from job.pipeline import dry_run as preflight
 from job.pipeline.dry_run import Findings, batch_warnings, core_warnings, space_needed

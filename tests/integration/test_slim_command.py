@@ -15,7 +15,7 @@ import job
 from job.artifacts.export import format_of
 from job.artifacts.model_card import ModelCard, save_model
 from job.cli.main import gammaslim
-from job.data.transforms import Preprocessing
+from job.data.preprocessing import Preprocessing
 from job.models.factory import build_network
 from support.cuts import randomise
 from support.datasets import picture, write_flat

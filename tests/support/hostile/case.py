@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from job.artifacts.model_card import ModelCard, save_model
-from job.data.transforms import Preprocessing
+from job.data.preprocessing import Preprocessing
 from job.models.factory import build_network
 from support.commands import gammaslim
 from support.cuts import randomise

@@ -18,7 +18,7 @@ from typing import Any
 
 import job.artifacts.checkpoint
 import job.artifacts.run_directory
-import job.data.opening
+import job.data.image_check
 import job.files
 import job.pipeline.prune
 import job.pipeline.session
@@ -106,7 +106,7 @@ def half_deleted() -> None:
 
 def slow_check() -> None:
     """Reading a picture takes long: there are as many as one wants."""
-    original = job.data.opening.check_image
+    original = job.data.image_check.check_image
 
     def checking(path: Path) -> tuple[int, int]:
         time.sleep(1)
@@ -114,7 +114,7 @@ def slow_check() -> None:
             die()
         return original(path)
 
-    job.data.opening.check_image = checking
+    job.data.image_check.check_image = checking
 
 
 PLACES = {

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from job.cli.exits import exit_now
 from job.config import PruneConfig
-from job.data.dataset import ArraySplit
-from job.data.transforms import Preprocessing
+from job.data.preprocessing import Preprocessing
+from job.data.splits import ArraySplit
 from job.distributed.collectives import check_same, on_main, start
 from job.errors import DataError, GammaslimError, UsageError
 from job.models.student import StudentNet

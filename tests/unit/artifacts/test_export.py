@@ -19,7 +19,7 @@ import job.artifacts.export
 from job.artifacts.model_card import ModelCard, save_model
 from job.cli.export import export
 from job.cli.model import ModelOptions
-from job.data.transforms import Preprocessing
+from job.data.preprocessing import Preprocessing
 from job.errors import GammaslimError, UsageError
 from job.models.factory import build_network
 from job.slimming.surgery.surgery import apply_plan

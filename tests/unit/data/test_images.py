@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from job.data.image_check import check_images
 from job.data.images import check_image, load_rgb
-from job.data.opening import check_images, open_data
+from job.data.layout import open_data
 from job.errors import DataError
 from support.commands import gammaslim
 from support.datasets import write_flat

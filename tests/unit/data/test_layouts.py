@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.data.dataset import UNLABELLED, ArraySplit, with_validation
-from job.data.layout import natural_key
-from job.data.opening import open_data
+from job.data.dataset import with_validation
+from job.data.layout import natural_key, open_data
+from job.data.splits import UNLABELLED, ArraySplit
 from job.errors import DataError, InputNotFound
 from support.datasets import write_flat, write_idx
 

@@ -23,12 +23,12 @@ from job.cli.main import gammaslim as program
 from job.cli.model import ModelOptions, open_model
 from job.config import PruneConfig
 from job.data import pretrained as packages
-from job.data.dataset import ArraySplit
+from job.data.batches import EvaluationImages, TrainingImages
 from job.data.geometry import Resize
-from job.data.loader import EvaluationImages, TrainingImages
-from job.data.preprocessing import PreprocessingOptions
+from job.data.preprocessing import Preprocessing
+from job.data.preprocessing_options import PreprocessingOptions
 from job.data.sample_order import epoch_table
-from job.data.transforms import Preprocessing
+from job.data.splits import ArraySplit
 from job.errors import DataError, UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

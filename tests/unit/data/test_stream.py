@@ -10,19 +10,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from job.data.dataset import ArraySplit
-from job.data.loader import (
-    EvaluationImages,
-    GlobalBatches,
-    RankShare,
-    TrainingImages,
-    build_loader,
-    iterate_batches,
-    report_uncaught,
-)
-from job.data.opening import open_data
+from job.data.batches import EvaluationImages, TrainingImages
+from job.data.layout import open_data
+from job.data.loader import build_loader, iterate_batches, report_uncaught
+from job.data.preprocessing import Preprocessing
 from job.data.sample_order import Draw, epoch_table
-from job.data.transforms import Preprocessing
+from job.data.samplers import GlobalBatches, RankShare
+from job.data.splits import ArraySplit
 from support.datasets import write_flat
 
 

@@ -18,12 +18,13 @@ from torch import nn
 from job.artifacts.model_card import ModelCard, load_model, save_model
 from job.cli.model import ModelOptions, open_model
 from job.cli.option_types import KeyValue
-from job.data.transforms import Preprocessing
+from job.data.preprocessing import Preprocessing
 from job.errors import DataError, UsageError
 from job.models.classifier import find_head
 from job.models.factory import build_network, nominal_width
 from job.models.input_size import check_size
-from job.models.weights import load_state, read_state
+from job.models.weights import load_state
+from job.models.weights_file import read_state
 from job.slimming.planning.layer_channels import LayerChannels
 from support.commands import ROOT, clean_environ
 from support.cuts import randomise

@@ -18,7 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from job.artifacts.export import state_dict_bytes
 from job.errors import DataError, InputNotFound
 from job.models.factory import build_network
-from job.models.weights import load_state, read_state
+from job.models.weights import load_state
+from job.models.weights_file import read_state
 from support.commands import gammaslim
 from support.cuts import randomise
 

@@ -17,7 +17,7 @@ from job.artifacts.model_card import ModelCard, save_model
 from job.cli.model import ModelOptions
 from job.cli.score import DataOptions, evaluate
 from job.config import PruneConfig
-from job.data.transforms import Preprocessing
+from job.data.preprocessing import Preprocessing
 from job.pipeline.cautions import Cautions, above_base, at_chance, of_weights, one_class
 from job.pipeline.prune import prune
 from job.report.page import report

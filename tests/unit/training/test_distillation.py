@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from job.artifacts.model_card import ModelCard, save_model
 from job.config import PruneConfig
-from job.data.transforms import Preprocessing
+from job.data.preprocessing import Preprocessing
 from job.errors import DataError, InputNotFound, UsageError
 from job.models.factory import build_network
 from job.pipeline.setup import teacher_network

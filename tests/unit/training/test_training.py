@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import job.training.trainer
 from job.config import PruneConfig
-from job.data.opening import open_data
-from job.data.transforms import Preprocessing
+from job.data.layout import open_data
+from job.data.preprocessing import Preprocessing
 from job.distributed.collectives import start
 from job.errors import GammaslimError
 from job.models.factory import build_network

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from job.config import PruneConfig
-from job.data.loader import GlobalBatches
-from job.data.opening import open_data
-from job.data.transforms import Preprocessing
+from job.data.layout import open_data
+from job.data.preprocessing import Preprocessing
+from job.data.samplers import GlobalBatches
 from job.distributed.collectives import start
 from job.errors import DataError, UsageError
 from job.models.factory import build_network

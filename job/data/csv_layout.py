@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.data.dataset import UNLABELLED, Dataset, FileSplit, Split
+from job.data.dataset import Dataset
 from job.data.folders import visible
-from job.data.splits import CANONICAL, SPLIT_NAMES
+from job.data.split_names import CANONICAL, SPLIT_NAMES
+from job.data.splits import UNLABELLED, FileSplit, Split
 from job.errors import DataError, shown
 from job.files import read_bytes
 

@@ -5,30 +5,19 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.data.dataset import ArraySplit, Dataset, FileSplit
-from job.data.folders import PRESENT_LISTING
 from job.data.images import check_image, without_warnings
-from job.data.layout import BUILT_IN, open_builtin, open_folder
+from job.data.splits import ArraySplit, FileSplit
 from job.distributed.cores import available_cores
 from job.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
-
-def open_data(path: str | None, listing: int = PRESENT_LISTING) -> Dataset:
-    """The data set at ``path``, or the built-in one; raises InputNotFound or DataError.
-
-    Folders are read by the rules of ``listing``.
-    """
-    if path is None or (path == BUILT_IN and not Path(path).exists()):
-        return open_builtin()
-    return replace(open_folder(path, listing), source=path, listing=listing)
+    from job.data.dataset import Dataset
 
 
 def check_images(

@@ -1,0 +1,145 @@
+"""Random crops, flips and angles by the numbers of the epoch table, and the centre crop."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from job.data.geometry import LONGEST
+
+if TYPE_CHECKING:
+    from job.data.sample_order import Draw
+
+MAX_ANGLE = 15.0  # degrees
+SMALL_PAD = 4  # pixels
+CROP_AREA = (0.08, 1.0)  # share of the image
+CROP_RATIO = (3 / 4, 4 / 3)  # width to height
+
+
+def draw_offset(uniform: float, slack: int) -> int:
+    """A whole number from 0 to ``slack``, all equally likely."""
+    return int(uniform * (slack + 1))
+
+
+def draw_flip(draw: Draw) -> bool:
+    """Whether the image is mirrored: half the time."""
+    return draw.flip < 0.5
+
+
+def center_offset(side: int, size: int) -> int:
+    """Where ``size`` pixels about the centre of ``side`` begin, below 0 in front of it.
+
+    Rounded as torchvision's center_crop does it, which pads a whole image before it crops.
+    """
+    return -((size - side) // 2) if side < size else round((side - size) / 2)
+
+
+def crop_long_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image of more than 64 times its other side: only that will be seen.
+
+    Resized as a whole, a line of a million pixels would be 256 million high.
+    """
+    most = LONGEST * min(image.size)
+    if max(image.size) <= most:
+        return image
+    left, top = (max(0, (side - most) // 2) for side in image.size)
+    return image.crop((left, top, min(image.width, left + most), min(image.height, top + most)))
+
+
+def resampling(interpolation: str) -> Image.Resampling:
+    """Pillow's filter for ``bilinear``, ``bicubic``, …"""
+    return Image.Resampling[interpolation.upper()]
+
+
+def _flip(image: Image.Image, draw: Draw) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw_flip(draw) else image
+
+
+def augment_homework(image: Image.Image, draw: Draw, size: int) -> Image.Image:
+    """Crop at random, with symmetric padding of a side that is too short; flip; rotate.
+
+    As torchvision's RandomCrop(pad_if_needed=True), which pads by the whole shortfall on both ends.
+    """
+    # a side that is long enough is cropped first: padding would make a sheet of a long thin image
+    short_x, short_y = max(0, size - image.width), max(0, size - image.height)
+    left = draw_offset(draw.left, image.width + 2 * short_x - size)
+    top = draw_offset(draw.top, image.height + 2 * short_y - size)
+    across = (0, image.width) if short_x else (left, left + size)
+    down = (0, image.height) if short_y else (top, top + size)
+    image = image.crop((across[0], down[0], across[1], down[1]))
+    if short_x or short_y:
+        margins = [(short_y, short_y), (short_x, short_x), (0, 0)]
+        image = Image.fromarray(np.pad(np.asarray(image), margins, "symmetric"))
+        left, top = left * bool(short_x), top * bool(short_y)
+        image = image.crop((left, top, left + size, top + size))
+    return _flip(image, draw).rotate((2 * draw.angle - 1) * MAX_ANGLE)
+
+
+def augment_small(image: Image.Image, draw: Draw, size: int) -> Image.Image:
+    """Pad by 4 pixels, crop at random, flip. A smaller image is first centred in ``size``."""
+    left = _small_offset(image.width, size, draw.left)
+    top = _small_offset(image.height, size, draw.top)
+    return _flip(image.crop((left, top, left + size, top + size)), draw)
+
+
+def _small_offset(side: int, size: int, uniform: float) -> int:
+    """Where the crop begins on a side of the image: below 0 in the padding in front of it."""
+    frame = max(size, side)
+    return (
+        center_offset(side, frame) - SMALL_PAD + draw_offset(uniform, frame + 2 * SMALL_PAD - size)
+    )
+
+
+def augment_imagenet(
+    image: Image.Image, draw: Draw, size: int, resampling: Image.Resampling
+) -> Image.Image:
+    """Crop a random area and aspect ratio, resize to ``size`` x ``size``, flip.
+
+    One draw per image, clipped to the image's edges, where torchvision tries up to ten times.
+    """
+    area = image.width * image.height * (CROP_AREA[0] + draw.area * (CROP_AREA[1] - CROP_AREA[0]))
+    log_ratio = [math.log(r) for r in CROP_RATIO]
+    ratio = math.exp(log_ratio[0] + draw.ratio * (log_ratio[1] - log_ratio[0]))
+    width = min(image.width, max(1, round(math.sqrt(area * ratio))))
+    height = min(image.height, max(1, round(math.sqrt(area / ratio))))
+    top = draw_offset(draw.top, image.height - height)
+    left = draw_offset(draw.left, image.width - width)
+    image = image.crop((left, top, left + width, top + height))
+    return _flip(image.resize((size, size), resampling), draw)
+
+
+def small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarray[Any, Any]:
+    """The ``small`` preset on a whole batch of arrays at once.
+
+    images (N, H, W) or (N, H, W, 3) uint8 are the split's; returns (B, size, size[, 3]) uint8, the
+    same pixels as ``Preprocessing.train`` gives one by one.
+    """
+    height, width = images.shape[1:3]
+    top = np.array([_small_offset(height, size, d.top) for d in draws], np.intp)
+    left = np.array([_small_offset(width, size, d.left) for d in draws], np.intp)
+    rows, columns = top[:, None] + np.arange(size), left[:, None] + np.arange(size)
+    flipped = np.array([draw_flip(d) for d in draws], bool)
+    columns[flipped] = columns[flipped, ::-1]
+    index = np.array([d.index for d in draws], np.intp)[:, None, None]
+    crops = images[
+        index, rows.clip(0, height - 1)[:, :, None], columns.clip(0, width - 1)[:, None, :]
+    ]
+    crops[(rows < 0) | (rows >= height)] = 0
+    outside = (columns < 0) | (columns >= width)
+    crops[np.broadcast_to(outside[:, None, :], crops.shape[:3])] = 0
+    return np.asarray(crops)
+
+
+def center_arrays(images: Any, indices: list[int], size: int) -> np.ndarray[Any, Any]:
+    """Images of (N, H, W[, 3]) cropped or zero-padded to ``size`` about the centre.
+
+    As torchvision's center_crop; cropped before they are copied.
+    """
+    top, left = (max(0, center_offset(side, size)) for side in images.shape[1:3])
+    batch = images[:, top : top + size, left : left + size][indices]
+    missing = [size - side for side in batch.shape[1:3]]
+    pad = [(m // 2, (m + 1) // 2) for m in missing]
+    return np.pad(batch, [(0, 0), *pad, *[(0, 0)] * (batch.ndim - 3)])

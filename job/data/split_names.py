@@ -1,0 +1,11 @@
+"""Names of splits, as folders, columns and options have them."""
+
+from __future__ import annotations
+
+SPLIT_NAMES = {
+    "training": ("training", "train"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "testing": ("testing", "test"),
+    "evaluation": ("evaluation", "eval"),
+}
+CANONICAL = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
