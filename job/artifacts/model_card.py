@@ -19,8 +19,8 @@ from job.models.factory import build_network
 from job.models.input_size import MAX_SIZE
 from job.models.weights import load_state
 from job.models.weights_file import read_state
+from job.slimming.planning.base import Base
 from job.slimming.planning.layer_channels import LayerChannels, Layers, compose
-from job.slimming.planning.planner import Base
 from job.slimming.surgery.surgery import apply_plan
 from job.versions import versions
 

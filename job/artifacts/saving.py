@@ -26,9 +26,9 @@ from job.models.factory import NETWORKS, torchvision_names, trust_factory
 from job.slimming.arguments import check_network
 from job.slimming.graph.trace import tensors_in, trace_network, training_mode
 from job.slimming.inputs import call_network, kind_of, move_like
+from job.slimming.planning.base import Base, layer_widths
 from job.slimming.planning.layer_channels import compose
 from job.slimming.planning.plan import Plan
-from job.slimming.planning.planner import Base, layer_widths
 from job.slimming.surgery.comparison import relative_difference
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import probe_batch

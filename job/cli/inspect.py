@@ -13,14 +13,14 @@ from job.console import say, table
 from job.report.tables import layers_table
 from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
-from job.slimming.planning.cost import layer_costs, network_cost, picture
-from job.slimming.planning.planner import full_sizes
+from job.slimming.planning.base import full_group_sizes
+from job.slimming.planning.cost import example_image, layer_costs, network_cost
 
 if TYPE_CHECKING:
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
-    from job.slimming.importance.criteria import Scores
+    from job.slimming.importance.scores import Scores
 
 QUARTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
 
@@ -34,8 +34,8 @@ def inspect(model: ModelOptions, as_json: bool) -> None:
 
 def _record(network: nn.Module, card: ModelCard) -> dict[str, Any]:
     size = card.preprocessing.size
-    graph = analyse(network, picture(size))
-    gamma, sizes = gamma_importance(network, graph), full_sizes(network, graph, card.base)
+    graph = analyse(network, example_image(size))
+    gamma, sizes = gamma_importance(network, graph), full_group_sizes(network, graph, card.base)
     groups = [
         {
             "group": group.name,

@@ -23,9 +23,9 @@ from job.processes import local_world_size
 from job.slimming.analysis import analyse
 from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.cut import best_method, make_cut, plan_cut
-from job.slimming.planning.cost import picture
+from job.slimming.planning.allocation import Allocation
+from job.slimming.planning.cost import example_image
 from job.slimming.planning.overview import costs_table
-from job.slimming.planning.planner import Slimming
 from job.slimming.planning.target import Budget
 from job.training.calibration import Calibration
 from job.training.evaluation import Evaluator
@@ -66,11 +66,11 @@ class SlimOptions:
             raise UsageError(f"{' and '.join(words)}: images are needed; give some, --data PATH")
 
     @property
-    def slimming(self) -> Slimming:
+    def allocation(self) -> Allocation:
         """The target, and the policy that it asks for."""
         budget = Budget.parse(self.target)
         policy = self.policy or ("uniform" if budget.metric == "width" else "global")
-        return Slimming(policy, budget, self.round_to, self.min_keep)
+        return Allocation(policy, budget, self.round_to, self.min_keep)
 
 
 def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
@@ -96,14 +96,14 @@ def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
     if images and images.scoring is not None and before is not None:
         counts = np.bincount(images.scoring.labels).tolist()
         say_cautions([of_model(before, counts, weights=Path(model.path).is_file())])
-    image, slimming = picture(card.preprocessing.size), options.slimming
+    image, allocation = example_image(card.preprocessing.size), options.allocation
     graph, base = analyse(network, image), card.base or base_of(network, card)
     narrow, plan, error = make_cut(
         network,
         graph,
         image,
         method,
-        lambda scores: plan_cut(network, graph, scores, slimming, method.compensate, image, base),
+        lambda scores: plan_cut(network, graph, scores, allocation, method.compensate, image, base),
         tools.calibration.batches if tools else None,
         progress=partial(show_step, "slimming"),
     )

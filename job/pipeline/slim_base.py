@@ -14,7 +14,7 @@ from job.data.layout import BUILT_IN
 from job.distributed.collectives import digest
 from job.errors import DataError, UsageError, shown
 from job.pipeline.slim_round import base_of
-from job.slimming.planning.planner import layer_widths
+from job.slimming.planning.base import layer_widths
 
 if TYPE_CHECKING:
     from torch import nn

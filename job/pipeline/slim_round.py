@@ -12,9 +12,10 @@ from job.slimming.calibrated import scores_for
 from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.compensation.regression import quiet
 from job.slimming.cut import Method, make_cut, plan_cut
-from job.slimming.planning.cost import network_cost, picture
+from job.slimming.planning.allocation import Allocation
+from job.slimming.planning.base import Base, layer_widths
+from job.slimming.planning.cost import example_image, network_cost
 from job.slimming.planning.layer_channels import LayerChannels
-from job.slimming.planning.planner import Base, Slimming, layer_widths
 from job.slimming.planning.target import Budget
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from job.config import PruneConfig
     from job.slimming.compensation.regression import Progress
     from job.slimming.graph.groups import ChannelGraph
-    from job.slimming.importance.criteria import Scores
+    from job.slimming.importance.scores import Scores
     from job.slimming.planning.plan import Plan
     from job.training.calibration import Calibration
     from job.training.position import Position
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 MOST_STEPS = 2**14  # of --rate, in search of one that cuts: 0.999 to this power is 8e-8
 
 
-def slimming_of(config: PruneConfig, card: ModelCard, round_: int, power: int = 1) -> Slimming:
+def allocation_of(config: PruneConfig, card: ModelCard, round_: int, power: int = 1) -> Allocation:
     """What round ``round_`` of a run is to leave: the target is spread over the rounds.
 
     Without a target ``--rate`` of the width, or of the channels of a global policy; its
@@ -52,7 +53,7 @@ def slimming_of(config: PruneConfig, card: ModelCard, round_: int, power: int = 
         budget = Budget("width", card.width * config.rate**power, f"--rate {config.rate:g}")
     else:
         budget = Budget("channels", config.rate ** (round_ + power - 1), f"--rate {config.rate:g}")
-    return Slimming(config.policy, budget, config.round_to, config.min_keep)
+    return Allocation(config.policy, budget, config.round_to, config.min_keep)
 
 
 def base_of(network: nn.Module, card: ModelCard) -> Base:
@@ -64,7 +65,7 @@ def ranking_norms(network: nn.Module, size: int, sparse_epochs: int) -> list[str
     """BatchNorms whose γ may decide a cut, for sparse training; None where there is none of it."""
     if not sparse_epochs:
         return None
-    graph = analyse(network, picture(size))
+    graph = analyse(network, example_image(size))
     return sorted({norm for group in graph.groups for norm in group.norms})
 
 
@@ -80,7 +81,7 @@ def plan_round(
 
     By default as an importance that needs no pictures has it: a forecast of the others.
     """
-    image = picture(card.preprocessing.size)
+    image = example_image(card.preprocessing.size)
     if graph is None:
         graph = analyse(network, image)
     if scores is None:
@@ -88,8 +89,8 @@ def plan_round(
         scores = scores_for(known, network, graph, {}, seed=config.seed)
 
     def plan_of(power: int) -> Plan:
-        slimming = slimming_of(config, card, round_, power)
-        return plan_cut(network, graph, scores, slimming, config.compensate, image, card.base)
+        allocation = allocation_of(config, card, round_, power)
+        return plan_cut(network, graph, scores, allocation, config.compensate, image, card.base)
 
     return plan_of(1) if config.last_round is not None else _first_cut(plan_of)
 
@@ -144,7 +145,7 @@ def cut(
     progress: Progress = quiet,
 ) -> tuple[nn.Module, ModelCard, float]:
     """The narrow network of round ``round_``, on the CPU, its card, and the proof's error."""
-    image = picture(card.preprocessing.size)
+    image = example_image(card.preprocessing.size)
     network.to(device)
     progress("following channels", 0, 0)
     graph = on_main(lambda: analyse(network, image), interrupt=True)

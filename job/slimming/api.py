@@ -28,7 +28,7 @@ from job.slimming.compensation.recalibration import recalibrate as recalibrated
 from job.slimming.cut import best_method, make_cut, plan_cut
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.inputs import strip_values
-from job.slimming.planning.planner import Slimming
+from job.slimming.planning.allocation import Allocation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -88,7 +88,7 @@ def slim(
     check_number("round_to", round_to, 1)
     check_number("min_keep", min_keep, 0, 1)
     check_number("recalibrate", recalibrate, 0)
-    slimming = Slimming(policy, budget_of(target), int(round_to), float(min_keep))
+    allocation = Allocation(policy, budget_of(target), int(round_to), float(min_keep))
     inputs, names = example_of(model, example), ignored(model, ignore)
     try:
         graph = _analysed(model, inputs, names)
@@ -106,7 +106,9 @@ def slim(
                 graph,
                 inputs,
                 method,
-                lambda scores: plan_cut(model, graph, scores, slimming, method.compensate, inputs),
+                lambda scores: plan_cut(
+                    model, graph, scores, allocation, method.compensate, inputs
+                ),
                 None if batches is None else lambda: batches,
             )
     except UsageError as error:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from job.slimming.compensation.regression import Progress
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
-    from job.slimming.importance.criteria import Scores
+    from job.slimming.importance.scores import Scores
     from job.slimming.inputs import Example
     from job.slimming.planning.layer_channels import Layers
 

@@ -11,8 +11,8 @@ from job.processes import is_main, world_size
 from job.slimming.calibrated import compensated, measured, scores_for
 from job.slimming.compensation.folding import with_biases, without_constant
 from job.slimming.compensation.regression import quiet
+from job.slimming.planning.allocation import make_plan
 from job.slimming.planning.plan import keep_of
-from job.slimming.planning.planner import make_plan
 from job.slimming.surgery.comparison import check_finite_weights
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from job.slimming.calibrated import Batches
     from job.slimming.compensation.regression import Progress
     from job.slimming.graph.groups import ChannelGraph
-    from job.slimming.importance.criteria import Scores
+    from job.slimming.importance.scores import Scores
     from job.slimming.inputs import Example
+    from job.slimming.planning.allocation import Allocation
+    from job.slimming.planning.base import Base
     from job.slimming.planning.plan import Plan
-    from job.slimming.planning.planner import Base, Slimming
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def plan_cut(
     network: nn.Module,
     graph: ChannelGraph,
     scores: Scores,
-    slimming: Slimming,
+    allocation: Allocation,
     compensate: str,
     example: Example,
     base: Base | None = None,
@@ -76,7 +77,7 @@ def plan_cut(
     bare: frozenset[str] = frozenset()
     if compensate != "none":
         bare = without_constant(network, graph, example)
-    plan = make_plan(network, graph, scores, slimming, base, bare)
+    plan = make_plan(network, graph, scores, allocation, base, bare)
     return replace(plan, layers=with_biases(plan.layers, bare))
 
 

@@ -28,8 +28,8 @@ from job.slimming.analysis import analyse
 from job.slimming.calibrated import COMPENSATIONS, compensated, measured, scores_for
 from job.slimming.compensation.folding import with_biases, without_constant
 from job.slimming.compensation.recalibration import recalibrate
+from job.slimming.planning.allocation import Allocation, make_plan
 from job.slimming.planning.plan import keep_of
-from job.slimming.planning.planner import Slimming, make_plan
 from job.slimming.planning.target import Budget
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
@@ -141,7 +141,7 @@ def ablate(
         scores = scores_for(importance, network, graph, moments, batches)
         print(f"{importance} {time.perf_counter() - began:.1f} s", file=sys.stderr)
         for target in args.targets:
-            plan = make_plan(network, graph, scores, Slimming("global", Budget("macs", target)))
+            plan = make_plan(network, graph, scores, Allocation("global", Budget("macs", target)))
             keep = keep_of(graph, plan.groups)
             for method in args.compensations:
                 layers = plan.layers

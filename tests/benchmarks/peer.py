@@ -32,8 +32,8 @@ import job
 from job.models.student import StudentNet
 from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
+from job.slimming.planning.allocation import Allocation, make_plan
 from job.slimming.planning.cost import network_cost
-from job.slimming.planning.planner import Slimming, make_plan
 from job.slimming.planning.target import Budget
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
@@ -89,7 +89,7 @@ def our_seconds(network: nn.Module, image: torch.Tensor, target: str) -> tuple[f
     graph = analyse(network, image)
     known = time.perf_counter()
     scores = gamma_importance(network, graph)
-    plan = make_plan(network, graph, scores, Slimming("global", Budget.parse(target)))
+    plan = make_plan(network, graph, scores, Allocation("global", Budget.parse(target)))
     apply_plan(network, plan.layers)
     return known - began, time.perf_counter() - known
 

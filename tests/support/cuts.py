@@ -6,9 +6,9 @@ import torch
 
 from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
-from job.slimming.planning.cost import picture as picture_like
+from job.slimming.planning.allocation import Allocation, make_plan
+from job.slimming.planning.cost import example_image
 from job.slimming.planning.plan import Plan
-from job.slimming.planning.planner import Slimming, make_plan
 from job.slimming.planning.target import Budget
 
 
@@ -32,6 +32,6 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def uniform(network: torch.nn.Module, width: float, size: int = 64) -> Plan:
     """The homework's plan: the same fraction of each group of channels, by γ."""
-    graph = analyse(network, picture_like(size))
-    slimming = Slimming("uniform", Budget("width", width))
-    return make_plan(network, graph, gamma_importance(network, graph), slimming)
+    graph = analyse(network, example_image(size))
+    allocation = Allocation("uniform", Budget("width", width))
+    return make_plan(network, graph, gamma_importance(network, graph), allocation)

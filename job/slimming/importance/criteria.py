@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
-
-Scores = np.ndarray[Any, np.dtype[np.float64]]  # by channel number; nan: not ranked
+    from job.slimming.importance.scores import Scores
 
 
 def gamma_importance(network: nn.Module, graph: ChannelGraph) -> Scores:

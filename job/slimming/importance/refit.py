@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from job.slimming.calibration.moments import Moments, Reader
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
-    from job.slimming.importance.criteria import Scores
+    from job.slimming.importance.scores import Scores
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 STEPS = 256  # of a group: larger ones lose several channels in each

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from job.slimming.calibration.moments import Batch
     from job.slimming.graph.groups import ChannelGraph
-    from job.slimming.importance.criteria import Scores
+    from job.slimming.importance.scores import Scores
     from job.slimming.inputs import Example
 
 

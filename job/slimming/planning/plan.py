@@ -71,14 +71,14 @@ class Plan:
 
 def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
     """The channels (count,) bool that stay where of each group its indices ``groups`` do."""
-    keep = everything(graph)
+    keep = keep_all(graph)
     for group in graph.groups:
         keep[group.channels] = False
         keep[group.channels[list(groups[group.name])]] = True
     return keep
 
 
-def everything(graph: ChannelGraph) -> Ids:
+def keep_all(graph: ChannelGraph) -> Ids:
     """All channels of a graph as ``keep`` (count,) bool; number 0, of those never cut, is true."""
     return np.ones(graph.count, bool)
 

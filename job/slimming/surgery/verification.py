@@ -14,7 +14,7 @@ from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.trace import tensors_in, trace_network, training_mode
 from job.slimming.inputs import call_network, map_tensors, repeat_first_sample
 from job.slimming.planning.plan import Proof, layers_of
-from job.slimming.planning.policy import Choice, ranked
+from job.slimming.planning.ranked_groups import KeptChannels, rank_groups
 from job.slimming.surgery.clone import clone_module
 from job.slimming.surgery.comparison import explain_mismatch, relative_difference
 from job.slimming.surgery.surgery import apply_plan
@@ -322,6 +322,6 @@ def _passes(network: nn.Module, graph: ChannelGraph, names: list[str], example: 
 
 def _trial(graph: ChannelGraph, names: list[str]) -> Ids:
     scores = np.random.Generator(np.random.Philox(0)).random(graph.count)
-    groups = [r for r in ranked(graph, scores) if r.group.name in names]
+    groups = [r for r in rank_groups(graph, scores) if r.group.name in names]
     counts = [max(1, len(r.units) - max(1, len(r.units) // 3)) for r in groups]
-    return Choice(graph, groups)(counts)
+    return KeptChannels(graph, groups)(counts)

@@ -17,7 +17,7 @@ from job.slimming.calibration.moments import collect
 from job.slimming.compensation.folding import with_biases, without_constant
 from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.importance.taylor import taylor_importance
-from job.slimming.planning.plan import everything, layers_of
+from job.slimming.planning.plan import keep_all, layers_of
 from job.slimming.surgery.surgery import apply_plan
 
 start("cpu", "fp32")
@@ -31,7 +31,7 @@ both = [(images[part], labels[part]) for part in parts[:2]]
 graph = analyse(network, images)
 together = collect(network, graph, mine)
 taylor = taylor_importance(network, graph, mine)
-keep = everything(graph)
+keep = keep_all(graph)
 keep[graph.groups[-1].channels[::2]] = False
 layers = with_biases(layers_of(graph, keep), without_constant(network, graph, images))
 narrow = apply_plan(network, layers)

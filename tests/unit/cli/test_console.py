@@ -19,7 +19,7 @@ from job.models.student import StudentNet
 from job.pipeline.forecast import Forecast
 from job.slimming.analysis import analyse
 from job.slimming.cut import Method, make_cut, plan_cut
-from job.slimming.planning.planner import Slimming
+from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.target import Budget
 
 
@@ -232,13 +232,13 @@ def test_a_cut_tells_its_steps_to_a_callback_and_the_library_prints_nothing(
     network, image = StudentNet(base=2, num_classes=3), torch.rand(1, 3, 32, 32)
     batches = [torch.rand(8, 3, 32, 32)]
     graph, steps = analyse(network, image), []
-    slimming = Slimming("global", Budget("channels", 0.6))
+    allocation = Allocation("global", Budget("channels", 0.6))
     make_cut(
         network,
         graph,
         image,
         Method("refit", "regress"),
-        lambda scores: plan_cut(network, graph, scores, slimming, "regress", image),
+        lambda scores: plan_cut(network, graph, scores, allocation, "regress", image),
         lambda: batches,
         progress=lambda *step: steps.append(step),
     )

@@ -20,7 +20,7 @@ from job.slimming.compensation.folding import norms_behind, with_biases, without
 from job.slimming.compensation.recalibration import recalibrate
 from job.slimming.compensation.regression import regress
 from job.slimming.graph.groups import ChannelGraph
-from job.slimming.planning.plan import everything, layers_of
+from job.slimming.planning.plan import keep_all, layers_of
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
@@ -93,7 +93,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 def cut(network: nn.Module) -> tuple[ChannelGraph, np.ndarray]:
     """The graph, and what stays when a third of the first group goes."""
     graph = analyse(network, IMAGES[:1].to(next(network.parameters())))
-    keep, group = everything(graph), graph.groups[0]
+    keep, group = keep_all(graph), graph.groups[0]
     rows = group.channels[None] if group.blocks is None else group.blocks
     keep[rows[:, :: rows.shape[1] // 2 or 1][:, : max(1, rows.shape[1] // 3)]] = False
     assert 0 < (~keep).sum() < group.size

@@ -15,9 +15,10 @@ from job.slimming.analysis import analyse
 from job.slimming.calibrated import scores_for
 from job.slimming.graph.trace import tensors_in
 from job.slimming.importance.criteria import gamma_importance
-from job.slimming.planning.cost import Cost, Costs
-from job.slimming.planning.plan import everything
-from job.slimming.planning.planner import Slimming, make_plan
+from job.slimming.planning.allocation import Allocation, make_plan
+from job.slimming.planning.cost import Cost
+from job.slimming.planning.cost_model import CostModel
+from job.slimming.planning.plan import keep_all
 from job.slimming.planning.target import Budget
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
@@ -58,8 +59,8 @@ def check_cut(network: nn.Module, image: torch.Tensor, ratio: float, importance:
     """Cut to about 1 - ``ratio`` of the channels, prove it, count it, train one step."""
     graph = analyse(network, image)
     scores = scores_for(importance, network, graph, {})
-    slimming = Slimming("uniform", Budget("width", 1 - ratio))
-    plan = make_plan(network, graph, scores, slimming)
+    allocation = Allocation("uniform", Budget("width", 1 - ratio))
+    plan = make_plan(network, graph, scores, allocation)
     narrow = apply_plan(network, plan.layers)
     assert verify(network, narrow, plan.layers, image, auxiliary=graph.auxiliary).error <= 1e-9
     assert counted(narrow, image) == plan.after
@@ -187,7 +188,7 @@ def test_costs_of_a_plan_are_those_of_the_built_network(name: str) -> None:
     network, image = torchvision_network(name), torch.rand(1, 3, 64, 64)
     graph = analyse(network, image)
     scores = gamma_importance(network, graph)
-    assert Costs(network, graph).cost(everything(graph)) == counted(network, image)
+    assert CostModel(network, graph).cost(keep_all(graph)) == counted(network, image)
     for target in ("channels=0.4", "params=0.31", "macs=0.2", "bytes=0.6"):
-        plan = make_plan(network, graph, scores, Slimming("global", Budget.parse(target)))
+        plan = make_plan(network, graph, scores, Allocation("global", Budget.parse(target)))
         assert counted(apply_plan(network, plan.layers), image) == plan.after, target

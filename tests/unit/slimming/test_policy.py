@@ -15,15 +15,17 @@ from job.models.factory import build_network
 from job.slimming.analysis import analyse
 from job.slimming.graph.groups import ChannelGraph
 from job.slimming.importance.criteria import gamma_importance
-from job.slimming.planning.cost import Cost, Costs, network_cost, picture
-from job.slimming.planning.plan import Plan, everything, keep_of
-from job.slimming.planning.planner import Base, Slimming, layer_widths, make_plan
-from job.slimming.planning.policy import ranked
+from job.slimming.planning.allocation import Allocation, make_plan
+from job.slimming.planning.base import Base, layer_widths
+from job.slimming.planning.cost import Cost, example_image, network_cost
+from job.slimming.planning.cost_model import CostModel
+from job.slimming.planning.plan import Plan, keep_all, keep_of
+from job.slimming.planning.ranked_groups import rank_groups
 from job.slimming.planning.target import Budget
 from job.slimming.surgery.surgery import apply_plan
 from support.cuts import randomise
 
-IMAGE = picture(64)
+IMAGE = example_image(64)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,8 @@ def graph(network: nn.Module) -> ChannelGraph:
 
 
 def plan_of(network: nn.Module, graph: ChannelGraph, target: str, **options: object) -> Plan:
-    slimming = Slimming(str(options.pop("policy", "global")), Budget.parse(target), **options)
-    return make_plan(network, graph, gamma_importance(network, graph), slimming)
+    allocation = Allocation(str(options.pop("policy", "global")), Budget.parse(target), **options)
+    return make_plan(network, graph, gamma_importance(network, graph), allocation)
 
 
 def test_the_global_policy_is_one_threshold(network: nn.Module, graph: ChannelGraph) -> None:
@@ -61,12 +63,12 @@ def test_a_target_is_met_and_no_step_could_be_given_back(
     network: nn.Module, graph: ChannelGraph, target: str, round_to: int
 ) -> None:
     plan = plan_of(network, graph, target, round_to=round_to)
-    budget, costs = Budget.parse(target), Costs(network, graph)
+    budget, costs = Budget.parse(target), CostModel(network, graph)
     limit = budget.limit(plan.before)
     assert getattr(plan.after, budget.metric) <= limit
     keep = keep_of(graph, plan.groups)
     assert costs.cost(keep) == plan.after
-    for one in ranked(graph, gamma_importance(network, graph), round_to=round_to):
+    for one in rank_groups(graph, gamma_importance(network, graph), round_to=round_to):
         count = len(plan.groups[one.group.name])
         assert count == one.group.size or count % round_to == 0
         if count < one.group.size:
@@ -160,8 +162,8 @@ def test_fractions_are_of_the_base_in_later_rounds(network: nn.Module, graph: Ch
     first = plan_of(network, graph, "macs=0.5")
     narrow = apply_plan(network, first.layers)
     later = analyse(narrow, IMAGE)
-    slimming = Slimming("global", Budget("macs", 0.25), min_keep=0.2)
-    plan = make_plan(narrow, later, gamma_importance(narrow, later), slimming, base)
+    allocation = Allocation("global", Budget("macs", 0.25), min_keep=0.2)
+    plan = make_plan(narrow, later, gamma_importance(narrow, later), allocation, base)
     assert 0.249 < plan.after.macs / base.cost.macs <= 0.25
     sizes = {group.name: group.size for group in graph.groups}
     for group in later.groups:
@@ -174,7 +176,7 @@ def test_planning_a_target_for_resnet50_takes_less_than_a_second() -> None:
     graph = analyse(network, IMAGE)
     scores = gamma_importance(network, graph)
     began = time.process_time()
-    make_plan(network, graph, scores, Slimming("global", Budget("macs", 0.3), round_to=8))
+    make_plan(network, graph, scores, Allocation("global", Budget("macs", 0.3), round_to=8))
     assert time.process_time() - began < 1
 
 
@@ -186,7 +188,7 @@ def test_studentnet_cuts_all_of_its_blocks_but_by_the_uniform_policy() -> None:
     uniform = plan_of(network, graph, "width=0.5", policy="uniform")
     assert len(uniform.groups["cnn.1.3"]) == 32
     assert len(uniform.groups["cnn.4.3"]) == 128
-    assert Costs(network, graph).cost(everything(graph)) == uniform.before
+    assert CostModel(network, graph).cost(keep_all(graph)) == uniform.before
 
 
 @pytest.mark.parametrize("text", ["macs", "flops=0.5", "macs=-1", "macs=nan", "width=2", "=1"])

@@ -11,10 +11,10 @@ from job.errors import GammaslimError, UsageError
 from job.models.factory import build_network
 from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
-from job.slimming.planning.cost import picture
+from job.slimming.planning.cost import example_image
 from job.slimming.planning.layer_channels import LayerChannels, Layers, compose
 from job.slimming.planning.plan import keep_of, layers_of
-from job.slimming.planning.policy import ranked
+from job.slimming.planning.ranked_groups import rank_groups
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import smallest_equivalent_input, verify
 from support.cuts import randomise, uniform
@@ -22,7 +22,7 @@ from support.reference import PlainStudentNet, homework_slimming
 
 SWEEP = [float(w) for w in np.linspace(1, 0.1, 19)]
 ROUNDS = [0.95, 0.9025, 0.8573749999999999, 0.8145062499999999, 0.7737809374999999]
-PIXELS = picture(64)
+PIXELS = example_image(64)
 
 
 def student(seed: int = 0, **args: float) -> nn.Module:
@@ -157,7 +157,7 @@ def test_ranking_is_by_magnitude_and_ties_go_to_the_lower_index() -> None:
     graph = analyse(network, PIXELS)
     scores = gamma_importance(network, graph)
     assert scores.dtype == np.float64
-    group = next(r for r in ranked(graph, scores) if r.group.name == "cnn.3.3")
+    group = next(r for r in rank_groups(graph, scores) if r.group.name == "cnn.3.3")
     first = group.units[:, 0] - group.group.channels[0]
     assert first[:3].tolist() == [7, 0, 1]
     assert first[-1] == 9

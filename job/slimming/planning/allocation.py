@@ -1,0 +1,88 @@
+"""Allocation: how many channels each group keeps, and the plan that follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from job.slimming.graph.groups import BlockedChannels
+from job.slimming.planning.base import full_group_sizes
+from job.slimming.planning.cost_model import CostModel
+from job.slimming.planning.planner import Planner
+from job.slimming.planning.policies import POLICIES
+from job.slimming.planning.ranked_groups import rank_groups
+from job.slimming.planning.search import UNRANKED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.importance.scores import Scores
+    from job.slimming.planning.base import Base
+    from job.slimming.planning.plan import Plan
+    from job.slimming.planning.ranked_groups import RankedGroup
+    from job.slimming.planning.target import Budget
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A ``policy`` of the table, the ``budget`` that it meets, and bounds for each group.
+
+    A group keeps at least the fraction ``min_keep`` of its channels, and a multiple of
+    ``round_to`` of them where it is large enough.
+    """
+
+    policy: str
+    budget: Budget
+    round_to: int = 1
+    min_keep: float = 0.1
+
+
+def make_plan(
+    network: nn.Module,
+    graph: ChannelGraph,
+    scores: Scores,
+    allocation: Allocation,
+    base: Base | None = None,
+    gains_bias: frozenset[str] = frozenset(),
+) -> Plan:
+    """Return which channels are kept, by their ``scores`` (count,).
+
+    Fractions are relative to ``base``, by default the network itself. Layers in ``gains_bias`` get
+    a bias when one of their inputs is cut; costs count it. Raises UsageError for a budget that is
+    out of reach or above the base.
+    """
+    policy, sizes = POLICIES[allocation.policy], full_group_sizes(network, graph, base)
+    floors = {n: _ceil(allocation.min_keep * size) for n, size in sizes.items()}
+    groups = rank_groups(
+        graph, scores, floors=floors if policy.min_keep else None, round_to=allocation.round_to
+    )
+    graph = _block_unranked(graph, groups)
+    own: Mapping[str, int] | None = None
+    if policy.own_width:
+        own = getattr(network, "uniform_widths", None)
+    if own is not None:
+        groups = [r for r in groups if r.group.name in own]
+    costs = CostModel(network, graph, gains_bias)
+    cost = base.cost if base else None
+    planner = Planner(graph, costs, groups, sizes, cost, exact_widths=own is not None)
+    allocation.budget.fraction(planner.base)  # raises for more than the base has
+    return policy.allocate(planner, allocation.budget)
+
+
+def _ceil(value: float) -> int:
+    return -int(-(value - 1e-9) // 1)
+
+
+def _block_unranked(graph: ChannelGraph, groups: Sequence[RankedGroup]) -> ChannelGraph:
+    """The graph with unranked groups listed among its blocked channels."""
+    names = {r.group.name for r in groups}
+    unranked = tuple(
+        BlockedChannels(layer, group.size, UNRANKED)
+        for group in graph.groups
+        if group.name not in names
+        for layer in group.layers
+    )
+    return replace(graph, blocked=graph.blocked + unranked)

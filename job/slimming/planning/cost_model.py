@@ -1,0 +1,156 @@
+"""Exact costs of a cut that is only planned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from job.slimming.graph.layers import tensors_of
+from job.slimming.graph.selection import batchnorms
+from job.slimming.planning.cost import METRICS, Cost
+
+if TYPE_CHECKING:
+    import torch
+
+    from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.graph.union import Ids
+
+SlotNumbers = dict[tuple[str, str], int]  # by layer and side; from 1
+INDEX_BYTES = 8  # of one entry in the int64 indices of a BatchNorm that selects its channels
+
+
+class CostModel:
+    """Costs of ``network`` as functions of the channels kept; the narrow network is not built.
+
+    The size of a tensor is proportional to the product of the channels in its two channel slots.
+    Slot 0 stands for an axis that is never cut. Layers in ``gains_bias`` get a bias as soon as one
+    of their inputs is cut. Arrays are indexed by slot (slots,) or by tensor (tensors,).
+    """
+
+    def __init__(
+        self, network: nn.Module, graph: ChannelGraph, gains_bias: frozenset[str] = frozenset()
+    ) -> None:
+        numbers: SlotNumbers = {
+            (slot.layer, slot.side): n for n, slot in enumerate(graph.slots, start=1)
+        }
+        self._index_slots(graph)
+        self._size_tensors(network, graph, numbers)
+        self._count_channels(network, numbers)
+        self._count_biases(network, gains_bias, numbers)
+
+    def _index_slots(self, graph: ChannelGraph) -> None:
+        slots = [np.zeros(1, np.int64), *(slot.ids for slot in graph.slots)]
+        self.ids = np.concatenate(slots)
+        self.lengths = np.array([len(ids) for ids in slots])
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        # channel number -> the slots that it is in
+        order = np.argsort(self.ids, kind="stable")
+        self.slot_of = np.repeat(np.arange(len(slots)), self.lengths)[order]
+        self.first_of = np.searchsorted(self.ids[order], np.arange(graph.count + 1))
+
+    def _size_tensors(self, network: nn.Module, graph: ChannelGraph, numbers: SlotNumbers) -> None:
+        tensors, keys = _named_tensors(network)
+        order = {name: number for number, name in enumerate(tensors)}
+        layers = {layer for layer, _ in numbers}
+        slots = [_slots_of_tensor(name, t, numbers, layers) for name, t in tensors.items()]
+        self.first, self.second = np.array(slots, np.int64).reshape(-1, 2).T
+        self.full = self.lengths[self.first] * self.lengths[self.second]
+        self.numel = np.array([tensor.numel() for tensor in tensors.values()], np.int64)
+        is_param = [isinstance(tensor, nn.Parameter) for tensor in tensors.values()]
+        self.is_param = np.array(is_param, np.int64)
+        self.bytes = np.zeros(len(tensors), np.int64)  # of an element, for each state-dict key
+        for name in keys.values():
+            self.bytes[order[name]] += tensors[name].element_size()
+        self.macs = np.zeros(len(tensors), np.int64)  # for each element of a weight
+        self.other_macs = sum(call.places for call in graph.calls if call.weight is None)
+        for call in graph.calls:
+            if call.weight is not None:
+                self.macs[order[call.weight]] += call.places
+
+    def _count_channels(self, network: nn.Module, numbers: SlotNumbers) -> None:
+        passed = [(s, n) for s, n in numbers.items() if s[1] in ("through", "select")]
+        norms = batchnorms(network)
+        cut = {name: n for (name, _), n in passed if name in norms}
+        self.norms = np.array(sorted(cut.values()), np.int64)
+        total = sum({id(norm): norm.num_features for norm in norms.values()}.values())
+        self.other_channels = total - int(self.lengths[self.norms].sum())
+        new = [n for (name, side), n in passed if side == "select" and f"{name}.norm" not in norms]
+        self.selecting = np.array(new, np.int64)  # these BatchNorms get indices
+
+    def _count_biases(
+        self, network: nn.Module, gains_bias: frozenset[str], numbers: SlotNumbers
+    ) -> None:
+        layers = [layer for layer in sorted(gains_bias) if (layer, "in") in numbers]
+        weights = [network.get_submodule(layer).get_parameter("weight") for layer in layers]
+        self.bias_inputs = np.array([numbers[layer, "in"] for layer in layers], np.int64)
+        outputs = [numbers.get((layer, "out"), 0) for layer in layers]
+        self.bias_outputs = np.array(outputs, np.int64)
+        rows = [1 if slot else len(w) for slot, w in zip(outputs, weights, strict=True)]
+        self.bias_rows = np.array(rows, np.int64)
+        self.bias_bytes = np.array([w.element_size() for w in weights], np.int64)
+
+    def cost(self, keep: Ids) -> Cost:
+        """Return the cost with the channels of the mask ``keep`` (count,); keep[0] is true."""
+        counts = self.slot_counts(keep)
+        return Cost(**{metric: self.metric(metric, counts) for metric in METRICS})
+
+    def slot_counts(self, keep: Ids) -> Ids:
+        """Return how many channels of the mask ``keep`` (count,) each slot has, as (slots,)."""
+        counts: Ids = np.add.reduceat(keep[self.ids].astype(np.int64), self.starts)
+        return counts
+
+    def slots_of(self, channels: Ids) -> Ids:
+        """Return how often the channel numbers (n,) occur in each slot, as (slots,)."""
+        slots = [self.slot_of[self.first_of[c] : self.first_of[c + 1]] for c in channels]
+        counts: Ids = np.bincount(np.concatenate(slots), minlength=len(self.starts))
+        return counts
+
+    def metric(self, metric: str, counts: Ids) -> int:
+        """Return one of ``METRICS`` with ``counts`` (slots,) channels in each slot."""
+        if metric == "channels":
+            return self.other_channels + int(counts[self.norms].sum())
+        numel = self.numel * (counts[self.first] * counts[self.second]) // self.full
+        if metric == "macs":
+            return int(numel @ self.macs) + self.other_macs
+        is_cut = counts[self.bias_inputs] < self.lengths[self.bias_inputs]
+        biases = self.bias_rows * counts[self.bias_outputs] * is_cut
+        if metric == "params":
+            return int(numel @ self.is_param + biases.sum())
+        selected = counts[self.selecting]
+        indices = int(selected[selected < self.lengths[self.selecting]].sum())
+        return int(numel @ self.bytes + biases @ self.bias_bytes) + indices * INDEX_BYTES
+
+
+def _named_tensors(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Parameters and buffers by name, shared ones once; and the name for each state-dict key."""
+    name_of: dict[int, str] = {}
+    tensors = {
+        name: tensor
+        for name, _, _, tensor in tensors_of(network)
+        if name_of.setdefault(id(tensor), name) == name
+    }
+    state: dict[str, Any] = network.state_dict(keep_vars=True)
+    keys = {key: name_of[id(value)] for key, value in state.items() if id(value) in name_of}
+    return tensors, keys
+
+
+def _slots_of_tensor(
+    name: str, tensor: torch.Tensor, numbers: SlotNumbers, layers: set[str]
+) -> tuple[int, int]:
+    """The two slots that the size of a tensor is proportional to."""
+    layer, _, own_name = name.rpartition(".")
+    if own_name == "num_batches_tracked":
+        return 0, 0
+    if (layer.removesuffix(".norm"), "select") in numbers:
+        layer = layer.removesuffix(".norm")
+    if layer not in layers:
+        if name not in layers:
+            return 0, 0
+        layer, own_name = name, "weight"  # a parameter that no known layer owns
+    through = next((n for s in ("through", "select") if (n := numbers.get((layer, s), 0))), 0)
+    if through:
+        return through, 0
+    is_weight = own_name == "weight" and isinstance(tensor, nn.Parameter)
+    return numbers.get((layer, "out"), 0), numbers.get((layer, "in"), 0) if is_weight else 0

@@ -1,0 +1,88 @@
+"""Search for the largest network that meets a budget."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from typing import TYPE_CHECKING, TypeVar
+
+from job.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.planning.planner import Planner
+    from job.slimming.planning.target import Budget
+
+Step = TypeVar("Step")
+OUTPUT, UNRANKED = "the network's output", "no BatchNorm ranks them"
+NOTHING = "no channel of this network is ranked by a BatchNorm and can be cut"
+
+
+def first_within_budget(
+    planner: Planner,
+    budget: Budget,
+    limit: float,
+    steps: Sequence[Step],
+    counts_at: Callable[[Step], list[int]],
+) -> Step:
+    """Return the first of ``steps`` whose counts cost at most ``limit``; later ones cost less.
+
+    Raises UsageError, with the least that is reachable, when there is none.
+    """
+    if not planner.groups:
+        raise UsageError(f"{budget} cannot be reached: {NOTHING}{_main_obstacle(planner.graph)}")
+    low, high = 0, len(steps) - 1
+    least = planner.metric(budget.metric, counts_at(steps[high]))
+    if least > limit:
+        raise UsageError(budget.unreachable(least, planner.base))
+    while low < high:
+        middle = (low + high) // 2
+        if planner.metric(budget.metric, counts_at(steps[middle])) <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    return steps[low]
+
+
+def restore_within_budget(
+    planner: Planner, counts: Sequence[int], budget: Budget, limit: float
+) -> list[int]:
+    """Return ``counts`` with units restored as long as the cost stays within ``limit``.
+
+    The most important units come first. A group whose next unit does not fit is done, because the
+    remaining budget only shrinks.
+    """
+    counts = list(counts)
+    costs = planner.costs
+    slot_counts = planner.slot_counts(counts)
+
+    def next_unit(i: int) -> list[tuple[float, int]]:
+        scores = planner.groups[i].scores
+        return [(-float(scores[counts[i]]), i)] if counts[i] < len(scores) else []
+
+    queue = [entry for i in range(len(counts)) for entry in next_unit(i)]
+    heapq.heapify(queue)
+    while queue:
+        _, i = heapq.heappop(queue)
+        more = planner.groups[i].allowed_count(counts[i] + 1)
+        restored = planner.groups[i].units[counts[i] : more].reshape(-1)
+        then = slot_counts + costs.slots_of(restored)
+        if costs.metric(budget.metric, then) <= limit:
+            counts[i], slot_counts = more, then
+            for entry in next_unit(i):
+                heapq.heappush(queue, entry)
+    return counts
+
+
+def _main_obstacle(graph: ChannelGraph) -> str:
+    """Why most channels are not cut, apart from the network's output, for a message."""
+    count: Counter[str] = Counter()
+    for blocked in graph.blocked:
+        count[blocked.reason] += blocked.channels * (blocked.reason != OUTPUT)
+    reason = next((reason for reason, channels in count.most_common(1) if channels), None)
+    if reason is None:
+        return ""
+    hint = "; --importance l2 ranks them" if reason == UNRANKED else ""
+    return f"; why most are not: {reason}{hint}"
