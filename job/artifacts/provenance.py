@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from job.data.folders import PRESENT_LISTING
+from job.data.folders import CURRENT_LISTING
 from job.data.layout import BUILT_IN
 from job.errors import InputNotFound, UsageError, shown
 from job.files import is_file, parse_toml, read_bytes
@@ -26,12 +26,12 @@ def _record(run: Path) -> dict[str, Any] | None:
 def listing_of(run: Path) -> int:
     """The listing that ``run`` was begun with; the present one where there is no run yet."""
     record = _record(run)
-    return PRESENT_LISTING if record is None else as_listing(record.get("listing", 1))
+    return CURRENT_LISTING if record is None else as_listing(record.get("listing", 1))
 
 
 def as_listing(value: object) -> int:
     """A listing as a file has it; the present one where it is none."""
-    return value if value in (1, PRESENT_LISTING) and isinstance(value, int) else PRESENT_LISTING
+    return value if value in (1, CURRENT_LISTING) and isinstance(value, int) else CURRENT_LISTING
 
 
 def own_data(model: str, lineage: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import as_listing
 from job.cli.score import in_classes_of
 from job.console import progress
-from job.data.dataset import Dataset, with_validation
-from job.data.folders import PRESENT_LISTING
+from job.data.dataset import Dataset, hold_out_validation
+from job.data.folders import CURRENT_LISTING
 from job.data.image_check import check_images
 from job.data.layout import open_data, open_unlabelled
 from job.data.splits import UNLABELLED, Split
@@ -67,7 +67,7 @@ class SlimImages:
         count = len(self.calibration)
         self.scoring, self.unscored = None, reason
         nothing = np.full(count, UNLABELLED, np.int64)
-        self.calibration = self.calibration.take(np.arange(count), nothing)
+        self.calibration = self.calibration.select(np.arange(count), nothing)
 
     def describe(self) -> str:
         """The scoring split, for people."""
@@ -85,13 +85,13 @@ def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) ->
     """
     folder = Path(model.path)
     lineage = read_card(find_model(folder)).lineage if folder.is_dir() else {}
-    data = _open(path, as_listing(lineage.get("listing", 1)) if lineage else PRESENT_LISTING)
+    data = _open(path, as_listing(lineage.get("listing", 1)) if lineage else CURRENT_LISTING)
     used = [name for name in dict.fromkeys(_splits_of(data)) if name]
     data, largest = check_images(data, used, on_bad_image, progress("checking"))
     training = data.splits.get("training")
     if training is not None and "validation" not in data.splits and _labelled(training):
         try:
-            data = with_validation(data, int(lineage.get("seed", seed)))
+            data = hold_out_validation(data, int(lineage.get("seed", seed)))
         except DataError:  # too few: they are scored by what calibrates them, which is reported
             return SlimImages(data, largest)
     return SlimImages(data, largest)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import as_listing, own_data
 from job.console import progress
-from job.data.dataset import Dataset, with_validation
-from job.data.folders import PRESENT_LISTING
+from job.data.dataset import Dataset, hold_out_validation
+from job.data.folders import CURRENT_LISTING
 from job.data.image_check import check_images
 from job.data.layout import BUILT_IN, NUMBERED, UNSPLIT, open_data, open_splits, open_unlabelled
 from job.errors import InputNotFound, UsageError
@@ -88,7 +88,7 @@ def open_chosen(model: ModelOptions, options: DataOptions, *, labelled: bool) ->
     checked, largest = trained if held_out or unsized else [], 0
     data, largest = check_images(data, checked, options.on_bad_image, progress("checking"))
     if held_out:
-        data = with_validation(data, _seed(model, options))
+        data = hold_out_validation(data, _seed(model, options))
     split = data.labelled(name) if labelled else data.split(name)
     files = tuple(split.name(index) for index in range(len(split)))
     data = replace(data, splits={name: split})
@@ -113,7 +113,7 @@ def _open(model: ModelOptions, options: DataOptions, *, labelled: bool) -> tuple
     if not labelled and split is None and not built_in and _has_no_splits(place):
         return open_unlabelled(place), "testing"
     name = split or ("validation" if labelled else "testing")
-    listing = PRESENT_LISTING
+    listing = CURRENT_LISTING
     if card and name in TRAINING_SPLITS:  # held-out images are those that the run held out
         listing = as_listing(card.lineage.get("listing", 1))
     data = open_data(path, listing)

@@ -79,7 +79,7 @@ def in_classes_of(card: ModelCard, data: Dataset, split: Split) -> Split:
         )
     numbers = np.array([index.get(name, 0) for name in data.class_names])
     everything = np.arange(len(split))
-    return split.take(everything, numbers[split.labels])
+    return split.select(everything, numbers[split.labels])
 
 
 def _workers(options: DataOptions, device: torch.device) -> int:
@@ -141,7 +141,7 @@ def predict(model: ModelOptions, options: DataOptions, output: str, format: str 
     on_main(lambda: check_output(Path(output)))
     chosen = on_main(lambda: open_chosen(model, options, labelled=False))
     network, card = on_main(lambda: open_model(model, chosen.largest))
-    split = chosen.split.take(np.arange(len(chosen.split)), 0 * chosen.split.labels)  # any fits
+    split = chosen.split.select(np.arange(len(chosen.split)), 0 * chosen.split.labels)  # any fits
     workers = _workers(options, accelerator.device)
     evaluator = Evaluator(split, card.num_classes, card.preprocessing, accelerator, workers)
     bar = progress("predicting")

@@ -67,7 +67,7 @@ class Dataset:
         return replace(self, splits={**self.splits, **changed})
 
 
-def missing_classes(data: Dataset) -> tuple[str, ...]:
+def missing_class_notes(data: Dataset) -> tuple[str, ...]:
     """A note on classes of the training split that the validation split has no image of."""
     if not {"training", "validation"} <= set(data.splits):
         return ()
@@ -79,7 +79,7 @@ def missing_classes(data: Dataset) -> tuple[str, ...]:
     return (f"warning: no validation images of {len(lacks):,} classes ({names})",)
 
 
-def with_validation(data: Dataset, seed: int) -> Dataset:
+def hold_out_validation(data: Dataset, seed: int) -> Dataset:
     """Hold a stratified tenth of training out, by ``seed``, when there is no validation split.
 
     Each class gives a tenth of its images, at least one of those that have two or more.
@@ -103,8 +103,8 @@ def with_validation(data: Dataset, seed: int) -> Dataset:
     note = f"no validation split: a stratified tenth of training ({len(held):,}) is held out"
     return replace(
         data.with_splits(
-            training=training.take(np.flatnonzero(~mask)),
-            validation=training.take(np.flatnonzero(mask)),
+            training=training.select(np.flatnonzero(~mask)),
+            validation=training.select(np.flatnonzero(mask)),
         ),
         notes=(*data.notes, note),
     )

@@ -14,7 +14,7 @@ from job.errors import DataError, reading, shown
 
 # How folders are read. A run is resumed, and its held-out images are found again, by the listing
 # that it was begun with: 1 knew fewer suffixes, and no split called dev.
-PRESENT_LISTING = 2
+CURRENT_LISTING = 2
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -37,7 +37,7 @@ def visible(folder: Path) -> list[str]:
 class Lister:
     """Lists the images of a data set, and counts what it passes over."""
 
-    listing: int = PRESENT_LISTING
+    listing: int = CURRENT_LISTING
     others: Counter[str] = field(default_factory=Counter)  # files that are not images, by suffix
     empty: list[str] = field(default_factory=list)  # class folders without images
 

@@ -54,7 +54,7 @@ def check_images(
             raise DataError(f"no image of the {name} split of {data.root} can be read")
         if bad:
             data = replace(
-                data.with_splits(**{name: data.splits[name].take(np.array(good))}),
+                data.with_splits(**{name: data.splits[name].select(np.array(good))}),
                 skipped=(*data.skipped, *bad),
             )
     return data, largest

@@ -17,7 +17,7 @@ import numpy as np
 
 from job.data.csv_layout import open_csv_file, open_csv_folder
 from job.data.dataset import Dataset
-from job.data.folders import PRESENT_LISTING, Lister, natural_key, visible
+from job.data.folders import CURRENT_LISTING, Lister, natural_key, visible
 from job.data.idx_layout import class_numbers, open_idx
 from job.data.splits import UNLABELLED, FileSplit, Split
 from job.errors import DataError, InputNotFound, shown
@@ -38,7 +38,7 @@ LOOKED_FOR = (
 )
 
 
-def open_data(path: str | None, listing: int = PRESENT_LISTING) -> Dataset:
+def open_data(path: str | None, listing: int = CURRENT_LISTING) -> Dataset:
     """The data set at ``path``, or the built-in one; raises InputNotFound or DataError.
 
     Folders are read by the rules of ``listing``.
@@ -56,7 +56,7 @@ def open_builtin() -> Dataset:
     return replace(data, layout="built-in", root=title, class_names=FASHION_CLASSES, numbered=False)
 
 
-def open_folder(path: str | os.PathLike[str], listing: int = PRESENT_LISTING) -> Dataset:
+def open_folder(path: str | os.PathLike[str], listing: int = CURRENT_LISTING) -> Dataset:
     """The data set in ``path``, a folder, its only sub-folder, or a CSV file.
 
     Raises InputNotFound when there is none, DataError when it is of no known layout.
@@ -74,7 +74,7 @@ def open_folder(path: str | os.PathLike[str], listing: int = PRESENT_LISTING) ->
     return found
 
 
-def open_splits(root: Path, listing: int = PRESENT_LISTING) -> Dataset | None:
+def open_splits(root: Path, listing: int = CURRENT_LISTING) -> Dataset | None:
     """The data set in the folder ``root``, or its only sub-folder, if it says what its splits are.
 
     Raises DataError.

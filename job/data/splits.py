@@ -38,8 +38,8 @@ class Split(Protocol):
     def name(self, index: int) -> str:
         """What to call an image in a message or a prediction."""
 
-    def take(self, chosen: Labels, labels: Labels | None = None) -> Split:
-        """The images at ``chosen``, in that order, under new labels if given."""
+    def select(self, indices: Labels, labels: Labels | None = None) -> Split:
+        """The images at ``indices``, in that order, under new labels if given."""
 
     def digest(self) -> bytes:
         """SHA-256 of what the split holds."""
@@ -67,9 +67,9 @@ class FileSplit:
     def name(self, index: int) -> str:  # noqa: D102
         return self.paths[index]
 
-    def take(self, chosen: Labels, labels: Labels | None = None) -> FileSplit:  # noqa: D102
-        kept = tuple(self.paths[i] for i in chosen)
-        labels = self.labels[chosen] if labels is None else labels
+    def select(self, indices: Labels, labels: Labels | None = None) -> FileSplit:  # noqa: D102
+        kept = tuple(self.paths[i] for i in indices)
+        labels = self.labels[indices] if labels is None else labels
         return replace(self, paths=kept, labels=labels)
 
     def digest(self) -> bytes:
@@ -97,8 +97,8 @@ class ArraySplit:
     def name(self, index: int) -> str:  # noqa: D102
         return str(index)
 
-    def take(self, chosen: Labels, labels: Labels | None = None) -> ArraySplit:  # noqa: D102
-        return ArraySplit(self.images[chosen], self.labels[chosen] if labels is None else labels)
+    def select(self, indices: Labels, labels: Labels | None = None) -> ArraySplit:  # noqa: D102
+        return ArraySplit(self.images[indices], self.labels[indices] if labels is None else labels)
 
     def digest(self) -> bytes:  # noqa: D102
         shape = repr(self.images.shape).encode()

@@ -94,7 +94,7 @@ def above_base(entries: Sequence[Mapping[str, Any]], count: int, weights: bool) 
 def of_sample(evaluator: Evaluator, network: nn.Module) -> str | None:
     """A caution where the weights of ``network`` score low on a sample of the split; collective."""
     split = evaluator.split
-    sample = split.take(np.linspace(0, len(split) - 1, min(len(split), SAMPLE)).astype(np.intp))
+    sample = split.select(np.linspace(0, len(split) - 1, min(len(split), SAMPLE)).astype(np.intp))
     how = evaluator.preprocessing, evaluator.accelerator
     with torch.random.fork_rng(devices=[]):  # a loader draws a random number
         result = Evaluator(sample, evaluator.num_classes, *how, workers=0)(network)

@@ -14,8 +14,8 @@ import torch
 from job.artifacts.model_card import ModelCard, find_model, load_model
 from job.artifacts.provenance import listing_of
 from job.console import progress, say
-from job.data.dataset import Dataset, missing_classes, with_validation
-from job.data.folders import PRESENT_LISTING
+from job.data.dataset import Dataset, hold_out_validation, missing_class_notes
+from job.data.folders import CURRENT_LISTING
 from job.data.image_check import check_images
 from job.data.layout import open_data
 from job.data.loader import default_workers
@@ -62,7 +62,7 @@ def prepare_data(
 
     def prepare() -> tuple[Dataset, Preprocessing]:
         PreprocessingOptions.of(config).check()
-        data = open_data(config.data, listing_of(output) if output else PRESENT_LISTING)
+        data = open_data(config.data, listing_of(output) if output else CURRENT_LISTING)
         for split in SPLITS:
             if split in data.splits or split == "training":
                 data.labelled(split)
@@ -75,8 +75,8 @@ def prepare_data(
 
         present = [split for split in SPLITS if split in data.splits]
         data, largest = check_images(data, present, config.on_bad_image, bar)
-        data = with_validation(data, config.seed)
-        data = replace(data, notes=(*data.notes, *missing_classes(data)))
+        data = hold_out_validation(data, config.seed)
+        data = replace(data, notes=(*data.notes, *missing_class_notes(data)))
         own, options = own_preprocessing(config), PreprocessingOptions.of(config)
         return data, options.override(own) if own else options.resolve(largest)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from job.artifacts.model_card import ModelCard, read_card, save_model
 from job.cli.main import gammaslim
 from job.config import PruneConfig, write_toml
-from job.data.dataset import with_validation
+from job.data.dataset import hold_out_validation
 from job.data.layout import open_data
 from job.data.preprocessing import Preprocessing
 from job.models.factory import build_network
@@ -325,7 +325,7 @@ def test_other_suffixes_are_images(tmp_path: Path, suffix: str) -> None:
 def test_a_run_of_before_is_resumed_on_the_files_that_it_was_begun_with(tmp_path: Path) -> None:
     root = tmp_path / "data"
     put(root, *(f"train/{label}/{n}.png" for label in "ab" for n in range(20)))
-    old = dataset_record(with_validation(open_data(str(root)), 0))
+    old = dataset_record(hold_out_validation(open_data(str(root)), 0))
     put(root, "train/a/20.gif", "dev/a/0.png", "dev/b/0.png")
     config = PruneConfig(data=str(root))
     text = write_toml({"prune": config.to_dict(), "dataset": {**old, "listing": 2}})

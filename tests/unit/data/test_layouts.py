@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.data.dataset import with_validation
+from job.data.dataset import hold_out_validation
 from job.data.layout import natural_key, open_data
 from job.data.splits import UNLABELLED, ArraySplit
 from job.errors import DataError, InputNotFound
@@ -152,7 +152,7 @@ def test_no_validation_split_holds_out_a_stratified_tenth_and_says_so(tmp_path: 
     write_flat(tmp_path, {"training": 20}, classes=3)
     save(tmp_path / "training" / "3_0.jpg")  # a class of one picture gives none away
     whole = open_data(str(tmp_path))
-    data = with_validation(whole, seed=0)
+    data = hold_out_validation(whole, seed=0)
     assert any("stratified tenth" in note for note in data.notes)
     assert np.bincount(data.splits["validation"].labels).tolist() == [2, 2, 2]
     assert np.bincount(data.splits["training"].labels).tolist() == [18, 18, 18, 1]
@@ -162,8 +162,8 @@ def test_no_validation_split_holds_out_a_stratified_tenth_and_says_so(tmp_path: 
     ]
     assert not names[0] & names[1]
     assert len(names[0] | names[1]) == len(whole.splits["training"])
-    again = with_validation(whole, seed=0).splits["validation"]
-    other = with_validation(whole, seed=1).splits["validation"]
+    again = hold_out_validation(whole, seed=0).splits["validation"]
+    other = hold_out_validation(whole, seed=1).splits["validation"]
     assert again.digest() == data.splits["validation"].digest() != other.digest()
 
 
