@@ -9,30 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 
+from job.artifacts.json_records import from_json, to_json
 from job.errors import StorageError, reading, shown, writing
 from job.files import discard, new_directory
-from job.training.position import Position
+from job.training.position import Position, RoundProgress, TrainingProgress
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 KEPT = 2
-# what a run goes on from besides the tensors
-_VALUES: dict[str, Any] = {
-    "scores": dict,
-    "plan": dict,
-    "metrics_size": int,
-    "round_seconds": (int, float),
-    "run_seconds": (int, float),
-    "processes": int,
-    "seconds": (int, float),
-    "best": (dict, type(None)),
-}
 _NAME = re.compile(r"(\d{3})-(\d{4})-(\d{7})")
 _DAMAGED = ".damaged"  # ends the name of one that was passed over: it must not count as kept
 
@@ -43,10 +33,12 @@ def save_position(folder: Path, position: Position) -> None:
     Raises StorageError.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in position.tensors.items()}
+    assert position.run
+    values = to_json(position.training) | to_json(position.run)
     rest = {"round": position.round, "epoch": position.epoch, "batch": position.batch}
     files = {
         "state.safetensors": tensor_bytes(tensors),
-        "position.json": json.dumps({**rest, "values": position.values}).encode(),
+        "position.json": json.dumps({**rest, "values": values}).encode(),
     }
     manifest = {
         name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -114,10 +106,14 @@ def _load(path: Path) -> Position:
             raise ValueError(f"{name} does not match its SHA-256")
         files[name] = content
     rest = json.loads(files["position.json"])
-    position = Position(**rest, tensors=load_tensors(files["state.safetensors"]))
+    position = Position(
+        round=rest["round"],
+        epoch=rest["epoch"],
+        batch=rest["batch"],
+        training=from_json(TrainingProgress, rest["values"]),
+        tensors=load_tensors(files["state.safetensors"]),
+        run=from_json(RoundProgress, rest["values"]),
+    )
     if position.name != path.name:
         raise ValueError(f"position.json is of {position.name}")
-    for key, kind in _VALUES.items():
-        if not isinstance(position.values[key], kind):
-            raise TypeError(f"position.json has {key} {position.values[key]!r}")
     return position

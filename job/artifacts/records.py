@@ -8,7 +8,8 @@ file                   record
 ``metrics.jsonl``      a line each, `to_line`: `EpochRecord`, `RoundRecord`,
                        `SlimRecord`, `GammaRecord`, `StopRecord`,
                        `ResumeRecord`
-``position.json``      `RoundProgress`, next to training's own values
+``position.json``      `TrainingProgress` and `RoundProgress`, in
+                       `job.training.position`
 ``model.json``         `Lineage`; the rest is `job.artifacts.model_card`'s
 ``config.toml``        `DatasetRecord`, `BaseRecord`
 =====================  =====================================================
@@ -19,12 +20,10 @@ files from before do not have it. Keys keep their names and order: scripts rely 
 
 from __future__ import annotations
 
-from collections.abc import Mapping  # noqa: TC003  (from_json reads the types)
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from job.artifacts.json_records import ALWAYS, to_json
-from job.slimming.planning.layer_channels import LayerChannels  # noqa: TC001
 from job.training.epoch import EpochResult
 
 
@@ -181,38 +180,6 @@ class SummaryRecord:
     def recommended_round(self) -> int:
         """Number of the recommended round."""
         return int(self.recommended.rpartition("/")[2])
-
-
-@dataclass(frozen=True)
-class CutRecord:
-    """The cut that began a round: channels kept, indices into the base; ``wide`` is a SHA-256."""
-
-    wide: str
-    width: float
-    layers: Mapping[str, LayerChannels]
-
-
-@dataclass(frozen=True)
-class PrunedScores:
-    """Scores of a network between surgery and fine-tuning; none for the base."""
-
-    valid_acc_pruned: float | None = None
-
-
-@dataclass(frozen=True)
-class RoundProgress:
-    """What a checkpoint holds about the run, next to what training resumes from.
-
-    ``valid_acc_pruned`` is None for the base. ``metrics_size`` is the size of metrics.jsonl in
-    bytes. The seconds are those spent on the round and on the run.
-    """
-
-    step: int
-    scores: PrunedScores
-    plan: CutRecord
-    metrics_size: int
-    round_seconds: float
-    run_seconds: float
 
 
 @dataclass(frozen=True)

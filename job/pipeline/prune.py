@@ -6,12 +6,13 @@ import math
 import time
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from job.artifacts.accuracy import signed
 from job.artifacts.checkpoint import save_position
+from job.artifacts.json_records import to_json
 from job.artifacts.run_directory import drop
 from job.artifacts.run_folder import likely
 from job.console import (
@@ -49,6 +50,8 @@ from job.report.tables import epoch_line, rounds_table
 from job.slimming.planning.cost import Cost, layer_costs, network_cost
 from job.tracking.tracker import gammas
 from job.training.distillation import distillation
+from job.training.position import CutRecord, Position, PrunedScores, RoundProgress
+from job.training.session import RoundSpec, TrainingSession
 from job.training.sparsity import forecast
 from job.training.trial import least_batch
 
@@ -66,7 +69,9 @@ if TYPE_CHECKING:
     from job.training.distillation import Distillation
     from job.training.epoch import EpochResult
     from job.training.evaluation import Evaluation
-    from job.training.position import Position
+
+
+T = TypeVar("T")
 
 
 def prune(config: PruneConfig) -> None:
@@ -196,7 +201,7 @@ class Job:
         self.watch.check()
         if self.start:
             narrow, card = cut_before(network, card, self.start, self.run.path)
-            scores = self.start.values["scores"]
+            scores = to_json(self.start.progress.scores)
         else:
             shared = (self.config, self.accelerator.device, self.calibration)
             show = partial(show_step, self.forecast.name())
@@ -228,7 +233,7 @@ class Job:
         if self.attempt.saved or self.start:
             self.attempt.tell_resume()
         self.attempt.status("running", None)
-        return time.perf_counter() - (self.start.values["round_seconds"] if self.start else 0)
+        return time.perf_counter() - (self.start.progress.round_seconds if self.start else 0)
 
     @property
     def first_step(self) -> int:
@@ -259,51 +264,12 @@ class Job:
         start, self.start = self.start, None
         if start and start.epoch > last:  # nothing is left to be trained that would say where it is
             self.attempt.at = (round_, last, self.attempt.at[2])
-        plan: dict[str, Any] = {"wide": card.lineage.get("wide_sha256", ""), "width": card.width}
-        plan["layers"] = {name: kept.to_dict() for name, kept in card.layers.items()}
-
-        def on_epoch(result: EpochResult) -> None:
-            self.forecast.trained()
-            say(epoch_line(card.width, result))
-            values = {**result.to_dict(), "width": card.width}
-            self.attempt.log("epoch", values | {"params": cost.params, "macs": cost.macs})
-
-        def on_gamma(when: str, epoch: int, histogram: dict[str, Any]) -> None:
-            self.attempt.log("gamma", {"round": round_, "epoch": epoch, "when": when, **histogram})
-
-        def stepping(batches: Iterable[Any], count: int) -> Iterator[Any]:
-            steps = len(self.trainer.sampler)
-            epoch = self.attempt.at[1]
-            for done, batch in enumerate(batches, start=steps - count):
-                self.forecast.train(epoch, done / steps)
-                phase(self.forecast.name(), f"epoch {epoch}", done / steps)
-                self.attempt.at = (round_, epoch, self.first_step + epoch * steps + done)
-                yield batch
-
-        def save(position: Position) -> None:
-            self.move(position.epoch, position.batch)
-            if position.epoch > last:  # the round is trained: its last epoch is where it is
-                self.attempt.at = (round_, last, self.attempt.at[2])
-
-            def write() -> None:
-                position.values["step"] = self.attempt.at[2]
-                position.values["scores"] = scores
-                position.values["plan"] = plan
-                position.values["metrics_size"] = self.run.metrics_size
-                position.values["round_seconds"] = time.perf_counter() - began
-                position.values["run_seconds"] = self.run.seconds
-                save_position(self.run.path / "checkpoints", position)
-                self.run.status("running", None, *self.attempt.at)
-
-            self.attempt.write(write)
-
-        validating = progress(self.forecast.name(), "validating")
-        return self.trainer.fit(
-            network, round_, epochs + sparse_epochs, self.first_step, on_epoch, stepping,
-            validating, watch=self.watch, save=save, start=start, sparse_epochs=sparse_epochs,
-            gamma_names=ranking,
-            on_gamma=on_gamma, distillation=self.distillation,
+        layers = None if ranking is None else tuple(ranking)
+        spec = RoundSpec(
+            round_, epochs, sparse_epochs, self.first_step, layers,
+            self.distillation, start,
         )  # fmt: skip
+        return self.trainer.fit(network, spec, RoundSession(self, card, cost, scores, began, last))
 
     def keep(
         self,
@@ -414,6 +380,77 @@ class Job:
             f"stopped by request in {where(*self.attempt.at)}; {saved}: "
             "run the same command to resume"
         )
+
+
+class RoundSession(TrainingSession):
+    """What the trainer reports to during a round."""
+
+    def __init__(
+        self,
+        job: Job,
+        card: ModelCard,
+        cost: Cost,
+        scores: dict[str, Any],
+        began: float,
+        last: int,
+    ) -> None:
+        self.job, self.card, self.cost = job, card, cost
+        self.scores, self.began, self.last = scores, began, last
+
+    @property
+    def watch(self) -> Watch:
+        """The run's."""
+        return self.job.watch
+
+    def training(self, batches: Iterable[T], epoch: int, batch: int) -> Iterator[T]:
+        """Note where the run is."""
+        job, steps = self.job, self.job.trainer.steps
+        for done, item in enumerate(batches, start=batch):
+            job.forecast.train(epoch, done / steps)
+            phase(job.forecast.name(), f"epoch {epoch}", done / steps)
+            job.move(epoch, done)
+            yield item
+
+    def validating(self, batches: Iterable[T], count: int) -> Iterable[T]:
+        """Show the progress."""
+        return progress(self.job.forecast.name(), "validating")(batches, count)
+
+    def epoch_finished(self, result: EpochResult) -> None:
+        """Print and log an epoch."""
+        self.job.forecast.trained()
+        say(epoch_line(self.card.width, result))
+        values = {**result.to_dict(), "width": self.card.width}
+        self.job.attempt.log("epoch", values | {"params": self.cost.params, "macs": self.cost.macs})
+
+    def gamma_measured(self, when: str, epoch: int, histogram: dict[str, Any]) -> None:
+        """Log the γ."""
+        values = {"round": len(self.job.entries), "epoch": epoch, "when": when, **histogram}
+        self.job.attempt.log("gamma", values)
+
+    def save(self, position: Position) -> None:
+        """Save the position."""
+        job, attempt = self.job, self.job.attempt
+        job.move(position.epoch, position.batch)
+        if position.epoch > self.last:  # the round is trained: its last epoch is where it is
+            attempt.at = (len(job.entries), self.last, attempt.at[2])
+        plan = CutRecord(
+            self.card.lineage.get("wide_sha256", ""), self.card.width, dict(self.card.layers)
+        )
+
+        def write() -> None:
+            progress = RoundProgress(
+                step=attempt.at[2],
+                scores=PrunedScores(**self.scores),
+                plan=plan,
+                metrics_size=job.run.metrics_size,
+                round_seconds=time.perf_counter() - self.began,
+                run_seconds=job.run.seconds,
+            )
+            save_position(job.run.path / "checkpoints", replace(position, run=progress))
+            job.run.status("running", None, *attempt.at)
+
+        attempt.write(write)
+        self.watch.saved()
 
 
 def _cautioned(cautions: list[str]) -> dict[str, Any]:

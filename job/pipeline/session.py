@@ -95,7 +95,7 @@ class Attempt:
     def _place(self, start: Position | None) -> tuple[int, int, int]:
         """Round, epoch and step that the run resumes at."""
         if start:
-            return self.saved, start.epoch, int(start.values.get("step", 0))
+            return self.saved, start.epoch, start.progress.step
         metrics = read_card(self.run.round_path(self.saved - 1)).metrics if self.saved else {}
         step = metrics.get("step")  # load_round will say what is wrong with another
         return self.saved, 0, step if type(step) is int else 0
@@ -119,15 +119,15 @@ class Attempt:
         start, problems = newest_position(self.run.path / "checkpoints", saved)
         for problem in problems:
             say(f"Warning: {problem}; resuming from the one before")
-        self.run.rewind_metrics(saved, start.values["metrics_size"] if start else None)
+        self.run.rewind_metrics(saved, start.progress.metrics_size if start else None)
         if saved or start:
-            before = start.values["processes"] if start else None
+            before = start.training.processes if start else None
             entry = {"round": saved, "epoch": start.epoch if start else 0}
             batch = start.batch if start else 0
             processes = {"processes": world_size(), "processes_before": before}
             self.run.log({"event": "resume", **entry, "batch": batch, **processes})
         if start:
-            self.run.earlier_seconds = start.values["run_seconds"]
+            self.run.earlier_seconds = start.progress.run_seconds
         return start
 
     def track(self, settings: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ from job.slimming.cut import Method, make_cut, plan_cut
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.base import Base, layer_widths
 from job.slimming.planning.cost import example_image, network_cost
-from job.slimming.planning.layer_channels import LayerChannels
 from job.slimming.planning.target import Budget
 
 if TYPE_CHECKING:
@@ -173,13 +172,12 @@ def cut_before(
 
     Raises DataError when it was another network that was cut.
     """
-    plan = start.values["plan"]
-    if plan["wide"] != digest(network.cpu().state_dict()):
+    plan = start.progress.plan
+    if plan.wide != digest(network.cpu().state_dict()):
         raise DataError(
             f"checkpoint {start.name} was cut from another model than {shown(run)} has in rounds/: "
             "restore that model, or remove the checkpoints to repeat the round"
         )
-    layers = {name: LayerChannels.from_dict(kept) for name, kept in plan["layers"].items()}
-    lineage = card.lineage | {"wide_sha256": plan["wide"]}
-    card = replace(card, layers=layers, width=plan["width"], lineage=lineage)
+    lineage = card.lineage | {"wide_sha256": plan.wide}
+    card = replace(card, layers=dict(plan.layers), width=plan.width, lineage=lineage)
     return card.build(), card

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from job.errors import GammaslimError
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,11 @@ class EpochResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, without those that are None."""
         return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def check_finite(self) -> None:
+        """Raise GammaslimError when a loss is not a number."""
+        if not math.isfinite(self.train_loss + self.valid_loss):
+            raise GammaslimError(
+                f"round {self.round}, epoch {self.epoch}: the training loss is {self.train_loss}, "
+                f"the validation loss {self.valid_loss}: try a lower --lr, or --precision fp32"
+            )

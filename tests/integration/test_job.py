@@ -255,7 +255,7 @@ def test_a_bug_ends_the_process_in_spite_of_loader_workers(tmp_path: Path) -> No
     script = (
         "import job.training.trainer as f\n"
         "def bug(*_): raise RuntimeError('a bug')\n"
-        "f._Round.step = bug\n"
+        "f.TrainingRound.step = bug\n"
         "from job.__main__ import main\nmain()\n"
     )
     began = time.monotonic()

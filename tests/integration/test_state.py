@@ -18,7 +18,7 @@ from job.config import PruneConfig
 from job.distributed.signals import NOTHING, STOP, Watch
 from job.errors import GammaslimError, StopRequest
 from job.pipeline.prune import prune
-from job.training.trainer import _Round
+from job.training.trainer import TrainingRound
 from support.datasets import write_noise_idx
 
 
@@ -120,7 +120,7 @@ def test_a_stopped_run_says_where_it_is_and_resumes_there(
     where: tuple[int, int, int],
 ) -> None:
     steps = 0
-    step = _Round.step
+    step = TrainingRound.step
 
     def counted(*args: Any) -> None:
         nonlocal steps
@@ -130,7 +130,7 @@ def test_a_stopped_run_says_where_it_is_and_resumes_there(
     def at_step(_watch: Watch) -> int:
         return STOP if steps == where[2] else NOTHING
 
-    monkeypatch.setattr(_Round, "step", counted)
+    monkeypatch.setattr(TrainingRound, "step", counted)
     monkeypatch.setattr(Watch, "poll", at_step)
     run = tmp_path / "run"
     with pytest.raises(StopRequest) as stopped:
@@ -158,7 +158,7 @@ def test_a_run_that_fails_or_dies_says_where_it_was(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     steps = 0
-    step = _Round.step
+    step = TrainingRound.step
 
     def failing(*args: Any) -> None:
         nonlocal steps
@@ -167,7 +167,7 @@ def test_a_run_that_fails_or_dies_says_where_it_was(
         if steps == 8:
             raise GammaslimError("the loss is no number")
 
-    monkeypatch.setattr(_Round, "step", failing)
+    monkeypatch.setattr(TrainingRound, "step", failing)
     run = tmp_path / "run"
     with pytest.raises(GammaslimError, match="no number"):
         prune(tiny(noise, run))

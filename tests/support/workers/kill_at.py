@@ -120,7 +120,7 @@ def slow_check() -> None:
 PLACES = {
     "data check": slow_check,
     "W&B begins": lambda: before(job.pipeline.session, "Tracker"),
-    "step": lambda: after(job.training.trainer._Round, "step"),
+    "step": lambda: after(job.training.trainer.TrainingRound, "step"),
     "evaluation": in_evaluation,
     "surgery": lambda: before(job.slimming.cut, "apply_plan"),
     "proof of a cut": lambda: after(job.slimming.cut, "verify"),

@@ -20,6 +20,7 @@ from job.errors import DataError, GammaslimError, UsageError
 from job.models.student import StudentNet
 from job.processes import rank, world_size
 from job.training.evaluation import Evaluator
+from job.training.session import RoundSpec
 from job.training.sync_batchnorm import (
     average_running_statistics,
     synchronised,
@@ -164,7 +165,7 @@ def check_unused(accelerator: object) -> None:
     assert has_unused_parameters(network, 16)
     assert not has_unused_parameters(StudentNet(num_classes=2), 32)
     before = copy.deepcopy(network.state_dict())
-    Trainer(split, evaluator, config, size, accelerator, 0).fit(network, 0, 2, 0, lambda _: None)
+    Trainer(split, evaluator, config, size, accelerator, 0).fit(network, RoundSpec(0, 2))
     changed = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
     assert not any(key.startswith("spare") for key in changed)
     assert {"first.0.weight", "last.weight", "early.weight"} <= changed

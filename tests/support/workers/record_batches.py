@@ -19,7 +19,7 @@ from typing import Any
 import job.training.trainer
 from job.__main__ import main
 
-original = job.training.trainer._Round.step
+original = job.training.trainer.TrainingRound.step
 steps = 0
 
 
@@ -30,7 +30,7 @@ def recording(self: Any, images: Any, labels: Any, size: int, number: int) -> No
         for image, label in zip(images, labels.tolist(), strict=True)
     ]
     with file.open("a") as lines:
-        lines.write(json.dumps([self.round, number, hashes]) + "\n")
+        lines.write(json.dumps([self.spec.round_index, number, hashes]) + "\n")
     original(self, images, labels, size, number)
     steps += 1
     if steps == last:
@@ -40,5 +40,5 @@ def recording(self: Any, images: Any, labels: Any, size: int, number: int) -> No
 if __name__ == "__main__":  # loader processes import this too
     file, last = Path(sys.argv[1]), int(sys.argv[2])
     sys.argv = ["gammaslim", *sys.argv[3:]]
-    job.training.trainer._Round.step = recording  # type: ignore[method-assign]
+    job.training.trainer.TrainingRound.step = recording  # type: ignore[method-assign]
     main()

@@ -13,14 +13,11 @@ import pytest
 from job.artifacts.json_records import ALWAYS, from_json, to_json
 from job.artifacts.records import (
     BaseRecord,
-    CutRecord,
     DatasetRecord,
     EpochRecord,
     GammaRecord,
     Lineage,
-    PrunedScores,
     ResumeRecord,
-    RoundProgress,
     RoundRecord,
     SlimRecord,
     StatusRecord,
@@ -29,6 +26,7 @@ from job.artifacts.records import (
     to_line,
 )
 from job.slimming.planning.layer_channels import LayerChannels
+from job.training.position import CutRecord, PrunedScores, RoundProgress, TrainingProgress
 
 ROUND = {
     "round": 1, "width": 0.95, "channels": 978, "params": 235809, "macs": 1764924, "bytes": 951124,
@@ -52,6 +50,7 @@ PROGRESS = {
     "plan": {"wide": "73a5", "width": 0.55, "layers": LAYERS},
     "metrics_size": 2048, "round_seconds": 3.5, "run_seconds": 4.5,
 }  # fmt: skip
+TRAINING = {"processes": 2, "seconds": 1.5, "best": None}
 LINEAGE = {
     "base_sha256": "1", "seed": 0, "listing": 2, "fresh_classifier": True, "base_weights": "w",
     "from": {"base_sha256": "0", "run": "/a", "round": 2}, "run": "/b", "round": 1,
@@ -64,7 +63,8 @@ DATASET = {
 STATUS = {"state": "running", "exit_code": None, "round": 1, "epoch": 2, "step": 3, "time": 1.5}
 FILES: list[tuple[type[Any], dict[str, Any]]] = [
     (RoundRecord, ROUND), (RoundRecord, BASE), (EpochRecord, EPOCH), (SummaryRecord, SUMMARY),
-    (StatusRecord, STATUS), (RoundProgress, PROGRESS), (Lineage, LINEAGE), (Lineage, {}),
+    (StatusRecord, STATUS), (RoundProgress, PROGRESS), (TrainingProgress, TRAINING),
+    (Lineage, LINEAGE), (Lineage, {}),
     (DatasetRecord, DATASET), (BaseRecord, {"weights_sha256": "", "epochs": 2}),
     (PrunedScores, {}), (CutRecord, {"wide": "", "width": 1.0, "layers": {}}),
     (SlimRecord, {"round": 1, "width": 0.9, "valid_acc_pruned": 0.7, "valid_loss_pruned": 1.5,

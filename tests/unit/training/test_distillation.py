@@ -21,9 +21,11 @@ from job.errors import DataError, InputNotFound, UsageError
 from job.models.factory import build_network
 from job.pipeline.setup import teacher_network
 from job.training.distillation import distillation, distillation_loss
+from job.training.session import RoundSpec
 from support.commands import ROOT, gammaslim, run
 from support.cuts import randomise
 from support.datasets import write_flat, write_noise_idx
+from support.training import Recorder
 from test_training import SMALL, changed_parameters, trainer
 
 WORKERS = ROOT / "tests" / "support" / "workers"
@@ -85,10 +87,10 @@ def test_a_network_learns_from_its_teacher_which_stays_as_it_is(tmp_path: Path) 
         return total / 90
 
     network = randomise(build_network("student", 4, SLIM), seed=5)
-    first, seen = disagreement(network), []
-    training.fit(network, 1, 12, 0, seen.append, distillation=learning)
+    first, seen = disagreement(network), Recorder()
+    training.fit(network, RoundSpec(1, 12, distillation=learning), seen)
     assert disagreement(network) < first / 2
-    assert seen[-1].train_loss < seen[0].train_loss  # what is minimised
+    assert seen.epochs[-1].train_loss < seen.epochs[0].train_loss  # what is minimised
     placed = learning.teacher
     assert not placed.training
     assert all(p.grad is None and not p.requires_grad for p in placed.parameters())
@@ -105,7 +107,7 @@ def test_the_training_loss_is_the_one_that_is_minimised(tmp_path: Path) -> None:
         randomise(build_network("student", 4, SLIM), seed=2),
     )
     learning = distillation(teacher, 0.7, 2.0, training.accelerator)
-    result = training.fit(network, 1, 1, 0, lambda _: None, distillation=learning)
+    result = training.fit(network, RoundSpec(1, 1, distillation=learning))
     plain = training.evaluator(network)
     assert result.valid_loss == pytest.approx(plain.loss, rel=1e-4)  # cross entropy, as ever
     loss = 0.0

@@ -16,8 +16,8 @@ from torch import nn
 from job.config import PruneConfig
 from job.errors import UsageError
 from job.models.factory import build_network
-from job.training.epoch import EpochResult
 from job.training.evaluation import Evaluation
+from job.training.session import RoundSpec
 from job.training.sparsity import (
     T,
     forecast,
@@ -29,10 +29,11 @@ from job.training.sparsity import (
     pull,
     shrunk,
 )
-from job.training.trainer import Trainer, _Round
+from job.training.trainer import Trainer, TrainingRound
 from support.commands import gammaslim
 from support.cuts import randomise
 from support.datasets import write_noise_idx
+from support.training import Recorder
 from test_training import trainer
 
 SLIM = {"base": 4}
@@ -125,18 +126,15 @@ def test_gamma_falls_and_zeros_appear(tmp_path: Path, optimizer: str, kind: str)
     histograms = {}
     for weight in (1e-9, 20.0):
         torch.manual_seed(0)
-        network, seen = randomise(build_network("student", 4, SLIM)), list[dict[str, Any]]()
+        network, seen = randomise(build_network("student", 4, SLIM)), Recorder()
         folder = tmp_path / str(weight)
         folder.mkdir()
         training = sparse_trainer(folder, kind, weight, lr=2e-3, optimizer=optimizer)
-
-        def log(
-            _when: str, _at: int, values: dict[str, Any], seen: list[dict[str, Any]] = seen
-        ) -> None:
-            seen.append(values)
-
-        training.fit(network, 0, 4, 0, lambda _: None, sparse_epochs=4, on_gamma=log)
-        histograms[weight] = [*seen, gamma_numbers(gammas_of(network, gamma_layers(network)))]
+        training.fit(network, RoundSpec(0, 0, sparse_epochs=4), seen)
+        histograms[weight] = [
+            *seen.histograms,
+            gamma_numbers(gammas_of(network, gamma_layers(network))),
+        ]
     (before, without, mean_without), (same, with_, mean_with) = histograms.values()
     assert before == same
     assert with_["zeros"] > 20 > without["zeros"]
@@ -147,26 +145,26 @@ def test_only_the_last_epochs_are_sparse_with_rates_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = sparse_trainer(tmp_path, "l1", 1e9, lr=0.01)
-    rates, step = list[float](), _Round.step
+    rates, step = list[float](), TrainingRound.step
 
-    def recording(self: _Round, *args: Any) -> None:
+    def recording(self: TrainingRound, *args: Any) -> None:
         step(self, *args)
         rates.append(self.optimizer.param_groups[0]["lr"])
         strongest = max(float(g.detach().abs().max()) for g in self.gammas)
-        assert (strongest == 0) == (self.epoch >= 2)
+        assert (strongest == 0) == (self.state.epoch >= 2)
 
-    monkeypatch.setattr(_Round, "step", recording)
+    monkeypatch.setattr(TrainingRound, "step", recording)
     torch.manual_seed(0)
-    seen = list[EpochResult]()
+    seen = Recorder()
     network = build_network("student", 4, SLIM)
-    training.fit(network, 0, 5, 0, seen.append, sparse_epochs=3)
+    training.fit(network, RoundSpec(0, 2, sparse_epochs=3), seen)
 
     def cosine(steps: int) -> list[float]:
         return [0.01 * (1 + math.cos(math.pi * s / steps)) / 2 for s in range(steps)]
 
     assert rates == pytest.approx(cosine(2 * 6) + cosine(3 * 6))
-    assert [result.lr for result in seen] == pytest.approx(rates[5::6])
-    assert [result.gamma_mean == 0 for result in seen] == [False, False, True, True, True]
+    assert [result.lr for result in seen.epochs] == pytest.approx(rates[5::6])
+    assert [result.gamma_mean == 0 for result in seen.epochs] == [False, False, True, True, True]
 
 
 def test_the_last_sparse_epoch_is_kept_even_if_others_were_better(
@@ -182,7 +180,7 @@ def test_the_last_sparse_epoch_is_kept_even_if_others_were_better(
 
     monkeypatch.setattr(training, "evaluator", evaluate)
     network = build_network("student", 4, SLIM)
-    best = training.fit(network, 0, 4, 0, lambda _: None, sparse_epochs=2)
+    best = training.fit(network, RoundSpec(0, 2, sparse_epochs=2))
     assert (best.epoch, best.valid_acc) == (3, 0)
     assert all(torch.equal(value, states[3][key]) for key, value in network.state_dict().items())
 
@@ -194,7 +192,7 @@ def test_no_pull_where_the_optimizer_took_no_step(
     training = sparse_trainer(tmp_path, "l1", 1e9)
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
     network = build_network("student", 4, SLIM)
-    training.fit(network, 0, 1, 0, lambda _: None, sparse_epochs=1)
+    training.fit(network, RoundSpec(0, 0, sparse_epochs=1))
     assert min(float(g.detach().min()) for g in gammas_of(network, gamma_layers(network))) > 0.5
 
 

@@ -19,7 +19,6 @@ from job.distributed.collectives import start
 from job.errors import GammaslimError
 from job.models.factory import build_network
 from job.slimming.surgery.surgery import apply_plan
-from job.training.epoch import EpochResult
 from job.training.evaluation import Evaluation, Evaluator
 from job.training.optimizer import (
     learning_rate,
@@ -27,9 +26,11 @@ from job.training.optimizer import (
     optimizer_tensors,
     restore_optimizer,
 )
-from job.training.trainer import Trainer, _Round
+from job.training.session import RoundSpec, Unattended
+from job.training.trainer import Trainer, TrainingRound
 from support.cuts import randomise, uniform
 from support.datasets import write_noise_idx
+from support.training import Recorder
 
 SMALL = Preprocessing("small", 32)
 
@@ -50,7 +51,7 @@ def three_rounds(training: Trainer) -> list[tuple[nn.Module, nn.Module]]:
         width *= 0.8
         network = apply_plan(network, uniform(network, width).layers)
         before = copy.deepcopy(network)
-        training.fit(network, round_, 2, 0, lambda _: None)
+        training.fit(network, RoundSpec(round_, 2))
         rounds.append((before, copy.deepcopy(network)))
     return rounds
 
@@ -89,12 +90,12 @@ def test_with_the_homeworks_stale_optimizer_no_parameter_would(
 def test_the_best_epoch_is_kept_the_first_of_equals(tmp_path: Path) -> None:
     training = trainer(tmp_path, lr=0.01, schedule="constant")
     torch.manual_seed(0)
-    network, seen = build_network("student", 4, {}), list[EpochResult]()
-    best = training.fit(network, 0, 6, 100, seen.append)
-    assert [result.epoch for result in seen] == list(range(6))
-    assert [result.step for result in seen] == [100 + 6 * (e + 1) for e in range(6)]
-    top = max(result.valid_acc for result in seen)
-    assert best == next(result for result in seen if result.valid_acc == top)
+    network, seen = build_network("student", 4, {}), Recorder()
+    best = training.fit(network, RoundSpec(0, 6, first_step=100), seen)
+    assert [result.epoch for result in seen.epochs] == list(range(6))
+    assert [result.step for result in seen.epochs] == [100 + 6 * (e + 1) for e in range(6)]
+    top = max(result.valid_acc for result in seen.epochs)
+    assert best == next(result for result in seen.epochs if result.valid_acc == top)
     again = training.evaluator(network)
     assert again.accuracy == best.valid_acc
     assert again.loss == pytest.approx(best.valid_loss, abs=1e-6)
@@ -113,7 +114,7 @@ def test_the_first_of_equally_good_epochs_is_kept(
 
     monkeypatch.setattr(training, "evaluator", evaluate)
     network = build_network("student", 4, {})
-    best = training.fit(network, 0, 5, 0, lambda _: None)
+    best = training.fit(network, RoundSpec(0, 5))
     assert best.epoch == 1
     for key, value in network.state_dict().items():
         assert torch.equal(value, states[1][key]), key
@@ -132,7 +133,7 @@ def test_the_loss_and_accuracy_of_an_epoch_are_means_over_every_picture(tmp_path
     training = trainer(tmp_path, lr=1e-30, batchnorm="local")
     torch.manual_seed(0)
     network = build_network("student", 4, {})
-    result = training.fit(network, 0, 1, 0, lambda _: None)
+    result = training.fit(network, RoundSpec(0, 1))
     loss = right = count = 0.0
     network.train()
     training.sampler.set_epoch(0, 0)
@@ -226,7 +227,7 @@ def test_learning_rates_of_each_schedule() -> None:
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     training = trainer(tmp_path, lr=1e12, optimizer="sgd")
     with pytest.raises(GammaslimError, match="try a lower --lr"):
-        training.fit(build_network("student", 4, {}), 0, 5, 0, lambda _: None)
+        training.fit(build_network("student", 4, {}), RoundSpec(0, 5))
 
 
 def test_gradients_are_those_of_float64(tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_gradients_are_those_of_float64(tmp_path: Path) -> None:
     exact = copy.deepcopy(network).double()
     F.cross_entropy(exact(images.double()), labels).backward()
     training = trainer(tmp_path)
-    round_ = _Round(training, network, 0, 1, 0, None, lambda _: None)
+    round_ = TrainingRound(training, network, RoundSpec(0, 1), Unattended())
     ours = round_.trained.train()
     assert [type(m) for m in ours.modules()] == [type(m) for m in network.modules()]
     images = images.contiguous(memory_format=round_.layout)

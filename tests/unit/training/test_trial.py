@@ -22,6 +22,7 @@ from job.models.input_size import check_size
 from job.models.outputs import all_logits, logits_of
 from job.pipeline.prune import prune
 from job.training.evaluation import Evaluator
+from job.training.session import RoundSpec
 from job.training.trainer import Trainer
 from job.training.trial import least_batch
 from support.datasets import write_noise_idx
@@ -95,7 +96,7 @@ def test_batchnorms_of_every_kind_train_alone_as_torch_trains_them(
     network = Norms()
     plain = copy.deepcopy(network).double().train()
     ours = torch.compile(network, backend="eager") if compiled else network
-    training.fit(ours, 0, 1, 0, lambda _: None)
+    training.fit(ours, RoundSpec(0, 1))
     training.sampler.set_epoch(0, 0)
     optimizer = torch.optim.SGD(plain.parameters(), 0.01, momentum=0.9, nesterov=True)
     for images, labels in training.batches:

@@ -1,0 +1,91 @@
+"""What the trainer is asked to do in a round, and the session that it reports to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from job.distributed.signals import Watch
+    from job.training.distillation import Distillation
+    from job.training.epoch import EpochResult
+    from job.training.position import Position
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RoundSpec:
+    """One round of training: ``epochs`` dense epochs, then ``sparse_epochs`` that penalise γ.
+
+    Each of the two parts has a learning-rate schedule of its own.
+    """
+
+    round_index: int
+    epochs: int
+    sparse_epochs: int = 0
+    first_step: int = 0  # optimizer steps that the run took before this round
+    gamma_layers: tuple[str, ...] | None = (
+        None  # layers whose γ is penalised; None: every BatchNorm
+    )
+    distillation: Distillation | None = None
+    resume: Position | None = None  # None: train from the first batch
+
+    @property
+    def all_epochs(self) -> int:
+        """Number of epochs, the sparse ones included."""
+        return self.epochs + self.sparse_epochs
+
+
+class TrainingSession(Protocol):
+    """What the trainer reports to while a round is in progress.
+
+    Every process of the job calls the methods in the same order.
+    """
+
+    @property
+    def watch(self) -> Watch | None:
+        """Tells when to save and when to stop; None: never before the end of an epoch."""
+
+    def training(self, batches: Iterable[T], epoch: int, batch: int) -> Iterable[T]:
+        """Pass on the batches of ``epoch`` from number ``batch`` on, and follow them."""
+
+    def validating(self, batches: Iterable[T], count: int) -> Iterable[T]:
+        """Pass on the ``count`` batches of an evaluation, and follow them."""
+
+    def epoch_finished(self, result: EpochResult) -> None:
+        """Log the numbers of an epoch."""
+
+    def gamma_measured(self, when: str, epoch: int, histogram: dict[str, Any]) -> None:
+        """Log the distribution of γ ``before`` or ``after`` the sparse epochs."""
+
+    def save(self, position: Position) -> None:
+        """Save the position, so that the round can resume there."""
+
+
+class Unattended(TrainingSession):
+    """A session that logs nothing, saves nothing and never stops: training on its own."""
+
+    @property
+    def watch(self) -> Watch | None:
+        """None: nobody can ask to stop."""
+        return None
+
+    def training(self, batches: Iterable[T], epoch: int, batch: int) -> Iterable[T]:
+        """Return ``batches``."""
+        return batches
+
+    def validating(self, batches: Iterable[T], count: int) -> Iterable[T]:
+        """Return ``batches``."""
+        return batches
+
+    def epoch_finished(self, result: EpochResult) -> None:
+        """Do nothing."""
+
+    def gamma_measured(self, when: str, epoch: int, histogram: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def save(self, position: Position) -> None:
+        """Do nothing."""
