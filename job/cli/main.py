@@ -365,6 +365,6 @@ def report(runs: tuple[str, ...], output: str | None, json: bool) -> None:
     Writes a page of HTML that holds its figures, and the figures as PNG into a folder next to it.
     RUN is a run folder, finished or not.
     """
-    from job.report.page import report as run
+    from job.cli.report import report as run
 
     run(runs, output, json)

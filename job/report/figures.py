@@ -1,263 +1,219 @@
-"""The report's figures, drawn by matplotlib without a display: the same run, the same bytes.
-
-matplotlib is imported when something is drawn, not before, and takes neither the user's style nor a
-home folder that can be written.
-"""
+"""The figures of a report: one of a run, one of several runs. A new figure is an entry here."""
 
 from __future__ import annotations
 
-import io
-import logging
-import os
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from job.artifacts.history import COSTS, History, Round, pareto
-from job.errors import GammaslimError, printable, reason
+from job.errors import printable
+from job.report.comparison import COSTS, pareto_front
+from job.report.drawing import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    GREY,
+    MARKERS,
+    VERMILLION,
+    DrawnFigure,
+    FigureSpec,
+    draw_figures,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-# Okabe & Ito 2008: colours that the colour-blind tell apart; shapes and dashes differ too
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
-COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-STYLE = {
-    "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
-    "axes.spines.right": False, "grid.color": "#dddddd", "grid.linewidth": 0.6, "font.size": 10,
-    "legend.fontsize": 9, "legend.framealpha": 0.8, "lines.linewidth": 1.6, "lines.markersize": 5,
-    "axes.formatter.useoffset": False,
-}  # fmt: skip
-SIZE, DPI = (6.4, 4.0), 100  # inches, dots an inch
-NAMED = 10  # runs that a legend names; of more there are only the numbers
-LABELS = 48  # ticks and marks that still can be read
-UNITS = {
-    "params": ("parameters", "parameters"),
-    "macs": ("multiply-adds an image (MACs)", "multiply-adds an image (MACs)"),
-    "bytes": ("size of all tensors (bytes)", "size"),
-}
+    from matplotlib.axes import Axes
+
+    from job.artifacts.history import History
+
+NAMED_RUNS = 10  # a legend names as many; of more runs there are only the numbers
+MOST_LABELS = 48  # ticks and marks that can still be read
 ACCURACY = "validation accuracy (%)"
+RING: dict[str, Any] = {"marker": "o", "markersize": 12, "fillstyle": "none"}
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A PNG, the name of its file without the ending, and what it shows in words."""
+class CostAxis:
+    """A cost as an axis shows it: in words, and the unit of its ticks."""
 
-    name: str
-    text: str
-    png: bytes
-
-
-def draw_run(history: History) -> list[Picture]:
-    """The figures of one run that there is something to show in.
-
-    Raises GammaslimError when matplotlib cannot be imported.
-    """
-    with _drawing() as figure:
-        pictures = []
-        if history.rounds:
-            pictures += [_accuracy(figure, history, cost) for cost in COSTS]
-        if history.epochs:
-            pictures += [_curves(figure, history, what) for what in ("acc", "loss")]
-        if history.layers:
-            pictures.append(_layers(figure, history))
-        return pictures
+    words: str
+    unit: str = ""
 
 
-def draw_comparison(histories: Sequence[History]) -> list[Picture]:
-    """The figures of several runs: accuracy against each cost; raises as ``draw_run`` does."""
-    if not any(history.rounds for history in histories):
-        return []
-    with _drawing() as figure:
-        return [_pareto(figure, histories, cost) for cost in COSTS]
+COST_AXES = {
+    "params": CostAxis("parameters"),
+    "macs": CostAxis("multiply-adds for one image (MACs)"),
+    "bytes": CostAxis("size of all tensors", "B"),
+}
 
 
-@contextmanager
-def _drawing() -> Iterator[Any]:
-    """matplotlib's Figure, in our style whatever the user's is."""
-    try:
-        with _quietly():
-            import matplotlib
-            from matplotlib.backends import backend_agg  # noqa: F401  (savefig would import it)
-            from matplotlib.figure import Figure
-    except ImportError as error:
-        raise GammaslimError(
-            f"the figures need matplotlib, which cannot be imported: {reason(error)}"
-        ) from error
-    with warnings.catch_warnings(), matplotlib.rc_context():
-        warnings.simplefilter("ignore")  # of letters that its font has not
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield Figure
+def draw_run(history: History) -> list[DrawnFigure]:
+    """Draw the figures of a run; raises GammaslimError when matplotlib cannot be imported."""
+    return draw_figures(RUN_FIGURES, history)
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Let matplotlib be imported whatever MPLBACKEND says, and tell nothing of fonts and caches.
-
-    Where neither MPLCONFIGDIR nor the home folder can be written it takes a temporary folder.
-    """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    before = os.environ.pop("MPLBACKEND", None)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ["MPLBACKEND"] = before
+def draw_comparison(histories: Sequence[History]) -> list[DrawnFigure]:
+    """Draw the figures of several runs; raises GammaslimError as `draw_run` does."""
+    return draw_figures(COMPARISON_FIGURES, histories)
 
 
-def _axes(figure: Any, bottom: float = 0.14) -> tuple[Any, Any]:
-    """A new figure and its axes; fixed margins, since measuring them takes as long as drawing."""
-    canvas = figure(figsize=SIZE, dpi=DPI)
-    axes = canvas.subplots()
-    axes.locator_params(nbins=6)  # a tick costs a millisecond
-    canvas.subplots_adjust(left=0.12, right=0.97, top=0.93, bottom=bottom)
-    return canvas, axes
+def draw_accuracy(axes: Axes, history: History, cost: str) -> None:
+    """Draw the accuracy of each round, after surgery and after fine-tuning, against ``cost``."""
+    rounds, best = history.rounds, history.best
+    costs = [getattr(entry, cost) for entry in rounds]
+    pairs = zip(costs, rounds, strict=True)
+    pruned = [(x, entry) for x, entry in pairs if entry.valid_acc_pruned is not None]
+    if pruned:
+        style: dict[str, Any] = {"linestyle": "--", "marker": "s", "fillstyle": "none"}
+        scores = [100 * (entry.valid_acc_pruned or 0) for _, entry in pruned]
+        axes.plot([x for x, _ in pruned], scores, label="after surgery", color=VERMILLION, **style)
+    tuned = [100 * entry.valid_acc for entry in rounds]
+    axes.plot(costs, tuned, marker="o", color=BLUE, label="after fine-tuning")
+    if history.base:
+        axes.axhline(100 * history.base.valid_acc, color=GREY, linestyle=":", label="base")
+    if best:
+        point = [getattr(best, cost)], [100 * best.valid_acc]
+        axes.plot(*point, color=BLACK, label="recommended", linestyle="none", **RING)
+    for x, y, entry in list(zip(costs, tuned, rounds, strict=True))[:MOST_LABELS]:
+        _label_point(axes, x, y, entry.name)
+    _label_cost(axes, cost)
+    axes.set_ylabel(ACCURACY)
+    axes.legend()
 
 
-def _picture(canvas: Any, name: str, text: str) -> Picture:
-    content = io.BytesIO()
-    canvas.savefig(content, format="png", metadata={"Software": None})
-    return Picture(name, text, content.getvalue())
+def draw_curves(axes: Axes, history: History, metric: str) -> None:
+    """Draw the accuracy (``acc``) or ``loss`` of each epoch over the steps, the rounds marked."""
+    steps: list[int] = []
+    curves: dict[str, list[float]] = {"train": [], "valid": []}
+    previous, factor = None, 100 if metric == "acc" else 1
+    for epoch in history.epochs:
+        if previous is not None and epoch.round != previous:  # a cut: the line is interrupted
+            steps.append(steps[-1])
+            for curve in curves.values():
+                curve.append(float("nan"))
+        previous = epoch.round
+        steps.append(epoch.step)
+        for split, curve in curves.items():
+            curve.append(factor * getattr(epoch, f"{split}_{metric}"))
+    marker = "." if len(steps) <= 200 else ""
+    for split, label, color, dash in (
+        ("train", "training", VERMILLION, "--"),
+        ("valid", "validation", BLUE, "-"),
+    ):
+        axes.plot(steps, curves[split], color=color, linestyle=dash, label=label, marker=marker)
+    _mark_rounds(axes, history)
+    axes.set_xlabel("steps (batches) since the run began")
+    axes.set_ylabel("accuracy (%)" if metric == "acc" else "loss")
+    axes.legend(loc="lower right" if metric == "acc" else "upper right")
 
 
-def _scale(cost: str, values: Sequence[float]) -> tuple[float, str]:
-    """What to divide by for numbers of three digits or so, and the axis's label."""
-    whole, short = UNITS[cost]
-    prefixes = ((1e9, "billions of", "GB"), (1e6, "millions of", "MB"), (1e3, "thousands of", "kB"))
-    for factor, word, unit in prefixes:
-        if max(values, default=0) >= 2 * factor:
-            return factor, f"{whole[:-8]} ({unit})" if cost == "bytes" else f"{word} {short}"
-    return 1.0, whole
+def draw_widths(axes: Axes, history: History) -> None:
+    """Draw the channels kept of each layer in front of those of the base."""
+    layers = history.layers
+    edges = [number - 0.5 for number in range(len(layers) + 1)]
+    axes.stairs([la.full for la in layers], edges, fill=True, color="#cccccc", label="base")
+    axes.stairs([la.kept for la in layers], edges, fill=True, color=BLUE, label="kept")
+    every = 1 + (len(layers) - 1) // MOST_LABELS
+    ticks = range(0, len(layers), every)
+    names = [printable(layers[tick].name)[-24:] for tick in ticks]
+    axes.set_xticks(list(ticks), names, rotation=90, fontsize=7, parse_math=False)
+    axes.set_xlim(-0.5, len(layers) - 0.5)
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("output channels")
+    axes.legend(loc="upper left")
 
 
-def _label(axes: Any, x: float, y: float, text: str) -> None:
+def draw_pareto(axes: Axes, histories: Sequence[History], cost: str) -> None:
+    """Draw accuracy against ``cost``: a line per run, and the front that no other model beats."""
+    for number, history in enumerate(histories, start=1):
+        if not history.rounds:
+            continue
+        color, marker = COLOURS[(number - 1) % len(COLOURS)], MARKERS[(number - 1) % len(MARKERS)]
+        costs = [getattr(entry, cost) for entry in history.rounds]
+        scores = [100 * entry.valid_acc for entry in history.rounds]
+        name = f"{number} {history.name[:24]}"
+        axes.plot(costs, scores, linewidth=1, label=name, color=color, marker=marker)
+        chosen = history.best or history.rounds[-1]
+        _label_point(axes, getattr(chosen, cost), 100 * chosen.valid_acc, str(number))
+    points = [
+        (getattr(entry, cost), 100 * entry.valid_acc) for h in histories for entry in h.rounds
+    ]
+    front = [points[index] for index in pareto_front(points)]
+    steps: dict[str, Any] = {"linewidth": 1, "linestyle": ":", "drawstyle": "steps-post"}
+    xs, ys = [x for x, _ in front], [y for _, y in front]
+    axes.plot(xs, ys, label="Pareto front", color=BLACK, zorder=1, **RING, **steps)
+    _label_cost(axes, cost)
+    axes.set_ylabel(ACCURACY)
+    lines = axes.get_lines()
+    legend = axes.legend(handles=lines if len(histories) <= NAMED_RUNS else lines[-1:])
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name can hold dollars
+
+
+def _label_cost(axes: Axes, cost: str) -> None:
+    """Label the x axis with a cost, its ticks with prefixes: 1.5 M."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(COST_AXES[cost].unit))
+    axes.set_xlabel(COST_AXES[cost].words)
+
+
+def _label_point(axes: Axes, x: float, y: float, text: str) -> None:
     axes.annotate(
         text, (x, y), (4, 4), textcoords="offset points", fontsize=8, parse_math=False,
         annotation_clip=True,
     )  # fmt: skip
 
 
-def _accuracy(figure: Any, history: History, cost: str) -> Picture:
-    """Accuracy of each round, right after the cut and after fine-tuning, against ``cost``."""
-    rounds, best = history.rounds, history.best
-    factor, label = _scale(cost, [getattr(entry, cost) for entry in rounds])
-
-    def place(entry: Round) -> float:
-        return float(getattr(entry, cost) / factor)
-
-    canvas, axes = _axes(figure)
-    cut = [(place(e), e.valid_acc_pruned) for e in rounds if e.valid_acc_pruned is not None]
-    if cut:
-        xs, ys = zip(*((x, 100 * y) for x, y in cut), strict=True)
-        style = {"linestyle": "--", "marker": "s", "fillstyle": "none", "color": VERMILLION}
-        axes.plot(xs, ys, label="right after the cut", **style)
-    tuned = [(place(entry), 100 * entry.valid_acc) for entry in rounds]
-    xs, ys = zip(*tuned, strict=True)
-    axes.plot(xs, ys, marker="o", color=BLUE, label="after fine-tuning")
-    if history.base:
-        base = 100 * history.base.valid_acc
-        axes.axhline(base, color=GREY, linestyle=":", label="base")
-    if best:
-        ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "linestyle": "none"}
-        at = [place(best)], [100 * best.valid_acc]
-        axes.plot(*at, color=BLACK, label="recommended", **ring)
-    for entry, (x, y) in list(zip(rounds, tuned, strict=True))[:LABELS]:
-        _label(axes, x, y, entry.name)
-    axes.set_xlabel(label)
-    axes.set_ylabel(ACCURACY)
-    axes.legend()
-    text = f"Accuracy of the base and of each round against {UNITS[cost][0]}"
-    return _picture(canvas, f"accuracy-{cost}", text)
-
-
-def _curves(figure: Any, history: History, what: str) -> Picture:
-    """Accuracy (``acc``) or ``loss`` of each epoch over the steps, the rounds marked."""
-    steps: list[float] = []
-    values: dict[str, list[float]] = {"train": [], "valid": []}
-    last, factor = None, 100 if what == "acc" else 1
-    for epoch in history.epochs:
-        if last is not None and epoch.round != last:  # a cut lies between
-            steps.append(steps[-1])
-            for line in values.values():
-                line.append(float("nan"))
-        last = epoch.round
-        steps.append(epoch.step)
-        for split, line in values.items():
-            line.append(factor * getattr(epoch, f"{split}_{what}"))
-    canvas, axes = _axes(figure)
-    dots = {"marker": "."} if len(steps) <= 200 else {}
-    for split, color, dash in (("train", VERMILLION, "--"), ("valid", BLUE, "-")):
-        label = {"train": "training", "valid": "validation"}[split]
-        axes.plot(steps, values[split], color=color, linestyle=dash, label=label, **dots)
-    _mark_rounds(axes, history)
-    axes.set_xlabel("steps (batches) since the run began")
-    axes.set_ylabel("accuracy (%)" if what == "acc" else "loss")
-    axes.legend(loc="lower right" if what == "acc" else "upper right")
-    name = {"acc": "accuracy", "loss": "loss"}[what]
-    return _picture(canvas, f"training-{name}", f"Training and validation {name} of each epoch")
-
-
-def _mark_rounds(axes: Any, history: History) -> None:
-    """A line at the end of each round, its number above."""
+def _mark_rounds(axes: Axes, history: History) -> None:
+    """Draw a line at the end of each round, with its number above."""
     ends = [(entry.step, entry.name) for entry in history.rounds]
     for step, _ in ends:
         axes.axvline(step, color=GREY, linewidth=0.7, zorder=0)
-    for step, text in ends[:: 1 + len(ends) // LABELS]:
-        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        axes.annotate(text, (step, 1), (0, 3), ha="center", fontsize=8, **where)
+    for step, text in ends[:: 1 + len(ends) // MOST_LABELS]:
+        axes.annotate(
+            text, (step, 1), (0, 3), xycoords=("data", "axes fraction"),
+            textcoords="offset points", ha="center", fontsize=8,
+        )  # fmt: skip
 
 
-def _layers(figure: Any, history: History) -> Picture:
-    """Channels kept of each layer beside those of the base."""
-    layers = history.layers
-    canvas, axes = _axes(figure, bottom=0.3)
-    edges = [number - 0.5 for number in range(len(layers) + 1)]
-    full, kept = [layer.full for layer in layers], [layer.kept for layer in layers]
-    axes.stairs(full, edges, fill=True, color="#cccccc", label="base")
-    axes.stairs(kept, edges, fill=True, color=BLUE, label="kept")
-    every = 1 + (len(layers) - 1) // LABELS
-    places = range(0, len(layers), every)
-    names = [printable(layers[place].name)[-24:] for place in places]
-    axes.set_xticks(list(places), names, rotation=90, fontsize=7, parse_math=False)
-    axes.set_xlim(-0.5, len(layers) - 0.5)
-    axes.grid(visible=False, axis="x")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("output channels")
-    axes.legend(loc="upper left")
-    text = "Output channels of each layer of the recommended model, and of the base"
-    return _picture(canvas, "channels", text)
+RUN_FIGURES: tuple[FigureSpec[History], ...] = (
+    *(
+        FigureSpec(
+            name=f"accuracy-{cost}",
+            caption=f"Accuracy of the base and of each round against {COST_AXES[cost].words}",
+            draw=partial(draw_accuracy, cost=cost),
+            applies=lambda history: bool(history.rounds),
+        )
+        for cost in COSTS
+    ),
+    *(
+        FigureSpec(
+            name=f"training-{name}",
+            caption=f"Training and validation {name} of each epoch",
+            draw=partial(draw_curves, metric=metric),
+            applies=lambda history: bool(history.epochs),
+        )
+        for metric, name in (("acc", "accuracy"), ("loss", "loss"))
+    ),
+    FigureSpec(
+        name="channels",
+        caption="Output channels of each layer of the recommended model, and of the base",
+        draw=draw_widths,
+        applies=lambda history: bool(history.layers),
+        bottom=0.3,
+    ),
+)
 
-
-def _pareto(figure: Any, histories: Sequence[History], cost: str) -> Picture:
-    """Accuracy against ``cost``: a line a run, and the front that no other model beats."""
-    points = [(getattr(e, cost), e.valid_acc) for history in histories for e in history.rounds]
-    factor, label = _scale(cost, [x for x, _ in points])
-    canvas, axes = _axes(figure)
-    for number, history in enumerate(histories, start=1):
-        if not history.rounds:
-            continue
-        color, marker = COLOURS[(number - 1) % len(COLOURS)], MARKERS[(number - 1) % len(MARKERS)]
-        name = f"{number} {history.name[:24]}"
-        xs = [getattr(entry, cost) / factor for entry in history.rounds]
-        ys = [100 * entry.valid_acc for entry in history.rounds]
-        axes.plot(xs, ys, linewidth=1, label=name, color=color, marker=marker)
-        chosen = history.best or history.rounds[-1]
-        _label(axes, getattr(chosen, cost) / factor, 100 * chosen.valid_acc, str(number))
-    front = [(points[place][0] / factor, 100 * points[place][1]) for place in pareto(points)]
-    xs, ys = [x for x, _ in front], [y for _, y in front]
-    ring = {"marker": "o", "markersize": 12, "fillstyle": "none"}
-    steps = {"color": BLACK, "linewidth": 1, "linestyle": ":", "drawstyle": "steps-post"}
-    axes.plot(xs, ys, label="Pareto front", zorder=1, **ring, **steps)
-    axes.set_xlabel(label)
-    axes.set_ylabel(ACCURACY)
-    few = len(histories) <= NAMED
-    lines = axes.get_lines()
-    legend = axes.legend(handles=lines if few else lines[-1:])
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a name may hold dollars
-    text = f"Accuracy of all rounds of all runs against {UNITS[cost][0]}, with the Pareto front"
-    return _picture(canvas, f"pareto-{cost}", text)
+COMPARISON_FIGURES: tuple[FigureSpec[Sequence[History]], ...] = tuple(
+    FigureSpec(
+        name=f"pareto-{cost}",
+        caption=f"Accuracy of all rounds of all runs against {COST_AXES[cost].words}, "
+        "with the Pareto front",
+        draw=partial(draw_pareto, cost=cost),
+        applies=lambda histories: any(history.rounds for history in histories),
+    )
+    for cost in COSTS
+)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from job.artifacts.accuracy import signed
 from job.artifacts.json_records import to_json
 from job.artifacts.records import PlannedRound
-from job.console import table
+from job.console import table, where
+from job.errors import printable
+from job.report.comparison import COSTS, comparison_caution, run_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from job.artifacts.history import History
     from job.slimming.planning.cost import LayerCost
     from job.training.epoch import EpochResult
 
@@ -41,6 +45,51 @@ def rounds_table(rounds: Sequence[PlannedRound | Mapping[str, Any]]) -> str:
         for entry in entries
     ]
     return table(header, rows)
+
+
+def run_overview(history: History) -> str:
+    """Return the state of a run, the table of its rounds, and the recommended model."""
+    lines = [f"{history.name}: {printable(describe_state(history))}"]
+    if history.rounds:
+        lines += ["", rounds_table(history.rounds)]
+    else:
+        lines.append("no round is finished yet")
+    if history.best:
+        lines += ["", f"recommended: rounds/{history.best.round:02d} ({printable(history.reason)})"]
+    lines += [f"caution: {printable(caution)}" for caution in history.cautions]
+    if history.state == "died":
+        advice = "its process was killed or its machine was lost: run the same command to resume"
+        lines += ["", advice]
+    return "\n".join(lines)
+
+
+def comparison_table(histories: Sequence[History]) -> str:
+    """Return a line per run: its recommended model's costs, and accuracies."""
+    header = ("run", "state", "width", "params", "MACs", "bytes", "base", "acc", "points")
+    rows = []
+    for name, history in zip(run_names(histories), histories, strict=True):
+        base, best = history.base, history.best
+        costs = [f"{getattr(best, cost):,}" if best else "" for cost in COSTS]
+        width = f"{best.width:.4f}" if best else ""
+        scores = [f"{entry.valid_acc:.4f}" if entry else "" for entry in (base, best)]
+        points = format_points(history.change)
+        rows.append((name, printable(history.state), width, *costs, *scores, points))
+    text, caution = table(header, rows, left=2), comparison_caution(histories)
+    return f"{text}\n\ncaution: {caution}" if caution else text
+
+
+def describe_state(history: History) -> str:
+    """Return the state in words, with the exit code, and where an unfinished run is."""
+    code, state = history.exit_code, history.state
+    text = state + (f" (exit code {code})" if code else "")
+    if history.position and state not in ("finished", "unknown"):
+        text += f", in {where(*history.position)}"
+    return text
+
+
+def format_points(change: float | None) -> str:
+    """Return a change of accuracy with its sign; "" for None."""
+    return "" if change is None else signed(change)
 
 
 def layers_table(layers: Sequence[LayerCost]) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import job.artifacts.lock
-import job.report.page
-from job.artifacts.history import read_run
 from job.artifacts.lock import Lock
+from job.artifacts.run_reader import read_run
+from job.cli.report import report
 from job.config import PruneConfig
 from job.distributed.signals import NOTHING, STOP, Watch
 from job.errors import GammaslimError, StopRequest
@@ -74,7 +74,7 @@ def test_a_run_is_running_only_while_its_job_lives(
     owner = json.loads((folder / "lock.json").read_text())
     (folder / "lock.json").write_text(json.dumps(owner | {"started": "1"}))
     assert read_run(folder).state == "died"  # its number is another process's now
-    job.report.page.report([str(folder)], None, False)
+    report([str(folder)], None, False)
     said = capsys.readouterr().out
     assert "run: died, in round 1, epoch 2, step 34" in said
     assert "run the same command to resume" in said
@@ -82,7 +82,7 @@ def test_a_run_is_running_only_while_its_job_lives(
     assert "died, in round 1" in page
     assert "running" not in page.partition("<h2>")[0].partition("</head>")[2]
     folders = [str(folder), str(running_folder(tmp_path / "b"))]
-    job.report.page.report(folders, str(tmp_path / "c.html"), True)
+    report(folders, str(tmp_path / "c.html"), True)
     record = json.loads(capsys.readouterr().out)
     assert [run["state"] for run in record["runs"]] == ["died", "died"]
 

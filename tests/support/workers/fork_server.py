@@ -29,11 +29,11 @@ import torch
 import torch._meta_registrations
 
 import job.__main__
-import job.report.figures
 import job.report.page
 from job.artifacts.history import History
 from job.models.factory import build_network
-from job.report.figures import Picture
+from job.report.drawing import DrawnFigure, draw_figures
+from job.report.figures import RUN_FIGURES
 from job.slimming.planning.cost import network_cost
 
 PRELOADED = (
@@ -59,10 +59,11 @@ def serve() -> None:
         print(json.dumps(run(json.loads(line))), flush=True)
 
 
-def draw_one(history: History) -> list[Picture]:
+def draw_one(history: History) -> list[DrawnFigure]:
     """One figure of a run's six, which take longer than so small a run."""
-    with job.report.figures._drawing() as figure:
-        return [job.report.figures._curves(figure, history, "loss")] if history.epochs else []
+    return draw_figures(
+        [figure for figure in RUN_FIGURES if figure.name == "training-loss"], history
+    )
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:

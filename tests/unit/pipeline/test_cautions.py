@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from job.artifacts.history import read_run
 from job.artifacts.model_card import ModelCard, save_model
+from job.artifacts.run_reader import read_run
 from job.cli.model import ModelOptions
+from job.cli.report import report
 from job.cli.score import DataOptions, evaluate
 from job.config import PruneConfig
 from job.data.preprocessing import Preprocessing
 from job.pipeline.cautions import Cautions, above_base, at_chance, of_weights, one_class
 from job.pipeline.prune import prune
-from job.report.page import report
 from job.training.evaluation import Evaluation
 from support.datasets import write_flat, write_noise_idx
 

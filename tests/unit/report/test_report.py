@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from job.artifacts.history import fronts, pareto, read_run
 from job.artifacts.run_directory import Run
+from job.artifacts.run_reader import read_run
 from job.errors import StorageError
 from job.pipeline.session import Attempt
+from job.report.comparison import pareto_front, pareto_models
 from job.report.figures import draw_comparison, draw_run
-from job.report.page import comparison_page, run_page, write_run_report
+from job.report.page import comparison_page, render, run_page, write_run_report
 from support.commands import ROOT, Result, gammaslim, run
 from support.datasets import write_noise_idx
 
@@ -101,14 +102,16 @@ def make_run(
         f'[prune]\nmodel = "student"\nrate = 0.9\n[dataset]\nfingerprint = "{more.get("data", 7)}"'
     )
     status = {"state": more.get("state", "finished"), "exit_code": more.get("code", 0)}
-    at = {"round": len(entries) - 1, "epoch": 1, "step": 80, "time": 1.7e9}
+    at = {"round": max(0, len(entries) - 1), "epoch": 1, "step": 80, "time": 1.7e9}
     (folder / "status.json").write_text(json.dumps(status | at))
     lines = []
     for number, e in enumerate(entries):
         for epoch in (0, 1):
             scores = {"train_loss": 1.5, "train_acc": 0.5, "valid_loss": 1.0, "valid_acc": 0.6}
+            scores |= {"lr": 0.001, "images_per_second": 900.0, "seconds": 1.5}
+            costs = {key: e[key] for key in ("width", "params", "macs")}
             where = {"round": number, "epoch": epoch, "step": 20 * number + 10 * (epoch + 1)}
-            lines.append({"event": "epoch", **where, **scores})
+            lines.append({"event": "epoch", **where, **scores, **costs})
         lines.append({"event": "round", **e})
         model = folder / "rounds" / f"{number:02d}"
         model.mkdir(parents=True)
@@ -153,9 +156,9 @@ def test_the_page_of_a_run_tells_what_its_files_do(tmp_path: Path) -> None:
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     history = read_run(make_run(tmp_path / "one"))
     first, second = draw_run(history), draw_run(history)
-    assert [picture.png for picture in first] == [picture.png for picture in second]
-    assert run_page([history], first) == run_page([history], second)
-    assert all(not Image.open(io.BytesIO(picture.png)).text for picture in first)  # type: ignore[attr-defined]
+    assert [figure.png for figure in first] == [figure.png for figure in second]
+    assert render(run_page(history, first)) == render(run_page(history, second))
+    assert all(not Image.open(io.BytesIO(figure.png)).text for figure in first)  # type: ignore[attr-defined]
 
 
 def test_a_run_that_has_hardly_begun_has_a_page(tmp_path: Path) -> None:
@@ -274,7 +277,7 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
         "2,400 (60.0%)", "89.50%", "-0.50", "",
     ]  # fmt: skip
     assert found.rows[2][-1] == "parameters, MACs, bytes"
-    assert found.rows[3][1:4] == ["new", "died", ""]
+    assert found.rows[3][1:4] == ["new", "died, in the base (round 0), epoch 1, step 80", ""]
     assert "validated on 2 different data sets" in found.text
     files = sorted((tmp_path / "out" / "all runs_figures").iterdir())
     assert [file.stem for file in files] == ["pareto-bytes", "pareto-macs", "pareto-params"]
@@ -292,7 +295,7 @@ def test_the_pareto_front_is_what_no_other_model_beats() -> None:
     rng = random.Random(3)
     for _ in range(50):
         points = [(rng.randrange(8), rng.randrange(8)) for _ in range(rng.randrange(1, 12))]
-        front = {points[place] for place in pareto(points)}
+        front = {points[place] for place in pareto_front(points)}
         beaten = {
             p for p in points if any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points)
         }
@@ -302,10 +305,10 @@ def test_the_pareto_front_is_what_no_other_model_beats() -> None:
 def test_many_runs_are_drawn_by_number(tmp_path: Path) -> None:
     history = read_run(make_run(tmp_path / "one"))
     many = [history] * 40
-    pictures = draw_comparison(many)
-    assert len(pictures) == 3
-    assert len(fronts(many)["params"]) == 3
-    assert len(Page(comparison_page(many, pictures)).rows) == 41
+    figures = draw_comparison(many)
+    assert len(figures) == 3
+    assert len(pareto_models(many)["params"]) == 3
+    assert len(Page(render(comparison_page(many, figures)).decode()).rows) == 41
 
 
 @pytest.mark.parametrize(

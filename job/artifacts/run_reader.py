@@ -1,0 +1,202 @@
+"""Reader of a run's folder that takes whatever is there: it needs neither torch nor a whole run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping  # noqa: TC003  (from_json reads the types)
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from job.artifacts.history import History, LayerWidth
+from job.artifacts.json_records import from_json
+from job.artifacts.lock import present_state
+from job.artifacts.records import EpochRecord, RoundRecord, StatusRecord
+from job.errors import InputNotFound, reason, shown
+from job.files import is_file, parse_toml, read_bytes, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from _typeshed import DataclassInstance
+
+    R = TypeVar("R", bound=DataclassInstance)
+
+T = TypeVar("T")
+FILES = ("config.toml", "status.json", "metrics.jsonl", "summary.json")  # any of them makes a run
+LARGEST = 10**18  # no run counts further
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The part of a summary that is not about a single round; all of it can be missing."""
+
+    recommended: str = ""
+    reason: str = ""
+    cautions: tuple[str, ...] = ()
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class _BaseWidths:
+    widths: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _CardWidths:
+    """The output channels in a model.json, by layer in the network's order."""
+
+    widths: Mapping[str, int]
+    base: _BaseWidths | None = None
+
+
+def read_run(path: Path) -> History:
+    """Read the run in ``path``, in any state, with or without a finished round.
+
+    What is damaged is left out and named in ``problems``. Raises InputNotFound, or StorageError
+    when the storage does not answer.
+    """
+    if not path.exists():
+        raise InputNotFound(f"{shown(path)} does not exist; report takes run folders")
+    if not any(is_file(path / name) for name in FILES):
+        raise InputNotFound(f"{shown(path)} is not a run folder: it has none of {', '.join(FILES)}")
+    problems: list[str] = []
+    status = _read(path / "status.json", _read_status, problems)
+    summary = _table(_read(path / "summary.json", read_json, problems))
+    settings = _table(_read(path / "config.toml", _read_tables, problems))
+    events = _read(path / "metrics.jsonl", lambda p: _read_events(p, problems), problems) or []
+    rounds = _rounds(events, summary, problems)
+    outcome = _plausible(from_json(_Outcome, summary, lenient=True)) or _Outcome()
+    chosen = (e.round for e in rounds if outcome.recommended == f"rounds/{e.round:02d}")
+    recommended = next(chosen, None)
+    return History(
+        path=path,
+        state=present_state(path, status.state if status else "unknown"),
+        exit_code=status.exit_code if status else None,
+        time=status.time if status else None,
+        position=status.at if status else None,
+        rounds=rounds,
+        epochs=_epochs(events),
+        recommended=recommended,
+        reason=outcome.reason,
+        cautions=outcome.cautions,
+        seconds=outcome.seconds,
+        layers=() if recommended is None else _layers(path, recommended, problems),
+        settings={key: table for key, table in settings.items() if isinstance(table, dict)},
+        problems=tuple(problems),
+    )
+
+
+def _read(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:
+    """Return what ``read`` makes of a file; None when it is missing, or damaged: a problem."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        problems.append(f"{shown(path)} cannot be read: {reason(error)}")
+        return None
+
+
+def _read_status(path: Path) -> StatusRecord:
+    status = _plausible(from_json(StatusRecord, read_json(path)))
+    if status is None:
+        raise ValueError("its numbers are those of no run")
+    return status
+
+
+def _read_tables(path: Path) -> dict[str, Any]:
+    return parse_toml(read_bytes(path).decode())
+
+
+def _read_events(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Return the whole lines; the last one is being written, or was torn by a power failure."""
+    *lines, _torn = read_bytes(path).split(b"\n")
+    events, damaged = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            event = None
+        if isinstance(event, dict):
+            events.append(event)
+        else:
+            damaged.append(number)
+    if damaged:
+        first, more = damaged[0], len(damaged) - 1
+        others = f" and {more} more are" if more else " is"
+        problems.append(f"{shown(path)}: line {first}{others} damaged")
+    return events
+
+
+def _rounds(
+    events: list[dict[str, Any]], summary: dict[str, Any], problems: list[str]
+) -> tuple[RoundRecord, ...]:
+    """Return the summary's rounds, and those that only metrics.jsonl has."""
+    summarised = summary.get("rounds", [])
+    entries: list[Any] = [event for event in events if event.get("event") == RoundRecord.EVENT]
+    entries += [summary[key] for key in ("base",) if key in summary]
+    entries += summarised if isinstance(summarised, list) else [summarised]
+    by_round = {}
+    for entry in entries:
+        record = _parse(RoundRecord, entry)
+        if record and math.isfinite(record.width + record.valid_acc):
+            by_round[record.round] = record
+        else:
+            problems.append("a round without its numbers is left out")
+    return tuple(by_round[number] for number in sorted(by_round))
+
+
+def _epochs(events: list[dict[str, Any]]) -> tuple[EpochRecord, ...]:
+    """Return the epochs by round and epoch; the last one where an interruption repeated it."""
+    lines = (event for event in events if event.get("event") == EpochRecord.EVENT)
+    records = (_parse(EpochRecord, line) for line in lines)
+    by_epoch = {(record.round, record.epoch): record for record in records if record}
+    return tuple(by_epoch[key] for key in sorted(by_epoch))
+
+
+def _layers(run: Path, round_index: int, problems: list[str]) -> tuple[LayerWidth, ...]:
+    """Return the widths of a round's model in the network's order."""
+
+    def read(path: Path) -> _CardWidths:
+        return from_json(_CardWidths, read_json(path))
+
+    card = _read(run / "rounds" / f"{round_index:02d}" / "model.json", read, problems)
+    if card is None:
+        return ()
+    full = card.base.widths if card.base else card.widths
+    return tuple(
+        LayerWidth(name, kept, full[name])
+        for name, kept in card.widths.items()
+        if 0 <= kept <= full.get(name, -1) <= LARGEST
+    )
+
+
+def _parse(kind: type[R], content: object) -> R | None:
+    """Return a record with numbers that a run can have; None where one is missing."""
+    try:
+        return _plausible(from_json(kind, content, lenient=True))
+    except ValueError:
+        return None
+
+
+def _plausible(record: R) -> R | None:
+    """Return ``record`` with NaN for what is not finite, None for what can be missing.
+
+    None for a record that has a number no run can have.
+    """
+    changes: dict[str, float | None] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if type(value) is float and not math.isfinite(value):
+            changes[field.name] = None if field.default is None else math.nan
+        elif (type(value) is int and not 0 <= value <= LARGEST) or (
+            type(value) is float and abs(value) > LARGEST
+        ):
+            return None
+    return replace(record, **changes)
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,59 @@
+"""``report``: show one run, or compare several."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from job.artifacts.run_reader import read_run
+from job.console import say, warn
+from job.errors import shown
+from job.files import check_output, check_writable, write_output
+from job.report.comparison import comparison_json
+from job.report.figures import draw_comparison, draw_run
+from job.report.page import comparison_page, render, run_page, write_figures
+from job.report.tables import comparison_table, run_overview
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from job.artifacts.history import History
+
+
+def report(paths: Sequence[str], output: str | None, as_json: bool) -> None:
+    """Write the report of one run into its folder, or of several into the current one; print it.
+
+    ``output`` is another file for the page; its figures are written next to it. Raises
+    InputNotFound, OutputError, StorageError, or GammaslimError without matplotlib.
+    """
+    histories = _read_runs(paths)
+    alone = histories[0] if len(histories) == 1 else None
+    target = Path(output or (alone.path / "report.html" if alone else "report.html"))
+    path = check_output(target)
+    folder = path.with_name(f"{path.stem}_figures" if output or not alone else "figures")
+    keeps_figures = not path.exists() or path.is_file()  # not next to a pipe or a device
+    if keeps_figures:
+        check_writable(folder)
+    figures = draw_run(alone) if alone else draw_comparison(histories)
+    if keeps_figures:
+        write_figures(folder, figures)
+    page = run_page(alone, figures) if alone else comparison_page(histories, figures)
+    write_output(path, render(page))
+    for history in histories:
+        for problem in history.problems:
+            warn(problem)
+    if as_json:
+        say(json.dumps(comparison_json(histories) | {"report": shown(target)}, indent=1))
+    else:
+        say(run_overview(alone) if alone else comparison_table(histories))
+        say(f"\nreport: {shown(target)}")
+
+
+def _read_runs(paths: Sequence[str]) -> list[History]:
+    """Return the runs in ``paths``, each once."""
+    unique: dict[str, Path] = {}
+    for path in paths:
+        unique.setdefault(os.path.realpath(path), Path(path))
+    return [read_run(path) for path in unique.values()]

@@ -1,0 +1,92 @@
+"""Comparison of runs: accuracy against parameters, multiply-adds and bytes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from job.errors import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from job.artifacts.history import History
+
+COSTS = ("params", "macs", "bytes")  # what accuracy is compared against
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the indices of the (cost, accuracy) that no other beats in both, by rising cost."""
+    front, best = [], -math.inf
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[index][1] > best:
+            front.append(index)
+            best = points[index][1]
+    return front
+
+
+def pareto_models(histories: Sequence[History]) -> dict[str, list[tuple[int, int]]]:
+    """Return the Pareto-optimal models of all runs by cost: (index of the run, round)."""
+    models = [(index, entry) for index, h in enumerate(histories) for entry in h.rounds]
+    return {
+        cost: [
+            (models[place][0], models[place][1].round)
+            for place in pareto_front([(getattr(e, cost), e.valid_acc) for _, e in models])
+        ]
+        for cost in COSTS
+    }
+
+
+def run_names(histories: Sequence[History]) -> list[str]:
+    """Return a name for each run: its folder's, or the whole path where several share it."""
+    count = Counter(history.name for history in histories)
+    return [shown(h.path) if count[h.name] > 1 else h.name for h in histories]
+
+
+def comparison_caution(histories: Sequence[History]) -> str | None:
+    """Return a caution where accuracies are of different validation images."""
+    data = {
+        (h.setting("dataset", "fingerprint"), h.setting("dataset", "validation"))
+        for h in histories
+        if h.setting("dataset", "fingerprint")
+    }
+    if len(data) < 2:
+        return None
+    return f"these runs were validated on {len(data)} different data sets"
+
+
+def comparison_json(histories: Sequence[History]) -> dict[str, Any]:
+    """Return the comparison as ``report --json`` prints it.
+
+    Accuracies are fractions, ``points_lost`` percentage points.
+    """
+    names = run_names(histories)
+    paths = [shown(history.path) for history in histories]
+    front = {
+        cost: [{"path": paths[index], "round": number} for index, number in models]
+        for cost, models in pareto_models(histories).items()
+    }
+    runs = [_run_json(name, history) for name, history in zip(names, histories, strict=True)]
+    return {"format": 1, "runs": runs, "pareto": front}
+
+
+def _run_json(name: str, history: History) -> dict[str, Any]:
+    base, best = history.base, history.best
+    position = zip(("round", "epoch", "step"), history.position or (), strict=False)
+    return {
+        "run": name,
+        "path": shown(history.path),
+        "state": history.state,
+        "exit_code": history.exit_code,
+        "position": dict(position),
+        "base": asdict(base) if base else None,
+        "rounds": [asdict(entry) for entry in history.rounds if entry.round],
+        "recommended": f"rounds/{best.round:02d}" if best else None,
+        "reason": history.reason,
+        "cautions": list(history.cautions),
+        "relative": {cost: history.share(best, cost) for cost in COSTS} if best else {},
+        "points_lost": None if history.change is None else 0.0 - history.change,
+        "problems": list(history.problems),
+    }
