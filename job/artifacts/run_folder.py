@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import time
 from contextlib import suppress
@@ -12,13 +14,13 @@ from job.artifacts.lock import Lock
 from job.artifacts.run_directory import Run
 from job.errors import ConfigError, GammaslimError, InputNotFound, OtherRunError, shown
 from job.files import is_file
-from job.pipeline.setup import default_output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from job.config import PruneConfig
 
+GENERIC = ("create", "create_model", "build", "build_model", "get_model", "make_model", "model")
 BEGINNING = 10.0  # seconds that a job has from its lock to its config.toml
 
 
@@ -113,3 +115,19 @@ def _numbered(first: Path) -> list[Path]:
 
 def _reason(others: list[OtherRunError]) -> str:
     return others[0].difference if others else ""
+
+
+def default_output(config: PruneConfig) -> Path:
+    """``runs/MODEL-DATA``: the same name for the same command, so that it resumes itself."""
+    return Path("runs") / default_name(config)
+
+
+def default_name(config: PruneConfig) -> str:
+    """MODEL with its arguments, and DATA: ``timm-resnet18-photos`` for timm:create_model."""
+    module, _, factory = config.model.partition(":")
+    texts = [value for _, value in config.model_arg if isinstance(value, str)]
+    rest = [f"{k}={json.dumps(v)}" for k, v in config.model_arg if not isinstance(v, str)]
+    parts = [module, "" if texts and factory in GENERIC else factory, *texts, *rest]
+    data = os.path.basename(os.path.abspath(config.data)) if config.data else "fashion-mnist"  # noqa: PTH100, PTH119
+    name = re.sub(r"[^\w.=+-]+", "-", "-".join(part for part in parts if part))
+    return f"{name[:120]}-{data}" if data else name[:120]

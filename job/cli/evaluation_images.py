@@ -14,7 +14,7 @@ from job.data.folders import CURRENT_LISTING
 from job.data.image_check import check_images
 from job.data.layout import BUILT_IN, NUMBERED, UNSPLIT, open_data, open_splits, open_unlabelled
 from job.errors import InputNotFound, UsageError
-from job.pipeline.setup import SPLITS as TRAINING_SPLITS
+from job.pipeline.training_data import SPLITS as TRAINING_SPLITS
 
 if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard

@@ -24,18 +24,11 @@ from job.distributed.cores import available_cores
 from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, shown
 from job.files import check_writable, is_file
 from job.models.weights_file import read_state
+from job.pipeline.base_model import base_network, base_record, teacher_network
 from job.pipeline.cautions import of_sample
-from job.pipeline.setup import (
-    PLANNED,
-    base_network,
-    base_record,
-    dataset_record,
-    planned_rounds,
-    prepare_data,
-    teacher_network,
-    training_tools,
-)
+from job.pipeline.setup import PLANNED, planned_rounds, training_tools
 from job.pipeline.slim_round import cut
+from job.pipeline.training_data import dataset_record, prepare_data
 from job.processes import is_main, local_world_size, world_size
 from job.report.tables import rounds_table
 from job.tracking import key_check

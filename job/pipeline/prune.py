@@ -30,21 +30,14 @@ from job.distributed.collectives import accelerator_name, digest, on_main, start
 from job.distributed.signals import Watch, deferred
 from job.errors import DataError, StopRequest, exit_code, shown
 from job.models.factory import trust_factory
+from job.pipeline.base_model import adopted, base_network, base_record, teacher_network
 from job.pipeline.cautions import Cautions, of_sample
 from job.pipeline.dry_run import dry_run
 from job.pipeline.forecast import Forecast
 from job.pipeline.session import Attempt
-from job.pipeline.setup import (
-    base_network,
-    base_record,
-    dataset_record,
-    planned_rounds,
-    prepare_data,
-    teacher_network,
-    training_tools,
-)
-from job.pipeline.slim_base import adopted
+from job.pipeline.setup import planned_rounds, training_tools
 from job.pipeline.slim_round import can_cut, cut, cut_before, ranking_norms
+from job.pipeline.training_data import dataset_record, prepare_data
 from job.processes import is_main
 from job.report.tables import epoch_line, rounds_table
 from job.slimming.planning.cost import Cost, layer_costs, network_cost

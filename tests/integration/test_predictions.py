@@ -21,7 +21,7 @@ from job.data.dataset import hold_out_validation
 from job.data.layout import open_data
 from job.data.preprocessing import Preprocessing
 from job.models.factory import build_network
-from job.pipeline.setup import dataset_record, prepare_data
+from job.pipeline.training_data import dataset_record, prepare_data
 
 NAMES = tuple(sorted(map(str, range(12))))  # as text: 0, 1, 10, 11, 2, …
 

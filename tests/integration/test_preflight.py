@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from job.artifacts.run_folder import default_output
 from job.config import PruneConfig
 from job.data.layout import open_data
 from job.errors import StorageError
 from job.pipeline import dry_run as preflight
 from job.pipeline.dry_run import Findings, batch_warnings, core_warnings, space_needed
-from job.pipeline.setup import default_output
 from job.processes import is_main
 from support.commands import gammaslim, run
 from support.datasets import write_flat

@@ -19,7 +19,7 @@ from job.config import PruneConfig
 from job.data.preprocessing import Preprocessing
 from job.errors import DataError, InputNotFound, UsageError
 from job.models.factory import build_network
-from job.pipeline.setup import teacher_network
+from job.pipeline.base_model import teacher_network
 from job.training.distillation import distillation, distillation_loss
 from job.training.session import RoundSpec
 from support.commands import ROOT, gammaslim, run

@@ -1,4 +1,4 @@
-"""``--weights`` of a run, a round or a model folder: a slim model is the base of a new run."""
+"""The base of a run: built, with weights or without, or a slim model of an earlier run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from job.artifacts.model_card import ModelCard, find_model, load_model, read_card
 from job.artifacts.provenance import own_data
 from job.config import PruneConfig
 from job.console import say
 from job.data.layout import BUILT_IN
 from job.distributed.collectives import digest
-from job.errors import DataError, UsageError, shown
+from job.errors import DataError, InputNotFound, UsageError, shown
+from job.files import is_file
+from job.models.factory import build_network, nominal_width
+from job.models.input_size import check_size
+from job.models.weights import load_state
+from job.models.weights_file import read_state
 from job.pipeline.slim_round import base_of
 from job.slimming.planning.base import layer_widths
 
@@ -110,3 +117,80 @@ def check_classes(name: str, theirs: ModelCard, ours: tuple[str, ...] | list[str
                 f"{name} calls class {number} {shown(one)}, the data {shown(other)}: give the "
                 "--data it was trained on"
             )
+
+
+def base_record(
+    config: PruneConfig, card: ModelCard, teacher: nn.Module | None = None
+) -> dict[str, Any]:
+    """What the base comes from, as config.toml names it: a run is resumed from the same only."""
+    record = {
+        "weights_sha256": card.lineage.get("base_sha256", ""),
+        "epochs": config.first_epochs,
+    }
+    if teacher:
+        record["teacher_sha256"] = digest(teacher.state_dict())
+    return record
+
+
+def teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | None:
+    """The network of ``--teacher`` in eval mode; None where there is no such option.
+
+    Raises InputNotFound, or DataError unless it takes the inputs and has the classes of ``card``.
+    """
+    if config.teacher is None:
+        return None
+    name, path = f"--teacher {shown(config.teacher)}", Path(config.teacher)
+    if not any(is_file(path / file) for file in ("model.json", "summary.json", "config.toml")):
+        raise InputNotFound(f"{name} is not a run, round or model folder")
+    network, theirs = load_model(find_model(path))
+    if theirs.num_classes != card.num_classes:
+        raise DataError(f"{name} has {theirs.num_classes} classes, this run {card.num_classes}")
+    if theirs.class_names and card.class_names and theirs.class_names != card.class_names:
+        pairs = zip(theirs.class_names, card.class_names, strict=True)
+        number, (one, other) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+        raise DataError(f"{name} calls class {number} {shown(one)}, this run {shown(other)}")
+    took, given = theirs.preprocessing, card.preprocessing
+    if took.inputs != given.inputs:
+        raise DataError(
+            f"{name} takes other inputs than this run: {took.describe()}, not {given.describe()}; "
+            "give --transform, --image-size, --mean, --std and --resize as it has them"
+        )
+    return network
+
+
+def base_network(
+    config: PruneConfig, data: Dataset, preprocessing: Preprocessing
+) -> tuple[nn.Module, ModelCard]:
+    """The network that the rounds start from, with its weights if there are any, and its card.
+
+    Raises UsageError, InputNotFound or DataError.
+    """
+    if folder := source_folder(config):
+        return slim_base(config, folder, data, preprocessing)
+    num_classes = config.num_classes or len(data.class_names)
+    if num_classes < len(data.class_names):
+        raise UsageError(
+            f"--num-classes {num_classes} is less than the {len(data.class_names)} of the data"
+        )
+    torch.manual_seed(config.seed)
+    network = build_network(config.model, num_classes, config.args, note=say)
+    check_size(network, preprocessing.size)
+    lineage: dict[str, Any] = {"seed": config.seed, "listing": data.listing}
+    if config.weights:
+        state, source = read_state(str(config.weights)), shown(config.weights)
+        fresh = load_state(network, state, source, replace_head=True, note=say)
+        lineage |= {"fresh_classifier": True} if fresh else {}
+        if fresh and not config.first_epochs:
+            say("the classifier is not trained before the first cut: --base-epochs N would do that")
+        lineage |= {"base_weights": shown(config.weights), "base_sha256": digest(state)}
+    unnamed = (str(number) for number in range(len(data.class_names), num_classes))
+    card = ModelCard(
+        model=config.model,
+        args=config.args,
+        num_classes=num_classes,
+        preprocessing=preprocessing,
+        class_names=(*data.class_names, *unnamed),
+        width=nominal_width(config.model, config.args),
+        lineage=lineage,
+    )
+    return network, replace(card, base=base_of(network, card))

@@ -1,0 +1,90 @@
+"""The data set of a run: opened, its images checked, a validation split held out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from job.artifacts.provenance import listing_of
+from job.console import progress, say
+from job.data.dataset import Dataset, hold_out_validation, missing_class_notes
+from job.data.folders import CURRENT_LISTING
+from job.data.image_check import check_images
+from job.data.layout import open_data
+from job.data.preprocessing_options import PreprocessingOptions
+from job.data.split_names import SPLIT_NAMES
+from job.distributed.collectives import on_main
+from job.errors import shown
+from job.models.input_size import check_memory
+from job.pipeline.base_model import own_preprocessing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from job.config import PruneConfig
+    from job.data.preprocessing import Preprocessing
+
+SPLITS = ("training", "validation")  # the testing split never chooses a model
+
+
+def prepare_data(
+    config: PruneConfig, look: Callable[[], None] = lambda: None, output: Path | None = None
+) -> tuple[Dataset, Preprocessing]:
+    """The data set with its images checked, and how they become inputs; the same on all ranks.
+
+    ``look`` is called between images and may raise. A run in ``output`` is resumed on the files
+    that it was begun with, whatever other suffixes are known since. Raises InputNotFound, DataError
+    or UsageError.
+    """
+
+    def prepare() -> tuple[Dataset, Preprocessing]:
+        PreprocessingOptions.of(config).check()
+        data = open_data(config.data, listing_of(output) if output else CURRENT_LISTING)
+        for split in SPLITS:
+            if split in data.splits or split == "training":
+                data.labelled(split)
+        shown_bar = progress("checking images")
+
+        def bar(results: Iterable[Any], count: int) -> Iterable[Any]:
+            for result in shown_bar(results, count):
+                look()
+                yield result
+
+        present = [split for split in SPLITS if split in data.splits]
+        data, largest = check_images(data, present, config.on_bad_image, bar)
+        data = hold_out_validation(data, config.seed)
+        data = replace(data, notes=(*data.notes, *missing_class_notes(data)))
+        own, options = own_preprocessing(config), PreprocessingOptions.of(config)
+        return data, options.override(own) if own else options.resolve(largest)
+
+    data, preprocessing = on_main(prepare, interrupt=True)
+    check_memory(preprocessing.size)
+    say(describe_data(data, preprocessing))
+    return data, preprocessing
+
+
+def describe_data(data: Dataset, preprocessing: Preprocessing) -> str:
+    """What was recognised, for the console; a line each for notes and skipped pictures."""
+    present = [name for name in SPLIT_NAMES if name in data.splits]
+    counts = ", ".join(f"{len(data.splits[name]):,} {name}" for name in present)
+    place = data.root if data.layout == "built-in" else f"{data.layout} in {data.root}"
+    lines = [
+        f"data: {place}: {counts}, {len(data.class_names)} classes; {preprocessing.describe()}"
+    ]
+    lines += [f"data: {note}" for note in data.notes]
+    if data.skipped:
+        lines.append(f"data: {len(data.skipped)} images cannot be read and are skipped:")
+        lines += [f"  {shown(name)}" for name in data.skipped]
+    return "\n".join(lines)
+
+
+def dataset_record(data: Dataset) -> dict[str, Any]:
+    """The data set as config.toml names it."""
+    record: dict[str, Any] = {"layout": data.layout, "root": data.root, "listing": data.listing}
+    if data.layout != "built-in":
+        record["path"] = shown(os.path.abspath(data.source))  # noqa: PTH100 (links stay links)
+    record |= {name: len(data.splits[name]) for name in SPLITS}
+    skipped = [shown(name) for name in data.skipped]
+    return record | {"skipped": skipped, "fingerprint": data.fingerprint(SPLITS)}
