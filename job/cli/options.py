@@ -32,7 +32,7 @@ from job.cli.option_types import (
 from job.config import PruneConfig, read_toml, recipes
 from job.console import tell_error
 from job.data.geometry import INTERPOLATIONS
-from job.distributed.signals import ignore_requests, listen, requested
+from job.distributed.signals import ignore_requests, listen, stop_requested
 from job.errors import (
     ConfigError,
     GammaslimError,
@@ -121,7 +121,7 @@ def _has_the_word(error: GammaslimError) -> bool:
     main = is_main()
     if isinstance(error, StopRequest):
         return main
-    if error.late and requested():  # the launcher knows who failed, and waits for our end
+    if error.late and stop_requested():  # the launcher knows who failed, and waits for our end
         return False
     if error.late or not main:
         try:

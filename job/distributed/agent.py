@@ -18,7 +18,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
 from job.console import tell_error
-from job.distributed.signals import TOO_EARLY, answered_at_once, leave_now
+from job.distributed.signals import TOO_EARLY, answering, end_before_start
 from job.errors import GammaslimError, StopRequest
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Agent(LocalElasticAgent):
         with self._starting:
             self.asked.append(number)
             if not self.pids:
-                leave_now()
+                end_before_start()
             self._send(number)
         if self.asked.count(signal.SIGINT) > 1:
             time.sleep(FORCE)
@@ -90,7 +90,7 @@ def run_agent(command: Sequence[str], nproc: int, nodes: Nodes) -> int:
         local_addr="127.0.0.1" if nodes.count == 1 else None,
     )
     agent = Agent(spec)
-    with answered_at_once(agent.pass_on):
+    with answering(agent.pass_on):
         try:
             result = agent.run()
         except SignalException as error:

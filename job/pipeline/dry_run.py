@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
     from job.config import PruneConfig
     from job.data.dataset import Dataset
-    from job.distributed.signals import Watch
+    from job.distributed.stop import Watch
 
 T = TypeVar("T")
 WANDB_WAIT = 60  # seconds for importing W&B and asking its server

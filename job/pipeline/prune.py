@@ -27,7 +27,8 @@ from job.console import (
     where,
 )
 from job.distributed.collectives import accelerator_name, digest, on_main, start
-from job.distributed.signals import Watch, deferred
+from job.distributed.signals import deferred
+from job.distributed.stop import Watch
 from job.errors import DataError, StopRequest, exit_code, shown
 from job.models.factory import trust_factory
 from job.pipeline.base_model import adopted, base_network, base_record, teacher_network

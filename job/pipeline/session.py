@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from job.config import PruneConfig
-    from job.distributed.signals import Watch
+    from job.distributed.stop import Watch
     from job.training.position import Position
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from job.config import PruneConfig
     from job.data.dataset import Dataset
     from job.data.preprocessing import Preprocessing
-    from job.distributed.signals import Watch
+    from job.distributed.stop import Watch
 
 PLANNED = 10  # rounds of --rounds auto that are shown beforehand
 

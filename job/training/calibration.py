@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from job.data.preprocessing import Preprocessing
     from job.data.splits import Split
-    from job.distributed.signals import Watch
+    from job.distributed.stop import Watch
 
 
 class Calibration:

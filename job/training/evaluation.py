@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from job.data.preprocessing import Preprocessing
     from job.data.splits import Split
-    from job.distributed.signals import Watch
+    from job.distributed.stop import Watch
 
 MOST_CLASSES = 10_000  # the confusion matrix then takes 0.8 GB
 PIXELS = 256 * 32 * 32  # in one evaluation batch of a process, about

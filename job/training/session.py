@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from job.distributed.signals import Watch
+    from job.distributed.stop import Watch
     from job.training.distillation import Distillation
     from job.training.epoch import EpochResult
     from job.training.position import Position

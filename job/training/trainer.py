@@ -19,7 +19,7 @@ from job.data.batches import TrainingImages
 from job.data.loader import build_loader, iterate_batches
 from job.data.samplers import GlobalBatches
 from job.distributed.collectives import check_same, digest, total
-from job.distributed.signals import NOTHING, STOP
+from job.distributed.stop import NOTHING, STOP
 from job.errors import StopRequest
 from job.models.outputs import AUXILIARY_WEIGHT, Logits
 from job.models.weights import load_tensors

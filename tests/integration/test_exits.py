@@ -135,7 +135,7 @@ def test_two_processes_end_with_the_code_of_the_one_that_knows_the_reason(tmp_pa
 def test_who_has_lost_the_others_is_silent_where_the_launcher_ends_it(
     asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signals._Requests, "asked", asked)
+    monkeypatch.setattr(signals._State, "requested", asked)
     monkeypatch.setattr(options, "REASON_FIRST", 0.0)
     lost = GammaslimError("the other processes are gone")
     lost.late = True

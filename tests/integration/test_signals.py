@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from job.distributed import signals
-from job.distributed.signals import STOP, Watch
+from job.distributed import signals, stop
+from job.distributed.stop import STOP, Watch
 
 
 @pytest.fixture(autouse=True)
 def _nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals._Requests, "asked", False)
-    monkeypatch.setattr(signals, "FILE_INTERVAL", 0.0)
+    monkeypatch.setattr(signals._State, "requested", False)
+    monkeypatch.setattr(stop, "FILE_INTERVAL", 0.0)
 
 
 def test_a_signal_that_comes_while_the_file_is_looked_for_is_kept(
@@ -24,17 +24,17 @@ def test_a_signal_that_comes_while_the_file_is_looked_for_is_kept(
     watch = Watch(tmp_path / "STOP", 300)
 
     def slow_storage(_: Watch) -> None:
-        signals._Requests.asked = True  # as the handler does
+        signals._State.requested = True  # as the handler does
 
     monkeypatch.setattr(Watch, "_identity", slow_storage)
-    assert watch.asked()
+    assert watch.requested_here()
     assert watch.poll() == STOP
 
 
 def test_an_old_file_is_no_request_and_a_new_one_is(tmp_path: Path) -> None:
     (tmp_path / "STOP").touch()
     watch = Watch(tmp_path / "STOP", 300)
-    assert not watch.asked()
+    assert not watch.requested_here()
     watch.forget_old_request()
     assert not (tmp_path / "STOP").exists()
     (tmp_path / "other").touch()

@@ -15,7 +15,7 @@ from job.artifacts.lock import Lock
 from job.artifacts.run_reader import read_run
 from job.cli.report import report
 from job.config import PruneConfig
-from job.distributed.signals import NOTHING, STOP, Watch
+from job.distributed.stop import NOTHING, STOP, Watch
 from job.errors import GammaslimError, StopRequest
 from job.pipeline.prune import prune
 from job.training.trainer import TrainingRound
