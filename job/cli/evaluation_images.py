@@ -12,7 +12,15 @@ from job.console import progress
 from job.data.dataset import Dataset, hold_out_validation
 from job.data.folders import CURRENT_LISTING
 from job.data.image_check import check_images
-from job.data.layout import BUILT_IN, NUMBERED, UNSPLIT, open_data, open_splits, open_unlabelled
+from job.data.layout import (
+    BUILT_IN,
+    UNSPLIT,
+    has_numbered_files,
+    is_data_file,
+    open_data,
+    open_splits,
+    open_unlabelled,
+)
 from job.errors import InputNotFound, UsageError
 from job.pipeline.training_data import SPLITS as TRAINING_SPLITS
 
@@ -59,7 +67,7 @@ class Chosen:
     @property
     def split_of_numbers(self) -> bool:
         """Whether this is a split of files called by numbers, as the homework's testing folder."""
-        return self.data.layout in NUMBERED and self.numbers is not None
+        return has_numbered_files(self.data) and self.numbers is not None
 
     def ids(self) -> list[int]:
         """The files' numbers, or their places in the split, where unreadable ones keep theirs."""
@@ -125,7 +133,7 @@ def _open(model: ModelOptions, options: DataOptions, *, labelled: bool) -> tuple
 
 def _has_no_splits(place: Path) -> bool:
     if not place.is_dir():
-        return place.suffix.lower() != ".csv"
+        return not is_data_file(place)
     return open_splits(place) is None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from job.cli.evaluation_images import Chosen, DataOptions, open_chosen
 from job.cli.model import ModelOptions, open_model
 from job.console import counted, progress, say, say_cautions, table
-from job.data.layout import IMAGES
+from job.data.layout import IMAGES_ONLY
 from job.data.loader import default_workers
 from job.data.splits import UNLABELLED
 from job.distributed.collectives import on_main, start
@@ -171,7 +171,7 @@ def _say_predictions(chosen: Chosen, count: int, output: str, *, auto: bool) -> 
     for note in data.notes:
         say(f"data: {note}")
     what = "Id,Category, as the files are numbered; --format csv has names" if auto else ""
-    of = f"the {chosen.name} split of {data.root}" if data.layout != IMAGES else data.root
+    of = f"the {chosen.name} split of {data.root}" if data.layout != IMAGES_ONLY else data.root
     say(f"{counted(count, 'prediction')} of {of} in {shown(output)}{f' ({what})' if what else ''}")
     if data.skipped:
         say(f"{len(data.skipped)} images that cannot be read are left out:")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.data.dataset import Dataset
-from job.data.folders import visible
+from job.data.folders import Lister, visible
 from job.data.split_names import CANONICAL, SPLIT_NAMES
 from job.data.splits import UNLABELLED, FileSplit, Split
 from job.errors import DataError, shown
@@ -41,7 +41,7 @@ class Row:
     split: str
 
 
-def open_csv_folder(root: Path) -> Dataset | None:
+def open_csv_folder(root: Path, _lister: Lister) -> Dataset | None:
     """The data set of train.csv, val.csv, … in ``root``, or of its only CSV with such columns.
 
     Raises DataError that names rows which are wrong.
@@ -156,7 +156,7 @@ def _dataset(root: Path, rows: list[Row], file: Path | None = None) -> Dataset:
     if not splits:
         raise DataError(f"the CSV in {shown(file or root)} names no images")
     numbered = bool(names) and names == tuple(map(str, range(len(names))))
-    return Dataset("CSV", shown(file or root), names, splits, numbered, _repetitions(rows))
+    return Dataset(shown(file or root), names, splits, numbered, notes=_repetitions(rows))
 
 
 def _repetitions(rows: list[Row]) -> tuple[str, ...]:

@@ -14,17 +14,18 @@ from job.errors import DataError, InputNotFound, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Splits by canonical name: ``training``, ``validation``, ``testing``, ``evaluation``."""
 
-    layout: str
     root: str
     class_names: tuple[str, ...]
     splits: Mapping[str, Split]
     numbered: bool = False  # the classes have numbers in place of names
+    layout: str = ""  # its name in job.data.layout
     notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = field(default=())  # images left out by --on-bad-image skip
     source: str = ""  # what --data was
@@ -65,6 +66,28 @@ class Dataset:
     def with_splits(self, **changed: Split) -> Dataset:
         """The same data set with some splits replaced."""
         return replace(self, splits={**self.splits, **changed})
+
+
+def number_classes(root: Path, tokens: set[str]) -> tuple[str, ...]:
+    """Name classes that are numbers: "0" to the largest. Raises DataError for other tokens."""
+    odd = sorted(token for token in tokens if not token.isdecimal())
+    if odd:
+        raise DataError(
+            f"{shown(root)} mixes class numbers with the class name {odd[0]!r}: "
+            "files are named CLASS_NUMBER.jpg, e.g. 3_45.jpg"
+        )
+    highest = max(map(int, tokens))
+    if highest >= max(1000, 10 * len(tokens)):
+        raise DataError(
+            f"{shown(root)} has an image of class {highest:,} but only {len(tokens)} classes: "
+            "classes are numbered from 0, and Food-11 files named CLASS_NUMBER.jpg, e.g. 3_45.jpg"
+        )
+    return tuple(str(number) for number in range(highest + 1))
+
+
+def list_names(names: Sequence[str]) -> str:
+    """The first twelve names, and how many there are."""
+    return ", ".join(names[:12]) + (f" … ({len(names)} in all)" if len(names) > 12 else "")
 
 
 def missing_class_notes(data: Dataset) -> tuple[str, ...]:

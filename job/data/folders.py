@@ -1,19 +1,24 @@
-"""What lies in folders: images by their suffixes, and what is left out, counted."""
+"""Folders of images: which files are images, which split a folder holds, what is left out."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from job.data.images import SUFFIXES, SUFFIXES_OF_OLD
 from job.data.split_names import CANONICAL
 from job.errors import DataError, reading, shown
 
-# How folders are read. A run is resumed, and its held-out images are found again, by the listing
-# that it was begun with: 1 knew fewer suffixes, and no split called dev.
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Version of the rules by which folders are read. A resumed run uses the version that it began with,
+# so that it finds the same images: 1 knew fewer suffixes, and no split called dev.
 CURRENT_LISTING = 2
 
 
@@ -24,30 +29,67 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 
 def visible(folder: Path) -> list[str]:
-    """Names in ``folder``, sorted, without hidden ones; raises DataError or StorageError."""
+    """Names in ``folder`` that are not hidden, sorted; raises DataError or StorageError."""
+    with _listing(folder):
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+@contextmanager
+def _listing(folder: Path) -> Iterator[None]:
     try:
         with reading(folder):
-            names = os.listdir(folder)
+            yield
     except OSError as error:
         raise DataError(f"{shown(folder)} cannot be read: {error.strerror}") from error
-    return sorted(name for name in names if not name.startswith("."))
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the visible folders in ``folder``, sorted, links to folders included.
+
+    Raises DataError or StorageError.
+    """
+    with _listing(folder), os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if not entry.name.startswith(".")
+            # the storage is asked about links alone: what an entry is comes with its name
+            and (entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and _is_folder(entry)))
+        )
+
+
+def _is_folder(link: os.DirEntry[str]) -> bool:
+    return Path(link.path).is_dir()
 
 
 @dataclass
 class Lister:
-    """Lists the images of a data set, and counts what it passes over."""
+    """List the images of a data set, and count the files that are left out."""
 
     listing: int = CURRENT_LISTING
     others: Counter[str] = field(default_factory=Counter)  # files that are not images, by suffix
     empty: list[str] = field(default_factory=list)  # class folders without images
 
-    def split(self, name: str) -> str | None:
-        """The canonical name of the split that a folder is called by."""
-        known = None if self.listing == 1 and name.lower() == "dev" else name.lower()
-        return CANONICAL.get(known or "")
+    def split_folders(self, root: Path, *, unique: bool = True) -> dict[str, Path]:
+        """Folders in ``root`` that are named as splits, by the canonical name of the split.
+
+        Raises DataError when a split has two folders, unless ``unique`` is False.
+        """
+        folders: dict[str, Path] = {}
+        for entry in subfolders(root):
+            alias = entry.lower()
+            split = None if self.listing == 1 and alias == "dev" else CANONICAL.get(alias)
+            if split and split in folders and unique:
+                first = folders[split].name
+                raise DataError(
+                    f"{shown(root)} has two {split} folders, {first} and {entry}: keep one"
+                )
+            if split:
+                folders[split] = root / entry
+        return folders
 
     def is_image(self, name: str) -> bool:
-        """Whether a file is an image by its name."""
+        """Whether a file is an image by its suffix."""
         return name.lower().endswith(SUFFIXES_OF_OLD if self.listing == 1 else SUFFIXES)
 
     def images(self, folder: Path) -> list[str]:
@@ -61,9 +103,9 @@ class Lister:
     def images_below(self, folder: Path) -> list[str]:
         """Images in ``folder`` and its visible sub-folders, as paths relative to its parent.
 
-        Links are followed, but in no circle.
+        Links are followed, each folder once.
         """
-        found, seen, root = [], set(), Path(os.path.realpath(folder))
+        paths, seen, root = [], set(), Path(os.path.realpath(folder))
         for place, inside, _ in os.walk(folder, followlinks=True):
             here = os.path.realpath(place)
             if here in seen or (root != Path(here) and root.is_relative_to(here)):
@@ -71,24 +113,22 @@ class Lister:
                 continue
             seen.add(here)
             inside[:] = sorted(name for name in inside if not name.startswith("."))
-            found += [os.path.join(place, name) for name in self.images(Path(place))]  # noqa: PTH118
+            paths += [os.path.join(place, name) for name in self.images(Path(place))]  # noqa: PTH118
         parent = folder.parent
-        return sorted((os.path.relpath(path, parent) for path in found), key=natural_key)
+        return sorted((os.path.relpath(path, parent) for path in paths), key=natural_key)
 
     def class_folders(self, folder: Path) -> dict[str, list[str]]:
         """Images below each sub-folder that has some, as paths relative to ``folder``."""
-        found = {}
-        for entry in visible(folder):
-            if (folder / entry).is_dir():
-                below = self.images_below(folder / entry)
-                if below:
-                    found[entry] = below
-                else:
-                    self.empty.append(shown(folder / entry))
-        return found
+        classes = {}
+        for entry in subfolders(folder):
+            if images := self.images_below(folder / entry):
+                classes[entry] = images
+            else:
+                self.empty.append(shown(folder / entry))
+        return classes
 
     def notes(self) -> tuple[str, ...]:
-        """One line on what is left out, or none."""
+        """A warning about what is left out, if anything is."""
         parts = []
         if count := self.others.total():
             kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in self.others.most_common(6))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.data.dataset import Dataset
+from job.data.dataset import Dataset, number_classes
 from job.data.folders import visible
 from job.data.idx import read_idx
 from job.data.split_names import CANONICAL
@@ -17,6 +17,8 @@ from job.errors import DataError, shown
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from job.data.folders import Lister
+
 _IDX = re.compile(
     r"(?:(?P<prefix>.*)[-_.])?(?P<split>train|validation|valid|val|t10k|test)"
     r"[-_.](?P<kind>images|labels)[-_.]idx\d[-_.](?:ubyte|int)(?:\.gz)?",
@@ -24,8 +26,8 @@ _IDX = re.compile(
 )
 
 
-def open_idx(root: Path) -> Dataset | None:
-    """The data set of the IDX files in ``root``, if there are any; raises DataError."""
+def open_idx_folder(root: Path, _lister: Lister) -> Dataset | None:
+    """Open the IDX files in a folder; None when there are none. Raises DataError."""
     found: dict[tuple[str, str, str], Path] = {}
     for entry in visible(root):
         match = _IDX.fullmatch(entry)
@@ -49,8 +51,8 @@ def open_idx(root: Path) -> Dataset | None:
     if not splits:
         raise DataError(f"{shown(root)} has IDX labels but no IDX images")
     labels = {str(n) for s in splits.values() for n in np.unique(s.labels) if n != UNLABELLED}
-    names = class_numbers(root, labels or {"0"})
-    return Dataset("IDX files", shown(root), names, splits, numbered=True)
+    names = number_classes(root, labels or {"0"})
+    return Dataset(shown(root), names, splits, numbered=True)
 
 
 def _idx_split(images_path: Path, labels_path: Path | None) -> ArraySplit:
@@ -77,20 +79,3 @@ def _idx_split(images_path: Path, labels_path: Path | None) -> ArraySplit:
             )
         labels = stored.astype(np.int64)
     return ArraySplit(images, labels)
-
-
-def class_numbers(root: Path, tokens: set[str]) -> tuple[str, ...]:
-    """Names "0" to "max" for classes given as numbers; raises DataError when some are not."""
-    odd = sorted(token for token in tokens if not token.isdecimal())
-    if odd:
-        raise DataError(
-            f"{shown(root)} mixes class numbers with the class name {odd[0]!r}: "
-            "files are named CLASS_NUMBER.jpg, e.g. 3_45.jpg"
-        )
-    highest = max(map(int, tokens))
-    if highest >= max(1000, 10 * len(tokens)):
-        raise DataError(
-            f"{shown(root)} has an image of class {highest:,} but only {len(tokens)} classes: "
-            "classes are numbered from 0, and Food-11 files named CLASS_NUMBER.jpg, e.g. 3_45.jpg"
-        )
-    return tuple(str(number) for number in range(highest + 1))

@@ -1,93 +1,132 @@
-"""Recognise what kind of data set a folder holds, and list its splits.
+"""Layouts: the ways to store a data set on disk, how each is recognised and how it is opened.
 
-Food-11 (``training/3_45.jpg``), class folders (``train/cat/x.jpg``, or ``cat/x.jpg`` without
-splits), IDX files (``train-images-idx3-ubyte.gz``), CSV files (``train.csv``). Class numbers come
-from a file's own name, never from its path.
+A new layout is a function that opens it, in a module of its own, and an entry in ``LAYOUTS``.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from job.data.class_folder_layout import open_class_folders, open_unsplit_class_folders
 from job.data.csv_layout import open_csv_file, open_csv_folder
 from job.data.dataset import Dataset
-from job.data.folders import CURRENT_LISTING, Lister, natural_key, visible
-from job.data.idx_layout import class_numbers, open_idx
-from job.data.splits import UNLABELLED, FileSplit, Split
+from job.data.folders import CURRENT_LISTING, Lister, subfolders
+from job.data.food11_layout import open_food11_folder
+from job.data.idx_layout import open_idx_folder
+from job.data.splits import FileSplit
 from job.errors import DataError, InputNotFound, shown
 
-BUILT_IN = "built-in"  # as --data
-NUMBERED = ("Food-11 files", "class folders", "IDX files")  # whose files may be, for Kaggle
-IMAGES = "images"  # any folder of them
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BUILT_IN = "built-in"  # the value of --data, and the layout
+IMAGES_ONLY = "images"  # the layout of any folder of images, which is not a data set
 UNSPLIT = "class folders without splits"
+MAX_DEPTH = 3  # folders, each the only one in its parent, in which a data set is looked for
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-LOOKED_FOR = (
-    "Food-11 files (training/3_45.jpg, validation/…, testing/… or evaluation/…), "
-    "class folders (train/CLASS/*.jpg, val/CLASS/…, test/CLASS/…, or CLASS/*.jpg alone), "
-    "IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…; gzipped or not), "
-    "a CSV file of paths and labels (train.csv: file,label)"
-)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to store a data set.
+
+    ``open_folder`` returns the data set in a folder, or None when the folder has another layout;
+    ``open_file`` opens a file whose name ends in ``suffix``. Both raise DataError for a data set of
+    this layout that is invalid. ``help`` completes "looked for …".
+    """
+
+    help: str
+    open_folder: Callable[[Path, Lister], Dataset | None]
+    open_file: Callable[[Path], Dataset] | None = None
+    suffix: str = ""
+    has_splits: bool = True
+    numbered_files: bool = False  # whether test images may be named by their Kaggle ids
+
+
+# in the order in which they are tried
+LAYOUTS = {
+    "IDX files": Layout(
+        "IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…; gzipped or not)",
+        open_idx_folder,
+        numbered_files=True,
+    ),
+    "class folders": Layout(
+        "class folders (train/CLASS/*.jpg, val/CLASS/…, test/CLASS/…)",
+        open_class_folders,
+        numbered_files=True,
+    ),
+    "Food-11 files": Layout(
+        "Food-11 files (training/3_45.jpg, validation/…, testing/… or evaluation/…)",
+        open_food11_folder,
+        numbered_files=True,
+    ),
+    "CSV": Layout(
+        "a CSV file of paths and labels (train.csv: file,label)",
+        open_csv_folder,
+        open_csv_file,
+        suffix=".csv",
+    ),
+    UNSPLIT: Layout(
+        "class folders without splits (CLASS/*.jpg)", open_unsplit_class_folders, has_splits=False
+    ),
+}
 
 
 def open_data(path: str | None, listing: int = CURRENT_LISTING) -> Dataset:
-    """The data set at ``path``, or the built-in one; raises InputNotFound or DataError.
+    """Open the data set at ``path``, or the built-in one; raises InputNotFound or DataError.
 
     Folders are read by the rules of ``listing``.
     """
     if path is None or (path == BUILT_IN and not Path(path).exists()):
         return open_builtin()
-    return replace(open_folder(path, listing), source=path, listing=listing)
+    return replace(open_path(path, listing), source=path, listing=listing)
 
 
 def open_builtin() -> Dataset:
-    """The sample of Fashion-MNIST that comes with the package."""
-    data = open_idx(Path(str(resources.files("job") / "data" / "fashion_mnist")))
+    """Open the sample of Fashion-MNIST that comes with the package."""
+    data = open_idx_folder(Path(str(resources.files("job") / "data" / "fashion_mnist")), Lister())
     assert data is not None
     title = "built-in Fashion-MNIST sample"
-    return replace(data, layout="built-in", root=title, class_names=FASHION_CLASSES, numbered=False)
+    return replace(data, layout=BUILT_IN, root=title, class_names=FASHION_CLASSES, numbered=False)
 
 
-def open_folder(path: str | os.PathLike[str], listing: int = CURRENT_LISTING) -> Dataset:
-    """The data set in ``path``, a folder, its only sub-folder, or a CSV file.
+def open_path(path: str | os.PathLike[str], listing: int = CURRENT_LISTING) -> Dataset:
+    """Open the data set in ``path``: a file, a folder, or the only sub-folder of one.
 
-    Raises InputNotFound when there is none, DataError when it is of no known layout.
+    Raises InputNotFound when there is nothing, DataError when it has none of the layouts.
     """
     root = Path(path)
+    looked_for = ", ".join(layout.help for layout in LAYOUTS.values())
     if not root.exists():
         raise InputNotFound(f"--data {shown(path)} does not exist")
-    if root.is_file() and root.suffix.lower() == ".csv":
-        return open_csv_file(root)
+    if root.is_file() and (data := _open_file(root)):
+        return data
     if not root.is_dir():
-        raise DataError(f"--data {shown(path)} is a file; it takes a folder with {LOOKED_FOR}")
-    found = open_splits(root, listing) or _open_class_folders(_inmost(root)[-1], Lister(listing))
-    if not found:
-        raise DataError(f"--data {shown(path)} is not a data set; looked for {LOOKED_FOR}")
-    return found
+        raise DataError(f"--data {shown(path)} is a file; it takes a folder with {looked_for}")
+    data = open_splits(root, listing) or _open_folder(_only_folders(root)[-1], listing, split=False)
+    if data is None:
+        raise DataError(f"--data {shown(path)} is not a data set; looked for {looked_for}")
+    return data
 
 
 def open_splits(root: Path, listing: int = CURRENT_LISTING) -> Dataset | None:
-    """The data set in the folder ``root``, or its only sub-folder, if it says what its splits are.
+    """Open the data set in ``root``, or in its only sub-folder, when its layout names the splits.
 
     Raises DataError.
     """
-    for inside in _inmost(root):
-        found = open_idx(inside) or _open_split_folders(inside, Lister(listing))
-        if found := found or open_csv_folder(inside):
-            return found
-    return None
+    opened = (_open_folder(folder, listing, split=True) for folder in _only_folders(root))
+    return next((data for data in opened if data), None)
 
 
 def open_unlabelled(path: Path) -> Dataset:
-    """An image file, or all below a folder, as a split ``testing`` without labels.
+    """Open an image file, or all images below a folder, as a split ``testing`` without labels.
 
     Raises InputNotFound or DataError.
     """
@@ -99,153 +138,41 @@ def open_unlabelled(path: Path) -> Dataset:
     else:
         root, names = path.parent, [path.name]
     if not names:
-        raise DataError(
-            f"--data {shown(path)} holds no images{''.join(f'; {n}' for n in lister.notes())}"
-        )
-    split = _file_split(root, "", names, [UNLABELLED] * len(names))
-    return Dataset(IMAGES, shown(path), (), {"testing": split}, notes=lister.notes())
+        notes = "".join(f"; {note}" for note in lister.notes())
+        raise DataError(f"--data {shown(path)} holds no images{notes}")
+    splits = {"testing": FileSplit.unlabelled(root, names)}
+    return Dataset(shown(path), (), splits, layout=IMAGES_ONLY, notes=lister.notes())
 
 
-def _inmost(root: Path) -> list[Path]:
-    """``root``, its only sub-folder, and that one's."""
-    found = [root]
-    while len(found) < 3:
-        folders = [entry for entry in visible(found[-1]) if (found[-1] / entry).is_dir()]
-        if len(folders) != 1:
-            break
-        found.append(found[-1] / folders[0])
-    return found
+def is_data_file(path: Path) -> bool:
+    """Whether a file's name ends as that of a data set, not of an image."""
+    suffixes = tuple(layout.suffix for layout in LAYOUTS.values() if layout.suffix)
+    return path.name.lower().endswith(suffixes)
 
 
-def _open_split_folders(root: Path, lister: Lister) -> Dataset | None:
-    folders: dict[str, str] = {}
-    for entry in visible(root):
-        name = lister.split(entry)
-        if name and (root / entry).is_dir():
-            if name in folders:
-                raise DataError(
-                    f"{shown(root)} has two {name} folders, {folders[name]} and {entry}: keep one"
-                )
-            folders[name] = entry
-    classes = {name: lister.class_folders(root / folder) for name, folder in folders.items()}
-    flat = {name: lister.images(root / folder) for name, folder in folders.items()}
-    if any(classes.values()):
-        return _from_class_folders(root, folders, classes, flat, lister)
-    if any(flat.values()):
-        return _from_flat_files(root, folders, flat, lister)
+def has_numbered_files(data: Dataset) -> bool:
+    """Whether the test images of this layout may be named by their Kaggle ids."""
+    return data.layout in LAYOUTS and LAYOUTS[data.layout].numbered_files
+
+
+def _open_file(path: Path) -> Dataset | None:
+    for name, layout in LAYOUTS.items():
+        if layout.open_file and path.name.lower().endswith(layout.suffix):
+            return replace(layout.open_file(path), layout=name)
     return None
 
 
-def _open_class_folders(root: Path, lister: Lister) -> Dataset | None:
-    """CLASS/*.jpg without splits: all images are training, of which some will be held out."""
-    for entry in visible(root):
-        if (root / entry).is_dir() and any(
-            lister.split(name) and (root / entry / name).is_dir() for name in visible(root / entry)
-        ):
-            return None  # several data sets
-    classes, flat = {"training": lister.class_folders(root)}, {"training": lister.images(root)}
-    if len(classes["training"]) < 2:
-        return None
-    found = _from_class_folders(root, {"training": ""}, classes, flat, lister)
-    return replace(found, layout=UNSPLIT)
+def _open_folder(root: Path, listing: int, *, split: bool) -> Dataset | None:
+    """Try the layouts with splits, or those without."""
+    for name, layout in LAYOUTS.items():
+        if layout.has_splits is split and (data := layout.open_folder(root, Lister(listing))):
+            return replace(data, layout=name)
+    return None
 
 
-def _from_class_folders(
-    root: Path,
-    folders: dict[str, str],
-    classes: dict[str, dict[str, list[str]]],
-    flat: dict[str, list[str]],
-    lister: Lister,
-) -> Dataset:
-    names = tuple(sorted(classes.get("training") or {c for s in classes.values() for c in s}))
-    splits: dict[str, Split] = {}
-    notes = [*_order_note(names), *lister.notes()]
-    for split, folder in folders.items():
-        if not classes[split]:  # unlabelled images for `predict`
-            paths = sorted(flat[split], key=natural_key)
-            labels: list[int] = [UNLABELLED] * len(paths)
-        else:
-            if flat[split]:
-                place = f"{folder}: " if folder else ""
-                notes.append(f"{place}{len(flat[split])} images outside class folders ignored")
-            for unknown in sorted(set(classes[split]) - set(names)):
-                raise DataError(
-                    f"{shown(root / folder / unknown)} is a class that the training split lacks; "
-                    f"it has: {_some(names)}"
-                )
-            paths = [path for name in names for path in classes[split].get(name, [])]
-            labels = [i for i, name in enumerate(names) for _ in classes[split].get(name, [])]
-        if paths:
-            splits[split] = _file_split(root, folder, paths, labels)
-    return Dataset("class folders", shown(root), names, splits, notes=tuple(notes))
-
-
-def _order_note(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Said where class folders are numbers and the order is not that of numbers."""
-    if not all(name.isdecimal() for name in names) or list(names) == sorted(names, key=int):
-        return ()
-    place = next(n for n, name in enumerate(names) if name != sorted(names, key=int)[n])
-    return (
-        f"warning: class folders are numbers, but ordered as text, as torchvision's ImageFolder "
-        f"does it ({_some(names)}): class number {place} of the network is folder {names[place]}; "
-        "predict writes the folder's name",
-    )
-
-
-def _from_flat_files(
-    root: Path, folders: dict[str, str], flat: dict[str, list[str]], lister: Lister
-) -> Dataset:
-    """Food-11: ``{class}_{idx}.jpg``; a split other than training may have no classes."""
-    tokens = {split: [_class_token(name) for name in names] for split, names in flat.items()}
-    source = "training" if flat.get("training") else next(s for s in flat if flat[s])
-    unnamed = [n for n, t in zip(flat[source], tokens[source], strict=True) if t is None]
-    if source == "training" and unnamed:
-        raise DataError(
-            f"{shown(root / folders[source] / unnamed[0])} has no class in its name: "
-            "images of the Food-11 layout are named CLASS_NUMBER.jpg, e.g. 3_45.jpg"
-        )
-    known = _known(tokens, "training", "validation") or _known(tokens, "evaluation")
-    known = known or _known(tokens, "testing")
-    numbered = any(token.isdecimal() for token in known)
-    names = class_numbers(root, known) if numbered else tuple(sorted(known))
-    index = {name: i for i, name in enumerate(names)}
-    splits: dict[str, Split] = {}
-    for split, folder in folders.items():
-        if flat[split]:
-            files = sorted(
-                zip(flat[split], tokens[split], strict=True), key=lambda f: natural_key(f[0])
-            )
-            labels = [_label(root / folder / f, token, index, numbered) for f, token in files]
-            if UNLABELLED in labels and split in ("training", "validation"):
-                odd = files[labels.index(UNLABELLED)][0]
-                raise DataError(
-                    f"{shown(root / folder / odd)} names no known class; classes: {_some(names)}"
-                )
-            splits[split] = _file_split(root, folder, [f for f, _ in files], labels)
-    return Dataset("Food-11 files", shown(root), names, splits, numbered, lister.notes())
-
-
-def _known(tokens: dict[str, list[str | None]], *splits: str) -> set[str]:
-    return {token for split in splits for token in tokens.get(split, ()) if token is not None}
-
-
-def _class_token(name: str) -> str | None:
-    match = re.fullmatch(r"(.+)_[^_]*", Path(name).stem)
-    return match[1] if match else None
-
-
-def _label(path: Path, token: str | None, index: dict[str, int], numbered: bool) -> int:
-    if numbered and token is not None and token.isdecimal():
-        token = str(int(token))
-        if token not in index:
-            raise DataError(f"{shown(path)} is of class {token}; classes: {_some(tuple(index))}")
-    return UNLABELLED if token is None else index.get(token, UNLABELLED)
-
-
-def _file_split(root: Path, folder: str, paths: list[str], labels: list[int]) -> FileSplit:
-    relative = tuple(os.path.join(folder, path) for path in paths)  # noqa: PTH118 (odd bytes kept)
-    return FileSplit(root, relative, np.array(labels, np.int64))
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:12]) + (f" … ({len(names)} in all)" if len(names) > 12 else "")
+def _only_folders(root: Path) -> list[Path]:
+    """``root``, its only sub-folder, and the only sub-folder of that."""
+    folders = [root]
+    while len(folders) < MAX_DEPTH and len(names := subfolders(folders[-1])) == 1:
+        folders.append(folders[-1] / names[0])
+    return folders

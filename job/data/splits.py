@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from PIL import Image
 
+from job.data.folders import natural_key
 from job.data.images import load_rgb
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 Labels = np.ndarray[Any, np.dtype[np.int64]]
@@ -53,6 +55,19 @@ class FileSplit:
     paths: tuple[str, ...]
     labels: Labels
     lenient: bool = False  # --on-bad-image skip: a file that fails later is left out too
+
+    @classmethod
+    def of(cls, root: Path, paths: Sequence[str], labels: Sequence[int], folder: Path) -> FileSplit:
+        """The files at ``paths``, which are relative to ``folder``, that is ``root`` or in it."""
+        inside = str(folder.relative_to(root)) if folder != root else ""
+        relative = tuple(os.path.join(inside, path) for path in paths)  # noqa: PTH118 (odd bytes)
+        return cls(root, relative, np.array(labels, np.int64))
+
+    @classmethod
+    def unlabelled(cls, root: Path, paths: Sequence[str], folder: Path | None = None) -> FileSplit:
+        """The files at ``paths`` without labels, 2.jpg before 10.jpg."""
+        ordered = sorted(paths, key=natural_key)
+        return cls.of(root, ordered, [UNLABELLED] * len(paths), folder or root)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.data.dataset import hold_out_validation
-from job.data.layout import natural_key, open_data
+from job.data.dataset import Dataset, hold_out_validation
+from job.data.folders import Lister, natural_key
+from job.data.layout import LAYOUTS, Layout, open_data
 from job.data.splits import UNLABELLED, ArraySplit
 from job.errors import DataError, InputNotFound
 from support.datasets import write_flat, write_idx
@@ -58,7 +59,7 @@ def test_class_folders_in_any_spelling_and_case(tmp_path: Path) -> None:
     for path in ("train/cat/a.JPG", "train/dog/b.PnG", "train/dog/deep/c.webp", "val/dog/d.BMP",
                  "Test/cat/e.jpeg"):  # fmt: skip
         save(tmp_path / path)
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("no picture")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "train" / "cat" / "._a.jpg").write_text("resource fork of another system")
     (tmp_path / "train" / "empty").mkdir()
     data = open_data(str(tmp_path))
@@ -69,7 +70,7 @@ def test_class_folders_in_any_spelling_and_case(tmp_path: Path) -> None:
     assert data.splits["testing"].labels.tolist() == [0]
 
 
-def test_hidden_folders_and_circles_of_links_add_no_pictures(tmp_path: Path) -> None:
+def test_hidden_folders_and_circles_of_links_add_no_images(tmp_path: Path) -> None:
     for path in ("train/a/0.png", "train/b/0.png", "train/a/.thumbnails/0.png"):
         save(tmp_path / path)
     (tmp_path / "train" / "a" / "up").symlink_to("..")
@@ -150,7 +151,7 @@ def test_a_damaged_idx_file_is_named(tmp_path: Path, damage: object, message: st
 
 def test_no_validation_split_holds_out_a_stratified_tenth_and_says_so(tmp_path: Path) -> None:
     write_flat(tmp_path, {"training": 20}, classes=3)
-    save(tmp_path / "training" / "3_0.jpg")  # a class of one picture gives none away
+    save(tmp_path / "training" / "3_0.jpg")  # a class of one image gives none away
     whole = open_data(str(tmp_path))
     data = hold_out_validation(whole, seed=0)
     assert any("stratified tenth" in note for note in data.notes)
@@ -167,12 +168,37 @@ def test_no_validation_split_holds_out_a_stratified_tenth_and_says_so(tmp_path: 
     assert again.digest() == data.splits["validation"].digest() != other.digest()
 
 
+def test_an_entry_in_the_table_adds_a_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_npz(path: Path) -> Dataset:
+        content = np.load(path)
+        split = ArraySplit(content["images"], content["labels"])
+        return Dataset(path.name, ("cat", "dog"), {"training": split})
+
+    def open_npz_folder(root: Path, _lister: Lister) -> Dataset | None:
+        files = sorted(root.glob("*.npz"))
+        return open_npz(files[0]) if files else None
+
+    layout = Layout("NumPy archives (train.npz)", open_npz_folder, open_npz, suffix=".npz")
+    monkeypatch.setitem(LAYOUTS, "NumPy", layout)
+    file = tmp_path / "train.npz"
+    with pytest.raises(DataError, match=r"NumPy archives \(train\.npz\)"):
+        open_data(str(tmp_path))
+    np.savez(file, images=np.zeros((2, 8, 8), np.uint8), labels=np.array([1, 0]))
+    for path in (tmp_path, file):
+        data = open_data(str(path))
+        assert data.layout == "NumPy"
+        assert data.labelled("training").labels.tolist() == [1, 0]
+
+
 def test_what_was_looked_for_is_shown(tmp_path: Path) -> None:
     (tmp_path / "stuff").mkdir()
     (tmp_path / "other").mkdir()
     save(tmp_path / "stuff" / "x.jpg")
-    with pytest.raises(DataError, match=r"Food-11 files.*class folders.*IDX files"):
+    with pytest.raises(DataError, match="is not a data set; looked for") as caught:
         open_data(str(tmp_path))
+    assert all(layout.help in str(caught.value) for layout in LAYOUTS.values())
     with pytest.raises(InputNotFound, match="does not exist"):
         open_data(str(tmp_path / "missing"))
     with pytest.raises(DataError, match="is a file"):

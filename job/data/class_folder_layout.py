@@ -1,0 +1,92 @@
+"""Data sets of class folders: train/cat/x.jpg, or cat/x.jpg without splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from job.data.dataset import Dataset, list_names
+from job.data.folders import subfolders
+from job.data.splits import FileSplit, Split
+from job.errors import DataError, shown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from job.data.folders import Lister
+
+
+@dataclass(frozen=True)
+class SplitFolder:
+    """The images of a split: those in class folders, and those outside of any."""
+
+    folder: Path
+    classes: dict[str, list[str]]  # class -> paths relative to ``folder``
+    unsorted: list[str]  # names in ``folder`` itself
+
+
+def open_class_folders(root: Path, lister: Lister) -> Dataset | None:
+    """Open split folders of class folders; None when no split has class folders with images."""
+    folders = lister.split_folders(root)
+    splits = {split: _list_split(folder, lister) for split, folder in folders.items()}
+    if not any(split.classes for split in splits.values()):
+        return None
+    return _dataset(root, splits, lister)
+
+
+def open_unsplit_class_folders(root: Path, lister: Lister) -> Dataset | None:
+    """Open class folders without splits as one split ``training``.
+
+    None when there are fewer than two classes, or when a sub-folder has split folders: these are
+    several data sets.
+    """
+    for entry in subfolders(root):
+        if lister.split_folders(root / entry, unique=False):
+            return None
+    training = _list_split(root, lister)
+    return _dataset(root, {"training": training}, lister) if len(training.classes) > 1 else None
+
+
+def _list_split(folder: Path, lister: Lister) -> SplitFolder:
+    return SplitFolder(folder, lister.class_folders(folder), lister.images(folder))
+
+
+def _dataset(root: Path, folders: dict[str, SplitFolder], lister: Lister) -> Dataset:
+    """Number the classes in the order of their names; training, if there, says which there are."""
+    training = folders.get("training")
+    every_class = {name for split in folders.values() for name in split.classes}
+    names = tuple(sorted((training.classes if training else None) or every_class))
+    notes = [*_order_note(names), *lister.notes()]
+    splits: dict[str, Split] = {}
+    for name, split in folders.items():
+        if split.classes and split.unsorted:
+            place = f"{split.folder.name}: " if split.folder != root else ""
+            notes.append(f"{place}{len(split.unsorted)} images outside class folders ignored")
+        if split.classes or split.unsorted:
+            splits[name] = _labelled(root, split, names)
+    return Dataset(shown(root), names, splits, notes=tuple(notes))
+
+
+def _labelled(root: Path, split: SplitFolder, names: tuple[str, ...]) -> FileSplit:
+    """The images of a split by class; without class folders, its unlabelled images."""
+    if not split.classes:
+        return FileSplit.unlabelled(root, split.unsorted, split.folder)
+    for unknown in sorted(set(split.classes) - set(names)):
+        raise DataError(
+            f"{shown(split.folder / unknown)} is a class that the training split lacks; "
+            f"it has: {list_names(names)}"
+        )
+    paths = [(path, i) for i, name in enumerate(names) for path in split.classes.get(name, [])]
+    return FileSplit.of(root, [p for p, _ in paths], [i for _, i in paths], split.folder)
+
+
+def _order_note(names: tuple[str, ...]) -> tuple[str, ...]:
+    """A warning when class folders are numbers, whose order as text is another one."""
+    if not all(name.isdecimal() for name in names) or list(names) == sorted(names, key=int):
+        return ()
+    place = next(n for n, name in enumerate(names) if name != sorted(names, key=int)[n])
+    return (
+        f"warning: class folders are numbers, but ordered as text, as torchvision's ImageFolder "
+        f"does it ({list_names(names)}): class number {place} of the network is folder "
+        f"{names[place]}; predict writes the folder's name",
+    )
