@@ -21,8 +21,14 @@ from job.pipeline.cautions import of_model
 from job.pipeline.slim_round import base_of
 from job.processes import local_world_size
 from job.slimming.analysis import analyse
-from job.slimming.compensation.recalibration import recalibrate
-from job.slimming.cut import best_method, make_cut, plan_cut
+from job.slimming.compensation.recalibration import recalibrate_batchnorms
+from job.slimming.cut import (
+    choose_method,
+    make_cut,
+    measure_importance,
+    options_needing_images,
+    plan_cut,
+)
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.cost import example_image
 from job.slimming.planning.overview import costs_table
@@ -35,8 +41,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
-
-NEED_IMAGES = ("refit", "taylor", "mean", "regress")
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,7 @@ class SlimOptions:
 
     def check(self) -> None:
         """Raise UsageError for what needs images when there are none."""
-        asked = {"--importance": self.importance, "--compensate": self.compensate}
-        words = [f"{name} {value}" for name, value in asked.items() if value in NEED_IMAGES]
+        words = options_needing_images(self.importance, self.compensate)
         words += ["--recalibrate"] if self.recalibrate else []
         if words and not self.data:
             raise UsageError(f"{' and '.join(words)}: images are needed; give some, --data PATH")
@@ -87,7 +90,7 @@ def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
     if images and accelerator:
         network.to(accelerator.device)
         tools = _Tools(images, card, accelerator, options)
-    method, line = best_method(
+    method, line = choose_method(
         options.importance, options.compensate, images=bool(images), seed=options.seed
     )
     if line:
@@ -98,19 +101,16 @@ def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
         say_cautions([of_model(before, counts, weights=Path(model.path).is_file())])
     image, allocation = example_image(card.preprocessing.size), options.allocation
     graph, base = analyse(network, image), card.base or base_of(network, card)
-    narrow, plan, error = make_cut(
-        network,
-        graph,
-        image,
-        method,
-        lambda scores: plan_cut(network, graph, scores, allocation, method.compensate, image, base),
-        tools.calibration.batches if tools else None,
-        progress=partial(show_step, "slimming"),
+    show = partial(show_step, "slimming")
+    scores, data = measure_importance(
+        network, graph, method, tools.calibration.batches if tools else None, show
     )
+    plan = plan_cut(network, graph, scores, allocation, method, base)
+    narrow, plan = make_cut(plan, network, graph, image, method.compensate, data, show)
     phase("")
     if tools and options.recalibrate:
         count = options.recalibrate * PruneConfig.batch_size
-        recalibrate(narrow, tools.calibration.batches(count))
+        recalibrate_batchnorms(narrow, tools.calibration.batches(count))
     after = tools.accuracy(narrow) if tools else None
     lineage = card.lineage | {"slimmed_from": shown(Path(model.path).absolute())}
     slimmed = card.cut(plan.layers, plan.width)
@@ -118,8 +118,10 @@ def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
     save_model(folder, narrow.cpu(), replace(slimmed, metrics=metrics, lineage=lineage, base=base))
     assert plan.before
     assert plan.after
+    assert plan.proof
     say(costs_table(plan.before, plan.after))
-    say(f"the cut is verified in float64: relative error {error:.1e}; saved in {shown(output)}")
+    exact = f"relative error {plan.proof.error:.1e}"
+    say(f"the cut is verified in float64: {exact}; saved in {shown(output)}")
     say(_accuracies(images, before, after))
 
 

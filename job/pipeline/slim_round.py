@@ -1,21 +1,22 @@
-"""One cut of the main job: decided on the main process, made on every one, proven."""
+"""The cut of a round: planned on the main process, made on every process, proven."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.distributed.collectives import digest, on_main
 from job.errors import DataError, UsageError, shown
 from job.slimming.analysis import analyse
-from job.slimming.calibrated import scores_for
-from job.slimming.compensation.recalibration import recalibrate
-from job.slimming.compensation.regression import quiet
-from job.slimming.cut import Method, make_cut, plan_cut
+from job.slimming.calibration.input_statistics import CalibrationData
+from job.slimming.compensation.recalibration import recalibrate_batchnorms
+from job.slimming.cut import Method, make_cut, measure_importance, plan_cut
+from job.slimming.importance.criteria import CRITERIA, score_channels
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.base import Base, layer_widths
 from job.slimming.planning.cost import example_image, network_cost
 from job.slimming.planning.target import Budget
+from job.slimming.progress import no_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,83 +27,94 @@ if TYPE_CHECKING:
 
     from job.artifacts.model_card import ModelCard
     from job.config import PruneConfig
-    from job.slimming.compensation.regression import Progress
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
     from job.slimming.planning.plan import Plan
+    from job.slimming.progress import Progress
     from job.training.calibration import Calibration
     from job.training.position import Position
 
-MOST_STEPS = 2**14  # of --rate, in search of one that cuts: 0.999 to this power is 8e-8
+MOST_STEPS = 2**14  # of --rate, in search of a cut: 0.999 to this power is 8e-8
 
 
-def allocation_of(config: PruneConfig, card: ModelCard, round_: int, power: int = 1) -> Allocation:
-    """What round ``round_`` of a run is to leave: the target is spread over the rounds.
+def allocation_of(
+    config: PruneConfig, card: ModelCard, round_index: int, steps: int = 1
+) -> Allocation:
+    """Return what a round leaves: the target is spread over the rounds.
 
-    Without a target ``--rate`` of the width, or of the channels of a global policy; its
-    ``power``-th power for as many steps at a time. Raises UsageError for a target above what the
-    base has.
+    Without a target it is ``steps`` times --rate of the width, or of the channels with a global
+    policy. Raises UsageError for a target above what the base has.
     """
     assert card.base
     assert card.base.cost
     if config.target:
         assert config.last_round is not None
-        budget = Budget.parse(config.target).spread(round_, config.last_round, card.base.cost)
+        budget = Budget.parse(config.target)
+        budget = budget.spread(round_index, config.last_round, card.base.cost)
     elif config.policy == "uniform":
-        budget = Budget("width", card.width * config.rate**power, f"--rate {config.rate:g}")
+        budget = Budget("width", card.width * config.rate**steps, f"--rate {config.rate:g}")
     else:
-        budget = Budget("channels", config.rate ** (round_ + power - 1), f"--rate {config.rate:g}")
+        left = config.rate ** (round_index + steps - 1)
+        budget = Budget("channels", left, f"--rate {config.rate:g}")
     return Allocation(config.policy, budget, config.round_to, config.min_keep)
 
 
 def base_of(network: nn.Module, card: ModelCard) -> Base:
-    """What a run's fractions are of: ``network`` as it is before the first round."""
+    """Return the base of a run: ``network`` before the first round."""
     return Base(layer_widths(network), network_cost(network, card.preprocessing.size))
 
 
 def ranking_norms(network: nn.Module, size: int, sparse_epochs: int) -> list[str] | None:
-    """BatchNorms whose γ may decide a cut, for sparse training; None where there is none of it."""
+    """Return the names of the BatchNorms that rank channels; None without sparse training."""
     if not sparse_epochs:
         return None
     graph = analyse(network, example_image(size))
     return sorted({norm for group in graph.groups for norm in group.norms})
 
 
-def plan_round(
+def method_of(config: PruneConfig) -> Method:
+    """Return how a run ranks channels and compensates for removed ones."""
+    return Method(config.importance, config.compensate, config.seed)
+
+
+def plan_round(config: PruneConfig, network: nn.Module, card: ModelCard, round_index: int) -> Plan:
+    """Return a forecast of a round's plan, made without calibration images.
+
+    Channels are ranked by gamma where the importance of the run needs images. Raises UsageError
+    for a target that is out of reach.
+    """
+    graph = analyse(network, example_image(card.preprocessing.size))
+    importance = "gamma" if CRITERIA[config.importance].images else config.importance
+    scores = score_channels(importance, network, graph, CalibrationData(), config.seed)
+    return _plan_by_scores(config, network, card, round_index, graph, scores)
+
+
+def _plan_by_scores(
     config: PruneConfig,
     network: nn.Module,
     card: ModelCard,
-    round_: int,
-    graph: ChannelGraph | None = None,
-    scores: Scores | None = None,
+    round_index: int,
+    graph: ChannelGraph,
+    scores: Scores,
 ) -> Plan:
-    """Which channels round ``round_`` keeps; raises UsageError when its target is out of reach.
+    """The plan of a round; with --rounds auto, the first one that cuts anything."""
 
-    By default as an importance that needs no pictures has it: a forecast of the others.
-    """
-    image = example_image(card.preprocessing.size)
-    if graph is None:
-        graph = analyse(network, image)
-    if scores is None:
-        known: Any = config.importance if config.importance in ("l2", "random") else "gamma"
-        scores = scores_for(known, network, graph, {}, seed=config.seed)
+    def plan_after(steps: int) -> Plan:
+        allocation = allocation_of(config, card, round_index, steps)
+        return plan_cut(network, graph, scores, allocation, method_of(config), card.base)
 
-    def plan_of(power: int) -> Plan:
-        allocation = allocation_of(config, card, round_, power)
-        return plan_cut(network, graph, scores, allocation, config.compensate, image, card.base)
-
-    return plan_of(1) if config.last_round is not None else _first_cut(plan_of)
+    return plan_after(1) if config.last_round is not None else _first_cut(plan_after)
 
 
-def _first_cut(plan_of: Callable[[int], Plan]) -> Plan:
-    """The plan of the lowest power of --rate that cuts anything; raises UsageError for none."""
+def _first_cut(plan_after: Callable[[int], Plan]) -> Plan:
+    """The plan of the fewest steps of --rate that cut anything; raises UsageError for none."""
     error = UsageError("nothing more can be cut")
 
-    def tried(power: int) -> Plan | None:
-        """None where nothing is left to be cut that far."""
+    def attempt(steps: int) -> Plan | None:
+        """The plan, or None where so many steps are out of reach."""
         nonlocal error
         try:
-            return plan_of(power)
+            return plan_after(steps)
         except UsageError as reason:
             error = reason
             return None
@@ -111,24 +123,24 @@ def _first_cut(plan_of: Callable[[int], Plan]) -> Plan:
         return plan is None or plan.after != plan.before
 
     low, high = 0, 1
-    while not cuts(plan := tried(high)) and high < MOST_STEPS:
+    while not cuts(attempt(high)) and high < MOST_STEPS:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        if cuts(tried(middle)):
+        if cuts(attempt(middle)):
             high = middle
         else:
             low = middle
-    plan = tried(high)
+    plan = attempt(high)
     if plan is None or plan.after == plan.before:
         raise error
     return plan
 
 
-def can_cut(config: PruneConfig, network: nn.Module, card: ModelCard, round_: int) -> bool:
-    """Whether round ``round_`` can be any narrower than ``network``."""
+def can_cut(config: PruneConfig, network: nn.Module, card: ModelCard, round_index: int) -> bool:
+    """Return whether a round can make ``network`` narrower."""
     try:
-        plan_round(config, network, card, round_)
+        plan_round(config, network, card, round_index)
     except UsageError:
         return False
     return True
@@ -137,40 +149,45 @@ def can_cut(config: PruneConfig, network: nn.Module, card: ModelCard, round_: in
 def cut(
     network: nn.Module,
     card: ModelCard,
-    round_: int,
+    round_index: int,
     config: PruneConfig,
     device: torch.device,
     calibration: Calibration,
-    progress: Progress = quiet,
+    progress: Progress = no_progress,
 ) -> tuple[nn.Module, ModelCard, float]:
-    """The narrow network of round ``round_``, on the CPU, its card, and the proof's error."""
-    image = example_image(card.preprocessing.size)
+    """Return the narrow network of a round, on the CPU, its card, and the error of the proof.
+
+    ``progress`` is called before each step. Raises StopRequest on every process where a stop is
+    requested.
+    """
+
+    def step(name: str, number: int, count: int) -> None:
+        calibration.check()
+        progress(name, number, count)
+
+    image, method = example_image(card.preprocessing.size), method_of(config)
     network.to(device)
-    progress("following channels", 0, 0)
+    step("tracing the network", 0, 0)
     graph = on_main(lambda: analyse(network, image), interrupt=True)
-    narrow, plan, error = make_cut(
-        network,
-        graph,
-        image,
-        Method(config.importance, config.compensate, config.seed),
-        lambda scores: plan_round(config, network, card, round_, graph, scores),
-        calibration.batches,
-        calibration.check,
-        progress,
-    )
+    scores, data = measure_importance(network, graph, method, calibration.batches, step)
+    plan = on_main(lambda: _plan_by_scores(config, network, card, round_index, graph, scores))
+    narrow, plan = make_cut(plan, network, graph, image, method.compensate, data, step)
     if config.recalibrate:
-        progress("recalibrating", 0, 0)
-        recalibrate(narrow, calibration.batches(config.recalibrate * config.batch_size))
+        step("recalibrating", 0, 0)
+        images = config.recalibrate * config.batch_size
+        recalibrate_batchnorms(narrow, calibration.batches(images))
     lineage = card.lineage | {"wide_sha256": digest(network.cpu().state_dict())}
-    return narrow.cpu(), replace(card.cut(plan.layers, plan.width), lineage=lineage), error
+    card = replace(card.cut(plan.layers, plan.width), lineage=lineage)
+    assert plan.proof
+    return narrow.cpu(), card, plan.proof.error
 
 
 def cut_before(
     network: nn.Module, card: ModelCard, start: Position, run: Path
 ) -> tuple[nn.Module, ModelCard]:
-    """The cut that an earlier attempt made of ``network``; its weights come with the position.
+    """Repeat the cut of ``network`` that an earlier attempt made, without its trained weights.
 
-    Raises DataError when it was another network that was cut.
+    They are stored with the position ``start``. Raises DataError where that was another network.
     """
     plan = start.progress.plan
     if plan.wide != digest(network.cpu().state_dict()):

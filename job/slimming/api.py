@@ -1,4 +1,4 @@
-"""``job.slim``: one cut of any network, in Python."""
+"""``job.slim``: cut a network in Python."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from job.distributed.collectives import on_main
 from job.errors import UsageError
 from job.slimming.analysis import analyse
 from job.slimming.arguments import (
@@ -19,16 +20,18 @@ from job.slimming.arguments import (
     check_network,
     check_number,
     example_of,
-    ignored,
+    ignored_layers,
     in_python,
 )
-from job.slimming.calibrated import COMPENSATIONS, IMPORTANCES
-from job.slimming.calibration.batches import batches_of
-from job.slimming.compensation.recalibration import recalibrate as recalibrated
-from job.slimming.cut import best_method, make_cut, plan_cut
+from job.slimming.calibration.user_batches import read_batches
+from job.slimming.compensation.methods import COMPENSATIONS
+from job.slimming.compensation.recalibration import recalibrate_batchnorms
+from job.slimming.cut import choose_method, make_cut, measure_importance, plan_cut
 from job.slimming.graph.snapshot import preserve_state
+from job.slimming.importance.criteria import CRITERIA
 from job.slimming.inputs import strip_values
 from job.slimming.planning.allocation import Allocation
+from job.slimming.planning.policies import POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
     from job.slimming.planning.plan import Plan
 
-POLICIES = ("uniform", "global")
 LOGGER = logging.getLogger("gammaslim")
 
 
@@ -55,22 +57,25 @@ def slim(
     calibration: Iterable[Any] | None = None,
     ignore: Iterable[str | nn.Module] = (),
 ) -> tuple[nn.Module, Plan]:
-    """A narrow copy of ``model``, proven in float64, and the plan that it was cut by.
+    """Return a narrow copy of ``model``, proven in float64, and the plan of the cut.
 
-    ``example`` is a batch as the network takes it: a tensor such as (B, C, H, W), a tuple or list
-    of inputs, or a dict of keyword arguments; only sizes and integers matter.
+    ``example`` is a batch of inputs of ``model``: a tensor such as (B, C, H, W), a tuple or list
+    of inputs, or a dict of keyword arguments. Only its sizes and integers matter.
 
-    ``calibration`` is batches like it, or pairs of such and labels (B,): some thousand images are
-    used at most. The compensations mean and regress, the importances refit and taylor (which looks
-    at labels), and ``recalibrate``, which takes that many batches, need it. ``importance`` and
-    ``compensate`` None are the best that there is: refit and regress with ``calibration``, else
-    gamma and none; a line, logged by ``gammaslim``, says which.
+    ``calibration`` is an iterable of batches like the example, or of pairs of such a batch and its
+    labels (B,). At most a few thousand images are used. The compensations ``mean`` and ``regress``
+    need it, the importances ``refit`` and ``taylor`` (which needs labels too), and ``recalibrate``,
+    the number of batches that BatchNorm statistics are measured on after the cut. With None for
+    ``importance`` and ``compensate`` the best choice is made, and logged by ``gammaslim``:
+    ``refit`` and ``regress`` with ``calibration``, else ``gamma`` and ``none``.
 
-    Neither inputs nor outputs of layers in ``ignore``, names or modules, are cut. ``model`` is left
-    untouched; device, mode and requires_grad are those of its own. ``print(plan)`` shows the cut.
+    Neither inputs nor outputs of the layers in ``ignore``, given by name or as modules, are cut.
+    ``model`` is not changed. The copy has its device, mode and requires_grad. ``print(plan)`` shows
+    what was cut.
 
-    Raises UsageError for wrong arguments, a network that does not run on ``example``, or a target
-    that is out of reach, DataError for damaged weights, and GammaslimError when the proof fails.
+    Raises UsageError for invalid arguments, a network that does not run on ``example``, or a target
+    that is out of reach; DataError for weights that are not finite; GammaslimError when the proof
+    fails.
 
     >>> import torch, torchvision
     >>> import job
@@ -82,43 +87,37 @@ def slim(
     torch.Size([2, 10])
     """
     check_network(model)
-    check_choice("policy", policy, POLICIES)
-    check_choice("importance", importance, IMPORTANCES, none=True)
-    check_choice("compensate", compensate, COMPENSATIONS, none=True)
+    check_choice("policy", policy, tuple(POLICIES))
+    check_choice("importance", importance, tuple(CRITERIA), none=True)
+    check_choice("compensate", compensate, tuple(COMPENSATIONS), none=True)
     check_number("round_to", round_to, 1)
     check_number("min_keep", min_keep, 0, 1)
     check_number("recalibrate", recalibrate, 0)
     allocation = Allocation(policy, budget_of(target), int(round_to), float(min_keep))
-    inputs, names = example_of(model, example), ignored(model, ignore)
+    inputs, names = example_of(model, example), ignored_layers(model, ignore)
     try:
-        graph = _analysed(model, inputs, names)
-        batches = (
-            None if calibration is None else batches_of(model, inputs, calibration, recalibrate)
-        )
-        if recalibrate and batches is None:
+        graph = _analyse_example(model, inputs, names)
+        images = None
+        if calibration is not None:
+            images = read_batches(model, inputs, calibration, recalibrate)
+        elif recalibrate:
             raise UsageError("recalibrate needs calibration batches")
-        method, line = best_method(importance, compensate, images=batches is not None)
-        if line:
-            _tell(line)
-        with _weights_kept(model, batches is not None):
-            narrow, plan, _ = make_cut(
-                model,
-                graph,
-                inputs,
-                method,
-                lambda scores: plan_cut(
-                    model, graph, scores, allocation, method.compensate, inputs
-                ),
-                None if batches is None else lambda: batches,
-            )
+        method, reason = choose_method(importance, compensate, images=images is not None)
+        if reason:
+            _log(reason)
+        batches = None if images is None else lambda: images
+        with _preserve_weights(model, images is not None):
+            scores, data = measure_importance(model, graph, method, batches)
+            plan = on_main(lambda: plan_cut(model, graph, scores, allocation, method))
+            narrow, plan = make_cut(plan, model, graph, inputs, method.compensate, data)
     except UsageError as error:
         raise UsageError(in_python(str(error))) from error
-    if recalibrate and batches:
-        recalibrated(narrow, batches[:recalibrate])
+    if recalibrate and images:
+        recalibrate_batchnorms(narrow, images[:recalibrate])
     return narrow, replace(plan, example=strip_values(inputs))
 
 
-def _analysed(model: nn.Module, inputs: Example, names: list[str]) -> ChannelGraph:
+def _analyse_example(model: nn.Module, inputs: Example, names: list[str]) -> ChannelGraph:
     try:
         return analyse(model, inputs, names)
     except UsageError as error:
@@ -128,16 +127,16 @@ def _analysed(model: nn.Module, inputs: Example, names: list[str]) -> ChannelGra
 
 
 @contextmanager
-def _weights_kept(model: nn.Module, measured: bool) -> Iterator[None]:
-    """Put chance back and, of a network that runs, weights that its own passes change."""
+def _preserve_weights(model: nn.Module, runs: bool) -> Iterator[None]:
+    """Put back random states and, where the network runs, weights that its own passes change."""
     with preserve_state(model, values=False) as snapshot:
-        if measured:
+        if runs:
             snapshot.keep(t for t in snapshot.tensors if isinstance(t, nn.Parameter))
         yield
 
 
-def _tell(line: str) -> None:
-    """Log a line for those who look at logs; else it is seen on stderr, as nobody configured it."""
+def _log(line: str) -> None:
+    """Log a line, or print it to stderr where logging is not configured."""
     if LOGGER.hasHandlers():
         LOGGER.info(line)
     elif LOGGER.level <= logging.INFO:

@@ -135,7 +135,7 @@ def check_number(name: str, value: Any, least: float, most: float = math.inf) ->
         raise UsageError(f"{name} must be {said} {bounds}; got {value!r}")
 
 
-def ignored(model: nn.Module, ignore: Any) -> list[str]:
+def ignored_layers(model: nn.Module, ignore: Any) -> list[str]:
     """The names of the layers or modules in ``ignore``, which are names or modules themselves.
 
     Raises UsageError for what the network does not have.

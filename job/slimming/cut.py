@@ -1,4 +1,8 @@
-"""One cut, from measuring to what makes up for it: of the job, of ``job.slim``, of ``slim``."""
+"""A cut from end to end: measure the channels, plan, cut, prove, compensate.
+
+``measure_importance`` -> scores -> ``plan_cut`` -> plan -> ``make_cut`` -> narrow network. The main
+job, ``job.slim`` and the command ``slim`` all go this way.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +11,37 @@ from typing import TYPE_CHECKING
 
 from job.console import warn
 from job.distributed.collectives import check_same, digest, on_main
-from job.processes import is_main, world_size
-from job.slimming.calibrated import compensated, measured, scores_for
-from job.slimming.compensation.folding import with_biases, without_constant
-from job.slimming.compensation.regression import quiet
+from job.errors import UsageError
+from job.processes import rank, world_size
+from job.slimming.calibration.consumers import consumers_of
+from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
+from job.slimming.compensation.constants import add_biases, layers_without_constant
+from job.slimming.compensation.cut_pair import CutPair
+from job.slimming.compensation.methods import COMPENSATIONS, compensate_cut
+from job.slimming.importance.criteria import CRITERIA, score_channels
 from job.slimming.planning.allocation import make_plan
 from job.slimming.planning.plan import keep_of
+from job.slimming.progress import no_progress
 from job.slimming.surgery.comparison import check_finite_weights
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
-    from job.slimming.calibrated import Batches
-    from job.slimming.compensation.regression import Progress
+    from job.slimming.calibration.batch import Batches
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
     from job.slimming.inputs import Example
     from job.slimming.planning.allocation import Allocation
     from job.slimming.planning.base import Base
     from job.slimming.planning.plan import Plan
+    from job.slimming.progress import Progress
 
 
 @dataclass(frozen=True)
 class Method:
-    """What decides which channels go, and what makes up for them."""
+    """The importance that ranks channels, the compensation for removed ones, and a seed."""
 
     importance: str = "gamma"
     compensate: str = "none"
@@ -44,20 +51,69 @@ class Method:
         return f"importance {self.importance}, compensation {self.compensate}"
 
 
-def best_method(
+def choose_method(
     importance: str | None, compensate: str | None, *, images: bool, seed: int = 0
 ) -> tuple[Method, str]:
-    """The method, None being the best with or without calibration ``images``; a line says which.
+    """Return the method and a line that says why; None is replaced by the best choice.
 
-    The line is empty when both are given. Refit counts on regress: gamma is better without it.
+    The best choice depends on whether there are calibration ``images``. The line is empty when both
+    are given. Refit relies on regress; with another compensation gamma is better.
     """
-    found = compensate or ("regress" if images else "none")
-    ranking = importance or ("refit" if images and found == "regress" else "gamma")
-    method = Method(ranking, found, seed)
+    best_compensation = compensate or ("regress" if images else "none")
+    refits = images and best_compensation == "regress"
+    method = Method(importance or ("refit" if refits else "gamma"), best_compensation, seed)
     if importance and compensate:
         return method, ""
     why = "by the calibration images" if images else "there are no calibration images"
     return method, f"{method}: {why}"
+
+
+def options_needing_images(importance: str | None, compensate: str | None) -> list[str]:
+    """Return those of the two options, as typed, that need calibration images."""
+    options = []
+    if importance and CRITERIA[importance].images:
+        options.append(f"--importance {importance}")
+    if compensate and COMPENSATIONS[compensate].images:
+        options.append(f"--compensate {compensate}")
+    return options
+
+
+def measure_importance(
+    network: nn.Module,
+    graph: ChannelGraph,
+    method: Method,
+    batches: Batches | None = None,
+    progress: Progress = no_progress,
+) -> tuple[Scores, CalibrationData]:
+    """Return the importance (count,) of every channel, and the data that it was measured with.
+
+    ``batches`` returns the calibration batches of this process; measurements are over all
+    processes. Raises UsageError where images or labels are needed and missing, and DataError for
+    weights or layer inputs that are not finite.
+    """
+    check_finite_weights(network)
+    progress("measuring channels", 0, 0)
+    calibration = _calibrate(network, graph, method, batches)
+    scores = score_channels(method.importance, network, graph, calibration, method.seed)
+    return scores, calibration
+
+
+def _calibrate(
+    network: nn.Module, graph: ChannelGraph, method: Method, batches: Batches | None
+) -> CalibrationData:
+    """The calibration data that a method needs; raises UsageError where there are no images."""
+    criterion, compensation = CRITERIA[method.importance], COMPENSATIONS[method.compensate]
+    calibration, missing = CalibrationData(batches), batches is None
+    if batches is not None and (criterion.statistics or compensation.statistics):
+        calibration = CalibrationData(batches, measure_inputs(network, graph, batches()))
+        # no process has an image
+        missing = not calibration.statistics and bool(consumers_of(network, graph))
+    importance = None if criterion.labels else method.importance  # it asks for labelled images
+    options = options_needing_images(importance, method.compensate)
+    if missing and options:
+        needed = "calibration images are needed, there are none"
+        raise UsageError(f"{' and '.join(options)}: {needed}")
+    return calibration
 
 
 def plan_cut(
@@ -65,57 +121,49 @@ def plan_cut(
     graph: ChannelGraph,
     scores: Scores,
     allocation: Allocation,
-    compensate: str,
-    example: Example,
+    method: Method,
     base: Base | None = None,
 ) -> Plan:
-    """Which channels stay, by ``scores`` (count,), and which layers get a bias to compensate.
+    """Return which channels stay, by ``scores`` (count,), and which layers get a bias.
 
-    ``example`` is like what the network takes; ``base`` is what fractions are of, the
-    network itself by default. Raises UsageError for what cannot be reached.
+    Fractions are relative to ``base``, by default the network itself. Raises UsageError for a
+    budget that is out of reach.
     """
-    bare: frozenset[str] = frozenset()
-    if compensate != "none":
-        bare = without_constant(network, graph, example)
-    plan = make_plan(network, graph, scores, allocation, base, bare)
-    return replace(plan, layers=with_biases(plan.layers, bare))
+    gains_bias: frozenset[str] = frozenset()
+    if COMPENSATIONS[method.compensate].apply:
+        gains_bias = layers_without_constant(network, graph)
+    plan = make_plan(network, graph, scores, allocation, base, gains_bias)
+    return replace(plan, layers=add_biases(plan.layers, gains_bias), method=str(method))
 
 
 def make_cut(
+    plan: Plan,
     network: nn.Module,
     graph: ChannelGraph,
     example: Example,
-    method: Method,
-    plan_of: Callable[[Scores], Plan],
-    batches: Batches | None = None,
-    check: Callable[[], None] = lambda: None,
-    progress: Progress = quiet,
-) -> tuple[nn.Module, Plan, float]:
-    """The narrow network, compensated, the plan that ``plan_of`` made, and the proof's error.
+    compensate: str,
+    calibration: CalibrationData,
+    progress: Progress = no_progress,
+) -> tuple[nn.Module, Plan]:
+    """Return the narrow network of ``plan``, compensated, and the plan with its proof.
 
-    Moments are of all processes; the main one decides and proves; all cut, and compare what they
-    have. ``batches`` gives the calibration images of this process; ``check`` is called now and
-    then, and may raise; ``progress`` gets what is done next. Raises UsageError where images are
-    needed and missing, DataError for weights that are not finite, and GammaslimError when the
-    proof fails.
+    ``example`` is a batch of inputs of which only the shape matters. Every process makes the cut,
+    the main process proves it, before the compensation. Raises GammaslimError where the proof
+    fails, and UsageError where no process has images that the compensation needs.
     """
-    check_finite_weights(network)
-    progress("measuring channels", 0, 0)
-    moments = measured(method.importance, method.compensate, network, graph, batches)
-    scores = scores_for(method.importance, network, graph, moments, batches, method.seed)
-    plan = on_main(lambda: plan_of(scores))
-    plan, layers = replace(plan, method=str(method)), plan.layers
     progress("proving the cut", 0, 0)
-    narrow = apply_plan(network, layers)
+    narrow = apply_plan(network, plan.layers)
     if world_size() > 1:
         check_same(digest(narrow.state_dict()), "the slimmed network")
     proof = on_main(
-        lambda: verify(network, narrow, layers, example, auxiliary=graph.auxiliary, odd=graph.odd),
+        lambda: verify(
+            network, narrow, plan.layers, example, auxiliary=graph.auxiliary, odd=graph.odd
+        ),
         interrupt=True,
     )
-    if proof.precision != "float64" and is_main():
+    if proof.precision != "float64" and rank() == 0:
         warn(f"the network does not run in float64: the cut is exact to {proof}")
     keep = keep_of(graph, plan.groups)
-    shared = (method.compensate, moments, example, batches, check, progress)
-    compensated(network, narrow, graph, keep, layers, *shared)
-    return narrow, replace(plan, proof=proof), proof.error
+    pair = CutPair(network, narrow, graph, keep, plan.layers, example)
+    compensate_cut(compensate, pair, calibration, progress)
+    return narrow, replace(plan, proof=proof)

@@ -9,7 +9,7 @@ import numpy as np
 from job.data.batches import EvaluationImages
 from job.data.loader import build_loader, iterate_batches
 from job.processes import rank, world_size
-from job.slimming.calibration.moments import MOST, samples_at
+from job.slimming.calibration.batch import MOST_IMAGES, image_limit
 from job.training.evaluation import batch_size_at
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Calibration:
     ) -> None:
         self.preprocessing, self.accelerator, self.watch = preprocessing, accelerator, watch
         self.progress: Callable[[int, int], None] = lambda *_: None  # batches done, and of how many
-        self.most = samples_at(preprocessing.size)
+        self.most = image_limit(preprocessing.size)
         self.sampler = _FirstShare(len(split), batch_size_at(preprocessing.size), seed)
         self.loader = build_loader(
             EvaluationImages(split, preprocessing),
@@ -54,7 +54,7 @@ class Calibration:
     def batches(self, count: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's part of the first ``count`` pictures: (B, 3, S, S) inputs and labels (B,).
 
-        By default of ``samples_at`` their size.
+        By default of ``image_limit`` their size.
         All processes go through theirs together. Raises StopRequest when ``watch`` says so.
         """
         device = self.accelerator.device
@@ -73,7 +73,7 @@ class _FirstShare:
     def __init__(self, total: int, batch_size: int, seed: int) -> None:
         key = np.random.Generator(np.random.Philox(seed))
         self.order, self.batch_size = key.permutation(total), batch_size
-        self.count = MOST
+        self.count = MOST_IMAGES
 
     @property
     def common(self) -> int:

@@ -25,9 +25,12 @@ from torch.nn import functional as F
 from job.data.idx import read_idx
 from job.models.student import StudentNet
 from job.slimming.analysis import analyse
-from job.slimming.calibrated import COMPENSATIONS, compensated, measured, scores_for
-from job.slimming.compensation.folding import with_biases, without_constant
-from job.slimming.compensation.recalibration import recalibrate
+from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
+from job.slimming.compensation.constants import add_biases, layers_without_constant
+from job.slimming.compensation.cut_pair import CutPair
+from job.slimming.compensation.methods import COMPENSATIONS, compensate_cut
+from job.slimming.compensation.recalibration import recalibrate_batchnorms
+from job.slimming.importance.criteria import score_channels
 from job.slimming.planning.allocation import Allocation, make_plan
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.target import Budget
@@ -133,12 +136,12 @@ def ablate(
 
     graph = analyse(network, images)
     began = time.perf_counter()
-    moments = measured("refit", "regress", network, graph, batches)
-    print(f"moments {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    calibration = CalibrationData(batches, measure_inputs(network, graph, batches()))
+    print(f"statistics {time.perf_counter() - began:.1f} s", file=sys.stderr)
     found = {}
     for importance in args.importances:
         began = time.perf_counter()
-        scores = scores_for(importance, network, graph, moments, batches)
+        scores = score_channels(importance, network, graph, calibration)
         print(f"{importance} {time.perf_counter() - began:.1f} s", file=sys.stderr)
         for target in args.targets:
             plan = make_plan(network, graph, scores, Allocation("global", Budget("macs", target)))
@@ -146,13 +149,14 @@ def ablate(
             for method in args.compensations:
                 layers = plan.layers
                 if method != "none":
-                    layers = with_biases(layers, without_constant(network, graph, images))
+                    layers = add_biases(layers, layers_without_constant(network, graph))
                 narrow = apply_plan(network, layers)
                 verify(network, narrow, layers, images)
-                compensated(network, narrow, graph, keep, layers, method, moments, images, batches)
+                pair = CutPair(network, narrow, graph, keep, layers, images)
+                compensate_cut(method, pair, calibration)
                 for anew in (False, True):
                     if anew:
-                        recalibrate(narrow, batches())
+                        recalibrate_batchnorms(narrow, batches())
                     key = importance, method, anew, target
                     found[key] = accuracy(narrow, test)
                     print(*key, f"{found[key]:.2f}", file=sys.stderr, flush=True)
@@ -169,7 +173,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=4096, help="pictures")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5, 0.4])
     parser.add_argument("--importances", nargs="+", default=IMPORTANCES)
-    parser.add_argument("--compensations", nargs="+", default=COMPENSATIONS)
+    parser.add_argument("--compensations", nargs="+", default=list(COMPENSATIONS))
     args = parser.parse_args()
     train, test = load(args.data, "train"), load(args.data, "t10k")
     bases, found = [], defaultdict(list)

@@ -1,4 +1,4 @@
-"""BatchNorm running statistics measured anew: after a cut they are those of another network."""
+"""Recalibration: BatchNorm running statistics measured again after a cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.distributed.collectives import total
-from job.slimming.calibration.moments import inputs_of
+from job.slimming.calibration.batch import inputs_of
 from job.slimming.graph.layers import BATCHNORM
 from job.slimming.graph.trace import eval_with_hooks
 from job.slimming.inputs import call_network
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from job.slimming.calibration.moments import Batch
+    from job.slimming.calibration.batch import Batch
 
 
-def recalibrate(network: nn.Module, batches: Iterable[Batch]) -> None:
-    """Set the running statistics of every BatchNorm to those over the batches of all processes.
+def recalibrate_batchnorms(network: nn.Module, batches: Iterable[Batch]) -> None:
+    """Set the running statistics of every BatchNorm to those of the batches of all processes.
 
-    As in training each layer normalises a batch by that batch's own statistics, and hands it on;
-    nothing else is as in training, and nothing else changes. Each process brings its own batches,
-    maybe none. A BatchNorm that does not run, or keeps no statistics, is left alone.
+    As in training, each BatchNorm normalises a batch by the statistics of that batch. All else
+    is in eval mode, and nothing else changes. A process may have no batches. A BatchNorm that does
+    not run, or has no running statistics, stays as it is.
     """
     norms = [
-        _Statistics(layer)
+        _NormStatistics(layer)
         for layer in network.modules()
         if isinstance(layer, BATCHNORM) and layer.running_mean is not None
     ]
-    with eval_with_hooks(network, [(own.layer, own.hook) for own in norms]):
+    with eval_with_hooks(network, [(norm.layer, norm.hook) for norm in norms]):
         for batch in batches:
             call_network(network, inputs_of(batch))
-    for own in norms:
-        own.finish()
+    for norm in norms:
+        norm.set_running_statistics()
 
 
-class _Statistics:
-    """Mean and scatter of all that one BatchNorm has seen, in float64."""
+class _NormStatistics:
+    """Mean and sum of squared deviations (C,) of the inputs of one BatchNorm, in float64."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -49,7 +49,7 @@ class _Statistics:
         self.count = 0
 
     def hook(self, layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        """Add what ``layer`` is about to normalise, and let it do so by these statistics."""
+        """Add a batch of inputs, and let ``layer`` normalise it by its own statistics."""
         values = inputs[0]
         values = values if values.dtype == torch.float64 else values.float()
         count = values.numel() // max(1, values.shape[1])
@@ -59,14 +59,14 @@ class _Statistics:
         variance, mean = torch.var_mean(values, axes, correction=0)
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(variance)
-        apart = mean.double() - self.mean
+        shift = mean.double() - self.mean
         after = self.count + count
-        self.scatter += variance.double() * count + apart.square() * (self.count * count / after)
-        self.mean += apart * (count / after)
+        self.scatter += variance.double() * count + shift.square() * (self.count * count / after)
+        self.mean += shift * (count / after)
         self.count = after
 
-    def finish(self) -> None:
-        """Set those over all processes; the variance is the unbiased one, as in training."""
+    def set_running_statistics(self) -> None:
+        """Set the statistics over all processes; the variance is unbiased, as in training."""
         count = float(total(self.mean.new_tensor(float(self.count))))
         if not count:
             return

@@ -14,6 +14,7 @@ from job.slimming.graph.propagation import follow
 from job.slimming.graph.selection import batchnorms
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.trace import same_ops, trace_with_snapshot
+from job.slimming.graph.trace_summary import NOTHING_TRACED, TraceSummary, summarise_trace
 from job.slimming.graph.union import FIXED, ChannelSlot, Flow, Ids
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class ChannelGraph:
     calls: tuple[LayerCall, ...]
     suspects: tuple[tuple[str, str], ...] = ()  # groups moved by fixed numbers, maybe; by what
     auxiliary: bool = False  # there are layers that only run in train mode
+    forward: TraceSummary = NOTHING_TRACED
     odd: bool = False  # what is done is not all understood, or another thing in train mode
 
     def without(self, names: Iterable[str], reason: str) -> ChannelGraph:
@@ -121,7 +123,12 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
         flow.fix(np.arange(flow.count), reason)
     odd = len(traces) > 1
     flow.doubtful |= snapshot.custom or (odd and not unseen)
-    graph = replace(_graph(network, flow), auxiliary=auxiliary, odd=odd or flow.doubtful)
+    graph = replace(
+        _graph(network, flow),
+        auxiliary=auxiliary,
+        odd=odd or flow.doubtful,
+        forward=summarise_trace(traces[0]),
+    )
     prefixes = tuple(ignore)
     asked = [
         group.name

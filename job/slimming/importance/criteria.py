@@ -1,4 +1,7 @@
-"""How much a channel matters: the larger, the later it is cut."""
+"""Importance criteria: the larger the score of a channel, the later it is cut.
+
+``CRITERIA`` is the table of them, by the names of ``--importance``.
+"""
 
 from __future__ import annotations
 
@@ -7,47 +10,51 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from job.errors import UsageError
 from job.slimming.graph.selection import batchnorms
+from job.slimming.importance.refit import refit_importance
+from job.slimming.importance.scores import NO_LABELS, Criterion, ScoreInputs
+from job.slimming.importance.taylor import taylor_importance
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
+    from job.slimming.calibration.input_statistics import CalibrationData
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
     from job.slimming.importance.scores import Scores
 
 
 def gamma_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
-    """|γ| of the BatchNorms that a channel passes, their mean; nan where there is none.
+    """Return |γ| of the BatchNorms of each channel, averaged; nan for channels without one.
 
-    Liu et al. 2017, section 3; the homework ranks by γ itself, which is the same while γ > 0.
+    Liu et al. 2017, section 3. The homework ranks by γ itself, which is the same while γ > 0.
     """
-    names, norms = {norm for group in graph.groups for norm in group.norms}, batchnorms(network)
-    mean = _Mean(graph.count)
-    ranking = [
-        position
-        for position in graph.slots
-        if position.side in ("through", "select") and position.layer in names
-    ]
-    if ranking:
-        gammas = torch.cat([norms[position.layer].weight.detach() for position in ranking])
-        ids = np.concatenate([position.ids for position in ranking])
-        mean.add(ids, gammas.double().abs().cpu().numpy())
-    return mean.result()
+    ranking, norms = {norm for group in graph.groups for norm in group.norms}, batchnorms(network)
+    slots = [s for s in graph.slots if s.side in ("through", "select") and s.layer in ranking]
+    if not slots:
+        return np.full(graph.count, np.nan)
+    gammas = torch.cat([norms[slot.layer].weight.detach() for slot in slots])
+    return _mean_scores(graph, [s.ids for s in slots], gammas.double().abs().cpu().numpy())
 
 
-def magnitude_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
-    """L2 norm of the weights that write a channel, the mean over its writers (Li et al. 2017)."""
-    mean = _Mean(graph.count)
-    for position in graph.slots:
-        if position.side == "out":
-            weight = _weight(network, position.layer).detach().double().cpu()
-            mean.add(position.ids, weight.flatten(1).norm(dim=1).numpy())
-    return mean.result()
+def l2_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
+    """Return the L2 norm of each channel's weights, averaged over the layers that write it.
+
+    Li et al. 2017.
+    """
+    slots = [slot for slot in graph.slots if slot.side == "out"]
+    norms = [np.zeros(0)]
+    for slot in slots:
+        weight = _weight(network, slot.layer).detach().double().cpu()
+        norms.append(weight.flatten(1).norm(dim=1).numpy())
+    return _mean_scores(graph, [s.ids for s in slots], np.concatenate(norms))
 
 
 def random_importance(graph: ChannelGraph, seed: int) -> Scores:
-    """Numbers in [0, 1) that say nothing: what any other importance must beat."""
+    """Return uniform random numbers in [0, 1): the baseline of any other criterion."""
     scores: Scores = np.random.Generator(np.random.Philox(seed)).random(graph.count)
     return scores
 
@@ -59,20 +66,56 @@ def _weight(network: nn.Module, name: str) -> Any:
         return network.get_submodule(name).weight
 
 
-class _Mean:
-    """Means of what several positions say of a channel."""
+def _mean_scores(graph: ChannelGraph, ids: Sequence[Ids], values: Scores) -> Scores:
+    """The mean of ``values`` (n,) by channel number, of which ``ids`` holds n; nan for none."""
+    numbers = np.concatenate([np.zeros(0, np.int64), *ids])
+    sums = np.bincount(numbers, values, graph.count)
+    with np.errstate(invalid="ignore"):
+        return sums / np.bincount(numbers, minlength=graph.count)
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.ids: list[Ids] = [np.zeros(0, np.int64)]
-        self.values: list[Scores] = [np.zeros(0)]
 
-    def add(self, ids: Ids, values: Scores) -> None:
-        self.ids.append(ids)
-        self.values.append(values)
+CRITERIA: dict[str, Criterion] = {
+    "gamma": Criterion(
+        lambda given: gamma_importance(given.network, given.graph),
+        "the scale |γ| of the channel's BatchNorm",
+    ),
+    "l2": Criterion(
+        lambda given: l2_importance(given.network, given.graph),
+        "the L2 norm of the weights that write the channel",
+    ),
+    "random": Criterion(
+        lambda given: random_importance(given.graph, given.seed),
+        "random numbers: a baseline",
+    ),
+    "refit": Criterion(
+        lambda given: refit_importance(given.network, given.graph, given.calibration.statistics),
+        "the error of the next layers after a least-squares refit without the channel",
+        images=True,
+        statistics=True,
+    ),
+    "taylor": Criterion(
+        lambda given: taylor_importance(given.network, given.graph, given.calibration.images()),
+        "the change of the loss without the channel, to first order",
+        images=True,
+        labels=True,
+        gradients=True,
+    ),
+}
 
-    def result(self) -> Scores:
-        ids = np.concatenate(self.ids)
-        sums = np.bincount(ids, np.concatenate(self.values), self.count)
-        with np.errstate(invalid="ignore"):
-            return sums / np.bincount(ids, minlength=self.count)
+
+def score_channels(
+    importance: str,
+    network: nn.Module,
+    graph: ChannelGraph,
+    calibration: CalibrationData,
+    seed: int = 0,
+) -> Scores:
+    """Return the importance (count,) of every channel by the criterion named ``importance``.
+
+    Raises UsageError where the criterion needs labels and there are none.
+    """
+    criterion = CRITERIA[importance]
+    if criterion.labels and calibration.batches is None:
+        raise UsageError(f"--importance {importance} {NO_LABELS}")
+    with torch.set_grad_enabled(criterion.gradients):
+        return criterion.score(ScoreInputs(network, graph, calibration, seed))

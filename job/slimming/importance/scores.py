@@ -1,9 +1,46 @@
-"""Scores: the importance of each channel."""
+"""Scores: the importance of each channel, and the form of a criterion that computes them."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from job.slimming.calibration.input_statistics import CalibrationData
+    from job.slimming.graph.groups import ChannelGraph
+
 Scores = np.ndarray[Any, np.dtype[np.float64]]  # (count,) by channel number; nan: not ranked
+NO_LABELS = "needs labelled calibration images, there are none"
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a criterion may use: a network, its channel graph, calibration data, and a seed."""
+
+    network: nn.Module
+    graph: ChannelGraph
+    calibration: CalibrationData
+    seed: int
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """An importance criterion: an entry of the table ``CRITERIA``.
+
+    ``score`` returns the importance of each channel (count,). The flags say what it needs:
+    calibration ``images``, the ``statistics`` of layer inputs over them, ``labels`` of the images,
+    ``gradients`` (autograd is enabled while it runs).
+    """
+
+    score: Callable[[ScoreInputs], Scores]
+    help: str
+    images: bool = False
+    statistics: bool = False
+    labels: bool = False
+    gradients: bool = False

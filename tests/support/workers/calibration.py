@@ -12,10 +12,11 @@ from job.distributed.collectives import start
 from job.models.student import StudentNet
 from job.processes import rank
 from job.slimming.analysis import analyse
-from job.slimming.calibrated import compensated
-from job.slimming.calibration.moments import collect
-from job.slimming.compensation.folding import with_biases, without_constant
-from job.slimming.compensation.recalibration import recalibrate
+from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
+from job.slimming.compensation.constants import add_biases, layers_without_constant
+from job.slimming.compensation.cut_pair import CutPair
+from job.slimming.compensation.methods import compensate_cut
+from job.slimming.compensation.recalibration import recalibrate_batchnorms
 from job.slimming.importance.taylor import taylor_importance
 from job.slimming.planning.plan import keep_all, layers_of
 from job.slimming.surgery.surgery import apply_plan
@@ -29,28 +30,30 @@ parts = [slice(0, 5), slice(5, 12), slice(0, 0)]
 mine = [(images[part], labels[part]) for part in parts[rank() : rank() + 1] if rank() < 2]
 both = [(images[part], labels[part]) for part in parts[:2]]
 graph = analyse(network, images)
-together = collect(network, graph, mine)
+together = measure_inputs(network, graph, mine)
 taylor = taylor_importance(network, graph, mine)
 keep = keep_all(graph)
 keep[graph.groups[-1].channels[::2]] = False
-layers = with_biases(layers_of(graph, keep), without_constant(network, graph, images))
+layers = add_biases(layers_of(graph, keep), layers_without_constant(network, graph))
 narrow = apply_plan(network, layers)
-compensated(network, narrow, graph, keep, layers, "regress", together, images, lambda: mine)
+pair = CutPair(network, narrow, graph, keep, layers, images)
+compensate_cut("regress", pair, CalibrationData(lambda: mine, together))
 tuned = copy.deepcopy(narrow)
-recalibrate(tuned, mine)
+recalibrate_batchnorms(tuned, mine)
 dist.barrier()
 dist.destroy_process_group()
-single = collect(network, graph, both)
+single = measure_inputs(network, graph, both)
 assert single.keys() == together.keys()
-for name, moments in single.items():
-    assert moments.count == together[name].count
-    torch.testing.assert_close(moments.mean, together[name].mean)
-    torch.testing.assert_close(moments.covariance, together[name].covariance)
+for name, measured in single.items():
+    assert measured.count == together[name].count
+    torch.testing.assert_close(measured.mean, together[name].mean)
+    torch.testing.assert_close(measured.covariance, together[name].covariance)
 expected = torch.from_numpy(taylor_importance(network, graph, both))
 torch.testing.assert_close(torch.from_numpy(taylor), expected, equal_nan=True)
 other, again = apply_plan(network, layers), copy.deepcopy(narrow)
-compensated(network, other, graph, keep, layers, "regress", single, images, lambda: both)
-recalibrate(again, both)
+pair = CutPair(network, other, graph, keep, layers, images)
+compensate_cut("regress", pair, CalibrationData(lambda: both, single))
+recalibrate_batchnorms(again, both)
 for ours, theirs in ((narrow, other), (tuned, again)):
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, theirs.state_dict()[name], msg=name)

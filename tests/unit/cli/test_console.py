@@ -18,7 +18,7 @@ import job.console as console
 from job.models.student import StudentNet
 from job.pipeline.forecast import Forecast
 from job.slimming.analysis import analyse
-from job.slimming.cut import Method, make_cut, plan_cut
+from job.slimming.cut import Method, make_cut, measure_importance, plan_cut
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.target import Budget
 
@@ -233,15 +233,14 @@ def test_a_cut_tells_its_steps_to_a_callback_and_the_library_prints_nothing(
     batches = [torch.rand(8, 3, 32, 32)]
     graph, steps = analyse(network, image), []
     allocation = Allocation("global", Budget("channels", 0.6))
-    make_cut(
-        network,
-        graph,
-        image,
-        Method("refit", "regress"),
-        lambda scores: plan_cut(network, graph, scores, allocation, "regress", image),
-        lambda: batches,
-        progress=lambda *step: steps.append(step),
-    )
+    method = Method("refit", "regress")
+
+    def show(*step: object) -> None:
+        steps.append(step)
+
+    scores, data = measure_importance(network, graph, method, lambda: batches, show)
+    plan = plan_cut(network, graph, scores, allocation, method)
+    make_cut(plan, network, graph, image, method.compensate, data, show)
     names = [name for name, _, _ in steps]
     assert list(dict.fromkeys(names)) == [
         "measuring channels", "proving the cut", "reconstructing layers", "reconstructing layer",

@@ -107,7 +107,7 @@ def test_batches_are_taken_as_people_have_them(network: nn.Module, calibration: 
 def test_no_more_batches_are_taken_than_are_measured(
     network: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.slimming.calibration.batches.samples_at", lambda size: size)
+    monkeypatch.setattr("job.slimming.calibration.user_batches.image_limit", lambda size: size)
     endless, taken = itertools.repeat([BATCH, LABELS]), []
     watched = (taken.append(batch) or batch for batch in endless)
     job.slim(network, EXAMPLE, calibration=watched)

@@ -14,12 +14,19 @@ from torch.nn import functional as F
 import job
 from job.errors import UsageError
 from job.slimming.analysis import analyse
-from job.slimming.calibrated import compensated, measured, scores_for
-from job.slimming.calibration.moments import Moments, collect
-from job.slimming.compensation.folding import norms_behind, with_biases, without_constant
-from job.slimming.compensation.recalibration import recalibrate
-from job.slimming.compensation.regression import regress
+from job.slimming.calibration.input_statistics import (
+    CalibrationData,
+    InputStatistics,
+    measure_inputs,
+)
+from job.slimming.compensation.constants import add_biases, layers_without_constant
+from job.slimming.compensation.cut_pair import CutPair
+from job.slimming.compensation.methods import compensate_cut
+from job.slimming.compensation.recalibration import recalibrate_batchnorms
+from job.slimming.compensation.reconstruction import reconstruct
+from job.slimming.cut import Method, measure_importance
 from job.slimming.graph.groups import ChannelGraph
+from job.slimming.importance.criteria import score_channels
 from job.slimming.planning.plan import keep_all, layers_of
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
@@ -102,16 +109,22 @@ def cut(network: nn.Module) -> tuple[ChannelGraph, np.ndarray]:
 
 def slim(network: nn.Module, method: str, ridge: float = 1e-12) -> nn.Module:
     graph, keep = cut(network)
-    layers = with_biases(layers_of(graph, keep), without_constant(network, graph, IMAGES))
-    narrow = apply_plan(network, layers)
-    verify(network, narrow, layers, IMAGES)
-    moments = collect(network, graph, IMAGES.split(10))
+    pair = pair_of(network, graph, keep, IMAGES)
+    verify(network, pair.narrow, pair.layers, IMAGES)
     if method == "regress":
-        batches = IMAGES.split(10)
-        regress(network, narrow, graph, keep, layers, lambda: batches, IMAGES, ridge=ridge)
+        reconstruct(pair, IMAGES.split(10), ridge=ridge)
     else:
-        compensated(network, narrow, graph, keep, layers, method, moments, IMAGES)
-    return narrow
+        statistics = measure_inputs(network, graph, IMAGES.split(10))
+        compensate_cut(method, pair, CalibrationData(None, statistics))
+    return pair.narrow
+
+
+def pair_of(
+    network: nn.Module, graph: ChannelGraph, keep: np.ndarray, images: torch.Tensor
+) -> CutPair:
+    """The network and its plain cut to ``keep``, with the biases that a compensation needs."""
+    layers = add_biases(layers_of(graph, keep), layers_without_constant(network, graph))
+    return CutPair(network, apply_plan(network, layers), graph, keep, layers, images)
 
 
 def inputs_of(network: nn.Module, layer: nn.Module) -> torch.Tensor:
@@ -239,31 +252,33 @@ def test_beta_adds_what_is_left_of_a_channel_without_its_γ() -> None:
 
 def test_the_constant_goes_into_the_running_mean_else_a_new_bias() -> None:
     into_norm, bare = NETWORKS["into a BatchNorm"](), NETWORKS["1 x 1 without a bias"]()
-    assert norms_behind(into_norm, IMAGES) == {"0": ("1",), "3": ("4",)}
+    norms_after = analyse(into_norm, IMAGES).forward.norms_after
+    assert norms_after == {"0": ("1",), "3": ("4",)}
     assert slim(into_norm, "mean").get_submodule("3").bias is None
     assert slim(bare, "mean").get_submodule("3").bias is not None
 
 
-def test_moments_are_those_of_numpy() -> None:
+def test_statistics_of_inputs_are_those_of_numpy() -> None:
     network = NETWORKS["3 x 3"]()
-    moments = collect(network, analyse(network, IMAGES), IMAGES.split(7))["3"]
+    statistics = measure_inputs(network, analyse(network, IMAGES), IMAGES.split(7))["3"]
     rows = inputs_of(network, network.get_submodule("3")).transpose(0, 1).flatten(1).numpy()
-    np.testing.assert_allclose(moments.mean, rows.mean(1), rtol=1e-12)
-    np.testing.assert_allclose(moments.covariance, np.cov(rows, bias=True), rtol=1e-10, atol=1e-13)
-    assert moments.count == rows.shape[1]
+    np.testing.assert_allclose(statistics.mean, rows.mean(1), rtol=1e-12)
+    covariance = np.cov(rows, bias=True)
+    np.testing.assert_allclose(statistics.covariance, covariance, rtol=1e-10, atol=1e-13)
+    assert statistics.count == rows.shape[1]
 
 
 def test_of_large_feature_maps_every_column_of_the_picture_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     network = behind_a_stem(nn.Conv2d(6, 4, 1))
-    monkeypatch.setattr("job.slimming.calibration.moments.MOST_VALUES", 6 * 400)
+    monkeypatch.setattr("job.slimming.calibration.consumers.MOST_VALUES", 6 * 400)
     column = torch.arange(8.0, dtype=torch.float64).expand(24, 3, 8, 8)
     graph = analyse(network, IMAGES)
-    few = collect(network, graph, [column])["3"]
+    few = measure_inputs(network, graph, [column])["3"]
     assert few.count <= 400
     monkeypatch.undo()
-    every = collect(network, graph, [column])["3"]
+    every = measure_inputs(network, graph, [column])["3"]
     assert every.count == 24 * 64
     torch.testing.assert_close(few.mean, every.mean, rtol=0.05, atol=0.01)
 
@@ -272,49 +287,29 @@ def test_dead_channels_and_one_picture_give_finite_weights() -> None:
     for kind in NETWORKS:
         network = NETWORKS[kind]()
         graph, keep = cut(network)
-        layers = with_biases(layers_of(graph, keep), without_constant(network, graph, IMAGES))
         for dead in (False, True):
             if dead:
                 with torch.no_grad():
                     for parameter in network.parameters():
                         parameter.zero_()
-            moments = collect(network, graph, [IMAGES[:1]])
+            statistics = measure_inputs(network, graph, [IMAGES[:1]])
+            calibration = CalibrationData(lambda: [IMAGES[:1]], statistics)
             for method in ("beta", "mean", "regress"):
-                narrow = apply_plan(network, layers)
-                compensated(
-                    network,
-                    narrow,
-                    graph,
-                    keep,
-                    layers,
-                    method,
-                    moments,
-                    IMAGES,
-                    lambda: [IMAGES[:1]],
-                )
-                assert all(t.isfinite().all() for t in narrow.state_dict().values())
-            scores = scores_for("refit", network, graph, moments)
+                pair = pair_of(network, graph, keep, IMAGES)
+                compensate_cut(method, pair, calibration)
+                assert all(t.isfinite().all() for t in pair.narrow.state_dict().values())
+            scores = score_channels("refit", network, graph, calibration)
             assert np.isfinite(scores[graph.groups[0].channels]).all()
 
 
 def test_frozen_layers_stay_frozen_and_single_precision_single() -> None:
     network = NETWORKS["1 x 1 without a bias"]().float().requires_grad_(False)
     graph, keep = cut(network)
-    layers = with_biases(layers_of(graph, keep), without_constant(network, graph, IMAGES.float()))
-    narrow = apply_plan(network, layers)
-    moments = collect(network, graph, [IMAGES.float()])
-    compensated(
-        network,
-        narrow,
-        graph,
-        keep,
-        layers,
-        "regress",
-        moments,
-        IMAGES.float(),
-        lambda: [IMAGES.float()],
-    )
-    assert {(p.requires_grad, p.dtype) for p in narrow.parameters()} == {(False, torch.float32)}
+    pair = pair_of(network, graph, keep, IMAGES.float())
+    compensate_cut("regress", pair, CalibrationData(lambda: [IMAGES.float()]))
+    assert {(p.requires_grad, p.dtype) for p in pair.narrow.parameters()} == {
+        (False, torch.float32)
+    }
 
 
 def test_a_batchnorm_gets_the_statistics_of_all_pictures_and_nothing_else_changes() -> None:
@@ -322,7 +317,7 @@ def test_a_batchnorm_gets_the_statistics_of_all_pictures_and_nothing_else_change
     before = copy.deepcopy(network.state_dict())
     with torch.no_grad():
         rows = network[0](IMAGES).transpose(0, 1).flatten(1).numpy()
-    recalibrate(network, [(part, None) for part in IMAGES.split(9)])
+    recalibrate_batchnorms(network, [(part, None) for part in IMAGES.split(9)])
     np.testing.assert_allclose(network[1].running_mean, rows.mean(1), rtol=1e-6)
     np.testing.assert_allclose(network[1].running_var, rows.var(1, ddof=1), rtol=1e-6)
     after = network.state_dict()
@@ -336,7 +331,7 @@ def test_a_batchnorm_gets_the_statistics_of_all_pictures_and_nothing_else_change
         if isinstance(layer, nn.BatchNorm2d):
             layer.reset_running_stats()
     again(IMAGES)  # torch's own, in one batch
-    recalibrate(network, [IMAGES])
+    recalibrate_batchnorms(network, [IMAGES])
     for ours, theirs in zip(network.buffers(), again.buffers(), strict=True):
         if ours.is_floating_point():
             torch.testing.assert_close(ours, theirs)
@@ -345,20 +340,22 @@ def test_a_batchnorm_gets_the_statistics_of_all_pictures_and_nothing_else_change
 def test_recalibration_without_pictures_changes_nothing() -> None:
     network = NETWORKS["3 x 3"]()
     before = copy.deepcopy(network.state_dict())
-    recalibrate(network, [])
+    recalibrate_batchnorms(network, [])
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize(("importance", "method"), [("refit", "none"), ("gamma", "mean")])
-def test_what_needs_moments_measures_them_or_says_so(importance: str, method: str) -> None:
+def test_what_needs_statistics_measures_them_or_says_so(importance: str, method: str) -> None:
     network = NETWORKS["3 x 3"]()
     graph = analyse(network, IMAGES)
     for batches in (None, list):
         with pytest.raises(UsageError, match="calibration images are needed"):
-            measured(importance, method, network, graph, batches)
-    assert measured("gamma", "beta", network, graph, None) == {}
-    found = measured(importance, method, network, graph, lambda: [IMAGES])
-    assert isinstance(found["3"], Moments)
+            measure_importance(network, graph, Method(importance, method), batches)
+    _, nothing = measure_importance(network, graph, Method("gamma", "beta"))
+    assert nothing == CalibrationData()
+    method_used = Method(importance, method)
+    _, calibration = measure_importance(network, graph, method_used, lambda: [IMAGES])
+    assert isinstance(calibration.statistics["3"], InputStatistics)
 
 
 @pytest.mark.parametrize("calibration", [None, []])

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from job.models.factory import build_network
 from job.slimming.analysis import analyse
-from job.slimming.calibrated import scores_for
+from job.slimming.calibration.input_statistics import CalibrationData
 from job.slimming.graph.trace import tensors_in
-from job.slimming.importance.criteria import gamma_importance
+from job.slimming.importance.criteria import gamma_importance, score_channels
 from job.slimming.planning.allocation import Allocation, make_plan
 from job.slimming.planning.cost import Cost
 from job.slimming.planning.cost_model import CostModel
@@ -58,7 +58,7 @@ def counted(network: nn.Module, image: torch.Tensor) -> Cost:
 def check_cut(network: nn.Module, image: torch.Tensor, ratio: float, importance: str) -> nn.Module:
     """Cut to about 1 - ``ratio`` of the channels, prove it, count it, train one step."""
     graph = analyse(network, image)
-    scores = scores_for(importance, network, graph, {})
+    scores = score_channels(importance, network, graph, CalibrationData())
     allocation = Allocation("uniform", Budget("width", 1 - ratio))
     plan = make_plan(network, graph, scores, allocation)
     narrow = apply_plan(network, plan.layers)

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 import job
 from job.errors import StopRequest
-from job.slimming.calibration.paused_forward import forward_passes, standing_bytes
-from job.slimming.compensation import regression
+from job.slimming.analysis import analyse
+from job.slimming.calibration.paused_forward import forward_passes
+from job.slimming.compensation import reconstruction
+from job.slimming.progress import Progress, no_progress
 from support.cuts import randomise
 
 IMAGES = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -61,12 +63,12 @@ def test_a_pass_stands_where_it_is_asked_to_and_sees_what_has_changed() -> None:
     layers = wide.second, wide.last
     before = wide(IMAGES)
     with forward_passes(wide, layers, IMAGES.split(8)) as passes:
-        read = [standing.until(wide.second) for standing in passes]
+        read = [paused.run_until(wide.second) for paused in passes]
         assert [None if values is None else len(values) for values in read] == [8, 8, 4]
         with torch.no_grad():
             wide.second.weight.zero_()
-        after = [standing.until(wide.last) for standing in passes]
-        assert passes[0].until(wide.second) is None  # it has gone by
+        after = [paused.run_until(wide.last) for paused in passes]
+        assert passes[0].run_until(wide.second) is None  # it has gone by
     changed = wide(IMAGES)
     assert not torch.allclose(before, changed)
     assert all(values is not None for values in after)
@@ -87,7 +89,8 @@ def test_only_as_many_pictures_count_as_fit(monkeypatch: pytest.MonkeyPatch) -> 
     wide = network()
     whole, part = slim(wide, list(IMAGES.split(5))), slim(wide, [IMAGES[:10]])
     assert not torch.equal(whole.last.weight, part.last.weight)
-    monkeypatch.setattr(regression, "MOST_BYTES", 2 * 6 * standing_bytes(wide, IMAGES))
+    most = 2 * 6 * analyse(wide, IMAGES).forward.bytes_per_sample
+    monkeypatch.setattr(reconstruction, "MOST_BYTES", most)
     limited = slim(wide, list(IMAGES.split(5)))
     torch.testing.assert_close(limited.last.weight, part.last.weight)
     torch.testing.assert_close(limited.second.weight, part.second.weight)
@@ -95,37 +98,35 @@ def test_only_as_many_pictures_count_as_fit(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_stands_is_counted() -> None:
     # in front of the second convolution: the stream, which is added later; the picture has gone
-    assert standing_bytes(network(), IMAGES) == 4 * 8 * 16 * 16
+    assert analyse(network(), IMAGES).forward.bytes_per_sample == 4 * 8 * 16 * 16
 
 
-def _fail(wide: Network) -> Callable[[], None]:
+def _fail(wide: Network) -> Progress:
     wide.fails = True
-    return lambda: None
+    return no_progress
 
 
-def _stop(_: Network) -> Callable[[], None]:
-    def check() -> None:
-        checks.append(1)
-        if len(checks) == 2:
+def _stop(_: Network) -> Progress:
+    def progress(*step: object) -> None:
+        steps.append(step)
+        if len(steps) == 3:
             raise StopRequest("stopped by request")
 
-    checks: list[int] = []
-    return check
+    steps: list[object] = []
+    return progress
 
 
 @pytest.mark.parametrize(
     ("how", "error"), [(_fail, ValueError), (_stop, StopRequest)], ids=["error", "stop"]
 )
 def test_nothing_is_left_behind(
-    monkeypatch: pytest.MonkeyPatch,
-    how: Callable[[Network], Callable[[], None]],
-    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch, how: Callable[[Network], Progress], error: type[BaseException]
 ) -> None:
     wide = network()
-    check, plain = how(wide), regression.regress
+    progress, original = how(wide), reconstruction.reconstruct
     monkeypatch.setattr(
-        "job.slimming.calibrated.regress",
-        lambda *args, **others: plain(*args, **others | {"check": check}),
+        "job.slimming.compensation.methods.reconstruct",
+        lambda pair, batches, **_: original(pair, batches, progress=progress),
     )
     before = threading.active_count()
     with pytest.raises(error):

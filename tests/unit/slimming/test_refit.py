@@ -14,9 +14,13 @@ from torch.nn import functional as F
 from job.errors import UsageError
 from job.models.student import StudentNet
 from job.slimming.analysis import analyse
-from job.slimming.calibrated import scores_for
-from job.slimming.calibration.moments import Moments, collect
+from job.slimming.calibration.input_statistics import (
+    CalibrationData,
+    InputStatistics,
+    measure_inputs,
+)
 from job.slimming.graph.groups import ChannelGraph
+from job.slimming.importance.criteria import score_channels
 from job.slimming.importance.refit import refit_importance
 from support.commands import ROOT, run
 from support.cuts import randomise
@@ -39,11 +43,11 @@ class Streams(nn.Module):
         return self.one(F.relu(y)) + self.other(torch.cat([F.relu(y), torch.tanh(y), z], 1))
 
 
-def streams() -> tuple[nn.Module, ChannelGraph, dict[str, Moments]]:
+def streams() -> tuple[nn.Module, ChannelGraph, dict[str, InputStatistics]]:
     torch.manual_seed(0)
     network = randomise(Streams()).double()
     graph = analyse(network, IMAGES)
-    return network, graph, collect(network, graph, IMAGES.split(10))
+    return network, graph, measure_inputs(network, graph, IMAGES.split(10))
 
 
 def rows_in_front(network: nn.Module) -> dict[str, np.ndarray]:
@@ -73,9 +77,9 @@ def lost(network: nn.Module, gone: list[int]) -> float:
 
 
 def test_the_loss_is_that_of_a_new_fit_without_the_channels() -> None:
-    network, graph, moments = streams()
+    network, graph, statistics = streams()
     (group,) = [group for group in graph.groups if group.size == 8]
-    scores = refit_importance(network, graph, moments, ridge=1e-12)[group.channels]
+    scores = refit_importance(network, graph, statistics, ridge=1e-12)[group.channels]
     order = np.argsort(scores)
     singly = [lost(network, [channel]) for channel in range(8)]
     assert order[0] == int(np.argmin(singly))
@@ -91,9 +95,9 @@ def test_of_two_equal_channels_one_is_free_and_the_other_is_not() -> None:
         for tensor in (*network.stem.parameters(), *network.norm.state_dict().values()):
             if tensor.dim():
                 tensor[5] = tensor[2]
-    moments = collect(network, graph, [IMAGES])
+    statistics = measure_inputs(network, graph, [IMAGES])
     (group,) = [group for group in graph.groups if group.size == 8]
-    scores = refit_importance(network, graph, moments, ridge=1e-9)[group.channels]
+    scores = refit_importance(network, graph, statistics, ridge=1e-9)[group.channels]
     assert min(scores[2], scores[5]) < 1e-6
     assert max(scores[2], scores[5]) > 1e-3
 
@@ -103,10 +107,10 @@ def test_several_at_once_are_about_as_good(monkeypatch: pytest.MonkeyPatch) -> N
     network = randomise(StudentNet(base=4, num_classes=5)).double()
     graph = analyse(network, torch.zeros(1, 3, 32, 32, dtype=torch.float64))
     images = torch.rand(16, 3, 32, 32, dtype=torch.float64)
-    moments = collect(network, graph, [images])
-    one_by_one = refit_importance(network, graph, moments)
+    statistics = measure_inputs(network, graph, [images])
+    one_by_one = refit_importance(network, graph, statistics)
     monkeypatch.setattr("job.slimming.importance.refit.STEPS", 16)
-    at_once = refit_importance(network, graph, moments)
+    at_once = refit_importance(network, graph, statistics)
     for group in graph.groups:
         ours, theirs = at_once[group.channels], one_by_one[group.channels]
         half = group.size // 2
@@ -116,10 +120,10 @@ def test_several_at_once_are_about_as_good(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_channels_of_readers_that_were_not_seen_have_no_rank() -> None:
-    network, graph, moments = streams()
+    network, graph, statistics = streams()
     scores = refit_importance(network, graph, {})
     assert np.isnan(scores).all()
-    scores = refit_importance(network, graph, {"one": moments["one"]})
+    scores = refit_importance(network, graph, {"one": statistics["one"]})
     sizes = {group.size: np.isfinite(scores[group.channels]).all() for group in graph.groups}
     assert sizes == {8: True, 4: False}
 
@@ -131,7 +135,7 @@ def test_taylor_is_how_the_loss_reacts_to_a_gate_on_each_channel() -> None:
     head.requires_grad_(False)
     labels = torch.arange(32) % 5
     pairs = [(IMAGES[:20], labels[:20]), (IMAGES[20:], labels[20:])]
-    scores = scores_for("taylor", head, graph, {}, lambda: pairs)
+    scores = score_channels("taylor", head, graph, CalibrationData(lambda: pairs))
     expected, step = np.zeros(8), 1e-5
     norm = network.norm
     for images, own in pairs:
@@ -152,7 +156,7 @@ def test_taylor_without_labels_says_what_it_needs() -> None:
     network, graph, _ = streams()
     for batches in (None, lambda: [IMAGES], lambda: [(IMAGES, torch.full((32,), -1))]):
         with pytest.raises(UsageError, match="labelled calibration images"):
-            scores_for("taylor", network, graph, {}, batches)
+            score_channels("taylor", network, graph, CalibrationData(batches))
 
 
 def test_processes_find_together_what_one_finds_alone() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import job
 from job.errors import GammaslimError
-from job.slimming.compensation.recalibration import recalibrate
+from job.slimming.compensation.recalibration import recalibrate_batchnorms
 from support.cuts import randomise
 from support.networks import CUTTABLE, LEFT_ALONE, Net, PreActivation, block
 
@@ -208,7 +208,7 @@ def test_nor_does_what_runs_calibration_pictures(kind: type[nn.Module]) -> None:
         assert everything(network) == before
     norms = {name for name, _ in network.named_buffers() if "running" in name}
     kept = {n: b.clone() for n, b in network.named_buffers() if n not in norms}
-    recalibrate(network, BATCHES)
+    recalibrate_batchnorms(network, BATCHES)
     assert all(torch.equal(b, kept[n]) for n, b in network.named_buffers() if n in kept)
 
 

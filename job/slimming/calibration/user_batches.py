@@ -1,4 +1,4 @@
-"""Calibration batches as users have them: tensors, pairs with labels, several inputs, dicts."""
+"""Calibration batches of a caller: tensors, pairs with labels, several inputs, or dicts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.errors import UsageError, reason
-from job.slimming.calibration.moments import samples_at
+from job.slimming.calibration.batch import image_limit
 from job.slimming.graph.trace import trace_network
 from job.slimming.inputs import (
     arguments_for,
@@ -22,25 +22,27 @@ from job.slimming.inputs import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from job.slimming.calibration.moments import Batch
+    from job.slimming.calibration.batch import Batch
     from job.slimming.inputs import Example
 
-LABELS = ("labels", "label", "targets", "target", "y", "class", "classes")
+LABEL_KEYS = ("labels", "label", "targets", "target", "y", "class", "classes")
 FORMS = "calibration is an iterable of batches, e.g. [images] or a DataLoader"
 
 
-def batches_of(model: nn.Module, example: Example, calibration: Any, least: int = 0) -> list[Batch]:
-    """The first ``batches`` of a user's, on the network's device and in its type.
+def read_batches(
+    model: nn.Module, example: Example, calibration: Any, least: int = 0
+) -> list[Batch]:
+    """Return the first batches of ``calibration``, on the network's device and in its dtype.
 
-    As many as have the samples that are measured, and ``least`` in any case. Each is what the
-    network takes, as the ``example`` is, or a pair of that and labels (B,); of a dict the example's
-    keys count. Raises UsageError for anything else.
+    Reading ends with the images that are used, after ``least`` batches or more. A batch has the
+    form of the ``example``, or is a pair of that and labels (B,). Of a dict, the keys of the
+    example are used. Raises UsageError for anything else, and for no batches.
     """
     if isinstance(calibration, (torch.Tensor, str, Mapping)) or not isinstance(
         calibration, Iterable
     ):
         raise UsageError(f"{FORMS}; got {kind_of(calibration)}")
-    most = samples_at(min(next(tensors_of_inputs(example)).shape[2:], default=0))
+    most = image_limit(min(next(tensors_of_inputs(example)).shape[2:], default=0))
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     batches: list[Batch] = []
     count, seen = 0, set[object]()
@@ -63,13 +65,13 @@ def batches_of(model: nn.Module, example: Example, calibration: Any, least: int 
 def _split(
     model: nn.Module, example: Example, batch: Any, where: str
 ) -> tuple[Example, torch.Tensor | None]:
-    """What the network takes of a batch, and its labels, if it has some."""
+    """The network's inputs in a batch, and its labels, if any."""
     if not isinstance(batch, (torch.Tensor, tuple, list, Mapping)):
         raise UsageError(f"{where} is a {type(batch).__name__}: {FORMS}")
-    if _fits(example, batch):
-        return arguments_for(model, _like_form(example, batch)), _labels_in(batch)
+    if _matches(example, batch):
+        return arguments_for(model, _in_form_of(example, batch)), _labels_in(batch)
     if isinstance(batch, Mapping):
-        images = [v for v in batch.values() if _fits(example, v)]
+        images = [v for v in batch.values() if _matches(example, v)]
         if len(images) == 1:
             return images[0], _labels_in(batch)
         raise UsageError(
@@ -78,24 +80,26 @@ def _split(
         )
     if isinstance(batch, (tuple, list)) and batch:
         *rest, last = batch
-        if len(batch) == 1 and _fits(example, last):
+        if len(batch) == 1 and _matches(example, last):
             return _split(model, example, last, where)
-        if len(batch) > 1 and _fits(example, batch[0]):  # what follows labels is left out
+        if len(batch) > 1 and _matches(example, batch[0]):  # what follows labels is left out
             inputs, own = _split(model, example, batch[0], where)
             return inputs, _labels(batch[1]) if own is None else own
-        if _fits(example, tuple(rest)):
+        if _matches(example, tuple(rest)):
             return tuple(rest), _labels(last)
-    raise UsageError(f"{where} is {_shapes(batch)}, the example {_shapes(example)}: {FORMS}")
+    raise UsageError(
+        f"{where} is {_shapes_text(batch)}, the example {_shapes_text(example)}: {FORMS}"
+    )
 
 
-def _like_form(example: Example, batch: Any) -> Any:
+def _in_form_of(example: Example, batch: Any) -> Any:
     if isinstance(example, dict) and isinstance(batch, Mapping):
         return {key: batch[key] for key in example}
     return tuple(batch) if isinstance(example, tuple) else batch
 
 
-def _fits(example: Any, batch: Any) -> bool:
-    """Whether a batch, or a part of it, is of the form of the example."""
+def _matches(example: Any, batch: Any) -> bool:
+    """Whether a batch, or a part of it, has the form of the example."""
     if isinstance(example, torch.Tensor):
         return (
             isinstance(batch, torch.Tensor)
@@ -104,25 +108,25 @@ def _fits(example: Any, batch: Any) -> bool:
         )
     if isinstance(example, Mapping):
         return isinstance(batch, Mapping) and all(
-            key in batch and _fits(part, batch[key]) for key, part in example.items()
+            key in batch and _matches(part, batch[key]) for key, part in example.items()
         )
     if isinstance(example, (tuple, list)):
         if not isinstance(batch, (tuple, list)):
-            return len(example) == 1 and _fits(example[0], batch)
+            return len(example) == 1 and _matches(example[0], batch)
         if isinstance(example, list) and isinstance(batch, list):
-            return bool(batch) and all(_fits(example[0], part) for part in batch)
-        return len(example) == len(batch) and all(map(_fits, example, batch))
-    return not isinstance(batch, torch.Tensor)  # a number, None: the batch has its own
+            return bool(batch) and all(_matches(example[0], part) for part in batch)
+        return len(example) == len(batch) and all(map(_matches, example, batch))
+    return not isinstance(batch, torch.Tensor)  # a number or None, which a batch may set
 
 
 def _labels_in(batch: Any) -> torch.Tensor | None:
     if not isinstance(batch, Mapping):
         return None
-    return next((_labels(batch[name]) for name in LABELS if name in batch), None)
+    return next((_labels(batch[name]) for name in LABEL_KEYS if name in batch), None)
 
 
 def _labels(value: Any) -> torch.Tensor | None:
-    """Class indices (B,) int64; None for labels of another kind."""
+    """Class indices (B,) int64; None for any other kind of labels."""
     if not isinstance(value, torch.Tensor) or value.dim() != 1:
         return None
     return None if value.is_floating_point() or value.is_complex() else value.long()
@@ -142,7 +146,7 @@ def _check_types(example: Example, inputs: Example, where: str) -> None:
 
 
 def _check_runs(model: nn.Module, inputs: Example, where: str, seen: set[object]) -> None:
-    """Raise UsageError unless the network takes inputs of a shape that was not seen before."""
+    """Raise UsageError unless the network runs on inputs of a shape that is not in ``seen``."""
     if (shape := batch_signature(inputs)) in seen:
         return
     seen.add(shape)
@@ -150,10 +154,10 @@ def _check_runs(model: nn.Module, inputs: Example, where: str, seen: set[object]
         trace_network(model, inputs)
     except Exception as error:  # anybody's network
         raise UsageError(
-            f"{where}, {_shapes(inputs)}: the network does not run on it: {reason(error)}"
+            f"{where}, {_shapes_text(inputs)}: the network does not run on it: {reason(error)}"
         ) from error
 
 
-def _shapes(batch: Any) -> str:
+def _shapes_text(batch: Any) -> str:
     shapes = [str(tuple(tensor.shape)) for tensor in tensors_of_inputs(batch)]
     return " and ".join(shapes[:4]) or f"a {type(batch).__name__} without tensors"

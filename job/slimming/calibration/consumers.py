@@ -1,0 +1,105 @@
+"""Consumers: the layers that sum over channels, and the values that they read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from job.slimming.graph.layers import CONVOLUTIONS, modules_of
+
+if TYPE_CHECKING:
+    from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.graph.union import Ids
+
+MOST_VALUES = 2**24  # of one batch before one layer: 128 MiB in float64
+MOST_PRODUCTS = 2**33  # of one batch before one layer: about a second
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A convolution or linear layer that sums over ``channels`` (C,), given by number.
+
+    Each channel has ``columns`` consecutive columns of the weight: more than one only in a linear
+    layer after a flatten. Channels are summed within each of ``groups``.
+    """
+
+    layer: str
+    channels: Ids
+    columns: int
+    groups: int
+
+    def weight(self, network: nn.Module) -> torch.Tensor:
+        """Return the weight as (outputs, C / groups, kernel or columns), float64 on the CPU."""
+        weight = network.get_submodule(self.layer).get_parameter("weight").detach()
+        wide: torch.Tensor = weight.cpu().double()
+        return wide.reshape(len(wide), len(self.channels) // self.groups, -1)
+
+
+def consumers_of(network: nn.Module, graph: ChannelGraph) -> list[Consumer]:
+    """Return the consumers of channels that can be cut, in the order of the data flow.
+
+    Parameters that no known layer owns are left out, and weights that several layers share.
+    """
+    layers = modules_of(network, once=True).values()
+    uses = Counter(id(m.weight) for m in layers if isinstance(m, (*CONVOLUTIONS, nn.Linear)))
+    consumers = []
+    for slot in graph.slots:
+        if slot.side != "in" or not slot.ids.any():
+            continue
+        try:
+            layer = network.get_submodule(slot.layer)
+        except AttributeError:  # a parameter without a known layer: hooks do not see its inputs
+            continue
+        if uses[id(layer.weight)] > 1:
+            continue
+        columns = _columns_per_channel(slot.ids) if isinstance(layer, nn.Linear) else 1
+        groups = int(getattr(layer, "groups", 1))
+        consumers.append(Consumer(slot.layer, slot.ids[::columns], columns, groups))
+    return consumers
+
+
+def _columns_per_channel(ids: Ids) -> int:
+    """The longest run of columns that divides ``ids`` into runs of one channel each."""
+    bounds = np.flatnonzero(np.diff(ids)) + 1
+    return math.gcd(len(ids), *bounds.tolist())
+
+
+def input_values(layer: nn.Module, values: torch.Tensor, consumer: Consumer) -> torch.Tensor:
+    """Return the input of a consumer as (B, C, P): P values of each channel."""
+    if isinstance(layer, nn.Linear):
+        return values.reshape(-1, values.shape[-1] // consumer.columns, consumer.columns)
+    return _without_skipped(layer, values).flatten(2)
+
+
+def _without_skipped(layer: Any, values: torch.Tensor) -> torch.Tensor:
+    """(B, C, …) without the places that a strided 1 x 1 convolution skips."""
+    if set(layer.kernel_size) != {1} or layer.padding not in ("valid", (0,) * (values.dim() - 2)):
+        return values
+    for axis, stride in enumerate(layer.stride, 2):
+        places = torch.arange(0, values.shape[axis], stride, device=values.device)
+        values = values.index_select(axis, places) if stride > 1 else values
+    return values
+
+
+def sample_rows(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Return rows (N, C) of ``values`` (B, C, P): all B * P of them, or an even sample.
+
+    The sample is as large as the products of ``width`` columns are cheap. It covers each of the P
+    places equally often.
+    """
+    size, channels, places = values.shape
+    most = max(1, min(MOST_VALUES // width, MOST_PRODUCTS // width**2))
+    step = -(-size * places // most)
+    rows = values.transpose(1, 2)
+    if step <= 1:
+        return rows.reshape(-1, channels)
+    while math.gcd(step, places) > 1:  # else it would cover only some columns of the images
+        step += 1
+    chosen = torch.arange(0, size * places, step, device=values.device)
+    return rows[chosen // places, chosen % places]

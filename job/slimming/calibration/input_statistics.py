@@ -1,0 +1,125 @@
+"""Means and covariances of layer inputs over the calibration images.
+
+Least squares needs nothing else: see job.slimming.importance.refit and
+job.slimming.compensation.reconstruction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from job.distributed.collectives import total
+from job.errors import DataError
+from job.slimming.calibration.batch import inputs_of
+from job.slimming.calibration.consumers import consumers_of, input_values, sample_rows
+from job.slimming.graph.trace import eval_with_hooks
+from job.slimming.inputs import call_network
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import nn
+
+    from job.slimming.calibration.batch import Batch, Batches
+    from job.slimming.calibration.consumers import Consumer
+    from job.slimming.graph.groups import ChannelGraph
+
+RIDGE = 1e-3  # added to the diagonal of covariances, as a fraction of the mean variance
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """``mean`` (C,) and ``covariance`` (C, C) of ``count`` input rows, float64 on the CPU."""
+
+    count: int
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What a cut may know of the calibration images.
+
+    ``batches`` is None without images. ``statistics`` are those of the inputs of each consumer, by
+    layer; empty where nothing needs them.
+    """
+
+    batches: Batches | None = None
+    statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
+
+    def images(self) -> Iterable[Batch]:
+        """Return the calibration batches of this process from the first one; none without any."""
+        return self.batches() if self.batches else ()
+
+
+def measure_inputs(
+    network: nn.Module, graph: ChannelGraph, batches: Iterable[Batch]
+) -> dict[str, InputStatistics]:
+    """Return the statistics of the inputs of every consumer that runs, by layer.
+
+    They are over the batches of all processes; a process may have none. Large feature maps are
+    sampled evenly. Raises DataError where an input is not finite.
+    """
+    consumers = {consumer.layer: consumer for consumer in consumers_of(network, graph)}
+    running = {name: _running(network, consumer) for name, consumer in consumers.items()}
+
+    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], name: str) -> None:
+        consumer = consumers[name]
+        values = input_values(layer, inputs[0], consumer)
+        running[name].add(sample_rows(values, len(consumer.channels)))
+
+    hooks = [(network.get_submodule(name), partial(hook, name=name)) for name in consumers]
+    with eval_with_hooks(network, hooks):
+        for batch in batches:
+            call_network(network, inputs_of(batch))
+    statistics = {name: sums.result(name) for name, sums in running.items()}
+    return {name: measured for name, measured in statistics.items() if measured.count}
+
+
+def _running(network: nn.Module, consumer: Consumer) -> RunningStatistics:
+    weight = network.get_submodule(consumer.layer).get_parameter("weight")
+    size = len(consumer.channels)
+    return RunningStatistics(size, size, weight.device)
+
+
+class RunningStatistics:
+    """Mean and covariance of rows of ``size`` columns, accumulated in float64.
+
+    Covariances are those of the first ``left`` columns with all columns. Sums are relative to the
+    running mean, which keeps them accurate.
+    """
+
+    def __init__(self, left: int, size: int, device: torch.device) -> None:
+        self.mean = torch.zeros(size, dtype=torch.float64, device=device)
+        self.scatter = self.mean.new_zeros(left, size)
+        self.left, self.count = left, 0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add ``rows`` (N, size)."""
+        rows = rows.double()
+        if not len(rows):
+            return
+        mean = rows.mean(0)
+        centred, shift = rows - mean, mean - self.mean
+        count = self.count + len(rows)
+        self.scatter.addmm_(centred[:, : self.left].T, centred)
+        self.scatter.addr_(shift[: self.left], shift, alpha=self.count * len(rows) / count)
+        self.mean.add_(shift, alpha=len(rows) / count)
+        self.count = count
+
+    def result(self, name: str) -> InputStatistics:
+        """Return the statistics over all processes (Chan et al. 1982).
+
+        Raises DataError, with the ``name`` of the layer, where they are not finite.
+        """
+        count = int(total(self.mean.new_tensor(float(self.count))))
+        mean = total(self.mean * self.count) / max(1, count)
+        shift = self.mean - mean
+        scatter = total(self.scatter.addr(shift[: self.left], shift, alpha=self.count))
+        if not bool(scatter.isfinite().all()):
+            raise DataError(f"what {name} reads of the calibration images is not finite")
+        return InputStatistics(count, mean.cpu(), (scatter / max(1, count)).cpu())

@@ -1,0 +1,92 @@
+"""Facts of a forward pass that a cut needs later, derived once from its trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from job.slimming.graph.layers import owner_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from job.slimming.graph.trace import Trace
+
+CONSUMERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
+
+
+@dataclass(frozen=True)
+class TraceSummary:
+    """Facts of one forward pass in eval mode.
+
+    ``norms_after`` gives, for a convolution or linear layer, the BatchNorms that alone read its
+    outputs. ``bytes_per_sample`` is about the most that a pass keeps in memory while it is paused
+    before a layer. ``keeps_activations`` says that the network stores activations of a batch, so
+    that another pass would see them.
+    """
+
+    norms_after: Mapping[str, tuple[str, ...]]
+    bytes_per_sample: int
+    keeps_activations: bool
+
+
+NOTHING_TRACED = TraceSummary({}, 1, keeps_activations=False)
+
+
+def summarise_trace(trace: Trace) -> TraceSummary:
+    """Return the facts of a forward pass."""
+    return TraceSummary(_norms_after(trace), _bytes_per_sample(trace), _keeps_activations(trace))
+
+
+def _norms_after(trace: Trace) -> dict[str, tuple[str, ...]]:
+    """The BatchNorms that alone read the outputs of each convolution or linear layer.
+
+    Layers whose outputs are also read elsewhere are left out, and BatchNorms that read the outputs
+    of several layers.
+    """
+    producers: dict[int, str] = {}  # by id of the activation
+    norms: dict[str, set[str | None]] = {}  # that read a layer's outputs; None: another op
+    sources: dict[str, set[str | None]] = {}  # layers whose outputs a BatchNorm reads
+    for op in trace.ops:
+        norm = None
+        if op.name == "batch_norm":
+            norm = trace.name(op.argument(1, "running_mean"))
+            producer = producers.get(id(op.argument(0, "input")))
+            sources.setdefault(owner_of(norm or ""), set()).add(producer)
+        for tensor in op.inputs():
+            if id(tensor) in producers:
+                readers = norms.setdefault(producers[id(tensor)], set())
+                readers.add(owner_of(norm) if norm else None)
+        for result in op.results():
+            producers.pop(id(result), None)
+        weight = trace.name(op.argument(1, "weight"))
+        if op.name in CONSUMERS and weight:
+            producers[id(op.result)] = owner_of(weight)
+    for output in trace.outputs:
+        if id(output) in producers:
+            norms.setdefault(producers[id(output)], set()).add(None)
+    return {
+        layer: tuple(sorted(norm for norm in after if norm))
+        for layer, after in norms.items()
+        if None not in after and all(sources[norm or ""] == {layer} for norm in after)
+    }
+
+
+def _bytes_per_sample(trace: Trace) -> int:
+    last = {id(t): n for n, op in enumerate(trace.ops) for t in op.inputs()}
+    alive = {id(tensor): tensor.nbytes for tensor in trace.inputs}
+    most = sum(alive.values())
+    for number, op in enumerate(trace.ops):
+        if op.name in CONSUMERS:
+            most = max(most, sum(alive.values()))
+        alive |= {id(result): result.nbytes for result in op.results()}
+        alive = {key: size for key, size in alive.items() if last.get(key, -1) > number}
+    return most // trace.sample_count
+
+
+def _keeps_activations(trace: Trace) -> bool:
+    results = (result for op in trace.ops for result in op.results())
+    return any(
+        id(tensor) in trace.constants and tensor.dim() > 1 and len(tensor) == trace.sample_count
+        for tensor in (*trace.inputs, *results)
+    )
