@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from job.slimming.api import slim
     from job.slimming.planning.plan import Plan
 
-    __version__: str
+__version__ = "0.1.0"  # pyproject.toml reads it from here
 
 # torch takes a second to import, and `gammaslim --help` must not wait for it
 LAZY = {
@@ -57,10 +57,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from job.versions import version
-
-        return version()
     if name not in LAZY:
         raise AttributeError(f"module 'job' has no attribute {name!r}")
     return getattr(importlib.import_module(LAZY[name]), name)

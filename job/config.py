@@ -1,17 +1,16 @@
-"""Configuration of the main job: frozen; defaults < TOML file < environment < command line."""
+"""Configuration of ``prune``: frozen, checked, and the one place where its options are declared.
+
+A value comes from the command line, else from the environment, else from a TOML file, else it is
+the default. ``job.options`` says what is derived from a declaration.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from job.errors import ConfigError, InputNotFound, UsageError, did_you_mean, shown
-from job.files import parse_toml, read_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+from job.errors import UsageError
+from job.options import option
 
 ResumeMode = Literal["auto", "never", "require"]
 BadImageMode = Literal["fail", "skip"]
@@ -27,127 +26,338 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 WandbMode = Literal["auto", "online", "offline", "off"]
 
-# Options that may differ when a run is resumed: they cannot change its result.
-HARMLESS = frozenset(
-    {
-        "data",
-        "output",
-        "resume",
-        "weights",  # their content is compared in place of the path, as the teacher's is
-        "teacher",
-        "workers",
-        "wandb",
-        "wandb_project",
-        "dry_run",
-        "checkpoint_every",
-    }
-)
+DEFAULT_BASE_EPOCHS = 24
+DEFAULT_SPARSITY = 1e-4  # Liu et al. 2017, for VGG
+MAX_DROP = 1.0  # points of accuracy below the base that a recommended model may have
+
+OF_TRANSFORM = "that of --transform"
 
 
-@dataclass(frozen=True)
-class PruneConfig:
-    """Every option of ``gammaslim prune``; ``None`` means: found out from the data or weights."""
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The data set."""
 
-    data: str | None = None
-    output: str | None = None
-    resume: ResumeMode = "auto"
-    on_bad_image: BadImageMode = "fail"
-    transform: str = "auto"
-    image_size: int | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    resize: str | None = None
-    crop: float | None = None
-    interpolation: InterpolationName | None = None
-    model: str = "student"
-    model_arg: tuple[tuple[str, int | float | bool | str], ...] = ()
-    weights: str | None = None
-    num_classes: int | None = None
-    base_epochs: int | None = None
-    rounds: int | Literal["auto"] = 5  # auto: until a round loses too much
-    rate: float = 0.95
-    epochs: int = 5
-    batch_size: int = 32
-    optimizer: OptimizerName = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    schedule: ScheduleName = "cosine"
-    policy: PolicyName = "uniform"
-    target: str | None = None
-    round_to: int = 1
-    min_keep: float = 0.1
-    importance: ImportanceName = "refit"
-    compensate: CompensationName = "regress"
-    recalibrate: int = 0
-    batchnorm: BatchNormMode = "sync"
-    sparsity: SparsityName = "none"
-    sparsity_weight: float | None = None
-    sparsity_epochs: int = 0
-    distill_alpha: float = 0.0
-    distill_temperature: float = 4.0
-    teacher: str | None = None
-    max_drop: float | None = None
-    seed: int = 0
-    device: DeviceName = "auto"
-    precision: PrecisionName = "auto"
-    workers: int | None = None
-    wandb: WandbMode = "auto"
-    wandb_project: str = "gammaslim"
-    checkpoint_every: float = 300.0
-    dry_run: bool = False
+    data: str | None = option(
+        None,
+        "Folder of images or IDX files, or a CSV file.",
+        metavar="PATH",
+        default_text="built-in Fashion-MNIST",
+        changes_result=False,  # the fingerprint of the content is compared instead
+    )
+    on_bad_image: BadImageMode = option("fail", "What to do with an image that cannot be read.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessingConfig:
+    """How images become inputs of the network."""
+
+    transform: str = option(
+        "auto",
+        "How images become inputs: homework, small, imagenet, or the preprocessing of pretrained "
+        "weights, e.g. timm:resnet50 or torchvision:ResNet50_Weights.IMAGENET1K_V2. auto: small "
+        "for images of up to 64 pixels, else homework. The options below override it.",
+    )
+    image_size: int | None = option(
+        None, "Side of the network's input, in pixels.", at_least=1, default_text=OF_TRANSFORM
+    )
+    mean: tuple[float, float, float] | None = option(
+        None,
+        "Mean of each channel, which is subtracted, on a scale from 0 to 1: three numbers or one.",
+        default_text=OF_TRANSFORM,
+    )
+    std: tuple[float, float, float] | None = option(
+        None,
+        "Standard deviation of each channel, which it is divided by: three numbers or one.",
+        default_text=OF_TRANSFORM,
+    )
+    resize: str | None = option(
+        None,
+        "Size before the crop: 256 (the shorter side), 256x256 (both sides, ignoring the aspect "
+        "ratio), longer:256, or none.",
+        default_text=OF_TRANSFORM,
+    )
+    crop: float | None = option(
+        None,
+        "Central crop: a fraction of the resized side, e.g. 0.875, or a number of pixels, which "
+        "is then the image size.",
+        default_text=OF_TRANSFORM,
+    )
+    interpolation: InterpolationName | None = option(
+        None, "Filter that resizes images.", default_text=OF_TRANSFORM
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network and its weights."""
+
+    model: str = option(
+        "student",
+        "The network: student, vgg19-cifar, resnet164-cifar, densenet40-cifar, a torchvision "
+        "classification model, or your own as module:factory.",
+    )
+    model_arg: tuple[tuple[str, int | float | bool | str], ...] = option(
+        (),
+        "An argument of the network, e.g. width_mult=0.95 or aux_logits=true. Can be repeated.",
+    )
+    weights: str | None = option(
+        None,
+        "Weights to start from: a state dict (.safetensors, .pt, .pth or .bin), or a run, "
+        "round or model folder.",
+        metavar="PATH",
+        changes_result=False,  # their content is compared instead
+    )
+    num_classes: int | None = option(
+        None, "Number of classes.", at_least=1, default_text="that of the data or weights"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Base training and fine-tuning."""
+
+    base_epochs: int | None = option(
+        None,
+        "Epochs of base training.",
+        at_least=0,
+        default_text=f"{DEFAULT_BASE_EPOCHS}, or 0 with --weights",
+    )
+    epochs: int = option(5, "Epochs of fine-tuning in each round.", at_least=1)
+    batch_size: int = option(32, "Global batch size, split over the processes.", at_least=1)
+    optimizer: OptimizerName = option(
+        "adamw", "Optimizer; each round creates a new one. sgd has momentum."
+    )
+    lr: float = option(1e-3, "Learning rate at the start of each round.", above=0)
+    weight_decay: float = option(
+        0.01, "Weight decay. Biases and BatchNorm parameters have none.", at_least=0
+    )
+    schedule: ScheduleName = option("cosine", "Schedule of the learning rate within each round.")
+    batchnorm: BatchNormMode = option(
+        "sync",
+        "BatchNorm statistics: of the global batch (sync), or of each process's share (local).",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlimmingConfig:
+    """What each round cuts, and how."""
+
+    rounds: int | Literal["auto"] = option(
+        5,
+        "Number of rounds, each a cut and fine-tuning. auto: until a round loses more than "
+        "--max-drop.",
+    )
+    rate: float = option(
+        0.95, "Width of each round, relative to the round before.", above=0, at_most=1
+    )
+    target: str | None = option(
+        None,
+        "What is left after the last round: width, channels, params, macs or bytes, as a fraction "
+        "of the base (at most 1) or a number.",
+        default_text="--rate in each round",
+    )
+    policy: PolicyName = option(
+        "uniform",
+        "How the cut is allocated: the same fraction of every channel group (uniform), or by one "
+        "threshold over all groups (global).",
+    )
+    importance: ImportanceName = option(
+        "refit",
+        "Criterion that ranks channels: scale of BatchNorm (gamma), norm of the weights (l2), "
+        "random, error of the next layers after they are fitted again (refit), or first-order "
+        "change of the loss (taylor).",
+    )
+    compensate: CompensationName = option(
+        "regress",
+        "What the next layers get for removed channels: nothing (none), the activation of β "
+        "(beta), the mean activation (mean), or a fit of their weights to their former outputs "
+        "(regress).",
+    )
+    recalibrate: int = option(
+        0, "Batches over which BatchNorm statistics are measured again after a cut.", at_least=0
+    )
+    round_to: int = option(1, "Keep a multiple of N channels in each group.", at_least=1)
+    min_keep: float = option(
+        0.1, "Fraction of each group that the global policy always keeps.", at_least=0, at_most=1
+    )
+    max_drop: float | None = option(
+        None,
+        "Points of accuracy below the base that a round may lose. The first round that loses more "
+        "is the last.",
+        metavar="POINTS",
+        at_least=0,
+        at_most=100,
+        default_text=f"no limit; {MAX_DROP:g} with --rounds auto",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """Training for sparsity, and distillation."""
+
+    sparsity: SparsityName = option("none", "Penalty on γ in the last epochs before the first cut.")
+    sparsity_weight: float | None = option(
+        None, "Weight of the penalty.", metavar="λ", above=0, default_text=f"{DEFAULT_SPARSITY:g}"
+    )
+    sparsity_epochs: int = option(
+        0, "Epochs with the penalty, after those of --base-epochs.", at_least=0
+    )
+    distill_alpha: float = option(
+        0.0,
+        "Weight of the teacher's outputs in the loss. The labels have the rest.",
+        at_least=0,
+        at_most=1,
+    )
+    distill_temperature: float = option(
+        4.0, "Temperature that softens the outputs of teacher and network.", above=0
+    )
+    teacher: str | None = option(
+        None,
+        "Teacher: a run, round or model folder.",
+        metavar="MODEL",
+        default_text="the base",
+        changes_result=False,  # its content is compared instead
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningConfig:
+    """Where and how the job runs."""
+
+    output: str | None = option(
+        None,
+        "Run folder.",
+        metavar="RUN",
+        default_text="runs/MODEL-DATA, or the next free number if its options differ",
+        changes_result=False,
+    )
+    resume: ResumeMode = option(
+        "auto",
+        "Whether to resume the run in the folder: if there is one (auto), never, or always, and "
+        "fail if there is none (require).",
+        changes_result=False,
+    )
+    checkpoint_every: float = option(
+        300.0,
+        "Seconds between saved positions within an epoch.",
+        metavar="SECONDS",
+        at_least=0,
+        changes_result=False,
+    )
+    seed: int = option(
+        0, "Seed of weights, sample order and augmentation.", at_least=0, at_most=2**63 - 1
+    )
+    device: DeviceName = option("auto", "Device. auto: a GPU if there is one.")
+    precision: PrecisionName = option(
+        "auto",
+        "Precision of training. auto: bf16 on a GPU that supports it, else fp16; fp32 on a CPU.",
+    )
+    workers: int | None = option(
+        None,
+        "Number of data loader processes.",
+        at_least=0,
+        default_text="depends on the number of cores",
+        changes_result=False,
+    )
+    dry_run: bool = option(
+        False, "Check everything, show the plan, train nothing.", changes_result=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Weights & Biases."""
+
+    wandb: WandbMode = option(
+        "auto",
+        "Whether the run is logged to Weights & Biases. auto: online if an API key is configured, "
+        "else offline, in the run folder.",
+        changes_result=False,
+    )
+    wandb_project: str = option(
+        "gammaslim", "Project that the run is logged to.", changes_result=False
+    )
+
+
+SECTIONS: dict[str, type] = {  # of the help page, and of the table of options
+    "Data": DataConfig,
+    "Preprocessing": PreprocessingConfig,
+    "Model": ModelConfig,
+    "Training": TrainingConfig,
+    "Slimming": SlimmingConfig,
+    "Sparsity and distillation": SparsityConfig,
+    "Running": RunningConfig,
+    "Tracking": TrackingConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(  # Python orders the fields of the last base first
+    TrackingConfig,
+    RunningConfig,
+    SparsityConfig,
+    SlimmingConfig,
+    TrainingConfig,
+    ModelConfig,
+    PreprocessingConfig,
+    DataConfig,
+):
+    """Every option of ``gammaslim prune``. None: it is determined by the data or the weights."""
 
     def __post_init__(self) -> None:
-        """Raise UsageError where options contradict each other."""
+        """Raise UsageError for options that contradict each other."""
         for name in ("data", "output", "weights", "teacher"):
-            if getattr(self, name) == "":  # as from a shell variable that is not set
+            if getattr(self, name) == "":  # e.g. a shell variable that is not set
                 raise UsageError(f"--{name} is empty: give a path, or leave the option out")
         if self.sparsity != "none" and not self.sparsity_epochs:
             raise UsageError(
-                f"--sparsity {self.sparsity} acts in its own epochs: give their number, e.g. "
-                "--sparsity-epochs 10"
+                f"--sparsity {self.sparsity} needs epochs of its own: add e.g. --sparsity-epochs 10"
             )
         if self.sparsity == "none" and (self.sparsity_epochs or self.sparsity_weight is not None):
-            option = "epochs" if self.sparsity_epochs else "weight"
-            raise UsageError(f"--sparsity-{option} needs --sparsity l1 or --sparsity polarize")
-        if self.rounds == AUTO and self.target:
+            name = "epochs" if self.sparsity_epochs else "weight"
+            raise UsageError(f"--sparsity-{name} needs --sparsity l1 or --sparsity polarize")
+        if self.rounds == "auto" and self.target:
             raise UsageError(
-                f"--target {self.target} is spread over a number of rounds, --rounds auto has "
-                "none: leave one of them out"
+                f"--target {self.target} needs a number of rounds to be spread over: leave out "
+                "--rounds auto or --target"
             )
-        if self.rounds == AUTO and self.rate >= 1:
-            raise UsageError(f"--rounds auto would never end at --rate {self.rate:g}: e.g. 0.9")
+        if self.rounds == "auto" and self.rate >= 1:
+            raise UsageError(
+                f"--rounds auto never ends with --rate {self.rate:g}: give a rate below 1, e.g. 0.9"
+            )
         if self.teacher and not self.distill_alpha:
-            raise UsageError("--teacher has no effect without --distill-alpha, e.g. 0.9")
+            raise UsageError("--teacher has no effect without --distill-alpha: add e.g. 0.9")
 
     @property
     def first_epochs(self) -> int:
-        """Epochs of base training: none when there are weights, unless asked for."""
+        """Epochs of base training: by default none when there are weights."""
         if self.base_epochs is not None:
             return self.base_epochs
         return 0 if self.weights else DEFAULT_BASE_EPOCHS
 
     @property
     def last_round(self) -> int | None:
-        """The number of the last round; None: that is for the accuracies to decide."""
+        """The number of the last round. None: it depends on the accuracies."""
         return self.rounds if isinstance(self.rounds, int) else None
 
     @property
     def most_points_lost(self) -> float | None:
-        """Points of accuracy below the base after which a round is the last, if there are such."""
+        """Points of accuracy below the base after which a round is the last. None: no limit."""
         return MAX_DROP if self.max_drop is None and self.last_round is None else self.max_drop
 
     @property
     def sparsity_strength(self) -> float:
-        """λ: how hard sparsity pulls on γ, in units of the loss."""
+        """Weight λ of the sparsity penalty on γ, in units of the loss."""
         return DEFAULT_SPARSITY if self.sparsity_weight is None else self.sparsity_weight
 
     @property
     def caution(self) -> str | None:
-        """What is likely to disappoint, said before a run."""
+        """A combination of options that is likely to disappoint, for the console; or None."""
         if self.importance == "refit" and self.compensate in ("beta", "mean"):
             return (
-                f"--importance refit counts on --compensate regress; with "
-                f"{self.compensate} the accuracy right after a cut is far lower than with gamma"
+                "--importance refit assumes --compensate regress: with "
+                f"--compensate {self.compensate} the accuracy right after a cut is far lower than "
+                "with --importance gamma"
             )
         return None
 
@@ -157,88 +367,7 @@ class PruneConfig:
         return dict(self.model_arg)
 
     def to_dict(self) -> dict[str, Any]:
-        """Options that are set, as TOML can hold them."""
+        """The options that are not None, as values of TOML."""
         values = asdict(self) | {"model_arg": [f"{key}={value}" for key, value in self.model_arg]}
         lists = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
         return {key: value for key, value in lists.items() if value is not None}
-
-
-AUTO = "auto"
-MAX_DROP = 1.0  # points of accuracy below the base that a recommended model may have
-DEFAULT_BASE_EPOCHS = 24
-DEFAULT_SPARSITY = 1e-4  # Liu et al. 2017, for VGG
-
-
-def read_toml(source: str, command: str, options: Iterable[str]) -> dict[str, Any]:
-    """Values for ``command`` in a recipe or TOML file: keys at the top and in ``[command]``.
-
-    Tables of other commands and those that a run adds to its own config.toml are passed over.
-    Raises InputNotFound, or ConfigError for TOML that is wrong or a key that is no option.
-    """
-    name, text = _config_text(source)
-    try:
-        content = parse_toml(text)
-    except ValueError as error:
-        raise ConfigError(f"{name} is not valid TOML: {error}") from error
-    own = content.pop(command, {})
-    if not isinstance(own, dict):
-        raise ConfigError(f"{name}: {command} must be a table, [{command}]")
-    top = {key: value for key, value in content.items() if not isinstance(value, dict)}
-    for table in set(content) - set(top) - TABLES:
-        near = did_you_mean(table, TABLES)
-        raise ConfigError(f"{name}: there is no table [{table}]{near}")
-    known = {option.replace("-", "_") for option in options}
-    values = {}
-    for key, value in {**top, **own}.items():
-        plain = key.replace("-", "_")
-        if plain not in known:
-            raise ConfigError(f"{name}: {command} has no option {key}{did_you_mean(plain, known)}")
-        values[plain] = value
-    return values
-
-
-TABLES = frozenset(
-    {"prune", "launch", "evaluate", "predict", "inspect", "slim", "export", "report"}
-    | {"versions", "dataset", "base"}
-)
-
-
-def recipes() -> dict[str, str]:
-    """The built-in configurations: name -> TOML text."""
-    folder = resources.files("job") / "recipes"
-    files = sorted(folder.iterdir(), key=lambda f: f.name)
-    return {f.name[:-5]: f.read_text("utf-8") for f in files if f.name.endswith(".toml")}
-
-
-def _config_text(source: str) -> tuple[str, str]:
-    built_in = recipes()
-    if source in built_in:
-        return f"recipe {source}", built_in[source]
-    path = Path(source)
-    if not path.is_file():
-        raise InputNotFound(
-            f"--config {shown(source)} is neither a file nor a recipe ({', '.join(built_in)})"
-        )
-    try:
-        return shown(source), read_bytes(path).decode()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{shown(source)} cannot be read: {error}") from error
-
-
-def write_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """TOML text of tables of strings, numbers, booleans and lists of strings."""
-    lines = []
-    for table, values in tables.items():
-        lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), ""]
-    return "\n".join(lines)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    text = shown(str(value)).replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in text) + '"'

@@ -1,4 +1,8 @@
-"""What a person sees: plain lines, one line of progress, the table of rounds."""
+"""What a command prints: lines, warnings, errors, results, and one line of progress.
+
+Only the main process prints lines and progress; any process may warn. The logging module is not
+used: code of the user's network may configure or disable it, and scripts read these lines.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +16,30 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from job.errors import printable
+from job.errors import OutputClosedError, printable
 from job.processes import is_main
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-
 LIVE = 0.1  # seconds between drawings on a terminal
 LOGGED = 30.0  # seconds between lines in a log
-SHORT = 10.0  # seconds: a phase of less gets no line in a log
+SHORT = 10.0  # seconds: a shorter phase gets no line in a log
 
 
 class _Line:
-    """The one line of progress: redrawn in place on a terminal, a line now and then in a log."""
+    """The one line of progress: redrawn in place on a terminal, printed now and then in a log."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.phase = self.detail = ""
         self.share: float | None = None  # of the phase that is done
         self.run_left: Callable[[], str] | None = None
-        self.drawn = ""  # on the terminal at present
+        self.drawn = ""  # on the terminal now
         self.began = self.tick = self.logged = time.monotonic()
 
     def update(self, phase: str, detail: str = "", share: float | None = None) -> None:
-        """Show what is being done, unless the last drawing was just now; main process only."""
+        """Show the present phase, unless the line was drawn a moment ago; main process only."""
         if not is_main():
             return
         with self.lock:
@@ -51,17 +54,16 @@ class _Line:
             self._log(now)
 
     def _log(self, now: float) -> None:
-        """In a log, a line every half minute, of phases that take some time."""
-        ours = sys.stdout if self.run_left else sys.stderr  # other commands' output is data
-        if _is_terminal(ours) and _is_terminal(sys.stderr):
+        """Print the line in a log every half minute, if the phase takes some time."""
+        stream = sys.stdout if self.run_left else sys.stderr  # stdout of other commands is data
+        if _is_terminal(stream) and _is_terminal(sys.stderr):
             return
         if now - self.logged >= LOGGED and now - self.began >= SHORT:
             self.logged = now
-            with written():
-                click.echo(self.text(), err=ours is sys.stderr)
+            _write(self.text(), err=stream is sys.stderr)
 
     def text(self) -> str:
-        """The phase, how much of it is done, and the time left."""
+        """Return the phase, the share of it that is done, and the time left."""
         left = self.run_left() if self.run_left else self._phase_left()
         share = "" if self.share is None else f"{self.share:.0%}"
         name = ", ".join(part for part in (self.phase, self.detail) if part)
@@ -76,12 +78,11 @@ class _Line:
     def erase(self) -> None:
         """Empty the line on the terminal, for another writer."""
         if self.drawn:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+            _clear()
             self.drawn = ""
 
     def draw(self) -> None:
-        """Write the line on the terminal; it must not wrap."""
+        """Write the line on the terminal, cut so that it does not wrap."""
         if self.phase and _is_terminal(sys.stderr):
             self.drawn = printable(self.text())[: shutil.get_terminal_size().columns - 1]
             sys.stderr.write(self.drawn)
@@ -91,60 +92,96 @@ class _Line:
 _line = _Line()
 
 
-def _is_terminal(stream: Any) -> bool:
-    try:
-        return bool(stream.isatty())
-    except (AttributeError, ValueError):  # there is none, or it is closed
-        return False
+class _Lines:
+    on_stderr = False
+
+
+def say(text: str) -> None:
+    """Print a line, on the main process only."""
+    if is_main():
+        _write(text, err=_Lines.on_stderr)
+
+
+def say_aside(text: str) -> None:
+    """Print a line on stderr, on the main process only: it is not part of a command's output."""
+    if is_main():
+        _write(text, err=True)
+
+
+def say_cautions(cautions: Iterable[str | None]) -> None:
+    """Print a line for each caution that is not None."""
+    for caution in cautions:
+        if caution:
+            say(f"caution: {caution}")
+
+
+def warn(text: str) -> None:
+    """Print a line on stderr that begins with "Warning: ", from any process."""
+    _write_problem("Warning", text)
+
+
+def print_error(text: str) -> None:
+    """Print a line on stderr that begins with "Error: ", from any process."""
+    phase("")
+    _write_problem("Error", text)
+
+
+def print_result(content: str | bytes) -> None:
+    """Print the result of a command on stdout, on the main process only; bytes as they are."""
+    if is_main():
+        _write(content)
 
 
 @contextmanager
-def written() -> Iterator[None]:
-    """A context for whoever else writes on the terminal: the line of progress is out of the way."""
+def lines_on_stderr(active: bool) -> Iterator[None]:
+    """Print lines on stderr meanwhile if ``active``: stdout has only the result, for programs."""
+    _Lines.on_stderr = active
+    try:
+        yield
+    finally:
+        _Lines.on_stderr = False
+
+
+def _write(content: str | bytes, *, err: bool = False) -> None:
+    """Write a line, or bytes, on stdout or stderr; raises OutputClosedError."""
+    with _line_erased():
+        try:
+            click.echo(content, err=err, nl=isinstance(content, str))
+        except BrokenPipeError as error:
+            raise OutputClosedError("nobody reads the output any more") from error
+
+
+def _write_problem(kind: str, text: str) -> None:
+    with _line.lock:
+        _line.erase()
+        _clear()  # another process may have drawn on this terminal
+        _write(f"{kind}: {printable(text)}", err=True)  # the text may quote anything
+
+
+@contextmanager
+def _line_erased() -> Iterator[None]:
+    """Erase the line of progress while another writer uses the terminal."""
     with _line.lock:
         _line.erase()
         yield
         _line.draw()
 
 
-def say(text: str) -> None:
-    """Print a line, on the main process only."""
-    if is_main():
-        with written():
-            click.echo(text)
+def _clear() -> None:
+    if _is_terminal(sys.stderr):
+        sys.stderr.write("\r\033[K")
+        sys.stderr.flush()
 
 
-def warn(text: str) -> None:
-    """Print a line on stderr that begins with "Warning: ", from any process."""
-    with written():
-        fresh_line()
-        click.echo(f"Warning: {printable(text)}", err=True)
-
-
-def say_cautions(cautions: Iterable[str | None]) -> None:
-    """Print each caution that there is on a line."""
-    for caution in cautions:
-        if caution:
-            say(f"caution: {caution}")
-
-
-def tell_error(text: str) -> None:
-    """Print a line on stderr that begins with "Error: "; text from outside may be in it."""
-    fresh_line()
-    click.echo(f"Error: {printable(text)}", err=True)
-
-
-def fresh_line() -> None:
-    """On a terminal, clear what this process or another one has drawn on the present line."""
-    with _line.lock:
-        _line.drawn = ""
-        if _is_terminal(sys.stderr):
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # it does not exist, or is closed
+        return False
 
 
 def phase(name: str, detail: str = "", share: float | None = None) -> None:
-    """Show what is being done until the next phase; "" when nothing is."""
+    """Show a phase of the work until the next one; "" ends the last."""
     if name:
         _line.update(name, detail, share)
     else:
@@ -154,7 +191,7 @@ def phase(name: str, detail: str = "", share: float | None = None) -> None:
 
 
 def show_step(name: str, step: str, number: int = 0, count: int = 0) -> None:
-    """Show a step of the phase ``name``, and which of how many such steps it is."""
+    """Show a step of the phase ``name``, and its number if there are several such steps."""
     phase(name, step + (f" {number} of {count}" if count else ""))
 
 
@@ -165,15 +202,15 @@ def tick(done: int, count: int) -> None:
 
 @contextmanager
 def run_progress(left: Callable[[], str]) -> Iterator[None]:
-    """A context in which the time left is that of a whole run, as ``left`` words it.
+    """Show the time left in the whole run, as ``left`` words it, instead of that in the phase.
 
-    Python's own warnings keep off the line of progress too.
+    On a terminal, Python's own warnings do not disturb the line of progress either.
     """
     show = warnings.showwarning
 
     def showwarning(*args: Any, **more: Any) -> None:
-        with written():
-            fresh_line()
+        with _line_erased():
+            _clear()
             show(*args, **more)
 
     _line.run_left = left
@@ -188,9 +225,9 @@ def run_progress(left: Callable[[], str]) -> Iterator[None]:
 
 
 def progress(name: str, detail: str = "") -> Callable[[Iterable[Any], int], Iterable[Any]]:
-    """Shows how many of (items, count) are done, and the time left."""
+    """Return a function that iterates over (items, count) and shows how many are done."""
 
-    def counted(items: Iterable[Any], count: int) -> Iterator[Any]:
+    def shown(items: Iterable[Any], count: int) -> Iterator[Any]:
         phase(name, detail)
         for done, item in enumerate(items, start=1):
             yield item
@@ -198,16 +235,16 @@ def progress(name: str, detail: str = "") -> Callable[[Iterable[Any], int], Iter
         if not _line.run_left:
             phase("")
 
-    return counted
+    return shown
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 epoch``, ``2 epochs``."""
+    """Return a number with its noun: 1 epoch, 2 epochs."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def span(seconds: float) -> str:
-    """A time in words, to about two digits: 40 s, 12 min, 3 h 20 min, 2 days 5 h."""
+    """Return a time in words, to about two digits: 40 s, 12 min, 3 h 20 min, 2 days 5 h."""
     minutes = round(seconds / 60)
     if seconds < 55:
         return f"{max(5, 5 * round(seconds / 5))} s"
@@ -220,14 +257,14 @@ def span(seconds: float) -> str:
     return f"{days} days {hours} h" if hours else f"{days} days"
 
 
-def where(round_: int, epoch: int, step: int) -> str:
-    """Where a run is, in words; epochs count from 0, as in ``epoch_line``."""
-    name = f"round {round_}" if round_ else "the base (round 0)"
+def where(round_index: int, epoch: int, step: int) -> str:
+    """Describe a position of a run in words; epochs count from 0, as in the epoch line."""
+    name = f"round {round_index}" if round_index else "the base (round 0)"
     return f"{name}, epoch {epoch}, step {step}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Columns under their headings, the first ``left`` flush left, numbers flush right."""
+    """Return aligned columns under their headings: the first ``left`` to the left."""
     lines = [tuple(header), *map(tuple, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(

@@ -50,6 +50,12 @@ class StorageError(GammaslimError):
     exit_code = 74
 
 
+class OutputClosedError(StorageError):
+    """Nobody reads the output of the command, as after ``| head`` (74). It is not reported."""
+
+    reported = True
+
+
 class StopRequest(GammaslimError):  # noqa: N818
     """Somebody asked the job to stop; its position is saved (75)."""
 
@@ -127,7 +133,7 @@ def cannot_begin(path: str | os.PathLike[str], error: OSError) -> GammaslimError
 
 def exit_code(error: BaseException) -> int:
     """The code that a command ends with when ``error`` ends it."""
-    if isinstance(error, OSError) and error.errno != errno.EPIPE:
+    if isinstance(error, OSError):
         return StorageError.exit_code
     return getattr(error, "exit_code", 1)
 

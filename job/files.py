@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from job.errors import OutputError, cannot_begin, reading, shown, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 MAX_BYTES = 64 << 20  # far above any configuration, model card or history of epochs
 _LEFT = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
@@ -70,6 +70,25 @@ def parse_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def toml_text(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format tables of strings, numbers, booleans and lists of strings as TOML."""
+    lines = []
+    for table, values in tables.items():
+        lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), ""]
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    text = shown(str(value)).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in text) + '"'
 
 
 def write_bytes(path: Path, content: bytes) -> None:

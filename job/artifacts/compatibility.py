@@ -6,9 +6,10 @@ import shlex
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from job.config import HARMLESS, PruneConfig
+from job.config import PruneConfig
 from job.console import counted
 from job.errors import ConfigError, OtherRunError
+from job.options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,9 +56,10 @@ def other_run(difference: str, advice: str) -> OtherRunError:
 
 def _changed(stored: Mapping[str, Any], now: PruneConfig) -> list[str]:
     present = now.to_dict()
-    names = (field.name for field in fields(PruneConfig))
     return [
-        name for name in names if name not in HARMLESS and _value(stored, name) != present.get(name)
+        name
+        for name, option in options_of(PruneConfig).items()
+        if option.changes_result and _value(stored, name) != present.get(name)
     ]
 
 

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from job.artifacts.model_card import unshared
+from job.artifacts.versions import versions
 from job.errors import GammaslimError, UsageError, reason, shown
-from job.versions import versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save as safetensors_bytes
 
+from job.artifacts.versions import versions
 from job.data.preprocessing import Preprocessing
 from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown, writing
 from job.files import is_file, new_directory, read_json
@@ -22,7 +23,6 @@ from job.models.weights_file import read_state
 from job.slimming.planning.base import Base
 from job.slimming.planning.layer_channels import LayerChannels, Layers, compose
 from job.slimming.surgery.surgery import apply_plan
-from job.versions import versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

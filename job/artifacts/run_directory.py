@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from job.artifacts.accuracy import change, signed
 from job.artifacts.compatibility import check_unchanged, other_run
 from job.artifacts.model_card import RECOMMENDED, ModelCard, load_model, save_model
-from job.config import MAX_DROP, PruneConfig, write_toml
+from job.artifacts.versions import versions
+from job.config import MAX_DROP, PruneConfig
 from job.errors import (
     ConfigError,
     DataError,
@@ -32,10 +33,10 @@ from job.files import (
     read_json,
     remove,
     tidy,
+    toml_text,
     write_bytes,
     write_json,
 )
-from job.versions import versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -113,7 +114,7 @@ class Run:
             (self.path / "rounds").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_begin(self.path, error) from error
-        write_bytes(self.path / "config.toml", write_toml(tables).encode())
+        write_bytes(self.path / "config.toml", toml_text(tables).encode())
 
     def _check_resume(
         self,
@@ -193,7 +194,7 @@ class Run:
             self.restate_summary("finished", "running")
         tables = parse_toml(read_bytes(self.path / "config.toml").decode())
         tables["prune"]["rounds"] = config.rounds
-        write_bytes(self.path / "config.toml", write_toml(tables).encode())
+        write_bytes(self.path / "config.toml", toml_text(tables).encode())
 
     def complete(self, config: PruneConfig) -> bool:
         """Whether the run is finished, with no further rounds in ``config``."""

@@ -1,4 +1,4 @@
-"""Images to slim by: some to calibrate, and others with labels, where there are, to score."""
+"""Open the images for ``slim``: some calibrate the cut, others with labels measure accuracy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import as_listing
-from job.cli.score import in_classes_of
+from job.cli.class_matching import in_classes_of
 from job.console import progress
 from job.data.dataset import Dataset, hold_out_validation
 from job.data.folders import CURRENT_LISTING
@@ -20,17 +20,18 @@ from job.errors import DataError
 
 if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
-    from job.cli.model import ModelOptions
+    from job.cli.command_options import ModelOptions
 
-CALIBRATE = ("training", "validation", "evaluation", "testing")  # the first that there is
+# the first split that exists is used
+CALIBRATE = ("training", "validation", "evaluation", "testing")
 SCORE = ("validation", "evaluation", "testing", "training")
 
 
 class SlimImages:
-    """Images of one data set: ``calibration`` and, with labels, ``scoring``.
+    """Images of one data set: ``calibration`` and, if it has labels, ``scoring``.
 
     ``scored`` is the name of the scoring split; ``unscored`` says why there is none. ``largest`` is
-    the largest side of any image.
+    the largest side of any image, in pixels.
     """
 
     def __init__(self, data: Dataset, largest: int) -> None:
@@ -41,7 +42,7 @@ class SlimImages:
         self.unscored = f"{data.root} has no labels"
 
     def fit(self, card: ModelCard) -> None:
-        """Number the classes as the model does; without a scoring split where they are others."""
+        """Number the classes as the model does; drop the labels if its classes are others."""
         names, own = card.class_names, self.data.class_names
         if self.scoring is None:
             return
@@ -49,14 +50,14 @@ class SlimImages:
         others = [name for name in own if name not in names]
         if self.data.numbered and max(numbers) >= card.num_classes:
             self._leave(
-                f"{self.data.root} has a class {max(numbers)}, the network {card.num_classes:,} "
-                "classes, numbered from 0"
+                f"{self.data.root} has a class {max(numbers)}, but the network has "
+                f"{card.num_classes:,} classes, numbered from 0"
             )
         elif names and others and not self.data.numbered:
             self._leave(f"the model does not know the class {others[0]!r} of {self.data.root}")
         elif not names and not self.data.numbered and len(own) != card.num_classes:
             self._leave(
-                f"{self.data.root} has {len(own)} classes, the network {card.num_classes:,}"
+                f"{self.data.root} has {len(own)} classes, but the network has {card.num_classes:,}"
             )
         else:
             self.scoring = in_classes_of(card, self.data, self.scoring)
@@ -70,18 +71,18 @@ class SlimImages:
         self.calibration = self.calibration.select(np.arange(count), nothing)
 
     def describe(self) -> str:
-        """The scoring split, for people."""
+        """Describe the scoring split, for the console."""
         count = len(self.scoring) if self.scoring is not None else 0
         what = f"the {self.scored} split of {self.data.root} ({count:,} images"
-        same = ", which it was calibrated by too" if self.scored == self.calibrated else ""
+        same = ", which also calibrated it" if self.scored == self.calibrated else ""
         return f"{what}{same})"
 
 
 def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) -> SlimImages:
-    """The images in ``path``, checked; raises InputNotFound or DataError.
+    """Open and check the images in ``path``: a data set of any layout, or unlabelled images.
 
-    A data set of any layout, or a folder with images that have no labels. Without a validation
-    split a tenth of the training split is held out as MODEL's run did, to score.
+    Without a validation split, a tenth of the training split is held out for scoring, in the same
+    way as MODEL's run did. Raises InputNotFound or DataError.
     """
     folder = Path(model.path)
     lineage = read_card(find_model(folder)).lineage if folder.is_dir() else {}
@@ -92,13 +93,13 @@ def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) ->
     if training is not None and "validation" not in data.splits and _labelled(training):
         try:
             data = hold_out_validation(data, int(lineage.get("seed", seed)))
-        except DataError:  # too few: they are scored by what calibrates them, which is reported
+        except DataError:  # too few images: the calibration images score, which is reported
             return SlimImages(data, largest)
     return SlimImages(data, largest)
 
 
 def _splits_of(data: Dataset) -> tuple[str, str]:
-    """The names of the splits that calibrate and that score; the latter is empty for none."""
+    """Name the splits that calibrate and that score; the latter is "" if none has labels."""
     calibrates = next(name for name in CALIBRATE if name in data.splits)
     scores = [name for name in SCORE if name in data.splits and _labelled(data.splits[name])]
     return calibrates, next(iter(scores), "")

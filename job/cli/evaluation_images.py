@@ -1,4 +1,4 @@
-"""Which images a command runs MODEL over: --data, or the data of MODEL's run, and --split."""
+"""Open the images to run MODEL over: a split of --data, or of the data of MODEL's run."""
 
 from __future__ import annotations
 
@@ -21,36 +21,28 @@ from job.data.layout import (
     open_splits,
     open_unlabelled,
 )
+from job.data.loader import default_workers
+from job.data.preprocessing_options import PreprocessingOptions
 from job.errors import InputNotFound, UsageError
 from job.pipeline.training_data import SPLITS as TRAINING_SPLITS
+from job.processes import local_world_size
 
 if TYPE_CHECKING:
+    import torch
+
     from job.artifacts.model_card import ModelCard
-    from job.cli.model import ModelOptions
+    from job.cli.command_options import ModelOptions, ScoringOptions
     from job.data.splits import Split
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Which images to use, and where to run."""
-
-    data: str | None
-    split: str | None
-    on_bad_image: str
-    device: str
-    precision: str
-    workers: int | None
-    seed: int | None
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A data set that has only the split ``name``."""
+class EvaluationImages:
+    """The images of one split, ``name``, which is the only one of ``data``."""
 
     data: Dataset
     name: str
-    largest: int  # side of any image; 0 where they are not checked
-    files: tuple[str, ...]  # of the split, those that cannot be read included
+    largest: int  # side of any image, in pixels; 0 if they were not checked
+    files: tuple[str, ...]  # all files of the split, also those that cannot be read
 
     @property
     def split(self) -> Split:
@@ -59,32 +51,44 @@ class Chosen:
 
     @property
     def numbers(self) -> list[int] | None:
-        """The number that each file's whole name is; None unless they are different ones."""
+        """The numbers that are the whole names of the files; None unless all names are numbers."""
         stems = [Path(self.split.name(index)).stem for index in range(len(self.split))]
         numbers = [int(stem) for stem in stems if stem.isdecimal()]
         return numbers if len(set(numbers)) == len(stems) else None
 
     @property
     def split_of_numbers(self) -> bool:
-        """Whether this is a split of files called by numbers, as the homework's testing folder."""
+        """Whether this is a split of numbered files, as the homework's testing folder."""
         return has_numbered_files(self.data) and self.numbers is not None
 
     def ids(self) -> list[int]:
-        """The files' numbers, or their places in the split, where unreadable ones keep theirs."""
+        """Return the numbers of the files, or else their indices in the split.
+
+        Files that cannot be read count in the indices.
+        """
         if numbers := self.numbers:
             return numbers
-        places = {name: index for index, name in enumerate(self.files)}
-        return [places[self.split.name(index)] for index in range(len(self.split))]
+        indices = {name: index for index, name in enumerate(self.files)}
+        return [indices[self.split.name(index)] for index in range(len(self.split))]
 
 
-def open_chosen(model: ModelOptions, options: DataOptions, *, labelled: bool) -> Chosen:
-    """The images to run ``model`` over; without ``labelled`` any folder of them will do.
+def evaluation_workers(options: ScoringOptions, device: torch.device) -> int:
+    """Return the number of loader processes of each process: --workers, or by the cores."""
+    if options.workers is not None:
+        return options.workers
+    return default_workers(local_world_size(), device.type == "cuda")
 
-    They are checked first where the result depends on it: a tenth is held out of those that can be
-    read, as ``prune`` does it, and a weights file's preset follows from all their sizes. Raises
+
+def open_evaluation_images(
+    model: ModelOptions, options: ScoringOptions, *, labelled: bool
+) -> EvaluationImages:
+    """Open the images to run ``model`` over; unless ``labelled``, any folder of images will do.
+
+    All images are checked first if the result depends on it: ``prune`` holds out a tenth of those
+    that can be read, and the preset of a weights file follows from the sizes of all. Raises
     InputNotFound, DataError or UsageError.
     """
-    model.check()
+    PreprocessingOptions.of(model).check()
     data, name = _open(model, options, labelled=labelled)
     whole = name == "training" and options.split is None
     held_out = name in TRAINING_SPLITS and "validation" not in data.splits and not whole
@@ -101,16 +105,16 @@ def open_chosen(model: ModelOptions, options: DataOptions, *, labelled: bool) ->
     files = tuple(split.name(index) for index in range(len(split)))
     data = replace(data, splits={name: split})
     if name not in checked and not held_out and options.on_bad_image == "skip":
-        data, own = check_images(data, [name], options.on_bad_image, progress("checking"))
-        largest = largest or own
+        data, largest_here = check_images(data, [name], options.on_bad_image, progress("checking"))
+        largest = largest or largest_here
     elif unsized and not largest:
         data, largest = check_images(data, [name], options.on_bad_image, progress("checking"))
-    return Chosen(data, name, largest, files)
+    return EvaluationImages(data, name, largest, files)
 
 
-def _open(model: ModelOptions, options: DataOptions, *, labelled: bool) -> tuple[Dataset, str]:
-    """The data set, and which of its splits is meant."""
-    if options.data == "":  # as from a shell variable that is not set
+def _open(model: ModelOptions, options: ScoringOptions, *, labelled: bool) -> tuple[Dataset, str]:
+    """Open the data set, and choose the name of the split."""
+    if options.data == "":  # e.g. a shell variable that is not set
         raise UsageError("--data is empty: give a path, or leave the option out")
     card = _card(model)
     own = _own(model, card, options.data)
@@ -122,7 +126,7 @@ def _open(model: ModelOptions, options: DataOptions, *, labelled: bool) -> tuple
         return open_unlabelled(place), "testing"
     name = split or ("validation" if labelled else "testing")
     listing = CURRENT_LISTING
-    if card and name in TRAINING_SPLITS:  # held-out images are those that the run held out
+    if card and name in TRAINING_SPLITS:  # to hold out the same images as the run
         listing = as_listing(card.lineage.get("listing", 1))
     data = open_data(path, listing)
     if data.layout == UNSPLIT and split is None and not _same(path, own):
@@ -138,13 +142,13 @@ def _has_no_splits(place: Path) -> bool:
 
 
 def _card(model: ModelOptions) -> ModelCard | None:
-    """The card of MODEL; None for a weights file."""
+    """Read the card of MODEL; None for a weights file."""
     path = Path(model.path)
     return None if path.is_file() else read_card(find_model(path))
 
 
 def _own(model: ModelOptions, card: ModelCard | None, given: str | None) -> str | None:
-    """The data of MODEL's run; raises as ``own_data`` where they are needed."""
+    """Find the data of MODEL's run; None if they are unknown and others are ``given``."""
     try:
         return own_data(model.path, card.lineage if card else {})
     except (UsageError, InputNotFound):
@@ -157,7 +161,7 @@ def _same(path: str, own: str | None) -> bool:
     return own is not None and Path(path).absolute() == Path(own).absolute()
 
 
-def _seed(model: ModelOptions, options: DataOptions) -> int:
-    """The seed that held out the validation images: that of MODEL's run, unless one is given."""
+def _seed(model: ModelOptions, options: ScoringOptions) -> int:
+    """Return the seed that holds out validation images: --seed, or that of MODEL's run."""
     card = _card(model) if options.seed is None else None
     return int(card.lineage.get("seed", 0)) if card else options.seed or 0

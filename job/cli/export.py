@@ -1,4 +1,4 @@
-"""Write a model for other programs: ``export``."""
+"""``export``: write MODEL for other programs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.artifacts.export import format_of, onnx_bytes, state_dict_bytes, torch_export_bytes
-from job.cli.model import ModelOptions, open_model
+from job.cli.model import open_model
 from job.console import say
 from job.errors import shown
 from job.files import check_output, write_output
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
+    from job.cli.command_options import ModelOptions
 
 
 def export(model: ModelOptions, output: str, format: str | None = None) -> None:
-    """Write the network for other programs, checked before the file is put in place.
+    """Write the network to ``output``, after the exported one is checked against it.
 
-    The format follows from the suffix of ``output`` by default; raises UsageError where they
-    contradict each other.
+    By default the format follows from the suffix of ``output``; UsageError if they contradict each
+    other.
     """
     format = format_of(Path(output), format)
     check_output(Path(output))

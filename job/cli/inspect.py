@@ -1,4 +1,4 @@
-"""Look into a model: ``inspect``."""
+"""``inspect``: channel groups of MODEL, costs of layers, and what cannot be cut."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.cli.model import ModelOptions, open_model
-from job.console import say, table
+from job.cli.model import open_model
+from job.console import print_result, table
 from job.report.tables import layers_table
 from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
+    from job.cli.command_options import ModelOptions
     from job.slimming.importance.scores import Scores
 
 QUARTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
 
 
 def inspect(model: ModelOptions, as_json: bool) -> None:
-    """Print channel groups with their γ, costs layer by layer, and what cannot be cut and why."""
+    """Print channel groups with their γ, costs of each layer, and what cannot be cut and why."""
     network, card = open_model(model)
     record = _record(network, card)
-    say(json.dumps(record, indent=1) if as_json else _text(record, network, card))
+    print_result(json.dumps(record, indent=1) if as_json else _text(record, network, card))
 
 
 def _record(network: nn.Module, card: ModelCard) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _record(network: nn.Module, card: ModelCard) -> dict[str, Any]:
 
 def _quartiles(gamma: Scores) -> dict[str, float] | None:
     if np.isnan(gamma).any():
-        return None  # no BatchNorm ranks them
+        return None  # no BatchNorm ranks its channels
     return dict(zip(QUARTILES, np.quantile(gamma, [*QUARTILES.values()]).tolist(), strict=True))
 
 
@@ -83,7 +84,7 @@ def _text(record: dict[str, Any], network: nn.Module, card: ModelCard) -> str:
     ]
     blocked = [(b["layer"], str(b["channels"]), b["reason"]) for b in record["blocked"]]
     blocked += [
-        (g["group"], str(g["channels"]), "no BatchNorm ranks them; other importances can")
+        (g["group"], str(g["channels"]), "no BatchNorm ranks them: use another importance")
         for g in record["groups"]
         if not g["gamma"]
     ]

@@ -1,15 +1,13 @@
-"""MODEL on a command line: a run, round or model folder, or a weights file with --model."""
+"""Open MODEL of a command line: a run, round or model folder, or a weights file with --model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import click
+from typing import TYPE_CHECKING
 
 from job.artifacts.model_card import ModelCard, find_model, load_model
-from job.console import say
+from job.console import say, say_aside
 from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import digest
 from job.errors import DataError, UsageError, shown
@@ -18,32 +16,22 @@ from job.models.input_size import check_size
 from job.models.notes import quiet
 from job.models.weights import count_classes, load_state
 from job.models.weights_file import read_state
-from job.processes import is_main
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from job.cli.command_options import ModelOptions
     from job.data.preprocessing import Preprocessing
 
 
-@dataclass(frozen=True)
-class ModelOptions(PreprocessingOptions):
-    """How to read MODEL: a run, round or model folder needs nothing but its path."""
-
-    path: str
-    model: str | None = None
-    model_arg: tuple[tuple[str, Any], ...] = ()
-    num_classes: int | None = None
-
-
 def open_model(options: ModelOptions, largest: int = 0) -> tuple[nn.Module, ModelCard]:
-    """The network that MODEL means, in eval mode, and its card.
+    """Return the network of MODEL in eval mode, and its card.
 
-    A weights file has no card: its preprocessing follows from ``largest``, the largest side of the
-    pictures. Raises InputNotFound, DataError or UsageError.
+    A weights file has no card: its preprocessing follows from ``largest``, the largest side of any
+    image. Raises InputNotFound, DataError or UsageError.
     """
-    path = Path(options.path)
-    options.check()
+    path, asked = Path(options.path), PreprocessingOptions.of(options)
+    asked.check()
     if options.model:
         trust_factory(options.model)
     if path.is_dir() or not path.exists():
@@ -51,7 +39,7 @@ def open_model(options: ModelOptions, largest: int = 0) -> tuple[nn.Module, Mode
         network, card = load_model(folder)
         if not options.image_size:
             _check_own_size(network, card, folder)
-        card = replace(card, preprocessing=options.override(card.preprocessing))
+        card = replace(card, preprocessing=asked.override(card.preprocessing))
     else:
         network, card = _open_weights(options, path, largest)
     check_size(network, card.preprocessing.size, trained=False)
@@ -64,33 +52,37 @@ def _check_own_size(network: nn.Module, card: ModelCard, folder: Path) -> None:
     except UsageError as error:
         path = shown(folder / "model.json")
         size = card.preprocessing.size
-        raise DataError(f"{path}: inputs of {size} pixels do not fit its network") from error
+        raise DataError(f"{path}: its network does not take inputs of {size} pixels") from error
 
 
 def _preprocessing(options: ModelOptions, model: str, largest: int) -> Preprocessing:
-    """Without images, whose largest side is ``largest``, the size is the network's nominal one."""
-    said = (options.image_size, options.crop, options.resize)
+    """Return the preprocessing for a weights file.
+
+    By default the size of the input follows from ``largest``, the largest side of any image, or
+    without images (0) it is the nominal one of the network.
+    """
+    asked = PreprocessingOptions.of(options)
+    sized = any((options.image_size, options.crop, options.resize))
     size = nominal_size(model)
-    if largest or any(said) or options.transform not in ("auto", "small"):
-        chosen = options.resolve(largest or options.image_size or size or 0)
-        if largest and not any(said) and options.transform == "auto" and is_main():
-            line = f"input size: {chosen.size} pixels, by the images; else give --image-size"
-            click.echo(line, err=True)
+    if largest or sized or options.transform not in ("auto", "small"):
+        chosen = asked.resolve(largest or options.image_size or size or 0)
+        if largest and not sized and options.transform == "auto":
+            say_aside(
+                f"input size: {chosen.size} pixels, because of the images; --image-size changes it"
+            )
         return chosen
     if size is None:
         raise UsageError(
             f"{shown(options.path)} is a weights file: give the side of the images that {model} is "
             "made for, e.g. --image-size 32"
         )
-    if is_main():
-        line = f"input size: {size} pixels, which {model} is made for; else give --image-size"
-        click.echo(line, err=True)
-    return replace(options, image_size=size).resolve(size)
+    say_aside(f"input size: {size} pixels, which {model} is made for; --image-size changes it")
+    return replace(asked, image_size=size).resolve(size)
 
 
 def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.Module, ModelCard]:
     if options.model is None:
-        raise UsageError(f"{shown(path)} is a weights file: give its network, e.g. --model student")
+        raise UsageError(f"{shown(path)} is a weights file: name its network, e.g. --model student")
     state = read_state(path)
     args = dict(options.model_arg)
     classes = options.num_classes or (11 if options.model in NAMES else 1000)

@@ -1,4 +1,4 @@
-"""What the options take, beyond click's own types."""
+"""Types of options whose values click's own types do not check."""
 
 from __future__ import annotations
 
@@ -7,35 +7,33 @@ from typing import Any
 
 import click
 
-from job.config import AUTO
 from job.data.geometry import PRESETS, Channels, Resize, parse_channels, parse_crop
 from job.data.split_names import CANONICAL, SPLIT_NAMES
 from job.errors import UsageError, did_you_mean
 from job.slimming.planning.target import Budget
 
 POSITIVE = click.IntRange(1)
-SEED = click.IntRange(0, 2**63 - 1)
 
 
 class Finite(click.FloatRange):
-    """A float within bounds, and neither infinite nor nan, which pass click's own comparison."""
+    """A finite float within bounds: infinity and nan can pass click's own comparison."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """As FloatRange does; fails for what is not finite."""
+        """Convert as FloatRange does; fail for a number that is not finite."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
         return number
 
 
-class SplitName(click.Choice):  # type: ignore[type-arg]
-    """A split by its canonical name or another that it goes by, as train, val, dev or test."""
+class SplitChoice(click.Choice):  # type: ignore[type-arg]
+    """A split, by its canonical name or by an alias such as train, val, dev or test."""
 
     def __init__(self) -> None:
         super().__init__(tuple(SPLIT_NAMES))
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """The canonical name."""
+        """Return the canonical name."""
         return super().convert(CANONICAL.get(str(value).lower(), value), param, ctx)
 
 
@@ -45,7 +43,7 @@ class ProcessCount(click.ParamType):  # type: ignore[type-arg]
     name = "N|auto"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
-        """The number; fails below 1."""
+        """Return the number, or None for ``auto``; fail below 1."""
         if value in ("auto", None):
             return None
         return _whole(value, POSITIVE, self, param, ctx)
@@ -57,8 +55,8 @@ class RoundCount(click.ParamType):  # type: ignore[type-arg]
     name = "N|auto"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
-        """The number, or ``auto``; fails below 0."""
-        return AUTO if value == AUTO else _whole(value, click.IntRange(0), self, param, ctx)
+        """Return the number, or ``auto``; fail below 0."""
+        return "auto" if value == "auto" else _whole(value, click.IntRange(0), self, param, ctx)
 
 
 def _whole(
@@ -72,12 +70,12 @@ def _whole(
 
 
 class KeyValue(click.ParamType):  # type: ignore[type-arg]
-    """``K=V``, the value as an int, a float, true or false where it is one."""
+    """``K=V``, where the value becomes an int, a float or a bool if it looks like one."""
 
     name = "K=V"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, int | float | bool | str]:
-        """Split and convert; fails without ``=``."""
+        """Split and convert; fail without ``=``."""
         if isinstance(value, tuple):
             return value
         key, equals, text = str(value).partition("=")
@@ -92,12 +90,12 @@ class KeyValue(click.ParamType):  # type: ignore[type-arg]
 
 
 class Target(click.ParamType):  # type: ignore[type-arg]
-    """``METRIC=VALUE``: what to cut to, as job.slimming.planning.target reads it."""
+    """``METRIC=VALUE``, as job.slimming.planning.target parses it."""
 
     name = "METRIC=VALUE"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        """The text, once it is known to be a target."""
+        """Return the text; fail if it is not a target."""
         try:
             Budget.parse(str(value))
         except UsageError as error:
@@ -106,23 +104,23 @@ class Target(click.ParamType):  # type: ignore[type-arg]
 
 
 class Transform(click.ParamType):  # type: ignore[type-arg]
-    """A preset, or whose preprocessing to take: ``timm:NAME``, ``torchvision:WEIGHTS``."""
+    """A preset, or the weights whose preprocessing to use: timm:NAME, torchvision:WEIGHTS."""
 
     name = "NAME"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        """The text; whether a package knows its name is found out where that is needed."""
+        """Return the text; whether the package knows its name is checked when it is used."""
         text, known = str(value), ("auto", *PRESETS)
         package, colon, name = text.partition(":")
         if text in known or (package in ("timm", "torchvision") and colon and name):
             return text
         names = [*known, "timm:NAME", "torchvision:WEIGHTS"]
-        message = f"{text!r} is none of {', '.join(names)}{did_you_mean(text, names)}"
+        message = f"{text!r} is not one of {', '.join(names)}{did_you_mean(text, names)}"
         return str(self.fail(message, param, ctx))
 
 
 class PerChannel(click.ParamType):  # type: ignore[type-arg]
-    """One number for all channels, or three, also as separate words, see ``joined``."""
+    """One number for all channels, or three; they may be separate words, see ``joined``."""
 
     name = "R G B"
 
@@ -130,7 +128,7 @@ class PerChannel(click.ParamType):  # type: ignore[type-arg]
         self.positive = positive
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Channels:
-        """Three numbers from 0 to 1."""
+        """Return three numbers from 0 to 1."""
         try:
             return parse_channels(value, positive=self.positive)
         except UsageError as error:
@@ -138,16 +136,16 @@ class PerChannel(click.ParamType):  # type: ignore[type-arg]
 
     @staticmethod
     def joined(args: list[str], names: set[str]) -> list[str]:
-        """``args`` with the three numbers behind an option of ``names`` as one."""
-        found, rest = [], list(args)
+        """Join the three numbers after each option of ``names`` in ``args`` into one word."""
+        words, rest = [], list(args)
         while rest:
-            found.append(word := rest.pop(0))
+            words.append(word := rest.pop(0))
             if word == "--":
-                return found + rest
+                return words + rest
             if word in names and len(rest) >= 3 and all(map(_is_number, rest[:3])):
-                found.append(" ".join(rest[:3]))
+                words.append(" ".join(rest[:3]))
                 del rest[:3]
-        return found
+        return words
 
 
 def _is_number(text: str) -> bool:
@@ -164,7 +162,7 @@ class Resizing(click.ParamType):  # type: ignore[type-arg]
     name = "PIXELS"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        """The text, once it is known to be one of these."""
+        """Return the text; fail if it is none of these."""
         try:
             return str(Resize.parse(str(value)))
         except UsageError as error:
@@ -172,13 +170,27 @@ class Resizing(click.ParamType):  # type: ignore[type-arg]
 
 
 class Crop(click.ParamType):  # type: ignore[type-arg]
-    """A share of the resized side, or pixels."""
+    """A fraction of the resized side, or pixels."""
 
-    name = "SHARE|PIXELS"
+    name = "FRACTION|PIXELS"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        """The number."""
+        """Return the number."""
         try:
             return parse_crop(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
+
+
+# options with a form of their own, by field name; all others follow from their annotation
+OPTION_TYPES: dict[str, click.ParamType[Any]] = {
+    "split": SplitChoice(),
+    "transform": Transform(),
+    "mean": PerChannel(),
+    "std": PerChannel(positive=True),
+    "resize": Resizing(),
+    "crop": Crop(),
+    "model_arg": KeyValue(),
+    "rounds": RoundCount(),
+    "target": Target(),
+}

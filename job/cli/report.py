@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.artifacts.run_reader import read_run
-from job.console import say, warn
+from job.console import print_result, say, warn
 from job.errors import shown
 from job.files import check_output, check_writable, write_output
 from job.report.comparison import comparison_json
@@ -45,7 +45,7 @@ def report(paths: Sequence[str], output: str | None, as_json: bool) -> None:
         for problem in history.problems:
             warn(problem)
     if as_json:
-        say(json.dumps(comparison_json(histories) | {"report": shown(target)}, indent=1))
+        print_result(json.dumps(comparison_json(histories) | {"report": shown(target)}, indent=1))
     else:
         say(run_overview(alone) if alone else comparison_table(histories))
         say(f"\nreport: {shown(target)}")

@@ -1,8 +1,8 @@
-"""``slim``: cut MODEL once, without training, by its weights alone or by images of its kind."""
+"""``slim``: cut MODEL once, without training, with images to calibrate the cut or without."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +11,11 @@ import numpy as np
 
 from job.artifacts.model_card import save_model
 from job.cli.calibration_images import SlimImages, open_images
-from job.cli.model import ModelOptions, open_model
+from job.cli.model import open_model
 from job.config import PruneConfig
 from job.console import phase, progress, say, say_cautions, show_step
+from job.data.loader import default_workers
+from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import start
 from job.errors import OutputError, UsageError, shown
 from job.files import check_writable
@@ -41,45 +43,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
-
-
-@dataclass(frozen=True)
-class SlimOptions:
-    """How to cut, and which images to calibrate by: None is the best that there is."""
-
-    policy: str | None
-    target: str
-    round_to: int
-    min_keep: float
-    importance: str | None
-    compensate: str | None
-    recalibrate: int
-    data: str | None
-    on_bad_image: str
-    device: str
-    precision: str
-    workers: int | None
-    seed: int
-
-    def check(self) -> None:
-        """Raise UsageError for what needs images when there are none."""
-        words = options_needing_images(self.importance, self.compensate)
-        words += ["--recalibrate"] if self.recalibrate else []
-        if words and not self.data:
-            raise UsageError(f"{' and '.join(words)}: images are needed; give some, --data PATH")
-
-    @property
-    def allocation(self) -> Allocation:
-        """The target, and the policy that it asks for."""
-        budget = Budget.parse(self.target)
-        policy = self.policy or ("uniform" if budget.metric == "width" else "global")
-        return Allocation(policy, budget, self.round_to, self.min_keep)
+    from job.cli.command_options import ModelOptions, SlimOptions
 
 
 def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
-    """Cut MODEL, prove the cut in float64, save it, and print what it costs and scores."""
-    options.check()
-    model.check()
+    """Cut MODEL, verify the cut in float64, save it, and print its costs and accuracy."""
+    _check_images_given(options)
+    PreprocessingOptions.of(model).check()
     folder = _new_folder(output)
     images, accelerator = None, None
     if options.data:
@@ -99,7 +69,7 @@ def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
     if images and images.scoring is not None and before is not None:
         counts = np.bincount(images.scoring.labels).tolist()
         say_cautions([of_model(before, counts, weights=Path(model.path).is_file())])
-    image, allocation = example_image(card.preprocessing.size), options.allocation
+    image, allocation = example_image(card.preprocessing.size), _allocation(options)
     graph, base = analyse(network, image), card.base or base_of(network, card)
     show = partial(show_step, "slimming")
     scores, data = measure_importance(
@@ -125,27 +95,41 @@ def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
     say(_accuracies(images, before, after))
 
 
+def _check_images_given(options: SlimOptions) -> None:
+    """Raise UsageError for options that need images when there are none."""
+    words = options_needing_images(options.importance, options.compensate)
+    words += ["--recalibrate"] if options.recalibrate else []
+    if words and not options.data:
+        verb = "needs" if len(words) == 1 else "need"
+        raise UsageError(f"{' and '.join(words)} {verb} images: add --data PATH")
+
+
+def _allocation(options: SlimOptions) -> Allocation:
+    """Return the target, with the policy that fits it by default."""
+    budget = Budget.parse(options.target)
+    policy = options.policy or ("uniform" if budget.metric == "width" else "global")
+    return Allocation(policy, budget, options.round_to, options.min_keep)
+
+
 def _new_folder(output: str) -> Path:
-    """The folder to write; raises OutputError where there is something already."""
+    """Return the folder to write; raise OutputError if it exists and is not empty."""
     folder = Path(output)
-    if folder.absolute() == Path.cwd():  # complete or not at all: it is put there as a whole
-        raise OutputError(f"--output {shown(output)!r} is the current folder; choose a new one")
+    if folder.absolute() == Path.cwd():  # a complete folder takes its place
+        raise OutputError(f"--output {shown(output)!r} is the current folder: choose a new one")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"--output {shown(output)} exists already; choose another")
+        raise OutputError(f"--output {shown(output)} exists already: choose another")
     check_writable(folder)
     return folder
 
 
 class _Tools:
-    """What calibrates and scores networks by the images."""
+    """Calibrate and score networks with the images."""
 
     def __init__(
         self, images: SlimImages, card: ModelCard, accelerator: Accelerator, options: SlimOptions
     ) -> None:
         workers = options.workers
         if workers is None:
-            from job.data.loader import default_workers
-
             workers = default_workers(local_world_size(), accelerator.device.type == "cuda")
         images.fit(card)
         self.calibration = Calibration(
@@ -158,7 +142,7 @@ class _Tools:
             )
 
     def accuracy(self, network: nn.Module) -> float | None:
-        """Of the scored split; None when there is none with labels."""
+        """Measure the accuracy on the scoring split; None if there is none."""
         if self.evaluator is None:
             return None
         count, bar = len(self.evaluator.batches), progress("evaluating")
@@ -167,7 +151,9 @@ class _Tools:
 
 def _accuracies(images: SlimImages | None, before: float | None, after: float | None) -> str:
     if images is None:
-        return "accuracy was not measured: --data PATH calibrates the cut by images and measures it"
+        return (
+            "accuracy was not measured: --data PATH calibrates the cut with images and measures it"
+        )
     if before is None or after is None:
         return f"accuracy was not measured: {images.unscored}"
     return (

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from job.data.geometry import LARGEST_SHARE, MAX_RESIZE, Channels, Resize
+from job.config import PreprocessingConfig
+from job.data.geometry import LARGEST_SHARE, MAX_RESIZE, Resize
 from job.data.preprocessing import Preprocessing
 from job.data.pretrained import SOURCES, pretrained, scaled
 from job.errors import UsageError
@@ -14,27 +15,17 @@ from job.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from job.config import PruneConfig
-
 SMALL = 64  # pixels: images up to this side get the `small` preset by default
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessingOptions:
+class PreprocessingOptions(PreprocessingConfig):
     """``--transform``, and what overrides it: None is left as the transform has it."""
 
-    transform: str = "auto"
-    image_size: int | None = None
-    mean: Channels | None = None
-    std: Channels | None = None
-    resize: str | None = None
-    crop: float | None = None
-    interpolation: str | None = None
-
     @classmethod
-    def of(cls, config: PruneConfig) -> PreprocessingOptions:
-        """The options of preprocessing among those of ``prune``."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+    def of(cls, options: PreprocessingConfig) -> PreprocessingOptions:
+        """Select the options of preprocessing among those of a command."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
     def check(self) -> None:
         """Raise UsageError for an unknown name, or for sizes that contradict each other."""

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
-from job.console import tell_error
+from job.console import print_error
 from job.distributed.signals import TOO_EARLY, answering, end_before_start
 from job.errors import GammaslimError, StopRequest
 
@@ -121,7 +121,7 @@ def _exit_code(failures: list[ProcessFailure], asked: list[int]) -> int:
     stopped = {StopRequest.exit_code, -signal.SIGKILL, *(-number for number in asked)}
     if asked and all(failure.exitcode in stopped for failure in failures):
         if all(failure.exitcode < 0 for failure in failures):  # before they could say so
-            tell_error(TOO_EARLY)
+            print_error(TOO_EARLY)
         return StopRequest.exit_code
 
     def order(failure: ProcessFailure) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def _exit_code(failures: list[ProcessFailure], asked: list[int]) -> int:
         return int(first.exitcode)
     name = signal.Signals(-first.exitcode).name
     reason = " (out of memory, or by hand)" if name == "SIGKILL" else ""
-    tell_error(
+    print_error(
         f"process {first.local_rank} of this node was killed by {name}{reason}; "
         "run the same command to resume"
     )

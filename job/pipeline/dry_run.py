@@ -16,7 +16,7 @@ from job.artifacts.checkpoint import KEPT
 from job.artifacts.model_card import find_model, load_model
 from job.artifacts.run_directory import Run
 from job.artifacts.run_folder import choose
-from job.console import counted, say, tell_error, warn
+from job.console import counted, print_error, say, warn
 from job.data.loader import default_workers
 from job.data.splits import ArraySplit
 from job.distributed.collectives import on_main
@@ -76,7 +76,7 @@ class Findings:
             for warning in self.warnings:
                 warn(warning)
             for error in self.errors[1:]:
-                tell_error(str(error))
+                print_error(str(error))
         if self.errors:
             raise self.errors[0]
 

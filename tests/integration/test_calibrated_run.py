@@ -46,5 +46,5 @@ def test_refit_regress_and_recalibration_are_the_same_on_two_processes(tmp_path:
 
 def test_refit_without_regress_is_cautioned(tmp_path: Path) -> None:
     args = ("prune", "--dry-run", "--importance", "refit", "--compensate")
-    assert "Warning: --importance refit counts on" in gammaslim(*args, "mean", cwd=tmp_path).err
-    assert "counts on" not in gammaslim(*args, "regress", cwd=tmp_path).err
+    assert "Warning: --importance refit assumes" in gammaslim(*args, "mean", cwd=tmp_path).err
+    assert "refit assumes" not in gammaslim(*args, "regress", cwd=tmp_path).err

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from job.cli import options
+from job.cli import command
 from job.cli.exits import run_and_exit
 from job.distributed import signals
 from job.distributed.agent import _exit_code
@@ -136,7 +136,7 @@ def test_who_has_lost_the_others_is_silent_where_the_launcher_ends_it(
     asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signals._State, "requested", asked)
-    monkeypatch.setattr(options, "REASON_FIRST", 0.0)
+    monkeypatch.setattr(command, "REASON_FIRST", 0.0)
     lost = GammaslimError("the other processes are gone")
     lost.late = True
-    assert options._has_the_word(lost) == (not asked)
+    assert command._reports(lost) == (not asked)

@@ -16,10 +16,11 @@ from PIL import Image
 
 from job.artifacts.model_card import ModelCard, read_card, save_model
 from job.cli.main import gammaslim
-from job.config import PruneConfig, write_toml
+from job.config import PruneConfig
 from job.data.dataset import hold_out_validation
 from job.data.layout import open_data
 from job.data.preprocessing import Preprocessing
+from job.files import toml_text
 from job.models.factory import build_network
 from job.pipeline.training_data import dataset_record, prepare_data
 
@@ -81,7 +82,7 @@ def write_run(folder: Path, data: str | None, seed: int = 0) -> Path:
     save_model(folder / "rounds" / "00", network, replace(card, lineage=lineage))
     if "validation" not in opened.splits:
         opened = opened.with_splits(validation=opened.splits["training"])
-    (folder / "config.toml").write_text(write_toml({"dataset": dataset_record(opened)}))
+    (folder / "config.toml").write_text(toml_text({"dataset": dataset_record(opened)}))
     (folder / "summary.json").write_text(json.dumps({"recommended": "rounds/00"}))
     return folder
 
@@ -328,7 +329,7 @@ def test_a_run_of_before_is_resumed_on_the_files_that_it_was_begun_with(tmp_path
     old = dataset_record(hold_out_validation(open_data(str(root)), 0))
     put(root, "train/a/20.gif", "dev/a/0.png", "dev/b/0.png")
     config = PruneConfig(data=str(root))
-    text = write_toml({"prune": config.to_dict(), "dataset": {**old, "listing": 2}})
+    text = toml_text({"prune": config.to_dict(), "dataset": {**old, "listing": 2}})
     (tmp_path / "run").mkdir()
     for listing in ("listing = 2\n", ""):
         content = text.replace("listing = 2\n", listing)

@@ -17,8 +17,8 @@ from torch import nn
 import job
 import job.artifacts.export
 from job.artifacts.model_card import ModelCard, save_model
+from job.cli.command_options import ModelOptions
 from job.cli.export import export
-from job.cli.model import ModelOptions
 from job.data.preprocessing import Preprocessing
 from job.errors import GammaslimError, UsageError
 from job.models.factory import build_network

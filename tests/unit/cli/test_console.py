@@ -122,7 +122,7 @@ def test_an_error_line_starts_on_a_fresh_line(clock: Clock) -> None:
     """Of the launcher, too, whose process 0 was killed in the middle of its line."""
     with on_terminal() as terminal:
         terminal.write("round 1 of 5  34%")
-        console.tell_error("process 0 was killed")
+        console.print_error("process 0 was killed")
     assert terminal.rows() == ["Error: process 0 was killed", ""]
 
 

@@ -19,8 +19,9 @@ from torchvision.transforms import functional as F
 
 from job.artifacts.export import metadata
 from job.artifacts.model_card import ModelCard, read_card, save_model
+from job.cli.command_options import ModelOptions
 from job.cli.main import gammaslim as program
-from job.cli.model import ModelOptions, open_model
+from job.cli.model import open_model
 from job.config import PruneConfig
 from job.data import pretrained as packages
 from job.data.batches import EvaluationImages, TrainingImages

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from job.artifacts.model_card import ModelCard, save_model
 from job.artifacts.run_reader import read_run
-from job.cli.model import ModelOptions
+from job.cli.command_options import EvaluateOptions, ModelOptions
+from job.cli.evaluate import evaluate
 from job.cli.report import report
-from job.cli.score import DataOptions, evaluate
 from job.config import PruneConfig
 from job.data.preprocessing import Preprocessing
 from job.pipeline.cautions import Cautions, above_base, at_chance, of_weights, one_class
@@ -137,12 +137,12 @@ def test_useless_weights_are_cautioned_about_wherever_they_are_used(
     report([str(run)], None, as_json=False)
     assert f"caution: {low}" in capsys.readouterr().out
     assert f"<b>Caution:</b> {low}" in (run / "report.html").read_text()
-    where = DataOptions(str(data), "validation", "fail", "cpu", "fp32", 0, None)
-    evaluate(ModelOptions(weights, "student", (("base", 2),)), where, as_json=True)
+    options = EvaluateOptions(data=str(data), split="validation", device="cpu", workers=0)
+    evaluate(ModelOptions(weights, "student", (("base", 2),)), options, as_json=True)
     found = json.loads(capsys.readouterr().out)["cautions"]
     assert found[0].startswith(low)
     assert found[1] == only
-    evaluate(ModelOptions(str(useless / "model")), where, as_json=False)
+    evaluate(ModelOptions(str(useless / "model")), options, as_json=False)
     assert "caution: the model scores 25.0%, near chance for 4" in capsys.readouterr().out
 
 
