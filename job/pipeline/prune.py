@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,7 +46,7 @@ from job.tracking.tracker import gammas
 from job.training.distillation import distillation
 from job.training.position import CutRecord, Position, PrunedScores, RoundProgress
 from job.training.session import RoundSpec, TrainingSession
-from job.training.sparsity import forecast
+from job.training.sparsity import describe_sparsity
 from job.training.trial import least_batch
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from job.training.distillation import Distillation
     from job.training.epoch import EpochResult
     from job.training.evaluation import Evaluation
+    from job.training.gamma import GammaHistogram
 
 
 T = TypeVar("T")
@@ -172,7 +173,7 @@ class Job:
         began = self.began()
         sparse = self.config.sparsity_epochs
         if sparse:
-            say(forecast(self.config, sparse, sparse * len(self.trainer.sampler)))
+            say(describe_sparsity(self.config, sparse, sparse * len(self.trainer.sampler)))
         if self.config.first_epochs + sparse:
             if self.cautions.weights and not (self.start or "fresh_classifier" in card.lineage):
                 say_cautions([of_sample(self.evaluator, network)])
@@ -416,9 +417,9 @@ class RoundSession(TrainingSession):
         values = {**result.to_dict(), "width": self.card.width}
         self.job.attempt.log("epoch", values | {"params": self.cost.params, "macs": self.cost.macs})
 
-    def gamma_measured(self, when: str, epoch: int, histogram: dict[str, Any]) -> None:
+    def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         """Log the γ."""
-        values = {"round": len(self.job.entries), "epoch": epoch, "when": when, **histogram}
+        values = {"round": len(self.job.entries), "epoch": epoch, "when": when, **asdict(histogram)}
         self.job.attempt.log("gamma", values)
 
     def save(self, position: Position) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from job.distributed.stop import Watch
     from job.training.distillation import Distillation
     from job.training.epoch import EpochResult
+    from job.training.gamma import GammaHistogram
     from job.training.position import Position
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class TrainingSession(Protocol):
     def epoch_finished(self, result: EpochResult) -> None:
         """Log the numbers of an epoch."""
 
-    def gamma_measured(self, when: str, epoch: int, histogram: dict[str, Any]) -> None:
+    def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         """Log the distribution of γ ``before`` or ``after`` the sparse epochs."""
 
     def save(self, position: Position) -> None:
@@ -84,7 +85,7 @@ class Unattended(TrainingSession):
     def epoch_finished(self, result: EpochResult) -> None:
         """Do nothing."""
 
-    def gamma_measured(self, when: str, epoch: int, histogram: dict[str, Any]) -> None:
+    def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         """Do nothing."""
 
     def save(self, position: Position) -> None:

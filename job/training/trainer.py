@@ -25,15 +25,17 @@ from job.models.outputs import AUXILIARY_WEIGHT, Logits
 from job.models.weights import load_tensors
 from job.processes import is_main, rank, world_size
 from job.training.epoch import EpochResult
-from job.training.optimizer import (
-    learning_rate,
-    new_optimizer,
-    optimizer_tensors,
-    restore_optimizer,
+from job.training.gamma import (
+    gamma_histogram,
+    gamma_layers,
+    gamma_parameters,
+    gamma_statistics,
 )
+from job.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from job.training.position import Position, TrainingProgress
+from job.training.schedule import learning_rate
 from job.training.session import RoundSpec, TrainingSession, Unattended
-from job.training.sparsity import gamma_histogram, gamma_layers, gamma_numbers, gammas_of, pull
+from job.training.sparsity import apply_penalty
 from job.training.sync_batchnorm import average_running_statistics, synchronised
 from job.training.trial import has_unused_parameters, say_of_outputs
 
@@ -155,10 +157,10 @@ class TrainingRound:
             synchronised(self.trained, device)
         fused = self.accelerator.mixed_precision != "fp16"  # the gradient scaler steps by itself
         self.prepared, self.optimizer = self.accelerator.prepare(
-            Logits(self.trained), new_optimizer(self.trained, self.config, fused=fused)
+            Logits(self.trained), build_optimizer(self.trained, self.config, fused=fused)
         )
         names = gamma_layers(network) if spec.gamma_layers is None else spec.gamma_layers
-        self.gammas = gammas_of(self.trained, names)
+        self.gammas = gamma_parameters(self.trained, names)
         if spec.resume:
             self._restore(spec.resume)
 
@@ -223,7 +225,7 @@ class TrainingRound:
             lr=lr,
             images_per_second=speed,
             seconds=earlier + time.perf_counter() - began,
-            **gamma_numbers(self.gammas),
+            **gamma_statistics(self.gammas),
         )
         result.check_finite()
         if state.best is None or self.sparse or result.valid_acc > state.best.valid_acc:
@@ -301,7 +303,7 @@ class TrainingRound:
         self.accelerator.backward(loss * (world_size() / size))
         self.optimizer.step()
         if self.sparse and not self.accelerator.optimizer_step_was_skipped:
-            pull(self.config.sparsity, self.gammas, lr * self.config.sparsity_strength)
+            apply_penalty(self.config.sparsity, self.gammas, lr * self.config.sparsity_strength)
         self.sums[0] += loss.detach()
         self.sums[1] += (logits.argmax(1) == labels).sum()
 

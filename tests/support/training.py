@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.training.session import Unattended
 
 if TYPE_CHECKING:
     from job.training.epoch import EpochResult
+    from job.training.gamma import GammaHistogram
 
 
 class Recorder(Unattended):
@@ -15,10 +16,10 @@ class Recorder(Unattended):
 
     def __init__(self) -> None:
         self.epochs: list[EpochResult] = []
-        self.histograms: list[dict[str, Any]] = []
+        self.histograms: list[GammaHistogram] = []
 
     def epoch_finished(self, result: EpochResult) -> None:
         self.epochs.append(result)
 
-    def gamma_measured(self, when: str, epoch: int, histogram: dict[str, Any]) -> None:
+    def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         self.histograms.append(histogram)

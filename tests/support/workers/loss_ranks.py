@@ -13,7 +13,8 @@ from job.distributed.collectives import check_same, digest, start
 from job.models.student import StudentNet
 from job.processes import rank, world_size
 from job.training.distillation import distillation
-from job.training.sparsity import gamma_layers, gammas_of, pull
+from job.training.gamma import gamma_layers, gamma_parameters
+from job.training.sparsity import apply_penalty
 from job.training.sync_batchnorm import synchronised
 
 
@@ -38,9 +39,9 @@ def check_steps(samples: int, kind: str) -> None:
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-7, msg=name)
         for network in (alone, shared):
             torch.optim.SGD(network.parameters(), 0.1).step()
-            pull(kind, gammas_of(network, names), 0.05)
+            apply_penalty(kind, gamma_parameters(network, names), 0.05)
     check_same(digest({k: v for k, v in shared.state_dict().items() if "weight" in k}), "γ")
-    pairs = zip(gammas_of(shared, names), gammas_of(alone, names), strict=True)
+    pairs = zip(gamma_parameters(shared, names), gamma_parameters(alone, names), strict=True)
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7)
 

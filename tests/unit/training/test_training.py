@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import job.training.trainer
-from job.config import PruneConfig
+from job.config import OptimizerName, PruneConfig, ScheduleName
 from job.data.layout import open_data
 from job.data.preprocessing import Preprocessing
 from job.distributed.collectives import start
@@ -21,11 +21,12 @@ from job.models.factory import build_network
 from job.slimming.surgery.surgery import apply_plan
 from job.training.evaluation import Evaluation, Evaluator
 from job.training.optimizer import (
-    learning_rate,
-    new_optimizer,
+    OPTIMIZERS,
+    build_optimizer,
     optimizer_tensors,
     restore_optimizer,
 )
+from job.training.schedule import SCHEDULES, learning_rate
 from job.training.session import RoundSpec, Unattended
 from job.training.trainer import Trainer, TrainingRound
 from support.cuts import randomise, uniform
@@ -73,10 +74,10 @@ def test_with_the_homeworks_stale_optimizer_no_parameter_would(
 
     def stale(network: nn.Module, config: PruneConfig, *, fused: bool) -> torch.optim.Optimizer:
         if not first:  # created once, before the loop, as in the homework's notebook
-            first.append(new_optimizer(network, config, fused=fused))
+            first.append(build_optimizer(network, config, fused=fused))
         return first[0]
 
-    monkeypatch.setattr(job.training.trainer, "new_optimizer", stale)
+    monkeypatch.setattr(job.training.trainer, "build_optimizer", stale)
     rounds = three_rounds(trainer(tmp_path))
     assert changed_parameters(*rounds[0]) == 48
     for before, after in rounds[1:]:
@@ -178,7 +179,7 @@ def test_gamma_and_biases_get_no_weight_decay(name: str) -> None:
     config = PruneConfig(optimizer=name, weight_decay=0.3)
     decay = {
         id(p): group["weight_decay"]
-        for group in new_optimizer(network, config, fused=True).param_groups
+        for group in build_optimizer(network, config, fused=True).param_groups
         for p in group["params"]
     }
     for layer in network.modules():
@@ -206,6 +207,12 @@ def test_a_restored_optimizer_is_on_the_device_of_its_parameters() -> None:
         state = other.state[elsewhere]
         assert state["exp_avg"].device.type == "meta"
         assert state["step"].device.type == device
+
+
+def test_each_schedule_and_optimizer_of_the_tables_is_a_choice_of_its_option() -> None:
+    assert set(SCHEDULES) == set(get_args(ScheduleName))
+    assert set(OPTIMIZERS) == set(get_args(OptimizerName))
+    assert all(schedule.help for schedule in SCHEDULES.values())
 
 
 def test_learning_rates_of_each_schedule() -> None:
