@@ -28,9 +28,13 @@ class SplitFolder:
 def open_class_folders(root: Path, lister: Lister) -> Dataset | None:
     """Open split folders of class folders; None when no split has class folders with images."""
     folders = lister.split_folders(root)
-    splits = {split: _list_split(folder, lister) for split, folder in folders.items()}
-    if not any(split.classes for split in splits.values()):
+    classes = {split: lister.class_folders(folder) for split, folder in folders.items()}
+    if not any(classes.values()):
         return None
+    splits = {
+        split: SplitFolder(folder, classes[split], lister.images(folder))
+        for split, folder in folders.items()
+    }
     return _dataset(root, splits, lister)
 
 
@@ -43,12 +47,8 @@ def open_unsplit_class_folders(root: Path, lister: Lister) -> Dataset | None:
     for entry in subfolders(root):
         if lister.split_folders(root / entry, unique=False):
             return None
-    training = _list_split(root, lister)
+    training = SplitFolder(root, lister.class_folders(root), lister.images(root))
     return _dataset(root, {"training": training}, lister) if len(training.classes) > 1 else None
-
-
-def _list_split(folder: Path, lister: Lister) -> SplitFolder:
-    return SplitFolder(folder, lister.class_folders(folder), lister.images(folder))
 
 
 def _dataset(root: Path, folders: dict[str, SplitFolder], lister: Lister) -> Dataset:
