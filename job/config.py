@@ -14,6 +14,8 @@ from job.options import option
 
 ResumeMode = Literal["auto", "never", "require"]
 BadImageMode = Literal["fail", "skip"]
+PresetName = Literal["homework", "small", "imagenet"]
+WeightsPackage = Literal["timm", "torchvision"]  # whose preprocessing --transform can take
 InterpolationName = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine", "step"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from job.data.geometry import PRESETS, Channels, Resize, parse_channels, parse_crop
+from job.config import PresetName, WeightsPackage
+from job.data.geometry import Channels, Resize, parse_channels, parse_crop
 from job.data.split_names import CANONICAL, SPLIT_NAMES
 from job.errors import UsageError, did_you_mean
 from job.slimming.planning.target import Budget
@@ -110,9 +111,9 @@ class Transform(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         """Return the text; whether the package knows its name is checked when it is used."""
-        text, known = str(value), ("auto", *PRESETS)
+        text, known = str(value), ("auto", *get_args(PresetName))
         package, colon, name = text.partition(":")
-        if text in known or (package in ("timm", "torchvision") and colon and name):
+        if text in known or (package in get_args(WeightsPackage) and colon and name):
             return text
         names = [*known, "timm:NAME", "torchvision:WEIGHTS"]
         message = f"{text!r} is not one of {', '.join(names)}{did_you_mean(text, names)}"

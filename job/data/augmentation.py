@@ -1,4 +1,4 @@
-"""Random crops, flips and angles by the numbers of the epoch table, and the centre crop."""
+"""Augmentation of training images by the numbers of the epoch table, and the crop of evaluation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from job.data.geometry import LONGEST
-
 if TYPE_CHECKING:
     from job.data.sample_order import Draw
 
@@ -17,51 +15,15 @@ MAX_ANGLE = 15.0  # degrees
 SMALL_PAD = 4  # pixels
 CROP_AREA = (0.08, 1.0)  # share of the image
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height
+LONGEST = 64  # ratio of the sides of an image that is resized by its shorter side
 
 
-def draw_offset(uniform: float, slack: int) -> int:
-    """A whole number from 0 to ``slack``, all equally likely."""
-    return int(uniform * (slack + 1))
-
-
-def draw_flip(draw: Draw) -> bool:
-    """Whether the image is mirrored: half the time."""
-    return draw.flip < 0.5
-
-
-def center_offset(side: int, size: int) -> int:
-    """Where ``size`` pixels about the centre of ``side`` begin, below 0 in front of it.
-
-    Rounded as torchvision's center_crop does it, which pads a whole image before it crops.
-    """
-    return -((size - side) // 2) if side < size else round((side - size) / 2)
-
-
-def crop_long_ends(image: Image.Image) -> Image.Image:
-    """The middle of an image of more than 64 times its other side: only that will be seen.
-
-    Resized as a whole, a line of a million pixels would be 256 million high.
-    """
-    most = LONGEST * min(image.size)
-    if max(image.size) <= most:
-        return image
-    left, top = (max(0, (side - most) // 2) for side in image.size)
-    return image.crop((left, top, min(image.width, left + most), min(image.height, top + most)))
-
-
-def resampling(interpolation: str) -> Image.Resampling:
-    """Pillow's filter for ``bilinear``, ``bicubic``, …"""
-    return Image.Resampling[interpolation.upper()]
-
-
-def _flip(image: Image.Image, draw: Draw) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw_flip(draw) else image
-
-
-def augment_homework(image: Image.Image, draw: Draw, size: int) -> Image.Image:
+def augment_homework(
+    image: Image.Image, draw: Draw, size: int, _resampling: Image.Resampling
+) -> Image.Image:
     """Crop at random, with symmetric padding of a side that is too short; flip; rotate.
 
-    As torchvision's RandomCrop(pad_if_needed=True), which pads by the whole shortfall on both ends.
+    As torchvision's RandomCrop(pad_if_needed=True), which pads both ends by the whole shortfall.
     """
     # a side that is long enough is cropped first: padding would make a sheet of a long thin image
     short_x, short_y = max(0, size - image.width), max(0, size - image.height)
@@ -78,19 +40,13 @@ def augment_homework(image: Image.Image, draw: Draw, size: int) -> Image.Image:
     return _flip(image, draw).rotate((2 * draw.angle - 1) * MAX_ANGLE)
 
 
-def augment_small(image: Image.Image, draw: Draw, size: int) -> Image.Image:
+def augment_small(
+    image: Image.Image, draw: Draw, size: int, _resampling: Image.Resampling
+) -> Image.Image:
     """Pad by 4 pixels, crop at random, flip. A smaller image is first centred in ``size``."""
     left = _small_offset(image.width, size, draw.left)
     top = _small_offset(image.height, size, draw.top)
     return _flip(image.crop((left, top, left + size, top + size)), draw)
-
-
-def _small_offset(side: int, size: int, uniform: float) -> int:
-    """Where the crop begins on a side of the image: below 0 in the padding in front of it."""
-    frame = max(size, side)
-    return (
-        center_offset(side, frame) - SMALL_PAD + draw_offset(uniform, frame + 2 * SMALL_PAD - size)
-    )
 
 
 def augment_imagenet(
@@ -111,11 +67,11 @@ def augment_imagenet(
     return _flip(image.resize((size, size), resampling), draw)
 
 
-def small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarray[Any, Any]:
-    """The ``small`` preset on a whole batch of arrays at once.
+def augment_small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarray[Any, Any]:
+    """``augment_small`` on a batch of images in memory, with the same pixels.
 
-    images (N, H, W) or (N, H, W, 3) uint8 are the split's; returns (B, size, size[, 3]) uint8, the
-    same pixels as ``Preprocessing.train`` gives one by one.
+    images (N, H, W) or (N, H, W, 3) uint8 are those of a split; returns (B, size, size[, 3]) uint8
+    of the B images in ``draws``.
     """
     height, width = images.shape[1:3]
     top = np.array([_small_offset(height, size, d.top) for d in draws], np.intp)
@@ -133,13 +89,59 @@ def small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarray[Any, A
     return np.asarray(crops)
 
 
-def center_arrays(images: Any, indices: list[int], size: int) -> np.ndarray[Any, Any]:
-    """Images of (N, H, W[, 3]) cropped or zero-padded to ``size`` about the centre.
+def center_crop_arrays(images: Any, indices: list[int], size: int) -> np.ndarray[Any, Any]:
+    """Crop or zero-pad the images at ``indices`` of (N, H, W[, 3]) to ``size`` about the centre.
 
-    As torchvision's center_crop; cropped before they are copied.
+    As torchvision's center_crop; images are cropped before they are copied.
     """
     top, left = (max(0, center_offset(side, size)) for side in images.shape[1:3])
     batch = images[:, top : top + size, left : left + size][indices]
     missing = [size - side for side in batch.shape[1:3]]
     pad = [(m // 2, (m + 1) // 2) for m in missing]
     return np.pad(batch, [(0, 0), *pad, *[(0, 0)] * (batch.ndim - 3)])
+
+
+def draw_offset(uniform: float, slack: int) -> int:
+    """A whole number from 0 to ``slack``, all equally likely."""
+    return int(uniform * (slack + 1))
+
+
+def draw_flip(draw: Draw) -> bool:
+    """Whether to mirror the image: half the time."""
+    return draw.flip < 0.5
+
+
+def center_offset(side: int, size: int) -> int:
+    """Where a centred crop of ``size`` pixels begins on a side; negative when it needs padding.
+
+    Rounded as by torchvision's center_crop, which pads a whole image before it crops.
+    """
+    return -((size - side) // 2) if side < size else round((side - size) / 2)
+
+
+def crop_long_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image, at most 64 times as long as wide: the centre crop needs no more.
+
+    Resized as a whole, an image of a million by one pixels would be 256 million pixels long.
+    """
+    most = LONGEST * min(image.size)
+    if max(image.size) <= most:
+        return image
+    left, top = (max(0, (side - most) // 2) for side in image.size)
+    return image.crop((left, top, min(image.width, left + most), min(image.height, top + most)))
+
+
+def resampling(interpolation: str) -> Image.Resampling:
+    """Pillow's filter for ``bilinear``, ``bicubic``, …"""
+    return Image.Resampling[interpolation.upper()]
+
+
+def _flip(image: Image.Image, draw: Draw) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw_flip(draw) else image
+
+
+def _small_offset(side: int, size: int, uniform: float) -> int:
+    """Where the random crop of the padded image begins on a side; negative in the padding."""
+    frame = max(size, side)
+    offset = draw_offset(uniform, frame + 2 * SMALL_PAD - size)
+    return center_offset(side, frame) - SMALL_PAD + offset

@@ -1,4 +1,4 @@
-"""Batches of images as workers make them: read, augmented or centred, stacked."""
+"""Batches of images as loader processes make them: read, augmented or centre-cropped, stacked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from job.data.augmentation import center_arrays, small_arrays
+from job.data.augmentation import center_crop_arrays
+from job.data.presets import PRESETS
 from job.data.splits import UNLABELLED, ArraySplit, Split
 from job.errors import DataError, StorageError
 
@@ -23,74 +24,90 @@ Failure = DataError | StorageError
 FAILURES = (DataError, StorageError)
 
 
+class IncompleteBatch(NamedTuple):
+    """A batch in which other images replace some that cannot be read; ``reasons`` names these."""
+
+    batch: Batch
+    reasons: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class TrainingImages:
-    """Augmented images by table row; what the loader's workers see."""
+    """The augmented images of a split, fetched by the rows of the epoch table."""
 
     split: Split
     preprocessing: Preprocessing
 
-    def __getitems__(self, draws: list[Draw]) -> Batch | Incomplete | Failure:
-        """One rank's part of a global batch, possibly empty; an error travels as a value."""
-        size, whole = self.preprocessing.size, not self.preprocessing.resizing.side
-        if self.preprocessing.preset == "small" and whole and isinstance(self.split, ArraySplit):
-            images = small_arrays(self.split.images, draws, size)
-            return _batch(images, self.split, [d.index for d in draws], size)
-        reader = Reader(self.split)
+    def __getitems__(self, draws: list[Draw]) -> Batch | IncompleteBatch | Failure:
+        """One rank's part of a global batch, possibly empty.
+
+        An error is returned: raised in a loader process, its message would be the traceback.
+        """
+        size, indices = self.preprocessing.size, [draw.index for draw in draws]
+        augment_arrays = PRESETS[self.preprocessing.preset].augment_arrays
+        resizes = self.preprocessing.resize.side > 0
+        if isinstance(self.split, ArraySplit) and augment_arrays and not resizes:
+            images = augment_arrays(self.split.images, draws, size)
+            return _batch(images, self.split, indices, size)
+        reader = ImageReader(self.split)
         try:
-            crops = [self.preprocessing.train(reader.read(d.index), d) for d in draws]
-        except FAILURES as error:  # raised here, a worker's traceback would become its message
+            crops = [self.preprocessing.train(reader.read(draw.index), draw) for draw in draws]
+        except FAILURES as error:
             return error
         arrays = [np.asarray(crop) for crop in crops]
-        return reader.told(_batch(arrays, self.split, [d.index for d in draws], size))
+        return reader.with_reasons(_batch(arrays, self.split, indices, size))
 
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """Images as evaluation sees them, by index."""
+    """The images of a split without augmentation, fetched by index.
+
+    With ``mask_unreadable``, images that can no longer be read get the label -1.
+    """
 
     split: Split
     preprocessing: Preprocessing
-    leave_out: bool = False  # what cannot be read any more, by the label -1
+    mask_unreadable: bool = False
 
-    def __getitems__(self, indices: list[int]) -> Batch | Incomplete | Failure:
-        """The images at ``indices``."""
+    def __getitems__(self, indices: list[int]) -> Batch | IncompleteBatch | Failure:
+        """The images at ``indices``; an error is returned, as by ``TrainingImages``."""
         size = self.preprocessing.size
-        if not self.preprocessing.resizing.side and isinstance(self.split, ArraySplit):
-            images = center_arrays(self.split.images, indices, size)
+        if isinstance(self.split, ArraySplit) and not self.preprocessing.resize.side:
+            images = center_crop_arrays(self.split.images, indices, size)
             return _batch(images, self.split, indices, size)
-        reader = Reader(self.split)
+        reader = ImageReader(self.split)
         try:
             crops = [self.preprocessing.evaluate(reader.read(i)) for i in indices]
         except FAILURES as error:
             return error
         batch = _batch([np.asarray(crop) for crop in crops], self.split, indices, size)
-        if self.leave_out and reader.failed:
-            batch[1][[index in reader.failed for index in indices]] = UNLABELLED
-        return reader.told(batch)
+        if self.mask_unreadable and reader.reasons:
+            batch[1][[index in reader.reasons for index in indices]] = UNLABELLED
+        return reader.with_reasons(batch)
 
 
-class Reader:
-    """Reads a batch's images; in a lenient split another of the class stands in for one that fails.
+class ImageReader:
+    """Reads the images of one batch.
 
-    Which one depends on nothing but the split, so every rank and every attempt takes the same.
+    In a lenient split, another image of the class replaces one that cannot be read. Which one
+    depends on the split alone, so that every rank and every attempt reads the same.
     """
 
     def __init__(self, split: Split) -> None:
         self.split = split
-        self.failed: dict[int, str] = {}  # images that could not be read, and why
+        self.reasons: dict[int, str] = {}  # by index of an image that could not be read
 
     def read(self, index: int) -> Image.Image:
         """Image ``index``, or the next of its class that can be read.
 
-        Raises DataError where there is none or the split is not lenient, and StorageError.
+        Raises StorageError, and DataError when the split is not lenient or no image is left.
         """
         try:
             return self.split.image(index)
         except DataError as error:
             if not self.split.lenient:
                 raise
-            self.failed[index] = str(error)
+            self.reasons[index] = str(error)
             for other in self._others(index):
                 try:
                     return self.split.image(other)
@@ -99,21 +116,15 @@ class Reader:
             raise
 
     def _others(self, index: int) -> list[int]:
+        """The other images of the class, from the next one on."""
         labels = self.split.labels
         same = np.flatnonzero(labels == labels[index])
         place = int(np.searchsorted(same, index))
         return [*same[place + 1 :].tolist(), *same[:place].tolist()]
 
-    def told(self, batch: Batch) -> Batch | Incomplete:
-        """``batch``, with what is to be said of it."""
-        return Incomplete(batch, tuple(self.failed.values())) if self.failed else batch
-
-
-class Incomplete(NamedTuple):
-    """A batch in which other images stand in for some that cannot be read; ``why`` says which."""
-
-    batch: Batch
-    why: tuple[str, ...]
+    def with_reasons(self, batch: Batch) -> Batch | IncompleteBatch:
+        """``batch``, marked as incomplete when an image could not be read."""
+        return IncompleteBatch(batch, tuple(self.reasons.values())) if self.reasons else batch
 
 
 def _batch(images: Any, split: Split, indices: list[int], size: int) -> Batch:

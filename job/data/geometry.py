@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from job.config import InterpolationName
 from job.errors import UsageError
 
-PRESETS = ("homework", "small", "imagenet")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+INTERPOLATIONS = get_args(InterpolationName)
 FITS = {"shorter": "", "both": "x", "longer": "longer:"}  # what is resized -> how it is spelt
 MAX_RESIZE = 8192  # pixels: the shorter side of a resized image
 LEAST_STD = 1e-4  # a grey level of 255 is 0.004
 LARGEST_SHARE = 2.0  # a crop above it is in pixels, else a share of the resized side
-LONGEST = 64  # sides to one, of an image that is resized by its shorter side
 
 Size = tuple[int, int]  # width and height in pixels
 Channels = tuple[float, float, float]  # one number for each of red, green and blue

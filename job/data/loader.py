@@ -1,4 +1,4 @@
-"""The DataLoader of one rank, its worker processes, and the batches that come from it."""
+"""The DataLoader of one rank: its loader processes, and the batches that it yields."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from job.console import warn
-from job.data.batches import FAILURES, Batch, Incomplete
+from job.data.batches import FAILURES, Batch, IncompleteBatch
 from job.data.splits import ArraySplit
 from job.distributed.cores import available_cores
 from job.distributed.signals import end_with_parent, ignore_requests
@@ -18,12 +18,20 @@ from job.distributed.signals import end_with_parent, ignore_requests
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from job.data.batches import EvaluationImages, TrainingImages
 
-def build_loader(images: Any, sampler: Any, *, workers: int, pin: bool) -> DataLoader[Any]:
-    """A DataLoader over ``images``; arrays in memory need no workers and get none."""
+MAX_WORKERS = 8  # loader processes of a rank, unless --workers asks for more
+_reported: set[str] = set()  # reasons that this process has reported
+
+
+def build_loader(
+    images: TrainingImages | EvaluationImages, sampler: Any, *, workers: int, pin: bool
+) -> DataLoader[Any]:
+    """Build a DataLoader over ``images``; arrays in memory need no loader processes."""
     workers = 0 if isinstance(images.split, ArraySplit) else workers
+    dataset: Any = images  # __getitems__ is all that a DataLoader with batches of indices calls
     return DataLoader(
-        images,
+        dataset,
         batch_sampler=sampler,
         collate_fn=_as_is,
         num_workers=workers,
@@ -35,18 +43,33 @@ def build_loader(images: Any, sampler: Any, *, workers: int, pin: bool) -> DataL
     )
 
 
-def _worker_server() -> Any:
-    """Where workers are forked from, see job.data.worker."""
-    quiet = "ignore:resource_tracker"  # it would report the semaphores of a job that was killed
-    if quiet not in sys.warnoptions:
-        sys.warnoptions.append(quiet)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["job.data.worker"])
-    return context
+def iterate_batches(batches: DataLoader[Any]) -> Iterator[Batch]:
+    """Yield the batches of a loader; raise an error that a loader process returned.
+
+    Each process warns once of every image that --on-bad-image skip replaces.
+    """
+    for batch in batches:
+        if isinstance(batch, FAILURES):
+            raise batch
+        if isinstance(batch, IncompleteBatch):
+            for reason in sorted(set(batch.reasons) - _reported):
+                warn(
+                    f"{reason}; it is left out from now on, another image of its class takes its "
+                    "place"
+                )
+            _reported.update(batch.reasons)
+            batch = batch.batch
+        yield batch
+
+
+def default_workers(local_world_size: int, cuda: bool) -> int:
+    """Loader processes for each rank; on a CPU, one core is left to the training process."""
+    cores = available_cores() // max(1, local_world_size)
+    return max(1, min(MAX_WORKERS, cores if cuda else cores - 1))
 
 
 def prepare_worker(_worker: int = 0) -> None:
-    """For the server of loader processes, and for each of them: it outlives requests, not the job.
+    """Let a loader process, or the server of them, outlive stop requests but not the job.
 
     Launchers signal the whole process group, and a dead worker would kill the save.
     """
@@ -56,36 +79,22 @@ def prepare_worker(_worker: int = 0) -> None:
 
 
 def report_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """What multiprocessing's thread that hands tensors out reports; not that the job has left."""
+    """Report an exception, unless it says that the job closed its end of a connection.
+
+    The thread of multiprocessing that sends tensors raises these when the job ends first.
+    """
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 
 
-def iterate_batches(batches: DataLoader[Any]) -> Iterator[Batch]:
-    """The loader's batches; an error that came in place of one is raised.
-
-    Images that --on-bad-image skip leaves out only now are named once by each process.
-    """
-    for batch in batches:
-        if isinstance(batch, FAILURES):
-            raise batch
-        if isinstance(batch, Incomplete):
-            for why in sorted(set(batch.why) - _named):
-                warn(
-                    f"{why}; it is left out from now on, another image of its class takes its place"
-                )
-            _named.update(batch.why)
-            batch = batch.batch
-        yield batch
-
-
-_named: set[str] = set()  # what has been said of images
-
-
-def default_workers(local_world: int, cuda: bool) -> int:
-    """Loader processes for each rank: a core stays with the training process on a CPU."""
-    cores = available_cores() // max(1, local_world)
-    return max(1, min(8, cores if cuda else cores - 1))
+def _worker_server() -> Any:
+    """The server that loader processes are forked from, see job.data.worker."""
+    ignored = "ignore:resource_tracker"  # it would warn of the semaphores of a job that was killed
+    if ignored not in sys.warnoptions:
+        sys.warnoptions.append(ignored)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["job.data.worker"])
+    return context
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What ``--transform`` and the single options ask for, and the preprocessing that it means."""
+"""Options of preprocessing: ``--transform``, those that override it, and their result."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 from job.config import PreprocessingConfig
 from job.data.geometry import LARGEST_SHARE, MAX_RESIZE, Resize
 from job.data.preprocessing import Preprocessing
+from job.data.presets import PRESETS, default_preset
 from job.data.pretrained import SOURCES, pretrained, scaled
 from job.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SMALL = 64  # pixels: images up to this side get the `small` preset by default
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessingOptions(PreprocessingConfig):
-    """``--transform``, and what overrides it: None is left as the transform has it."""
+    """``--transform`` and the options that override it; None keeps the value of the transform."""
 
     @classmethod
     def of(cls, options: PreprocessingConfig) -> PreprocessingOptions:
@@ -29,43 +28,42 @@ class PreprocessingOptions(PreprocessingConfig):
 
     def check(self) -> None:
         """Raise UsageError for an unknown name, or for sizes that contradict each other."""
-        if self.transform.partition(":")[0] in SOURCES:
+        if self._names_weights:
             pretrained(self.transform)
-        self._size()
+        self._input_size()
 
     def resolve(self, largest: int) -> Preprocessing:
         """The preprocessing of images whose largest side is ``largest``; raises UsageError."""
-        if self.transform.partition(":")[0] in SOURCES:
-            return self._override(pretrained(self.transform))
+        if self._names_weights:
+            return self._apply(pretrained(self.transform))
         side = Resize.parse(self.resize).side if self.resize else 0
-        preset = self.transform
-        if preset == "auto":
-            preset = "small" if (side or largest) <= SMALL else "homework"
+        auto = self.transform == "auto"
+        preset = default_preset(side or largest) if auto else self.transform
+        default = PRESETS[preset].default_size(side or largest)
+        default = min(default, side) if side else default
+        return self._apply(lambda size: Preprocessing.of(preset, size or default))
 
-        def at(size: int | None) -> Preprocessing:
-            default = default_size(preset, side or largest)
-            return Preprocessing(preset, size or (min(default, side) if side else default))
-
-        return self._override(at)
-
-    def override(self, own: Preprocessing) -> Preprocessing:
-        """What a saved model's ``own`` becomes by these options; raises UsageError."""
-        if self.transform.partition(":")[0] in SOURCES:
+    def override(self, stored: Preprocessing) -> Preprocessing:
+        """The preprocessing stored with a model, changed by these options; raises UsageError."""
+        if self._names_weights:
             return self.resolve(0)
 
         def at(size: int | None) -> Preprocessing:
             if self.transform != "auto":
-                return Preprocessing(self.transform, size or own.size)
-            preset = Preprocessing(own.preset, own.size)
-            if own.resizing == preset.resizing:
-                other = Preprocessing(own.preset, size or own.size).resizing
-                return replace(own, size=size or own.size, resize=other)
-            return scaled(own, size)
+                return Preprocessing.of(self.transform, size or stored.size)
+            if stored.resize == Preprocessing.of(stored.preset, stored.size).resize:
+                resize = Preprocessing.of(stored.preset, size or stored.size).resize
+                return replace(stored, size=size or stored.size, resize=resize)
+            return scaled(stored, size)
 
-        return self._override(at)
+        return self._apply(at)
 
-    def _size(self) -> int | None:
-        """The side of the inputs, where the options say it; they must agree."""
+    @property
+    def _names_weights(self) -> bool:
+        return self.transform.partition(":")[0] in SOURCES
+
+    def _input_size(self) -> int | None:
+        """The side of the inputs that ``--image-size``, ``--crop`` and ``--resize`` agree on."""
         size, crop = self.image_size, self.crop
         if crop is None:
             return size
@@ -90,36 +88,26 @@ class PreprocessingOptions(PreprocessingConfig):
             )
         return size
 
-    def _override(self, at: Callable[[int | None], Preprocessing]) -> Preprocessing:
-        own = at(self._size())
-        resize = Resize.parse(self.resize) if self.resize else own.resizing
+    def _apply(self, at: Callable[[int | None], Preprocessing]) -> Preprocessing:
+        """Override what ``at`` returns for an input size, or for None by default."""
+        default = at(self._input_size())
+        resize = Resize.parse(self.resize) if self.resize else default.resize
         if self.crop and self.crop <= LARGEST_SHARE and not self.resize:
-            resize = Resize(_resized_side(own.size, self.crop), resize.fit)
+            resize = Resize(_resized_side(default.size, self.crop), resize.fit)
         return replace(
-            own,
+            default,
             resize=resize,
-            interpolation=self.interpolation or own.interpolation,
-            mean=self.mean or own.mean,
-            std=self.std or own.std,
+            interpolation=self.interpolation or default.interpolation,
+            mean=self.mean or default.mean,
+            std=self.std or default.std,
         )
 
 
 def _resized_side(size: int, share: float) -> int:
-    """Rounded down, as timm does it."""
+    """The side of which ``size`` is ``share``, rounded down as by timm."""
     side = math.floor(size / share)
     if not 1 <= side <= MAX_RESIZE:
         raise UsageError(
             f"--crop {share:g} of {size} pixels resizes to {side}: at most {MAX_RESIZE} pixels"
         )
     return side
-
-
-def default_size(preset: str, largest: int) -> int:
-    """The input's side by default, from the largest side of any image.
-
-    ``small``: that side rounded up to a multiple of 16, 32 to 64 (28 is padded to 32). Else the
-    homework's 256, or 224 for ``imagenet``.
-    """
-    if preset == "small":
-        return min(max(32, -(-largest // 16) * 16), SMALL)
-    return {"homework": 256, "imagenet": 224}[preset]

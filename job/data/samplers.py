@@ -1,4 +1,4 @@
-"""Batch samplers: which images one rank takes of every global batch, or of a split."""
+"""Batch samplers: the images that one rank takes of each global batch, or of a whole split."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 class GlobalBatches:
-    """Batch sampler: this rank's rows of every global batch of the epoch set by ``set_epoch``.
+    """Batch sampler of training: this rank's rows of every global batch of an epoch.
 
-    Rank r of W takes rows r, r + W, … of a global batch, so that shares differ by at most one
-    and every sample is taken once, the last short batch included; of less than ``least`` samples it
-    joins the one before.
+    Rank r of W takes rows r, r + W, … of a global batch. Shares differ by at most one row, and
+    every sample is taken once. The last batch may be short; with fewer than ``least`` samples it
+    joins the one before it.
     """
 
     def __init__(
@@ -27,14 +27,14 @@ class GlobalBatches:
         self.round, self.epoch, self.first = 0, 0, 0
 
     def set_epoch(self, round_index: int, epoch: int, first: int = 0) -> None:
-        """Choose the table that the next pass follows, and the batch that it begins with."""
+        """Choose the epoch of the next pass, and the global batch that it begins with."""
         self.round, self.epoch, self.first = round_index, epoch, first
 
     def __len__(self) -> int:
         return self.batches
 
     def sizes(self) -> list[int]:
-        """Samples in each global batch."""
+        """The number of samples in each global batch."""
         last = self.count - (self.batches - 1) * self.batch_size
         return [self.batch_size] * (self.batches - 1) + [last]
 
@@ -48,7 +48,7 @@ class GlobalBatches:
 
 
 class RankShare:
-    """Batch sampler for evaluation: images r, r + W, … of rank r, each exactly once."""
+    """Batch sampler of evaluation: images r, r + W, … of a split, for rank r of W."""
 
     def __init__(self, count: int, batch_size: int, rank: int, world: int) -> None:
         self.indices, self.batch_size = range(rank, count, world), batch_size

@@ -84,7 +84,7 @@ class Evaluator:
         self.accelerator = accelerator
         self.batch_size = batch_size_at(preprocessing.size)
         self.batches = build_loader(
-            EvaluationImages(split, preprocessing, leave_out=True),
+            EvaluationImages(split, preprocessing, mask_unreadable=True),
             RankShare(len(split), self.batch_size, rank(), world_size()),
             workers=workers,
             pin=accelerator.device.type == "cuda",

@@ -33,13 +33,13 @@ def lose(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         return load_rgb(path)
 
     monkeypatch.setattr(splits_module, "load_rgb", load)
-    monkeypatch.setattr(batches_module, "_named", set())
+    monkeypatch.setattr(batches_module, "_reported", set())
 
 
 def stream(root: Path, on_bad_image: str, world: int = 1, workers: int = 0) -> list[torch.Tensor]:
     """The global batches of two epochs, put together from all ranks' shares."""
     checked_data, _ = check_images(open_data(str(root)), ["training"], on_bad_image)
-    images = TrainingImages(checked_data.splits["training"], Preprocessing("homework", 32))
+    images = TrainingImages(checked_data.splits["training"], Preprocessing.of("homework", 32))
     shares: list[list[torch.Tensor]] = [[] for _ in range(world)]
     for rank in range(world):
         sampler = GlobalBatches(15, 6, 0, rank, world)

@@ -77,7 +77,7 @@ def write_run(folder: Path, data: str | None, seed: int = 0) -> Path:
     names = opened.class_names
     network = build_network("test_predictions:Brightness", len(names), {})
     lineage = {"seed": seed, "listing": opened.listing, "run": str(folder.absolute())}
-    preprocessing = Preprocessing("small", 32)
+    preprocessing = Preprocessing.of("small", 32)
     card = ModelCard("test_predictions:Brightness", {}, len(names), preprocessing, names)
     save_model(folder / "rounds" / "00", network, replace(card, lineage=lineage))
     if "validation" not in opened.splits:

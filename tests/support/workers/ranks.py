@@ -157,7 +157,7 @@ def check_unused(accelerator: object) -> None:
     """Parameters without a gradient are left alone, an auxiliary classifier learns; two epochs."""
     images = np.random.default_rng(1).integers(0, 256, (9, 16, 16), dtype=np.uint8)
     split = ArraySplit(images, np.arange(9, dtype=np.int64) % 2)
-    size = Preprocessing("small", 16)
+    size = Preprocessing.of("small", 16)
     config = PruneConfig(batch_size=8, optimizer="sgd", lr=0.1)
     evaluator = Evaluator(split, 2, size, accelerator, 0)
     torch.manual_seed(2)
@@ -190,7 +190,7 @@ def check_evaluation(accelerator: object) -> None:
     for count in (1, 2, 5, 600):
         images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
         split = ArraySplit(images, np.arange(count, dtype=np.int64) % 5)
-        evaluator = Evaluator(split, 5, Preprocessing("small", 32), accelerator, 0)
+        evaluator = Evaluator(split, 5, Preprocessing.of("small", 32), accelerator, 0)
         result = evaluator(network)
         assert result.count == count
         assert result.confusion.sum(1).tolist() == np.bincount(split.labels, minlength=5).tolist()

@@ -32,7 +32,7 @@ NAMES = ("cat", "dog", "emu")
 def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A slim StudentNet in a model folder."""
     folder = tmp_path_factory.mktemp("slim") / "model"
-    card = ModelCard("student", {"base": 2}, 3, Preprocessing("imagenet", 48), NAMES)
+    card = ModelCard("student", {"base": 2}, 3, Preprocessing.of("imagenet", 48), NAMES)
     torch.manual_seed(0)
     network = randomise(card.build())
     plan = uniform(network, 0.5)
@@ -51,7 +51,7 @@ def test_onnx_gives_torchs_logits_for_any_batch(
     assert model.opset_import[0].version >= 18
     values = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(values["class_names"]) == list(NAMES)
-    assert json.loads(values["input"]) == Preprocessing("imagenet", 48).to_dict() | {
+    assert json.loads(values["input"]) == Preprocessing.of("imagenet", 48).to_dict() | {
         "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
     }  # fmt: skip
     assert (values["model"], values["width"]) == ("student", "0.5")
@@ -109,7 +109,7 @@ def test_what_differs_or_cannot_be_expressed_is_not_written(
             rows = images.flatten(1)
             return rows if rows.sum() > 0 else -rows
 
-    card = ModelCard("student", {}, 3, Preprocessing("small", 8))
+    card = ModelCard("student", {}, 3, Preprocessing.of("small", 8))
     monkeypatch.setattr("job.cli.export.open_model", lambda _: (Deciding(), card))
     with pytest.raises(UsageError, match=f"--format {format} cannot express") as caught:
         export(ModelOptions(str(slim)), str(target), format)
@@ -127,7 +127,7 @@ def test_without_the_packages_the_extra_is_named(
 
 
 def test_torchvisions_normalised_network_is_exported_too(tmp_path: Path) -> None:
-    card = ModelCard("squeezenet1_1", {}, 4, Preprocessing("imagenet", 64))
+    card = ModelCard("squeezenet1_1", {}, 4, Preprocessing.of("imagenet", 64))
     torch.manual_seed(0)
     save_model(tmp_path / "model", card.build(), card)
     export(ModelOptions(str(tmp_path / "model")), str(tmp_path / "m.onnx"), "onnx")
@@ -145,7 +145,7 @@ def test_batchnorms_that_select_their_channels_are_exported_too(
     torch.manual_seed(0)
     network = randomise(build_network("densenet40-cifar", 3, {}))
     narrow, plan = job.slim(network, torch.rand(1, 3, 32, 32), target="macs=0.4", min_keep=0)
-    card = ModelCard("densenet40-cifar", {}, 3, Preprocessing("small", 32))
+    card = ModelCard("densenet40-cifar", {}, 3, Preprocessing.of("small", 32))
     save_model(tmp_path / "slim", narrow, card.cut(plan.layers, plan.width))
     assert any(kept.select for kept in plan.layers.values())
     export(ModelOptions(str(tmp_path / "slim")), str(tmp_path / name), format)
@@ -162,7 +162,7 @@ def test_the_width_of_another_network_is_told_in_four_digits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     network = build_network("resnet18", 3, {})
-    card = ModelCard("resnet18", {}, 3, Preprocessing("small", 32), width=0.8573749999999999)
+    card = ModelCard("resnet18", {}, 3, Preprocessing.of("small", 32), width=0.8573749999999999)
     save_model(tmp_path / "slim", network, card)
     export(ModelOptions(str(tmp_path / "slim")), str(tmp_path / "m.pt"))
     assert "resnet18 at width 0.8574: " in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -22,13 +22,15 @@ from job.artifacts.model_card import ModelCard, read_card, save_model
 from job.cli.command_options import ModelOptions
 from job.cli.main import gammaslim as program
 from job.cli.model import open_model
-from job.config import PruneConfig
+from job.config import InterpolationName, PresetName, PruneConfig, WeightsPackage
 from job.data import pretrained as packages
+from job.data.augmentation import resampling
 from job.data.batches import EvaluationImages, TrainingImages
 from job.data.geometry import Resize
 from job.data.preprocessing import Preprocessing
 from job.data.preprocessing_options import PreprocessingOptions
-from job.data.sample_order import epoch_table
+from job.data.presets import PRESETS, Preset
+from job.data.sample_order import Draw, epoch_table
 from job.data.splits import ArraySplit
 from job.errors import DataError, UsageError
 
@@ -73,7 +75,7 @@ def test_each_of_timms_ways_to_crop(crop_mode: str, fit: str, share: float) -> N
         mean=(0.5, 0.4, 0.3), std=STD,
     )  # fmt: skip
     resize = Resize(int(96 / share), fit)
-    ours = Preprocessing("small", 96, resize, "bicubic", (0.5, 0.4, 0.3), STD)
+    ours = Preprocessing.of("small", 96, resize, "bicubic", (0.5, 0.4, 0.3), STD)
     for image in photos():
         assert torch.equal(inputs(ours, image), theirs(image)), image.size
 
@@ -104,12 +106,12 @@ def test_a_packages_transform_at_another_size() -> None:
     for image in photos():
         assert torch.equal(inputs(options.resolve(0), image), theirs(image))
     changed = replace(options, interpolation="nearest", crop=1.0, std=(1.0, 1.0, 1.0)).resolve(0)
-    assert (changed.resizing, changed.interpolation) == (Resize(96), "nearest")
+    assert (changed.resize, changed.interpolation) == (Resize(96), "nearest")
     assert (changed.mean, changed.std) == (MEAN, (1.0, 1.0, 1.0))
     small = PreprocessingOptions(
         transform="torchvision:ResNet50_Weights.IMAGENET1K_V2", image_size=112
     )
-    assert small.resolve(0).resizing == Resize(116)
+    assert small.resolve(0).resize == Resize(116)
 
 
 @pytest.mark.parametrize(
@@ -201,18 +203,22 @@ def test_what_is_wrong_is_said(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "largest", "expected"),
     [
-        ({"mean": MEAN, "std": STD}, 32, Preprocessing("small", 32, mean=MEAN, std=STD)),
-        ({"resize": "40"}, 300, Preprocessing("small", 40, Resize(40))),
-        ({"resize": "200"}, 900, Preprocessing("homework", 200, Resize(200))),
+        ({"mean": MEAN, "std": STD}, 32, Preprocessing.of("small", 32, mean=MEAN, std=STD)),
+        ({"resize": "40"}, 300, Preprocessing.of("small", 40, Resize(40))),
+        ({"resize": "200"}, 900, Preprocessing.of("homework", 200, Resize(200))),
         (
             {"resize": "288", "transform": "imagenet"},
             0,
-            Preprocessing("imagenet", 224, Resize(288)),
+            Preprocessing.of("imagenet", 224, Resize(288)),
         ),
-        ({"resize": "256", "crop": 0.875}, 900, Preprocessing("homework", 224, Resize(256))),
-        ({"crop": 0.8, "image_size": 32}, 32, Preprocessing("small", 32, Resize(40))),
-        ({"crop": 48.0}, 60, Preprocessing("small", 48)),
-        ({"resize": "none", "transform": "imagenet"}, 0, Preprocessing("imagenet", 224, Resize())),
+        ({"resize": "256", "crop": 0.875}, 900, Preprocessing.of("homework", 224, Resize(256))),
+        ({"crop": 0.8, "image_size": 32}, 32, Preprocessing.of("small", 32, Resize(40))),
+        ({"crop": 48.0}, 60, Preprocessing.of("small", 48)),
+        (
+            {"resize": "none", "transform": "imagenet"},
+            0,
+            Preprocessing.of("imagenet", 224, Resize()),
+        ),
     ],
 )
 def test_single_options_override_a_preset(
@@ -241,12 +247,33 @@ def test_sizes_that_contradict_each_other(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("preset", ["homework", "small"])
 def test_training_sees_images_of_the_size_that_evaluation_does(preset: str) -> None:
-    resized = Preprocessing(preset, 32, Resize(36), "bicubic")
-    plain = Preprocessing(preset, 32)
+    resized = Preprocessing.of(preset, 32, Resize(36), "bicubic")
+    plain = Preprocessing.of(preset, 32)
     for image, draw in zip(photos(), epoch_table(4, 0, 0, 0).rows(range(4)), strict=True):
         shrunk = F.resize(image, 36, F.InterpolationMode.BICUBIC)
         assert resized.train(image, draw) == plain.train(shrunk, draw)
         assert resized.evaluate(image) == F.center_crop(shrunk, [32, 32])
+
+
+def test_the_names_on_the_command_line_are_those_of_the_tables() -> None:
+    assert get_args(PresetName) == tuple(PRESETS)
+    assert get_args(WeightsPackage) == tuple(packages.SOURCES)
+    for name in get_args(InterpolationName):
+        assert resampling(name) in Image.Resampling
+
+
+def test_an_entry_in_the_table_adds_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mirrored(image: Image.Image, _draw: Draw, size: int, _: Image.Resampling) -> Image.Image:
+        return F.hflip(F.center_crop(image, [size, size]))
+
+    preset = Preset("mirrored", mirrored, default_size=lambda _: 48, scale=(MEAN, STD))
+    monkeypatch.setitem(PRESETS, "mirrored", preset)
+    preprocessing = PreprocessingOptions(transform="mirrored").resolve(largest=300)
+    assert preprocessing == Preprocessing("mirrored", 48, Resize(), "bilinear", MEAN, STD)
+    assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
+    (draw,) = epoch_table(1, 0, 0, 0).rows(range(1))
+    for image in photos():
+        assert preprocessing.train(image, draw) == F.hflip(preprocessing.evaluate(image))
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (28, 28, 3)])
@@ -256,7 +283,7 @@ def test_arrays_in_memory_grey_too_are_resized_and_normalised(
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
     split = ArraySplit(images, np.arange(5))
-    preprocessing = Preprocessing("small", 32, resize, "bicubic", MEAN, STD)
+    preprocessing = Preprocessing.of("small", 32, resize, "bicubic", MEAN, STD)
     batch, _ = EvaluationImages(split, preprocessing).__getitems__([4, 0])  # type: ignore[misc]
     for row, index in zip(preprocessing.to_input(batch), (4, 0), strict=True):
         image = Image.fromarray(images[index]).convert("RGB")
@@ -277,7 +304,7 @@ def saved(folder: Path, preprocessing: Preprocessing) -> ModelCard:
 
 
 def test_model_json_and_exports_hold_it_and_options_change_it(tmp_path: Path) -> None:
-    squash = Preprocessing("small", 32, Resize(36, "both"), "bicubic", MEAN, STD)
+    squash = Preprocessing.of("small", 32, Resize(36, "both"), "bicubic", MEAN, STD)
     card = saved(tmp_path / "m", squash)
     assert read_card(tmp_path / "m").preprocessing == squash
     assert json.loads(json.dumps(metadata(card)))["input"] == {
@@ -289,12 +316,12 @@ def test_model_json_and_exports_hold_it_and_options_change_it(tmp_path: Path) ->
     changed = open_model(ModelOptions(path, mean=(0.5,) * 3, crop=0.5))[1].preprocessing
     assert changed == replace(squash, mean=(0.5, 0.5, 0.5), resize=Resize(64, "both"))
     larger = open_model(ModelOptions(path, image_size=64))[1].preprocessing
-    assert (larger.size, larger.resizing) == (64, Resize(72, "both"))
+    assert (larger.size, larger.resize) == (64, Resize(72, "both"))
 
 
 def test_a_model_of_before_there_were_these_keys_loads(tmp_path: Path) -> None:
     for preset in ("homework", "small", "imagenet"):
-        card = saved(tmp_path / preset, Preprocessing(preset, 32))
+        card = saved(tmp_path / preset, Preprocessing.of(preset, 32))
         file = tmp_path / preset / "model.json"
         content = json.loads(file.read_text())
         for key in ("resize", "fit", "interpolation"):
@@ -312,7 +339,7 @@ def test_a_model_of_before_there_were_these_keys_loads(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_damaged_model_json_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    saved(tmp_path / "m", Preprocessing("small", 32, Resize(36)))
+    saved(tmp_path / "m", Preprocessing.of("small", 32, Resize(36)))
     file = tmp_path / "m" / "model.json"
     content = json.loads(file.read_text())
     content["input"] |= wrong
@@ -325,9 +352,9 @@ def test_a_damaged_model_json_is_named(tmp_path: Path, wrong: dict[str, Any]) ->
 def test_inputs_of_any_size_have_a_resizing(name: str) -> None:
     """At least a pixel, since 0 is no resizing at all, and at most the most that there is."""
     large = PreprocessingOptions(transform=name, image_size=8192).resolve(0)
-    assert (large.size, large.resizing) == (8192, Resize(8192))
-    padded = Preprocessing("small", 48, Resize(20))
-    assert PreprocessingOptions(image_size=1).override(padded).resizing == Resize(1)
-    assert PreprocessingOptions(image_size=8192).override(padded).resizing == Resize(3413)
-    grown = Preprocessing("small", 32, Resize(40))
-    assert PreprocessingOptions(image_size=8000).override(grown).resizing == Resize(8192)
+    assert (large.size, large.resize) == (8192, Resize(8192))
+    padded = Preprocessing.of("small", 48, Resize(20))
+    assert PreprocessingOptions(image_size=1).override(padded).resize == Resize(1)
+    assert PreprocessingOptions(image_size=8192).override(padded).resize == Resize(3413)
+    grown = Preprocessing.of("small", 32, Resize(40))
+    assert PreprocessingOptions(image_size=8000).override(grown).resize == Resize(8192)

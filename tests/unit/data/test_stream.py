@@ -63,7 +63,7 @@ def test_global_batches_are_the_same_for_any_number_of_processes(count: int, wor
 def test_the_same_pictures_come_with_any_number_of_workers(tmp_path: Path) -> None:
     write_flat(tmp_path, {"training": 5})
     pictures = TrainingImages(
-        open_data(str(tmp_path)).splits["training"], Preprocessing("homework", 32)
+        open_data(str(tmp_path)).splits["training"], Preprocessing.of("homework", 32)
     )
     runs = []
     for workers in (0, 1, 2):
@@ -87,7 +87,7 @@ def photo(width: int, height: int) -> Image.Image:
 
 
 def test_the_homeworks_crop_flip_and_rotation_equal_torchvisions() -> None:
-    preset = Preprocessing("homework", 64)
+    preset = Preprocessing.of("homework", 64)
     image = photo(100, 90)
     ours = preset.train(image, draw(top=0.99999, left=0.0, flip=0.1, angle=1.0))
     theirs = F.rotate(F.hflip(F.crop(image, 90 - 64, 0, 64, 64)), 15.0)
@@ -113,7 +113,7 @@ def test_angles_and_crops_cover_their_whole_range() -> None:
 def test_whole_batches_of_arrays_equal_one_picture_at_a_time(shape: tuple[int, ...]) -> None:
     images = np.random.default_rng(0).integers(0, 256, (9, *shape), dtype=np.uint8)
     split = ArraySplit(images, np.arange(9, dtype=np.int64))
-    preset = Preprocessing("small", 32)
+    preset = Preprocessing.of("small", 32)
     draws = epoch_table(9, 0, 0, 0).rows(range(9))
     whole, labels = TrainingImages(split, preset).__getitems__(draws)  # type: ignore[misc]
     single = [np.asarray(preset.train(split.image(d.index), d)) for d in draws]
@@ -126,8 +126,8 @@ def test_whole_batches_of_arrays_equal_one_picture_at_a_time(shape: tuple[int, .
 
 def test_a_grey_28_becomes_three_channels_padded_to_32() -> None:
     split = ArraySplit(np.full((1, 28, 28), 255, np.uint8), np.zeros(1, np.int64))
-    images, _ = EvaluationImages(split, Preprocessing("small", 32)).__getitems__([0])  # type: ignore[misc]
-    inputs = Preprocessing("small", 32).to_input(images)
+    images, _ = EvaluationImages(split, Preprocessing.of("small", 32)).__getitems__([0])  # type: ignore[misc]
+    inputs = Preprocessing.of("small", 32).to_input(images)
     assert inputs.shape == (1, 3, 32, 32)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     assert inputs[0, :, 2:30, 2:30].eq(1).all()
@@ -135,7 +135,7 @@ def test_a_grey_28_becomes_three_channels_padded_to_32() -> None:
 
 
 def test_the_imagenet_preset_equals_torchvisions_recipe() -> None:
-    preset = Preprocessing("imagenet", 224)
+    preset = Preprocessing.of("imagenet", 224)
     image = photo(400, 300)
     centre = F.center_crop(F.resize(image, 256), [224, 224])
     assert np.array_equal(np.asarray(preset.evaluate(image)), np.asarray(centre))
@@ -151,7 +151,7 @@ def test_the_imagenet_preset_equals_torchvisions_recipe() -> None:
 def test_an_empty_share_of_a_batch_is_an_empty_batch(tmp_path: Path) -> None:
     write_flat(tmp_path, {"training": 1})
     split = open_data(str(tmp_path)).splits["training"]
-    images, labels = TrainingImages(split, Preprocessing("homework", 32)).__getitems__([])  # type: ignore[misc]
+    images, labels = TrainingImages(split, Preprocessing.of("homework", 32)).__getitems__([])  # type: ignore[misc]
     assert images.shape == (0, 32, 32, 3)
     assert labels.shape == (0,)
 

@@ -33,7 +33,7 @@ from support.cuts import randomise, uniform
 from support.datasets import write_noise_idx
 from support.training import Recorder
 
-SMALL = Preprocessing("small", 32)
+SMALL = Preprocessing.of("small", 32)
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:

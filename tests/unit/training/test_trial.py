@@ -81,7 +81,7 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def trainer(folder: Path, **options: Any) -> Trainer:
     data = open_data(str(write_noise_idx(folder / "idx", 33, 8)))
-    size, accelerator = Preprocessing("small", 32), start("cpu", "fp32")
+    size, accelerator = Preprocessing.of("small", 32), start("cpu", "fp32")
     config = PruneConfig(device="cpu", batch_size=16, **options)
     evaluator = Evaluator(data.splits["validation"], 4, size, accelerator, 0)
     return Trainer(data.splits["training"], evaluator, config, size, accelerator, 0, 2)
