@@ -24,14 +24,15 @@ from job.files import check_writable, is_file
 from job.models.classifier import find_head
 from job.models.factory import NETWORKS, torchvision_names, trust_factory
 from job.slimming.arguments import check_network
-from job.slimming.graph.trace import tensors_in, trace_network, training_mode
-from job.slimming.inputs import call_network, kind_of, move_like
+from job.slimming.graph.modes import training_mode
+from job.slimming.graph.trace import trace_network
+from job.slimming.inputs import call_network, kind_of, move_like, tensors_in
 from job.slimming.planning.base import Base, layer_widths
 from job.slimming.planning.layer_channels import compose
 from job.slimming.planning.plan import Plan
 from job.slimming.surgery.comparison import relative_difference
+from job.slimming.surgery.probe import probe_batch
 from job.slimming.surgery.surgery import apply_plan
-from job.slimming.surgery.verification import probe_batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

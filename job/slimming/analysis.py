@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from job.errors import UsageError, reason
-from job.slimming.graph.groups import channel_graph
+from job.slimming.graph.grouping import channel_graph
 from job.slimming.inputs import describe_inputs
-from job.slimming.surgery.verification import drop_wrong_suspects
+from job.slimming.surgery.trial_cuts import drop_wrong_suspects
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -131,7 +131,7 @@ def _preserve_weights(model: nn.Module, runs: bool) -> Iterator[None]:
     """Put back random states and, where the network runs, weights that its own passes change."""
     with preserve_state(model, values=False) as snapshot:
         if runs:
-            snapshot.keep(t for t in snapshot.tensors if isinstance(t, nn.Parameter))
+            snapshot.keep_values(t for t in snapshot.tensors if isinstance(t, nn.Parameter))
         yield
 
 

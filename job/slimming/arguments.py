@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from job.errors import UsageError, did_you_mean
-from job.slimming.graph.layers import LAYER_TYPES, modules_of, owner_of
+from job.slimming.graph.layer_rules import is_layer
+from job.slimming.graph.layers import modules_of, owner_of
 from job.slimming.inputs import (
     arguments_for,
     kind_of,
     map_tensors,
     move_like,
     sample_count,
-    tensors_of_inputs,
+    tensors_in,
 )
 from job.slimming.planning.target import METRICS, Budget
 
@@ -69,7 +70,7 @@ def _check_layer(name: str, module: nn.Module) -> None:
         )
     made_by = type(module).__module__
     quantised = made_by.startswith(("torch.ao.", "torch.nn.quantized", "torchao.")) or (
-        isinstance(module, LAYER_TYPES) and any(not p.is_floating_point() for p in weights)
+        is_layer(module) and any(not p.is_floating_point() for p in weights)
     )
     if quantised or any(type(p).__module__.startswith("torchao") for p in weights):
         raise UsageError(
@@ -83,9 +84,7 @@ def example_of(model: nn.Module, example: Any) -> Example:
 
     Raises UsageError for what is not a batch of inputs.
     """
-    found = isinstance(example, (torch.Tensor, tuple, list, Mapping)) and list(
-        tensors_of_inputs(example)
-    )
+    found = isinstance(example, (torch.Tensor, tuple, list, Mapping)) and list(tensors_in(example))
     if not found:
         numbers = isinstance(example, (tuple, list)) and all(type(n) is int for n in example)
         shape = ", ".join(map(str, example)) if numbers and example else "1, 3, 224, 224"
@@ -168,7 +167,7 @@ def _layer_name(model: nn.Module, modules: Mapping[str, nn.Module], entry: Any) 
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     if entry in tensors:
         layer = owner_of(entry)
-        return layer if isinstance(modules.get(layer), LAYER_TYPES) else entry
+        return layer if is_layer(modules.get(layer)) else entry
     near = did_you_mean(entry, [*filter(None, modules), *tensors])
     raise UsageError(f"ignore: the network has no layer {entry!r}{near}")
 

@@ -155,12 +155,7 @@ def make_cut(
     narrow = apply_plan(network, plan.layers)
     if world_size() > 1:
         check_same(digest(narrow.state_dict()), "the slimmed network")
-    proof = on_main(
-        lambda: verify(
-            network, narrow, plan.layers, example, auxiliary=graph.auxiliary, odd=graph.odd
-        ),
-        interrupt=True,
-    )
+    proof = on_main(lambda: verify(network, narrow, plan.layers, example, graph), interrupt=True)
     if proof.precision != "float64" and rank() == 0:
         warn(f"the network does not run in float64: the cut is exact to {proof}")
     keep = keep_of(graph, plan.groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,13 +62,21 @@ def _rebuilt(value: Any, change: Callable[[Any], Any], kinds: tuple[Any, ...]) -
     return kind(*parts) if hasattr(value, "_fields") else kind(parts)
 
 
-def tensors_of_inputs(example: Any) -> Iterator[torch.Tensor]:
-    """The tensors of an example, in order."""
-    if isinstance(example, torch.Tensor):
-        yield example
-    elif isinstance(example, (tuple, list, Mapping)):
-        for part in example.values() if isinstance(example, Mapping) else example:
-            yield from tensors_of_inputs(part)
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested tuples, lists, dicts and dataclasses, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        for name in value.__dataclass_fields__:
+            yield from tensors_in(getattr(value, name, None))
+    elif isinstance(value, SimpleNamespace):
+        yield from tensors_in(vars(value))
 
 
 def sample_count(example: Any) -> int:
@@ -135,8 +144,8 @@ def concatenate(examples: Sequence[Example]) -> Any:
     if len(examples) == 1:
         return first
     if isinstance(first, torch.Tensor):
-        return torch.cat(list(map(next, map(tensors_of_inputs, examples))))
-    columns = map(torch.cat, zip(*map(tensors_of_inputs, examples), strict=True))
+        return torch.cat(list(map(next, map(tensors_in, examples))))
+    columns = map(torch.cat, zip(*map(tensors_in, examples), strict=True))
     return dict(zip(first, columns, strict=True)) if isinstance(first, dict) else tuple(columns)
 
 
@@ -144,7 +153,7 @@ def describe_inputs(example: Example) -> str:
     """The sizes of an example's tensors, for a message."""
     if isinstance(example, torch.Tensor) and example.dim() == 4:
         return f"images of {' x '.join(map(str, example.shape[1:]))}"
-    return "inputs of " + ", ".join(str(tuple(t.shape)) for t in tensors_of_inputs(example))
+    return "inputs of " + ", ".join(str(tuple(t.shape)) for t in tensors_in(example))
 
 
 def kind_of(value: Any) -> str:

@@ -16,7 +16,7 @@ from job.distributed.collectives import total
 from job.errors import DataError
 from job.slimming.calibration.batch import inputs_of
 from job.slimming.calibration.consumers import consumers_of, input_values, sample_rows
-from job.slimming.graph.trace import eval_with_hooks
+from job.slimming.graph.modes import eval_with_hooks
 from job.slimming.inputs import call_network
 
 if TYPE_CHECKING:

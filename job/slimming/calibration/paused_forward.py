@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from job.slimming.graph.trace import eval_with_hooks
-from job.slimming.inputs import call_network, tensors_of_inputs
+from job.slimming.graph.modes import eval_with_hooks
+from job.slimming.inputs import call_network, tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -57,7 +57,7 @@ class ForwardPass(threading.Thread):
         self._resume.acquire()
         try:
             # the current device and the gradient mode are kept for each thread separately
-            device = next(tensors_of_inputs(self.example)).device
+            device = next(tensors_in(self.example)).device
             cuda = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
             with cuda, torch.no_grad():
                 if not self._cancelled:

@@ -16,7 +16,7 @@ from job.slimming.inputs import (
     kind_of,
     move_like,
     sample_count,
-    tensors_of_inputs,
+    tensors_in,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def read_batches(
         calibration, Iterable
     ):
         raise UsageError(f"{FORMS}; got {kind_of(calibration)}")
-    most = image_limit(min(next(tensors_of_inputs(example)).shape[2:], default=0))
+    most = image_limit(min(next(tensors_in(example)).shape[2:], default=0))
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     batches: list[Batch] = []
     count, seen = 0, set[object]()
@@ -52,7 +52,7 @@ def read_batches(
         _check_types(example, inputs, where)
         inputs = inputs if weight is None else move_like(inputs, weight)
         _check_runs(model, inputs, where, seen)
-        device = next(tensors_of_inputs(inputs)).device
+        device = next(tensors_in(inputs)).device
         batches.append((inputs, labels if labels is None else labels.to(device)))
         count += sample_count(inputs)
         if count >= most and len(batches) >= least:
@@ -133,7 +133,7 @@ def _labels(value: Any) -> torch.Tensor | None:
 
 
 def _check_types(example: Example, inputs: Example, where: str) -> None:
-    for wanted, tensor in zip(tensors_of_inputs(example), tensors_of_inputs(inputs), strict=False):
+    for wanted, tensor in zip(tensors_in(example), tensors_in(inputs), strict=False):
         if wanted.is_floating_point() and not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UsageError(
@@ -159,5 +159,5 @@ def _check_runs(model: nn.Module, inputs: Example, where: str, seen: set[object]
 
 
 def _shapes_text(batch: Any) -> str:
-    shapes = [str(tuple(tensor.shape)) for tensor in tensors_of_inputs(batch)]
+    shapes = [str(tuple(tensor.shape)) for tensor in tensors_in(batch)]
     return " and ".join(shapes[:4]) or f"a {type(batch).__name__} without tensors"

@@ -14,7 +14,7 @@ from job.slimming.calibration.input_statistics import measure_inputs
 from job.slimming.graph.selection import batchnorms
 from job.slimming.inputs import move_like
 from job.slimming.surgery.clone import clone_module
-from job.slimming.surgery.verification import probe_batch
+from job.slimming.surgery.probe import probe_batch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,7 @@ import torch
 from job.distributed.collectives import total
 from job.slimming.calibration.batch import inputs_of
 from job.slimming.graph.layers import BATCHNORM
-from job.slimming.graph.trace import eval_with_hooks
+from job.slimming.graph.modes import eval_with_hooks
 from job.slimming.inputs import call_network
 
 if TYPE_CHECKING:

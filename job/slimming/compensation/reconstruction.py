@@ -20,8 +20,8 @@ from job.slimming.calibration.batch import inputs_of
 from job.slimming.calibration.consumers import input_values, sample_rows
 from job.slimming.calibration.input_statistics import RIDGE, RunningStatistics
 from job.slimming.calibration.paused_forward import forward_passes
+from job.slimming.graph.modes import eval_with_hooks
 from job.slimming.graph.snapshot import Snapshot, preserve_state
-from job.slimming.graph.trace import eval_with_hooks
 from job.slimming.inputs import batch_signature, call_network, concatenate, sample_count
 from job.slimming.progress import no_progress
 
@@ -89,7 +89,7 @@ class _PairedPasses:
         self.inputs = list(_concatenated(inputs, joined))
         # a paused pass may hold a lock, or see activations that another one has stored
         several = len(self.inputs) > 1
-        self.unpaused = Snapshot(pair.wide).locks or (facts.keeps_activations and several)
+        self.unpaused = Snapshot(pair.wide).has_locks or (facts.keeps_activations and several)
         self.passes: list[list[ForwardPass]] = []
 
     @contextmanager

@@ -1,195 +1,317 @@
-"""What stands between layers: activations, sums, concatenations, views, slices."""
+"""Rules of torch ops: what each does to channels. See layer_rules for those that layers call.
+
+To add an op, add its name to ``OP_RULES``, the table at the end. Most ops fit a rule that is there:
+``elementwise``, ``pairwise``, ``along_axes``, ``reshape``, ``rearrange``. For another one write a
+rule, a function of the propagation state and the op, that either labels the op's results
+(``state.set_labels``) or calls ``state.give_up`` with the reason. The name is that of the function
+under torch or torch.Tensor. An op that is not in the table blocks the channels that it uses.
+"""
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-from job.slimming.graph.activations import Activations
-from job.slimming.graph.channel_labels import axes, axes_given, joined, moved, plain, reshaped
-
-if TYPE_CHECKING:
-    from job.slimming.graph.trace import Op
-    from job.slimming.graph.union import Ids
-
-# whatever the number of channels is
-HARMLESS = frozenset(
-    """permute transpose movedim moveaxis swapaxes swapdims squeeze unsqueeze t stack flip repeat
-    """.split()
+from job.slimming.graph.channel_labels import (
+    cat_labels,
+    flat_ids,
+    label_axes,
+    labels_along,
+    reshape_labels,
+    run_on_labels,
 )
 
+if TYPE_CHECKING:
+    from job.slimming.graph.propagation_state import PropagationState, Rule
+    from job.slimming.graph.trace import Op
+    from job.slimming.graph.union import Side
 
-class Between(Activations):
-    """Rules for ops that have no weights."""
 
-    def elementwise(self, op: Op) -> None:
-        """Channel by channel: activations, pooling."""
-        image, *others = op.inputs()
-        found = self.of(image)
-        if found is None or any(other.numel() > 1 for other in others):
-            return self.give_up(op, f"{op.name} of several activations is not understood")
-        for result in op.results():
-            same = result.dim() == image.dim()
-            if not same or any(result.shape[a] != image.shape[a] for a in axes(found)):
-                return self.give_up(op, f"{op.name} across channels is not understood")
-            self.set(result, found, shared=self.wide)
+def elementwise(state: PropagationState, op: Op) -> None:
+    """Channel by channel, whatever the op does along other axes: activations, pooling."""
+    image, *others = op.inputs()
+    labels = state.labels_of(image)
+    if labels is None or any(other.numel() > 1 for other in others):
+        return state.give_up(op, f"{op.name} of several activations is not understood")
+    for result in op.results():
+        same = result.dim() == image.dim()
+        if not same or any(result.shape[a] != image.shape[a] for a in label_axes(labels)):
+            return state.give_up(op, f"{op.name} across channels is not understood")
+        state.set_labels(result, labels)
+    return None
+
+
+def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
+    """Sums, maxima, softmax and the like: unite what meets along the axes of ``dim``.
+
+    ``dim_at`` is the position of the argument ``dim``.
+    """
+    image, *others = op.inputs()
+    labels, axes = state.labels_of(image), _axes_of(op, dim_at)
+    if labels is None or axes is None or others:
+        return state.give_up(op, f"{op.name} of everything is not understood")
+    channel_axes = set(label_axes(labels))
+    if channel_axes and axes >= channel_axes:
+        return state.give_up(op, f"{op.name} across channels is not understood")
+    first = labels
+    for axis in axes & channel_axes:
+        first = first.narrow(axis, 0, 1)
+    state.union.unite(flat_ids(first.expand_as(labels)), flat_ids(labels))
+    for result in op.results():
+        result_labels = labels if result.shape == image.shape else first
+        if result.dim() < image.dim():
+            sizes = [size for axis, size in enumerate(first.shape) if axis not in axes]
+            result_labels = first.reshape(sizes)
+        state.set_labels(result, result_labels)
+    return None
+
+
+def _axes_of(op: Op, dim_at: int) -> set[int] | None:
+    """The axes that a reduction names in its argument ``dim``; None where it names none."""
+    dim = op.argument(dim_at, "dim", op.kwargs.get("axis"))
+    dims = [dim] if type(dim) is int else dim
+    if not isinstance(dims, (list, tuple)) or not dims:
         return None
+    count = next(op.inputs()).dim()
+    return {axis % count for axis in dims}
 
-    def along(self, op: Op) -> None:
-        """Sums, maxima, softmax and the like: what meets along an axis is cut together."""
-        image, *others = op.inputs()
-        found, places = self.of(image), axes_given(op)
-        if found is None or places is None or others:
-            return self.give_up(op, f"{op.name} of everything is not understood")
-        own = set(axes(found))
-        if own and places >= own:
-            return self.give_up(op, f"{op.name} across channels is not understood")
-        first = found
-        for axis in places & own:
-            first = first.narrow(axis, 0, 1)
-        self.flow.tie(plain(first.expand_as(found)), plain(found))
-        for result in op.results():
-            labels = found if result.shape == image.shape else first
-            if result.dim() < image.dim():
-                kept = [size for axis, size in enumerate(first.shape) if axis not in places]
-                labels = first.reshape(kept)
-            self.set(result, labels, shared=self.wide)
-        return None
 
-    def glu(self, op: Op) -> None:
-        """One half of the channels times the other's sigmoid (Dauphin et al. 2017)."""
-        image = next(op.inputs())
-        axis = op.argument(1, "dim", -1) % image.dim()
-        ids, found = self.ids(image, axis), self.of(image)
-        if found is not None and axis not in axes(found):
-            return self.set(op.result, found, shared=self.wide)
-        if ids is None:
-            return self.give_up(op, "glu of channels along several axes")
-        half, gate = np.split(ids, 2)
-        self.flow.tie(half, gate)
-        return self.lay(op.result, half, axis, shared=self.wide)
+def glu(state: PropagationState, op: Op) -> None:
+    """One half of the channels times the other's sigmoid (Dauphin et al. 2017)."""
+    image = next(op.inputs())
+    axis = op.argument(1, "dim", -1) % image.dim()
+    ids, labels = state.ids_along(image, axis), state.labels_of(image)
+    if labels is not None and axis not in label_axes(labels):
+        return state.set_labels(op.result, labels)
+    if ids is None:
+        return state.give_up(op, "glu of channels along several axes")
+    half, gate = np.split(ids, 2)
+    state.union.unite(half, gate)
+    return state.set_labels(op.result, labels_along(half, axis, op.result.dim()))
 
-    def pairwise(self, op: Op) -> None:
-        """Sums and products: channels that meet are cut together."""
-        tensors, dims = list(op.inputs()), next(op.results()).dim()
-        together: torch.Tensor | None = None
-        for tensor in tensors:
-            found = self.of(tensor)
-            if found is None:
-                continue
-            if found.dim() > dims:
-                return self.give_up(op, f"{op.name} that gives no channels is not understood")
-            if found.dim() < dims:
-                found = found.reshape([1] * (dims - found.dim()) + list(found.shape))
-            if together is None:
-                together = found
-                continue
-            few, together = sorted((found, together), key=lambda labels: len(axes(labels)))
-            if not axes(few) and axes(together):  # one that all channels meet
-                self.flow.fix(plain(few), f"{op.name} of one channel with several")
-                continue
-            if not set(axes(few)) <= set(axes(together)):
-                return self.give_up(op, f"{op.name} of channels along different axes")
-            self.flow.tie(plain(few.expand_as(together)), plain(together))
-        assert together is not None
-        for tensor in tensors:
-            if self.of(tensor) is None and not self.stays(tensor, together):
-                return self.give_up(op, f"{op.name} with channels that are always there")
-        return self.set(next(op.results()), together, shared=self.wide)
 
-    def stays(self, tensor: torch.Tensor, labels: torch.Tensor) -> bool:
-        """Whether an operand without labels is the same for all channels, or a parameter to cut."""
-        missing = labels.dim() - tensor.dim()
-        own = [a - missing for a in axes(labels) if a >= missing and tensor.shape[a - missing] > 1]
-        if not own:
-            return True
-        name = self.trace.name(tensor)
-        first = next(axis for axis, size in enumerate(tensor.shape) if size > 1)
-        if name is None or own != [first] or len(axes(labels)) > 1:
-            return False
-        self.note(name, "through", plain(labels))
+def pairwise(state: PropagationState, op: Op) -> None:
+    """Sums, products and the like of several operands: unite the channels that meet."""
+    tensors, dims = list(op.inputs()), next(op.results()).dim()
+    together: torch.Tensor | None = None
+    for tensor in tensors:
+        labels = state.labels_of(tensor)
+        if labels is None:
+            continue
+        if labels.dim() > dims:
+            return state.give_up(op, f"{op.name} that gives no channels is not understood")
+        if labels.dim() < dims:
+            labels = labels.reshape([1] * (dims - labels.dim()) + list(labels.shape))
+        if together is None:
+            together = labels
+            continue
+        few, together = sorted((labels, together), key=lambda each: len(label_axes(each)))
+        if not label_axes(few) and label_axes(together):  # a single channel that all others meet
+            state.union.fix(flat_ids(few), f"{op.name} of one channel with several")
+            continue
+        if not set(label_axes(few)) <= set(label_axes(together)):
+            return state.give_up(op, f"{op.name} of channels along different axes")
+        state.union.unite(flat_ids(few.expand_as(together)), flat_ids(together))
+    assert together is not None
+    for tensor in tensors:
+        if state.labels_of(tensor) is None and not _follows_cut(state, tensor, together):
+            return state.give_up(op, f"{op.name} with channels that are always there")
+    return state.set_labels(next(op.results()), together)
+
+
+def _follows_cut(state: PropagationState, tensor: torch.Tensor, labels: torch.Tensor) -> bool:
+    """Whether an operand without labels is alike for all channels, or a parameter to cut too."""
+    missing = labels.dim() - tensor.dim()
+    channel_axes = [
+        a - missing for a in label_axes(labels) if a >= missing and tensor.shape[a - missing] > 1
+    ]
+    if not channel_axes:
         return True
+    name = state.trace.name(tensor)
+    first = next(axis for axis, size in enumerate(tensor.shape) if size > 1)
+    if name is None or channel_axes != [first] or len(label_axes(labels)) > 1:
+        return False
+    state.add_slot(name, "through", flat_ids(labels))
+    return True
 
-    def cat(self, op: Op) -> None:
-        """Concatenation along the channels, or of the same channels along another axis."""
-        axis = op.argument(1, "dim", op.kwargs.get("axis", 0)) % op.result.dim()
-        parts = []
-        for tensor in op.argument(0, "tensors"):
-            found = self.of(tensor)
-            if found is None:
-                found = torch.zeros([1] * tensor.dim(), dtype=torch.int64)
-            shape = list(found.shape)
-            shape[axis] = tensor.shape[axis]
-            parts.append(found.expand(shape))
-        labels = joined(parts, axis)
-        if labels is not None:
-            return self.set(op.result, labels, shared=self.wide)
-        ends = {tuple(axes(part.narrow(axis, 0, 1))) for part in parts}
-        if len(ends) > 1 or any(part.shape[axis] > 1 and part.stride(axis) for part in parts):
-            return self.give_up(op, "cat of different channels")
-        first = parts[0].narrow(axis, 0, 1)
-        for part in parts[1:]:  # along another axis: channel by channel
-            self.flow.tie(plain(first), plain(part.narrow(axis, 0, 1)))
-        return self.set(op.result, first, shared=self.wide)
 
-    def reshape(self, op: Op) -> None:
-        """Views: channels split into groups, or merged with the places that follow them."""
-        image, result = next(op.inputs()), op.result
-        found = self.of(image)
-        outcome = None if found is None else reshaped(found, image.shape, result.shape)
-        if outcome is None:
-            return self.give_up(op, f"{op.name} that mixes channels")
-        labels, split = outcome
-        if split:  # (groups, channels of each): the same ones stay in every group
-            own = axes(labels)
-            lines = plain(labels).reshape(-1, labels.shape[own[-1]])
-            for line in lines[1:]:
-                self.flow.tie(lines[0], line)
-        free = op.name == "flatten" or (op.name in ("view", "reshape") and op.args[-1] == -1)
-        if split or not free:
-            self.flow.suspects.append((op.name, plain(labels)))
-        return self.set(result, labels, shared=self.wide)
+def cat(state: PropagationState, op: Op) -> None:
+    """Concatenation along the channels, or of the same channels along another axis."""
+    axis = op.argument(1, "dim", op.kwargs.get("axis", 0)) % op.result.dim()
+    parts = []
+    for tensor in op.argument(0, "tensors"):
+        part = state.labels_of(tensor)
+        if part is None:
+            part = torch.zeros([1] * tensor.dim(), dtype=torch.int64)
+        shape = list(part.shape)
+        shape[axis] = tensor.shape[axis]
+        parts.append(part.expand(shape))
+    labels = cat_labels(parts, axis)
+    if labels is not None:
+        return state.set_labels(op.result, labels)
+    ends = {tuple(label_axes(part.narrow(axis, 0, 1))) for part in parts}
+    if len(ends) > 1 or any(part.shape[axis] > 1 and part.stride(axis) for part in parts):
+        return state.give_up(op, "cat of different channels")
+    first = parts[0].narrow(axis, 0, 1)
+    for part in parts[1:]:  # along another axis: channel by channel
+        state.union.unite(flat_ids(first), flat_ids(part.narrow(axis, 0, 1)))
+    return state.set_labels(op.result, first)
 
-    def move(self, op: Op) -> None:
-        """Slices, transposes, shuffles."""
-        outcomes = moved(op, self.of)
-        sources = [found for tensor in op.inputs() if (found := self.of(tensor)) is not None]
-        if outcomes is None:
-            return self.give_up(op, f"{op.name} is not understood here")
-        before = np.concatenate([plain(labels) for labels in sources])
-        if op.name in ("chunk", "split", "tensor_split") and len(outcomes) > 1:
-            parts = [plain(labels) for labels in outcomes]
-            if {len(part) for part in parts} == {len(before) / len(parts)}:
-                self.flow.blocks.append(np.stack(parts))
-                sources = []
-        for result, labels in zip(op.results(), outcomes, strict=True):
-            after = plain(labels)
-            same = len(before) == len(after) and bool((before == after).all())
-            if op.name not in HARMLESS and not (same and not op.name.startswith("expand")):
-                self.flow.suspects += [(op.name, before), (op.name, after)]
-                if len(sources) == 1:
-                    self.slice(before, after)
-            self.set(result, labels, shared=self.wide)
-        return None
 
-    def slice(self, before: Ids, after: Ids) -> None:
-        """Remember where channels (n,) are cut into parts, of which ``after`` is one."""
-        if not len(after):
-            return
-        start = int(np.argmax(before == after[0]))
-        if len(after) < len(before) and np.array_equal(before[start : start + len(after)], after):
-            bounds = self.bounds.setdefault(before.tobytes(), (before, set()))[1]
-            bounds.update((start, start + len(after)))
+def reshape(state: PropagationState, op: Op) -> None:
+    """Views: channels split into groups, or merged with the axes after them."""
+    image, result = next(op.inputs()), op.result
+    labels = state.labels_of(image)
+    outcome = None if labels is None else reshape_labels(labels, image.shape, result.shape)
+    if outcome is None:
+        return state.give_up(op, f"{op.name} that mixes channels")
+    labels, split = outcome
+    if split:  # (groups, channels of each): the same ones stay in every group
+        lines = flat_ids(labels).reshape(-1, labels.shape[label_axes(labels)[-1]])
+        for line in lines[1:]:
+            state.union.unite(lines[0], line)
+    any_size = op.name == "flatten" or (op.name in ("view", "reshape") and op.args[-1] == -1)
+    if split or not any_size:
+        state.union.suspects.append((op.name, flat_ids(labels)))
+    return state.set_labels(result, labels)
 
-    def parts(self) -> None:
-        """As many channels must stay in each part, so that fractions of them stay fractions."""
-        for channels, bounds in self.bounds.values():
-            size = math.gcd(len(channels), *bounds)
-            if size == 1:
-                self.flow.fix(channels, "slices of it have no common part")
-            else:
-                self.flow.blocks.append(channels.reshape(-1, size))
-        self.bounds.clear()
+
+def rearrange(
+    state: PropagationState, op: Op, *, any_size: bool = False, splits: bool = False
+) -> None:
+    """Slices, transposes, shuffles: data that moves and does not change.
+
+    ``any_size`` says that the op means the same for any number of channels, ``splits`` that its
+    results are parts which may stay equally large.
+    """
+    _set_rearranged(state, op, run_on_labels(op, state.labels_of), any_size, splits)
+
+
+def pad(state: PropagationState, op: Op) -> None:
+    """Padding with a constant; added channels are never cut."""
+    image, sizes = op.argument(0, "input"), op.argument(1, "pad")
+    padded = {image.dim() - 1 - place // 2 for place, size in enumerate(sizes) if size}
+    labels = state.labels_of(image)
+    if labels is not None and not padded & set(label_axes(labels)):
+        results: list[torch.Tensor] | None = [labels]
+    else:
+        results = run_on_labels(op, state.labels_of, lambda image, pad, *_, **__: F.pad(image, pad))
+    _set_rearranged(state, op, results, any_size=False, splits=False)
+
+
+def _set_rearranged(
+    state: PropagationState,
+    op: Op,
+    results: list[torch.Tensor] | None,
+    any_size: bool,
+    splits: bool,
+) -> None:
+    if results is None:
+        return state.give_up(op, f"{op.name} is not understood here")
+    sources = [labels for t in op.inputs() if (labels := state.labels_of(t)) is not None]
+    before = np.concatenate([flat_ids(labels) for labels in sources])
+    sliced = len(sources) == 1
+    if splits and len(results) > 1:
+        parts = [flat_ids(labels) for labels in results]
+        if {len(part) for part in parts} == {len(before) / len(parts)}:
+            state.union.blocks.append(np.stack(parts))
+            sliced = False
+    for result, labels in zip(op.results(), results, strict=True):
+        after = flat_ids(labels)
+        unmoved = np.array_equal(before, after) and not op.name.startswith("expand")
+        if not (any_size or unmoved):
+            state.union.suspects += [(op.name, before), (op.name, after)]
+            if sliced:
+                state.add_slice(before, after)
+        state.set_labels(result, labels)
+    return None
+
+
+def prelu(state: PropagationState, op: Op) -> None:
+    """PReLU, whose weight holds one slope, or one for each channel."""
+    image, weight = op.argument(0, "input"), op.argument(1, "weight")
+    ids, labels = state.ids_along(image, 1), state.labels_of(image)
+    name = state.trace.name(weight)
+    if ids is None or labels is None or (weight.numel() > 1 and name is None):
+        return state.give_up(op, "a PReLU with a computed weight or mixed channels")
+    if weight.numel() > 1:
+        state.add_slot(str(name), "through", ids)
+    return state.set_labels(op.result, labels)
+
+
+def matrix_of_train_mode(state: PropagationState, op: Op, *, side: Side) -> None:
+    """Channels that meet a parameter (two axes) which only train mode reads, as class centres."""
+    image, matrix = op.args[:2] if len(op.args) > 1 else (None, None)
+    name = state.trace.name(matrix)
+    ids = None if state.labels_of(image) is None else state.ids_along(image, -1)
+    if state.main or ids is None or name is None or matrix.dim() != 2:
+        return state.give_up(op, f"{op.name} is not understood")
+    if side == "in" and name not in dict(state.network.named_parameters()):
+        return state.give_up(op, f"{op.name} with a buffer is not understood")
+    state.add_slot(name, side, ids)
+    return state.forget(op)
+
+
+def new_tensor(state: PropagationState, op: Op) -> None:
+    """A new tensor of a given shape, which holds no channels."""
+    state.forget(op)
+
+
+def write(state: PropagationState, op: Op) -> None:
+    """Assignment to a slice, which is not understood."""
+    state.give_up(op, "a slice that is written to")
+
+
+def _for_each(names: str, rule: Rule) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+OP_RULES: dict[str, Rule] = {
+    **_for_each(
+        """relu relu_ relu6 hardtanh hardtanh_ hardswish hardsigmoid silu gelu sigmoid sigmoid_
+        tanh tanh_ leaky_relu leaky_relu_ elu elu_ selu selu_ celu mish softplus softsign
+        logsigmoid hardshrink softshrink tanhshrink threshold threshold_ rrelu dropout dropout1d
+        dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout clone contiguous
+        detach to float double half bfloat16 type type_as requires_grad_ cpu cuda neg __neg__ abs
+        exp log sqrt rsqrt square pow __pow__ clamp clamp_ clip sin cos erf reciprocal max_pool1d
+        max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool2d adaptive_avg_pool1d
+        adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d _max_pool2d
+        _adaptive_max_pool2d max_pool2d_with_indices adaptive_max_pool2d_with_indices interpolate
+        upsample zeros_like ones_like empty_like full_like rand_like randn_like bernoulli""",
+        elementwise,
+    ),
+    **_for_each(
+        """add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__ __rsub__ rsub mul mul_
+        multiply __mul__ __imul__ __rmul__ div div_ true_divide __truediv__ __itruediv__ maximum
+        minimum where lerp lerp_ copy_ addcmul addcmul_ addcdiv addcdiv_ masked_fill masked_fill_
+        gt lt ge le eq ne __gt__ __lt__ __ge__ __le__ __eq__ __ne__""",
+        pairwise,
+    ),
+    **_for_each("mean sum amax amin max min logsumexp std var prod", along_axes),
+    **_for_each("softmax log_softmax softmin cumsum cumprod", along_axes),
+    **_for_each("norm linalg_vector_norm normalize", partial(along_axes, dim_at=2)),
+    **_for_each("cat concat concatenate", cat),
+    **_for_each("view reshape flatten unflatten view_as reshape_as", reshape),
+    **_for_each(
+        """permute transpose movedim moveaxis swapaxes swapdims squeeze unsqueeze t stack flip
+        repeat""",
+        partial(rearrange, any_size=True),
+    ),
+    **_for_each(
+        """unbind __getitem__ narrow select expand expand_as roll channel_shuffle
+        native_channel_shuffle index_select repeat_interleave pixel_shuffle pixel_unshuffle""",
+        rearrange,
+    ),
+    **_for_each("chunk split tensor_split", partial(rearrange, splits=True)),
+    **_for_each("matmul __matmul__ mm", partial(matrix_of_train_mode, side="through")),
+    **_for_each("new_empty new_zeros new_ones new_full new_tensor", new_tensor),
+    "cdist": partial(matrix_of_train_mode, side="in"),
+    "glu": glu,
+    "pad": pad,
+    "prelu": prelu,
+    "__setitem__": write,
+}

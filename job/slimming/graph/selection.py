@@ -1,4 +1,4 @@
-"""Channels that a BatchNorm selects from a stream which others read too (Liu et al. 2017, 4.2)."""
+"""Channels that a BatchNorm selects from a stream that other layers use (Liu et al. 2017, 4.2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from job.slimming.graph.layers import BATCHNORM, modules_of
 
 
 class SelectedChannels(nn.Module):
-    """``norm`` over the channels ``indices`` (C,) int64 of its input (B, N, …)."""
+    """Apply ``norm`` to the channels ``indices`` (C,) int64 of the input (B, N, …)."""
 
     indices: torch.Tensor
 
@@ -19,17 +19,17 @@ class SelectedChannels(nn.Module):
         self.register_buffer("indices", indices)
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
-        """stream (B, N, …) -> (B, C, …), normalised."""
+        """Select and normalise: stream (B, N, …) -> (B, C, …)."""
         output: torch.Tensor = self.norm(stream.index_select(1, self.indices))
         return output
 
 
 def unwrap_selection(module: nn.Module) -> nn.Module:
-    """What selects its channels from a stream is the BatchNorm in it; else the module itself."""
+    """The BatchNorm within a SelectedChannels; any other module itself."""
     return module.norm if isinstance(module, SelectedChannels) else module
 
 
 def batchnorms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """BatchNorms by name, also by that of what selects their channels from a stream."""
+    """BatchNorms by name, those within a SelectedChannels also under its name."""
     found = ((name, unwrap_selection(module)) for name, module in modules_of(network).items())
     return {name: norm for name, norm in found if isinstance(norm, BATCHNORM)}

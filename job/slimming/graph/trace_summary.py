@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from job.slimming.graph.trace import Trace
 
+Treatment = list[tuple[object, ...]]
 CONSUMERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 
 
@@ -22,12 +23,14 @@ class TraceSummary:
     ``norms_after`` gives, for a convolution or linear layer, the BatchNorms that alone read its
     outputs. ``bytes_per_sample`` is about the most that a pass keeps in memory while it is paused
     before a layer. ``keeps_activations`` says that the network stores activations of a batch, so
-    that another pass would see them.
+    that another pass would see them. ``treatment`` is what the network does to images, whatever
+    their size: see ``treatment_of``.
     """
 
     norms_after: Mapping[str, tuple[str, ...]]
     bytes_per_sample: int
     keeps_activations: bool
+    treatment: Treatment | None = None
 
 
 NOTHING_TRACED = TraceSummary({}, 1, keeps_activations=False)
@@ -35,7 +38,24 @@ NOTHING_TRACED = TraceSummary({}, 1, keeps_activations=False)
 
 def summarise_trace(trace: Trace) -> TraceSummary:
     """Return the facts of a forward pass."""
-    return TraceSummary(_norms_after(trace), _bytes_per_sample(trace), _keeps_activations(trace))
+    return TraceSummary(
+        _norms_after(trace),
+        _bytes_per_sample(trace),
+        _keeps_activations(trace),
+        treatment_of(trace),
+    )
+
+
+def treatment_of(trace: Trace) -> Treatment:
+    """The ops of a trace with the parameters that they use, and which axes have size 1."""
+    return [
+        (
+            op.name,
+            *(trace.name(tensor) for tensor in op.inputs()),
+            *(tuple(size == 1 for size in result.shape) for result in op.results()),
+        )
+        for op in trace.ops
+    ]
 
 
 def _norms_after(trace: Trace) -> dict[str, tuple[str, ...]]:

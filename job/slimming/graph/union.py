@@ -1,10 +1,8 @@
-"""Which channels belong together, followed through the recorded ops of a network.
+"""Union of channels that must be cut together.
 
-Every output channel of a convolution or linear layer is an *element*; each activation carries, as
-an int64 tensor that broadcasts to its shape, the element that each of its entries comes from. Where
-two meet (a residual sum, a gate) they are tied; what reads, writes or passes them is noted as a
-*position*. Operations that only move data are run on those labels themselves. What is not
-understood fixes the elements that it touches, with the reason.
+Every output channel of a convolution or linear layer is an *element*, a number from 1. Elements
+that meet in an op, such as a residual sum, are united. Element 0 stands for all channels that are
+never cut.
 """
 
 from __future__ import annotations
@@ -16,16 +14,17 @@ import numpy as np
 
 Side = Literal["out", "in", "through", "select"]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
-FIXED = 0  # the element of everything that is never cut
+FIXED = 0  # the element of every channel that is never cut
 
 
 @dataclass(frozen=True)
 class ChannelSlot:
-    """Elements ``ids`` along one side of a layer, or of a parameter that no known layer owns.
+    """Elements ``ids`` (C,) along one side of a layer, or of a parameter outside known layers.
 
-    ``out``: rows that it writes; ``in``: columns that it sums over; ``through``: channels that pass
-    one by one (BatchNorm, or depthwise convolution: ``times`` outputs each); ``select``: a
-    BatchNorm that picks its own channels from a stream which stays whole.
+    ``layer`` is the name of either. Sides are ``out``: rows that a layer produces; ``in``: columns
+    that it sums over; ``through``: channels that stay apart (BatchNorm, or a depthwise convolution
+    with ``times`` outputs for each); ``select``: channels that a BatchNorm selects from a stream
+    which is not cut.
     """
 
     layer: str
@@ -36,9 +35,10 @@ class ChannelSlot:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A use of a convolution or linear layer: multiply-adds for one picture and each weight.
+    """One use of a convolution or linear layer, for counting multiply-adds of one image.
 
-    ``weight`` is None where it is computed; then they are those of all of it.
+    ``places`` is how often each number of the parameter ``weight`` is used. ``weight`` is None for
+    a computed weight; ``places`` is then the sum over all its numbers.
     """
 
     weight: str | None
@@ -46,67 +46,73 @@ class LayerCall:
 
 
 @dataclass
-class Flow:
-    """What following the ops has found."""
+class ChannelUnion:
+    """Elements, their unions, and what propagation notes about them.
+
+    ``producers`` are layers with the elements that they produce. Of the rows of an array in
+    ``blocks`` (B, n) equally many elements must stay. ``suspects`` are elements that may be
+    misunderstood, with what moves them; ``fixes`` are elements that are never cut, with the reason.
+    ``doubtful`` is set by an op that is not understood. ``count`` includes the element FIXED.
+    """
 
     slots: list[ChannelSlot] = field(default_factory=list)
-    births: list[tuple[str, Ids]] = field(default_factory=list)  # who writes which elements
-    blocks: list[Ids] = field(default_factory=list)  # (B, n): as many of each row must stay
-    suspects: list[tuple[str, Ids]] = field(default_factory=list)  # moved by fixed numbers, maybe
-    reasons: list[tuple[str, Ids]] = field(default_factory=list)  # why elements are fixed
+    producers: list[tuple[str, Ids]] = field(default_factory=list)
+    blocks: list[Ids] = field(default_factory=list)
+    suspects: list[tuple[str, Ids]] = field(default_factory=list)
+    fixes: list[tuple[str, Ids]] = field(default_factory=list)
     calls: list[LayerCall] = field(default_factory=list)
-    doubtful: bool = False  # there is an op that is not understood
-    count: int = 1  # elements, FIXED among them
-    ties: list[tuple[Ids, Ids]] = field(default_factory=list)  # pair by pair
+    doubtful: bool = False
+    count: int = 1
+    pairs: list[tuple[Ids, Ids]] = field(default_factory=list)
 
-    def tie(self, one: Ids, other: Ids) -> None:
-        """Cut these elements together, pair by pair."""
+    def unite(self, one: Ids, other: Ids) -> None:
+        """Cut the elements of two arrays (n,) together, pair by pair."""
         if len(one):
-            self.ties.append((one, other))
+            self.pairs.append((one, other))
 
     def fix(self, ids: Ids, reason: str) -> None:
         """Never cut these elements."""
         ids = np.unique(ids[ids != FIXED])
         if len(ids):
-            self.reasons.append((reason, ids))
+            self.fixes.append((reason, ids))
 
-    def born(self, layer: str, count: int) -> Ids:
-        """New elements, written by ``layer``."""
+    def produce(self, layer: str, count: int) -> Ids:
+        """Add ``count`` elements that ``layer`` produces; returns them."""
         ids = np.arange(self.count, self.count + count)
-        self.births.append((layer, ids))
+        self.producers.append((layer, ids))
         self.count += count
         return ids
 
-    def classes(self) -> Ids:
-        """For each element the smallest one that it is tied to."""
-        classes = np.arange(self.count)
-        if not self.ties:
-            return classes
-        one, other = (np.concatenate(side) for side in zip(*self.ties, strict=True))
+    def roots(self) -> Ids:
+        """The smallest element of each element's union, as an array (count,)."""
+        roots = np.arange(self.count)
+        if not self.pairs:
+            return roots
+        one, other = (np.concatenate(side) for side in zip(*self.pairs, strict=True))
         while True:
-            least = np.minimum(classes[one], classes[other])
-            after = classes.copy()
-            np.minimum.at(after, classes[one], least)
-            np.minimum.at(after, classes[other], least)
+            least = np.minimum(roots[one], roots[other])
+            after = roots.copy()
+            np.minimum.at(after, roots[one], least)
+            np.minimum.at(after, roots[other], least)
             after = after[after]
-            if (after == classes).all():
-                return classes
-            classes = after
+            if (after == roots).all():
+                return roots
+            roots = after
 
-    def mixed(self, layers: set[str]) -> set[str]:
-        """Those of ``layers`` whose elements are tied to what another layer writes."""
+    def united_with_others(self, layers: set[str]) -> set[str]:
+        """The layers among ``layers`` with elements that other layers' elements are united with."""
         if not layers:
             return set()
-        classes = self.classes()
-        writer = np.full(self.count, -1)
+        roots = self.roots()
+        producer = np.full(self.count, -1)
         several = np.zeros(self.count, bool)
-        several[classes[FIXED]] = True
-        for number, (_, ids) in enumerate(self.births):
-            own = classes[ids]
-            several[own] |= writer[own] >= 0
-            writer[own] = number
+        several[roots[FIXED]] = True
+        for number, (_, ids) in enumerate(self.producers):
+            of_layer = roots[ids]
+            several[of_layer] |= producer[of_layer] >= 0
+            producer[of_layer] = number
         return {
             layer
-            for layer, ids in self.births
-            if layer in layers and bool(several[classes[ids]].any())
+            for layer, ids in self.producers
+            if layer in layers and bool(several[roots[ids]].any())
         }

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from job.distributed.collectives import total
 from job.errors import UsageError
+from job.slimming.graph.modes import training_mode
 from job.slimming.graph.selection import batchnorms
 from job.slimming.graph.snapshot import preserve_state
-from job.slimming.graph.trace import tensors_in, training_mode
 from job.slimming.graph.union import FIXED
 from job.slimming.importance.scores import NO_LABELS
-from job.slimming.inputs import call_network, map_batched
+from job.slimming.inputs import call_network, map_batched, tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from job.slimming.graph.layers import LAYER_TYPES, modules_of
+from job.slimming.graph.layer_rules import is_layer, layer_sizes
+from job.slimming.graph.layers import modules_of
 from job.slimming.graph.selection import SelectedChannels
 from job.slimming.planning.cost import Cost
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.slimming.graph.groups import ChannelGraph
-
-OUTPUT_SIZES = ("out_channels", "out_features", "num_features")  # one of them for each layer kind
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ def layer_widths(network: nn.Module) -> dict[str, int]:
     for name, layer in modules_of(network, once=True).items():
         if isinstance(layer, SelectedChannels):
             widths[name] = len(layer.indices)
-        elif isinstance(layer, LAYER_TYPES):
-            widths[name] = int(next(getattr(layer, n) for n in OUTPUT_SIZES if hasattr(layer, n)))
+        elif is_layer(layer):
+            widths[name] = layer_sizes(layer)[1]
     return widths
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, owner_of
+from job.slimming.graph.layer_rules import is_layer, layer_sizes
+from job.slimming.graph.layers import BATCHNORM, owner_of
 from job.slimming.graph.trace import trace_network
 
 if TYPE_CHECKING:
@@ -68,10 +69,8 @@ def _layer_cost(network: nn.Module, name: str, op: Op, trace: Trace) -> LayerCos
     output = next(op.results())
     axis = 1 if output.dim() > 1 else 0
     inputs = outputs = output.shape[axis]
-    if isinstance(layer, CONVOLUTIONS):
-        inputs, outputs = layer.in_channels, layer.out_channels
-    elif isinstance(layer, nn.Linear):
-        inputs, outputs = layer.in_features, layer.out_features
+    if is_layer(layer):
+        inputs, outputs = layer_sizes(layer)
     params = sum(p.numel() for p in layer.parameters(recurse=False))
     return LayerCost(name, type(layer).__name__, inputs, outputs, params, _macs(op, trace))
 

@@ -1,4 +1,8 @@
-"""Copies of networks of which nothing refers to the original: closures neither."""
+"""Copies of networks in which nothing refers to the original, not even closures.
+
+``copy.deepcopy`` keeps functions as they are, so that a hook or a closure of the copy would still
+use modules of the original; and it fails on locks and on activations that a network keeps.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,150 +26,144 @@ from job.slimming.graph.layers import modules_of, tensors_of
 from job.slimming.graph.snapshot import slots
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+T = TypeVar("T")
+COPY_METHODS = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
-PLAIN_OBJECT = {name: getattr(object, name, None) for name in COPYING}
-# what cannot be copied, and keeps nothing that a network computes
+OBJECT_METHODS = {name: getattr(object, name, None) for name in COPY_METHODS}
+# what cannot be copied, and holds nothing that a network computes
 SHARED = (
     type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local,
     io.IOBase, types.ModuleType,
 )  # fmt: skip
-PLAIN = frozenset([bool, int, float, str, type(None)])
+IMMUTABLE = frozenset([bool, int, float, str, type(None)])
 
 
 def clone_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """As copy.deepcopy does, but at once past what most of a module's attributes are.
+    """Copy a module and everything that it holds.
 
-    Functions that hold modules or tensors of the network, in closures or as defaults, become ones
-    that hold those of the copy. Modules that copy in a way of their own do so. ``memo`` has what
-    takes the place of some modules and tensors, by their id.
+    Functions that hold modules or tensors of the network, in closures or as defaults, become
+    functions that hold those of the copy. Objects whose class defines how they are copied are
+    copied in that way. ``memo`` maps ids of modules and tensors to what takes their place in the
+    copy. Raises UsageError that names an attribute which cannot be copied.
     """
-    return _Copier(module, memo).module(module)
+    return _Cloner(module, memo).clone(module)
 
 
-class _Copier:
+class _Cloner:
     def __init__(self, root: nn.Module, memo: dict[int, Any]) -> None:
         self.root, self.memo = root, memo
+        self.by_type: dict[Any, Callable[[Any], Any]] = {
+            tuple: self.clone_tuple,
+            list: self.clone_list,
+            set: self.clone_set,
+            deque: self.clone_deque,
+            dict: self.clone_dict,
+            OrderedDict: self.clone_dict,
+            defaultdict: self.clone_dict,
+            types.MethodType: self.clone_method,
+            functools.partial: self.clone_partial,
+            types.FunctionType: self.clone_function,
+            functools._lru_cache_wrapper: self.clone_cache,
+            weakref.ref: self.clone_reference,
+        }
 
-    def module(self, module: nn.Module) -> nn.Module:
-        memo, kind = self.memo, type(module)
-        if id(module) in memo:
-            known: nn.Module = memo[id(module)]
-            return known
-        if not _copies_plainly(kind):
-            return copy.deepcopy(module, memo)
-        new = memo[id(module)] = kind.__new__(kind)
-        attributes = vars(new)
-        for name, value in vars(module).items():
-            if type(value) in PLAIN:
-                attributes[name] = value
-            elif name == "_modules":
-                children = {key: m if m is None else self.module(m) for key, m in value.items()}
-                attributes[name] = children
-            elif name in ("_parameters", "_buffers"):
-                attributes[name] = {key: self.tensor(t) for key, t in value.items()}
-            elif type(value) in (dict, OrderedDict, set) and not value:
-                attributes[name] = memo[id(value)] = type(value)()  # handles of hooks refer to it
-            else:
-                attributes[name] = self.attribute(module, name, value)
-        self.slots(module, new)
+    def clone(self, value: T) -> T:
+        """Copy any value, or find its copy in the memo."""
+        kind: Any = type(value)
+        if kind in IMMUTABLE or isinstance(value, SHARED):
+            return value
+        found: Any = self.memo.get(id(value))
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+        copied: Any
+        if isinstance(value, torch.Tensor):
+            copied = self.clone_tensor(value)
+        elif kind in self.by_type:
+            copied = self.by_type[kind](value)
+        elif _copies_plainly(kind):
+            copied = self.clone_object(value)
+        else:
+            copied = copy.deepcopy(value, self.memo)
+        return copied  # type: ignore[no-any-return]
+
+    def clone_object(self, value: Any) -> Any:
+        """Copy an object or a module attribute by attribute."""
+        kind: Any = type(value)
+        new = self.memo[id(value)] = kind.__new__(kind)
+        for name, part in getattr(value, "__dict__", {}).items():
+            vars(new)[name] = self.clone_attribute(value, name, part)
+        for name in slots(kind):
+            if hasattr(value, name):
+                part = self.clone_attribute(value, name, getattr(value, name))
+                object.__setattr__(new, name, part)
         return new
 
-    def attribute(self, owner: Any, name: str, value: Any) -> Any:
+    def clone_attribute(self, owner: Any, name: str, value: Any) -> Any:
         try:
-            return self.value(value)
-        except (
-            TypeError,
-            AttributeError,
-            RuntimeError,
-        ) as error:  # as of generators, and of what has one
+            return self.clone(value)
+        except (TypeError, AttributeError, RuntimeError) as error:  # e.g. of a generator
             where = f"{type(owner).__name__}.{name}"
             raise UsageError(
                 f"the network cannot be copied, for its attribute {where}: {reason(error)}"
             ) from error
 
-    def slots(self, old: Any, new: Any) -> None:
-        kind: Any = type(old)
-        for name in slots(kind):
-            if hasattr(old, name):
-                object.__setattr__(new, name, self.attribute(old, name, getattr(old, name)))
-
-    def object(self, value: Any) -> Any:
-        """An object that copies in no way of its own, with what it holds."""
-        kind: Any = type(value)
-        new = self.memo[id(value)] = kind.__new__(kind)
-        for name, part in getattr(value, "__dict__", {}).items():
-            vars(new)[name] = self.value(part)
-        self.slots(value, new)
+    def clone_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_leaf:
+            return copy.deepcopy(tensor, self.memo)
+        new = self.memo[id(tensor)] = tensor.detach().clone()  # an activation that is kept
         return new
 
-    def tensor(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        memo = self.memo
-        if tensor is None or id(tensor) in memo:
-            known: torch.Tensor | None = None if tensor is None else memo[id(tensor)]
-            return known
-        if type(tensor) is torch.Tensor and tensor.dim() == 0 and tensor._base is None:  # a counter
-            memo[id(tensor)] = new = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-            return new
-        if not tensor.is_leaf:  # an activation that is kept
-            memo[id(tensor)] = new = tensor.detach().clone()
-            return new
-        return copy.deepcopy(tensor, memo)
+    def clone_tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        parts = [self.clone(part) for part in value]
+        same = all(new is old for new, old in zip(parts, value, strict=True))
+        return value if same else tuple(parts)
 
-    def value(self, value: Any) -> Any:
-        memo, kind = self.memo, type(value)
-        if kind in PLAIN:
-            return value
-        if id(value) in memo:
-            return memo[id(value)]
-        if isinstance(value, nn.Module):
-            return self.module(value)
-        if isinstance(value, torch.Tensor):
-            return self.tensor(value)
-        if kind is tuple:
-            parts = [self.value(part) for part in value]
-            alike = all(new is old for new, old in zip(parts, value, strict=True))
-            return value if alike else tuple(parts)
-        if kind is list:
-            items: list[Any] = []
-            memo[id(value)] = items
-            items += [self.value(part) for part in value]
-            return items
-        if kind is deque:
-            ends = memo[id(value)] = deque(maxlen=value.maxlen)
-            ends.extend(self.value(part) for part in value)
-            return ends
-        if kind is set:
-            members = memo[id(value)] = set()
-            members.update(self.value(part) for part in value)
-            return members
-        if kind in (dict, OrderedDict, defaultdict):
-            made = (self.value(value.default_factory),) if kind is defaultdict else ()
-            entries = memo[id(value)] = kind(*made)
-            entries.update((self.value(key), self.value(part)) for key, part in value.items())
-            return entries
-        if kind is types.MethodType:
-            return types.MethodType(self.value(value.__func__), self.value(value.__self__))
-        if kind is functools.partial:
-            args, kwargs = self.value(value.args), self.value(value.keywords)
-            return functools.partial(self.value(value.func), *args, **kwargs)
-        if kind is types.FunctionType:
-            return self.function(value) if self.refers(value, set()) else value
-        if kind is functools._lru_cache_wrapper and self.refers(value, set()):
-            cached = functools.lru_cache(**value.cache_parameters())
-            memo[id(value)] = new = cached(self.value(value.__wrapped__))
-            return new
-        if kind is weakref.ref:
-            return weakref.ref(self.value(value())) if self.refers(value, set()) else value
-        if isinstance(value, SHARED):
-            return value
-        if _is_plain(kind):
-            return self.object(value)
-        return copy.deepcopy(value, memo)
+    def clone_list(self, value: list[Any]) -> list[Any]:
+        new: list[Any] = []
+        self.memo[id(value)] = new
+        new += [self.clone(part) for part in value]
+        return new
 
-    def function(self, function: types.FunctionType) -> types.FunctionType:
+    def clone_set(self, value: set[Any]) -> set[Any]:
+        new = self.memo[id(value)] = set()
+        new.update(self.clone(part) for part in value)
+        return new
+
+    def clone_deque(self, value: deque[Any]) -> deque[Any]:
+        new = self.memo[id(value)] = deque(maxlen=value.maxlen)
+        new.extend(self.clone(part) for part in value)
+        return new
+
+    def clone_dict(self, value: Any) -> Any:
+        kind = type(value)
+        made = (self.clone(value.default_factory),) if kind is defaultdict else ()
+        new = self.memo[id(value)] = kind(*made)
+        new.update((self.clone(key), self.clone(part)) for key, part in value.items())
+        return new
+
+    def clone_method(self, value: types.MethodType) -> types.MethodType:
+        return types.MethodType(self.clone(value.__func__), self.clone(value.__self__))
+
+    def clone_partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
+        args, kwargs = self.clone(value.args), self.clone(value.keywords)
+        return functools.partial(self.clone(value.func), *args, **kwargs)
+
+    def clone_cache(self, value: Any) -> Any:
+        if not self.refers(value, set()):
+            return value
+        cached = functools.lru_cache(**value.cache_parameters())
+        new = self.memo[id(value)] = cached(self.clone(value.__wrapped__))
+        return new
+
+    def clone_reference(self, value: weakref.ref[Any]) -> weakref.ref[Any]:
+        return weakref.ref(self.clone(value())) if self.refers(value, set()) else value
+
+    def clone_function(self, function: types.FunctionType) -> types.FunctionType:
+        """Copy a function that refers to the network; cells that do not refer to it are shared."""
+        if not self.refers(function, set()):
+            return function
         cells = tuple(
             types.CellType() if self.refers(cell, set()) else cell
             for cell in function.__closure__ or ()
@@ -176,64 +174,80 @@ class _Copier:
         self.memo[id(function)] = new  # it may hold itself
         for cell, old in zip(cells, function.__closure__ or (), strict=True):
             if cell is not old:
-                cell.cell_contents = self.value(old.cell_contents)
-        new.__defaults__ = self.value(function.__defaults__)
-        new.__kwdefaults__ = self.value(function.__kwdefaults__)
+                cell.cell_contents = self.clone(old.cell_contents)
+        new.__defaults__ = self.clone(function.__defaults__)
+        new.__kwdefaults__ = self.clone(function.__kwdefaults__)
         new.__qualname__, new.__doc__ = function.__qualname__, function.__doc__
-        vars(new).update(self.value(vars(function)))
+        vars(new).update(self.clone(vars(function)))
         return new
 
     @cached_property
-    def own(self) -> set[int]:
+    def network_ids(self) -> set[int]:
         """Ids of all modules and tensors of the network."""
         modules = modules_of(self.root, once=True).values()
         return {*map(id, modules), *(id(tensor) for *_, tensor in tensors_of(self.root))}
 
-    def refers(self, value: Any, seen: set[int]) -> bool:
+    def refers(self, value: Any, visited: set[int]) -> bool:
         """Whether a function or what it holds is, or holds, something of the network."""
-        if id(value) in self.own:
+        if id(value) in self.network_ids:
             return True
-        if id(value) in seen:
+        if id(value) in visited:
             return False
-        seen.add(id(value))
-        parts: Iterable[Any] = ()
-        if isinstance(value, types.CellType):
-            with suppress(ValueError):  # an empty one
-                parts = (value.cell_contents,)
-        elif isinstance(value, types.FunctionType):
-            held = value.__defaults__, value.__kwdefaults__, vars(value)
-            parts = (*(value.__closure__ or ()), *held)
-        elif isinstance(value, types.MethodType):
-            parts = value.__func__, value.__self__
-        elif isinstance(value, functools.partial):
-            parts = value.func, value.args, value.keywords
-        elif isinstance(value, functools._lru_cache_wrapper):
-            parts = (value.__wrapped__,)
-        elif isinstance(value, weakref.ref):
-            parts = (value(),)
-        elif _is_plain(type(value)):
-            parts = getattr(value, "__dict__", {}).values()
-        elif isinstance(value, dict):
-            parts = value.values()
-        elif isinstance(value, (list, tuple, set, deque)):
-            parts = value
-        return any(self.refers(part, seen) for part in parts)
+        visited.add(id(value))
+        return any(self.refers(part, visited) for part in _held_by(value))
 
 
-def _copies_plainly(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class copy in no way of their own; that of convolutions counts as none.
+def _held_by(value: Any) -> Iterable[Any]:
+    """What a function, a container or a plain object holds."""
+    if isinstance(value, types.CellType):
+        with suppress(ValueError):  # an empty one
+            return (value.cell_contents,)
+    if isinstance(value, types.FunctionType):
+        held = value.__defaults__, value.__kwdefaults__, vars(value)
+        return (*(value.__closure__ or ()), *held)
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, functools._lru_cache_wrapper):
+        return (value.__wrapped__,)
+    if isinstance(value, weakref.ref):
+        return (value(),)
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple, set, deque)):
+        return value
+    if _copies_plainly(type(value)) and not isinstance(value, nn.Module):
+        return getattr(value, "__dict__", {}).values()
+    return ()
 
-    Compared with nn.Module as it is now: torch.compile replaces a method of it.
+
+def _copies_plainly(kind: Any) -> bool:
+    """Whether objects of a class are copied as new ones with copies of their attributes.
+
+    Methods of modules are compared with those of nn.Module as they are now, since torch.compile
+    replaces one of them; a convolution's own way to be restored changes nothing.
     """
-    plain = nn.Module, nn.modules.conv._ConvNd
-    return all(
-        getattr(kind, name, None) in [getattr(one, name, None) for one in plain] for name in COPYING
-    )
-
-
-def _is_plain(kind: Any) -> bool:
-    """Whether copies of objects of a class are new ones with copies of what they hold."""
-    own = kind.__flags__ & MADE_IN_PYTHON and kind.__new__ is object.__new__
-    if not own or kind in copyreg.dispatch_table:
+    if issubclass(kind, nn.Module):
+        bases = nn.Module, nn.modules.conv._ConvNd
+        return all(
+            getattr(kind, name, None) in [getattr(base, name, None) for base in bases]
+            for name in COPY_METHODS
+        )
+    made_in_python = kind.__flags__ & MADE_IN_PYTHON and kind.__new__ is object.__new__
+    if not made_in_python or kind in copyreg.dispatch_table:
         return False
-    return all(getattr(kind, name, None) is plain for name, plain in PLAIN_OBJECT.items())
+    return all(getattr(kind, name, None) is method for name, method in OBJECT_METHODS.items())
+
+
+def clone_to(
+    network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Copy a network to ``device``, its floating-point tensors in ``dtype``."""
+    memo: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        new_dtype = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        new = tensor.detach().to(device, new_dtype, copy=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+    return clone_module(network, memo)

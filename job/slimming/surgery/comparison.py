@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.errors import DataError, UsageError
-from job.slimming.graph.layers import LAYER_TYPES, modules_of
-from job.slimming.graph.trace import tensors_in, trace_network, training_mode
-from job.slimming.inputs import call_network
+from job.slimming.graph.layer_rules import is_layer
+from job.slimming.graph.layers import modules_of
+from job.slimming.graph.modes import training_mode
+from job.slimming.graph.trace import trace_network
+from job.slimming.inputs import call_network, tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +86,7 @@ def explain_mismatch(network: nn.Module, noise: Example) -> None:
 def check_finite_weights(network: nn.Module) -> None:
     """Raise DataError when a weight of a layer, or a BatchNorm's statistic, is not finite."""
     for name, module in modules_of(network, once=True).items():
-        if not isinstance(module, LAYER_TYPES):  # others may hold a mask of -inf
+        if not is_layer(module):  # others may hold a mask of -inf
             continue
         for own, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or bool(tensor.detach().isfinite().all()):

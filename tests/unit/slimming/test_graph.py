@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from job.models.factory import build_network
 from job.slimming.analysis import analyse
 from job.slimming.calibration.input_statistics import CalibrationData
-from job.slimming.graph.trace import tensors_in
 from job.slimming.importance.criteria import gamma_importance, score_channels
+from job.slimming.inputs import tensors_in
 from job.slimming.planning.allocation import Allocation, make_plan
 from job.slimming.planning.cost import Cost
 from job.slimming.planning.cost_model import CostModel
@@ -62,7 +62,7 @@ def check_cut(network: nn.Module, image: torch.Tensor, ratio: float, importance:
     allocation = Allocation("uniform", Budget("width", 1 - ratio))
     plan = make_plan(network, graph, scores, allocation)
     narrow = apply_plan(network, plan.layers)
-    assert verify(network, narrow, plan.layers, image, auxiliary=graph.auxiliary).error <= 1e-9
+    assert verify(network, narrow, plan.layers, image, graph).error <= 1e-9
     assert counted(narrow, image) == plan.after
     assert plan.after.params < plan.before.params
     train_a_step(narrow, image)

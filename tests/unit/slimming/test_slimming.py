@@ -15,8 +15,9 @@ from job.slimming.planning.cost import example_image
 from job.slimming.planning.layer_channels import LayerChannels, Layers, compose
 from job.slimming.planning.plan import keep_of, layers_of
 from job.slimming.planning.ranked_groups import rank_groups
+from job.slimming.surgery.probe import smallest_equivalent_input
 from job.slimming.surgery.surgery import apply_plan
-from job.slimming.surgery.verification import smallest_equivalent_input, verify
+from job.slimming.surgery.verification import verify
 from support.cuts import randomise, uniform
 from support.reference import PlainStudentNet, homework_slimming
 

@@ -7,9 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from job.slimming.graph.layers import modules_of
 from job.slimming.graph.snapshot import Snapshot
-from job.slimming.graph.trace import Trace, _trace, trace_network
+from job.slimming.graph.trace import Trace, trace_network, trace_on
 
 
 class Convolutions(nn.Module):
@@ -63,7 +62,7 @@ def test_shapes_on_the_meta_device_are_those_of_real_pictures(make: type[nn.Modu
     image = torch.rand(1, 3, 67, 64)
     traced = trace_network(network, image)
     assert traced.inputs[0].is_meta
-    really = _trace(network, image, None, Snapshot(network), training=False)
+    really = trace_on(network, image, None, Snapshot(network), training=False)
     assert shapes(traced) == shapes(really)
 
 
@@ -73,12 +72,3 @@ def test_shapes_on_the_meta_device_are_those_of_real_pictures(make: type[nn.Modu
 def test_what_a_convolution_does_not_take_raises(layer: nn.Module) -> None:
     with pytest.raises(RuntimeError):
         trace_network(layer, torch.rand(1, 3, 8, 8))
-
-
-def test_modules_are_named_and_ordered_as_by_torch() -> None:
-    network = torchvision.models.googlenet(init_weights=False)
-    network.again = network.inception3a  # one module by two names
-    network.nothing = None
-    everywhere = dict(network.named_modules(remove_duplicate=False))
-    assert list(modules_of(network).items()) == list(everywhere.items())
-    assert list(modules_of(network, once=True).items()) == list(network.named_modules())

@@ -1,0 +1,229 @@
+"""From the traces of a network to its channel groups."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from job.slimming.graph.groups import BlockedChannels, ChannelGraph, ChannelGroup, renumber_slots
+from job.slimming.graph.layer_rules import is_layer
+from job.slimming.graph.layers import modules_of
+from job.slimming.graph.propagation import propagate_channels
+from job.slimming.graph.selection import batchnorms
+from job.slimming.graph.snapshot import preserve_state
+from job.slimming.graph.trace import same_ops, trace_with_snapshot
+from job.slimming.graph.trace_summary import summarise_trace
+from job.slimming.graph.union import FIXED, ChannelUnion, Ids
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import nn
+
+    from job.slimming.graph.trace import Trace
+    from job.slimming.graph.union import ChannelSlot
+    from job.slimming.inputs import Example
+
+DOUBT = "an operation that is not understood"
+OVERLAP = "parts that must stay equally large overlap"
+FIXED_PARTS = "parts that must stay equally large have fixed channels"
+
+
+def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = ()) -> ChannelGraph:
+    """The channel groups of ``network`` on inputs like ``example``.
+
+    ``ignore`` names layers, or modules that contain them, whose inputs and outputs are not cut.
+    Raises whatever the network's forward pass raises.
+    """
+    with preserve_state(network, values=False) as snapshot:
+        traces = [trace_with_snapshot(network, example, snapshot, training=False)]
+        with suppress(Exception):  # e.g. images that are too small for an auxiliary head
+            traces.append(trace_with_snapshot(network, example, snapshot, training=True))
+    main = traces[0]
+    unused = _unused_layers(network, main)
+    auxiliary = bool(unused) and len(traces) == 1
+    if len(traces) > 1:
+        auxiliary = bool(unused) and bool(unused - _unused_layers(network, traces[1]))
+        if not auxiliary and same_ops(*traces):
+            traces.pop()
+    union = propagate_channels(network, traces)
+    if auxiliary and len(traces) == 1:
+        reason = f"{min(unused)} reads some of them in train mode, which fails"
+        union.fix(np.arange(union.count), reason)
+    odd = len(traces) > 1
+    union.doubtful |= snapshot.custom_autograd or (odd and not unused)
+    graph = _grouped(network, union)
+    forward = summarise_trace(main)
+    graph = replace(graph, auxiliary=auxiliary, odd=odd or union.doubtful, forward=forward)
+    ignored = tuple(ignore)
+    asked = [
+        group.name
+        for group in graph.groups
+        if any(_within(layer, ignored) for layer, _ in group.slots)
+    ]
+    return graph.without(asked, "asked to be ignored")
+
+
+def _within(layer: str, names: tuple[str, ...]) -> bool:
+    return any(layer == name or layer.startswith(f"{name}.") for name in names)
+
+
+def _unused_layers(network: nn.Module, trace: Trace) -> set[str]:
+    """The layers that a pass does not use."""
+    used = {id(tensor) for op in trace.ops for tensor in op.inputs()}
+    names = {name for key, name in trace.names.items() if key in used}
+    return {
+        name
+        for name, layer in modules_of(network, once=True).items()
+        if is_layer(layer)
+        and not any(f"{name}.{tensor}" in names for tensor in ("weight", "running_mean"))
+    }
+
+
+def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:
+    """The graph of a finished union: unions of elements that can be cut become channels."""
+    roots = union.roots()
+    blocks = _balanced_blocks(union, roots)
+    fixed = _fixed_roots(union, roots)
+    produced = np.zeros(union.count, bool)
+    produced[roots[1:]] = True  # all elements but FIXED have a producer
+    channels = np.flatnonzero(produced & ~fixed)
+    numbers = np.zeros(union.count, np.int64)
+    numbers[channels] = np.arange(1, len(channels) + 1)
+    numbers = numbers[roots]
+    count = len(channels) + 1
+    slots = renumber_slots(union.slots, numbers)
+    blocks = [numbers[block] for block in blocks if numbers[block].any()]
+    groups = _groups(network, union, numbers, slots, blocks, count)
+    graph = ChannelGraph(
+        tuple(groups),
+        _blocked(union, roots),
+        slots,
+        count,
+        tuple(union.calls),
+        _suspects(union, groups, numbers, count),
+    )
+    unbalanced = [group.name for group in groups if not _is_balanced(group, blocks)]
+    graph = graph.without(unbalanced, "only some of them must stay equally many in each part")
+    single = [group.name for group in groups if group.size == 1]
+    return graph.without(single, "all of its channels are tied together")
+
+
+def _fixed_roots(union: ChannelUnion, roots: Ids) -> Ids:
+    """(count,) bool: the roots of unions that are never cut."""
+    fixed = np.zeros(union.count, bool)
+    for ids in (np.array([FIXED]), *(ids for _, ids in union.fixes)):
+        fixed[roots[ids]] = True
+    return fixed
+
+
+def _balanced_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
+    """Blocks (B, n) of roots, equally many of whose rows stay; overlapping ones are fixed."""
+    balanced: list[Ids] = []
+    for block in union.blocks:
+        rows = roots[block]
+        ordered = np.sort(rows, axis=1)
+        if (ordered == ordered[0]).all():
+            continue  # a channel that is cut is cut from each row
+        meeting = [other for other in balanced if np.isin(rows, other).any()]
+        if any(np.array_equal(ordered, np.sort(other, axis=1)) for other in meeting):
+            continue
+        flat = rows.reshape(-1)
+        if meeting or len(np.unique(flat)) < len(flat):
+            for each in (block, *meeting):
+                union.fix(each.reshape(-1), OVERLAP)
+        elif (rows == roots[FIXED]).any():
+            union.fix(block.reshape(-1), FIXED_PARTS)
+        else:
+            balanced.append(rows)
+    fixed = _fixed_roots(union, roots)
+    for rows in balanced:  # one that is fixed for another reason would unbalance them
+        if fixed[rows].any():
+            union.fix(rows.reshape(-1), FIXED_PARTS)
+    return balanced
+
+
+def _groups(
+    network: nn.Module,
+    union: ChannelUnion,
+    numbers: Ids,
+    slots: Sequence[ChannelSlot],
+    blocks: Sequence[Ids],
+    count: int,
+) -> list[ChannelGroup]:
+    """Group the channels that one layer produces, or that one block holds."""
+    produced = [(layer, numbers[ids]) for layer, ids in union.producers]
+    produced = [(layer, ids[ids != FIXED]) for layer, ids in produced]
+    produced = [(layer, ids) for layer, ids in produced if len(ids)]
+    within = ChannelUnion(count=count)
+    for ids in [ids for _, ids in produced] + [block.reshape(-1) for block in blocks]:
+        within.unite(np.full(len(ids), ids[0]), ids)
+    first_of = within.roots()  # (count,): the first channel of each channel's group
+    layers_of, slots_of = defaultdict(list), defaultdict(list)
+    for layer, ids in produced:
+        layers_of[first_of[ids[0]]].append(layer)
+    arrays = {id(slot.ids): slot.ids for slot in slots}
+    firsts = {key: np.unique(first_of[ids]) for key, ids in arrays.items()}
+    for slot in slots:
+        for first in firsts[id(slot.ids)]:
+            slots_of[first].append(slot)
+    ranking = {name for name, norm in batchnorms(network).items() if norm.weight is not None}
+    groups = []
+    for first in sorted(layers_of):
+        layers, of_group = tuple(layers_of[first]), slots_of[first]
+        norms = tuple(
+            slot.layer
+            for slot in of_group
+            if slot.side in ("through", "select") and slot.layer in ranking
+        )
+        block = next((block for block in blocks if first_of[block[0, 0]] == first), None)
+        channels, sides = (
+            np.flatnonzero(first_of == first),
+            tuple((s.layer, s.side) for s in of_group),
+        )
+        groups.append(ChannelGroup(layers[0], channels, layers, norms, sides, block))
+    return groups
+
+
+def _is_balanced(group: ChannelGroup, blocks: Sequence[Ids]) -> bool:
+    """Whether a group has no blocks, or a single one that holds all of its channels."""
+    count = sum(bool(np.isin(block[0, 0], group.channels)) for block in blocks)
+    return group.blocks is None or (count == 1 and group.blocks.size == group.size)
+
+
+def _suspects(
+    union: ChannelUnion, groups: Sequence[ChannelGroup], numbers: Ids, count: int
+) -> tuple[tuple[str, str], ...]:
+    """Groups that may be misunderstood, with what moves their channels."""
+    names = np.zeros(count, object)
+    for group in groups:
+        names[group.channels] = group.name
+    # an op that is not understood may use the number of any channels
+    suspects = dict.fromkeys((group.name, DOUBT) for group in groups if union.doubtful)
+    suspects |= dict.fromkeys(
+        (str(name), what)
+        for what, ids in union.suspects
+        for name in np.unique(names[numbers[ids][numbers[ids] != FIXED]].astype(str))
+    )
+    return tuple(suspects)
+
+
+def _blocked(union: ChannelUnion, roots: Ids) -> tuple[BlockedChannels, ...]:
+    """The layers whose output channels are fixed, with the first reason of each."""
+    reasons = dict.fromkeys(reason for reason, _ in union.fixes)
+    reasons["added to channels that are always there"] = None
+    order = {reason: number for number, reason in enumerate(reasons, 1)}
+    why = np.zeros(union.count, np.int64)  # of a root: the number of its first reason
+    why[roots[FIXED]] = len(order)
+    for reason, ids in reversed(union.fixes):
+        why[roots[ids]] = order[reason]
+    return tuple(
+        BlockedChannels(layer, int((why[roots[ids]] == number).sum()), reason)
+        for layer, ids in union.producers
+        for reason, number in order.items()
+        if (why[roots[ids]] == number).any()
+    )

@@ -1,0 +1,160 @@
+"""Rules of layers: what convolutions, linear layers and BatchNorms do to channels.
+
+To add a kind of layer, add a ``LayerRule`` to ``LAYER_RULES``, the table at the end: the types, the
+torch functions that they call, what those do to channels, and where the layer's tensors and
+attributes hold them. Surgery, verification and costs read the same entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+
+from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, owner_of
+from job.slimming.graph.selection import SelectedChannels
+from job.slimming.graph.union import ChannelSlot, Ids, Side
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from job.slimming.graph.propagation_state import PropagationState, Rule
+    from job.slimming.graph.trace import Op
+
+STATISTICS = ("running_mean", "running_var", "weight", "bias")  # in the order of F.batch_norm
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How layers of the given types treat channels.
+
+    ``propagate`` is the rule of the torch functions ``ops``, whose argument number 1 is the weight.
+    ``tensors`` gives the side along each leading axis of the layer's tensors, ``sizes`` the side
+    that each of its attributes counts.
+    """
+
+    types: tuple[type[nn.Module], ...]
+    ops: tuple[str, ...]
+    propagate: Rule
+    tensors: Mapping[str, tuple[Side, ...]]
+    sizes: Mapping[str, Side] = field(default_factory=dict)
+
+
+def convolution(state: PropagationState, op: Op) -> None:
+    """Convolutions: plain, depthwise and grouped."""
+    image, weight = op.argument(0, "input"), op.argument(1, "weight")
+    groups = int(op.argument(6, "groups", 1))
+    ids = state.ids_along(image, 1) if image.dim() == weight.dim() else None
+    name, outputs = state.trace.name(weight), weight.shape[0]
+    state.count_call(op, name)
+    if ids is None or name is None:
+        return state.give_up(op, "a convolution with a computed weight or mixed channels")
+    if groups == len(ids) and groups > 1:
+        passed = np.repeat(ids, outputs // groups)
+        state.add_slot(name, "through", passed, outputs // groups)
+        state.add_bias(op, name, passed)
+        return state.set_ids(op.result, passed, 1)
+    state.add_slot(name, "in", ids)
+    produced = state.produce(op, name, outputs)
+    if groups > 1:
+        state.union.blocks += [ids.reshape(groups, -1), produced.reshape(groups, -1)]
+    return state.set_ids(op.result, produced, 1)
+
+
+def linear(state: PropagationState, op: Op) -> None:
+    """Linear layers, whose inputs are along the last axis."""
+    image, weight = op.argument(0, "input"), op.argument(1, "weight")
+    name, labels = state.trace.name(weight), state.labels_of(image)
+    state.count_call(op, name)
+    if labels is not None and labels.shape[-1] == 1 and image.shape[-1] > 1:
+        return state.set_labels(op.result, labels)  # channels are along another axis
+    ids = state.ids_along(image, -1)
+    if ids is None or name is None:
+        return state.give_up(op, "a linear layer with a computed weight or mixed channels")
+    state.add_slot(name, "in", ids)
+    produced = state.produce(op, name, weight.shape[0])
+    return state.set_ids(op.result, produced, op.result.dim() - 1)
+
+
+def batch_norm(state: PropagationState, op: Op) -> None:
+    """BatchNorm: channels pass, or are selected from a stream that other ops use too."""
+    image = op.argument(0, "input")
+    labels = state.labels_of(image)
+    tensors = [op.argument(place, name) for place, name in enumerate(STATISTICS, 1)]
+    names = [state.trace.name(tensor) for tensor in tensors if tensor is not None]
+    layers = list(dict.fromkeys(owner_of(name) for name in names if name))
+    ids = state.ids_along(image, 1)
+    if names:
+        norms = all(isinstance(state.modules[layer], BATCHNORM) for layer in layers)
+        if ids is None or None in names or not norms:
+            return state.give_up(op, "a BatchNorm with computed parameters or mixed channels")
+        if (selecting := _selecting(state, op, layers)) is not None:
+            return _select(state, op, selecting, ids)
+        for layer in layers:  # several, where they share some tensors
+            state.passed.add(layer)
+            state.add_slot(f"{layer}.weight", "through", ids)
+    return state.forget(op) if labels is None else state.set_labels(op.result, labels)
+
+
+def _selecting(state: PropagationState, op: Op, layers: list[str]) -> str | None:
+    """The name of the layer that selects channels here, if one does."""
+    layer = layers[0]
+    if isinstance(state.modules[owner_of(layer)], SelectedChannels):
+        return owner_of(layer)
+    shared = state.is_shared(op.argument(0, "input"))
+    return layer if shared and layer not in state.not_selecting and len(layers) == 1 else None
+
+
+def _select(state: PropagationState, op: Op, layer: str, ids: Ids) -> None:
+    image = op.argument(0, "input")
+    state.fix(image, "channels are selected before each BatchNorm that reads them")
+    if layer not in state.selected:
+        state.selected[layer] = state.union.produce(layer, len(ids))
+        state.union.slots.append(ChannelSlot(layer, "select", state.selected[layer]))
+    state.set_ids(op.result, state.selected[layer], 1)
+
+
+LAYER_RULES: list[LayerRule] = [
+    LayerRule(
+        types=CONVOLUTIONS,
+        ops=("conv1d", "conv2d", "conv3d"),
+        propagate=convolution,
+        tensors={"weight": ("out", "in"), "bias": ("out",)},
+        sizes={"in_channels": "in", "out_channels": "out"},
+    ),
+    LayerRule(
+        types=(nn.Linear,),
+        ops=("linear",),
+        propagate=linear,
+        tensors={"weight": ("out", "in"), "bias": ("out",)},
+        sizes={"in_features": "in", "out_features": "out"},
+    ),
+    LayerRule(
+        types=(BATCHNORM,),
+        ops=("batch_norm",),
+        propagate=batch_norm,
+        tensors=dict.fromkeys(STATISTICS, ("through",)),
+        sizes={"num_features": "through"},
+    ),
+]
+
+
+def layer_rule(module: nn.Module) -> LayerRule | None:
+    """The rule of a layer; None for modules of other types."""
+    return next((rule for rule in LAYER_RULES if isinstance(module, rule.types)), None)
+
+
+def is_layer(module: nn.Module | None) -> bool:
+    """Whether a module is a layer with a rule."""
+    return module is not None and layer_rule(module) is not None
+
+
+def layer_sizes(layer: nn.Module) -> tuple[int, int]:
+    """The numbers of input and output channels of a layer with a rule."""
+    rule = layer_rule(layer)
+    assert rule is not None
+    counts = {side: int(getattr(layer, name)) for name, side in rule.sizes.items()}
+    through = counts.get("through", 0)
+    return counts.get("in", through), counts.get("out", through)

@@ -1,0 +1,191 @@
+"""The state of one propagation: labels of activations, and the channel slots found so far.
+
+Rules of ops and layers are functions of this state and one op.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
+from job.slimming.graph.layers import BATCHNORM, modules_of, owner_of
+from job.slimming.graph.union import ChannelSlot, ChannelUnion, LayerCall
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    import torch
+    from torch import nn
+
+    from job.slimming.graph.trace import Op, Trace
+    from job.slimming.graph.union import Ids, Side
+
+    Rule = Callable[["PropagationState", Op], None]
+
+
+class PropagationState:
+    """Labels of the activations of ``trace``; everything found is noted in ``union``.
+
+    ``layers`` are the names of layers with a rule. The BatchNorms ``not_selecting`` must pass all
+    channels of their input.
+    """
+
+    trace: Trace
+    main: bool  # the trace is in eval mode, not one in train mode that is propagated after it
+    result_shared: bool  # the result of the present op is an input of several ops
+    input_shared: bool  # so is one of its inputs, or its result
+
+    def __init__(
+        self, network: nn.Module, layers: Collection[str], not_selecting: Collection[str]
+    ) -> None:
+        self.network, self.layers, self.not_selecting = network, layers, not_selecting
+        self.modules = modules_of(network)
+        self.union = ChannelUnion()
+        self.twins = _twins(network, layers)
+        self.produced: dict[str, Ids] = {}  # elements by weight
+        self.selected: dict[str, Ids] = {}  # elements by BatchNorm that selects them
+        self.passed: set[str] = set()  # BatchNorms that select nothing
+        self.other_uses: dict[str, str] = {}  # by layer or weight: an op that reads its numbers
+        self._slots: dict[tuple[str, Side], ChannelSlot] = {}
+        self._slices: dict[bytes, tuple[Ids, set[int]]] = {}  # bounds, by the channels sliced
+        self._labels: dict[int, torch.Tensor] = {}  # by id of the activation
+        self._shared: set[int] = set()  # ids of activations with elements that several ops use
+
+    def begin(self, trace: Trace, *, main: bool) -> None:
+        """Continue with another trace of the same network."""
+        self.trace, self.main = trace, main
+        self._labels, self._shared = {}, set()
+
+    def begin_op(self, inputs: Collection[torch.Tensor], *, result_shared: bool) -> None:
+        """Continue with the next op, whose labelled inputs are ``inputs``."""
+        self.result_shared = result_shared
+        self.input_shared = result_shared or any(self.is_shared(tensor) for tensor in inputs)
+
+    def is_shared(self, tensor: torch.Tensor) -> bool:
+        """Whether the elements of an activation are used by several ops."""
+        return id(tensor) in self._shared
+
+    def labels_of(self, tensor: Any) -> torch.Tensor | None:
+        """The labels of an activation; None where nothing in it can be cut."""
+        return self._labels.get(id(tensor))
+
+    def ids_along(self, tensor: torch.Tensor, axis: int) -> Ids | None:
+        """Elements (n,) along ``axis``; None when they depend on another axis too."""
+        axis %= tensor.dim()
+        labels = self.labels_of(tensor)
+        if labels is None:
+            return np.zeros(tensor.shape[axis], np.int64)
+        if set(label_axes(labels)) - {axis}:
+            return None
+        return flat_ids(labels.reshape(-1).expand(tensor.shape[axis]))
+
+    def set_labels(self, tensor: torch.Tensor, labels: torch.Tensor) -> None:
+        """Label a result with elements that come from the op's inputs."""
+        self._set(tensor, labels, shared=self.input_shared)
+
+    def set_ids(self, tensor: torch.Tensor, ids: Ids, axis: int) -> None:
+        """Label a result with elements along ``axis`` that a layer makes anew."""
+        labels = labels_along(ids, axis, tensor.dim())
+        self._set(tensor, labels, shared=self.result_shared)
+
+    def _set(self, tensor: torch.Tensor, labels: torch.Tensor, *, shared: bool) -> None:
+        self._labels.pop(id(tensor), None)
+        self._shared.discard(id(tensor))
+        if bool(labels.any()):  # other than FIXED
+            self._labels[id(tensor)] = labels
+            if shared:
+                self._shared.add(id(tensor))
+
+    def forget(self, op: Op) -> None:
+        """Drop the labels of results from which nothing can be cut."""
+        for result in op.results():
+            self._labels.pop(id(result), None)
+
+    def fix(self, tensor: torch.Tensor, reason: str) -> None:
+        """Never cut the channels that an activation comes from."""
+        labels = self.labels_of(tensor)
+        if labels is not None:
+            self.union.fix(flat_ids(labels), reason if self.main else f"{reason} (in train mode)")
+
+    def give_up(self, op: Op, reason: str) -> None:
+        """Never cut any channel that an op uses."""
+        self.union.doubtful = True
+        for tensor in op.inputs():
+            self.fix(tensor, reason)
+        self.forget(op)
+
+    def add_slot(self, name: str, side: Side, ids: Ids, times: int = 0) -> None:
+        """Note elements along one side of the parameter ``name``; a second use unites both."""
+        layer, _, parameter = name.rpartition(".")
+        bare = not (layer in self.layers and parameter == "weight")
+        where = name if bare else layer
+        if (where, side) in self._slots:
+            return self.union.unite(self._slots[where, side].ids, ids)
+        for alike in (where, *self.twins.get(where, ())):
+            slot = ChannelSlot(alike, side, ids, times)
+            self._slots[alike, side] = slot
+            self.union.slots.append(slot)
+        if bare:
+            self.union.suspects.append((f"the parameter {where}", ids))
+        return None
+
+    def produce(self, op: Op, weight: str, count: int) -> Ids:
+        """The elements (count,) that a layer produces: new ones, or those of its first use."""
+        if weight not in self.produced:
+            self.produced[weight] = self.union.produce(owner_of(weight), count)
+            self.add_slot(weight, "out", self.produced[weight])
+        self.add_bias(op, weight, self.produced[weight])
+        return self.produced[weight]
+
+    def add_bias(self, op: Op, weight: str, ids: Ids) -> None:
+        """Note the bias that is added to ``ids``: the layer's own, or another parameter."""
+        bias = op.argument(2, "bias")
+        if bias is None:
+            return
+        layer = owner_of(weight)
+        name = self.trace.name(bias)
+        if name is None:
+            self.union.fix(ids, f"{op.name} with a computed bias")
+        elif owner_of(name) not in (layer, *self.twins.get(layer, ())) or layer not in self.layers:
+            self.add_slot(name, "through", ids)
+
+    def count_call(self, op: Op, weight: str | None) -> None:
+        """Note the multiply-adds of a convolution or linear layer."""
+        if self.main:
+            tensor = op.argument(1, "weight")
+            places = op.result.numel() // (len(tensor) * self.trace.sample_count)
+            places = places if weight else places * tensor.numel()
+            self.union.calls.append(LayerCall(weight, places))
+
+    def add_slice(self, before: Ids, after: Ids) -> None:
+        """Note that channels (n,) are sliced, and that ``after`` is one of the parts."""
+        if not len(after):
+            return
+        start = int(np.argmax(before == after[0]))
+        if len(after) < len(before) and np.array_equal(before[start : start + len(after)], after):
+            bounds = self._slices.setdefault(before.tobytes(), (before, set()))[1]
+            bounds.update((start, start + len(after)))
+
+    def end_slices(self) -> None:
+        """Keep equally many channels in each part, so that fractions of them stay fractions."""
+        for channels, bounds in self._slices.values():
+            size = int(np.gcd.reduce([len(channels), *bounds]))
+            if size == 1:
+                self.union.fix(channels, "slices of it have no common part")
+            else:
+                self.union.blocks.append(channels.reshape(-1, size))
+        self._slices.clear()
+
+
+def _twins(network: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:
+    """Layers that share a weight: by the first one of them, the others."""
+    first: dict[int, str] = {}
+    twins: dict[str, list[str]] = {}
+    for name, layer in modules_of(network, once=True).items():
+        if name in layers and not isinstance(layer, BATCHNORM):
+            earlier = first.setdefault(id(layer.weight), name)
+            if earlier != name:
+                twins.setdefault(earlier, []).append(name)
+    return twins

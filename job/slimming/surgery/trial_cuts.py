@@ -1,0 +1,81 @@
+"""Trial cuts of channel groups that the graph may misunderstand.
+
+A view or a slice by fixed numbers is right for the present number of channels, and may be wrong for
+fewer. Whether it is, a cut of the group and its verification show.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from job.errors import DataError, UsageError
+from job.slimming.planning.plan import layers_of
+from job.slimming.planning.ranked_groups import KeptChannels, rank_groups
+from job.slimming.surgery.probe import smallest_equivalent_input
+from job.slimming.surgery.surgery import apply_plan
+from job.slimming.surgery.verification import verify
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.graph.union import Ids
+    from job.slimming.inputs import Example
+
+
+def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Example) -> ChannelGraph:
+    """The graph without the suspects whose trial cut is wrong.
+
+    All suspects are cut together first, and halves of them only where that fails. Raises UsageError
+    or DataError for a network of which no cut can be verified.
+    """
+    names = list(dict.fromkeys(name for name, _ in graph.suspects))
+    if not names:
+        return graph
+    if not graph.auxiliary:
+        example = smallest_equivalent_input(network, example, graph.forward.treatment)
+    if _is_right(network, graph, names, example):
+        return graph
+    reasons = dict(graph.suspects)
+    for name in _wrong_suspects(network, graph, names, example):
+        reason = f"{reasons[name]} works for the present number of channels only"
+        graph = graph.without([name], reason)
+    remaining = {group.name for group in graph.groups}
+    left = [name for name in names if name in remaining]
+    if left and not _is_right(network, graph, left, example):
+        graph = graph.without(left, "moved in a way that is not understood")
+    return graph
+
+
+def _wrong_suspects(
+    network: nn.Module, graph: ChannelGraph, names: list[str], example: Example
+) -> list[str]:
+    """The groups whose trial cut is wrong, among some whose cut together is."""
+    if len(names) == 1:
+        return names
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    wrong = [half for half in halves if not _is_right(network, graph, half, example)]
+    return [name for half in wrong for name in _wrong_suspects(network, graph, half, example)]
+
+
+def _is_right(network: nn.Module, graph: ChannelGraph, names: list[str], example: Example) -> bool:
+    """Whether a cut of about a third of the channels of some groups is verified."""
+    layers = layers_of(graph, _trial(graph, names))
+    try:
+        narrow = apply_plan(network, layers)
+        verify(network, narrow, layers, example, graph)
+    except (UsageError, DataError):
+        raise
+    except Exception:  # whatever a network raises that does not take fewer channels
+        return False
+    return True
+
+
+def _trial(graph: ChannelGraph, names: list[str]) -> Ids:
+    """The channels (count,) bool that a trial cut keeps, chosen at random by a fixed seed."""
+    scores = np.random.Generator(np.random.Philox(0)).random(graph.count)
+    groups = [r for r in rank_groups(graph, scores) if r.group.name in names]
+    counts = [max(1, len(r.units) - max(1, len(r.units) // 3)) for r in groups]
+    return KeptChannels(graph, groups)(counts)
