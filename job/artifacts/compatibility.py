@@ -1,4 +1,4 @@
-"""What a command may change of the run that it resumes, and how the rest is told."""
+"""Whether a command can resume a run: which options may differ, and what the error says."""
 
 from __future__ import annotations
 
@@ -6,13 +6,71 @@ import shlex
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
+from job.artifacts.json_records import to_json
+from job.artifacts.run_config import CONFIG_FILE, read_run_config
 from job.config import PruneConfig
 from job.console import counted
-from job.errors import ConfigError, OtherRunError
+from job.errors import ConfigError, OtherRunError, shown
 from job.options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+    from job.artifacts.records import BaseRecord, DatasetRecord
+
+
+def check_same_run(
+    run: Path,
+    config: PruneConfig,
+    dataset: DatasetRecord | None,
+    base: BaseRecord | None,
+    done: int,
+) -> None:
+    """Check that ``run`` was begun with these options, data and base; ``done`` rounds are complete.
+
+    With None for ``dataset`` or ``base`` any will do. Raises OtherRunError, or ConfigError.
+    """
+    path = run / CONFIG_FILE
+    try:
+        tables = read_run_config(run)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{shown(path)} cannot be read: {error}") from error
+    if not all(isinstance(tables.get(name, {}), dict) for name in ("prune", "dataset")):
+        raise ConfigError(f"{shown(path)} is not the config.toml of a run: a table is missing")
+    origin = _other_origin(shown(run), tables, config, dataset, base)
+    try:
+        check_unchanged(tables.get("prune", {}), config, shown(run), done)
+    except OtherRunError:
+        raise
+    except ConfigError as fewer:  # fewer rounds, possibly than another run has
+        raise origin or fewer from None
+    if origin:
+        raise origin
+
+
+def _other_origin(
+    run: str,
+    tables: Mapping[str, Any],
+    config: PruneConfig,
+    dataset: DatasetRecord | None,
+    base: BaseRecord | None,
+) -> OtherRunError | None:
+    """Return the error for a run that was begun on other data or from another base, or None."""
+    fingerprint = tables.get("dataset", {}).get("fingerprint")
+    if dataset is not None and fingerprint != dataset.fingerprint:
+        return other_run(f"{run} was begun on other data", ": type the same --data to resume it")
+    if base is None:
+        return None
+    stored, present = tables.get("base"), to_json(base)
+    if config.base_epochs is None and isinstance(stored, dict):
+        present["epochs"] = stored.get("epochs")  # the default when the run was begun
+    if stored == present:
+        return None
+    return other_run(
+        f"{run} was begun from other --weights, --base-epochs or --teacher",
+        ": type the same to resume it",
+    )
 
 
 def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str, done: int) -> None:

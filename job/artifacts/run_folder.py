@@ -8,7 +8,7 @@ import re
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.artifacts.lock import Lock
 from job.artifacts.run_directory import Run
@@ -16,8 +16,9 @@ from job.errors import ConfigError, GammaslimError, InputNotFound, OtherRunError
 from job.files import is_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
+    from job.artifacts.records import BaseRecord, DatasetRecord
     from job.config import PruneConfig
 
 GENERIC = ("create", "create_model", "build", "build_model", "get_model", "make_model", "model")
@@ -25,7 +26,7 @@ BEGINNING = 10.0  # seconds that a job has from its lock to its config.toml
 
 
 def choose(
-    config: PruneConfig, dataset: Mapping[str, Any] | None, base: Mapping[str, Any] | None
+    config: PruneConfig, dataset: DatasetRecord | None, base: BaseRecord | None
 ) -> tuple[Path, str]:
     """The run folder of a command, and why it is not the first of its name, or "".
 
@@ -63,8 +64,8 @@ def choose(
 def _is_of(
     path: Path,
     config: PruneConfig,
-    dataset: Mapping[str, Any] | None,
-    base: Mapping[str, Any] | None,
+    dataset: DatasetRecord | None,
+    base: BaseRecord | None,
 ) -> bool:
     with suppress(ConfigError):
         return is_file(path / "config.toml") and Run(path).check(config, dataset, base)

@@ -10,6 +10,7 @@ import torch
 
 from job.artifacts.model_card import ModelCard, find_model, load_model, read_card
 from job.artifacts.provenance import own_data
+from job.artifacts.records import BaseRecord
 from job.config import PruneConfig
 from job.console import say
 from job.data.layout import BUILT_IN
@@ -121,15 +122,13 @@ def check_classes(name: str, theirs: ModelCard, ours: tuple[str, ...] | list[str
 
 def base_record(
     config: PruneConfig, card: ModelCard, teacher: nn.Module | None = None
-) -> dict[str, Any]:
+) -> BaseRecord:
     """What the base comes from, as config.toml names it: a run is resumed from the same only."""
-    record = {
-        "weights_sha256": card.lineage.get("base_sha256", ""),
-        "epochs": config.first_epochs,
-    }
-    if teacher:
-        record["teacher_sha256"] = digest(teacher.state_dict())
-    return record
+    return BaseRecord(
+        weights_sha256=card.lineage.get("base_sha256", ""),
+        epochs=config.first_epochs,
+        teacher_sha256=digest(teacher.state_dict()) if teacher else None,
+    )
 
 
 def teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | None:

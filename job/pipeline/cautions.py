@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from job.errors import shown
 from job.training.evaluation import Evaluator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
+    from job.artifacts.records import RoundRecord
     from job.config import PruneConfig
     from job.data.dataset import Dataset
     from job.training.evaluation import Evaluation
@@ -73,20 +74,20 @@ def one_class(result: Evaluation, names: Sequence[str]) -> str | None:
     return f"the class {name} is predicted for every image"
 
 
-def above_base(entries: Sequence[Mapping[str, Any]], count: int, weights: bool) -> str | None:
+def above_base(entries: Sequence[RoundRecord], count: int, weights: bool) -> str | None:
     """A caution where a round beats the base, first of ``entries``, by more than noise.
 
     ``count`` is how many validation images there are, ``weights`` whether the base had any.
     """
-    base = float(entries[0]["valid_acc"])
-    best = max(entries, key=lambda entry: float(entry["valid_acc"]))
-    high = float(best["valid_acc"])
+    base = entries[0].valid_acc
+    best = max(entries, key=lambda entry: entry.valid_acc)
+    high = best.valid_acc
     noise = SIGMAS * math.sqrt((base * (1 - base) + high * (1 - high)) / count)
     if high - base <= noise:
         return None
     why = ", or its preprocessing is not the one it was trained with" if weights else ""
     return (
-        f"round {best['round']} is {signed(change(high, base))} points above the base, more than "
+        f"round {best.round} is {signed(change(high, base))} points above the base, more than "
         f"noise ({100 * noise:.1f} at {count:,} images): the base is under-trained{why}"
     )
 
@@ -134,9 +135,9 @@ class Cautions:
         with torch.random.fork_rng(devices=[]):  # a loader draws a random number
             return _there(near, one_class(evaluate(), self.names))
 
-    def of_run(self, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    def of_run(self, entries: Sequence[RoundRecord]) -> list[str]:
         """Those that the entries of the base and the rounds keep, and of the rounds together."""
-        kept = [caution for entry in entries for caution in entry.get("cautions", ())]
+        kept = [caution for entry in entries for caution in entry.cautions]
         return kept + _there(above_base(entries, sum(self.counts), self.weights))
 
     @staticmethod

@@ -36,12 +36,13 @@ from job.training.distillation import distillation
 from job.training.trial import least_batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from accelerate import Accelerator
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
+    from job.artifacts.records import PlannedRound
     from job.config import PruneConfig
     from job.data.dataset import Dataset
     from job.distributed.stop import Watch
@@ -131,7 +132,7 @@ def _resumed(output: Path) -> str:
 
 def _check_inputs(
     config: PruneConfig, watch: Watch, accelerator: Accelerator, found: Findings
-) -> list[dict[str, Any]] | None:
+) -> list[PlannedRound] | None:
     """The planned rounds, where data, weights, target and the run to resume are right."""
     output = watch.stop_file.parent
     prepared = found.attempt(lambda: prepare_data(config, watch.check_here, output))
@@ -221,7 +222,7 @@ def _readable(weights: str) -> None:
         read_state(weights)
 
 
-def _check_disk(config: PruneConfig, planned: list[dict[str, Any]], output: Path) -> None:
+def _check_disk(config: PruneConfig, planned: Sequence[PlannedRound], output: Path) -> None:
     """Raise StorageError unless there is room for what the run will write."""
     place = next(p for p in (output, *output.absolute().parents) if p.exists())
     needed, free = space_needed(config, planned), shutil.disk_usage(place).free
@@ -233,15 +234,15 @@ def _check_disk(config: PruneConfig, planned: list[dict[str, Any]], output: Path
     say(f"disk: the run needs about {_amount(needed)}, {_amount(free)} are free")
 
 
-def space_needed(config: PruneConfig, planned: list[dict[str, Any]]) -> int:
+def space_needed(config: PruneConfig, planned: Sequence[PlannedRound]) -> int:
     """Bytes that a run's models, positions and W&B files take at most, about.
 
     A position has the network, the best one so far and the optimizer's one or two states; a new
     one is written before the oldest goes.
     """
-    models = sum(entry["bytes"] for entry in planned)
+    models = sum(entry.bytes for entry in planned)
     states = {"adamw": 2, "sgd": 1}[config.optimizer]
-    positions = (KEPT + 1) * (2 + states) * max(entry["bytes"] for entry in planned)
+    positions = (KEPT + 1) * (2 + states) * max(entry.bytes for entry in planned)
     copies = models if config.wandb != "off" else 0  # W&B's, of each model
     return int(models + positions + copies + 2**22)  # and some for tables and logs
 

@@ -13,7 +13,8 @@ import torch
 from job.artifacts.accuracy import signed
 from job.artifacts.checkpoint import save_position
 from job.artifacts.json_records import to_json
-from job.artifacts.run_directory import drop
+from job.artifacts.recommendation import points_lost
+from job.artifacts.records import EpochRecord, GammaRecord, RoundRecord, SlimRecord
 from job.artifacts.run_folder import likely
 from job.console import (
     counted,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
+    from job.artifacts.records import BaseRecord, SummaryRecord
     from job.artifacts.run_directory import Run
     from job.config import PruneConfig
     from job.data.dataset import Dataset
@@ -130,7 +132,7 @@ class Job:
         self.preprocessing, self.attempt = preprocessing, attempt
         self.watch = attempt.watch
         self.start: Position | None = None  # where an earlier attempt stood within a round
-        self.entries: list[dict[str, Any]] = []  # of the base and of each round
+        self.entries: list[RoundRecord] = []  # of the base and of each round
         self.distillation: Distillation | None = None
         base_epochs = config.first_epochs + config.sparsity_epochs
         self.forecast = Forecast(base_epochs, config.epochs, config.last_round)
@@ -140,7 +142,7 @@ class Job:
         """The run directory."""
         return self.attempt.run
 
-    def begin(self, base: dict[str, Any], least: int) -> None:
+    def begin(self, base: BaseRecord, least: int) -> None:
         """Open or create the run directory, the loaders and the W&B run."""
         record = on_main(lambda: dataset_record(self.data))
         self.start = self.attempt.begin(record, base)
@@ -203,9 +205,9 @@ class Job:
             narrow, card, error = cut(network, card, len(self.entries), *shared, show)
             pruned = self.evaluate(narrow)
             scores = {"valid_acc_pruned": pruned.accuracy}
-            known = {"round": len(self.entries), "width": card.width, **scores}
-            more = {"valid_loss_pruned": pruned.loss, "verification_error": error}
-            self.attempt.log("slim", known | more)
+            self.attempt.log(
+                SlimRecord(len(self.entries), card.width, pruned.accuracy, pruned.loss, error)
+            )
         best = self.fit(narrow, card, self.config.epochs, scores, began)
         scores = scores | _best_scores(best) | self.doubt(narrow, best)
         return self.keep(narrow, card, scores, began, wide=network)
@@ -233,7 +235,7 @@ class Job:
     @property
     def first_step(self) -> int:
         """Optimizer steps before the round that is in progress."""
-        return int(self.entries[-1]["step"]) if self.entries else 0
+        return self.entries[-1].step if self.entries else 0
 
     def move(self, epoch: int, batch: int) -> None:
         """Note where the round in progress is: at ``batch`` of ``epoch``."""
@@ -277,21 +279,23 @@ class Job:
         """Save a round's best model with its numbers, and write the summary so far."""
         cost: Cost = network_cost(network, self.preprocessing.size)
         round_ = len(self.entries)
-        entry = {"round": round_, "width": card.width, **cost.to_dict(), **scores}
-        entry |= {"step": self.attempt.at[2], "seconds": round(time.perf_counter() - began, 3)}
+        entry = RoundRecord(
+            round=round_, width=card.width, **asdict(cost), **scores, step=self.attempt.at[2],
+            seconds=round(time.perf_counter() - began, 3),
+        )  # fmt: skip
         lineage = {"run": shown(self.run.path.absolute()), "round": round_}
-        card = replace(card, metrics=entry, lineage={**card.lineage, **lineage})
+        card = replace(card, metrics=to_json(entry), lineage={**card.lineage, **lineage})
         if round_ == 0:
             base_sha256 = digest({k: v.cpu() for k, v in network.state_dict().items()})
             card = replace(card, lineage={"base_sha256": base_sha256, **card.lineage})
         self.attempt.write(lambda: self.run.save_round(round_, network, card))
         self.entries.append(entry)
-        self.attempt.log("round", entry)
+        self.attempt.log(entry)
         self.summarise("running")
         if self.attempt.tracker:
             layers = layer_costs(network, self.preprocessing.size)
             self.attempt.tracker.log_round(
-                entry, gammas(wide), gammas(network), layers, self.run.round_path(round_)
+                to_json(entry), gammas(wide), gammas(network), layers, self.run.round_path(round_)
             )
         if round_ != self.config.last_round:  # else when the run is finished
             self.attempt.report()
@@ -299,14 +303,13 @@ class Job:
 
     def restore(self) -> tuple[nn.Module, ModelCard]:
         """The best model of a round that an earlier attempt completed."""
-        network, card = on_main(lambda: self.run.load_round(len(self.entries)))
-        self.entries.append(card.metrics)
-        round_ = card.metrics["round"]
+        network, card, entry = on_main(lambda: self.run.load_round(len(self.entries)))
+        self.entries.append(entry)
 
         def complete_metrics() -> None:
-            unwritten = not self.run.has_line("round", round_)
+            unwritten = not self.run.has_line(RoundRecord.EVENT, entry.round)
             if self.attempt.lock.held and unwritten:  # killed between the two
-                self.run.log({"event": "round", **card.metrics})
+                self.run.log(entry)
 
         on_main(complete_metrics)
         return network, card
@@ -331,7 +334,7 @@ class Job:
 
     def fallen(self) -> bool:
         """Whether the last round lost more than it may, and says so."""
-        limit, lost = self.config.most_points_lost, drop(self.entries, self.entries[-1])
+        limit, lost = self.config.most_points_lost, points_lost(self.entries, self.entries[-1])
         if limit is None or lost <= limit:
             return False
         option = "--max-drop" if self.config.max_drop is not None else "--rounds auto allows,"
@@ -341,7 +344,7 @@ class Job:
         )
         return True
 
-    def summarise(self, state: str) -> dict[str, Any]:
+    def summarise(self, state: str) -> SummaryRecord:
         """Write the summary of what there is so far."""
         limit, cautions = self.config.max_drop, self.cautions.of_run(self.entries)
         return self.attempt.write(lambda: self.run.summarise(self.entries, state, limit, cautions))
@@ -359,12 +362,12 @@ class Job:
         self.attempt.report()
         say("")
         say(rounds_table(self.entries))
-        say(f"\nrecommended: {summary['recommended']} ({summary['reason']})")
-        say_cautions(summary["cautions"])
-        say(f"{summary['seconds']:.0f} seconds; all files are in {shown(self.run.path)}")
+        say(f"\nrecommended: {summary.recommended} ({summary.reason})")
+        say_cautions(summary.cautions)
+        say(f"{summary.seconds:.0f} seconds; all files are in {shown(self.run.path)}")
         if self.attempt.tracker:
-            chosen = self.entries[int(summary["recommended"].split("/")[1])]
-            self.attempt.tracker.finish({"recommended": summary["recommended"], **chosen})
+            chosen = self.entries[summary.recommended_round]
+            self.attempt.tracker.finish({"recommended": summary.recommended, **to_json(chosen)})
 
     def where_stopped(self) -> str:
         """The position, and what a later attempt resumes from."""
@@ -414,13 +417,16 @@ class RoundSession(TrainingSession):
         """Print and log an epoch."""
         self.job.forecast.trained()
         say(epoch_line(self.card.width, result))
-        values = {**result.to_dict(), "width": self.card.width}
-        self.job.attempt.log("epoch", values | {"params": self.cost.params, "macs": self.cost.macs})
+        cost = self.cost
+        self.job.attempt.log(
+            EpochRecord(
+                **result.to_dict(), width=self.card.width, params=cost.params, macs=cost.macs
+            )
+        )
 
     def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         """Log the γ."""
-        values = {"round": len(self.job.entries), "epoch": epoch, "when": when, **asdict(histogram)}
-        self.job.attempt.log("gamma", values)
+        self.job.attempt.log(GammaRecord(len(self.job.entries), epoch, when, **asdict(histogram)))
 
     def save(self, position: Position) -> None:
         """Save the position."""
@@ -451,7 +457,7 @@ class RoundSession(TrainingSession):
 def _cautioned(cautions: list[str]) -> dict[str, Any]:
     """Print ``cautions``; what an entry keeps of them."""
     say_cautions(cautions)
-    return {"cautions": cautions} if cautions else {}
+    return {"cautions": tuple(cautions)} if cautions else {}
 
 
 def _best_scores(best: EpochResult) -> dict[str, Any]:

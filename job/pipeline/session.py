@@ -6,8 +6,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from job.artifacts.checkpoint import newest_position
+from job.artifacts.json_records import to_json
 from job.artifacts.lock import Lock
 from job.artifacts.model_card import read_card
+from job.artifacts.records import EpochRecord, ResumeRecord, StopRecord
 from job.artifacts.run_directory import Run
 from job.artifacts.run_folder import await_config, choose
 from job.console import say, warn, where
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from job.artifacts.records import BaseRecord, DatasetRecord, EventRecord
     from job.config import PruneConfig
     from job.distributed.stop import Watch
     from job.training.position import Position
@@ -47,7 +50,7 @@ class Attempt:
         self.before: str | None = None  # how an earlier attempt ended
         self.unreported = ""  # what kept the last report from being written
 
-    def begin(self, record: dict[str, Any], base: dict[str, Any]) -> Position | None:
+    def begin(self, record: DatasetRecord, base: BaseRecord) -> Position | None:
         """Take the run directory, or only look at it where the run is finished.
 
         Returns the position within a round that an earlier attempt saved last. Raises OutputError
@@ -58,11 +61,11 @@ class Attempt:
         self.at = on_main(lambda: self._place(start))
         if not on_main(self.run.finished_summary):
             self.status("running", None)
-            settings = self.config.to_dict() | record
+            settings = self.config.to_dict() | to_json(record)
             on_main(lambda: self.track(settings), interrupt=True)
         return start
 
-    def _take(self, record: dict[str, Any], base: dict[str, Any]) -> Position | None:
+    def _take(self, record: DatasetRecord, base: BaseRecord) -> Position | None:
         """Choose the folder and take it; another one if that was taken just now by another run."""
         self._settle(on_main(lambda: choose(self.config, record, base)))
         while not on_main(lambda: self.finished(record, base)):
@@ -83,7 +86,7 @@ class Attempt:
         self.watch.follow(self.run.path / "STOP")
         self.numbered = chosen[1]
 
-    def _other(self, record: dict[str, Any], base: dict[str, Any]) -> tuple[Path, str]:
+    def _other(self, record: DatasetRecord, base: BaseRecord) -> tuple[Path, str]:
         """The folder to try next: the same one where nothing but an error is left."""
         if self.config.output:
             return self.run.path, ""
@@ -100,11 +103,11 @@ class Attempt:
         step = metrics.get("step")  # load_round will say what is wrong with another
         return self.saved, 0, step if type(step) is int else 0
 
-    def finished(self, record: dict[str, Any], base: dict[str, Any]) -> bool:
+    def finished(self, record: DatasetRecord, base: BaseRecord) -> bool:
         """Whether this very run is finished: it is only shown then, and needs no lock."""
         return self.run.check(self.config, record, base) and self.run.complete(self.config)
 
-    def claim(self, record: dict[str, Any], base: dict[str, Any]) -> Position | None:
+    def claim(self, record: DatasetRecord, base: BaseRecord) -> Position | None:
         """Create or resume the run, now that it is ours; its position, if within a round.
 
         The metrics that came after that position are dropped.
@@ -122,10 +125,8 @@ class Attempt:
         self.run.rewind_metrics(saved, start.progress.metrics_size if start else None)
         if saved or start:
             before = start.training.processes if start else None
-            entry = {"round": saved, "epoch": start.epoch if start else 0}
-            batch = start.batch if start else 0
-            processes = {"processes": world_size(), "processes_before": before}
-            self.run.log({"event": "resume", **entry, "batch": batch, **processes})
+            epoch, batch = (start.epoch, start.batch) if start else (0, 0)
+            self.run.log(ResumeRecord(saved, epoch, batch, world_size(), before))
         if start:
             self.run.earlier_seconds = start.progress.run_seconds
         return start
@@ -153,11 +154,11 @@ class Attempt:
         how = {"stopped": "was stopped", "finished": "had finished"}.get(how or "", how)
         say(f"resuming in {where(*self.at)}" + (f"; the run {how} before" if how else ""))
 
-    def log(self, event: str, values: dict[str, Any]) -> None:
+    def log(self, record: EventRecord) -> None:
         """One line of metrics.jsonl; epochs go to the dashboard too."""
-        self.write(lambda: self.run.log({"event": event, **values}))
-        if self.tracker and event == "epoch":
-            self.tracker.log(event, values)
+        self.write(lambda: self.run.log(record))
+        if self.tracker and isinstance(record, EpochRecord):
+            self.tracker.log(record.EVENT, to_json(record))
 
     def status(self, state: str, exit_code: int | None) -> None:
         """Write status.json."""
@@ -185,7 +186,7 @@ class Attempt:
             return
         with suppress(GammaslimError):  # a full disk may be the reason
             self.run.status(state, exit_code, *self.at)
-            self.run.log({"event": "stop", "state": state, "exit_code": exit_code})
+            self.run.log(StopRecord(state, exit_code))
             self.run.restate_summary("running", state)
         if self.tracker:
             self.tracker.abandon(exit_code)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from job.artifacts.records import PlannedRound
 from job.data.loader import default_workers
 from job.pipeline.slim_round import can_cut, plan_round
 from job.processes import local_world_size
@@ -48,9 +49,7 @@ def training_tools(
     return evaluator, trainer, Calibration(training, *shared, config.seed, watch)
 
 
-def planned_rounds(
-    config: PruneConfig, network: nn.Module, card: ModelCard
-) -> list[dict[str, Any]]:
+def planned_rounds(config: PruneConfig, network: nn.Module, card: ModelCard) -> list[PlannedRound]:
     """Width and cost of the base and of every round; raises UsageError for what is out of reach.
 
     Of ``--rounds auto`` the first PLANNED, if as many can be cut. Exact for the uniform policy and
@@ -58,7 +57,7 @@ def planned_rounds(
     """
     assert card.base
     assert card.base.cost
-    entries = [{"round": 0, "width": card.width, **card.base.cost.to_dict()}]
+    entries = [PlannedRound(0, card.width, **card.base.cost.to_dict())]
     last = config.last_round
     for round_ in range(1, (PLANNED if last is None else last) + 1):
         if last is None and round_ > 1 and not can_cut(config, network, card, round_):
@@ -66,5 +65,5 @@ def planned_rounds(
         plan = plan_round(config, network, card, round_)
         assert plan.after
         network, card = apply_plan(network, plan.layers), card.cut(plan.layers, plan.width)
-        entries.append({"round": round_, "width": card.width, **plan.after.to_dict()})
+        entries.append(PlannedRound(round_, card.width, **plan.after.to_dict()))
     return entries

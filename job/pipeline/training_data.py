@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from job.artifacts.provenance import listing_of
+from job.artifacts.records import DatasetRecord
 from job.console import progress, say
 from job.data.dataset import Dataset, hold_out_validation, missing_class_notes
 from job.data.folders import CURRENT_LISTING
@@ -80,11 +81,16 @@ def describe_data(data: Dataset, preprocessing: Preprocessing) -> str:
     return "\n".join(lines)
 
 
-def dataset_record(data: Dataset) -> dict[str, Any]:
+def dataset_record(data: Dataset) -> DatasetRecord:
     """The data set as config.toml names it."""
-    record: dict[str, Any] = {"layout": data.layout, "root": data.root, "listing": data.listing}
-    if data.layout != "built-in":
-        record["path"] = shown(os.path.abspath(data.source))  # noqa: PTH100 (links stay links)
-    record |= {name: len(data.splits[name]) for name in SPLITS}
-    skipped = [shown(name) for name in data.skipped]
-    return record | {"skipped": skipped, "fingerprint": data.fingerprint(SPLITS)}
+    path = shown(os.path.abspath(data.source))  # noqa: PTH100 (links stay links)
+    return DatasetRecord(
+        layout=data.layout,
+        root=str(data.root),
+        listing=data.listing,
+        path=None if data.layout == "built-in" else path,
+        training=len(data.splits["training"]),
+        validation=len(data.splits["validation"]),
+        skipped=tuple(shown(name) for name in data.skipped),
+        fingerprint=data.fingerprint(SPLITS),
+    )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.artifacts.accuracy import signed
-from job.artifacts.json_records import to_json
-from job.artifacts.records import PlannedRound
+from job.artifacts.records import PlannedRound, RoundRecord
 from job.console import table, where
 from job.errors import printable
 from job.report.comparison import COSTS, comparison_caution, run_names
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from job.artifacts.history import History
     from job.slimming.planning.cost import LayerCost
@@ -28,23 +27,24 @@ def epoch_line(width: float, epoch: EpochResult) -> str:
     )
 
 
-def rounds_table(rounds: Sequence[PlannedRound | Mapping[str, Any]]) -> str:
+def rounds_table(rounds: Sequence[PlannedRound]) -> str:
     """Return a line per round: width and costs, and after training the accuracies."""
-    entries = [to_json(entry) if isinstance(entry, PlannedRound) else entry for entry in rounds]
-    scores = {"acc after cut": "valid_acc_pruned", "acc tuned": "valid_acc"}
-    if not any("valid_acc" in entry for entry in entries):
-        scores = {}  # a plan
+    trained = any(isinstance(entry, RoundRecord) for entry in rounds)
+    scores = ("acc after cut", "acc tuned") if trained else ()
     header = ("round", "width", "channels", "params", "MACs", "bytes", *scores)
-    rows = [
-        (
-            "base" if entry["round"] == 0 else str(entry["round"]),
-            f"{entry['width']:.4f}",
-            *(f"{entry[cost]:,}" for cost in ("channels", "params", "macs", "bytes")),
-            *(_accuracy(entry.get(key)) for key in scores.values()),
-        )
-        for entry in entries
-    ]
-    return table(header, rows)
+    return table(header, [(*_costs(entry), *_scores(entry)) for entry in rounds])
+
+
+def _costs(entry: PlannedRound) -> tuple[str, ...]:
+    counts = (entry.channels, entry.params, entry.macs, entry.bytes)
+    return entry.name, f"{entry.width:.4f}", *(f"{count:,}" for count in counts)
+
+
+def _scores(entry: PlannedRound) -> tuple[str, ...]:
+    if not isinstance(entry, RoundRecord):
+        return ()
+    pruned = entry.valid_acc_pruned
+    return "" if pruned is None else f"{pruned:.4f}", f"{entry.valid_acc:.4f}"
 
 
 def run_overview(history: History) -> str:
@@ -104,7 +104,3 @@ def layers_table(layers: Sequence[LayerCost]) -> str:
         ],
         left=2,
     )  # fmt: skip
-
-
-def _accuracy(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

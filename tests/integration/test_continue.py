@@ -36,6 +36,7 @@ from job.errors import (
 from job.pipeline.prune import prune
 from support.commands import gammaslim
 from support.datasets import write_flat, write_noise_idx
+from support.records import BASE, DATASET
 
 OPTIONS: dict[str, Any] = {
     "model_arg": (("base", 4),), "base_epochs": 1, "rounds": 1, "epochs": 1, "batch_size": 8,
@@ -235,7 +236,7 @@ def test_of_two_that_begin_at_the_same_time_the_second_gets_the_next_number(
 
     def begin() -> None:
         time.sleep(0.5)
-        Run(first)._create(config(noise, seed=8), {"fingerprint": "f"}, {})
+        Run(first)._create(config(noise, seed=8), DATASET, BASE)
 
     thread = threading.Thread(target=begin)
     thread.start()
@@ -262,7 +263,7 @@ def test_one_that_wrote_its_configuration_meanwhile_has_the_folder(
 
     def late(self: Lock, *args: Any) -> None:
         if self.path.parent.name == first.name:
-            Run(first.resolve())._create(config(noise, seed=8), {"fingerprint": "f"}, {})
+            Run(first.resolve())._create(config(noise, seed=8), DATASET, BASE)
         acquire(self, *args)
 
     monkeypatch.setattr(Lock, "acquire", late)

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 import job
 from job.artifacts.model_card import load_model
-from job.artifacts.run_directory import recommend
 from job.errors import DataError
 from support.commands import CHEAP, ROOT, Result, gammaslim, run
 from support.datasets import picture, write_flat, write_noise_idx
@@ -300,38 +299,6 @@ def test_a_weights_file_is_evaluated_as_prune_would(finished_run: Path, tmp_path
     for flag in ("fail", "skip"):
         record = json.loads(gammaslim(*args, "--on-bad-image", flag).out)
         assert record["loss"] == pytest.approx(base["valid_loss"], rel=1e-5)
-
-
-def test_recommended_is_the_smallest_near_the_base() -> None:
-    def entries(*accuracies: float) -> list[dict[str, float]]:
-        return [
-            {"round": i, "params": 100 - i, "valid_acc": acc} for i, acc in enumerate(accuracies)
-        ]
-
-    assert recommend(entries(0.9, 0.91, 0.89, 0.8))[0] == 2
-    assert recommend(entries(0.9, 0.91, 0.95))[0] == 2
-    chosen, reason = recommend(entries(0.9, 0.85, 0.8))
-    assert chosen == 0
-    assert "the base" in reason
-
-
-def test_with_max_drop_the_smallest_within_it_is_recommended() -> None:
-    accuracies = (0.9, 0.89, 0.87, 0.8)
-    entries = [
-        {"round": i, "params": 100 - i, "valid_acc": acc} for i, acc in enumerate(accuracies)
-    ]
-    assert [recommend(entries, limit)[0] for limit in (0, 0.99, 1, 3, 9.99, 10)] == [
-        0,
-        0,
-        1,
-        2,
-        2,
-        3,
-    ]
-    assert "within 3 points (--max-drop) of the base" in recommend(entries, 3)[1]
-    assert recommend(entries, 3)[1].endswith("accuracy -3.00 points")
-    assert "more than 0.5 points (--max-drop) below" in recommend(entries, 0.5)[1]
-    assert "within 1 point of the base" in recommend(entries)[1]
 
 
 def test_a_round_that_falls_too_far_is_the_last(tmp_path: Path) -> None:

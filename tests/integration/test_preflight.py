@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from job.artifacts.json_records import from_json
+from job.artifacts.records import SummaryRecord
 from job.artifacts.run_folder import default_output
 from job.config import PruneConfig
 from job.data.layout import open_data
 from job.errors import StorageError
+from job.files import read_json
 from job.pipeline import dry_run as preflight
 from job.pipeline.dry_run import Findings, batch_warnings, core_warnings, space_needed
 from job.processes import is_main
@@ -79,8 +82,7 @@ def test_on_several_processes_all_is_said_once(tmp_path: Path) -> None:
 def test_the_disk_is_compared_with_what_a_run_takes(
     finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = json.loads((finished_run / "summary.json").read_text())
-    planned = [summary["base"], *summary["rounds"]]
+    planned = from_json(SummaryRecord, read_json(finished_run / "summary.json")).entries
     used = sum(file.stat().st_size for file in finished_run.rglob("*") if file.is_file())
     needed = space_needed(PruneConfig(), planned)
     assert used < needed < 4 * used

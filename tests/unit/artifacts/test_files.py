@@ -11,7 +11,7 @@ import torch
 from job.artifacts.accuracy import change, signed
 from job.artifacts.checkpoint import newest_position, save_position
 from job.files import new_directory, tidy
-from job.training.position import Position
+from job.training.position import CutRecord, Position, PrunedScores, RoundProgress, TrainingProgress
 
 
 def test_a_folder_that_is_replaced_is_there_before_and_after(tmp_path: Path) -> None:
@@ -40,16 +40,21 @@ def test_a_folder_that_is_replaced_is_there_before_and_after(tmp_path: Path) -> 
     assert (tmp_path / "model" / "content").read_text() == "new"
 
 
-VALUES = {
-    "scores": {}, "plan": {}, "metrics_size": 0, "round_seconds": 1.0, "run_seconds": 1.0,
-    "processes": 1, "seconds": 0.0, "best": None,
-}  # fmt: skip
+TRAINING = TrainingProgress(processes=1, seconds=0.0, best=None)
+PROGRESS = RoundProgress(
+    scores=PrunedScores(),
+    plan=CutRecord("", 1.0, {}),
+    metrics_size=0,
+    round_seconds=1.0,
+    run_seconds=1.0,
+)
 
 
 def keep(folder: Path, *places: tuple[int, int]) -> list[str]:
     """Save positions at (round, batch); the names that are kept, all of them whole."""
     for round_, batch in places:
-        save_position(folder, Position(round_, 0, batch, VALUES, {"w": torch.zeros(9)}))
+        tensors = {"w": torch.zeros(9)}
+        save_position(folder, Position(round_, 0, batch, TRAINING, tensors, PROGRESS))
     kept = sorted(folder.glob("[0-9]*"))
     assert all(len(list(path.iterdir())) == 3 for path in kept)
     return [path.name for path in kept]

@@ -23,6 +23,7 @@ from job.pipeline.cautions import Cautions, above_base, at_chance, of_weights, o
 from job.pipeline.prune import prune
 from job.training.evaluation import Evaluation
 from support.datasets import write_flat, write_noise_idx
+from support.records import round_records
 
 TEN = [100] * 10
 
@@ -81,8 +82,7 @@ def test_a_model_of_one_class_only() -> None:
 def test_rounds_that_beat_the_base(
     accuracies: list[float], count: int, weights: bool, said: str | None
 ) -> None:
-    entries = [{"round": number, "valid_acc": acc} for number, acc in enumerate(accuracies)]
-    caution = above_base(entries, count, weights)
+    caution = above_base(round_records(*accuracies), count, weights)
     if said is None:
         assert caution is None
     else:

@@ -1,0 +1,41 @@
+"""Which round of a run to use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from job.artifacts.accuracy import change, signed
+from job.config import MAX_DROP
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from job.artifacts.records import RoundRecord
+
+
+def points_lost(entries: Sequence[RoundRecord], entry: RoundRecord) -> float:
+    """Return the drop of accuracy from the base, first of ``entries``, in percentage points."""
+    return 0.0 - change(entry.valid_acc, entries[0].valid_acc)
+
+
+def recommend(entries: Sequence[RoundRecord], max_drop: float | None = None) -> tuple[int, str]:
+    """Return the recommended round and the reason for it.
+
+    It is the smallest whose validation accuracy is at most ``max_drop`` percentage points below
+    the base's; MAX_DROP where that is None.
+    """
+    limit = MAX_DROP if max_drop is None else max_drop
+    points = f"{limit:g} point" + ("" if limit == 1 else "s")
+    points += "" if max_drop is None else " (--max-drop)"
+    base = entries[0]
+    near = [entry for entry in entries if points_lost(entries, entry) <= limit]
+    chosen = min(near, key=lambda entry: (entry.params, entry.round))
+    if chosen.round == 0:
+        if len(entries) == 1:
+            return 0, "the base: no round is finished"
+        return 0, f"the base: every round falls more than {points} below it"
+    gain = signed(change(chosen.valid_acc, base.valid_acc))
+    return chosen.round, (
+        f"the fewest parameters within {points} of the base: "
+        f"{chosen.params / base.params:.1%} of them, accuracy {gain} points"
+    )
