@@ -1,4 +1,4 @@
-"""The arguments of ``job.slim``: checked, and made into what the rest takes."""
+"""Check and convert the arguments of ``job.slim``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from job.slimming.inputs import (
     sample_count,
     tensors_in,
 )
-from job.slimming.planning.target import METRICS, Budget
+from job.slimming.planning.target import TARGET_METRICS, Budget
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
 
 PYTHON_NETWORK = "pass the nn.Module that it was made from"
-WRAPPERS = {
+WRAPPER_ATTRIBUTES = {
     "OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module",
     "FullyShardedDataParallel": "module", "AveragedModel": "module",
 }  # fmt: skip
 
 
 def check_network(model: Any) -> None:
-    """Raise UsageError, with what to pass instead, for what has no layers that can be cut."""
+    """Raise UsageError, with what to pass instead, for a model whose layers cannot be cut."""
     kind = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError(f"model is a TorchScript module ({kind}): {PYTHON_NETWORK}")
@@ -45,14 +45,14 @@ def check_network(model: Any) -> None:
     if not isinstance(model, nn.Module):
         hint = ", e.g. build it and call load_state_dict" if isinstance(model, Mapping) else ""
         raise UsageError(f"model must be a torch.nn.Module{hint}; got {kind_of(model)}")
-    if kind in WRAPPERS:
-        raise UsageError(f"model is wrapped in {kind}: pass model.{WRAPPERS[kind]}")
+    if kind in WRAPPER_ATTRIBUTES:
+        raise UsageError(f"model is wrapped in {kind}: pass model.{WRAPPER_ATTRIBUTES[kind]}")
     for name, module in modules_of(model, once=True).items():
         _check_layer(name, module)
 
 
 def _is_exported(model: Any) -> bool:
-    """Whether it is a graph of calls of ATen operators, as torch.export makes them."""
+    """Whether ``model`` is a graph of ATen operators, as torch.export makes them."""
     return isinstance(model, torch.fx.GraphModule) and any(
         isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes
     )
@@ -80,12 +80,12 @@ def _check_layer(name: str, module: nn.Module) -> None:
 
 
 def example_of(model: nn.Module, example: Any) -> Example:
-    """The example as the network takes it, on its device and in its type.
+    """Return the example in the form of the network's arguments, on its device and in its dtype.
 
-    Raises UsageError for what is not a batch of inputs.
+    Raises UsageError for anything that is not a batch of inputs.
     """
-    found = isinstance(example, (torch.Tensor, tuple, list, Mapping)) and list(tensors_in(example))
-    if not found:
+    is_container = isinstance(example, (torch.Tensor, tuple, list, Mapping))
+    if not is_container or next(tensors_in(example), None) is None:
         numbers = isinstance(example, (tuple, list)) and all(type(n) is int for n in example)
         shape = ", ".join(map(str, example)) if numbers and example else "1, 3, 224, 224"
         raise UsageError(
@@ -95,7 +95,7 @@ def example_of(model: nn.Module, example: Any) -> Example:
     if not sample_count(example):
         raise UsageError("example is empty: give one sample, e.g. torch.rand(1, 3, 224, 224)")
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    # without values, which do not matter
+    # tensors on the meta device have no values, which do not matter
     values = map_tensors(example, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t)
     inputs = arguments_for(model, values)
     if weight is not None:
@@ -104,10 +104,10 @@ def example_of(model: nn.Module, example: Any) -> Example:
 
 
 def budget_of(target: Any) -> Budget:
-    """The target; raises UsageError."""
+    """Parse the target; raises UsageError."""
     if not isinstance(target, str):
         pairs = target if isinstance(target, Mapping) else {"macs": target}
-        name, value = next(((n, v) for n, v in pairs.items() if n in METRICS), ("macs", 0.5))
+        name, value = next(((n, v) for n, v in pairs.items() if n in TARGET_METRICS), ("macs", 0.5))
         value = value if type(value) in (int, float) else 0.5
         got = kind_of(target)
         raise UsageError(f"target must be 'METRIC=VALUE', e.g. '{name}={value}'; got {got}")
@@ -118,7 +118,7 @@ def budget_of(target: Any) -> Budget:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str], *, none: bool = False) -> None:
-    """Raise UsageError unless the argument ``name`` is one of ``choices``, or (``none``) None."""
+    """Raise UsageError unless an argument is one of ``choices``, or None if ``none`` allows it."""
     if value in choices or (none and value is None):
         return
     near = did_you_mean(value, choices) if isinstance(value, str) else ""
@@ -126,18 +126,21 @@ def check_choice(name: str, value: Any, choices: Sequence[str], *, none: bool = 
 
 
 def check_number(name: str, value: Any, least: float, most: float = math.inf) -> None:
-    """Raise UsageError unless ``name`` is from ``least`` to ``most``: whole, without a ``most``."""
-    kind, said = (Integral, "a whole number") if most == math.inf else (Real, "a number")
-    number = isinstance(value, kind) and value is not True and value is not False
-    if not number or not least <= value <= most:
+    """Raise UsageError unless an argument is a number from ``least`` to ``most``.
+
+    Without ``most`` it must be a whole number.
+    """
+    kind, described = (Integral, "a whole number") if most == math.inf else (Real, "a number")
+    is_number = isinstance(value, kind) and value is not True and value is not False
+    if not is_number or not least <= value <= most:
         bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise UsageError(f"{name} must be {said} {bounds}; got {value!r}")
+        raise UsageError(f"{name} must be {described} {bounds}; got {value!r}")
 
 
 def ignored_layers(model: nn.Module, ignore: Any) -> list[str]:
-    """The names of the layers or modules in ``ignore``, which are names or modules themselves.
+    """Return the names of the layers in ``ignore``, given by name or as modules.
 
-    Raises UsageError for what the network does not have.
+    Raises UsageError for a layer that is not part of the network.
     """
     modules = modules_of(model)
     names_of: dict[int, list[str]] = {}
@@ -147,16 +150,16 @@ def ignored_layers(model: nn.Module, ignore: Any) -> list[str]:
         ignore = [ignore]
     if not isinstance(ignore, Iterable):
         raise UsageError(f"ignore must be layers, by name or as modules; got {kind_of(ignore)}")
-    found: list[str] = []
+    names: list[str] = []
     for entry in ignore:
         if isinstance(entry, nn.Module):
             if id(entry) not in names_of:
                 kind = type(entry).__name__
                 raise UsageError(f"ignore: a {kind} that is not part of the network")
-            found += names_of[id(entry)]
+            names += names_of[id(entry)]
         else:
-            found.append(_layer_name(model, modules, entry))
-    return found
+            names.append(_layer_name(model, modules, entry))
+    return names
 
 
 def _layer_name(model: nn.Module, modules: Mapping[str, nn.Module], entry: Any) -> str:
@@ -173,7 +176,7 @@ def _layer_name(model: nn.Module, modules: Mapping[str, nn.Module], entry: Any) 
 
 
 def in_python(message: str) -> str:
-    """A message that names options of the command line, with Python's names for them."""
+    """Return a message with Python's argument names in place of command-line options."""
     words = message.split("--")
     renamed = []
     for part in words[1:]:

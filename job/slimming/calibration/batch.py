@@ -9,9 +9,9 @@ import torch
 from job.slimming.inputs import Example
 
 # images (B, C, H, W), or a pair of the network's inputs and labels (B,); the labels may be None
-Batch = torch.Tensor | tuple[Example, torch.Tensor | None]
+CalibrationBatch = torch.Tensor | tuple[Example, torch.Tensor | None]
 # each call returns the calibration batches of this process, on the device of the network
-Batches = Callable[[], Iterable[Batch]]
+Batches = Callable[[], Iterable[CalibrationBatch]]
 
 MOST_IMAGES, LEAST_IMAGES = 4096, 512  # more images change the statistics little
 MOST_PIXELS = MOST_IMAGES * 64**2  # of one channel of all images together
@@ -22,6 +22,6 @@ def image_limit(size: int) -> int:
     return max(LEAST_IMAGES, min(MOST_IMAGES, MOST_PIXELS // max(1, size) ** 2))
 
 
-def inputs_of(batch: Batch) -> Example:
+def inputs_of(batch: CalibrationBatch) -> Example:
     """Return the inputs of the network in a batch, without its labels."""
     return batch if isinstance(batch, torch.Tensor) else batch[0]

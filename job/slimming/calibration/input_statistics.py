@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from job.slimming.calibration.batch import Batch, Batches
+    from job.slimming.calibration.batch import Batches, CalibrationBatch
     from job.slimming.calibration.consumers import Consumer
     from job.slimming.graph.groups import ChannelGraph
 
@@ -51,13 +51,13 @@ class CalibrationData:
     batches: Batches | None = None
     statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
 
-    def images(self) -> Iterable[Batch]:
+    def images(self) -> Iterable[CalibrationBatch]:
         """Return the calibration batches of this process from the first one; none without any."""
         return self.batches() if self.batches else ()
 
 
 def measure_inputs(
-    network: nn.Module, graph: ChannelGraph, batches: Iterable[Batch]
+    network: nn.Module, graph: ChannelGraph, batches: Iterable[CalibrationBatch]
 ) -> dict[str, InputStatistics]:
     """Return the statistics of the inputs of every consumer that runs, by layer.
 

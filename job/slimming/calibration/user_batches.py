@@ -22,7 +22,7 @@ from job.slimming.inputs import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from job.slimming.calibration.batch import Batch
+    from job.slimming.calibration.batch import CalibrationBatch
     from job.slimming.inputs import Example
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y", "class", "classes")
@@ -31,7 +31,7 @@ FORMS = "calibration is an iterable of batches, e.g. [images] or a DataLoader"
 
 def read_batches(
     model: nn.Module, example: Example, calibration: Any, least: int = 0
-) -> list[Batch]:
+) -> list[CalibrationBatch]:
     """Return the first batches of ``calibration``, on the network's device and in its dtype.
 
     Reading ends with the images that are used, after ``least`` batches or more. A batch has the
@@ -44,7 +44,7 @@ def read_batches(
         raise UsageError(f"{FORMS}; got {kind_of(calibration)}")
     most = image_limit(min(next(tensors_in(example)).shape[2:], default=0))
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    batches: list[Batch] = []
+    batches: list[CalibrationBatch] = []
     count, seen = 0, set[object]()
     for number, batch in enumerate(calibration):
         where = f"calibration: batch {number}"

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from job.slimming.calibration.batch import Batch
+    from job.slimming.calibration.batch import CalibrationBatch
 
 
-def recalibrate_batchnorms(network: nn.Module, batches: Iterable[Batch]) -> None:
+def recalibrate_batchnorms(network: nn.Module, batches: Iterable[CalibrationBatch]) -> None:
     """Set the running statistics of every BatchNorm to those of the batches of all processes.
 
     As in training, each BatchNorm normalises a batch by the statistics of that batch. All else

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from job.slimming.calibration.batch import Batch
+    from job.slimming.calibration.batch import CalibrationBatch
     from job.slimming.calibration.consumers import Consumer
     from job.slimming.calibration.input_statistics import InputStatistics
     from job.slimming.calibration.paused_forward import ForwardPass
@@ -44,7 +44,7 @@ MOST_PASSES = 8  # in each network
 
 def reconstruct(
     pair: CutPair,
-    batches: Iterable[Batch],
+    batches: Iterable[CalibrationBatch],
     *,
     ridge: float = RIDGE,
     progress: Progress = no_progress,
@@ -69,7 +69,7 @@ def reconstruct(
             statistics = passes.statistics(consumer, kept)
             if statistics.count:
                 fitted = True
-                pair.apply_fits(consumer, _fits(pair, consumer, kept, statistics, ridge))
+                pair.apply_fits(consumer, _solve_fits(pair, consumer, kept, statistics, ridge))
     if not fitted:
         raise UsageError("--compensate regress: calibration images are needed, there are none")
 
@@ -77,7 +77,7 @@ def reconstruct(
 class _PairedPasses:
     """Forward passes of the same images through the narrow and the wide network."""
 
-    def __init__(self, pair: CutPair, batches: Iterable[Batch]) -> None:
+    def __init__(self, pair: CutPair, batches: Iterable[CalibrationBatch]) -> None:
         self.networks = pair.narrow, pair.wide
         facts = pair.graph.forward
         self.calls = Counter(call.weight for call in pair.graph.calls)
@@ -164,7 +164,7 @@ def _whole_pass(
     return inputs_seen
 
 
-def _fits(
+def _solve_fits(
     pair: CutPair, consumer: Consumer, kept: int, statistics: InputStatistics, ridge: float
 ) -> list[Fit]:
     """M (C, K) and b (C,) for each group of a consumer.

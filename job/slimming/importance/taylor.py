@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from job.slimming.calibration.batch import Batch
+    from job.slimming.calibration.batch import CalibrationBatch
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
     from job.slimming.inputs import Example
 
 
-def taylor_importance(network: nn.Module, graph: ChannelGraph, batches: Iterable[Batch]) -> Scores:
+def taylor_importance(
+    network: nn.Module, graph: ChannelGraph, batches: Iterable[CalibrationBatch]
+) -> Scores:
     """Return (Σ γ ∂L/∂γ + β ∂L/∂β)² over the BatchNorms of each channel, summed over batches.
 
     γ ∂L/∂γ + β ∂L/∂β is the derivative of the loss by a gate on the output of the BatchNorm (ibid.,
@@ -90,7 +92,7 @@ def _class_logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _labelled_only(batches: Iterable[Batch]) -> Iterator[tuple[Example, torch.Tensor]]:
+def _labelled_only(batches: Iterable[CalibrationBatch]) -> Iterator[tuple[Example, torch.Tensor]]:
     for batch in batches:
         inputs, labels = (batch, None) if isinstance(batch, torch.Tensor) else batch
         if labels is None:

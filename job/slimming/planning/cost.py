@@ -15,7 +15,7 @@ from job.slimming.graph.trace import trace_network
 if TYPE_CHECKING:
     from job.slimming.graph.trace import Op, Trace
 
-METRICS = ("channels", "params", "macs", "bytes")
+COST_METRICS = ("channels", "params", "macs", "bytes")
 _CALLS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from job.slimming.graph.layers import tensors_of
 from job.slimming.graph.selection import batchnorms
-from job.slimming.planning.cost import METRICS, Cost
+from job.slimming.planning.cost import COST_METRICS, Cost
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ class CostModel:
     def cost(self, keep: Ids) -> Cost:
         """Return the cost with the channels of the mask ``keep`` (count,); keep[0] is true."""
         counts = self.slot_counts(keep)
-        return Cost(**{metric: self.metric(metric, counts) for metric in METRICS})
+        return Cost(**{metric: self.metric(metric, counts) for metric in COST_METRICS})
 
     def slot_counts(self, keep: Ids) -> Ids:
         """Return how many channels of the mask ``keep`` (count,) each slot has, as (slots,)."""
@@ -108,7 +108,7 @@ class CostModel:
         return counts
 
     def metric(self, metric: str, counts: Ids) -> int:
-        """Return one of ``METRICS`` with ``counts`` (slots,) channels in each slot."""
+        """Return one of ``COST_METRICS`` with ``counts`` (slots,) channels in each slot."""
         if metric == "channels":
             return self.other_channels + int(counts[self.norms].sum())
         numel = self.numel * (counts[self.first] * counts[self.second]) // self.full

@@ -1,4 +1,4 @@
-"""The channels of a layer that a cut keeps, as indices; cuts one after the other compose."""
+"""The channels that a layer keeps, as indices. Successive cuts compose."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SIDES = {"out": "out", "in": "in_", "select": "select"}
 
 @dataclass(frozen=True)
 class LayerChannels:
-    """Indices that stay on a layer's sides; None: all of them.
+    """The indices that are kept on each side of a layer; None keeps all of them.
 
-    A BatchNorm has but ``out``; both sides of a depthwise convolution are the same, or multiples.
-    ``select``: what a BatchNorm takes of its input, which stays whole. ``bias``: the layer gets
-    one, to hold what removed channels used to add.
+    ``out`` are its outputs and ``in_`` its inputs; a BatchNorm has only ``out``. ``select`` are the
+    channels that a BatchNorm selects from an input that is not cut. With ``bias`` the layer gets a
+    bias, which holds the constant that removed channels added.
     """
 
     out: Kept | None = None
@@ -27,7 +27,7 @@ class LayerChannels:
     bias: bool = False
 
     def after(self, later: LayerChannels) -> LayerChannels:
-        """The indices, into what this one started from, that stay when ``later`` is cut too."""
+        """Return the indices that are kept after this cut and a ``later`` one of its result."""
         return LayerChannels(
             _chain(self.out, later.out),
             _chain(self.in_, later.in_),
@@ -36,14 +36,14 @@ class LayerChannels:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As stored in model.json."""
+        """Return the record stored in model.json."""
         sides = {side: getattr(self, name) for side, name in SIDES.items()}
-        found: dict[str, Any] = {side: list(kept) for side, kept in sides.items() if kept}
-        return found | ({"bias": True} if self.bias else {})
+        record: dict[str, Any] = {side: list(kept) for side, kept in sides.items() if kept}
+        return record | ({"bias": True} if self.bias else {})
 
     @classmethod
     def from_dict(cls, values: Any) -> LayerChannels:
-        """Read back what ``to_dict`` gave; raises DataError."""
+        """Read the record of model.json; raises DataError."""
         if not isinstance(values, dict) or type(values.get("bias", False)) is not bool:
             raise DataError("a layer's kept channels are not lists of rising indices")
         sides = {name: values.get(side) for side, name in SIDES.items()}
@@ -55,15 +55,15 @@ class LayerChannels:
                 and all(before < i for before, i in pairwise(kept))
             ):
                 raise DataError("a layer's kept channels are not lists of rising indices")
-        chosen = {name: None if kept is None else tuple(kept) for name, kept in sides.items()}
-        return cls(**chosen, bias=values.get("bias", False))
+        indices = {name: None if kept is None else tuple(kept) for name, kept in sides.items()}
+        return cls(**indices, bias=values.get("bias", False))
 
 
 Layers = dict[str, LayerChannels]
 
 
 def compose(first: Layers, then: Layers) -> Layers:
-    """The layers of two cuts, one after the other, as one cut of what the first started from."""
+    """Return two successive cuts as one cut of the network before the first."""
     whole = LayerChannels()
     return {
         name: first.get(name, whole).after(then.get(name, whole))

@@ -1,4 +1,7 @@
-"""A plan: which channels of which layers stay. Made on the main process, applied on every rank."""
+"""A plan: which channels of which layers are kept.
+
+The main process makes it, every process applies it.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proof:
-    """Largest ``error`` of a narrow network's outputs, relative to the largest output of each.
+    """The measured exactness of a cut.
 
-    Computed in ``precision``: float64, or the network's own where it does not run in that. Then
-    ``tolerance`` is what rounding does to the wide network, many times over.
+    ``error`` is the largest error of the narrow network's outputs, relative to the largest value of
+    each output. It is computed in ``precision``: float64, or the precision of the network where it
+    does not run in float64. ``tolerance`` is the largest error that is allowed.
     """
 
     error: float
@@ -37,12 +41,19 @@ class Proof:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What one cut keeps: of each group by name, of each layer; the costs before and after.
+    """What a cut keeps, and what it costs; ``print(plan)`` shows a table.
 
-    ``groups`` are indices into each group's channels, ``layers`` into each layer's. ``blocked``
-    says which channels could not be cut and why, ``method`` what ranked and compensated. ``sizes``
-    are the inputs and outputs that each convolution or linear layer had, ``example`` what the
-    network takes, without values, ``proof`` says how exact the cut is. ``print`` shows a table.
+    Attributes:
+        policy: how the cut is spread over the channel groups
+        width: channels kept, relative to the base
+        groups: for each channel group, the indices of its channels that are kept
+        layers: for each layer that is cut, the indices that are kept on its sides
+        before, after: costs of the network before and after the cut
+        blocked: channels that cannot be cut, and why
+        sizes: inputs and outputs of each convolution or linear layer before the cut
+        method: importance and compensation
+        example: a batch of inputs without values
+        proof: how exact the cut is, without compensation
     """
 
     policy: str
@@ -70,7 +81,7 @@ class Plan:
 
 
 def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
-    """The channels (count,) bool that stay where of each group its indices ``groups`` do."""
+    """Return the mask (count,) of the channels that ``groups``, by name, keep by their indices."""
     keep = keep_all(graph)
     for group in graph.groups:
         keep[group.channels] = False
@@ -79,57 +90,49 @@ def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
 
 
 def keep_all(graph: ChannelGraph) -> Ids:
-    """All channels of a graph as ``keep`` (count,) bool; number 0, of those never cut, is true."""
+    """Return the mask (count,) that keeps all channels; number 0 stands for channels never cut."""
     return np.ones(graph.count, bool)
 
 
 def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
-    """Where the channels of ``keep`` (count,) bool stand, layer by layer; whole layers left out."""
+    """Return what each layer keeps of the channels in the mask ``keep`` (count,).
+
+    Layers that keep all of their channels are left out.
+    """
     layers: dict[str, dict[str, Any]] = {}
-    found: dict[tuple[int, int], Kept | None] = {}  # by array, of which slots share some
-    for position in graph.slots:
-        kept = _staying(keep, position.ids, 1, found)
-        if kept is None:
+    for slot in graph.slots:
+        kept = keep[slot.ids]
+        if kept.all():
             continue
-        sides = layers.setdefault(position.layer, {})
-        if position.side == "through":
-            sides["out"] = kept
-            if position.times:
-                sides["in_"] = _staying(keep, position.ids, position.times, found)
+        sides = layers.setdefault(slot.layer, {})
+        if slot.side == "through":
+            sides["out"] = _indices(kept)
+            if slot.times:
+                sides["in_"] = _indices(kept[:: slot.times])
         else:
-            sides[SIDES[position.side]] = kept
+            sides[SIDES[slot.side]] = _indices(kept)
     return {layer: LayerChannels(**sides) for layer, sides in layers.items()}
 
 
 def groups_of(graph: ChannelGraph, keep: Ids) -> dict[str, Kept]:
-    """Which of each group's channels stay."""
+    """Return the indices of the channels that each group keeps, by name."""
     return {group.name: _indices(keep[group.channels]) for group in graph.groups}
 
 
 def sizes_of(graph: ChannelGraph) -> dict[str, Sizes]:
-    """Inputs and outputs of every layer that sums over channels or picks some, in order."""
+    """Return the inputs and outputs of every layer that sums over or selects channels, by name."""
     sizes: dict[str, Sizes] = {}
-    for position in graph.slots:
-        number = len(position.ids)
-        inputs, outputs = sizes.get(position.layer, (None, None))
-        if position.side in ("in", "select"):
-            sizes[position.layer] = number, outputs
-        elif position.side == "out":
-            sizes[position.layer] = inputs, number
-        elif position.times:  # depthwise; a BatchNorm is as wide as what it follows
-            sizes[position.layer] = number // position.times, number
+    for slot in graph.slots:
+        number = len(slot.ids)
+        inputs, outputs = sizes.get(slot.layer, (None, None))
+        if slot.side in ("in", "select"):
+            sizes[slot.layer] = number, outputs
+        elif slot.side == "out":
+            sizes[slot.layer] = inputs, number
+        elif slot.times:  # depthwise; a BatchNorm has the size of the layer before it
+            sizes[slot.layer] = number // slot.times, number
     return sizes
 
 
-def _staying(
-    keep: Ids, ids: Ids, times: int, found: dict[tuple[int, int], Kept | None]
-) -> Kept | None:
-    """Which of ``ids`` stay, each ``times`` in a row; None if all do. ``found`` is filled in."""
-    if (id(ids), times) not in found:
-        stays = keep[ids[::times]]
-        found[id(ids), times] = None if stays.all() else _indices(stays)
-    return found[id(ids), times]
-
-
-def _indices(stays: Ids) -> Kept:
-    return tuple(np.flatnonzero(stays).tolist())
+def _indices(mask: Ids) -> Kept:
+    return tuple(np.flatnonzero(mask).tolist())

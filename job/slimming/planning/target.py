@@ -1,4 +1,4 @@
-"""What a cut is to leave, as ``--target METRIC=VALUE`` says it."""
+"""The target of a cut: ``--target METRIC=VALUE``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from job.errors import UsageError, printable
 if TYPE_CHECKING:
     from job.slimming.planning.cost import Cost
 
-UNITS = {
+UNIT_NAMES = {
     "width": "width",
     "channels": "channels",
     "params": "parameters",
     "macs": "multiply-adds",
     "bytes": "bytes",
 }
-METRICS = tuple(UNITS)
+TARGET_METRICS = tuple(UNIT_NAMES)
 OTHER_NAMES = {
     "": "macs", "flops": "macs", "ops": "macs", "mults": "macs", "multiply-adds": "macs",
     "weights": "params", "parameters": "params", "size": "bytes", "memory": "bytes",
@@ -32,10 +32,10 @@ FACTORS = {"": 1.0, "%": 0.01, "percent": 0.01, "k": 1e3, "m": 1e6, "g": 1e9}
 
 @dataclass(frozen=True)
 class Budget:
-    """What is to be left: ``value`` of ``metric`` (width, channels, params, macs or bytes).
+    """How much of a network a cut leaves: ``value`` of ``metric``, one of ``TARGET_METRICS``.
 
-    At most 1: a fraction of the base; above 1: absolute. ``typed`` is how the user asked for it,
-    to be quoted in messages.
+    A value of at most 1 is a fraction of the base, a larger one an absolute number. ``typed`` is
+    the text that the user typed, for messages.
     """
 
     metric: str
@@ -44,17 +44,18 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """``METRIC=VALUE`` as typed; raises UsageError."""
+        """Parse ``METRIC=VALUE``; raises UsageError."""
         metric, _, number = text.partition("=")
         try:
             value = float(number)
         except ValueError:
             value = math.nan
         quoted = printable(text)
-        if metric not in METRICS or not (0 < value < math.inf):
+        if metric not in TARGET_METRICS or not (0 < value < math.inf):
+            metrics = ", ".join(TARGET_METRICS)
             raise UsageError(
                 f"{quoted!r} is not a target: give METRIC=VALUE, METRIC one of "
-                f"{', '.join(METRICS)}, VALUE a fraction of the base up to 1, or a number above 1"
+                f"{metrics}, VALUE a fraction of the base up to 1, or a number above 1"
                 f"{_did_you_mean(text)}"
             )
         if metric == "width" and value > 1:
@@ -68,36 +69,38 @@ class Budget:
         return self.typed or f"--target {self.metric}={self.value:g}"
 
     def fraction(self, base: Cost) -> float:
-        """The part of the base that is to be left; raises UsageError above the whole."""
-        if self.value <= 1 or self.metric == "width":  # a student may be wider than width 1
+        """Return the fraction of the base that is left; raises UsageError above the whole."""
+        if self.value <= 1 or self.metric == "width":  # a StudentNet may be wider than 1
             return self.value
         whole = getattr(base, self.metric)
         if self.value > whole:
+            unit = UNIT_NAMES[self.metric]
             raise UsageError(
-                f"{self} is above what the base has, {whole:,} {UNITS[self.metric]}: give fewer, "
+                f"{self} is above what the base has, {whole:,} {unit}: give fewer, "
                 f"or a fraction{self.hint() or f', e.g. {self.metric}=0.5'}"
             )
         return float(self.value / whole)
 
     def limit(self, base: Cost) -> float:
-        """The most that may be left, in the metric's own unit; of a width, itself."""
+        """Return the most that may be left, in the unit of the metric."""
         if self.metric == "width" or self.value > 1:
             return self.value
         return self.value * float(getattr(base, self.metric))
 
-    def spread(self, round_: int, rounds: int, base: Cost) -> Budget:
-        """What is to be left after ``round_`` of ``rounds``: a geometric way to the whole cut."""
-        if round_ == rounds:
+    def spread(self, round_index: int, rounds: int, base: Cost) -> Budget:
+        """Return the budget after one of ``rounds``: each leaves the same fraction of the last."""
+        if round_index == rounds:
             return self
-        return replace(self, value=self.fraction(base) ** (round_ / rounds))
+        return replace(self, value=self.fraction(base) ** (round_index / rounds))
 
     def unreachable(self, least: float, base: Cost) -> str:
-        """The message where no cut leaves less than ``least`` of the metric."""
+        """Return the message for a budget below ``least``, the smallest that a cut can leave."""
         whole = getattr(base, self.metric)
         share = math.ceil(1000 * least / whole) / 1000
         typed = re.search(r"=(.*)", self.typed)
         absolute = typed and float(typed[1]) > 1
-        number = f": above 1 is an absolute number of {UNITS[self.metric]}; it" if absolute else ""
+        unit = UNIT_NAMES[self.metric]
+        number = f": above 1 is an absolute number of {unit}; it" if absolute else ""
         return (
             f"{self}{number} cannot be reached: the least is {self.metric}={least:,.0f} of "
             f"{whole:,} ({share:g}); lower --min-keep or --round-to to go further"
@@ -105,18 +108,18 @@ class Budget:
         )
 
     def hint(self) -> str:
-        """``; did you mean …?`` for a small number that was meant as a fraction, or nothing."""
+        """Return ``; did you mean …?`` for a number that was likely meant as a fraction."""
         value = self.typed.partition("=")[2]
         return _as_fraction(self.metric, float(value)) if value else ""
 
 
 def _did_you_mean(text: str) -> str:
-    """The target that ``text`` was meant to be, or nothing."""
-    found = TYPED.fullmatch(text.strip().lower())
-    if not found:
+    """``; did you mean …?`` with the target that is likely meant by ``text``, or nothing."""
+    match = TYPED.fullmatch(text.strip().lower())
+    if not match:
         return ""
-    name, number, unit = found[1], found[2], found[3] or ""
-    near = difflib.get_close_matches(name, [*METRICS, *OTHER_NAMES], 1, 0.6)
+    name, number, unit = match[1], match[2], match[3] or ""
+    near = difflib.get_close_matches(name, [*TARGET_METRICS, *OTHER_NAMES], 1, 0.6)
     metric = OTHER_NAMES.get(name) or (OTHER_NAMES.get(near[0], near[0]) if near else "")
     if re.fullmatch(r"\d*,\d+", number) and not re.fullmatch(r"\d+,\d{3}", number):
         number = number.replace(",", ".")  # 0,5
@@ -132,7 +135,7 @@ def _did_you_mean(text: str) -> str:
 
 
 def _as_fraction(metric: str, value: float) -> str:
-    """A number in place of a fraction: 2 for one half, 50 for 50 percent."""
+    """``; did you mean …?`` with a fraction: 0.5 for 2, or for 50 (percent)."""
     if not 1 < value <= 100:
         return ""
     return f"; did you mean {metric}={1 / value if value < 10 else value / 100:.3g}?"
