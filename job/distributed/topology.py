@@ -1,16 +1,21 @@
-"""Which machine of a job this is: from options, Slurm's variables or a Kubernetes Indexed Job's."""
+"""The nodes of a job: their number, which one this is, and the address of node 0.
+
+The options of ``gammaslim launch`` say it, else what starts it on each node. ``LAUNCHERS`` is the
+table of those; a new one is an entry there.
+"""
 
 from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from job.errors import UsageError
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+T = TypeVar("T")
+Environ = Mapping[str, str]
 
 PORT = 29500
 SLURM_PORTS = range(20000, 32000)  # below the ports that Linux gives to outgoing connections
@@ -18,7 +23,7 @@ SLURM_PORTS = range(20000, 32000)  # below the ports that Linux gives to outgoin
 
 @dataclass(frozen=True)
 class Nodes:
-    """This node's number among ``count``, and where the first one can be reached."""
+    """The rank of this node among ``count``, and the address of node 0."""
 
     count: int = 1
     rank: int = 0
@@ -26,68 +31,77 @@ class Nodes:
     port: int = PORT
 
 
+def _unknown(_environ: Environ) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What a program that starts a process on each node tells it in environment variables.
+
+    Each function returns None for what is not told, and raises UsageError for what is invalid.
+    ``gpus`` counts those that the job was given on this node.
+    """
+
+    count: Callable[[Environ], int | None] = _unknown
+    rank: Callable[[Environ], int | None] = _unknown
+    address: Callable[[Environ], str | None] = _unknown
+    port: Callable[[Environ], int | None] = _unknown
+    gpus: Callable[[Environ], int | None] = _unknown
+
+
 def find_nodes(
-    environ: Mapping[str, str],
+    environ: Environ,
     *,
     count: int | None = None,
     rank: int | None = None,
     address: str | None = None,
     port: int | None = None,
 ) -> Nodes:
-    """The options given, then NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT (also PET_…), then Slurm.
+    """Return the nodes of this job, each value from the options or else the first launcher.
 
-    An Indexed Job tells its rank (JOB_COMPLETION_INDEX), and the host name of index 0 follows from
-    this one's; how many pods there are must be said (NNODES). Raises UsageError.
+    Raises UsageError for a value that is missing or invalid.
     """
-    slurm = _slurm_step(environ)
-    index = environ.get("JOB_COMPLETION_INDEX")
-    count = _first(count, _number(environ, "NNODES", "PET_NNODES"), slurm.get("count")) or 1
+    launchers = LAUNCHERS.values()
+    count = _first([count, *[launcher.count(environ) for launcher in launchers]]) or 1
     if count == 1:
         return Nodes()
-    rank = _first(
-        rank,
-        _number(environ, "NODE_RANK", "PET_NODE_RANK"),
-        slurm.get("rank"),
-        int(index) if index is not None else None,
-    )
-    address = (
-        address
-        or environ.get("MASTER_ADDR")
-        or environ.get("PET_MASTER_ADDR")
-        or _first_host(environ.get("SLURM_STEP_NODELIST", ""))
-        or (_index_zero(socket.gethostname(), socket.getfqdn(), index) if index else None)
-    )
-    port = _first(port, _number(environ, "MASTER_PORT", "PET_MASTER_PORT"), slurm.get("port"), PORT)
+    rank = _first([rank, *[launcher.rank(environ) for launcher in launchers]])
+    port = _first([port, *[launcher.port(environ) for launcher in launchers]])
+    # one by one: DNS may be slow
+    address = address or _first(launcher.address(environ) for launcher in launchers)
     if rank is None:
         raise UsageError(f"--nnodes {count}: give --node-rank (or NODE_RANK) too, from 0")
     if not 0 <= rank < count:
         raise UsageError(f"--node-rank {rank} is not one of the {count} nodes 0 to {count - 1}")
-    if not address:
+    if address is None:
         raise UsageError(
             f"--nnodes {count}: give --master-addr (or MASTER_ADDR) too: the host of node 0"
         )
     return Nodes(count, rank, address, port or PORT)
 
 
-def nodes_left_out(environ: Mapping[str, str]) -> int:
-    """How many nodes a Slurm allocation has that a launch outside of ``srun`` would not use."""
+def given_gpus(environ: Environ) -> tuple[str, int]:
+    """Return the launcher that gave GPUs of this node to the job, and their number; 0: unknown."""
+    for name, launcher in LAUNCHERS.items():
+        if count := launcher.gpus(environ):
+            return name, count
+    return "", 0
+
+
+def nodes_left_out(environ: Environ) -> int:
+    """Return how many nodes of a Slurm allocation a launch outside ``srun`` leaves idle."""
     if "SLURM_JOB_ID" not in environ or "SLURM_STEP_NUM_NODES" in environ:
         return 0
     return (_number(environ, "SLURM_NNODES") or 1) - 1
 
 
-def slurm_gpus(environ: Mapping[str, str]) -> int:
-    """How many GPUs of this node Slurm gave to this step; 0 outside of one."""
-    if "SLURM_STEP_NUM_NODES" not in environ:
-        return 0
-    return _number(environ, "SLURM_GPUS_ON_NODE") or 0
-
-
-def _first(*values: int | None) -> int | None:
+def _first(values: Iterable[T | None]) -> T | None:
     return next((value for value in values if value is not None), None)
 
 
-def _number(environ: Mapping[str, str], *names: str) -> int | None:
+def _number(environ: Environ, *names: str) -> int | None:
+    """Return the number in the first of the variables that is set and not empty."""
     for name in names:
         if text := environ.get(name):
             if not text.isdecimal():
@@ -96,31 +110,63 @@ def _number(environ: Mapping[str, str], *names: str) -> int | None:
     return None
 
 
-def _slurm_step(environ: Mapping[str, str]) -> dict[str, int]:
-    """What ``srun`` says; nothing in the batch script itself, which is not on every node."""
+def _number_in(*names: str) -> Callable[[Environ], int | None]:
+    return lambda environ: _number(environ, *names)
+
+
+def _slurm_count(environ: Environ) -> int | None:
+    """Nodes of the step; unknown in the batch script itself, which is not on every node."""
     count = _number(environ, "SLURM_STEP_NUM_NODES")
-    if count is None:
-        return {}
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS") or count
-    if tasks != count:
+    if count and tasks != count:
         raise UsageError(
             f"srun started {tasks} tasks on {count} nodes, but launch starts the processes of a "
             "node itself: use srun --ntasks-per-node=1"
         )
-    job = _number(environ, "SLURM_JOB_ID") or 0
-    port = SLURM_PORTS[job % len(SLURM_PORTS)]
-    return {"count": count, "rank": _number(environ, "SLURM_NODEID") or 0, "port": port}
+    return count
 
 
-def _first_host(nodelist: str) -> str | None:
-    """The first of ``a[03-05,7]-b,c``: ``a03-b``."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+def _in_slurm_step(read: Callable[[Environ], int]) -> Callable[[Environ], int | None]:
+    return lambda environ: read(environ) if "SLURM_STEP_NUM_NODES" in environ else None
+
+
+def _slurm_port(environ: Environ) -> int:
+    return SLURM_PORTS[(_number(environ, "SLURM_JOB_ID") or 0) % len(SLURM_PORTS)]
+
+
+def _slurm_first_host(environ: Environ) -> str | None:
+    """Return the first host of a list: ``a03-b`` of ``a[03-05,7]-b,c``."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", environ.get("SLURM_STEP_NODELIST", ""))
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else None
 
 
-def _index_zero(host: str, full: str, index: str) -> str | None:
-    """The name of pod 0 in the same domain, where this pod is called ``JOB-INDEX``."""
-    if not host.endswith(f"-{index}"):
+def _first_pod(environ: Environ) -> str | None:
+    """Return the host of pod 0, in the domain of this pod, whose name is ``JOB-INDEX``."""
+    index, host = environ.get("JOB_COMPLETION_INDEX"), socket.gethostname()
+    if not index or not host.endswith(f"-{index}"):
         return None
+    full = socket.getfqdn()
     domain = full.removeprefix(host) if full.startswith(f"{host}.") else ""
     return f"{host.removesuffix(index)}0{domain}"
+
+
+LAUNCHERS = {
+    "environment variables": Launcher(
+        count=_number_in("NNODES", "PET_NNODES"),
+        rank=_number_in("NODE_RANK", "PET_NODE_RANK"),
+        address=lambda environ: environ.get("MASTER_ADDR") or environ.get("PET_MASTER_ADDR"),
+        port=_number_in("MASTER_PORT", "PET_MASTER_PORT"),
+    ),
+    "Slurm": Launcher(
+        count=_slurm_count,
+        rank=_in_slurm_step(lambda environ: _number(environ, "SLURM_NODEID") or 0),
+        address=_slurm_first_host,
+        port=_in_slurm_step(_slurm_port),
+        gpus=_in_slurm_step(lambda environ: _number(environ, "SLURM_GPUS_ON_NODE") or 0),
+    ),
+    # the number of pods is told by NNODES
+    "a Kubernetes Indexed Job": Launcher(
+        rank=_number_in("JOB_COMPLETION_INDEX"),
+        address=_first_pod,
+    ),
+}
