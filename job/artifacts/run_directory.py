@@ -123,6 +123,10 @@ class Run:
         """Seconds that this run has taken, earlier attempts included."""
         return self.earlier_seconds + time.time() - self.began
 
+    def count_from(self, seconds: float) -> None:
+        """Count ``seconds`` as what earlier attempts took, up to the position that is resumed."""
+        self.earlier_seconds = seconds
+
     def remove_unfinished(self) -> None:
         """Remove what a killed attempt left half done; raises StorageError."""
         for place in ("", "rounds", "checkpoints", "figures"):

@@ -13,7 +13,7 @@ from job.cli.model import open_model
 from job.console import print_result, progress, say_cautions, table
 from job.distributed.collectives import on_main, start
 from job.errors import DataError, shown
-from job.pipeline.cautions import of_model, one_class
+from job.pipeline.cautions import model_caution, single_class_caution
 from job.training.evaluation import Evaluation, Evaluator
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ def evaluate(model: ModelOptions, options: EvaluateOptions, as_json: bool) -> No
         )
     names = card.class_names or tuple(str(number) for number in range(card.num_classes))
     counts, weights = result.confusion.sum(1).tolist(), Path(model.path).is_file()
-    possible = (of_model(result.accuracy, counts, weights=weights), one_class(result, names))
+    possible = (
+        model_caution(result.accuracy, counts, weights=weights),
+        single_class_caution(result, names),
+    )
     cautions = [caution for caution in possible if caution]
     if as_json:
         record = _evaluation_record(result, names, images.data, images.name)

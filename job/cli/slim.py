@@ -19,7 +19,7 @@ from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import start
 from job.errors import OutputError, UsageError, shown
 from job.files import check_writable
-from job.pipeline.cautions import of_model
+from job.pipeline.cautions import model_caution
 from job.pipeline.slim_round import base_of
 from job.processes import local_world_size
 from job.slimming.analysis import analyse
@@ -68,7 +68,7 @@ def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
     before = tools.accuracy(network) if tools else None
     if images and images.scoring is not None and before is not None:
         counts = np.bincount(images.scoring.labels).tolist()
-        say_cautions([of_model(before, counts, weights=Path(model.path).is_file())])
+        say_cautions([model_caution(before, counts, weights=Path(model.path).is_file())])
     image, allocation = example_image(card.preprocessing.size), _allocation(options)
     graph, base = analyse(network, image), card.base or base_of(network, card)
     show = partial(show_step, "slimming")

@@ -1,8 +1,8 @@
-"""The base of a run: built, with weights or without, or a slim model of an earlier run."""
+"""The base of a run: a network as it is built, with weights, or the slim model of another run."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 DEFAULTS = PruneConfig()
 
 
-def source_folder(config: PruneConfig) -> Path | None:
-    """The model folder that ``--weights`` means; None where it is a file or is not given.
+def find_model_folder(config: PruneConfig) -> Path | None:
+    """Return the model folder that ``--weights`` names; None for a file, or without it.
 
     Raises InputNotFound or DataError for a folder without a model.
     """
@@ -43,15 +43,30 @@ def source_folder(config: PruneConfig) -> Path | None:
     return find_model(config.weights)
 
 
-def adopted(config: PruneConfig) -> PruneConfig:
-    """``config`` with the network, and without ``--data`` the data, of its slim base, if any.
+@dataclass(frozen=True)
+class BaseWeights:
+    """Contents of ``--weights``: of a file, or of a model folder; neither without the option."""
 
-    Raises UsageError where an option contradicts it or the data are not known, InputNotFound or
-    DataError.
+    state: dict[str, torch.Tensor] | None = None
+    model: tuple[nn.Module, ModelCard] | None = None
+
+
+def read_base_weights(config: PruneConfig) -> BaseWeights:
+    """Read ``--weights``; raises InputNotFound, DataError or StorageError."""
+    if folder := find_model_folder(config):
+        return BaseWeights(model=load_model(folder))
+    return BaseWeights(state=read_state(config.weights) if config.weights else None)
+
+
+def adopt_slim_base(config: PruneConfig) -> tuple[PruneConfig, Path | None]:
+    """Return ``config`` with the network of the slim base, and the base's folder, if there is one.
+
+    Without ``--data`` its data are adopted too. Raises UsageError where an option contradicts the
+    base or its data are not known, InputNotFound or DataError.
     """
-    folder = source_folder(config)
+    folder = find_model_folder(config)
     if folder is None:
-        return config
+        return config, None
     card, name = read_card(folder), f"--weights {shown(str(config.weights))}"
     what = f"{card.model} with {card.num_classes} logits"
     for option, given, default, own in (
@@ -67,28 +82,33 @@ def adopted(config: PruneConfig) -> PruneConfig:
         say(f"data: {shown(own)}, that of {shown(folder)}")
         data = None if own == BUILT_IN else own
     own_args = tuple(card.args.items())
-    return replace(
+    config = replace(
         config, model=card.model, model_arg=own_args, num_classes=card.num_classes, data=data
     )
+    return config, folder
 
 
-def own_preprocessing(config: PruneConfig) -> Preprocessing | None:
-    """That of the slim base, which options override; None where there is no such base."""
-    folder = source_folder(config)
+def slim_base_preprocessing(config: PruneConfig) -> Preprocessing | None:
+    """Return the slim base's preprocessing, which options override; None without such a base."""
+    folder = find_model_folder(config)
     return read_card(folder).preprocessing if folder else None
 
 
-def slim_base(
-    config: PruneConfig, folder: Path, data: Dataset, preprocessing: Preprocessing
+def continue_slim_base(
+    model: tuple[nn.Module, ModelCard],
+    config: PruneConfig,
+    data: Dataset,
+    preprocessing: Preprocessing,
 ) -> tuple[nn.Module, ModelCard]:
-    """The slim network and its card as the base of a new run: fractions are of it.
+    """Return the slim network and its card as the base of a new run: fractions are of it.
 
-    Its ``layers`` stay indices into the network as it was built. Raises DataError for other
-    classes than those of ``data``.
+    Its ``layers`` stay indices into the network as it was built. Raises DataError when ``data``
+    has other classes.
     """
-    network, card = load_model(folder)
+    network, card = model
     check_classes(f"--weights {shown(str(config.weights))}", card, data.class_names)
-    sha = digest(network.state_dict())
+    folder, sha = find_model_folder(config), digest(network.state_dict())
+    assert folder
     lineage: dict[str, Any] = {
         "seed": config.seed, "listing": data.listing, "base_weights": shown(folder),
         "base_sha256": sha, "from": card.lineage,
@@ -123,7 +143,7 @@ def check_classes(name: str, theirs: ModelCard, ours: tuple[str, ...] | list[str
 def base_record(
     config: PruneConfig, card: ModelCard, teacher: nn.Module | None = None
 ) -> BaseRecord:
-    """What the base comes from, as config.toml names it: a run is resumed from the same only."""
+    """Return where the base comes from, as config.toml names it: a run resumes from no other."""
     return BaseRecord(
         weights_sha256=card.lineage.get("base_sha256", ""),
         epochs=config.first_epochs,
@@ -131,8 +151,8 @@ def base_record(
     )
 
 
-def teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | None:
-    """The network of ``--teacher`` in eval mode; None where there is no such option.
+def load_teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | None:
+    """Load the network of ``--teacher`` in eval mode; return None without the option.
 
     Raises InputNotFound, or DataError unless it takes the inputs and has the classes of ``card``.
     """
@@ -157,15 +177,15 @@ def teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | None:
     return network
 
 
-def base_network(
-    config: PruneConfig, data: Dataset, preprocessing: Preprocessing
+def build_base_network(
+    config: PruneConfig, data: Dataset, preprocessing: Preprocessing, weights: BaseWeights
 ) -> tuple[nn.Module, ModelCard]:
-    """The network that the rounds start from, with its weights if there are any, and its card.
+    """Build the network that the rounds start from, with ``weights`` if any, and its card.
 
-    Raises UsageError, InputNotFound or DataError.
+    Raises UsageError or DataError.
     """
-    if folder := source_folder(config):
-        return slim_base(config, folder, data, preprocessing)
+    if weights.model:
+        return continue_slim_base(weights.model, config, data, preprocessing)
     num_classes = config.num_classes or len(data.class_names)
     if num_classes < len(data.class_names):
         raise UsageError(
@@ -175,8 +195,8 @@ def base_network(
     network = build_network(config.model, num_classes, config.args, note=say)
     check_size(network, preprocessing.size)
     lineage: dict[str, Any] = {"seed": config.seed, "listing": data.listing}
-    if config.weights:
-        state, source = read_state(str(config.weights)), shown(config.weights)
+    if config.weights and weights.state is not None:
+        state, source = weights.state, shown(config.weights)
         fresh = load_state(network, state, source, replace_head=True, note=say)
         lineage |= {"fresh_classifier": True} if fresh else {}
         if fresh and not config.first_epochs:

@@ -1,4 +1,4 @@
-"""Accuracies that are likely to mean a mistake: at chance, one class only, far above the base."""
+"""Cautions about accuracies that hint at a mistake: near chance, a single class, above the base."""
 
 from __future__ import annotations
 
@@ -24,64 +24,63 @@ if TYPE_CHECKING:
     from job.data.dataset import Dataset
     from job.training.evaluation import Evaluation
 
-SIGMAS = 2.0  # standard deviations of binomial noise that say nothing
-LOW = 0.4  # of the way from chance to all right: trained weights mostly score more
-CLEARLY = 0.1  # above chance: only few images leave it in doubt
-SAMPLE = 512  # images that tell whether weights score at all
+SIGMAS = 2.0  # standard deviations of binomial noise that a difference must exceed
+LOW = 0.4  # fraction of the way from chance to 1: trained weights usually score more
+CLEARLY = 0.1  # so far above chance, an accuracy is in doubt only because of few images
+SAMPLE = 512  # images that show whether weights score at all
 PREPROCESSING = (
     "is the preprocessing the one they were trained with? see --mean, --std, --transform"
 )
 
 
-def of_weights(accuracy: float, counts: Sequence[int]) -> str | None:
-    """A caution where weights score low on images whose true classes have ``counts`` images."""
-    if near := at_chance("the weights score", accuracy, counts):
+def weights_caution(accuracy: float, counts: Sequence[int]) -> str | None:
+    """Return a caution when weights score low; ``counts`` are the images of each true class."""
+    if near := chance_caution("the weights score", accuracy, counts):
         return f"{near}: {PREPROCESSING}"
-    classes = _present(counts)
+    classes = _classes_present(counts)
     if classes > 1 and accuracy < 1 / classes + LOW * (1 - 1 / classes):
         return f"the weights score {accuracy:.1%}, low for {classes} classes: {PREPROCESSING}"
     return None
 
 
-def of_model(accuracy: float, counts: Sequence[int], *, weights: bool) -> str | None:
-    """A caution about a model's score, which is from a folder or is a file of ``weights``."""
+def model_caution(accuracy: float, counts: Sequence[int], *, weights: bool) -> str | None:
+    """Return a caution when a model folder, or a file of ``weights``, scores low."""
     if weights:
-        return of_weights(accuracy, counts)
-    near = at_chance("the model scores", accuracy, counts)
+        return weights_caution(accuracy, counts)
+    near = chance_caution("the model scores", accuracy, counts)
     same = "are the data and the preprocessing as they were in training?"
     return f"{near}: {same}" if near else None
 
 
-def at_chance(subject: str, accuracy: float, counts: Sequence[int]) -> str | None:
-    """What ``subject`` scores, where one that always gives the commonest class does as well."""
+def chance_caution(subject: str, accuracy: float, counts: Sequence[int]) -> str | None:
+    """Return what ``subject`` scores when always predicting the commonest class does as well."""
     total = sum(counts)
-    if _present(counts) < 2:
+    if _classes_present(counts) < 2:
         return None
     chance = max(counts) / total
     if accuracy > chance + SIGMAS * math.sqrt(chance * (1 - chance) / total):
         return None
     few = f" as far as {total} images can tell" if accuracy > chance + CLEARLY else ""
-    return f"{subject} {accuracy:.1%}, near chance for {_present(counts)} classes{few}"
+    return f"{subject} {accuracy:.1%}, near chance for {_classes_present(counts)} classes{few}"
 
 
-def one_class(result: Evaluation, names: Sequence[str]) -> str | None:
-    """A caution where all images of several classes are taken for one."""
+def single_class_caution(result: Evaluation, names: Sequence[str]) -> str | None:
+    """Return a caution when images of several classes are all predicted as one."""
     predicted = result.confusion.sum(0).nonzero().flatten().tolist()
-    if len(predicted) != 1 or _present(result.confusion.sum(1).tolist()) < 2:
+    if len(predicted) != 1 or _classes_present(result.confusion.sum(1).tolist()) < 2:
         return None
     (number,) = predicted
     name = shown(names[number]) if number < len(names) else number
     return f"the class {name} is predicted for every image"
 
 
-def above_base(entries: Sequence[RoundRecord], count: int, weights: bool) -> str | None:
-    """A caution where a round beats the base, first of ``entries``, by more than noise.
+def under_trained_caution(entries: Sequence[RoundRecord], count: int, weights: bool) -> str | None:
+    """Return a caution when a round beats the base, first of ``entries``, by more than noise.
 
-    ``count`` is how many validation images there are, ``weights`` whether the base had any.
+    ``count`` is the number of validation images; ``weights`` says whether the base had any.
     """
-    base = entries[0].valid_acc
     best = max(entries, key=lambda entry: entry.valid_acc)
-    high = best.valid_acc
+    base, high = entries[0].valid_acc, best.valid_acc
     noise = SIGMAS * math.sqrt((base * (1 - base) + high * (1 - high)) / count)
     if high - base <= noise:
         return None
@@ -92,62 +91,65 @@ def above_base(entries: Sequence[RoundRecord], count: int, weights: bool) -> str
     )
 
 
-def of_sample(evaluator: Evaluator, network: nn.Module) -> str | None:
-    """A caution where the weights of ``network`` score low on a sample of the split; collective."""
+def sample_caution(evaluator: Evaluator, network: nn.Module) -> str | None:
+    """Return a caution when ``network`` scores low on a sample of the split; collective."""
     split = evaluator.split
     sample = split.select(np.linspace(0, len(split) - 1, min(len(split), SAMPLE)).astype(np.intp))
     how = evaluator.preprocessing, evaluator.accelerator
     with torch.random.fork_rng(devices=[]):  # a loader draws a random number
         result = Evaluator(sample, evaluator.num_classes, *how, workers=0)(network)
-    return of_weights(result.accuracy, result.confusion.sum(1).tolist())
+    return weights_caution(result.accuracy, result.confusion.sum(1).tolist())
 
 
 @dataclass(frozen=True)
 class Cautions:
-    """What a run's cautions depend on: its validation images, and what the base is."""
+    """The cautions of a run, and what they depend on: its validation images and its base."""
 
     counts: Sequence[int]  # validation images of each class
     names: Sequence[str]
-    weights: bool  # the base had weights
-    given: bool  # and is as they are, the classifier included
+    weights: bool  # whether the base had weights
+    unchanged: bool  # whether the base is as its weights are, the classifier included
 
     @classmethod
     def of(cls, config: PruneConfig, data: Dataset, card: ModelCard) -> Cautions:
-        """Those of a run from the base of ``card``."""
+        """Return the cautions of a run whose base has ``card``."""
         counts: list[int] = np.bincount(data.splits["validation"].labels).tolist()
         trained = config.first_epochs + config.sparsity_epochs
         whole = bool(config.weights) and not card.lineage.get("fresh_classifier")
         return cls(counts, data.class_names, bool(config.weights), whole and not trained)
 
     def of_base(self, result: Evaluation) -> list[str]:
-        """Of a base that is not trained."""
-        check = of_weights if self.given else self._base
-        return _there(check(result.accuracy, self.counts), one_class(result, self.names))
+        """Return the cautions about a base that is not trained."""
+        check = weights_caution if self.unchanged else self._base
+        return _given(check(result.accuracy, self.counts), single_class_caution(result, self.names))
 
     def of_round(
-        self, round_: int, accuracy: float, evaluate: Callable[[], Evaluation]
+        self, round_index: int, accuracy: float, evaluate: Callable[[], Evaluation]
     ) -> list[str]:
-        """Of a network that was trained, the base too; ``evaluate`` is called only in doubt."""
-        subject = f"round {round_} scores" if round_ else "the base scores"
-        near = at_chance(subject, accuracy, self.counts)
+        """Return the cautions about a network that was trained, the base included.
+
+        ``evaluate`` is called only when the accuracy is in doubt.
+        """
+        subject = f"round {round_index} scores" if round_index else "the base scores"
+        near = chance_caution(subject, accuracy, self.counts)
         if not near:
             return []
         with torch.random.fork_rng(devices=[]):  # a loader draws a random number
-            return _there(near, one_class(evaluate(), self.names))
+            return _given(near, single_class_caution(evaluate(), self.names))
 
     def of_run(self, entries: Sequence[RoundRecord]) -> list[str]:
-        """Those that the entries of the base and the rounds keep, and of the rounds together."""
+        """Return the cautions kept in the entries, and the one about all rounds together."""
         kept = [caution for entry in entries for caution in entry.cautions]
-        return kept + _there(above_base(entries, sum(self.counts), self.weights))
+        return kept + _given(under_trained_caution(entries, sum(self.counts), self.weights))
 
     @staticmethod
     def _base(accuracy: float, counts: Sequence[int]) -> str | None:
-        return at_chance("the base scores", accuracy, counts)
+        return chance_caution("the base scores", accuracy, counts)
 
 
-def _there(*cautions: str | None) -> list[str]:
+def _given(*cautions: str | None) -> list[str]:
     return [caution for caution in cautions if caution]
 
 
-def _present(counts: Sequence[int]) -> int:
+def _classes_present(counts: Sequence[int]) -> int:
     return sum(count > 0 for count in counts)

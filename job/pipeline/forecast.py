@@ -1,8 +1,9 @@
-"""How long a run still takes, by what its epochs and cuts have taken so far."""
+"""A forecast of the time that a run still takes, from its epochs and cuts so far."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from job.console import span
@@ -10,63 +11,71 @@ from job.console import span
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+TIMED = 0.5  # an epoch of which less was trained here says nothing of a whole one
 
+
+@dataclass(frozen=True)
 class Forecast:
-    """Follows a run: ``epochs`` are those of its base and of each of its ``rounds``.
+    """A forecast at one moment; each method that follows the run returns the next one.
 
-    ``rounds`` None: nobody knows how many, and the time left is that of the present round.
-    ``clock`` gives seconds.
+    Without a number of ``rounds`` it covers the round in progress only. ``clock`` returns seconds.
     """
 
-    def __init__(
-        self,
-        base_epochs: int,
-        epochs: int,
-        rounds: int | None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.base_epochs, self.epochs, self.rounds, self.clock = base_epochs, epochs, rounds, clock
-        self.round, self.epoch, self.share = 0, 0, 0.0
-        self.cutting = False
-        self.epoch_seconds: float | None = None  # of a whole one, its evaluation included
-        self.cut_seconds: float | None = None
-        self._began, self._first = clock(), 0.0  # of the present epoch or cut; the share then
+    base_epochs: int
+    epochs: int  # of each round
+    rounds: int | None
+    clock: Callable[[], float] = time.monotonic
+    round: int = 0
+    epoch: int = 0
+    share: float = 0.0  # fraction of the epoch that is done
+    cutting: bool = False
+    began: float = 0.0  # when the epoch or cut in progress began
+    share_before: float = 0.0  # fraction of the epoch that was done by then
+    epoch_seconds: float | None = None  # of a whole epoch, its evaluation included
+    cut_seconds: float | None = None
 
     def name(self) -> str:
-        """What to call the present round."""
+        """Return the name of the round in progress."""
         if not self.round:
             return "base"
         return f"round {self.round}" + ("" if self.rounds is None else f" of {self.rounds}")
 
-    def begin(self, round_: int) -> None:
-        """A round begins, with its cut if it is not the base."""
-        self.round, self.epoch, self.share, self.cutting = round_, 0, 0.0, round_ > 0
-        self._began = self.clock()
+    def begin(self, round_index: int) -> Forecast:
+        """Return the forecast as a round begins, with its cut unless it is the base."""
+        return replace(
+            self, round=round_index, epoch=0, share=0.0, cutting=round_index > 0, began=self.clock()
+        )
 
-    def train(self, epoch: int, share: float) -> None:
-        """``share`` of ``epoch`` is done; the cut is, then."""
-        now = self.clock()
+    def train(self, epoch: int, share: float) -> Forecast:
+        """Return the forecast when the fraction ``share`` of ``epoch`` is done, after any cut."""
+        now, following = self.clock(), replace(self, epoch=epoch, share=share)
         if self.cutting:
-            self.cut_seconds, self.cutting = now - self._began, False
-            self._began, self._first = now, share
-        elif epoch != self.epoch:
-            self._began, self._first = now, share
-        self.epoch, self.share = epoch, share
+            took = now - self.began
+            following = replace(following, cutting=False, cut_seconds=took)
+        if self.cutting or epoch != self.epoch:
+            following = replace(following, began=now, share_before=share)
+        return following
 
-    def trained(self) -> None:
-        """The present epoch is done, with its evaluation."""
-        now, part = self.clock(), 1 - self._first
-        if part > 0.5:
-            self.epoch_seconds = (now - self._began) / part
-        self.epoch, self.share = self.epoch + 1, 0.0
-        self._began, self._first = now, 0.0
+    def trained(self) -> Forecast:
+        """Return the forecast when the epoch in progress is done, with its evaluation."""
+        now, part, seconds = self.clock(), 1 - self.share_before, self.epoch_seconds
+        if part > TIMED:
+            seconds = (now - self.began) / part
+        return replace(
+            self,
+            epoch=self.epoch + 1,
+            share=0.0,
+            began=now,
+            share_before=0.0,
+            epoch_seconds=seconds,
+        )
 
     def left(self) -> float | None:
-        """Seconds; None while no epoch has got anywhere yet."""
-        taken = self.clock() - self._began
+        """Return the seconds left; None until part of an epoch is timed."""
+        taken = self.clock() - self.began
         seconds = self.epoch_seconds
-        if seconds is None and not self.cutting and self.share - self._first > 0:
-            seconds = taken / (self.share - self._first)
+        if seconds is None and not self.cutting and self.share - self.share_before > 0:
+            seconds = taken / (self.share - self.share_before)
         if seconds is None:
             return None
         own = self.epochs if self.round else self.base_epochs
@@ -76,7 +85,7 @@ class Forecast:
         return max(0.0, whole + (max(0.0, cut - taken) if self.cutting else 0.0))
 
     def text(self) -> str:
-        """``about 12 min left``, or nothing."""
+        """Return ``about 12 min left``, or "" while that is unknown."""
         left = self.left()
         if left is None:
             return ""

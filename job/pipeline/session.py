@@ -1,199 +1,291 @@
-"""One attempt at a run: its lock, its dashboard, where it stands and how it ends."""
+"""The session: one job's hold on a run, and the one place that knows where the run is.
+
+It owns the run directory and its lock, the dashboard, the entries of finished rounds, the forecast
+and the watch for requests to stop. The trainer reports to it.
+"""
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, TypeVar
 
-from job.artifacts.checkpoint import newest_position
+from job.artifacts.checkpoint import save_position
 from job.artifacts.json_records import to_json
-from job.artifacts.lock import Lock
-from job.artifacts.model_card import read_card
-from job.artifacts.records import EpochRecord, ResumeRecord, StopRecord
-from job.artifacts.run_directory import Run
-from job.artifacts.run_folder import await_config, choose
-from job.console import say, warn, where
-from job.distributed.collectives import on_main
-from job.errors import ConfigError, GammaslimError, OutputError, reason
-from job.files import check_writable
-from job.processes import world_size
+from job.artifacts.records import EpochRecord, GammaRecord, RoundRecord
+from job.console import counted, phase, progress, say, say_cautions, warn, where
+from job.distributed.collectives import accelerator_name, on_main
+from job.errors import StopRequest, exit_code, reason, shown
+from job.pipeline.cautions import Cautions
+from job.pipeline.claim import claim_run, record_end
+from job.pipeline.forecast import Forecast
+from job.pipeline.session_state import Place, RoundInProgress, SessionState
 from job.report.page import write_run_report
+from job.report.tables import epoch_line, rounds_table
 from job.tracking.tracker import Tracker
+from job.training.position import CutRecord, RoundProgress
+from job.training.session import TrainingSession
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator
 
-    from job.artifacts.records import BaseRecord, DatasetRecord, EventRecord
-    from job.config import PruneConfig
+    from job.artifacts.records import EventRecord, SummaryRecord
     from job.distributed.stop import Watch
+    from job.pipeline.claim import Claim
+    from job.pipeline.session_state import TrainedModel
+    from job.pipeline.setup import Setup
+    from job.training.epoch import EpochResult
+    from job.training.gamma import GammaHistogram
     from job.training.position import Position
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-class Attempt:
-    """What the main process holds while the run is its own; the others only know where it stands.
+@contextmanager
+def open_session(setup: Setup) -> Iterator[Session]:
+    """Take the run directory; at the end record how the run ended, and give the folder back.
 
-    All methods but ``report``, ``abandon`` and ``end`` are collective.
+    Raises GammaslimError; StopRequest says where the run stopped.
     """
+    session = Session(setup, claim_run(setup))
+    try:
+        session.begin()
+        yield session
+    except (KeyboardInterrupt, StopRequest):
+        session.abandon(StopRequest.exit_code)
+        raise StopRequest(session.where_stopped()) from None
+    except BaseException as error:
+        session.abandon(exit_code(error))
+        raise
+    finally:
+        session.close()
 
-    def __init__(self, config: PruneConfig, watch: Watch) -> None:
-        self.config, self.watch = config, watch
-        self.run = Run(watch.stop_file.parent)  # until ``begin`` knows better
-        self.lock = Lock(self.run.path)
-        self.tracker: Tracker | None = None
-        self.saved = 0  # rounds that earlier attempts completed, the base included
-        self.at = (0, 0, 0)  # round, epoch, step: where the run is, as status.json has it
-        self.numbered = ""  # why the folder is not the first of its name
-        self.told = False  # where it resumes
-        self.before: str | None = None  # how an earlier attempt ended
-        self.unreported = ""  # what kept the last report from being written
 
-    def begin(self, record: DatasetRecord, base: BaseRecord) -> Position | None:
-        """Take the run directory, or only look at it where the run is finished.
+class Session(TrainingSession):
+    """A job's hold on its run. The methods are collective, except `report`, `abandon`, `close`."""
 
-        Returns the position within a round that an earlier attempt saved last. Raises OutputError
-        while another job has the run, and what ``Run.open`` does.
-        """
-        start = self._take(record, base)
-        self.saved = on_main(lambda: self.run.saved)
-        self.at = on_main(lambda: self._place(start))
-        if not on_main(self.run.finished_summary):
-            self.status("running", None)
-            settings = self.config.to_dict() | to_json(record)
-            on_main(lambda: self.track(settings), interrupt=True)
-        return start
+    def __init__(self, setup: Setup, claim: Claim) -> None:
+        config = setup.config
+        if claim.base_epochs is not None:
+            config = replace(config, base_epochs=claim.base_epochs)
+        self.setup, self.claim = replace(setup, config=config), claim
+        self.run, self.lock = claim.run, claim.lock
+        self.entries: list[RoundRecord] = []  # of the base and of each finished round
+        self.cautions = Cautions.of(config, setup.data, setup.card)
+        forecast = Forecast(self.epochs_of(0), config.epochs, config.last_round)
+        self.state = SessionState(forecast, claim.place, claim.resume)
+        self._move(*claim.place)
 
-    def _take(self, record: DatasetRecord, base: BaseRecord) -> Position | None:
-        """Choose the folder and take it; another one if that was taken just now by another run."""
-        self._settle(on_main(lambda: choose(self.config, record, base)))
-        while not on_main(lambda: self.finished(record, base)):
-            try:
-                on_main(lambda: check_writable(self.run.path))
-                on_main(lambda: self.lock.acquire(say), interrupt=True)
-                return on_main(lambda: self.claim(record, base))
-            except (ConfigError, OutputError):
-                other = on_main(lambda: self._other(record, base))
-                if other[0] == self.run.path:
-                    raise
-                self._settle(other)
-        return None
+    # --- the run
 
-    def _settle(self, chosen: tuple[Path, str]) -> None:
-        self.run = Run(chosen[0])
-        self.lock = Lock(self.run.path)
-        self.watch.follow(self.run.path / "STOP")
-        self.numbered = chosen[1]
+    def begin(self) -> None:
+        """Show which run this is, and begin its W&B run."""
+        claim, setup = self.claim, self.setup
+        if not claim.finished:
+            self._status("running", None)
+            on_main(self._track, interrupt=True)
+        notes = f"; {counted(claim.saved, 'model')} of an earlier attempt" if claim.saved else ""
+        if claim.finished:
+            notes = "; the run is finished and only shown"
+        if claim.reason:
+            notes += f"; {claim.reason}"
+        say(f"run: {shown(self.run.path)} on {accelerator_name(setup.accelerator)}{notes}")
 
-    def _other(self, record: DatasetRecord, base: BaseRecord) -> tuple[Path, str]:
-        """The folder to try next: the same one where nothing but an error is left."""
-        if self.config.output:
-            return self.run.path, ""
-        if self.lock.held:
-            self.lock.release()
-        await_config(self.run.path)
-        return choose(self.config, record, base)
+    def _track(self) -> None:
+        config = self.setup.config
+        settings = config.to_dict() | to_json(self.setup.dataset_record)
+        self.state.tracker = Tracker(config.wandb, config.wandb_project, self.run.path, settings)
 
-    def _place(self, start: Position | None) -> tuple[int, int, int]:
-        """Round, epoch and step that the run resumes at."""
-        if start:
-            return self.saved, start.epoch, start.progress.step
-        metrics = read_card(self.run.round_path(self.saved - 1)).metrics if self.saved else {}
-        step = metrics.get("step")  # load_round will say what is wrong with another
-        return self.saved, 0, step if type(step) is int else 0
+    def write(self, work: Callable[[], _T]) -> _T:
+        """Call ``work`` on the main process, as long as this job holds the run."""
 
-    def finished(self, record: DatasetRecord, base: BaseRecord) -> bool:
-        """Whether this very run is finished: it is only shown then, and needs no lock."""
-        return self.run.check(self.config, record, base) and self.run.complete(self.config)
-
-    def claim(self, record: DatasetRecord, base: BaseRecord) -> Position | None:
-        """Create or resume the run, now that it is ours; its position, if within a round.
-
-        The metrics that came after that position are dropped.
-        """
-        state = self.run.state
-        self.before = "died" if state == "running" else state
-        saved = self.run.open(self.config, record, base)
-        self.watch.forget_old_request()
-        if self.run.finished_summary():  # by the job that had it until just now
-            return None
-        self.run.remove_unfinished()
-        start, problems = newest_position(self.run.path / "checkpoints", saved)
-        for problem in problems:
-            say(f"Warning: {problem}; resuming from the one before")
-        self.run.rewind_metrics(saved, start.progress.metrics_size if start else None)
-        if saved or start:
-            before = start.training.processes if start else None
-            epoch, batch = (start.epoch, start.batch) if start else (0, 0)
-            self.run.log(ResumeRecord(saved, epoch, batch, world_size(), before))
-        if start:
-            self.run.earlier_seconds = start.progress.run_seconds
-        return start
-
-    def track(self, settings: dict[str, Any]) -> None:
-        """Begin the W&B run; on the main process."""
-        config = self.config
-        self.tracker = Tracker(config.wandb, config.wandb_project, self.run.path, settings)
-
-    def write(self, work: Callable[[], T]) -> T:
-        """Have the main process write into the run, as long as the run is this job's."""
-
-        def guarded() -> T:
+        def guarded() -> _T:
             self.lock.check()
             return work()
 
         return on_main(guarded)
 
-    def tell_resume(self) -> None:
-        """Say once where the run resumes, ``at``, and how the attempt before ended."""
-        if self.told:
-            return
-        self.told = True
-        how = on_main(lambda: self.before)
-        how = {"stopped": "was stopped", "finished": "had finished"}.get(how or "", how)
-        say(f"resuming in {where(*self.at)}" + (f"; the run {how} before" if how else ""))
-
     def log(self, record: EventRecord) -> None:
-        """One line of metrics.jsonl; epochs go to the dashboard too."""
+        """Append a line to metrics.jsonl."""
         self.write(lambda: self.run.log(record))
-        if self.tracker and isinstance(record, EpochRecord):
-            self.tracker.log(record.EVENT, to_json(record))
 
-    def status(self, state: str, exit_code: int | None) -> None:
-        """Write status.json."""
-        self.write(lambda: self.run.status(state, exit_code, *self.at))
+    def _status(self, state: str, code: int | None) -> None:
+        self.write(lambda: self.run.status(state, code, *self.state.place))
+
+    def summarise(self, state: str) -> SummaryRecord:
+        """Write the summary of the rounds so far, and return it."""
+        limit, cautions = self.setup.config.max_drop, self.cautions.of_run(self.entries)
+        return self.write(lambda: self.run.summarise(self.entries, state, limit, cautions))
 
     def report(self) -> None:
-        """Write the report of the run so far, where this process writes; not collective.
+        """Write the report of the run so far, on the main process.
 
-        What keeps it from that is a warning: the run is worth more than its report.
+        Whatever prevents it is a warning: the run is worth more than its report.
         """
         if not self.lock.held or self.lock.lost:
             return
         try:
             write_run_report(self.run.path)
-        except Exception as error:  # whatever it is, a full disk or a broken matplotlib
-            problem, said = reason(error), self.unreported
-            if problem != said:
-                self.unreported = problem
+        except Exception as error:  # anything, e.g. a full disk or a broken matplotlib
+            problem = reason(error)
+            if problem != self.state.report_problem:
+                self.state.report_problem = problem
                 with suppress(OSError):
                     warn(f"the report is not written, the job continues: {problem}")
 
-    def abandon(self, state: str, exit_code: int) -> None:
-        """Say in status.json and on the dashboard why the run ended early, as far as possible."""
+    def finish(self) -> None:
+        """Write the final summary and show the table of rounds."""
+        summary = on_main(self.run.finished_summary) or self.summarise("finished")
+        if on_main(lambda: self.run.state) != "finished":  # a full disk may have kept it out
+            last = len(self.entries) - 1
+            self._move(last, self.epochs_of(last), self.entries[last].step)
+            self._status("finished", 0)
+        self.report()
+        say("")
+        say(rounds_table(self.entries))
+        say(f"\nrecommended: {summary.recommended} ({summary.reason})")
+        say_cautions(summary.cautions)
+        say(f"{summary.seconds:.0f} seconds; all files are in {shown(self.run.path)}")
+        if self.state.tracker:
+            chosen = to_json(self.entries[summary.recommended_round])
+            self.state.tracker.finish({"recommended": summary.recommended, **chosen})
+
+    def abandon(self, code: int) -> None:
+        """Record why the run ended early, in its files and on the dashboard, as far as possible."""
         if not self.lock.held or self.lock.lost:  # not the main process, or the run is not ours
             return
-        with suppress(GammaslimError):  # a full disk may be the reason
-            self.run.status(state, exit_code, *self.at)
-            self.run.log(StopRecord(state, exit_code))
-            self.run.restate_summary("running", state)
-        if self.tracker:
-            self.tracker.abandon(exit_code)
+        record_end(self.run, self.state.place, code)
+        if self.state.tracker:
+            self.state.tracker.abandon(code)
         if (self.run.path / "report.html").exists():  # it says that the run is running
             self.report()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Give the run directory back."""
         if self.lock.held:
             self.lock.release()
+
+    def where_stopped(self) -> str:
+        """Return the place where the run stopped, and what a later job resumes from."""
+        rounds = max(len(self.entries), self.claim.saved) - 1
+        saved = f"the base and {counted(rounds, 'round')} are saved"
+        saved = saved if rounds >= 0 else "the base is not finished"
+        return f"stopped by request in {where(*self.state.place)}; {saved}: " + (
+            "run the same command to resume"
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the network's inputs in pixels."""
+        return self.setup.preprocessing.size
+
+    # --- the round in progress
+
+    @property
+    def round(self) -> RoundInProgress:
+        """The round in progress."""
+        assert self.state.round
+        return self.state.round
+
+    @property
+    def round_name(self) -> str:
+        """Name of the round in progress, as the console shows it."""
+        return self.state.forecast.name()
+
+    def time_left(self) -> str:
+        """Return how long the run still takes, in words; "" while that is unknown."""
+        return self.state.forecast.text()
+
+    def epochs_of(self, round_index: int) -> int:
+        """Number of epochs that a round trains; 0 is the base, whose sparse epochs count too."""
+        config = self.setup.config
+        return config.epochs if round_index else config.first_epochs + config.sparsity_epochs
+
+    def _move(self, round_index: int, epoch: int, step: int) -> None:
+        """Note where the run is; a round that is trained is in its last epoch."""
+        last = max(self.epochs_of(round_index), 1) - 1
+        self.state.place = Place(round_index, min(epoch, last), step)
+
+    def _move_to_batch(self, epoch: int, batch: int) -> None:
+        """Note that the round in progress is at ``batch`` of ``epoch``."""
+        step = self.round.first_step + epoch * self.setup.trainer.steps + batch
+        self._move(self.round.index, epoch, step)
+
+    def start_round(self) -> RoundInProgress:
+        """Begin the round after the last entry, or resume it where an earlier job stopped."""
+        state, index, resume = self.state, len(self.entries), self.state.resume
+        first_step = self.entries[-1].step if self.entries else 0
+        spent = resume.progress.round_seconds if resume else 0
+        state.round = RoundInProgress(index, first_step, time.perf_counter() - spent, resume)
+        state.resume = None
+        self._move_to_batch(resume.epoch if resume else 0, resume.batch if resume else 0)
+        state.forecast = state.forecast.begin(index)
+        if (self.claim.saved or resume) and not state.resume_reported:
+            before = self.claim.state_before or ""
+            how = {"stopped": "was stopped", "finished": "had finished"}.get(before, before)
+            say(f"resuming in {where(*state.place)}" + (f"; the run {how} before" if how else ""))
+            state.resume_reported = True
+        self._status("running", None)
+        return state.round
+
+    def start_training(self, model: TrainedModel) -> None:
+        """Note the network that the round in progress trains."""
+        self.state.round = replace(self.round, model=model)
+
+    def training(self, batches: Iterable[_T], epoch: int, batch: int) -> Iterator[_T]:
+        """Pass on the batches of ``epoch`` from number ``batch`` on; note and show where it is."""
+        steps = self.setup.trainer.steps
+        for number, item in enumerate(batches, start=batch):
+            self.state.forecast = self.state.forecast.train(epoch, number / steps)
+            phase(self.round_name, f"epoch {epoch}", number / steps)
+            self._move_to_batch(epoch, number)
+            yield item
+
+    def validating(self, batches: Iterable[_T], count: int) -> Iterable[_T]:
+        """Pass on the batches of an evaluation, and show how many are done."""
+        return progress(self.round_name, "validating")(batches, count)
+
+    def epoch_finished(self, result: EpochResult) -> None:
+        """Print the epoch's line; log its numbers, on the dashboard too."""
+        model = self.round.model
+        assert model
+        self.state.forecast = self.state.forecast.trained()
+        say(epoch_line(model.card.width, result))
+        costs = {"params": model.cost.params, "macs": model.cost.macs}
+        record = EpochRecord(**asdict(result), width=model.card.width, **costs)
+        self.log(record)
+        if self.state.tracker:
+            self.state.tracker.log("epoch", to_json(record))
+
+    def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
+        """Log the histogram."""
+        self.log(GammaRecord(round=self.round.index, epoch=epoch, when=when, **asdict(histogram)))
+
+    def save(self, position: Position) -> None:
+        """Save the position with where the run is, and the status."""
+        model, current = self.round.model, self.round
+        assert model
+        self._move_to_batch(position.epoch, position.batch)
+        card = model.card
+        cut = CutRecord(card.lineage.get("wide_sha256", ""), card.width, card.layers)
+
+        def write() -> None:
+            run = RoundProgress(
+                step=self.state.place.step,
+                scores=model.scores,
+                plan=cut,
+                metrics_size=self.run.metrics_size,
+                round_seconds=current.seconds,
+                run_seconds=self.run.seconds,
+            )
+            save_position(self.run.path / "checkpoints", replace(position, run=run))
+            self.run.status("running", None, *self.state.place)
+
+        self.write(write)
+        self.watch.saved()
+
+    @property
+    def watch(self) -> Watch:
+        """Tells when to save and when to stop."""
+        return self.setup.watch

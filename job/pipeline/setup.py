@@ -1,69 +1,235 @@
-"""What a run needs before it starts: data, base network, a feasible plan."""
+"""Start-up: all that a run needs before it begins, as one list of steps.
+
+`start_up` takes the steps one after the other and ends with the first error. ``--dry-run`` takes
+the same steps and collects their errors: see `job.pipeline.dry_run`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from job.artifacts.records import PlannedRound
+from job.artifacts.run_directory import Run
+from job.artifacts.run_folder import choose, likely
+from job.console import say, tick
 from job.data.loader import default_workers
+from job.distributed.collectives import on_main, start
+from job.distributed.stop import Watch
+from job.models.factory import trust_factory
+from job.pipeline.base_model import (
+    BaseWeights,
+    adopt_slim_base,
+    base_record,
+    build_base_network,
+    load_teacher_network,
+    read_base_weights,
+)
 from job.pipeline.slim_round import can_cut, plan_round
+from job.pipeline.training_data import dataset_record, prepare_data
 from job.processes import local_world_size
 from job.slimming.surgery.surgery import apply_plan
 from job.training.calibration import Calibration
 from job.training.evaluation import Evaluator
 from job.training.trainer import Trainer
+from job.training.trial import least_batch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from accelerate import Accelerator
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
+    from job.artifacts.records import BaseRecord, DatasetRecord
     from job.config import PruneConfig
     from job.data.dataset import Dataset
     from job.data.preprocessing import Preprocessing
-    from job.distributed.stop import Watch
 
-PLANNED = 10  # rounds of --rounds auto that are shown beforehand
+MISSING: Any = object()  # the value of a field whose step has not run, or has failed
+PLANNED = 10  # rounds of --rounds auto that are planned beforehand
 
 
-def training_tools(
-    config: PruneConfig,
-    data: Dataset,
-    preprocessing: Preprocessing,
-    accelerator: Accelerator,
-    least: int,
-    watch: Watch,
-) -> tuple[Evaluator, Trainer, Calibration]:
-    """What evaluates, trains and calibrates the network of every round, with their loaders.
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of. A field that is MISSING at first is set by a step of START_UP."""
 
-    A global batch has ``least`` images or more.
+    config: PruneConfig
+    accelerator: Accelerator
+    watch: Watch
+    folder: Path  # the run directory
+    folder_reason: str = ""  # why it is not the first of its name
+    model_folder: Path | None = MISSING  # of the slim model that --weights names
+    data: Dataset = MISSING
+    preprocessing: Preprocessing = MISSING
+    weights: BaseWeights = MISSING
+    network: nn.Module = MISSING  # the base
+    card: ModelCard = MISSING
+    smallest_batch: int = MISSING  # images that a global batch has at least
+    planned: tuple[PlannedRound, ...] = MISSING  # the base and each round
+    teacher: nn.Module | None = MISSING
+    dataset_record: DatasetRecord = MISSING
+    base_record: BaseRecord = MISSING
+    evaluator: Evaluator = MISSING
+    trainer: Trainer = MISSING
+    calibration: Calibration = MISSING
+
+
+@dataclass(frozen=True)
+class StartUpStep:
+    """A step of the start-up: returns the setup with more fields; ``needs`` names those it reads.
+
+    Every process takes it. It raises GammaslimError.
     """
+
+    run: Callable[[Setup], Setup]
+    needs: tuple[str, ...] = ()
+
+    def can_run(self, setup: Setup) -> bool:
+        """Return whether the steps before it have set what it needs."""
+        return all(getattr(setup, name) is not MISSING for name in self.needs)
+
+
+def configure(config: PruneConfig) -> Setup:
+    """Join the other processes, and watch for requests to stop from now on."""
+    folder = likely(config)
+    watch = Watch(folder / "STOP", config.checkpoint_every)
+    return Setup(config, start(config.device, config.precision), watch, folder)
+
+
+def start_up(setup: Setup) -> Setup:
+    """Take every step; raises the first GammaslimError, or StopRequest."""
+    for step in START_UP:
+        setup = step.run(setup)
+    if setup.config.caution:
+        say(f"caution: {setup.config.caution}")
+    setup.watch.check()
+    return setup
+
+
+def adopt_model_folder(setup: Setup) -> Setup:
+    """Take the network and the data from the model folder that ``--weights`` names, if any."""
+    if ":" in setup.config.model:  # a model folder may name it too, then
+        trust_factory(setup.config.model)
+    config, model_folder = on_main(lambda: adopt_slim_base(setup.config), interrupt=True)
+    folder = on_main(lambda: likely(config))
+    setup.watch.follow(folder / "STOP")
+    return replace(setup, config=config, folder=folder, model_folder=model_folder)
+
+
+def open_dataset(setup: Setup) -> Setup:
+    """Open the data set and check its images."""
+    data, preprocessing = prepare_data(setup.config, setup.watch.check_here, setup.folder)
+    return replace(setup, data=data, preprocessing=preprocessing)
+
+
+def read_weights(setup: Setup) -> Setup:
+    """Read ``--weights`` on the main process: the others receive the network that is built."""
+    read: list[BaseWeights] = []
+    on_main(lambda: read.append(read_base_weights(setup.config)), interrupt=True)
+    return replace(setup, weights=read[0] if read else BaseWeights())
+
+
+def build_base(setup: Setup) -> Setup:
+    """Build the base network, with its weights if there are any."""
+    torch.manual_seed(setup.config.seed)
+    built = setup.config, setup.data, setup.preprocessing, setup.weights
+    network, card = on_main(lambda: build_base_network(*built), interrupt=True)
+    return replace(setup, network=network, card=card, weights=BaseWeights())
+
+
+def find_smallest_batch(setup: Setup) -> Setup:
+    """Find how small a global batch may be for the network's BatchNorms."""
+    count, size = len(setup.data.splits["training"]), setup.preprocessing.size
+    least = on_main(lambda: least_batch(setup.network, setup.config, size, count))
+    return replace(setup, smallest_batch=least)
+
+
+def plan_rounds(setup: Setup) -> Setup:
+    """Plan every round: an error says which target is out of reach."""
+    base = setup.config, setup.network, setup.card
+    return replace(setup, planned=tuple(on_main(lambda: planned_rounds(*base), interrupt=True)))
+
+
+def load_teacher(setup: Setup) -> Setup:
+    """Load the network of ``--teacher``, if any."""
+    teacher = on_main(lambda: load_teacher_network(setup.config, setup.card), interrupt=True)
+    return replace(setup, teacher=teacher)
+
+
+def choose_folder(setup: Setup) -> Setup:
+    """Choose the run directory, whose run, if any, must be one that this job can resume."""
+    config, dataset = setup.config, on_main(lambda: dataset_record(setup.data))
+    base = base_record(config, setup.card, setup.teacher)
+
+    def chosen() -> tuple[Path, str]:
+        folder, reason = choose(config, dataset, base)
+        if config.output:  # else it was chosen because its run can be resumed
+            Run(folder).check(config, dataset, base)
+        return folder, reason
+
+    folder, reason = on_main(chosen)
+    setup.watch.follow(folder / "STOP")
+    return replace(
+        setup, folder=folder, folder_reason=reason, dataset_record=dataset, base_record=base
+    )
+
+
+def build_tools(setup: Setup) -> Setup:
+    """Build what evaluates, trains and calibrates the network of every round, with the loaders."""
+    config, accelerator = setup.config, setup.accelerator
     workers = config.workers
     if workers is None:
         workers = default_workers(local_world_size(), accelerator.device.type == "cuda")
-    shared = (preprocessing, accelerator, workers)
-    classes = config.num_classes or len(data.class_names)
-    evaluator = Evaluator(data.splits["validation"], classes, *shared)
-    training = data.splits["training"]
-    trainer = Trainer(training, evaluator, config, *shared, least)
-    return evaluator, trainer, Calibration(training, *shared, config.seed, watch)
+    shared = setup.preprocessing, accelerator, workers
+    training = setup.data.splits["training"]
+    evaluator = Evaluator(setup.data.splits["validation"], setup.card.num_classes, *shared)
+    return replace(
+        setup,
+        evaluator=evaluator,
+        trainer=Trainer(training, evaluator, config, *shared, setup.smallest_batch),
+        calibration=Calibration(
+            training,
+            *shared,
+            config.seed,
+            setup.watch,
+            most=config.batch_size if config.dry_run else None,  # a trial takes one batch
+            progress=None if config.dry_run else tick,
+        ),
+    )
+
+
+START_UP = (
+    StartUpStep(adopt_model_folder),
+    StartUpStep(open_dataset, needs=("model_folder",)),
+    StartUpStep(read_weights, needs=("model_folder",)),
+    StartUpStep(build_base, needs=("data", "weights")),
+    StartUpStep(find_smallest_batch, needs=("network",)),
+    StartUpStep(plan_rounds, needs=("network",)),
+    StartUpStep(load_teacher, needs=("card",)),
+    StartUpStep(choose_folder, needs=("card", "teacher")),
+    StartUpStep(build_tools, needs=("card", "smallest_batch")),
+)
 
 
 def planned_rounds(config: PruneConfig, network: nn.Module, card: ModelCard) -> list[PlannedRound]:
-    """Width and cost of the base and of every round; raises UsageError for what is out of reach.
+    """Return width and costs of the base and of every round; raises UsageError for a bad target.
 
     Of ``--rounds auto`` the first PLANNED, if as many can be cut. Exact for the uniform policy and
-    for the metric of a target; else a forecast, by γ as it is.
+    for the metric of a target, otherwise a forecast by γ as it is.
     """
     assert card.base
     assert card.base.cost
-    entries = [PlannedRound(0, card.width, **card.base.cost.to_dict())]
+    planned = [PlannedRound(0, card.width, **card.base.cost.to_dict())]
     last = config.last_round
-    for round_ in range(1, (PLANNED if last is None else last) + 1):
-        if last is None and round_ > 1 and not can_cut(config, network, card, round_):
+    for round_index in range(1, (PLANNED if last is None else last) + 1):
+        if last is None and round_index > 1 and not can_cut(config, network, card, round_index):
             break
-        plan = plan_round(config, network, card, round_)
+        plan = plan_round(config, network, card, round_index)
         assert plan.after
         network, card = apply_plan(network, plan.layers), card.cut(plan.layers, plan.width)
-        entries.append(PlannedRound(round_, card.width, **plan.after.to_dict()))
-    return entries
+        planned.append(PlannedRound(round_index, card.width, **plan.after.to_dict()))
+    return planned

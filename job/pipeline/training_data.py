@@ -18,7 +18,7 @@ from job.data.split_names import SPLIT_NAMES
 from job.distributed.collectives import on_main
 from job.errors import shown
 from job.models.input_size import check_memory
-from job.pipeline.base_model import own_preprocessing
+from job.pipeline.base_model import slim_base_preprocessing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -31,13 +31,13 @@ SPLITS = ("training", "validation")  # the testing split never chooses a model
 
 
 def prepare_data(
-    config: PruneConfig, look: Callable[[], None] = lambda: None, output: Path | None = None
+    config: PruneConfig, check_stop: Callable[[], None] = lambda: None, output: Path | None = None
 ) -> tuple[Dataset, Preprocessing]:
-    """The data set with its images checked, and how they become inputs; the same on all ranks.
+    """Return the data set with its images checked, and how they become inputs; collective.
 
-    ``look`` is called between images and may raise. A run in ``output`` is resumed on the files
-    that it was begun with, whatever other suffixes are known since. Raises InputNotFound, DataError
-    or UsageError.
+    ``check_stop`` is called between images and may raise. The run in ``output``, if any, is resumed
+    with the files that it began with, even where this version recognises more of them. Raises
+    InputNotFound, DataError or UsageError.
     """
 
     def prepare() -> tuple[Dataset, Preprocessing]:
@@ -46,18 +46,18 @@ def prepare_data(
         for split in SPLITS:
             if split in data.splits or split == "training":
                 data.labelled(split)
-        shown_bar = progress("checking images")
+        bar = progress("checking images")
 
-        def bar(results: Iterable[Any], count: int) -> Iterable[Any]:
-            for result in shown_bar(results, count):
-                look()
+        def checking(results: Iterable[Any], count: int) -> Iterable[Any]:
+            for result in bar(results, count):
+                check_stop()
                 yield result
 
         present = [split for split in SPLITS if split in data.splits]
-        data, largest = check_images(data, present, config.on_bad_image, bar)
+        data, largest = check_images(data, present, config.on_bad_image, checking)
         data = hold_out_validation(data, config.seed)
         data = replace(data, notes=(*data.notes, *missing_class_notes(data)))
-        own, options = own_preprocessing(config), PreprocessingOptions.of(config)
+        own, options = slim_base_preprocessing(config), PreprocessingOptions.of(config)
         return data, options.override(own) if own else options.resolve(largest)
 
     data, preprocessing = on_main(prepare, interrupt=True)
@@ -67,7 +67,7 @@ def prepare_data(
 
 
 def describe_data(data: Dataset, preprocessing: Preprocessing) -> str:
-    """What was recognised, for the console; a line each for notes and skipped pictures."""
+    """Return the layout, splits and classes, then a line per note and skipped image."""
     present = [name for name in SPLIT_NAMES if name in data.splits]
     counts = ", ".join(f"{len(data.splits[name]):,} {name}" for name in present)
     place = data.root if data.layout == "built-in" else f"{data.layout} in {data.root}"
@@ -82,7 +82,7 @@ def describe_data(data: Dataset, preprocessing: Preprocessing) -> str:
 
 
 def dataset_record(data: Dataset) -> DatasetRecord:
-    """The data set as config.toml names it."""
+    """Return the data set as config.toml names it."""
     path = shown(os.path.abspath(data.source))  # noqa: PTH100 (links stay links)
     return DatasetRecord(
         layout=data.layout,

@@ -34,10 +34,13 @@ class Calibration:
         workers: int,
         seed: int,
         watch: Watch | None = None,
+        *,
+        most: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.preprocessing, self.accelerator, self.watch = preprocessing, accelerator, watch
-        self.progress: Callable[[int, int], None] = lambda *_: None  # batches done, and of how many
-        self.most = image_limit(preprocessing.size)
+        self.most = image_limit(preprocessing.size) if most is None else most
+        self.progress = progress
         self.sampler = _FirstShare(len(split), batch_size_at(preprocessing.size), seed)
         self.loader = build_loader(
             EvaluationImages(split, preprocessing),
@@ -62,7 +65,8 @@ class Calibration:
         for number, (images, labels) in enumerate(iterate_batches(self.loader)):
             if number < self.sampler.common:
                 self.check()
-            self.progress(number, len(self.sampler))
+            if self.progress:
+                self.progress(number, len(self.sampler))
             inputs = self.preprocessing.to_input(images.to(device, non_blocking=True))
             yield inputs, labels.to(device, non_blocking=True)
 

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from job.training.gamma import GammaHistogram
     from job.training.position import Position
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class RoundSpec:
     """One round of training: ``epochs`` dense epochs, then ``sparse_epochs`` that penalise γ.
 
-    Each of the two parts has a learning-rate schedule of its own.
+    Each of the two parts has its own learning-rate schedule.
     """
 
     round_index: int
@@ -50,10 +50,10 @@ class TrainingSession(Protocol):
     def watch(self) -> Watch | None:
         """Tells when to save and when to stop; None: never before the end of an epoch."""
 
-    def training(self, batches: Iterable[T], epoch: int, batch: int) -> Iterable[T]:
+    def training(self, batches: Iterable[_T], epoch: int, batch: int) -> Iterable[_T]:
         """Pass on the batches of ``epoch`` from number ``batch`` on, and follow them."""
 
-    def validating(self, batches: Iterable[T], count: int) -> Iterable[T]:
+    def validating(self, batches: Iterable[_T], count: int) -> Iterable[_T]:
         """Pass on the ``count`` batches of an evaluation, and follow them."""
 
     def epoch_finished(self, result: EpochResult) -> None:
@@ -74,11 +74,11 @@ class Unattended(TrainingSession):
         """None: nobody can ask to stop."""
         return None
 
-    def training(self, batches: Iterable[T], epoch: int, batch: int) -> Iterable[T]:
+    def training(self, batches: Iterable[_T], epoch: int, batch: int) -> Iterable[_T]:
         """Return ``batches``."""
         return batches
 
-    def validating(self, batches: Iterable[T], count: int) -> Iterable[T]:
+    def validating(self, batches: Iterable[_T], count: int) -> Iterable[_T]:
         """Return ``batches``."""
         return batches
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
 from job.data.batches import TrainingImages
 from job.data.loader import build_loader, iterate_batches
@@ -21,7 +20,7 @@ from job.data.samplers import GlobalBatches
 from job.distributed.collectives import check_same, digest, total
 from job.distributed.stop import NOTHING, STOP
 from job.errors import StopRequest
-from job.models.outputs import AUXILIARY_WEIGHT, Logits
+from job.models.outputs import Logits
 from job.models.weights import load_tensors
 from job.processes import is_main, rank, world_size
 from job.training.epoch import EpochResult
@@ -31,6 +30,7 @@ from job.training.gamma import (
     gamma_parameters,
     gamma_statistics,
 )
+from job.training.loss import batch_loss
 from job.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from job.training.position import Position, TrainingProgress
 from job.training.schedule import learning_rate
@@ -297,7 +297,7 @@ class TrainingRound:
         if not self.state.outputs_reported:
             self.state.outputs_reported = True
             say_of_outputs(self.trained, len(auxiliary))
-        loss = self._loss(logits, auxiliary, inputs, labels)
+        loss = batch_loss(logits, auxiliary, inputs, labels, self.spec.distillation)
         self.optimizer.zero_grad()
         # DDP takes the mean over ranks; the gradient must be the mean over the global batch
         self.accelerator.backward(loss * (world_size() / size))
@@ -306,19 +306,3 @@ class TrainingRound:
             apply_penalty(self.config.sparsity, self.gammas, lr * self.config.sparsity_strength)
         self.sums[0] += loss.detach()
         self.sums[1] += (logits.argmax(1) == labels).sum()
-
-    def _loss(
-        self,
-        logits: torch.Tensor,
-        auxiliary: list[torch.Tensor],
-        inputs: torch.Tensor,
-        labels: torch.Tensor,
-    ) -> torch.Tensor:
-        """Sum of the losses of a batch: of the logits (B, C) and of auxiliary classifiers."""
-        if self.spec.distillation:
-            loss = self.spec.distillation.loss(logits, inputs, labels)
-        else:
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-        for output in auxiliary:
-            loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(output, labels, reduction="sum")
-        return loss

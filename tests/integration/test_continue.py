@@ -17,7 +17,7 @@ import job
 import job.artifacts.run_folder
 import job.cli.main
 import job.config
-import job.pipeline.prune
+import job.pipeline.round
 import job.pipeline.session
 from job.artifacts.compatibility import check_unchanged, typed
 from job.artifacts.lock import Lock
@@ -34,6 +34,7 @@ from job.errors import (
     UsageError,
 )
 from job.pipeline.prune import prune
+from job.pipeline.round import BestScores
 from support.commands import gammaslim
 from support.datasets import write_flat, write_noise_idx
 from support.records import BASE, DATASET
@@ -118,7 +119,7 @@ def test_only_rounds_may_grow() -> None:
 
 
 def test_open_rounds_need_an_end() -> None:
-    with pytest.raises(UsageError, match=r"--target macs=0\.5 is spread"):
+    with pytest.raises(UsageError, match=r"--target macs=0\.5 needs a number of rounds"):
         PruneConfig(rounds="auto", target="macs=0.5")
     with pytest.raises(UsageError, match="never end"):
         PruneConfig(rounds="auto", rate=1.0)
@@ -310,7 +311,7 @@ def test_more_rounds_that_were_stopped_in_their_first_are_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.pipeline.prune, "cut", broken)
+        patch.setattr(job.pipeline.round, "cut", broken)
         with pytest.raises(job.errors.StopRequest):
             prune(config(noise, rounds=2, output=str(run)))
     assert summary(run)["state"] == "stopped"
@@ -325,9 +326,7 @@ def test_rounds_without_a_number_end_when_one_loses_too_much(
     noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     accuracies = iter([0.9, 0.9, 0.89, 0.86, 0.9])
-    monkeypatch.setattr(job.pipeline.prune, "_best_scores", lambda _: {
-        "valid_acc": next(accuracies), "valid_loss": 1.0, "best_epoch": 0, "train_acc": 0.5,
-    })  # fmt: skip
+    monkeypatch.setattr(BestScores, "of", lambda _: BestScores(next(accuracies), 1.0, 0, 0.5))
     run = tmp_path / "run"
     prune(config(noise, rounds="auto", output=str(run)))
     said = capsys.readouterr().out
@@ -490,7 +489,7 @@ def test_a_run_keeps_the_default_base_epochs_that_it_was_begun_with(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job.config, "DEFAULT_BASE_EPOCHS", 2)
-    monkeypatch.setattr(job.pipeline.session.Run, "save_round", _stop)
+    monkeypatch.setattr(Run, "save_round", _stop)
     options = config(noise, base_epochs=None, rounds=0)
     with pytest.raises(StopRequest):
         prune(options)

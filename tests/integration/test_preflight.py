@@ -16,11 +16,10 @@ from job.artifacts.records import SummaryRecord
 from job.artifacts.run_folder import default_output
 from job.config import PruneConfig
 from job.data.layout import open_data
-from job.errors import StorageError
+from job.errors import GammaslimError, StorageError
 from job.files import read_json
-from job.pipeline import dry_run as preflight
-from job.pipeline.dry_run import Findings, batch_warnings, core_warnings, space_needed
-from job.processes import is_main
+from job.pipeline import resources, wandb_check
+from job.pipeline.resources import batch_warnings, check_disk, core_warnings, space_needed
 from support.commands import gammaslim, run
 from support.datasets import write_flat
 from support.wandb_server import KEY, WandbServer
@@ -89,11 +88,11 @@ def test_the_disk_is_compared_with_what_a_run_takes(
     assert space_needed(PruneConfig(optimizer="sgd", wandb="off"), planned) < needed
     left = type("Usage", (), {"free": needed})
     monkeypatch.setattr("shutil.disk_usage", lambda _: left)
-    preflight._check_disk(PruneConfig(), planned, finished_run)
+    check_disk(PruneConfig(), planned, finished_run)
     assert f"about {needed / 1e6:.2g} MB, {needed / 1e6:.2g} MB are free" in capsys.readouterr().out
     left.free = needed - 1
     with pytest.raises(StorageError, match=f"has {needed - 1:,} bytes free.* about {needed:,}"):
-        preflight._check_disk(PruneConfig(), planned, finished_run)
+        check_disk(PruneConfig(), planned, finished_run)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_the_key_is_tried(
     with WandbServer(behaviour) as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", key)
-        answer = preflight.ask_wandb()
+        answer = wandb_check.ask_wandb()
     assert answer["server"] == server.url
     assert answer.get("kind") == kind
     assert problem in answer.get("problem", "")
@@ -132,7 +131,7 @@ def test_a_key_in_netrc_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {KEY}\n")
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        assert preflight.ask_wandb() == {"server": server.url, "user": "someone"}
+        assert wandb_check.ask_wandb() == {"server": server.url, "user": "someone"}
 
 
 @pytest.mark.parametrize(
@@ -166,14 +165,15 @@ def test_a_wandb_problem_is_an_error_only_where_online_is_asked_for(
         assert answer
         return answer
 
-    monkeypatch.setattr(preflight, "ask_wandb", ask)
+    monkeypatch.setattr(wandb_check, "ask_wandb", ask)
     monkeypatch.setenv("WANDB_MODE", env)
-    found = Findings()
-    preflight._check_wandb(mode, found)
-    assert [error.exit_code for error in found.errors] == ([code] if code else [])
-    assert len(found.warnings) == warned
+    if code:
+        with pytest.raises(GammaslimError, match="W&B: ") as error:
+            wandb_check.check_wandb(mode)
+        assert error.value.exit_code == code
+    else:
+        assert bool(wandb_check.check_wandb(mode)) == warned
     assert said in capsys.readouterr().out
-    assert is_main()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_batches_that_do_not_divide_well(
 
 def test_too_few_cores(flat_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures, config = open_data(str(flat_data)), PruneConfig(workers=3)
-    monkeypatch.setattr(preflight, "available_cores", lambda: 8)
+    monkeypatch.setattr(resources, "available_cores", lambda: 8)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     assert core_warnings(config, pictures, cuda=False) == []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

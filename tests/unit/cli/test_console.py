@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ import torch
 import job
 import job.console as console
 from job.models.student import StudentNet
-from job.pipeline.forecast import Forecast
 from job.slimming.analysis import analyse
 from job.slimming.cut import Method, make_cut, measure_importance, plan_cut
 from job.slimming.planning.allocation import Allocation
@@ -171,59 +169,6 @@ def test_other_processes_show_no_progress(monkeypatch: pytest.MonkeyPatch, clock
 )  # fmt: skip
 def test_times_are_in_words(seconds: float, text: str) -> None:
     assert console.span(seconds) == text
-
-
-def run_through(forecast: Forecast, clock: Clock, epoch: float, cut: float) -> list[Any]:
-    """Base of 2 epochs, 3 rounds of 2: (time, what is said to be left) after each batch."""
-    said = []
-    for round_ in range(4):
-        forecast.begin(round_)
-        if round_:
-            clock.now += cut / 2
-            said.append((clock.now, forecast.left()))
-            clock.now += cut / 2
-        for number in range(2):
-            for batch in range(10):
-                forecast.train(number, batch / 10)
-                said.append((clock.now, forecast.left()))
-                clock.now += epoch / 10
-            forecast.trained()
-    return said
-
-
-def test_the_time_left_is_that_of_the_whole_run() -> None:
-    clock = Clock()
-    forecast = Forecast(2, 2, 3, clock)
-    said = run_through(forecast, clock, epoch=10, cut=10)
-    assert said[0][1] is None  # nothing is known yet
-    for now, left in said[1:]:
-        assert left == pytest.approx(clock.now - now, abs=1e-6)
-    assert forecast.text() == "about 5 s left"
-    clock, slow = Clock(), []
-    slow = run_through(Forecast(2, 2, 3, clock), clock, epoch=10, cut=100)
-    for now, left in slow[40:]:  # once a cut has been timed
-        assert left == pytest.approx(clock.now - now, abs=1e-6)
-
-
-def test_of_an_unknown_number_of_rounds_the_time_left_is_the_present_ones() -> None:
-    clock = Clock()
-    forecast = Forecast(2, 2, None, clock)
-    forecast.begin(0)
-    forecast.train(0, 0.0)
-    clock.now = 300
-    forecast.train(0, 0.5)
-    assert forecast.name() == "base"
-    assert forecast.text() == "about 15 min left in this round"
-
-
-def test_a_resumed_epoch_does_not_pass_for_a_whole_one() -> None:
-    clock = Clock()
-    forecast = Forecast(1, 2, 2, clock)
-    forecast.begin(1)
-    forecast.train(1, 0.8)  # where it was saved: there was no cut
-    clock.now = 10
-    forecast.train(1, 0.9)
-    assert forecast.left() == pytest.approx(10 + 2 * 100 + forecast.cut_seconds)
 
 
 def test_a_cut_tells_its_steps_to_a_callback_and_the_library_prints_nothing(

@@ -19,7 +19,13 @@ from job.cli.evaluate import evaluate
 from job.cli.report import report
 from job.config import PruneConfig
 from job.data.preprocessing import Preprocessing
-from job.pipeline.cautions import Cautions, above_base, at_chance, of_weights, one_class
+from job.pipeline.cautions import (
+    Cautions,
+    chance_caution,
+    single_class_caution,
+    under_trained_caution,
+    weights_caution,
+)
 from job.pipeline.prune import prune
 from job.training.evaluation import Evaluation
 from support.datasets import write_flat, write_noise_idx
@@ -42,31 +48,31 @@ TEN = [100] * 10
     ],
 )
 def test_weights_that_score_low(accuracy: float, counts: list[int], said: str | None) -> None:
-    caution = of_weights(accuracy, counts)
+    caution = weights_caution(accuracy, counts)
     assert (said in caution if caution else False) if said else caution is None, caution
     if caution:
         assert caution.endswith("see --mean, --std, --transform")
 
 
 def test_chance_has_its_noise() -> None:
-    assert at_chance("x", 0.118, TEN)  # 0.1 and two standard deviations of 0.0095
-    assert at_chance("x", 0.120, TEN) is None
-    assert at_chance("x", 0.118, [count * 100 for count in TEN]) is None
+    assert chance_caution("x", 0.118, TEN)  # 0.1 and two standard deviations of 0.0095
+    assert chance_caution("x", 0.120, TEN) is None
+    assert chance_caution("x", 0.118, [count * 100 for count in TEN]) is None
 
 
 def test_a_model_of_one_class_only() -> None:
     confusion = torch.zeros(3, 3, dtype=torch.int64)
     confusion[:, 1] = torch.tensor([4, 5, 6])
-    assert one_class(Evaluation(1.0, confusion), ("a", "b", "c")) == (
+    assert single_class_caution(Evaluation(1.0, confusion), ("a", "b", "c")) == (
         "the class b is predicted for every image"
     )
-    hostile = one_class(Evaluation(1.0, confusion), ("a", "\x1b[31m", "c"))
+    hostile = single_class_caution(Evaluation(1.0, confusion), ("a", "\x1b[31m", "c"))
     assert hostile == r"the class \x1b[31m is predicted for every image"
     confusion[0, 0] = 1
-    assert one_class(Evaluation(1.0, confusion), ("a", "b", "c")) is None
+    assert single_class_caution(Evaluation(1.0, confusion), ("a", "b", "c")) is None
     alone = torch.zeros(3, 3, dtype=torch.int64)
     alone[1, 1] = 5  # the only class that there is
-    assert one_class(Evaluation(1.0, alone), ()) is None
+    assert single_class_caution(Evaluation(1.0, alone), ()) is None
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,7 @@ def test_a_model_of_one_class_only() -> None:
 def test_rounds_that_beat_the_base(
     accuracies: list[float], count: int, weights: bool, said: str | None
 ) -> None:
-    caution = above_base(round_records(*accuracies), count, weights)
+    caution = under_trained_caution(round_records(*accuracies), count, weights)
     if said is None:
         assert caution is None
     else:
@@ -163,7 +169,7 @@ def test_a_base_that_has_not_learned(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_trained_networks_are_evaluated_again_only_in_doubt() -> None:
-    cautions = Cautions(TEN, (), weights=False, given=False)
+    cautions = Cautions(TEN, (), weights=False, unchanged=False)
     assert cautions.of_round(1, 0.9, pytest.fail) == []
     confusion = torch.zeros(10, 10, dtype=torch.int64)
     confusion[:, 3] = torch.from_numpy(np.array(TEN))

@@ -20,7 +20,9 @@ from PIL import Image
 from job.artifacts.run_directory import Run
 from job.artifacts.run_reader import read_run
 from job.errors import StorageError
-from job.pipeline.session import Attempt
+from job.pipeline.forecast import Forecast
+from job.pipeline.session import Session
+from job.pipeline.session_state import Place, SessionState
 from job.report.comparison import pareto_front, pareto_models
 from job.report.figures import draw_comparison, draw_run
 from job.report.page import comparison_page, render, run_page, write_run_report
@@ -382,10 +384,10 @@ def test_what_a_killed_job_left_of_figures_is_cleared_away(tmp_path: Path) -> No
     assert not list((folder / "figures").iterdir())
 
 
-def attempt(folder: Path, held: bool = True, lost: bool = False) -> Attempt:
-    """One that holds the run in ``folder``, without all that a job has besides."""
-    found = object.__new__(Attempt)
-    found.run, found.unreported = Run(folder), ""
+def session(folder: Path, held: bool = True, lost: bool = False) -> Session:
+    """A session that holds the run in ``folder``, without all else that a job has."""
+    found = object.__new__(Session)
+    found.run, found.state = Run(folder), SessionState(Forecast(1, 1, 1), Place(), None)
     found.lock = SimpleNamespace(held=held, lost=lost)  # type: ignore[assignment]
     return found
 
@@ -403,7 +405,7 @@ def test_whatever_the_report_raises_is_one_warning(
         raise error
 
     monkeypatch.setattr("job.pipeline.session.write_run_report", fail)
-    writer = attempt(tmp_path)
+    writer = session(tmp_path)
     for _ in range(3):
         writer.report()
     said = capsys.readouterr().err
@@ -414,9 +416,9 @@ def test_whatever_the_report_raises_is_one_warning(
 def test_only_the_process_that_holds_the_run_writes_it(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     for held, lost in ((False, False), (True, True)):
-        attempt(folder, held, lost).report()
+        session(folder, held, lost).report()
         assert not (folder / "report.html").exists()
-    attempt(folder).report()
+    session(folder).report()
     assert (folder / "report.html").exists()
 
 

@@ -19,7 +19,7 @@ from job.config import PruneConfig
 from job.data.preprocessing import Preprocessing
 from job.errors import DataError, InputNotFound, UsageError
 from job.models.factory import build_network
-from job.pipeline.base_model import teacher_network
+from job.pipeline.base_model import load_teacher_network
 from job.training.distillation import distillation, distillation_loss
 from job.training.session import RoundSpec
 from support.commands import ROOT, gammaslim, run
@@ -151,20 +151,20 @@ def test_a_teacher_of_other_classes_or_inputs_is_refused(
     save_model(tmp_path / "teacher", theirs.build(), theirs)
     config = PruneConfig(distill_alpha=0.5, teacher=str(tmp_path / "teacher"))
     with pytest.raises(DataError, match=message):
-        teacher_network(config, ours)
+        load_teacher_network(config, ours)
 
 
 def test_a_teacher_may_have_no_class_names_and_another_augmentation(tmp_path: Path) -> None:
     theirs = ModelCard("student", {"base": 4}, 3, Preprocessing.of("homework", 32))
     save_model(tmp_path / "teacher", theirs.build(), theirs)
     config = PruneConfig(distill_alpha=0.5, teacher=str(tmp_path / "teacher"))
-    assert teacher_network(config, card(3, ("a", "b", "c"))) is not None
-    assert teacher_network(PruneConfig(), card()) is None
+    assert load_teacher_network(config, card(3, ("a", "b", "c"))) is not None
+    assert load_teacher_network(PruneConfig(), card()) is None
 
 
 def test_a_missing_teacher_and_one_that_is_not_asked() -> None:
     with pytest.raises(InputNotFound, match="--teacher nowhere is not a run"):
-        teacher_network(PruneConfig(distill_alpha=0.5, teacher="nowhere"), card())
+        load_teacher_network(PruneConfig(distill_alpha=0.5, teacher="nowhere"), card())
     with pytest.raises(UsageError, match="without --distill-alpha"):
         PruneConfig(teacher="somewhere")
 

@@ -195,7 +195,7 @@ def test_the_dry_run_fails_as_a_step_does(
 
     for part, options in (
         ("job.pipeline.dry_run.cut", {}),
-        ("job.training.trainer.F.cross_entropy", {}),
+        ("job.training.loss.F.cross_entropy", {}),
         ("job.training.distillation.distillation_loss", {"distill_alpha": 0.5}),
     ):
         with monkeypatch.context() as patch:

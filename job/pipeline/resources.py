@@ -1,0 +1,100 @@
+"""What a run takes of its machine: cores, batches that divide well, space on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+from job.artifacts.checkpoint import KEPT
+from job.console import say
+from job.data.loader import default_workers
+from job.data.splits import ArraySplit
+from job.distributed.cores import available_cores
+from job.errors import StorageError, shown
+from job.processes import local_world_size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from job.artifacts.records import PlannedRound
+    from job.config import PruneConfig
+    from job.data.dataset import Dataset
+
+TINY = 8  # a last batch of less than an eighth of the others counts as tiny
+
+
+def check_disk(config: PruneConfig, planned: Sequence[PlannedRound], output: Path) -> None:
+    """Raise StorageError unless the disk has space for what the run will write."""
+    place = next(p for p in (output, *output.absolute().parents) if p.exists())
+    needed, free = space_needed(config, planned), shutil.disk_usage(place).free
+    if free < needed:
+        raise StorageError(
+            f"{shown(place)} has {free:,} bytes free, the run needs about {needed:,}: "
+            "free some space or choose another --output"
+        )
+    say(f"disk: the run needs about {_amount(needed)}, {_amount(free)} are free")
+
+
+def space_needed(config: PruneConfig, planned: Sequence[PlannedRound]) -> int:
+    """Return about how many bytes a run's models, positions and W&B files take at most.
+
+    A position has the network, the best one so far and the optimizer's one or two states; a new
+    one is written before the oldest goes.
+    """
+    models = sum(entry.bytes for entry in planned)
+    states = {"adamw": 2, "sgd": 1}[config.optimizer]
+    positions = (KEPT + 1) * (2 + states) * max(entry.bytes for entry in planned)
+    copies = models if config.wandb != "off" else 0  # W&B's, of each model
+    return models + positions + copies + 2**22  # and some for tables and logs
+
+
+def _amount(count: int) -> str:
+    """Format ``count`` bytes to two digits: 1.2 GB."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{float(f'{count / size:.2g}'):g} {unit}"
+    return f"{count:,} bytes"
+
+
+def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> list[str]:
+    """Return a line per drawback of global batches of ``batch`` out of ``count`` images."""
+    found = []
+    if batch % processes:
+        low = batch // processes
+        near = max(processes, round(batch / processes) * processes)
+        found.append(
+            f"--batch-size {batch} over {processes} processes gives some {low} and some {low + 1} "
+            f"images: a multiple, e.g. {near}, keeps all busy"
+        )
+    last = count % batch
+    if last >= least and last and (last < processes or last * TINY < batch):
+        sizes = sorted(range(batch // 2 + 1, batch * 2), key=lambda size: abs(size - batch))
+        good = (s for s in sizes if s % processes == 0 and (count % s == 0 or count % s * 2 >= s))
+        better = f": --batch-size {size} would be better" if (size := next(good, 0)) else ""
+        found.append(
+            f"the last batch of an epoch has only {last} of {batch} images, yet it takes "
+            f"a whole step, with BatchNorm statistics of these alone{better}"
+        )
+    return found
+
+
+def core_warnings(config: PruneConfig, data: Dataset, cuda: bool) -> list[str]:
+    """Return a line when this node gives the job too few cores for its processes."""
+    processes, cores = local_world_size(), available_cores()
+    if (slurm := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdecimal():
+        cores = min(cores, int(slurm))
+    workers = default_workers(processes, cuda) if config.workers is None else config.workers
+    if isinstance(data.splits["training"], ArraySplit):
+        workers = 0  # the images are in memory
+    # a process that waits for its GPU leaves its core to a loader, but not always
+    wanted = max(2, workers + (not cuda)) if workers else 1
+    if cores >= wanted * processes:
+        return []
+    loaders = f"with {workers} loader processes each " if workers else ""
+    return [
+        f"{cores} cores here for {processes} training process{'es' * (processes > 1)} "
+        f"{loaders}want {wanted * processes}: give more (Slurm: --cpus-per-task, and for srun "
+        "SRUN_CPUS_PER_TASK), or fewer --workers"
+    ]

@@ -1,0 +1,242 @@
+"""The rounds of a run: the base, then as often as wanted slim, fine-tune, keep the best."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from job.artifacts.accuracy import signed
+from job.artifacts.json_records import to_json
+from job.artifacts.recommendation import points_lost
+from job.artifacts.records import RoundRecord, SlimRecord
+from job.console import say, say_cautions, show_step
+from job.distributed.collectives import digest, on_main
+from job.errors import DataError, shown
+from job.pipeline.cautions import sample_caution
+from job.pipeline.session_state import TrainedModel
+from job.pipeline.slim_round import can_cut, cut, cut_before, ranking_norms
+from job.slimming.planning.cost import layer_costs, network_cost
+from job.tracking.tracker import gammas
+from job.training.distillation import distillation
+from job.training.position import PrunedScores
+from job.training.session import RoundSpec
+from job.training.sparsity import describe_sparsity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from torch import nn
+
+    from job.artifacts.model_card import ModelCard
+    from job.pipeline.session import Session
+    from job.pipeline.setup import Setup
+    from job.training.distillation import Distillation
+    from job.training.epoch import EpochResult
+    from job.training.evaluation import Evaluation
+
+
+class Model(NamedTuple):
+    """A network and its card."""
+
+    network: nn.Module
+    card: ModelCard
+
+
+@dataclass(frozen=True)
+class BestScores:
+    """Scores of a round's best model on the validation split, and what is doubtful about them."""
+
+    valid_acc: float
+    valid_loss: float
+    best_epoch: int | None = None
+    train_acc: float | None = None
+    cautions: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, best: EpochResult) -> BestScores:
+        """Return the scores of a round's best epoch."""
+        return cls(best.valid_acc, best.valid_loss, best.epoch, best.train_acc)
+
+
+def base_round(session: Session) -> Model:
+    """Round 0: train the base network, or take it as its weights are."""
+    if session.claim.saved:
+        return restored_round(session)
+    setup, config, current = session.setup, session.setup.config, session.start_round()
+    model, sparse = Model(setup.network, setup.card), session.setup.config.sparsity_epochs
+    if sparse:
+        say(describe_sparsity(config, sparse, sparse * setup.trainer.steps))
+    if config.first_epochs + sparse:
+        new = current.resume or model.card.lineage.get("fresh_classifier")
+        if session.cautions.weights and not new:
+            say_cautions([sample_caution(setup.evaluator, model.network)])
+        norms = on_main(lambda: ranking_norms(model.network, session.image_size, sparse))
+        spec = RoundSpec(
+            round_index=0,
+            epochs=config.first_epochs,
+            sparse_epochs=sparse,
+            gamma_layers=None if norms is None else tuple(norms),
+            distillation=distil_from(setup, setup.teacher),
+            resume=current.resume,
+        )
+        scores = _train(session, model, spec, PrunedScores())
+    else:
+        scores = _score_weights(session, model.network)
+    return keep_round(session, model, scores, wide=model.network)
+
+
+def slimming_round(session: Session, wide: Model, taught: Distillation | None) -> Model:
+    """Slim the network, fine-tune it, keep its best epoch."""
+    if len(session.entries) < session.claim.saved:
+        return restored_round(session)
+    current = session.start_round()
+    session.watch.check()
+    if current.resume:
+        narrow = Model(*cut_before(*wide, current.resume, session.run.path))
+        pruned = current.resume.progress.scores
+    else:
+        narrow, pruned = _slim(session, wide)
+    spec = RoundSpec(
+        round_index=current.index,
+        epochs=session.setup.config.epochs,
+        first_step=current.first_step,
+        distillation=taught,
+        resume=current.resume,
+    )
+    scores = _train(session, narrow, spec, pruned)
+    return keep_round(session, narrow, scores, wide.network)
+
+
+def distil_from(setup: Setup, teacher: nn.Module | None) -> Distillation | None:
+    """Return the distillation from ``teacher`` that ``--distill-alpha`` asks for, if it does."""
+    config = setup.config
+    if teacher is None or not config.distill_alpha:
+        return None
+    weights = config.distill_alpha, config.distill_temperature
+    return distillation(teacher, *weights, setup.accelerator)
+
+
+def _slim(session: Session, wide: Model) -> tuple[Model, PrunedScores]:
+    """Cut the network and evaluate it before fine-tuning."""
+    setup, index = session.setup, session.round.index
+    show = partial(show_step, session.round_name)
+    device, calibration = setup.accelerator.device, setup.calibration
+    network, card, error = cut(*wide, index, setup.config, device, calibration, show)
+    pruned = _evaluate(session, network)
+    session.log(SlimRecord(index, card.width, pruned.accuracy, pruned.loss, error))
+    return Model(network, card), PrunedScores(pruned.accuracy)
+
+
+def _evaluate(session: Session, network: nn.Module) -> Evaluation:
+    """Evaluate ``network`` on the validation split."""
+    evaluator = session.setup.evaluator
+
+    def followed(batches: Iterable[Any]) -> Iterable[Any]:
+        return session.validating(batches, len(evaluator.batches))
+
+    return evaluator(network, followed, session.watch)
+
+
+def _train(session: Session, model: Model, spec: RoundSpec, pruned: PrunedScores) -> BestScores:
+    """Train the network, which keeps the weights of its best epoch; return its scores."""
+    network, card = model
+    cost = network_cost(network, session.image_size)
+    session.start_training(TrainedModel(card, cost, pruned))
+    best = session.setup.trainer.fit(network, spec, session)
+    evaluate = partial(_evaluate, session, network)
+    cautions = session.cautions.of_round(spec.round_index, best.valid_acc, evaluate)
+    say_cautions(cautions)
+    return replace(BestScores.of(best), cautions=tuple(cautions))
+
+
+def _score_weights(session: Session, network: nn.Module) -> BestScores:
+    """Evaluate a base that is not trained; raises DataError when its weights are damaged."""
+    valid = _evaluate(session, network)
+    if not math.isfinite(valid.loss):
+        raise DataError(f"the loss of --weights is {valid.loss}: they are damaged")
+    say(f"base: valid loss: {valid.loss:6.4f}, acc {valid.accuracy:6.4f}")
+    cautions = session.cautions.of_base(valid)
+    say_cautions(cautions)
+    return BestScores(valid.accuracy, valid.loss, cautions=tuple(cautions))
+
+
+def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Module) -> Model:
+    """Save a round's best model with its numbers, and write the summary so far."""
+    (network, card), run, current = model, session.run, session.round
+    pruned = current.model.scores if current.model else PrunedScores()
+    entry = RoundRecord(
+        round=current.index,
+        width=card.width,
+        **asdict(network_cost(network, session.image_size)),
+        **asdict(pruned),
+        **asdict(scores),
+        step=session.state.place.step,
+        seconds=round(current.seconds, 3),
+    )
+    lineage = {**card.lineage, "run": shown(run.path.absolute()), "round": current.index}
+    if current.index == 0:
+        base_sha256 = digest({k: v.cpu() for k, v in network.state_dict().items()})
+        lineage = {"base_sha256": base_sha256, **lineage}
+    card = replace(card, metrics=to_json(entry), lineage=lineage)
+    session.write(lambda: run.save_round(current.index, network, card))
+    session.entries.append(entry)
+    session.log(entry)
+    session.summarise("running")
+    if session.state.tracker:
+        layers = layer_costs(network, session.image_size)
+        histograms = gammas(wide), gammas(network)
+        session.state.tracker.log_round(
+            to_json(entry), *histograms, layers, run.round_path(current.index)
+        )
+    if current.index != session.setup.config.last_round:  # else when the run is finished
+        session.report()
+    return Model(network, card)
+
+
+def restored_round(session: Session) -> Model:
+    """Load the best model of a round that an earlier job completed."""
+    run, index = session.run, len(session.entries)
+    network, card, entry = on_main(lambda: run.load_round(index))
+    session.entries.append(entry)
+
+    def complete_metrics() -> None:
+        unwritten = not run.has_line(entry.EVENT, index)
+        if session.lock.held and unwritten:  # killed between the model and the line
+            run.log(entry)
+
+    on_main(complete_metrics)
+    return Model(network, card)
+
+
+def wants_round(session: Session, model: Model) -> bool:
+    """Return whether there is a further round; say why not, unless ``--rounds`` are done."""
+    config, done = session.setup.config, len(session.entries) - 1
+    last = config.last_round
+    if done < session.claim.saved - 1:
+        return True  # an earlier job completed it
+    if (last is not None and done >= last) or _lost_too_much(session):
+        return False
+    if last is not None or not done:
+        return True
+    if on_main(lambda: can_cut(config, *model, done + 1), interrupt=True):
+        return True
+    rate = f"--rate {config.rate:g}"
+    say(f"nothing more can be cut at {rate} after round {done}: no further rounds")
+    return False
+
+
+def _lost_too_much(session: Session) -> bool:
+    """Return whether the last round lost more accuracy than it may, and say so."""
+    config, entries = session.setup.config, session.entries
+    limit, lost = config.most_points_lost, points_lost(entries, entries[-1])
+    if limit is None or lost <= limit:
+        return False
+    option = "--max-drop" if config.max_drop is not None else "--rounds auto allows,"
+    say(
+        f"round {len(entries) - 1}: accuracy {signed(-lost)} points against the base, a "
+        f"larger drop than {option} {limit:g}: no further rounds"
+    )
+    return True
