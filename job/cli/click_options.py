@@ -49,7 +49,7 @@ def _click_option(name: str, hint: Any, declared: Option, default: Any) -> Calla
         type=kind,
         default=default or (None if default == () else default),
         multiple=isinstance(kind, KeyValue),
-        metavar=declared.metavar or _metavar(name, hint, kind),
+        metavar=metavar_of(name, hint, declared),
         show_default=True,
         help=help_of(declared),
     )
@@ -81,7 +81,11 @@ def _whole(bound: float | None) -> int | None:
     return None if bound is None else int(bound)
 
 
-def _metavar(name: str, hint: Any, kind: click.ParamType[Any]) -> str | None:
-    if name in OPTION_TYPES:
-        return None if isinstance(kind, click.Choice) else kind.name
-    return METAVARS.get(_required(hint))
+def metavar_of(name: str, hint: Any, declared: Option) -> str | None:
+    """Return what the help calls the value of an option; None for one of several choices."""
+    if declared.metavar:
+        return declared.metavar
+    kind = type_of(name, hint, declared)
+    if isinstance(kind, click.Choice):
+        return None
+    return kind.name if name in OPTION_TYPES else METAVARS[_required(hint)]

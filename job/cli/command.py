@@ -56,16 +56,17 @@ class Command(click.Command):
         with _parsing(ctx):
             extra = super().parse_args(ctx, PerChannel.joined(args, triples))
             if extra and not ctx.resilient_parsing:
-                ctx.fail(self._unexpected(extra))
+                ctx.fail(self._unexpected(extra, ctx))
         return extra
 
-    def _unexpected(self, extra: list[str]) -> str:
+    def _unexpected(self, extra: list[str], ctx: click.Context) -> str:
         """Word the error for arguments that the command does not take."""
         words = " ".join(map(shlex.quote, extra))
-        takes_data = any(p.name == "data" for p in self.params)
-        hint = f"; for a data set, type --data {words}" if takes_data and len(extra) == 1 else ""
-        plural = "" if len(extra) == 1 else "s"
-        return f"Got unexpected extra argument{plural} ({words}){hint}"
+        if len(extra) > 1:
+            return f"Got unexpected extra arguments ({words})"
+        wants_data = "data" in ctx.params and not ctx.params["data"]
+        hint = f"; did you mean --data {words}?" if wants_data else ""
+        return f"Got unexpected extra argument ({words}){hint}"
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples, then the options in sections."""

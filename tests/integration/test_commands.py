@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 import job
 from job.cli.main import gammaslim as group
 from job.config import PruneConfig
-from support.commands import gammaslim, run
+from support.commands import clean_environ, gammaslim, run
 from support.datasets import picture, write_flat
 from support.reference import PlainStudentNet
 
@@ -34,6 +35,85 @@ def test_options_and_the_configuration_are_the_same() -> None:
     assert context.params.pop("debug") is False
     assert PruneConfig(**context.params) == PruneConfig()
     assert set(context.params) == {field.name for field in fields(PruneConfig)}
+
+
+@pytest.mark.parametrize(
+    ("args", "advice"),
+    [
+        (["prune", "my data"], "; did you mean --data 'my data'?"),
+        (["evaluate", "run", "data"], "; did you mean --data data?"),
+        (["prune", "--data", "x", "y"], ""),
+        (["inspect", "run", "x"], ""),
+    ],
+)
+def test_a_word_too_many_is_refused_with_what_to_type(args: list[str], advice: str) -> None:
+    done = CliRunner().invoke(group, args)
+    assert done.exit_code == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Error: Got unexpected extra argument (")
+    assert last.endswith(f"){advice}")
+
+
+def into_closed_pipe(*args: object) -> tuple[int, str]:
+    """Exit code and stderr of a command whose output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "job", *map(str, args)]
+    with os.fdopen(writer, "wb") as stdout:
+        done = subprocess.run(
+            command, stdout=stdout, stderr=subprocess.PIPE, env=clean_environ(), check=False
+        )
+    return done.returncode, done.stderr.decode()
+
+
+def test_a_closed_stdout_ends_a_command_quietly(finished_run: Path) -> None:
+    """As after ``| head``: 74, which is the code of a failed write, and nothing on stderr."""
+    for args in (["inspect", finished_run], ["evaluate", finished_run, "--json"], ["--help"]):
+        assert into_closed_pipe(*args) == (74, ""), args
+
+
+def test_a_run_whose_reader_has_gone_is_resumed(flat_data: Path, tmp_path: Path) -> None:
+    args = ("prune", "--data", flat_data, "--output", tmp_path / "run", "--base-epochs", 3,
+            "--rounds", 1, "--epochs", 1, "--workers", 0, "--wandb", "off")  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "job", *map(str, args)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environ(),
+    ) as process:  # fmt: skip
+        assert process.stdout
+        assert process.stderr
+        assert any(line.startswith(b"rate ") for line in process.stdout)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 74
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 74)
+    done = gammaslim(*args)
+    assert done.code == 0, done
+    assert "resuming in the base" in done.out
+
+
+def test_predictions_on_standard_output_are_a_csv_and_nothing_else(
+    finished_run: Path, flat_data: Path, tmp_path: Path
+) -> None:
+    args = ("predict", finished_run, "--data", flat_data, "--split", "testing")
+    assert gammaslim(*args, "--output", tmp_path / "p.csv").code == 0
+    done = gammaslim(*args, "--output", "-", cwd=tmp_path)
+    assert done.code == 0, done
+    assert done.out == (tmp_path / "p.csv").read_text()
+    assert "5 predictions of the testing split" in done.err
+    assert not (tmp_path / "-").exists()
+
+
+def test_json_is_all_that_is_on_stdout(finished_run: Path, flat_data: Path, tmp_path: Path) -> None:
+    """Notes about a weights file go to stderr: here that some of its tensors are not used."""
+    state = load_file(finished_run / "rounds" / "00" / "model.safetensors")
+    state = {f"net.{key}": value for key, value in state.items()} | {"other": torch.zeros(1)}
+    save_file(state, tmp_path / "w.safetensors")
+    args = ("evaluate", tmp_path / "w.safetensors", "--model", "student", "--data", flat_data)
+    done = gammaslim(*args, "--json")
+    assert done.code == 0, done
+    assert json.loads(done.out)["count"] == 15
+    assert "1 tensors outside of net.*" in done.err
 
 
 def test_evaluate_prints_text_or_json(finished_run: Path, flat_data: Path) -> None:

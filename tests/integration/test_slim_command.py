@@ -53,7 +53,7 @@ def test_without_images_accuracy_is_said_to_be_unmeasured(model: Path, tmp_path:
         done = command("slim", model, "--output", tmp_path / "other", option, value)
         assert done.exit_code == 2
         assert f"Error: {option}" in done.stderr
-        assert "give some, --data PATH" in done.stderr
+        assert "add --data PATH" in done.stderr
         assert done.stderr.count("\n") == 1
 
 
@@ -122,7 +122,7 @@ def test_images_of_more_numbered_classes_calibrate_without_labels(
     done = command("slim", model, "--output", tmp_path / "slim", *args)
     assert done.exit_code == 0, done.output
     last = done.stdout.splitlines()[-1]
-    assert last.endswith("has a class 4, the network 3 classes, numbered from 0")
+    assert last.endswith("has a class 4, but the network has 3 classes, numbered from 0")
 
 
 def test_classes_are_matched_by_name(model: Path, tmp_path: Path) -> None:
