@@ -22,7 +22,8 @@ from job.data.preprocessing_options import PreprocessingOptions
 from job.errors import DataError, GammaslimError, OutputError, UsageError, shown
 from job.files import check_writable, is_file
 from job.models.classifier import find_head
-from job.models.factory import NETWORKS, torchvision_names, trust_factory
+from job.models.custom_network import trust_factory
+from job.models.factory import builtin_name, torchvision_names
 from job.slimming.arguments import check_network
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.trace import trace_network
@@ -196,11 +197,10 @@ def _with_base(card: ModelCard) -> ModelCard:
 def _name_of(model: Any) -> str:
     if isinstance(model, str):
         return model
-    builders = {made: name for name, made in NETWORKS.items()}
     if not callable(model):
         raise UsageError(f"model must be a name, or what builds the network; got {kind_of(model)}")
-    if model in builders:
-        return builders[model]
+    if builtin := builtin_name(model):
+        return builtin
     name = getattr(model, "__name__", "")
     if name in torchvision_names() and str(model.__module__).startswith("torchvision.models"):
         return str(name)
@@ -215,7 +215,7 @@ def _name_of(model: Any) -> str:
 
 def _guesses(kind: type) -> list[str]:
     """Names of what may have built a network of a class."""
-    own = [name for name, made in NETWORKS.items() if made is kind]
+    builtin = builtin_name(kind)
     if kind.__module__.startswith("torchvision.models"):
         import torchvision
 
@@ -225,8 +225,8 @@ def _guesses(kind: type) -> list[str]:
             if torchvision.models.get_model_builder(name).__module__ == kind.__module__
         ]
     foreign = kind.__module__.partition(".")[0] in ("torch", "__main__", "builtins")
-    if own or foreign or "<" in kind.__qualname__:
-        return own
+    if builtin or foreign or "<" in kind.__qualname__:
+        return [builtin] if builtin else []
     needed = [
         p
         for p in list(inspect.signature(kind).parameters.values())

@@ -11,9 +11,15 @@ from job.console import say, say_aside
 from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import digest
 from job.errors import DataError, UsageError, shown
-from job.models.factory import NAMES, build_network, nominal_size, nominal_width, trust_factory
+from job.models.custom_network import trust_factory
+from job.models.factory import (
+    build_network,
+    build_with_note,
+    nominal_classes,
+    nominal_size,
+    nominal_width,
+)
 from job.models.input_size import check_size
-from job.models.notes import quiet
 from job.models.weights import count_classes, load_state
 from job.models.weights_file import read_state
 
@@ -85,14 +91,16 @@ def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.M
         raise UsageError(f"{shown(path)} is a weights file: name its network, e.g. --model student")
     state = read_state(path)
     args = dict(options.model_arg)
-    classes = options.num_classes or (11 if options.model in NAMES else 1000)
-    network = build_network(
-        options.model, classes, args, note=say if options.num_classes else quiet
-    )
-    known = classes if options.num_classes else count_classes(network, state)
-    if known and known != classes:
-        classes, network = known, build_network(options.model, known, args)
-    load_state(network, state, shown(path), note=say)
+    classes = options.num_classes or nominal_classes(options.model)
+    network, note = build_with_note(options.model, classes, args)
+    if options.num_classes:
+        notes = [note] if note else []
+    else:
+        notes, count = [], count_classes(network, state)
+        if count and count != classes:
+            classes, network = count, build_network(options.model, count, args)
+    for line in (*notes, *load_state(network, state, shown(path)).notes):
+        say(line)
     preprocessing = _preprocessing(options, options.model, largest)
     width = nominal_width(options.model, args)
     lineage = {"base_weights": shown(path), "base_sha256": digest(state)}

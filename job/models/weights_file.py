@@ -1,4 +1,4 @@
-"""Weights files: safetensors and every kind of torch serialisation, never executing a pickle."""
+"""Weights files: safetensors and torch files of any age, read without executing a pickle."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import load_file as load_safetensors
 
 from job.errors import DataError, InputNotFound, StorageError, reading, reason, shown
-from job.models.state_dict_keys import PLACES, Inert, State, unwrapped
+from job.models.state_dict_keys import STATE_DICT_KEYS, Inert, State, find_state_dict
 
-# whose objects hold a checkpoint's scores, counters and times: they are not looked at
+# packages whose objects hold a checkpoint's scores, counters and times, which are not looked at
 DATA_PACKAGES = {"numpy", "collections", "datetime", "pathlib", "decimal", "uuid"}
-MOST_INERT = 64  # names of such objects
+MAX_INERT = 64  # classes and functions of these packages in one file
 CHUNK = 16 << 20  # bytes read at a time
 
 
 def read_state(path: str | Path) -> State:
-    """The state dict in ``path`` on the CPU; raises InputNotFound, DataError or StorageError.
+    """Read the state dict in ``path`` to the CPU; raises InputNotFound, DataError or StorageError.
 
-    Reads .safetensors, and torch files of any age (zipped or legacy, saved on any device) with
-    ``weights_only=True``; of a checkpoint only the state dict within.
+    Reads .safetensors files and, with ``weights_only=True``, torch files (zipped or legacy, saved
+    on any device). Of a checkpoint, only the state dict in it is returned.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,14 +37,14 @@ def read_state(path: str | Path) -> State:
         raise
     except Exception as error:  # torch's unpickler raises nearly anything on a damaged file
         raise DataError(f"weights {shown(path)} refused: {_refusal(path, error)}") from error
-    loaded = unwrapped(loaded)
+    loaded = find_state_dict(loaded)
     if not isinstance(loaded, dict) or not loaded:
         raise DataError(f"weights {shown(path)} hold a {type(loaded).__name__}, not a state dict")
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise DataError(
                 f"weights {shown(path)} are not a state dict, nor hold one under "
-                f"{', '.join(PLACES)}: {key!r} is a {type(value).__name__}"
+                f"{', '.join(STATE_DICT_KEYS)}: {key!r} is a {type(value).__name__}"
             )
         if value.is_meta or value.layout is not torch.strided or value.is_quantized:
             raise DataError(f"weights {shown(path)} hold {key} without plain numbers")
@@ -54,30 +54,30 @@ def read_state(path: str | Path) -> State:
 def _load(path: Path) -> object:
     with reading(path), path.open("rb") as file:
         head = file.read(9)
-        while file.read(CHUNK):  # a disk that fails would kill a process that has it mapped
+        while file.read(CHUNK):  # a failing disk would kill a process that has the file mapped
             continue
     if path.suffix.lower() == ".safetensors" or head[8:] == b"{":
         return load_safetensors(path)
     zipped = head.startswith(b"PK") and _unpacks_to_its_size(path)
-    inert: list[Any] = []
+    stand_ins: list[Any] = []  # (class, qualified name of what it replaces)
     while True:
         try:
-            with warnings.catch_warnings(), torch.serialization.safe_globals(inert):
+            with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
                 warnings.simplefilter("ignore", UserWarning)
-                # mapped, as safetensors are: too large a file is refused before it fills the memory
+                # mapped, as safetensors files are: one that is too large does not fill the memory
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
-            found = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
-            data = found and found[1].partition(".")[0] in DATA_PACKAGES
-            if not found or not data or len(inert) == MOST_INERT:
+            unsupported = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+            name = unsupported[1] if unsupported else ""
+            if name.partition(".")[0] not in DATA_PACKAGES or len(stand_ins) == MAX_INERT:
                 raise
-            # nothing of that name is imported, nor called; only plain dicts can be filled
-            stand_in = OrderedDict if found[1].endswith(("Dict", "CfgNode")) else Inert
-            inert.append((stand_in, found[1]))
+            # nothing of that name is imported or called; only plain dicts can be filled
+            stand_in = OrderedDict if name.endswith(("Dict", "CfgNode")) else Inert
+            stand_ins.append((stand_in, name))
 
 
 def _unpacks_to_its_size(path: Path) -> bool:
-    """True for a torch file of the zipped kind, whose entries are never compressed; or raises."""
+    """Return True, or raise ValueError for a compressed file: torch does not compress."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     size = path.stat().st_size

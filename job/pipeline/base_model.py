@@ -17,7 +17,7 @@ from job.data.layout import BUILT_IN
 from job.distributed.collectives import digest
 from job.errors import DataError, InputNotFound, UsageError, shown
 from job.files import is_file
-from job.models.factory import build_network, nominal_width
+from job.models.factory import build_with_note, nominal_width
 from job.models.input_size import check_size
 from job.models.weights import load_state
 from job.models.weights_file import read_state
@@ -192,14 +192,18 @@ def build_base_network(
             f"--num-classes {num_classes} is less than the {len(data.class_names)} of the data"
         )
     torch.manual_seed(config.seed)
-    network = build_network(config.model, num_classes, config.args, note=say)
+    network, note = build_with_note(config.model, num_classes, config.args)
+    if note:
+        say(note)
     check_size(network, preprocessing.size)
     lineage: dict[str, Any] = {"seed": config.seed, "listing": data.listing}
     if config.weights and weights.state is not None:
         state, source = weights.state, shown(config.weights)
-        fresh = load_state(network, state, source, replace_head=True, note=say)
-        lineage |= {"fresh_classifier": True} if fresh else {}
-        if fresh and not config.first_epochs:
+        loaded = load_state(network, state, source, replace_head=True)
+        for line in loaded.notes:
+            say(line)
+        lineage |= {"fresh_classifier": True} if loaded.replaced_head else {}
+        if loaded.replaced_head and not config.first_epochs:
             say("the classifier is not trained before the first cut: --base-epochs N would do that")
         lineage |= {"base_weights": shown(config.weights), "base_sha256": digest(state)}
     unnamed = (str(number) for number in range(len(data.class_names), num_classes))

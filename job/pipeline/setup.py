@@ -18,7 +18,7 @@ from job.console import say, tick
 from job.data.loader import default_workers
 from job.distributed.collectives import on_main, start
 from job.distributed.stop import Watch
-from job.models.factory import trust_factory
+from job.models.custom_network import trust_factory
 from job.pipeline.base_model import (
     BaseWeights,
     adopt_slim_base,

@@ -22,7 +22,15 @@ from job.cli.option_types import KeyValue
 from job.data.preprocessing import Preprocessing
 from job.errors import DataError, UsageError
 from job.models.classifier import find_head
-from job.models.factory import build_network, nominal_width
+from job.models.factory import (
+    NETWORKS,
+    BuiltInNetwork,
+    build_network,
+    build_with_note,
+    builtin_name,
+    nominal_size,
+    nominal_width,
+)
 from job.models.input_size import check_size
 from job.models.weights import load_state
 from job.models.weights_file import read_state
@@ -200,28 +208,39 @@ def test_mistakes_with_a_factory_are_one_line(nets: Path, name: str, message: st
     assert "\n" not in str(caught.value)
 
 
+def test_an_entry_in_the_table_adds_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linear(num_classes: int, width: int = 4) -> nn.Module:
+        pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+        return nn.Sequential(nn.Conv2d(3, width, 3), *pooled)
+
+    entry = BuiltInNetwork(linear, 48, "one convolution", width_arg="width")
+    monkeypatch.setitem(NETWORKS, "linear", entry)
+    network, args = build_network("linear", 3, {"width": 2}), {"width": 2}
+    assert find_head(network) == ("3", 3)
+    assert (nominal_size("linear"), nominal_width("linear", args)) == (48, 2.0)
+    assert builtin_name(linear) == "linear"
+    with pytest.raises(UsageError, match=r"models: .*, linear, torchvision's"):
+        build_network("liner-net", 3, {})
+
+
 def test_a_factory_that_takes_num_classes_gets_them(nets: Path) -> None:
-    notes: list[str] = []
-    network = build_network("gammaslim_nets:Net", 3, {}, note=notes.append)
+    network, note = build_with_note("gammaslim_nets:Net", 3, {})
     assert type(network).__name__ == "Net"
     assert find_head(network) == ("body.5", 3)
-    assert notes == []
+    assert note == ""
 
 
 def test_the_classifier_of_one_that_does_not_is_replaced_and_said(nets: Path) -> None:
-    notes: list[str] = []
     made = []
     for _ in range(2):
         torch.manual_seed(4)
-        made.append(build_network("gammaslim_nets:plain", 3, {"width": 6}, note=notes.append))
+        network, note = build_with_note("gammaslim_nets:plain", 3, {"width": 6})
+        made.append(network)
+        assert "5 logits for 3 classes: its classifier, layer 5, is replaced" in note
     assert made[0].eval()(torch.rand(2, 3, 32, 32)).shape == (2, 3)
-    assert len(notes) == 2
-    assert "5 logits for 3 classes: its classifier, layer 5, is replaced" in notes[0]
     states = [network.state_dict() for network in made]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    notes.clear()
-    build_network("gammaslim_nets:plain", 5, {}, note=notes.append)
-    assert notes == []
+    assert build_with_note("gammaslim_nets:plain", 5, {})[1] == ""
 
 
 def test_a_slim_model_of_a_factory_loads_in_a_new_process(nets: Path) -> None:
@@ -316,7 +335,7 @@ def test_checkpoints_of_others_are_understood(tmp_path: Path, kind: str) -> None
     original = resnet().state_dict()
     torch.save(CHECKPOINTS[kind](original), tmp_path / "w.pth")
     network = build_network("resnet18", 5, {})
-    assert not load_state(network, read_state(tmp_path / "w.pth"), "w.pth")
+    assert not load_state(network, read_state(tmp_path / "w.pth"), "w.pth").replaced_head
     for key, value in network.state_dict().items():
         assert torch.equal(value, original[key]) or "num_batches" in key, key
 
@@ -359,8 +378,8 @@ def test_a_classifier_of_other_classes_is_replaced_and_nothing_else(name: str) -
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(DataError, match="they have 9 classes, the data or --num-classes 4"):
         load_state(network, state, "w")
-    notes: list[str] = []
-    assert load_state(network, state, "w", replace_head=True, note=notes.append)
+    replaced_head, notes = load_state(network, state, "w", replace_head=True)
+    assert replaced_head
     assert len(notes) == 1
     assert f"the classifier {find_head(network)[0]}, which starts from random weights" in notes[0]
     heads = {"resnet18": 2, "squeezenet1_1": 2, "inception_v3": 4}  # tensors
@@ -372,10 +391,7 @@ def test_a_classifier_of_other_classes_is_replaced_and_nothing_else(name: str) -
 
 def test_auxiliary_classifiers_are_left_out_where_the_network_has_none() -> None:
     state = build_network("googlenet", 4, {"aux_logits": True, "init_weights": False}).state_dict()
-    notes: list[str] = []
-    load_state(
-        build_network("googlenet", 4, {"init_weights": False}), state, "w", note=notes.append
-    )
+    notes = load_state(build_network("googlenet", 4, {"init_weights": False}), state, "w").notes
     assert len(notes) == 1
     assert "auxiliary classifiers are left out" in notes[0]
 

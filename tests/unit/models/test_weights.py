@@ -201,8 +201,8 @@ def test_prune_replaces_a_classifier_of_other_classes_and_says_so(
     args = ("prune", "--data", flat_data, "--weights", tmp_path / "w.bin", "--dry-run")
     done = gammaslim(*args, cwd=tmp_path)
     assert done.code == 0, done
-    said = "they have 11 classes, the data or --num-classes 3: all is taken but the classifier fc.0"
-    assert said in done.out
+    assert "they have 11 classes, the data or --num-classes 3: all weights are used but" in done.out
+    assert "those of the classifier fc.0, which starts from random weights" in done.out
     assert "--base-epochs N" in done.out
     fine = gammaslim(*args, "--num-classes", 11, cwd=tmp_path)
     assert fine.code == 0, fine
@@ -261,8 +261,7 @@ AS_OTHERS_SAVE = {
 def test_checkpoints_as_others_save_them(tmp_path: Path, name: str, legacy: bool) -> None:
     torch.save(AS_OTHERS_SAVE[name], tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
     network = build_network("student", 3, {"base": 2})
-    notes: list[str] = []
-    load_state(network, read_state(tmp_path / "w.pt"), "w.pt", note=notes.append)
+    notes = load_state(network, read_state(tmp_path / "w.pt"), "w.pt").notes
     for key, value in network.state_dict().items():
         assert torch.equal(value, PLAIN[key]), key
     assert any("criterion.weight" in line for line in notes) == (name.endswith("weighted loss"))

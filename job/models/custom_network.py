@@ -1,0 +1,128 @@
+"""Networks of the user, named as ``module:factory``: imported, trusted, called."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import sysconfig
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from job.errors import UsageError, did_you_mean, reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_trusted: set[str] = set()  # factories that the user of this process has named
+
+
+def trust_factory(name: str) -> None:
+    """Remember that the user named this ``module:factory``: a model card may then name it too."""
+    _trusted.add(name)
+
+
+def call_factory(
+    name: str, num_classes: int, args: Mapping[str, Any], *, from_card: bool
+) -> nn.Module:
+    """Import ``module:factory`` and call it, with ``num_classes`` if it takes them.
+
+    Raises UsageError when there is no such factory, it fails, or ``from_card`` a file names a
+    function that is not trusted.
+    """
+    if not from_card:
+        trust_factory(name)
+    factory = import_factory(name)
+    if name not in _trusted and not _declares_network(factory):
+        raise UsageError(
+            f"{name} is a function of an installed package that does not say it returns a network "
+            f"(-> nn.Module): if you trust it, name it too, --model {name}"
+        )
+    try:
+        parameters = [*inspect.signature(factory).parameters.values()]
+    except (TypeError, ValueError):
+        parameters = []
+    if any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters):
+        args = {**args, "num_classes": num_classes}
+    return call_builder(name, factory, args)
+
+
+def call_builder(name: str, build: Callable[..., Any], args: Mapping[str, Any]) -> nn.Module:
+    """Call what builds the network ``name``; raises UsageError if it fails or returns another type.
+
+    ``args`` are its keyword arguments.
+    """
+    try:
+        network = build(**args)
+    except Exception as error:  # code of the user, which may raise anything
+        options = " ".join(
+            f"--model-arg {key}={value}" for key, value in args.items() if key != "num_classes"
+        )
+        problem = f"does not take {options}" if options else "cannot be built"
+        kind = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
+        why = f"{kind}{reason(error)}"
+        if isinstance(error, TypeError) and "missing" in why and "required" in why:
+            why += "; give it by --model-arg NAME=VALUE"
+        raise UsageError(f"--model {name} {problem}: {why}") from error
+    if not isinstance(network, nn.Module):
+        raise UsageError(
+            f"--model {name} returned {type(network).__name__}: it must return a torch.nn.Module"
+        )
+    return network
+
+
+def import_factory(name: str) -> Any:
+    """Import the callable that ``module:factory`` names; raises UsageError if there is none."""
+    module_name, _, path = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
+        raise UsageError(f"--model {name!r} is not of the form module:factory, e.g. nets:tiny")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise UsageError(f"--model {name}: {module_name} is a module of Python itself")
+    factory = _import_module(name, module_name)
+    for part in path.split("."):
+        if not hasattr(factory, part):
+            callables = [key for key, value in vars(factory).items() if callable(value)]
+            near = did_you_mean(part, callables)
+            if module_name == "timm":  # the form that --transform takes
+                near = f"; type --model timm:create_model --model-arg model_name={part}"
+            raise UsageError(f"--model {name}: no {part} in {module_name}{near}")
+        factory = getattr(factory, part)
+    if not callable(factory):
+        raise UsageError(f"--model {name} is a {type(factory).__name__}, which cannot be called")
+    return factory
+
+
+def _import_module(name: str, module_name: str) -> Any:
+    try:
+        return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # code of the user, which may raise anything
+        missing = isinstance(error, ModuleNotFoundError) and error.name
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            raise UsageError(
+                f"--model {name}: there is no module {missing}; run from the folder that has it, "
+                "or name its folder in PYTHONPATH"
+            ) from error
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise UsageError(f"--model {name}: importing {module_name} fails: {why}") from error
+
+
+def _declares_network(factory: Any) -> bool:
+    """Whether a name in a file may lead to a call of ``factory`` with arguments of that file.
+
+    True for a class of networks, a function that declares that it returns one, and code that is not
+    installed, which is the user's. A function of some package could delete files.
+    """
+    if inspect.isclass(factory):
+        return issubclass(factory, nn.Module)
+    try:
+        returned = typing.get_type_hints(factory).get("return")
+        if inspect.isclass(returned) and issubclass(returned, nn.Module):
+            return True
+        source = inspect.getfile(inspect.unwrap(factory))
+    except Exception:  # annotations that cannot be resolved; a callable without a source
+        return False
+    installed = {"site-packages", "dist-packages"} & set(Path(source).parts)
+    return not installed and not source.startswith(sysconfig.get_path("stdlib"))
