@@ -32,7 +32,7 @@ class IncompleteBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TrainingImages:
+class AugmentedImages:
     """The augmented images of a split, fetched by the rows of the epoch table."""
 
     split: Split
@@ -59,7 +59,7 @@ class TrainingImages:
 
 
 @dataclass(frozen=True)
-class EvaluationImages:
+class PlainImages:
     """The images of a split without augmentation, fetched by index.
 
     With ``mask_unreadable``, images that can no longer be read get the label -1.
@@ -70,7 +70,7 @@ class EvaluationImages:
     mask_unreadable: bool = False
 
     def __getitems__(self, indices: list[int]) -> Batch | IncompleteBatch | Failure:
-        """The images at ``indices``; an error is returned, as by ``TrainingImages``."""
+        """The images at ``indices``; an error is returned, as by ``AugmentedImages``."""
         size = self.preprocessing.size
         if isinstance(self.split, ArraySplit) and not self.preprocessing.resize.side:
             images = center_crop_arrays(self.split.images, indices, size)

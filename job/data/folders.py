@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.data.images import SUFFIXES, SUFFIXES_OF_OLD
+from job.data.images import IMAGE_SUFFIXES, IMAGE_SUFFIXES_1
 from job.data.split_names import CANONICAL
 from job.errors import DataError, reading, shown
 
@@ -90,7 +90,7 @@ class Lister:
 
     def is_image(self, name: str) -> bool:
         """Whether a file is an image by its suffix."""
-        return name.lower().endswith(SUFFIXES_OF_OLD if self.listing == 1 else SUFFIXES)
+        return name.lower().endswith(IMAGE_SUFFIXES_1 if self.listing == 1 else IMAGE_SUFFIXES)
 
     def images(self, folder: Path) -> list[str]:
         """Names of the images in ``folder`` itself, sorted."""

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # what is content decides, the suffix only which files are images at all
 _AVIF = importlib.util.find_spec("PIL._avif") is not None  # not in every Pillow
-SUFFIXES_OF_OLD = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-SUFFIXES = (
-    *SUFFIXES_OF_OLD,
+IMAGE_SUFFIXES_1 = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (
+    *IMAGE_SUFFIXES_1,
     *(".jfif", ".jpe", ".pjpeg", ".mpo", ".apng", ".dib", ".gif", ".tif", ".tiff"),
     *((".avif",) if _AVIF else ()),
 )
 # by whatever name: a GIF is often called .jpg; others, as PostScript, would start other programs
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if _AVIF else ()))
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if _AVIF else ()))
 MAX_PIXELS = 2**30 // 12  # 89 million, Pillow's own limit
 BIG = 2**24  # pixels: larger images are decoded one at a time, smaller ones by all threads
 STRIP = 2**22  # pixels converted at a time: a big image lies in memory twice, not five times
@@ -109,7 +109,7 @@ _NO_FILE = {
 def _read(path: Path, read: Callable[[Image.Image], T]) -> T:
     """``read`` the image in ``path``; again without what viewers pass over, where that fails."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return read(_bounded(image))
     except (_TooLargeError, Image.DecompressionBombError):
         raise
@@ -119,7 +119,7 @@ def _read(path: Path, read: Callable[[Image.Image], T]) -> T:
         file = repaired(path)
         if file is None:
             raise
-        with file, Image.open(file, formats=FORMATS) as image:
+        with file, Image.open(file, formats=IMAGE_FORMATS) as image:
             return read(_bounded(image))
 
 

@@ -18,14 +18,14 @@ from job.distributed.signals import end_with_parent, ignore_requests
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from job.data.batches import EvaluationImages, TrainingImages
+    from job.data.batches import AugmentedImages, PlainImages
 
 MAX_WORKERS = 8  # loader processes of a rank, unless --workers asks for more
 _reported: set[str] = set()  # reasons that this process has reported
 
 
 def build_loader(
-    images: TrainingImages | EvaluationImages, sampler: Any, *, workers: int, pin: bool
+    images: AugmentedImages | PlainImages, sampler: Any, *, workers: int, pin: bool
 ) -> DataLoader[Any]:
     """Build a DataLoader over ``images``; arrays in memory need no loader processes."""
     workers = 0 if isinstance(images.split, ArraySplit) else workers

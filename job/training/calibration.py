@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.data.batches import EvaluationImages
+from job.data.batches import PlainImages
 from job.data.loader import build_loader, iterate_batches
 from job.processes import rank, world_size
 from job.slimming.calibration.batch import MOST_IMAGES, image_limit
@@ -43,7 +43,7 @@ class Calibration:
         self.progress = progress
         self.sampler = _FirstShare(len(split), batch_size_at(preprocessing.size), seed)
         self.loader = build_loader(
-            EvaluationImages(split, preprocessing),
+            PlainImages(split, preprocessing),
             self.sampler,
             workers=workers,
             pin=accelerator.device.type == "cuda",

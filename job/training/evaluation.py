@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from job.data.batches import EvaluationImages
+from job.data.batches import PlainImages
 from job.data.loader import build_loader, iterate_batches
 from job.data.samplers import RankShare
 from job.data.splits import UNLABELLED
@@ -84,7 +84,7 @@ class Evaluator:
         self.accelerator = accelerator
         self.batch_size = batch_size_at(preprocessing.size)
         self.batches = build_loader(
-            EvaluationImages(split, preprocessing, mask_unreadable=True),
+            PlainImages(split, preprocessing, mask_unreadable=True),
             RankShare(len(split), self.batch_size, rank(), world_size()),
             workers=workers,
             pin=accelerator.device.type == "cuda",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.data.batches import TrainingImages
+from job.data.batches import AugmentedImages
 from job.data.loader import build_loader, iterate_batches
 from job.data.samplers import GlobalBatches
 from job.distributed.collectives import check_same, digest, total
@@ -74,7 +74,7 @@ class Trainer:
             len(split), config.batch_size, config.seed, rank(), world_size(), least
         )
         self.batches = build_loader(
-            TrainingImages(split, preprocessing),
+            AugmentedImages(split, preprocessing),
             self.sampler,
             workers=workers,
             pin=accelerator.device.type == "cuda",

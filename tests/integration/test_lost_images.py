@@ -13,7 +13,7 @@ from test_predictions import call, data, predict, run  # noqa: F401 (data and ru
 
 import job.data.loader as batches_module
 import job.data.splits as splits_module
-from job.data.batches import TrainingImages
+from job.data.batches import AugmentedImages
 from job.data.image_check import check_images
 from job.data.images import load_rgb
 from job.data.layout import open_data
@@ -39,7 +39,7 @@ def lose(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def stream(root: Path, on_bad_image: str, world: int = 1, workers: int = 0) -> list[torch.Tensor]:
     """The global batches of two epochs, put together from all ranks' shares."""
     checked_data, _ = check_images(open_data(str(root)), ["training"], on_bad_image)
-    images = TrainingImages(checked_data.splits["training"], Preprocessing.of("homework", 32))
+    images = AugmentedImages(checked_data.splits["training"], Preprocessing.of("homework", 32))
     shares: list[list[torch.Tensor]] = [[] for _ in range(world)]
     for rank in range(world):
         sampler = GlobalBatches(15, 6, 0, rank, world)

@@ -79,14 +79,14 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [9, 0])
-def test_a_senseless_orientation_leaves_the_picture_upright(tmp_path: Path, value: int) -> None:
+def test_a_senseless_orientation_leaves_the_image_upright(tmp_path: Path, value: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
     Image.new("RGB", (8, 4), RED).save(tmp_path / "a.jpg", exif=exif)
     assert load_rgb(tmp_path / "a.jpg").size == check_image(tmp_path / "a.jpg") == (8, 4)
 
 
-def test_a_damaged_exif_block_does_not_refuse_a_picture(tmp_path: Path) -> None:
+def test_a_damaged_exif_block_does_not_refuse_an_image(tmp_path: Path) -> None:
     Image.new("RGB", (8, 4), RED).save(tmp_path / "a.png", exif=b"nothing of the kind")
     assert load_rgb(tmp_path / "a.png").size == check_image(tmp_path / "a.png") == (8, 4)
 
@@ -98,7 +98,7 @@ def broken(folder: Path, kind: str) -> Path:
         Image.fromarray(noise).save(path)
         path.write_bytes(path.read_bytes()[:-700])
     elif kind == "text":
-        path.write_text("this is no picture")
+        path.write_text("this is no image")
     elif kind == "empty":
         path.touch()
     else:
@@ -107,7 +107,7 @@ def broken(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty", "folder"])
-def test_a_broken_picture_is_named_or_skipped(tmp_path: Path, kind: str) -> None:
+def test_a_broken_image_is_named_or_skipped(tmp_path: Path, kind: str) -> None:
     write_flat(tmp_path, {"training": 4})
     path = broken(tmp_path / "training", kind)
     for read in (load_rgb, check_image):

@@ -25,7 +25,7 @@ from job.cli.model import open_model
 from job.config import InterpolationName, PresetName, PruneConfig, WeightsPackage
 from job.data import pretrained as packages
 from job.data.augmentation import resampling
-from job.data.batches import EvaluationImages, TrainingImages
+from job.data.batches import AugmentedImages, PlainImages
 from job.data.geometry import Resize
 from job.data.preprocessing import Preprocessing
 from job.data.preprocessing_options import PreprocessingOptions
@@ -284,7 +284,7 @@ def test_arrays_in_memory_grey_too_are_resized_and_normalised(
     images = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
     split = ArraySplit(images, np.arange(5))
     preprocessing = Preprocessing.of("small", 32, resize, "bicubic", MEAN, STD)
-    batch, _ = EvaluationImages(split, preprocessing).__getitems__([4, 0])  # type: ignore[misc]
+    batch, _ = PlainImages(split, preprocessing).__getitems__([4, 0])  # type: ignore[misc]
     for row, index in zip(preprocessing.to_input(batch), (4, 0), strict=True):
         image = Image.fromarray(images[index]).convert("RGB")
         if resize.side:
@@ -292,7 +292,7 @@ def test_arrays_in_memory_grey_too_are_resized_and_normalised(
         wanted = F.normalize(F.to_tensor(F.center_crop(image, [32, 32])), list(MEAN), list(STD))
         assert torch.equal(row, wanted)
     draws = epoch_table(5, 0, 0, 0).rows(range(5))
-    batch, _ = TrainingImages(split, preprocessing).__getitems__(draws)  # type: ignore[misc]
+    batch, _ = AugmentedImages(split, preprocessing).__getitems__(draws)  # type: ignore[misc]
     single = [np.asarray(preprocessing.train(split.image(d.index), d)) for d in draws]
     assert np.array_equal(batch.numpy(), np.stack(single))
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from job.data.batches import EvaluationImages, TrainingImages
+from job.data.batches import AugmentedImages, PlainImages
 from job.data.layout import open_data
 from job.data.loader import build_loader, iterate_batches, report_uncaught
 from job.data.preprocessing import Preprocessing
@@ -60,15 +60,15 @@ def test_global_batches_are_the_same_for_any_number_of_processes(count: int, wor
     assert sorted(seen) == list(range(count))
 
 
-def test_the_same_pictures_come_with_any_number_of_workers(tmp_path: Path) -> None:
+def test_the_same_images_come_with_any_number_of_workers(tmp_path: Path) -> None:
     write_flat(tmp_path, {"training": 5})
-    pictures = TrainingImages(
+    images = AugmentedImages(
         open_data(str(tmp_path)).splits["training"], Preprocessing.of("homework", 32)
     )
     runs = []
     for workers in (0, 1, 2):
         sampler = GlobalBatches(15, 4, seed=0, rank=0, world=1)
-        batches = iterate_batches(build_loader(pictures, sampler, workers=workers, pin=False))
+        batches = iterate_batches(build_loader(images, sampler, workers=workers, pin=False))
         runs.append([(images.clone(), labels.clone()) for images, labels in batches])
     for other in runs[1:]:
         for (images, labels), (same_images, same_labels) in zip(runs[0], other, strict=True):
@@ -92,7 +92,7 @@ def test_the_homeworks_crop_flip_and_rotation_equal_torchvisions() -> None:
     ours = preset.train(image, draw(top=0.99999, left=0.0, flip=0.1, angle=1.0))
     theirs = F.rotate(F.hflip(F.crop(image, 90 - 64, 0, 64, 64)), 15.0)
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
-    # a small picture: RandomCrop(pad_if_needed=True, padding_mode="symmetric") pads both sides
+    # a small image: RandomCrop(pad_if_needed=True, padding_mode="symmetric") pads both sides
     small = photo(20, 70)
     ours = preset.train(small, draw(top=0.0, left=0.0))
     padded = np.pad(np.asarray(small), ((0, 0), (44, 44), (0, 0)), "symmetric")
@@ -110,23 +110,23 @@ def test_angles_and_crops_cover_their_whole_range() -> None:
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (28, 28, 3), (40, 20), (32, 32)])
-def test_whole_batches_of_arrays_equal_one_picture_at_a_time(shape: tuple[int, ...]) -> None:
+def test_whole_batches_of_arrays_equal_one_image_at_a_time(shape: tuple[int, ...]) -> None:
     images = np.random.default_rng(0).integers(0, 256, (9, *shape), dtype=np.uint8)
     split = ArraySplit(images, np.arange(9, dtype=np.int64))
     preset = Preprocessing.of("small", 32)
     draws = epoch_table(9, 0, 0, 0).rows(range(9))
-    whole, labels = TrainingImages(split, preset).__getitems__(draws)  # type: ignore[misc]
+    whole, labels = AugmentedImages(split, preset).__getitems__(draws)  # type: ignore[misc]
     single = [np.asarray(preset.train(split.image(d.index), d)) for d in draws]
     assert np.array_equal(whole.numpy(), np.stack(single))
     assert labels.tolist() == [d.index for d in draws]
-    plain, _ = EvaluationImages(split, preset).__getitems__([3, 1])  # type: ignore[misc]
+    plain, _ = PlainImages(split, preset).__getitems__([3, 1])  # type: ignore[misc]
     single = [np.asarray(preset.evaluate(split.image(i))) for i in (3, 1)]
     assert np.array_equal(plain.numpy(), np.stack(single))
 
 
 def test_a_grey_28_becomes_three_channels_padded_to_32() -> None:
     split = ArraySplit(np.full((1, 28, 28), 255, np.uint8), np.zeros(1, np.int64))
-    images, _ = EvaluationImages(split, Preprocessing.of("small", 32)).__getitems__([0])  # type: ignore[misc]
+    images, _ = PlainImages(split, Preprocessing.of("small", 32)).__getitems__([0])  # type: ignore[misc]
     inputs = Preprocessing.of("small", 32).to_input(images)
     assert inputs.shape == (1, 3, 32, 32)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
@@ -151,7 +151,7 @@ def test_the_imagenet_preset_equals_torchvisions_recipe() -> None:
 def test_an_empty_share_of_a_batch_is_an_empty_batch(tmp_path: Path) -> None:
     write_flat(tmp_path, {"training": 1})
     split = open_data(str(tmp_path)).splits["training"]
-    images, labels = TrainingImages(split, Preprocessing.of("homework", 32)).__getitems__([])  # type: ignore[misc]
+    images, labels = AugmentedImages(split, Preprocessing.of("homework", 32)).__getitems__([])  # type: ignore[misc]
     assert images.shape == (0, 32, 32, 3)
     assert labels.shape == (0,)
 
