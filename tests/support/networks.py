@@ -589,3 +589,17 @@ class Norms(nn.Module):
         x = torch.relu_(self.deep(x[:, :, None]))[:, :, 0]
         x = torch.relu_(self.line(x.flatten(2))).mean(2)
         return self.last(torch.relu_(self.flat(x)))
+
+
+class Streams(nn.Module):
+    """Eight channels, read by two layers; one of them reads two copies of each, and others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.also, self.also_norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.one, self.other = nn.Conv2d(8, 5, 1), nn.Conv2d(20, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, z = self.norm(self.stem(x)), F.relu(self.also_norm(self.also(x)))
+        return self.one(F.relu(y)) + self.other(torch.cat([F.relu(y), torch.tanh(y), z], 1))

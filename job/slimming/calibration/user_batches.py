@@ -45,7 +45,7 @@ def read_batches(
     most = image_limit(min(next(tensors_in(example)).shape[2:], default=0))
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     batches: list[CalibrationBatch] = []
-    count, seen = 0, set[object]()
+    count, seen = 0, {batch_signature(example)}  # the network was traced on the example
     for number, batch in enumerate(calibration):
         where = f"calibration: batch {number}"
         inputs, labels = _split(model, example, batch, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from job.slimming.compensation.methods import COMPENSATIONS, Compensation
 from job.slimming.importance.criteria import CRITERIA
 from job.slimming.importance.scores import Criterion
 from job.slimming.planning.policies import POLICIES, Policy
+from support.commands import ROOT
 from support.cuts import randomise
 from support.networks import Residual
 
@@ -38,6 +40,21 @@ def network() -> nn.Module:
 def test_each_name_of_the_configuration_has_an_entry(table: Mapping[str, Any], names: Any) -> None:
     assert sorted(table) == sorted(get_args(names))
     assert all(entry.help for entry in table.values())
+
+
+@pytest.mark.parametrize(
+    ("table", "option"), [(CRITERIA, "importance"), (COMPENSATIONS, "compensate")]
+)
+def test_the_manual_says_what_each_entry_needs(table: Mapping[str, Any], option: str) -> None:
+    manual = (ROOT / "job" / "README.md").read_text()
+    _, _, rows = manual.partition(f"| `--{option}` |")
+    rows = rows.partition("\n\n")[0]
+    needs = dict(re.findall(r"^\| `(\w+)`.*\| ?(.*?) ?\|$", rows, re.M))
+    expected = {
+        name: ", ".join(need for need in ("images", "labels") if getattr(entry, need, False))
+        for name, entry in table.items()
+    }
+    assert needs == expected
 
 
 def test_a_new_criterion_is_used(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Forward passes that stand still, and what ``regress`` makes of them."""
+"""Forward passes that pause before a layer, and what ``regress`` makes of them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def slim(wide: Network, batches: list[torch.Tensor]) -> Network:
     return narrow
 
 
-def test_a_pass_stands_where_it_is_asked_to_and_sees_what_has_changed() -> None:
+def test_a_pass_pauses_where_it_is_asked_to_and_sees_what_has_changed() -> None:
     wide = network()
     layers = wide.second, wide.last
     before = wide(IMAGES)
@@ -76,7 +76,7 @@ def test_a_pass_stands_where_it_is_asked_to_and_sees_what_has_changed() -> None:
     torch.testing.assert_close(wide.last(joined), changed)
 
 
-def test_regress_passes_the_pictures_once_however_many_layers() -> None:
+def test_regress_passes_the_images_once_however_many_layers() -> None:
     counts = []
     for size in (4, 1):  # 5 batches, and 20: joined by three, 7
         before = next(RAN)
@@ -85,7 +85,7 @@ def test_regress_passes_the_pictures_once_however_many_layers() -> None:
     assert counts[1] - counts[0] == 2 * 2  # in the narrow and in the wide network
 
 
-def test_only_as_many_pictures_count_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_as_many_images_count_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = network()
     whole, part = slim(wide, list(IMAGES.split(5))), slim(wide, [IMAGES[:10]])
     assert not torch.equal(whole.last.weight, part.last.weight)
@@ -96,8 +96,8 @@ def test_only_as_many_pictures_count_as_fit(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(limited.second.weight, part.second.weight)
 
 
-def test_what_stands_is_counted() -> None:
-    # in front of the second convolution: the stream, which is added later; the picture has gone
+def test_memory_of_a_paused_pass_is_counted() -> None:
+    # before the second convolution: the stream, which is added later; the image has gone
     assert analyse(network(), IMAGES).forward.bytes_per_sample == 4 * 8 * 16 * 16
 
 

@@ -34,7 +34,7 @@ from job.slimming.surgery.verification import verify
 IMAGES = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-def behind_a_stem(*layers: nn.Module, channels: int = 6) -> nn.Sequential:
+def after_a_stem(*layers: nn.Module, channels: int = 6) -> nn.Sequential:
     """conv, BN, ReLU, then the layers under test; random weights and statistics, float64."""
     stem = nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()
     return random(nn.Sequential(*stem, *layers))
@@ -51,7 +51,7 @@ def random(network: nn.Module) -> nn.Module:
     return network.double().eval()
 
 
-class TwoReaders(nn.Module):
+class TwoConsumers(nn.Module):
     """A residual stream of six channels that two convolutions read."""
 
     def __init__(self) -> None:
@@ -80,19 +80,19 @@ class Twice(nn.Module):
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "3 x 3": lambda: behind_a_stem(nn.Conv2d(6, 4, 3)),
-    "1 x 1 without a bias": lambda: behind_a_stem(nn.Conv2d(6, 4, 1, bias=False)),
-    "strided": lambda: behind_a_stem(nn.Conv2d(6, 4, 1, stride=2)),
-    "into a BatchNorm": lambda: behind_a_stem(
+    "3 x 3": lambda: after_a_stem(nn.Conv2d(6, 4, 3)),
+    "1 x 1 without a bias": lambda: after_a_stem(nn.Conv2d(6, 4, 1, bias=False)),
+    "strided": lambda: after_a_stem(nn.Conv2d(6, 4, 1, stride=2)),
+    "into a BatchNorm": lambda: after_a_stem(
         nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
     ),
-    "grouped": lambda: behind_a_stem(nn.Conv2d(6, 4, 3, groups=2)),
-    "depthwise": lambda: behind_a_stem(
+    "grouped": lambda: after_a_stem(nn.Conv2d(6, 4, 3, groups=2)),
+    "depthwise": lambda: after_a_stem(
         nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6), nn.ReLU6(), nn.Conv2d(6, 4, 1)
     ),
-    "flatten": lambda: behind_a_stem(nn.MaxPool2d(4), nn.Flatten(), nn.Linear(24, 5)),
-    "pooled": lambda: behind_a_stem(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)),
-    "residual": lambda: random(TwoReaders()),
+    "flatten": lambda: after_a_stem(nn.MaxPool2d(4), nn.Flatten(), nn.Linear(24, 5)),
+    "pooled": lambda: after_a_stem(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)),
+    "residual": lambda: random(TwoConsumers()),
     "twice": lambda: random(Twice()),
 }
 
@@ -142,7 +142,7 @@ def refitted(
     """``layer`` with weights for the other columns, by numpy's least squares; gone ones are 0.
 
     ``then`` and ``now`` are what it reads before and after the cut. Columns of a linear layer
-    behind a flatten to 2 x 2 are four a channel.
+    after a flatten to 2 x 2 are four a channel.
     """
     layer = copy.deepcopy(layer)
     weight, groups = layer.weight.detach(), getattr(layer, "groups", 1)
@@ -181,7 +181,7 @@ def refitted(
 
 @pytest.mark.parametrize("method", ["mean", "regress"])
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_readers_are_fitted_as_numpy_fits_them(kind: str, method: str) -> None:
+def test_consumers_are_fitted_as_numpy_fits_them(kind: str, method: str) -> None:
     network = NETWORKS[kind]()
     graph, keep = cut(network)
     expected = copy.deepcopy(network)
@@ -268,10 +268,10 @@ def test_statistics_of_inputs_are_those_of_numpy() -> None:
     assert statistics.count == rows.shape[1]
 
 
-def test_of_large_feature_maps_every_column_of_the_picture_counts(
+def test_of_large_feature_maps_every_column_of_the_image_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    network = behind_a_stem(nn.Conv2d(6, 4, 1))
+    network = after_a_stem(nn.Conv2d(6, 4, 1))
     monkeypatch.setattr("job.slimming.calibration.consumers.MOST_VALUES", 6 * 400)
     column = torch.arange(8.0, dtype=torch.float64).expand(24, 3, 8, 8)
     graph = analyse(network, IMAGES)
@@ -283,7 +283,7 @@ def test_of_large_feature_maps_every_column_of_the_picture_counts(
     torch.testing.assert_close(few.mean, every.mean, rtol=0.05, atol=0.01)
 
 
-def test_dead_channels_and_one_picture_give_finite_weights() -> None:
+def test_dead_channels_and_one_image_give_finite_weights() -> None:
     for kind in NETWORKS:
         network = NETWORKS[kind]()
         graph, keep = cut(network)
@@ -312,8 +312,8 @@ def test_frozen_layers_stay_frozen_and_single_precision_single() -> None:
     }
 
 
-def test_a_batchnorm_gets_the_statistics_of_all_pictures_and_nothing_else_changes() -> None:
-    network = behind_a_stem(nn.Dropout(0.5), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).train()
+def test_a_batchnorm_gets_the_statistics_of_all_images_and_nothing_else_changes() -> None:
+    network = after_a_stem(nn.Dropout(0.5), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).train()
     before = copy.deepcopy(network.state_dict())
     with torch.no_grad():
         rows = network[0](IMAGES).transpose(0, 1).flatten(1).numpy()
@@ -337,7 +337,7 @@ def test_a_batchnorm_gets_the_statistics_of_all_pictures_and_nothing_else_change
             torch.testing.assert_close(ours, theirs)
 
 
-def test_recalibration_without_pictures_changes_nothing() -> None:
+def test_recalibration_without_images_changes_nothing() -> None:
     network = NETWORKS["3 x 3"]()
     before = copy.deepcopy(network.state_dict())
     recalibrate_batchnorms(network, [])
@@ -359,6 +359,6 @@ def test_what_needs_statistics_measures_them_or_says_so(importance: str, method:
 
 
 @pytest.mark.parametrize("calibration", [None, []])
-def test_regress_without_pictures_says_so(calibration: list[torch.Tensor] | None) -> None:
+def test_regress_without_images_says_so(calibration: list[torch.Tensor] | None) -> None:
     with pytest.raises(UsageError, match=r"regress: calibration images are needed|it holds none"):
         job.slim(NETWORKS["3 x 3"](), IMAGES, compensate="regress", calibration=calibration)

@@ -1,4 +1,4 @@
-"""Importance from calibration pictures: against brute force, by exact cases, over processes."""
+"""Importance by refitting: against brute force, by exact cases, over processes."""
 
 from __future__ import annotations
 
@@ -11,36 +11,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from job.errors import UsageError
 from job.models.student import StudentNet
 from job.slimming.analysis import analyse
 from job.slimming.calibration.input_statistics import (
-    CalibrationData,
     InputStatistics,
     measure_inputs,
 )
 from job.slimming.graph.groups import ChannelGraph
-from job.slimming.importance.criteria import score_channels
 from job.slimming.importance.refit import refit_importance
 from support.commands import ROOT, run
 from support.cuts import randomise
+from support.networks import Streams
 
 WORKER = ROOT / "tests" / "support" / "workers" / "calibration.py"
 IMAGES = torch.rand(32, 3, 6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-class Streams(nn.Module):
-    """Eight channels, read by two layers; one of them reads two copies of each, and others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
-        self.also, self.also_norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        self.one, self.other = nn.Conv2d(8, 5, 1), nn.Conv2d(20, 5, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y, z = self.norm(self.stem(x)), F.relu(self.also_norm(self.also(x)))
-        return self.one(F.relu(y)) + self.other(torch.cat([F.relu(y), torch.tanh(y), z], 1))
 
 
 def streams() -> tuple[nn.Module, ChannelGraph, dict[str, InputStatistics]]:
@@ -126,37 +110,6 @@ def test_channels_of_readers_that_were_not_seen_have_no_rank() -> None:
     scores = refit_importance(network, graph, {"one": statistics["one"]})
     sizes = {group.size: np.isfinite(scores[group.channels]).all() for group in graph.groups}
     assert sizes == {8: True, 4: False}
-
-
-def test_taylor_is_how_the_loss_reacts_to_a_gate_on_each_channel() -> None:
-    network, graph, _ = streams()
-    head = nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    graph = analyse(head, IMAGES)
-    head.requires_grad_(False)
-    labels = torch.arange(32) % 5
-    pairs = [(IMAGES[:20], labels[:20]), (IMAGES[20:], labels[20:])]
-    scores = score_channels("taylor", head, graph, CalibrationData(lambda: pairs))
-    expected, step = np.zeros(8), 1e-5
-    norm = network.norm
-    for images, own in pairs:
-        for channel in range(8):
-            losses = []
-            for gate in (1 + step, 1 - step):
-                before = norm.weight[channel].clone(), norm.bias[channel].clone()
-                norm.weight[channel], norm.bias[channel] = before[0] * gate, before[1] * gate
-                losses.append(float(F.cross_entropy(head(images), own)))
-                norm.weight[channel], norm.bias[channel] = before
-            expected[channel] += ((losses[0] - losses[1]) / (2 * step)) ** 2
-    (group,) = [group for group in graph.groups if group.size == 8]
-    np.testing.assert_allclose(scores[group.channels], expected, rtol=1e-5)
-    assert not any(p.requires_grad or p.grad is not None for p in head.parameters())
-
-
-def test_taylor_without_labels_says_what_it_needs() -> None:
-    network, graph, _ = streams()
-    for batches in (None, lambda: [IMAGES], lambda: [(IMAGES, torch.full((32,), -1))]):
-        with pytest.raises(UsageError, match="labelled calibration images"):
-            score_channels("taylor", network, graph, CalibrationData(batches))
 
 
 def test_processes_find_together_what_one_finds_alone() -> None:
