@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from job.artifacts.model_card import unshared
-from job.artifacts.versions import versions
+from job.artifacts.versions import package_versions
 from job.errors import GammaslimError, UsageError, reason, shown
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def metadata(card: ModelCard) -> dict[str, Any]:
         "num_classes": card.num_classes,
         "class_names": list(card.class_names),
         "input": card.preprocessing.to_dict(),
-        "versions": versions(),
+        "versions": package_versions(),
     }
 
 

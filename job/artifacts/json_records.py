@@ -1,8 +1,9 @@
 """Frozen dataclasses to and from JSON: one serialiser for all records of a run directory.
 
-A record's fields are its keys, in order; a trailing underscore, which keeps a name clear of
-Python's keywords, is not part of the key. A field is left out while it has its default, unless it
-is marked with ``ALWAYS``. Unknown keys are ignored, so that newer files can be read.
+A record's fields are its keys, in order. A trailing underscore, which keeps a name clear of
+Python's keywords, is not part of the key; metadata ``{"key": ...}`` gives another one. A field is
+left out while it has its default, unless the class sets ``WRITE_DEFAULTS``. Unknown keys are
+ignored, so that newer files can be read.
 
 A class with ``to_dict`` and ``from_dict`` decides its own form.
 """
@@ -19,15 +20,14 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 R = TypeVar("R", bound="DataclassInstance")
-ALWAYS = {"always": True}  # metadata of a field that is written at its default too
 
 
 def to_json(record: DataclassInstance) -> dict[str, Any]:
     """Return what JSON holds of ``record``: a new dict of plain values."""
-    content = {}
+    content, everything = {}, getattr(record, "WRITE_DEFAULTS", False)
     for field in fields(record):
         value = getattr(record, field.name)
-        if field.metadata.get("always") or value != _default(field):
+        if everything or value != _default(field):
             content[_key(field)] = _plain(value)
     return content
 
@@ -62,7 +62,7 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _key(field: Field[Any]) -> str:
-    return field.name.removesuffix("_")
+    return str(field.metadata.get("key", field.name.removesuffix("_")))
 
 
 @cache

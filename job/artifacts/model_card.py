@@ -5,28 +5,29 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping  # noqa: TC003  (from_json reads the types)
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from job.artifacts.versions import versions
-from job.data.preprocessing import Preprocessing
+from job.artifacts.json_records import from_json, to_json
+from job.artifacts.records import Lineage
+from job.artifacts.versions import package_versions
+from job.data.preprocessing import Preprocessing  # noqa: TC001
 from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown, writing
 from job.files import is_file, new_directory, read_json
 from job.models.factory import build_network
 from job.models.input_size import MAX_SIZE
 from job.models.weights import load_state
 from job.models.weights_file import read_state
-from job.slimming.planning.base import Base
-from job.slimming.planning.layer_channels import LayerChannels, Layers, compose
+from job.slimming.planning.base import Base  # noqa: TC001
+from job.slimming.planning.layer_channels import Layers, compose
 from job.slimming.surgery.surgery import apply_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import nn
 
 FORMAT = 1
@@ -35,22 +36,37 @@ RECOMMENDED = r"rounds/[0-9]{2,4}"  # a summary's word for its model
 
 @dataclass(frozen=True)
 class ModelCard:
-    """All that is known of a network but its weights.
+    """All that is known of a network except its weights: the fields of model.json, in order.
 
-    ``layers`` holds the channels kept, as indices into the base network; ``base`` what that one had
-    and cost, which fractions are of.
+    ``layers`` holds the channels that are kept, as indices into the network that ``model`` builds.
+    ``widths`` are the outputs of each layer and ``versions`` those of packages, as saved. Fractions
+    are relative to ``base``. ``metrics`` are scores by name.
     """
+
+    WRITE_DEFAULTS: ClassVar[bool] = True
 
     model: str
     args: dict[str, Any]
     num_classes: int
-    preprocessing: Preprocessing
+    _: KW_ONLY
     class_names: tuple[str, ...] = ()
     width: float = 1.0
     layers: Layers = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    lineage: dict[str, Any] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
+    preprocessing: Preprocessing = field(metadata={"key": "input"})
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    lineage: Lineage = field(default_factory=Lineage)
     base: Base | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise DataError for values that no network has."""
+        if self.num_classes < 1 or len(self.class_names) not in (0, self.num_classes):
+            raise DataError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+        if not (math.isfinite(self.width) and self.width > 0):
+            raise DataError(f"a width of {self.width}")
+        if self.preprocessing.size > MAX_SIZE:
+            raise DataError(f"inputs of {self.preprocessing.size} pixels")
 
     def build(self) -> nn.Module:
         """The network of this card with fresh weights; torch's random state is left alone.
@@ -69,21 +85,9 @@ class ModelCard:
 def save_model(folder: Path, network: nn.Module, card: ModelCard) -> None:
     """Write the two files of a model into ``folder``, all or nothing; raises StorageError."""
     state = unshared(network.state_dict())
-    content = {
-        "format": FORMAT,
-        "model": card.model,
-        "args": card.args,
-        "num_classes": card.num_classes,
-        "class_names": list(card.class_names),
-        "width": card.width,
-        "layers": {name: kept.to_dict() for name, kept in card.layers.items()},
-        "widths": {k[:-7]: len(v) for k, v in state.items() if k.endswith(".weight")},
-        "input": card.preprocessing.to_dict(),
-        "metrics": card.metrics,
-        "lineage": card.lineage,
-        "base": card.base.to_dict() if card.base else None,
-        "versions": versions(),
-    }
+    widths = {key[:-7]: len(value) for key, value in state.items() if key.endswith(".weight")}
+    card = replace(card, widths=widths, versions=package_versions())
+    content = {"format": FORMAT, **to_json(card)}
     with new_directory(folder) as temporary, writing(folder):
         (temporary / "model.safetensors").write_bytes(safetensors_bytes(state, {"format": "pt"}))
         lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
@@ -135,34 +139,12 @@ def read_card(folder: Path) -> ModelCard:
         content = read_json(path)
         if content["format"] != FORMAT:
             raise DataError(f"format {content['format']} is not {FORMAT}; use a newer gammaslim")
-        card = ModelCard(
-            model=str(content["model"]),
-            args=dict(content["args"]),
-            num_classes=int(content["num_classes"]),
-            preprocessing=Preprocessing.from_dict(content["input"]),
-            class_names=tuple(map(str, content["class_names"])),
-            width=float(content["width"]),
-            layers={k: LayerChannels.from_dict(v) for k, v in content["layers"].items()},
-            metrics=dict(content["metrics"]),
-            lineage=dict(content["lineage"]),
-            base=Base.from_dict(content["base"]) if content.get("base") else None,
-        )
-        _check_card(card)
+        return from_json(ModelCard, content)
     except DataError as error:
         raise DataError(f"{shown(path)}: {error}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{shown(path)} is not a model card: {reason}") from error
-    return card
-
-
-def _check_card(card: ModelCard) -> None:
-    if card.num_classes < 1 or len(card.class_names) not in (0, card.num_classes):
-        raise DataError(f"{len(card.class_names)} class names for {card.num_classes} classes")
-    if not (math.isfinite(card.width) and card.width > 0):
-        raise DataError(f"a width of {card.width}")
-    if card.preprocessing.size > MAX_SIZE:
-        raise DataError(f"inputs of {card.preprocessing.size} pixels")
 
 
 def find_model(path: str | Path) -> Path:

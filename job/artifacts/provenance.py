@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from job.data.folders import CURRENT_LISTING
 from job.data.layout import BUILT_IN
 from job.errors import InputNotFound, UsageError, shown
 from job.files import is_file, parse_toml, read_bytes
+
+if TYPE_CHECKING:
+    from job.artifacts.records import Lineage
 
 
 def _record(run: Path) -> dict[str, Any] | None:
@@ -34,14 +37,14 @@ def as_listing(value: object) -> int:
     return value if value in (1, CURRENT_LISTING) and isinstance(value, int) else CURRENT_LISTING
 
 
-def own_data(model: str, lineage: dict[str, Any]) -> str:
+def own_data(model: str, lineage: Lineage) -> str:
     """What ``--data`` was of the run that a model comes from, by its folder or its ``lineage``.
 
     Raises UsageError where that is not known, InputNotFound where it is not there.
     """
     folder = Path(model)
     places = [folder, folder.absolute().parent.parent]
-    places += [Path(lineage["run"])] if isinstance(lineage.get("run"), str) else []
+    places += [Path(lineage.run)] if lineage.run else []
     record = next((table for place in places if (table := _record(place))), None)
     if record is None:
         raise UsageError(

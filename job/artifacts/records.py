@@ -20,10 +20,10 @@ files from before do not have it. Keys keep their names and order: scripts rely 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from job.artifacts.json_records import ALWAYS, to_json
+from job.artifacts.json_records import to_json
 from job.training.epoch import EpochResult
 
 
@@ -162,13 +162,15 @@ class StatusRecord:
 class SummaryRecord:
     """The base, the rounds, and the model to use with the reason for it."""
 
-    format: int = field(default=1, metadata=ALWAYS)
+    WRITE_DEFAULTS: ClassVar[bool] = True
+
+    format: int = 1
     state: str
     base: RoundRecord
     rounds: tuple[RoundRecord, ...]
     recommended: str  # rounds/NN
-    reason: str = field(default="", metadata=ALWAYS)
-    cautions: tuple[str, ...] = field(default=(), metadata=ALWAYS)
+    reason: str = ""
+    cautions: tuple[str, ...] = ()
     seconds: float
 
     @property
@@ -211,7 +213,7 @@ class DatasetRecord:
     path: str | None = None  # as given, absolute; None for the built-in data
     training: int
     validation: int
-    skipped: tuple[str, ...] = field(default=(), metadata=ALWAYS)
+    skipped: tuple[str, ...]
     fingerprint: str
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from job.artifacts.json_records import to_json
-from job.artifacts.versions import versions
+from job.artifacts.versions import package_versions
 from job.config import PruneConfig
 from job.files import parse_toml, read_bytes, toml_text, write_bytes
 
@@ -23,7 +23,7 @@ def write_run_config(
     """Write the tables ``prune``, ``dataset``, ``base`` and ``versions``; raises StorageError."""
     _write(run, {
         "prune": config.to_dict(), "dataset": to_json(dataset), "base": to_json(base),
-        "versions": versions(),
+        "versions": package_versions(),
     })  # fmt: skip
 
 

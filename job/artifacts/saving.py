@@ -90,8 +90,8 @@ def save(
     example = plans[-1].example if plans else None
     classes = len(class_names) or _classes(network, example)
     card = ModelCard(
-        "", {}, classes, _preprocessing(example, image_size), tuple(class_names), layers=layers,
-        width=plans[-1].width if plans else 1.0,
+        "", {}, classes, preprocessing=_preprocessing(example, image_size),
+        class_names=tuple(class_names), layers=layers, width=plans[-1].width if plans else 1.0,
     )  # fmt: skip
     made = _named(network, card, model, model_args or {}, example)
     if made is None:
@@ -191,7 +191,7 @@ def _named(
 
 
 def _with_base(card: ModelCard) -> ModelCard:
-    return replace(card, base=Base(layer_widths(replace(card, layers={}).build())))
+    return replace(card, base=Base(layer_widths(replace(card, layers={}).build()), None))
 
 
 def _name_of(model: Any) -> str:

@@ -10,7 +10,7 @@ from job import __version__
 PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pillow")
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Return name -> version of Python, Gammaslim and the packages that a result depends on."""
     known = {"python": platform.python_version(), "gammaslim": __version__}
     for package in PACKAGES:

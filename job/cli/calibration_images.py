@@ -9,6 +9,7 @@ import numpy as np
 
 from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import as_listing
+from job.artifacts.records import Lineage
 from job.cli.class_matching import in_classes_of
 from job.console import progress
 from job.data.dataset import Dataset, hold_out_validation
@@ -85,14 +86,16 @@ def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) ->
     way as MODEL's run did. Raises InputNotFound or DataError.
     """
     folder = Path(model.path)
-    lineage = read_card(find_model(folder)).lineage if folder.is_dir() else {}
-    data = _open(path, as_listing(lineage.get("listing", 1)) if lineage else CURRENT_LISTING)
+    lineage = read_card(find_model(folder)).lineage if folder.is_dir() else Lineage()
+    data = _open(
+        path, CURRENT_LISTING if lineage == Lineage() else as_listing(lineage.listing or 1)
+    )
     used = [name for name in dict.fromkeys(_splits_of(data)) if name]
     data, largest = check_images(data, used, on_bad_image, progress("checking"))
     training = data.splits.get("training")
     if training is not None and "validation" not in data.splits and _labelled(training):
         try:
-            data = hold_out_validation(data, int(lineage.get("seed", seed)))
+            data = hold_out_validation(data, seed if lineage.seed is None else lineage.seed)
         except DataError:  # too few images: the calibration images score, which is reported
             return SlimImages(data, largest)
     return SlimImages(data, largest)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from job.artifacts.json_records import to_json
 from job.cli.model import open_model
 from job.console import print_result, table
 from job.report.tables import layers_table
@@ -59,7 +60,7 @@ def _record(network: nn.Module, card: ModelCard) -> dict[str, Any]:
         "blocked": [asdict(blocked) for blocked in graph.blocked],
         "layers": [asdict(layer) for layer in layer_costs(network, size)],
         "metrics": card.metrics,
-        "lineage": card.lineage,
+        "lineage": to_json(card.lineage),
     }
 
 

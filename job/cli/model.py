@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.artifacts.model_card import ModelCard, find_model, load_model
+from job.artifacts.records import Lineage
 from job.console import say, say_aside
 from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import digest
@@ -103,6 +104,8 @@ def _open_weights(options: ModelOptions, path: Path, largest: int) -> tuple[nn.M
         say(line)
     preprocessing = _preprocessing(options, options.model, largest)
     width = nominal_width(options.model, args)
-    lineage = {"base_weights": shown(path), "base_sha256": digest(state)}
-    card = ModelCard(options.model, args, classes, preprocessing, width=width, lineage=lineage)
+    lineage = Lineage(base_weights=shown(path), base_sha256=digest(state))
+    card = ModelCard(
+        options.model, args, classes, preprocessing=preprocessing, width=width, lineage=lineage
+    )
     return network.eval(), card

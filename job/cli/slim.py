@@ -82,7 +82,7 @@ def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
         count = options.recalibrate * PruneConfig.batch_size
         recalibrate_batchnorms(narrow, tools.calibration.batches(count))
     after = tools.accuracy(narrow) if tools else None
-    lineage = card.lineage | {"slimmed_from": shown(Path(model.path).absolute())}
+    lineage = replace(card.lineage, slimmed_from=shown(Path(model.path).absolute()))
     slimmed = card.cut(plan.layers, plan.width)
     metrics = {} if after is None or not images else {images.scored: after}
     save_model(folder, narrow.cpu(), replace(slimmed, metrics=metrics, lineage=lineage, base=base))

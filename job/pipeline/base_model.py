@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from job.artifacts.model_card import ModelCard, find_model, load_model, read_card
 from job.artifacts.provenance import own_data
-from job.artifacts.records import BaseRecord
+from job.artifacts.records import BaseRecord, Lineage
 from job.config import PruneConfig
 from job.console import say
 from job.data.layout import BUILT_IN
@@ -109,10 +109,10 @@ def continue_slim_base(
     check_classes(f"--weights {shown(str(config.weights))}", card, data.class_names)
     folder, sha = find_model_folder(config), digest(network.state_dict())
     assert folder
-    lineage: dict[str, Any] = {
-        "seed": config.seed, "listing": data.listing, "base_weights": shown(folder),
-        "base_sha256": sha, "from": card.lineage,
-    }  # fmt: skip
+    lineage = Lineage(
+        base_sha256=sha, seed=config.seed, listing=data.listing, base_weights=shown(folder),
+        from_=card.lineage,
+    )  # fmt: skip
     base, width = replace(base_of(network, card), slim=True), 1.0
     scaled: dict[str, int] = getattr(network, "uniform_widths", {})
     widths = layer_widths(network)
@@ -145,7 +145,7 @@ def base_record(
 ) -> BaseRecord:
     """Return where the base comes from, as config.toml names it: a run resumes from no other."""
     return BaseRecord(
-        weights_sha256=card.lineage.get("base_sha256", ""),
+        weights_sha256=card.lineage.base_sha256 or "",
         epochs=config.first_epochs,
         teacher_sha256=digest(teacher.state_dict()) if teacher else None,
     )
@@ -196,16 +196,20 @@ def build_base_network(
     if note:
         say(note)
     check_size(network, preprocessing.size)
-    lineage: dict[str, Any] = {"seed": config.seed, "listing": data.listing}
+    lineage = Lineage(seed=config.seed, listing=data.listing)
     if config.weights and weights.state is not None:
         state, source = weights.state, shown(config.weights)
         loaded = load_state(network, state, source, replace_head=True)
         for line in loaded.notes:
             say(line)
-        lineage |= {"fresh_classifier": True} if loaded.replaced_head else {}
         if loaded.replaced_head and not config.first_epochs:
             say("the classifier is not trained before the first cut: --base-epochs N would do that")
-        lineage |= {"base_weights": shown(config.weights), "base_sha256": digest(state)}
+        lineage = replace(
+            lineage,
+            base_sha256=digest(state),
+            base_weights=source,
+            fresh_classifier=loaded.replaced_head,
+        )
     unnamed = (str(number) for number in range(len(data.class_names), num_classes))
     card = ModelCard(
         model=config.model,

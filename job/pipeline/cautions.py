@@ -115,7 +115,7 @@ class Cautions:
         """Return the cautions of a run whose base has ``card``."""
         counts: list[int] = np.bincount(data.splits["validation"].labels).tolist()
         trained = config.first_epochs + config.sparsity_epochs
-        whole = bool(config.weights) and not card.lineage.get("fresh_classifier")
+        whole = bool(config.weights) and not card.lineage.fresh_classifier
         return cls(counts, data.class_names, bool(config.weights), whole and not trained)
 
     def of_base(self, result: Evaluation) -> list[str]:

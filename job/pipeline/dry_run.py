@@ -106,7 +106,7 @@ def _try_training(setup: Setup) -> str | None:
     network, card, config = setup.network, setup.card, setup.config
     setup.evaluator.try_batch(network)
     caution = None
-    if config.weights and "fresh_classifier" not in card.lineage:
+    if config.weights and not card.lineage.fresh_classifier:
         caution = sample_caution(setup.evaluator, network)
     taught, rounds = distil_from(setup, setup.teacher or network), len(setup.planned) - 1
     for round_index in range(rounds + 1):

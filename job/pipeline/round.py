@@ -70,7 +70,7 @@ def base_round(session: Session) -> Model:
     if sparse:
         say(describe_sparsity(config, sparse, sparse * setup.trainer.steps))
     if config.first_epochs + sparse:
-        new = current.resume or model.card.lineage.get("fresh_classifier")
+        new = current.resume or model.card.lineage.fresh_classifier
         if session.cautions.weights and not new:
             say_cautions([sample_caution(setup.evaluator, model.network)])
         norms = on_main(lambda: ranking_norms(model.network, session.image_size, sparse))
@@ -176,10 +176,10 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
         step=session.state.place.step,
         seconds=round(current.seconds, 3),
     )
-    lineage = {**card.lineage, "run": shown(run.path.absolute()), "round": current.index}
+    lineage = replace(card.lineage, run=shown(run.path.absolute()), round=current.index)
     if current.index == 0:
         base_sha256 = digest({k: v.cpu() for k, v in network.state_dict().items()})
-        lineage = {"base_sha256": base_sha256, **lineage}
+        lineage = replace(lineage, base_sha256=lineage.base_sha256 or base_sha256)
     card = replace(card, metrics=to_json(entry), lineage=lineage)
     session.write(lambda: run.save_round(current.index, network, card))
     session.entries.append(entry)

@@ -268,7 +268,7 @@ class Session(TrainingSession):
         assert model
         self._move_to_batch(position.epoch, position.batch)
         card = model.card
-        cut = CutRecord(card.lineage.get("wide_sha256", ""), card.width, card.layers)
+        cut = CutRecord(card.lineage.wide_sha256 or "", card.width, card.layers)
 
         def write() -> None:
             run = RoundProgress(

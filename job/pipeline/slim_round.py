@@ -176,7 +176,7 @@ def cut(
         step("recalibrating", 0, 0)
         images = config.recalibrate * config.batch_size
         recalibrate_batchnorms(narrow, calibration.batches(images))
-    lineage = card.lineage | {"wide_sha256": digest(network.cpu().state_dict())}
+    lineage = replace(card.lineage, wide_sha256=digest(network.cpu().state_dict()))
     card = replace(card.cut(plan.layers, plan.width), lineage=lineage)
     assert plan.proof
     return narrow.cpu(), card, plan.proof.error
@@ -195,6 +195,6 @@ def cut_before(
             f"checkpoint {start.name} was cut from another model than {shown(run)} has in rounds/: "
             "restore that model, or remove the checkpoints to repeat the round"
         )
-    lineage = card.lineage | {"wide_sha256": plan.wide}
+    lineage = replace(card.lineage, wide_sha256=plan.wide)
     card = replace(card, layers=dict(plan.layers), width=plan.width, lineage=lineage)
     return card.build(), card

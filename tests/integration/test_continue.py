@@ -390,8 +390,8 @@ def test_a_slim_model_is_the_base_of_a_new_run(
     assert (base.model, base.args, base.class_names) == ("student", {"base": 4}, theirs.class_names)
     assert base.preprocessing == theirs.preprocessing
     assert base.layers == theirs.layers
-    assert base.lineage["from"]["round"] == 2
-    assert base.lineage["from"]["run"] == str(slim_run)
+    assert base.lineage.from_.round == 2
+    assert base.lineage.from_.run == str(slim_run)
     # fractions are of the slim base
     assert base.base
     assert base.base.cost

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from job.artifacts.model_card import ModelCard, read_card, save_model
+from job.artifacts.records import Lineage
 from job.cli.main import gammaslim
 from job.config import PruneConfig
 from job.data.dataset import hold_out_validation
@@ -76,9 +77,15 @@ def write_run(folder: Path, data: str | None, seed: int = 0) -> Path:
     opened = open_data(data)
     names = opened.class_names
     network = build_network("test_predictions:Brightness", len(names), {})
-    lineage = {"seed": seed, "listing": opened.listing, "run": str(folder.absolute())}
+    lineage = Lineage(seed=seed, listing=opened.listing, run=str(folder.absolute()))
     preprocessing = Preprocessing.of("small", 32)
-    card = ModelCard("test_predictions:Brightness", {}, len(names), preprocessing, names)
+    card = ModelCard(
+        "test_predictions:Brightness",
+        {},
+        len(names),
+        preprocessing=preprocessing,
+        class_names=names,
+    )
     save_model(folder / "rounds" / "00", network, replace(card, lineage=lineage))
     if "validation" not in opened.splits:
         opened = opened.with_splits(validation=opened.splits["training"])

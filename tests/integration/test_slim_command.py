@@ -29,7 +29,13 @@ def command(*args: object) -> Result:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small StudentNet of three classes at 32 pixels."""
     folder = tmp_path_factory.mktemp("model") / "base"
-    card = ModelCard("student", {"base": 4}, 3, Preprocessing.of("small", 32), ("0", "1", "2"))
+    card = ModelCard(
+        "student",
+        {"base": 4},
+        3,
+        preprocessing=Preprocessing.of("small", 32),
+        class_names=("0", "1", "2"),
+    )
     torch.manual_seed(0)
     save_model(folder, randomise(card.build()), card)
     return folder

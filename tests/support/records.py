@@ -19,6 +19,6 @@ def round_records(*accuracies: float) -> list[RoundRecord]:
 
 
 DATASET = DatasetRecord(
-    layout="idx", root="data", listing=2, training=1, validation=1, fingerprint="f"
+    layout="idx", root="data", listing=2, training=1, validation=1, skipped=(), fingerprint="f"
 )
 BASE = BaseRecord(weights_sha256="", epochs=0)

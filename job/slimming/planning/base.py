@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping  # noqa: TC003  (the types are read to load a model card)
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.slimming.graph.layer_rules import is_layer, layer_sizes
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.selection import SelectedChannels
-from job.slimming.planning.cost import Cost
+from job.slimming.planning.cost import Cost  # noqa: TC001
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import nn
 
     from job.slimming.graph.groups import ChannelGraph
@@ -28,21 +27,8 @@ class Base:
     """
 
     widths: Mapping[str, int]
-    cost: Cost | None = None
+    cost: Cost | None
     slim: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record stored in model.json."""
-        values = {"widths": dict(self.widths), "cost": self.cost.to_dict() if self.cost else None}
-        return values | ({"slim": True} if self.slim else {})
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Base:
-        """Read the record of model.json; raises KeyError, TypeError or ValueError."""
-        widths = {str(name): int(width) for name, width in values["widths"].items()}
-        cost = values["cost"]
-        whole = cost and Cost(**{name: int(n) for name, n in cost.items()})
-        return cls(widths, whole, bool(values.get("slim", False)))
 
 
 def layer_widths(network: nn.Module) -> dict[str, int]:

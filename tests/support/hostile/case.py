@@ -46,7 +46,13 @@ class Originals:
             shutil.copy(flat / "training" / f"{name}_1.png", classes / "train" / name)
         idx = write_noise_idx(root / "idx", 6, 3, classes=3)
         network = randomise(build_network("student", 3, SMALL))
-        card = ModelCard("student", SMALL, 3, Preprocessing.of("small", 32), ("0", "1", "2"))
+        card = ModelCard(
+            "student",
+            SMALL,
+            3,
+            preprocessing=Preprocessing.of("small", 32),
+            class_names=("0", "1", "2"),
+        )
         save_model(root / "model", network, card)
         originals = cls(flat, classes, idx, root / "model", root / "run")
         done = gammaslim(*originals.prune(flat, originals.run))

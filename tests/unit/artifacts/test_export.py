@@ -32,7 +32,9 @@ NAMES = ("cat", "dog", "emu")
 def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A slim StudentNet in a model folder."""
     folder = tmp_path_factory.mktemp("slim") / "model"
-    card = ModelCard("student", {"base": 2}, 3, Preprocessing.of("imagenet", 48), NAMES)
+    card = ModelCard(
+        "student", {"base": 2}, 3, preprocessing=Preprocessing.of("imagenet", 48), class_names=NAMES
+    )
     torch.manual_seed(0)
     network = randomise(card.build())
     plan = uniform(network, 0.5)
@@ -109,7 +111,7 @@ def test_what_differs_or_cannot_be_expressed_is_not_written(
             rows = images.flatten(1)
             return rows if rows.sum() > 0 else -rows
 
-    card = ModelCard("student", {}, 3, Preprocessing.of("small", 8))
+    card = ModelCard("student", {}, 3, preprocessing=Preprocessing.of("small", 8))
     monkeypatch.setattr("job.cli.export.open_model", lambda _: (Deciding(), card))
     with pytest.raises(UsageError, match=f"--format {format} cannot express") as caught:
         export(ModelOptions(str(slim)), str(target), format)
@@ -127,7 +129,7 @@ def test_without_the_packages_the_extra_is_named(
 
 
 def test_torchvisions_normalised_network_is_exported_too(tmp_path: Path) -> None:
-    card = ModelCard("squeezenet1_1", {}, 4, Preprocessing.of("imagenet", 64))
+    card = ModelCard("squeezenet1_1", {}, 4, preprocessing=Preprocessing.of("imagenet", 64))
     torch.manual_seed(0)
     save_model(tmp_path / "model", card.build(), card)
     export(ModelOptions(str(tmp_path / "model")), str(tmp_path / "m.onnx"), "onnx")
@@ -145,7 +147,7 @@ def test_batchnorms_that_select_their_channels_are_exported_too(
     torch.manual_seed(0)
     network = randomise(build_network("densenet40-cifar", 3, {}))
     narrow, plan = job.slim(network, torch.rand(1, 3, 32, 32), target="macs=0.4", min_keep=0)
-    card = ModelCard("densenet40-cifar", {}, 3, Preprocessing.of("small", 32))
+    card = ModelCard("densenet40-cifar", {}, 3, preprocessing=Preprocessing.of("small", 32))
     save_model(tmp_path / "slim", narrow, card.cut(plan.layers, plan.width))
     assert any(kept.select for kept in plan.layers.values())
     export(ModelOptions(str(tmp_path / "slim")), str(tmp_path / name), format)
@@ -162,7 +164,9 @@ def test_the_width_of_another_network_is_told_in_four_digits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     network = build_network("resnet18", 3, {})
-    card = ModelCard("resnet18", {}, 3, Preprocessing.of("small", 32), width=0.8573749999999999)
+    card = ModelCard(
+        "resnet18", {}, 3, preprocessing=Preprocessing.of("small", 32), width=0.8573749999999999
+    )
     save_model(tmp_path / "slim", network, card)
     export(ModelOptions(str(tmp_path / "slim")), str(tmp_path / "m.pt"))
     assert "resnet18 at width 0.8574: " in capsys.readouterr().out

@@ -6,11 +6,11 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from job.artifacts.json_records import ALWAYS, from_json, to_json
+from job.artifacts.json_records import from_json, to_json
 from job.artifacts.records import (
     BaseRecord,
     DatasetRecord,
@@ -142,12 +142,20 @@ def test_a_lenient_reader_leaves_out_what_can_be_missing() -> None:
 @dataclass(frozen=True)
 class Small:
     number: int = 0
-    text: str = field(default="", metadata=ALWAYS)
+    for_: str = field(default="", metadata={"key": "for what"})
 
 
-def test_a_default_is_left_out_unless_it_is_marked() -> None:
-    assert to_json(Small()) == {"text": ""}
-    assert to_json(Small(1, "a")) == {"number": 1, "text": "a"}
+@dataclass(frozen=True)
+class Whole(Small):
+    WRITE_DEFAULTS: ClassVar[bool] = True
+
+    part: Small = Small()
+
+
+def test_a_default_is_left_out_unless_the_class_writes_it() -> None:
+    assert to_json(Small()) == {}
+    assert to_json(Whole(1)) == {"number": 1, "for what": "", "part": {}}
+    assert from_json(Whole, {"for what": "a"}) == Whole(for_="a")
 
 
 def test_records_need_no_torch() -> None:

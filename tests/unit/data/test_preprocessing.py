@@ -298,7 +298,7 @@ def test_arrays_in_memory_grey_too_are_resized_and_normalised(
 
 
 def saved(folder: Path, preprocessing: Preprocessing) -> ModelCard:
-    card = ModelCard("student", {"base": 2}, 3, preprocessing)
+    card = ModelCard("student", {"base": 2}, 3, preprocessing=preprocessing)
     save_model(folder, card.build(), card)
     return card
 

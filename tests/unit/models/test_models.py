@@ -244,7 +244,9 @@ def test_the_classifier_of_one_that_does_not_is_replaced_and_said(nets: Path) ->
 
 
 def test_a_slim_model_of_a_factory_loads_in_a_new_process(nets: Path) -> None:
-    wide = ModelCard("gammaslim_nets:plain", {"width": 8}, 3, Preprocessing.of("small", 32))
+    wide = ModelCard(
+        "gammaslim_nets:plain", {"width": 8}, 3, preprocessing=Preprocessing.of("small", 32)
+    )
     kept = (0, 3, 4)
     layers = {
         "0": LayerChannels(out=kept), "1": LayerChannels(out=kept, in_=kept),
@@ -293,7 +295,7 @@ def test_a_model_card_does_not_call_any_function(
 ) -> None:
     monkeypatch.chdir(nets)
     (nets / "precious").mkdir()
-    card = ModelCard("student", {"base": 2}, 3, Preprocessing.of("small", 32))
+    card = ModelCard("student", {"base": 2}, 3, preprocessing=Preprocessing.of("small", 32))
     save_model(nets / "model", card.build(), card)
     file = nets / "model" / "model.json"
     text = file.read_text().replace('"student"', f'"{name}"')

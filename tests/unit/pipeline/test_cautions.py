@@ -109,7 +109,7 @@ def config(data: Path, output: Path, **options: Any) -> PruneConfig:
 @pytest.fixture
 def useless(tmp_path: Path) -> Path:
     """Weights that always give class 2."""
-    card = ModelCard("student", {"base": 2}, 4, Preprocessing.of("small", 32))
+    card = ModelCard("student", {"base": 2}, 4, preprocessing=Preprocessing.of("small", 32))
     network = card.build()
     with torch.no_grad():
         for name, parameter in network.named_parameters():

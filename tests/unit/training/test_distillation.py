@@ -129,7 +129,9 @@ def test_gradients_and_gamma_are_those_of_one_process(processes: int) -> None:
 
 
 def card(classes: int = 3, names: tuple[str, ...] = (), size: int = 32) -> ModelCard:
-    return ModelCard("student", {}, classes, Preprocessing.of("small", size), names)
+    return ModelCard(
+        "student", {}, classes, preprocessing=Preprocessing.of("small", size), class_names=names
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def card(classes: int = 3, names: tuple[str, ...] = (), size: int = 32) -> Model
         (card(3, ("a", "b", "c")), card(3, ("a", "x", "c")), "calls class 1 b, this run x"),
         (card(size=64), card(), "other inputs than this run: small transforms at 64 pixels"),
         (
-            ModelCard("student", {}, 3, Preprocessing.of("imagenet", 32)),
+            ModelCard("student", {}, 3, preprocessing=Preprocessing.of("imagenet", 32)),
             card(),
             "imagenet transforms",
         ),
@@ -155,7 +157,7 @@ def test_a_teacher_of_other_classes_or_inputs_is_refused(
 
 
 def test_a_teacher_may_have_no_class_names_and_another_augmentation(tmp_path: Path) -> None:
-    theirs = ModelCard("student", {"base": 4}, 3, Preprocessing.of("homework", 32))
+    theirs = ModelCard("student", {"base": 4}, 3, preprocessing=Preprocessing.of("homework", 32))
     save_model(tmp_path / "teacher", theirs.build(), theirs)
     config = PruneConfig(distill_alpha=0.5, teacher=str(tmp_path / "teacher"))
     assert load_teacher_network(config, card(3, ("a", "b", "c"))) is not None
