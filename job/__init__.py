@@ -4,9 +4,8 @@
     print(plan)
     job.save(narrow, "slim", plan=plan)
     narrow = job.load("slim")
-    print(plan)
 
-``gammaslim`` is another name for these objects.
+The installed package ``gammaslim`` has the same names for the same objects.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
-# torch takes a second to import, and `gammaslim --help` must not wait for it
+# imported on first use: torch takes a second, and `gammaslim --help` must not wait for it
 LAZY = {
     "load": "job.artifacts.saving",
     "save": "job.artifacts.saving",
@@ -56,10 +55,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in LAZY:
-        raise AttributeError(f"module 'job' has no attribute {name!r}")
-    return getattr(importlib.import_module(LAZY[name]), name)
+if not TYPE_CHECKING:  # type checkers see the imports above, and report other names
+
+    def __getattr__(name: str) -> Any:
+        """Import a name of LAZY on first use."""
+        if name not in LAZY:
+            raise AttributeError(f"module 'job' has no attribute {name!r}")
+        return getattr(importlib.import_module(LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""``python -m job`` and the ``gammaslim`` script."""
+"""Run the command line: ``python -m job``, and the script ``gammaslim``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command line; exits with a documented code."""
+    """Run the command line, and exit with a documented code."""
     from job.cli.exits import run_and_exit
     from job.cli.main import gammaslim
     from job.distributed.cores import set_thread_variables
 
-    with suppress(OSError):  # the script finds --model module:factory here too, as `python -m` does
+    with suppress(OSError):  # as `python -m` does, to find --model module:factory
         here = str(Path.cwd())
         if here not in sys.path and not sys.flags.safe_path:
             sys.path.append(here)

@@ -1,4 +1,7 @@
-"""User-facing errors, one class an exit code. Each is shown as one line that says what to do."""
+"""Errors with a documented exit code, and functions that word messages.
+
+An error is printed as one line that says what is wrong, where, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,21 @@ if TYPE_CHECKING:
 
 
 class GammaslimError(Exception):
-    """Base of all errors with a documented exit code; by itself: a failed internal check (1)."""
+    """Base of all errors with a documented exit code; raised itself, a failed check (1)."""
 
     exit_code = 1
-    reported = False  # another process says it
-    late = False  # another process has the reason, and should speak first
+    reported = False  # nothing is printed: another process does it, or nobody reads it
+    late = False  # the cause is another process, which should print its error first
 
 
 class UsageError(GammaslimError):
-    """Options that contradict each other or the network (2)."""
+    """Options that contradict each other, or do not fit the network (2)."""
 
     exit_code = 2
 
 
 class DataError(GammaslimError):
-    """Bad data or weights: corrupt, wrong shape, no such class (65)."""
+    """Bad data or weights: corrupt, of a wrong shape, or of unknown classes (65)."""
 
     exit_code = 65
 
@@ -39,13 +42,13 @@ class InputNotFound(GammaslimError):  # noqa: N818  (the name is the exit code's
 
 
 class OutputError(GammaslimError):
-    """The output cannot be written at all (73)."""
+    """The output cannot be created (73)."""
 
     exit_code = 73
 
 
 class StorageError(GammaslimError):
-    """An I/O error while running: full disk, stale handle (74)."""
+    """An I/O error while running, e.g. a full disk or a stale handle (74)."""
 
     exit_code = 74
 
@@ -57,25 +60,28 @@ class OutputClosedError(StorageError):
 
 
 class StopRequest(GammaslimError):  # noqa: N818
-    """Somebody asked the job to stop; its position is saved (75)."""
+    """The job was asked to stop, and its position is saved (75).
+
+    ``abrupt``: work was interrupted that would keep the process from ending.
+    """
 
     exit_code = 75
 
     def __init__(self, message: str, *, abrupt: bool = False) -> None:
         super().__init__(message)
-        self.abrupt = abrupt  # something that would keep the process from ending is left behind
+        self.abrupt = abrupt
 
 
 class ConfigError(GammaslimError):
-    """An invalid configuration file, or one that does not fit the run it would resume (78)."""
+    """An invalid configuration, or one that does not fit the run to resume (78)."""
 
     exit_code = 78
 
 
 class OtherRunError(ConfigError):
-    """The run in a folder was begun with other options, data or weights (78).
+    """The run in a folder was started with other options, data or weights (78).
 
-    ``difference`` says so without advice.
+    ``difference`` is the message without advice.
     """
 
     def __init__(self, message: str, difference: str = "") -> None:
@@ -84,30 +90,33 @@ class OtherRunError(ConfigError):
 
 
 def printable(text: str) -> str:
-    """``text`` on one line: what a terminal would obey or could not show becomes escapes."""
+    """Return ``text`` on one line, with escapes for control and other unprintable characters."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path as it can be printed anywhere: bytes that are not UTF-8 become escapes."""
+    """Return a path that can be printed anywhere, with escapes for bytes that are not UTF-8."""
     return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what another library says, or the error's name when it says nothing."""
+    """Return the first line of another library's message, or the type of an error without one."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str:
-    """``; did you mean …?`` with the closest of ``choices``, or "".
+def did_you_mean(
+    name: str, choices: Iterable[str], cutoff: float = 0.5, *, prefix: str = ""
+) -> str:
+    """Return ``; did you mean …?`` with the closest of ``choices``, or "".
 
-    ``cutoff``, from 0 to 1, is the least similarity of a suggestion (difflib's ratio).
+    ``cutoff``, from 0 to 1, is the least similarity (difflib's ratio) after a common ``prefix``.
     """
-    close = difflib.get_close_matches(name, sorted(choices), 1, cutoff)
-    return f"; did you mean {close[0]}?" if close else ""
+    endings = sorted(choice.removeprefix(prefix) for choice in choices)
+    close = difflib.get_close_matches(name.removeprefix(prefix), endings, 1, cutoff)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-# the storage is to blame, not what it holds: worth another try
+# failures of the storage, not of its content: another attempt may succeed
 _STORAGE = {
     errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO,
     errno.EHOSTDOWN, errno.ENOTCONN, errno.ENOLINK,
@@ -116,8 +125,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def cannot(verb: str, path: str | os.PathLike[str], error: OSError) -> StorageError:
-    """The StorageError (74) that names ``path``, what is wrong and what to do."""
-    advice = "free some space" if error.errno in _FULL else "fix that"
+    """Return a StorageError (74) that names ``path``, what is wrong and what to do."""
+    advice = "free some space" if error.errno in _FULL else "fix the storage"
     why = error.strerror or str(error)
     return StorageError(
         f"cannot {verb} {shown(path)}: {why}; {advice} and run the same command again"
@@ -125,14 +134,14 @@ def cannot(verb: str, path: str | os.PathLike[str], error: OSError) -> StorageEr
 
 
 def cannot_begin(path: str | os.PathLike[str], error: OSError) -> GammaslimError:
-    """An OutputError (73) that names ``path``; a full or failing disk is a StorageError (74)."""
+    """Return an OutputError (73) that names ``path``, or a StorageError (74) for a failing disk."""
     if error.errno in _STORAGE | _FULL:
         return cannot("write into", path, error)
     return OutputError(f"cannot write into {shown(path)}: {error.strerror}")
 
 
 def exit_code(error: BaseException) -> int:
-    """The code that a command ends with when ``error`` ends it."""
+    """Return the exit code of a command that ``error`` ends."""
     if isinstance(error, OSError):
         return StorageError.exit_code
     return getattr(error, "exit_code", 1)
@@ -140,7 +149,7 @@ def exit_code(error: BaseException) -> int:
 
 @contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an OSError that the storage of ``path`` is to blame for into a StorageError (74)."""
+    """Turn an OSError that the storage of ``path`` causes into a StorageError (74)."""
     try:
         yield
     except OSError as error:
@@ -151,7 +160,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an OSError raised while ``path`` is written into a StorageError (74) that names it."""
+    """Turn an OSError while ``path`` is written into a StorageError (74) that names it."""
     try:
         yield
     except OSError as error:

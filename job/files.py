@@ -1,4 +1,8 @@
-"""Files: written complete or not at all (fsync, rename, fsync of the folder), read with a bound."""
+"""Read files of bounded size, and write them complete or not at all.
+
+A file is written under a temporary name in the same folder, flushed (fsync), renamed, and the
+folder is flushed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from job.errors import OutputError, cannot_begin, reading, shown, writing
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-MAX_BYTES = 64 << 20  # far above any configuration, model card or history of epochs
+MAX_BYTES = 64 << 20  # far more than any configuration, model card or history of epochs
 _LEFT = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
 
 
@@ -32,9 +36,9 @@ def sync_path(path: Path) -> None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether ``path`` is a file; raises StorageError when the storage does not answer.
+    """Return whether ``path`` is a file; raises StorageError when the storage does not respond.
 
-    Path.is_file may answer False then (Python 3.14), and a run would begin anew over its own files.
+    Path.is_file may return False then (Python 3.14), and a run would start over its own files.
     """
     with reading(path):
         try:
@@ -42,13 +46,13 @@ def is_file(path: Path) -> bool:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
-            if error.errno == errno.ELOOP:  # links in a circle
+            if error.errno == errno.ELOOP:  # a circle of links
                 return False
             raise
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of ``path``; raises StorageError, OSError, or ValueError above 64 MiB."""
+    """Return the content of ``path``; raises StorageError, OSError, or ValueError above 64 MiB."""
     with reading(path), path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -57,7 +61,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """The value in ``path``; raises OSError, or ValueError when it is not JSON in UTF-8."""
+    """Return the value in ``path``; raises OSError, or ValueError if it is not JSON in UTF-8."""
     try:
         return json.loads(read_bytes(path).decode())
     except RecursionError as error:
@@ -65,7 +69,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of ``text``; raises ValueError when it is not TOML."""
+    """Return the tables of ``text``; raises ValueError if it is not TOML."""
     try:
         return tomllib.loads(text)
     except RecursionError as error:
@@ -93,7 +97,7 @@ def _toml(value: Any) -> str:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content`` atomically; raises StorageError."""
-    temporary = _beside(path, "tmp")
+    temporary = _temporary(path, "tmp")
     with writing(path):
         try:
             with temporary.open("wb") as file:
@@ -123,17 +127,17 @@ def append_line(path: Path, line: str) -> None:
                 os.fsync(file.fileno())
         except BaseException:
             with suppress(OSError):
-                os.truncate(path, size)  # a full disk takes half a line
+                os.truncate(path, size)  # a full disk may have taken half of the line
             raise
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of ``path`` when the block ends well.
+    """Yield a temporary folder that replaces ``path`` when the block ends without an error.
 
     Raises StorageError.
     """
-    temporary = _beside(path, "tmp")
+    temporary = _temporary(path, "tmp")
     with writing(path):
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,11 +157,11 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def _take_place(temporary: Path, path: Path) -> None:
-    """Rename ``temporary`` to ``path``; what is there now is set aside until that is done.
+    """Rename ``temporary`` to ``path``, and set an existing folder aside until that is done.
 
-    A folder cannot be replaced in one step; ``tidy`` brings back what a kill between the two left.
+    A folder cannot be replaced in one step. After a kill between the two, ``tidy`` restores it.
     """
-    old = _beside(path, "old")
+    old = _temporary(path, "old")
     if os.path.lexists(path):
         path.rename(old)
     try:
@@ -170,11 +174,11 @@ def _take_place(temporary: Path, path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder, unrecognisable first: half of it must not be taken for a damaged one.
+    """Rename a folder, then remove it, so that half of it is never taken for a damaged one.
 
-    One that cannot be removed stays.
+    A folder that cannot be removed stays.
     """
-    temporary = _beside(path, "tmp")
+    temporary = _temporary(path, "tmp")
     with suppress(OSError):
         path.rename(temporary)
     remove(temporary)
@@ -190,9 +194,9 @@ def remove(path: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Clear away in ``folder`` what a killed attempt left; raises StorageError.
+    """Remove what a killed attempt left in ``folder``; raises StorageError.
 
-    What was set aside and has no successor gets its name back.
+    A folder that was set aside and not replaced gets its name back.
     """
     if not folder.is_dir():
         return
@@ -206,9 +210,9 @@ def tidy(folder: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError unless ``path`` is, or could be made, a folder that takes files.
+    """Raise OutputError unless ``path`` is, or could become, a folder that files can be written to.
 
-    Raises StorageError when the disk is full or failing.
+    Raises StorageError if the disk is full or failing.
     """
     existing = path
     try:
@@ -224,12 +228,12 @@ def check_writable(path: Path) -> None:
 
 
 def check_output(path: Path) -> Path:
-    """The file that ``--output`` names, links resolved: a link stays a link.
+    """Return the file that ``--output`` names, with links resolved so that a link is not replaced.
 
-    Raises OutputError or StorageError when it cannot be written, as known before any work is done.
+    Raises OutputError or StorageError if it cannot be written, before any work is done.
     """
     if path.is_dir():
-        raise OutputError(f"--output {shown(path)} is a folder; it takes a file name")
+        raise OutputError(f"--output {shown(path)} is a folder: give the name of a file")
     path = Path(os.path.realpath(path))
     if not _is_special(path):
         check_writable(path.parent)
@@ -248,9 +252,9 @@ def write_output(path: Path, content: bytes) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether ``path`` is a pipe or a device, which a file cannot replace."""
+    """Return whether ``path`` is a pipe or a device, which a file must not replace."""
     return path.exists() and not path.is_file()
 
 
-def _beside(path: Path, ending: str) -> Path:
+def _temporary(path: Path, ending: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{ending}")

@@ -48,9 +48,11 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Check the environment for misspelt options, then parse."""
-        if wrong := check_environment(self, ctx):
-            print_error(wrong)
-            ctx.exit(ConfigError.exit_code)
+        try:
+            check_environment(self, ctx)
+        except ConfigError as error:
+            print_error(str(error))
+            ctx.exit(error.exit_code)
         triples = {o for p in self.params if isinstance(p.type, PerChannel) for o in p.opts}
         ctx.allow_extra_args = True  # they are refused here, with better advice than click's
         with _parsing(ctx):

@@ -1,4 +1,4 @@
-"""GAMMASLIM_… variables: those that name no option are refused or warned of."""
+"""Check GAMMASLIM_… variables: misspelt options are errors, other unused ones give a warning."""
 
 from __future__ import annotations
 
@@ -8,61 +8,54 @@ from typing import TYPE_CHECKING
 
 import click
 
-from job.errors import did_you_mean, shown
+from job.console import warn
+from job.errors import ConfigError, did_you_mean, shown
 from job.processes import is_main
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
 PREFIX = "GAMMASLIM_"
+CLOSE, CLOSE_TO_ANY = 0.7, 0.65  # similarity to a variable of the command, or of any command
 WARNED = "job.cli.environment.warned"
-# what Kubernetes sets in every pod for a Service whose name begins with gammaslim
+# set by Kubernetes in every pod for a Service whose name begins with gammaslim
 SERVICE = re.compile(r"_(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
 
 
-def check_environment(command: click.Command, ctx: click.Context) -> str:
-    """What is wrong with a GAMMASLIM_<COMMAND>_… variable that is nearly an option's, or "".
+def check_environment(command: click.Command, ctx: click.Context) -> None:
+    """Raise ConfigError for a GAMMASLIM_<COMMAND>_… variable that is nearly that of an option.
 
-    Others that nothing reads are warned of on stderr, once a process, on the main process only.
+    Warn of other variables that nothing reads, once, on the main process.
     """
-    prefix = f"{ctx.auto_envvar_prefix}_"
-    unread = sorted(set(_ours()) - set(_names(ctx, command)))
-    known = {name.removeprefix(prefix) for name in _names(ctx, command) if name.startswith(prefix)}
+    prefix, variables = f"{ctx.auto_envvar_prefix}_", _variables(ctx, command)
+    own = [variable for variable in variables if variable.startswith(prefix)]
+    unread = sorted(name for name in _ours() if name not in variables)
     for name in unread:
-        own = name.removeprefix(prefix)
-        if own != name and (near := did_you_mean(own, known, 0.7)):
-            near = near.replace("mean ", f"mean {prefix}")
-            return f"the variable {shown(name)} names no option of {ctx.info_name}{near}"
+        hint = did_you_mean(name, own, CLOSE, prefix=prefix) if name.startswith(prefix) else ""
+        if hint:
+            raise ConfigError(f"no option of {ctx.info_name} has the variable {shown(name)}{hint}")
     meta = ctx.find_root().meta
     if ctx.info_name == "launch" or not is_main():
-        meta[WARNED] = True  # the launched process 0 warns
+        meta[WARNED] = True  # the main one of the launched processes warns
     if not meta.get(WARNED):
         for name in unread:
-            near = _near(name, prefix, known, _names(ctx, command))
-            click.echo(f"Warning: nothing reads the variable {shown(name)}{near}", err=True)
-    return ""
-
-
-def _near(name: str, prefix: str, known: Iterable[str], everything: Iterable[str]) -> str:
-    """The variable that was meant: GAMMASLIM_RATE is taken for this command's own."""
-    own = name.removeprefix(prefix).removeprefix(PREFIX)
-    if near := did_you_mean(own, known, 0.7):
-        return near.replace("mean ", f"mean {prefix}")
-    near = did_you_mean(
-        name.removeprefix(PREFIX), (n.removeprefix(PREFIX) for n in everything), 0.65
-    )
-    return near.replace("mean ", f"mean {PREFIX}")
+            # GAMMASLIM_RATE is first taken for an option of this command
+            short = prefix + name.removeprefix(prefix).removeprefix(PREFIX)
+            hint = did_you_mean(short, own, CLOSE, prefix=prefix)
+            hint = hint or did_you_mean(name, variables, CLOSE_TO_ANY, prefix=PREFIX)
+            warn(f"nothing reads the variable {shown(name)}{hint}")
 
 
 def _ours() -> Iterator[str]:
+    """Yield the variables that are meant for Gammaslim."""
     for name, value in os.environ.items():
         service = SERVICE.search(name) or (name.endswith("_PORT") and "://" in value)
         if name.startswith(PREFIX) and not service:
             yield name
 
 
-def _names(ctx: click.Context, command: click.Command) -> set[str]:
-    """The variables that ``command`` and the other commands read."""
+def _variables(ctx: click.Context, command: click.Command) -> set[str]:
+    """Return the variables that ``command`` and the other commands read."""
     root = ctx.find_root()
     group = root.command
     commands = dict(group.commands) if isinstance(group, click.Group) else {}

@@ -1,10 +1,10 @@
-"""How a process of the job ends: in order, but without finalizing the Python interpreter.
+"""End a process: in order, but without finalizing the Python interpreter.
 
-gloo's threads release the last tensors of a collective after it has returned, and need the
-interpreter's lock for that. A thread that asks for the lock while the interpreter is finalized is
-ended by unwinding (CPython before 3.14), and a C++ destructor on its stack turns that into
-std::terminate, "terminate called without an active exception": a finished job ends with SIGABRT.
-Destroying the process group does not join these threads as long as anything holds the group.
+gloo's threads release the last tensors of a collective after it has returned, and need the GIL for
+that. CPython before 3.14 unwinds a thread that asks for the GIL during finalization, and a C++
+destructor on its stack turns that into std::terminate: a finished job would end with SIGABRT
+("terminate called without an active exception"). Destroying the process group does not join these
+threads as long as anything refers to the group.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def run_and_exit(program: Callable[[], object]) -> NoReturn:
-    """Run ``program``, then the exit functions, and end the process with the program's code."""
+    """Run ``program`` and the exit functions, then end the process with the program's exit code."""
     code = 0
     try:
         program()
@@ -35,9 +35,9 @@ def run_and_exit(program: Callable[[], object]) -> NoReturn:
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process with ``code`` once its output is written; exit functions are not run."""
+    """Flush the output, then end the process with ``code`` without running exit functions."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+        with suppress(OSError, ValueError):  # closed, or nobody reads it
             stream.flush()
     os._exit(code)
 

@@ -5,7 +5,7 @@
     gammaslim.save(narrow, "slim", plan=plan)
     narrow = gammaslim.load("slim")
 
-The objects are those of the package ``job``; so is the command line, ``python -m gammaslim``.
+These are the objects of the package ``job``, and ``python -m gammaslim`` is its command line.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from job import slim as slim
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'gammaslim' has no attribute {name!r}")
-    return getattr(job, name)
+if not TYPE_CHECKING:  # type checkers see the imports above, and report other names
+
+    def __getattr__(name: str) -> Any:
+        """Pass on the names that ``job`` imports on first use."""
+        if name not in __all__:
+            raise AttributeError(f"module 'gammaslim' has no attribute {name!r}")
+        return getattr(job, name)
 
 
 def __dir__() -> list[str]:

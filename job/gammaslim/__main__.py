@@ -1,4 +1,4 @@
-"""``python -m gammaslim``."""
+"""Run the command line: ``python -m gammaslim``."""
 
 from job.__main__ import main
 

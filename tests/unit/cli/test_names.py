@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import pydoc
 import re
@@ -36,6 +37,23 @@ def test_dir_and_help_show_the_public_names_and_no_others(module: Any) -> None:
     assert set(entries) <= set(module.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'prune'"):
         _ = module.prune
+
+
+@pytest.mark.parametrize("module", [job, job.gammaslim])
+def test_type_checkers_see_the_public_names_and_no_others(module: Any) -> None:
+    """They read the imports, and believe in any name of a module with a ``__getattr__``."""
+    tree = ast.parse(Path(module.__file__).read_text())
+    checking = [n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n)]
+    seen = [*tree.body, *(n for part in checking if is_checked(part.test) for n in part.body)]
+    names = {alias.name for n in seen if isinstance(n, ast.ImportFrom) for alias in n.names}
+    names |= {t.id for n in seen if isinstance(n, ast.Assign) for t in n.targets}  # type: ignore
+    assert set(module.__all__) <= names
+    assert not [n for n in seen if isinstance(n, ast.FunctionDef) and n.name == "__getattr__"]
+
+
+def is_checked(test: ast.expr) -> bool:
+    """Whether a type checker takes the branch: TYPE_CHECKING, and not its negation."""
+    return isinstance(test, ast.Name)
 
 
 def test_the_installed_package_is_gammaslim(tmp_path: Path) -> None:
