@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from job.training.sync_batchnorm import synchronised
-from support.commands import CHEAP, ROOT, Result, clean_environ
+from support.commands import ROOT, Result, clean_environ
 from support.networks import Norms
 
 DEVICE = os.environ["GPU_CHECKS_DEVICE"]
@@ -39,8 +39,7 @@ def command(*args: object) -> list[str]:
 
 
 def environ() -> dict[str, str]:
-    env = {name: value for name, value in clean_environ().items() if name not in CHEAP}
-    return {**env, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    return {**clean_environ(), "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
 
 
 def gammaslim(*args: object) -> Result:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import CHEAP, clean_environ, gammaslim
+from support.commands import clean_environ, gammaslim
 from support.hostile import idx, models, options, pictures, weights
 from support.hostile.case import DOCUMENTED, Case, Originals
 from support.programs import ROOT, End, Server
@@ -114,7 +114,7 @@ def play(case: Case, folder: Path, run: Run) -> tuple[End, list[str]]:
         place.mkdir(parents=True)
     args = [os.fsdecode(os.fsencode(str(a))).replace("$OUT", str(out)) for a in case.build(inputs)]
     before = fingerprint(inputs)
-    end = run(args, CHEAP | dict(case.env), cwd, logs)
+    end = run(args, dict(case.env), cwd, logs)
     found = complaints(case, end, several="--dry-run" in args)
     touched = fingerprint(inputs) != before and not case.resumes
     found += ["the input was touched"] * touched

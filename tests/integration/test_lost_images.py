@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_predictions import call, data, predict, run  # noqa: F401 (data and run are fixtures)
 
 import job.data.loader as batches_module
 import job.data.splits as splits_module
@@ -21,6 +20,7 @@ from job.data.loader import build_loader, iterate_batches
 from job.data.preprocessing import Preprocessing
 from job.data.samplers import GlobalBatches
 from job.errors import DataError
+from support.brightness import call, predict
 from support.datasets import write_flat
 
 
@@ -79,7 +79,7 @@ def test_another_image_of_the_class_stands_in_the_same_one_everywhere(
 
 
 def test_evaluation_and_predictions_leave_it_out(
-    run: Path,  # noqa: F811
+    run: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lose(monkeypatch, "1.png")

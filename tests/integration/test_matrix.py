@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torchvision
 
-from support.commands import CHEAP, ROOT, Result, clean_environ
+from support.commands import ROOT, Result, clean_environ
 from support.datasets import write_flat
 
 WORKER = ROOT / "tests" / "support" / "workers" / "matrix.py"
@@ -102,11 +102,10 @@ def test_the_whole_job(case: Case, tmp_path: Path) -> None:
 
 
 def start(*command: object) -> Result:
-    """Run Python with the default cut, which other tests replace by a cheap one."""
-    env = {name: value for name, value in clean_environ().items() if name not in CHEAP}
+    """Run Python on one thread, for as long as a large network takes."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
-        env={**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**clean_environ(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=1800,

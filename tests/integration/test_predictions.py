@@ -2,108 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from click.testing import CliRunner, Result
 from PIL import Image
 
-from job.artifacts.model_card import ModelCard, read_card, save_model
-from job.artifacts.records import Lineage
-from job.cli.main import gammaslim
+from job.artifacts.json_records import to_json
+from job.artifacts.model_card import read_card
 from job.config import PruneConfig
 from job.data.dataset import hold_out_validation
 from job.data.layout import open_data
-from job.data.preprocessing import Preprocessing
 from job.files import toml_text
-from job.models.factory import build_network
 from job.pipeline.training_data import dataset_record, prepare_data
-
-NAMES = tuple(sorted(map(str, range(12))))  # as text: 0, 1, 10, 11, 2, …
-
-
-def grey(level: int) -> Image.Image:
-    return Image.new("RGB", (32, 32), (level * 20,) * 3)
-
-
-def put(root: Path, *names: str, level: int = 0) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        grey(level).save(root / name)
-    return root
-
-
-class Brightness(torch.nn.Module):
-    """Tells classes by how bright an image is: 20 levels a class, in the order of NAMES."""
-
-    def __init__(self, num_classes: int = 12) -> None:
-        super().__init__()
-        numbers = torch.tensor([float(name) for name in NAMES[:num_classes]])
-        self.line = torch.nn.Linear(1, num_classes)
-        with torch.no_grad():
-            self.line.weight.copy_(2 * numbers[:, None])
-            self.line.bias.copy_(-(numbers**2))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.line(images.mean((1, 2, 3))[:, None] * 255 / 20)
-        return logits
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    root = tmp_path / "data"
-    for number in range(12):
-        folders = [f"{split}/{number}/{i}.png" for split in ("train", "val") for i in range(2)]
-        put(root, *folders, f"test/{number}.png", level=number)
-    return root
-
-
-@pytest.fixture
-def run(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files of a finished run on ``data`` by their formats, made without training."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    folder = tmp_path / "run"
-    return write_run(folder, str(data))
-
-
-def write_run(folder: Path, data: str | None, seed: int = 0) -> Path:
-    opened = open_data(data)
-    names = opened.class_names
-    network = build_network("test_predictions:Brightness", len(names), {})
-    lineage = Lineage(seed=seed, listing=opened.listing, run=str(folder.absolute()))
-    preprocessing = Preprocessing.of("small", 32)
-    card = ModelCard(
-        "test_predictions:Brightness",
-        {},
-        len(names),
-        preprocessing=preprocessing,
-        class_names=names,
-    )
-    save_model(folder / "rounds" / "00", network, replace(card, lineage=lineage))
-    if "validation" not in opened.splits:
-        opened = opened.with_splits(validation=opened.splits["training"])
-    (folder / "config.toml").write_text(toml_text({"dataset": dataset_record(opened)}))
-    (folder / "summary.json").write_text(json.dumps({"recommended": "rounds/00"}))
-    return folder
-
-
-def call(*args: object) -> Result:
-    result = CliRunner().invoke(gammaslim, [str(arg) for arg in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
-    return result
-
-
-def predict(run: Path, *args: object) -> list[dict[str, str]]:
-    done = call("predict", run, "--workers", 0, "--output", "p.csv", *args)
-    assert done.exit_code == 0, done.output
-    return list(csv.DictReader(Path("p.csv").open()))
+from support.brightness import MODEL, NAMES, call, predict, put, write_run
 
 
 def test_the_folder_7_is_class_7_whatever_its_place(run: Path) -> None:
@@ -194,7 +108,7 @@ def test_own_data_are_found_from_a_round_a_copy_and_elsewhere_or_asked_for(
     assert done.exit_code == 2
     assert "does not say which data" in done.output
     weights = run / "rounds" / "00" / "model.safetensors"
-    alone = call("evaluate", weights, "--model", "test_predictions:Brightness")
+    alone = call("evaluate", weights, "--model", MODEL)
     assert alone.exit_code == 2
     assert "pass --data" in alone.output
 
@@ -333,7 +247,7 @@ def test_other_suffixes_are_images(tmp_path: Path, suffix: str) -> None:
 def test_a_run_of_before_is_resumed_on_the_files_that_it_was_begun_with(tmp_path: Path) -> None:
     root = tmp_path / "data"
     put(root, *(f"train/{label}/{n}.png" for label in "ab" for n in range(20)))
-    old = dataset_record(hold_out_validation(open_data(str(root)), 0))
+    old = to_json(dataset_record(hold_out_validation(open_data(str(root)), 0)))
     put(root, "train/a/20.gif", "dev/a/0.png", "dev/b/0.png")
     config = PruneConfig(data=str(root))
     text = toml_text({"prune": config.to_dict(), "dataset": {**old, "listing": 2}})
@@ -342,7 +256,7 @@ def test_a_run_of_before_is_resumed_on_the_files_that_it_was_begun_with(tmp_path
         content = text.replace("listing = 2\n", listing)
         (tmp_path / "run" / "config.toml").write_text(content)
         data, _ = prepare_data(config, output=tmp_path / "run")
-        assert (dataset_record(data)["fingerprint"] == old["fingerprint"]) == (listing == "")
+        assert (dataset_record(data).fingerprint == old["fingerprint"]) == (listing == "")
     data, _ = prepare_data(config, output=tmp_path / "new")
     assert {name: len(split) for name, split in data.splits.items()} == {
         "training": 41, "validation": 2,

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from support.commands import ROOT, gammaslim, run
 from support.datasets import write_flat, write_noise_idx
+from support.interrupted_runs import TORCHRUN
 
 WORKERS = ROOT / "tests" / "support" / "workers"
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
 

@@ -12,12 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import ROOT, Result, gammaslim, run
+from support.commands import Result, gammaslim, run
 from support.datasets import write_flat, write_noise_idx
+from support.interrupted_runs import (
+    KILL_AT,
+    RECORD,
+    TORCHRUN,
+    assert_same_run,
+    metrics,
+    small_run,
+)
 
-WORKERS = ROOT / "tests" / "support" / "workers"
-KILL_AT, RECORD = WORKERS / "kill_at.py", WORKERS / "record_batches.py"
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 # 48 pictures in batches of 16: 3 steps an epoch; base and two rounds of 2 epochs: 18 steps, and
 # 1 + 2 + 2 * (1 + 2) evaluations; a position after every step and every epoch: 24
 POINTS = [
@@ -32,13 +37,6 @@ POINTS = [
 ]  # fmt: skip
 
 
-def options(data: Path, output: Path, *more: object) -> tuple[object, ...]:
-    return (
-        "prune", "--data", data, "--output", output, "--base-epochs", 2, "--rounds", 2,
-        "--epochs", 2, "--batch-size", 16, "--wandb", "off", "--checkpoint-every", 0, *more,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_noise_idx(tmp_path_factory.mktemp("noise") / "idx", 48, 20)
@@ -47,30 +45,9 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = gammaslim(*options(noise, output))
+    done = gammaslim(*small_run(noise, output))
     assert done.code == 0, done
     return output
-
-
-def metrics(output: Path) -> list[dict[str, object]]:
-    """The run's lines but for times and for what tells of interruptions."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    clocks = {"seconds", "images_per_second"}
-    return [
-        {key: value for key, value in line.items() if key not in clocks}
-        for line in lines
-        if line["event"] not in ("resume", "stop")
-    ]
-
-
-def assert_same(output: Path, undisturbed: Path) -> None:
-    rounds = sorted(path.name for path in (undisturbed / "rounds").iterdir())
-    assert sorted(path.name for path in (output / "rounds").iterdir()) == rounds
-    for round_ in rounds:
-        name = Path("rounds") / round_ / "model.safetensors"
-        assert (output / name).read_bytes() == (undisturbed / name).read_bytes(), round_
-    assert metrics(output) == metrics(undisturbed)
-    assert not list(output.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(("place", "passage"), POINTS, ids=[f"{p} {n}" for p, n in POINTS])
@@ -79,12 +56,12 @@ def test_a_killed_run_resumes_to_the_same_weights(
     noise: Path, undisturbed: Path, tmp_path: Path, place: str, passage: int
 ) -> None:
     output, proof = tmp_path / "run", tmp_path / "proof"
-    killed = run(sys.executable, KILL_AT, place, passage, proof, *options(noise, output))
+    killed = run(sys.executable, KILL_AT, place, passage, proof, *small_run(noise, output))
     assert killed.code == -signal.SIGKILL, killed
     assert proof.read_text() == place
-    again = gammaslim(*options(noise, output))
+    again = gammaslim(*small_run(noise, output))
     assert again.code == 0, again
-    assert_same(output, undisturbed)
+    assert_same_run(output, undisturbed)
 
 
 SPARSE = (
@@ -96,7 +73,7 @@ SPARSE = (
 @pytest.fixture(scope="module")
 def undisturbed_sparse(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("sparse") / "run"
-    done = gammaslim(*options(noise, output, *SPARSE))
+    done = gammaslim(*small_run(noise, output, *SPARSE))
     assert done.code == 0, done
     kinds = [line["event"] for line in metrics(output)]
     base = ["epoch", "gamma", "epoch", "epoch", "gamma", "round"]
@@ -116,17 +93,17 @@ def test_a_run_killed_in_sparse_epochs_or_a_distilled_round_resumes_to_the_same_
 ) -> None:
     """Three steps an epoch: 4 to 9 are sparse, 10 to 15 learn from the base."""
     output, proof = tmp_path / "run", tmp_path / "proof"
-    args = options(noise, output, *SPARSE)
+    args = small_run(noise, output, *SPARSE)
     killed = run(sys.executable, KILL_AT, place, passage, proof, *args)
     assert killed.code == -signal.SIGKILL, killed
     assert gammaslim(*args).code == 0
-    assert_same(output, undisturbed_sparse)
+    assert_same_run(output, undisturbed_sparse)
 
 
 @pytest.fixture(scope="module")
 def undisturbed_pair(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pair") / "run"
-    done = run(*TORCHRUN, 2, "-m", "job", *options(noise, output))
+    done = run(*TORCHRUN, 2, "-m", "job", *small_run(noise, output))
     assert done.code == 0, done
     return output
 
@@ -144,24 +121,24 @@ def test_two_processes_of_which_one_or_both_are_killed_resume_to_the_same_weight
 ) -> None:
     output, proof = tmp_path / "run", tmp_path / "proof"
     env = {"KILL_RANK": victim}
-    command = (*TORCHRUN, 2, KILL_AT, place, passage, proof, *options(noise, output))
+    command = (*TORCHRUN, 2, KILL_AT, place, passage, proof, *small_run(noise, output))
     killed = run(*command, env=env)
     assert killed.code != 0
     assert proof.read_text() == place
-    again = run(*TORCHRUN, 2, "-m", "job", *options(noise, output))
+    again = run(*TORCHRUN, 2, "-m", "job", *small_run(noise, output))
     assert again.code == 0, again
-    assert_same(output, undisturbed_pair)
+    assert_same_run(output, undisturbed_pair)
 
 
 def test_killed_again_and_again(noise: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     for attempt in range(4):
         killed = run(
-            sys.executable, KILL_AT, "step", 3, tmp_path / f"{attempt}", *options(noise, output)
+            sys.executable, KILL_AT, "step", 3, tmp_path / f"{attempt}", *small_run(noise, output)
         )
         assert killed.code == -signal.SIGKILL, killed
-    assert gammaslim(*options(noise, output)).code == 0
-    assert_same(output, undisturbed)
+    assert gammaslim(*small_run(noise, output)).code == 0
+    assert_same_run(output, undisturbed)
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
@@ -178,7 +155,7 @@ def test_a_request_stops_the_run_and_saves_its_position(
     noise: Path, undisturbed: Path, tmp_path: Path, how: str
 ) -> None:
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "job", *map(str, options(noise, output))]
+    command = [sys.executable, "-m", "job", *map(str, small_run(noise, output))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     wait_for(output / "checkpoints", process)
     began = time.monotonic()
@@ -194,9 +171,9 @@ def test_a_request_stops_the_run_and_saves_its_position(
     else:
         assert process.returncode == 75, errors
         assert (status["state"], status["exit_code"]) == ("stopped", 75)
-    again = gammaslim(*options(noise, output))  # a STOP that was left does not stop it again
+    again = gammaslim(*small_run(noise, output))  # a STOP that was left does not stop it again
     assert again.code == 0, again
-    assert_same(output, undisturbed)
+    assert_same_run(output, undisturbed)
 
 
 STOPS = [
@@ -218,15 +195,15 @@ def test_a_request_is_honoured_wherever_it_comes(
     start = (*TORCHRUN, processes) if processes > 1 else (sys.executable,)
     if processes == 1 or place == "W&B begins":
         env["KILL_RANK"] = "0"
-    stopped = run(*start, KILL_AT, place, passage, proof, *options(noise, output), env=env)
+    stopped = run(*start, KILL_AT, place, passage, proof, *small_run(noise, output), env=env)
     assert proof.read_text() == place
     assert (stopped.code, "exitcode  : 75" in stopped.err) in {(75, False), (1, True)}, stopped
     status = json.loads((output / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("stopped", 75)
-    again = gammaslim(*options(noise, output))
+    again = gammaslim(*small_run(noise, output))
     assert again.code == 0, again
     if processes == 1:
-        assert_same(output, undisturbed)
+        assert_same_run(output, undisturbed)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -249,12 +226,12 @@ def test_a_request_is_honoured_while_pictures_are_checked(tmp_path: Path, proces
 
 def test_a_checkpoint_of_another_plan_is_refused(noise: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    run(sys.executable, KILL_AT, "step", 9, tmp_path / "proof", *options(noise, output))
+    run(sys.executable, KILL_AT, "step", 9, tmp_path / "proof", *small_run(noise, output))
     other = tmp_path / "other"
-    assert gammaslim(*options(noise, other, "--seed", 5)).code == 0
+    assert gammaslim(*small_run(noise, other, "--seed", 5)).code == 0
     card = json.loads((output / "rounds/00/model.json").read_text())
     shutil.copy(other / "rounds/00/model.safetensors", output / "rounds/00/model.safetensors")
-    again = gammaslim(*options(noise, output))
+    again = gammaslim(*small_run(noise, output))
     assert again.code == 65, (again, card["lineage"])
     assert "was cut from another model" in again.err
 
@@ -272,7 +249,7 @@ def damage(path: Path, kind: str) -> None:
 
 
 def killed_in_the_base(noise: Path, output: Path) -> Result:
-    return run(sys.executable, KILL_AT, "step", 5, output.parent / "p", *options(noise, output))
+    return run(sys.executable, KILL_AT, "step", 5, output.parent / "p", *small_run(noise, output))
 
 
 @pytest.mark.parametrize("kind", ["truncated", "bit-flipped", "no manifest", "no state"])
@@ -284,10 +261,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     killed_in_the_base(noise, output)
     _older, newest = sorted((output / "checkpoints").iterdir())
     damage(newest, kind)
-    again = gammaslim(*options(noise, output))
+    again = gammaslim(*small_run(noise, output))
     assert again.code == 0, again
     assert newest.name in again.out
-    assert_same(output, undisturbed)
+    assert_same_run(output, undisturbed)
 
 
 def test_without_a_whole_checkpoint_nothing_is_overwritten(noise: Path, tmp_path: Path) -> None:
@@ -296,7 +273,7 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(noise: Path, tmp_path
     for path in (output / "checkpoints").iterdir():
         damage(path, "bit-flipped")
     before = {p: p.read_bytes() for p in (output / "checkpoints").rglob("*") if p.is_file()}
-    again = gammaslim(*options(noise, output))
+    again = gammaslim(*small_run(noise, output))
     assert again.code == 74, again
     assert "does not match its SHA-256" in again.err
     assert {p: p.read_bytes() for p in before} == before
@@ -307,8 +284,10 @@ def test_a_run_goes_on_with_another_number_of_processes(
     noise: Path, undisturbed: Path, tmp_path: Path, first: int, then: int
 ) -> None:
     output = tmp_path / "run"
-    sgd = options(noise, output, "--optimizer", "sgd", "--lr", "0.001")
-    reference = gammaslim(*options(noise, tmp_path / "one", "--optimizer", "sgd", "--lr", "0.001"))
+    sgd = small_run(noise, output, "--optimizer", "sgd", "--lr", "0.001")
+    reference = gammaslim(
+        *small_run(noise, tmp_path / "one", "--optimizer", "sgd", "--lr", "0.001")
+    )
     assert reference.code == 0
     kill = (KILL_AT, "step", 5, tmp_path / "proof")
     killed = run(*((*TORCHRUN, first) if first > 1 else (sys.executable,)), *kill, *sgd)

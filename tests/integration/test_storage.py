@@ -22,8 +22,7 @@ from job.errors import StorageError
 from job.files import append_line
 from support.commands import ROOT, Result, clean_environ, run
 from support.datasets import write_flat, write_noise_idx
-from test_resume import TORCHRUN, assert_same, metrics
-from test_resume import options as resume_options
+from support.interrupted_runs import TORCHRUN, assert_same_run, metrics, small_run
 
 FAULTS = ROOT / "tests" / "support" / "workers" / "faults.py"
 AGAIN = "run the same command again"
@@ -33,7 +32,7 @@ Mount = Callable[[str], Path]
 
 
 def options(data: Path, output: Path, *more: object) -> tuple[object, ...]:
-    return resume_options(data, output, "--model-arg", "base=4", *more)
+    return small_run(data, output, "--model-arg", "base=4", *more)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +159,7 @@ def assert_goes_on(call: Call, command: tuple[object, ...], undisturbed: Path) -
     output = Path(str(command[command.index("--output") + 1]))
     done = call(*command)
     assert done.code == 0, done
-    assert_same(output, undisturbed)
+    assert_same_run(output, undisturbed)
     status = json.loads((output / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("finished", 0)
     left = {"config.toml", "metrics.jsonl", "status.json", "summary.json", "rounds", "checkpoints"}

@@ -17,11 +17,10 @@ import pytest
 
 from job.tracking import tracker as tracking
 from job.tracking.tracker import Tracker
-from support.commands import ROOT, Result, gammaslim, run
+from support.commands import Result, gammaslim, run
 from support.datasets import write_noise_idx
+from support.interrupted_runs import KILL_AT
 from support.wandb_server import KEY, WandbServer
-
-KILL_AT = ROOT / "tests" / "support" / "workers" / "kill_at.py"
 
 
 @pytest.fixture

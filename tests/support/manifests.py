@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from job import errors
 from job.distributed.agent import GRACE
+from support.commands import ROOT, run
 from support.schemas import Document, as_job
 
+K8S = ROOT / "k8s"
+KUBECTL = Path(sys.executable).parent / "kubectl"
 RETRY_AT_ONCE = {errors.StopRequest.exit_code}
 COUNTED = {1, errors.StorageError.exit_code}
 HOPELESS = {
@@ -36,6 +43,16 @@ QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(m|[kMGTP]|[KMGTP]i)?")
 UNITS = {"m": Decimal("0.001"), "k": 10**3, **{u: 10 ** (6 + 3 * i) for i, u in enumerate("MGTP")}}
 UNITS |= {f"{u}i": 1024 ** (i + 1) for i, u in enumerate("KMGTP")}
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+
+
+def documents(text: str) -> list[Document]:
+    return list(yaml.load_all(text, yaml.CSafeLoader))
+
+
+def kustomize(folder: Path) -> str:
+    done = run(KUBECTL, "kustomize", folder)
+    assert (done.code, done.err) == (0, ""), done
+    return done.out
 
 
 def problems(documents: list[Document]) -> Iterator[str]:

@@ -16,8 +16,8 @@ import yaml
 
 from support.datasets import write_noise_idx
 from support.engine import IMAGE, Engine, wait_for
+from support.manifests import K8S, documents, kustomize
 from support.schemas import Document
-from test_manifests import K8S, documents, kustomize
 
 pytestmark = pytest.mark.xdist_group("containers")
 

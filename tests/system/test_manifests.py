@@ -4,37 +4,23 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from job.cli.main import prune
-from support.commands import ROOT, run
-from support.manifests import problems
+from support.commands import ROOT
+from support.manifests import K8S, documents, kustomize, problems
 from support.schemas import VERSIONS, Document, as_job, lint, schema
 
-K8S = ROOT / "k8s"
 OVERLAYS = ("multinode", "jobset", "kueue")
-KUBECTL = Path(sys.executable).parent / "kubectl"
-
-
-def documents(text: str) -> list[Document]:
-    return list(yaml.load_all(text, yaml.CSafeLoader))
 
 
 def wrong(text: str) -> list[str]:
     """All that is wrong with the manifests in ``text``."""
     found = documents(text)
     return [*lint(text), *schema(found), *problems(found)]
-
-
-def kustomize(folder: Path) -> str:
-    done = run(KUBECTL, "kustomize", folder)
-    assert (done.code, done.err) == (0, ""), done
-    return done.out
 
 
 def job_of(text: str) -> Document:

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from job.training.session import RoundSpec
 from support.commands import ROOT, gammaslim, run
 from support.cuts import randomise
 from support.datasets import write_flat, write_noise_idx
-from support.training import Recorder
-from test_training import SMALL, changed_parameters, trainer
+from support.interrupted_runs import TORCHRUN
+from support.training import SMALL, Recorder, changed_parameters, trainer
 
 WORKERS = ROOT / "tests" / "support" / "workers"
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 SLIM = {"base": 4}

@@ -30,8 +30,7 @@ from job.training.trainer import Trainer, TrainingRound
 from support.commands import gammaslim
 from support.cuts import randomise
 from support.datasets import write_noise_idx
-from support.training import Recorder
-from test_training import trainer
+from support.training import Recorder, trainer
 
 SLIM = {"base": 4}
 

@@ -14,12 +14,10 @@ from torch.nn import functional as F
 import job.training.trainer
 from job.config import OptimizerName, PruneConfig, ScheduleName
 from job.data.layout import open_data
-from job.data.preprocessing import Preprocessing
-from job.distributed.collectives import start
 from job.errors import GammaslimError
 from job.models.factory import build_network
 from job.slimming.surgery.surgery import apply_plan
-from job.training.evaluation import Evaluation, Evaluator
+from job.training.evaluation import Evaluation
 from job.training.optimizer import (
     OPTIMIZERS,
     build_optimizer,
@@ -30,18 +28,7 @@ from job.training.schedule import SCHEDULES, learning_rate
 from job.training.session import RoundSpec, Unattended
 from job.training.trainer import Trainer, TrainingRound
 from support.cuts import randomise, uniform
-from support.datasets import write_noise_idx
-from support.training import Recorder
-
-SMALL = Preprocessing.of("small", 32)
-
-
-def trainer(folder: Path, **options: Any) -> Trainer:
-    data = open_data(str(write_noise_idx(folder / "idx", 90, 30)))
-    config = PruneConfig(device="cpu", batch_size=16, **options)
-    accelerator = start("cpu", "fp32")
-    evaluator = Evaluator(data.splits["validation"], 4, SMALL, accelerator, 0)
-    return Trainer(data.splits["training"], evaluator, config, SMALL, accelerator, 0)
+from support.training import SMALL, Recorder, changed_parameters, trainer
 
 
 def three_rounds(training: Trainer) -> list[tuple[nn.Module, nn.Module]]:
@@ -55,11 +42,6 @@ def three_rounds(training: Trainer) -> list[tuple[nn.Module, nn.Module]]:
         training.fit(network, RoundSpec(round_, 2))
         rounds.append((before, copy.deepcopy(network)))
     return rounds
-
-
-def changed_parameters(before: nn.Module, after: nn.Module) -> int:
-    pairs = zip(before.parameters(), after.parameters(), strict=True)
-    return sum(not torch.equal(old, new) for old, new in pairs)
 
 
 def test_parameters_change_in_every_round(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""Small runs that are killed or stopped, and what must be the same when they have resumed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from support.commands import ROOT
+
+WORKERS = ROOT / "tests" / "support" / "workers"
+KILL_AT, RECORD = WORKERS / "kill_at.py", WORKERS / "record_batches.py"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def small_run(data: Path, output: Path, *more: object) -> tuple[object, ...]:
+    """Arguments of a run of 18 steps on 48 images: a base and two rounds of 2 epochs each."""
+    return (
+        "prune", "--data", data, "--output", output, "--base-epochs", 2, "--rounds", 2,
+        "--epochs", 2, "--batch-size", 16, "--wandb", "off", "--checkpoint-every", 0, *more,
+    )  # fmt: skip
+
+
+def metrics(output: Path) -> list[dict[str, object]]:
+    """The run's lines but for times and for what tells of interruptions."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    clocks = {"seconds", "images_per_second"}
+    return [
+        {key: value for key, value in line.items() if key not in clocks}
+        for line in lines
+        if line["event"] not in ("resume", "stop")
+    ]
+
+
+def assert_same_run(output: Path, undisturbed: Path) -> None:
+    """The same weights in every round, the same lines of metrics, and no temporary files."""
+    rounds = sorted(path.name for path in (undisturbed / "rounds").iterdir())
+    assert sorted(path.name for path in (output / "rounds").iterdir()) == rounds
+    for round_name in rounds:
+        name = Path("rounds") / round_name / "model.safetensors"
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes(), round_name
+    assert metrics(output) == metrics(undisturbed)
+    assert not list(output.rglob("*.tmp"))
