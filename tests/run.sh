@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Install what the tests need and run them all: lint, format, types, pytest.
-# On Debian or Ubuntu as root, missing Debian packages are installed too.
-#   bash tests/run.sh [pytest options]        VENV=… uses another virtual environment
-# Of tests with many slow cases a part is run; --all runs every one, for hours.
+# Install what the tests need and run them: lint, format, types, pytest.
+#   bash tests/run.sh                    everything; as root on Debian or Ubuntu, missing Debian
+#                                        packages are installed too
+#   bash tests/run.sh unit               lint, format, types, tests/unit: no root, no package, minutes
+#   bash tests/run.sh PYTEST-OPTIONS     e.g. --all: every case of tests that else run a sample
+# VENV=… uses another virtual environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,7 +26,7 @@ debian_packages=(
   slurmctld
   slurmd
 )
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+if [ "${1:-}" != unit ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   missing=()
   # a Python of another origin brings its own venv
   if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then missing+=(python3-venv); fi
@@ -45,11 +47,13 @@ export WANDB_MODE=${WANDB_MODE:-offline}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy" --strict job
-if [ $# -gt 0 ]; then exec "$venv/bin/python" -m pytest "$@"; fi
+pytest=("$venv/bin/python" -m pytest)
+one_thread=(env OMP_NUM_THREADS=1 "${pytest[@]}" -n 2)
+if [ "${1:-}" = unit ]; then exec "${one_thread[@]}" --dist worksteal tests/unit "${@:2}"; fi
+if [ $# -gt 0 ]; then exec "${pytest[@]}" "$@"; fi
 # two at a time on one thread each, groups first: containers and the cluster wait for much; then
-# those that measure time or need the machine to themselves.
-# What fails is tried once more and reported as rerun: a machine may be slow for a while.
+# those that measure time or need the machine to themselves. Coverage is that of the first.
 failed=0
-OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n 2 --dist loadgroup --reruns 1 -m 'not alone' || failed=$?
-"$venv/bin/python" -m pytest --reruns 1 -m alone || failed=$?
+"${one_thread[@]}" --dist loadgroup -m 'not alone' --cov || failed=$?
+"${pytest[@]}" -m alone || failed=$?
 exit "$failed"
