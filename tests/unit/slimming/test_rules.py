@@ -1,0 +1,106 @@
+"""An op and a kind of layer are each added by one entry of a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+
+from job.errors import GammaslimError
+from job.slimming.analysis import analyse
+from job.slimming.graph.layer_rules import LAYER_RULES, LayerRule
+from job.slimming.graph.op_rules import OP_RULES, elementwise
+from job.slimming.planning.plan import keep_all, layers_of
+from job.slimming.surgery.surgery import apply_plan
+from job.slimming.surgery.verification import verify
+from support.cuts import randomise
+from support.networks import Net, block
+
+if TYPE_CHECKING:
+    from job.slimming.graph.propagation_state import PropagationState
+    from job.slimming.graph.trace import Op
+    from job.slimming.planning.layer_channels import Layers
+
+IMAGE = torch.rand(1, 3, 20, 28)
+
+
+class Sinc(Net):
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sinc(x)
+
+
+class Upsampling(Net):
+    def build(self) -> None:
+        self.up = nn.ConvTranspose2d(12, 10, 2, stride=2)
+        self.after = block(10, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.up(x))
+
+
+def transposed_convolution(state: PropagationState, op: Op) -> None:
+    image, weight = op.argument(0, "input"), op.argument(1, "weight")
+    ids, name = state.ids_along(image, 1), state.trace.name(weight)
+    assert ids is not None
+    assert name is not None
+    state.add_slot(name, "in", ids)
+    state.set_ids(op.result, state.produce(op, name, weight.shape[1]), 1)
+
+
+TRANSPOSED = LayerRule(
+    types=(nn.ConvTranspose2d,),
+    ops=("conv_transpose2d",),
+    propagate=transposed_convolution,
+    tensors={"weight": ("in", "out"), "bias": ("out",)},
+    sizes={"in_channels": "in", "out_channels": "out"},
+)
+
+
+def blocked(network: nn.Module) -> dict[str, str]:
+    return {each.layer: each.reason for each in analyse(network, IMAGE).blocked}
+
+
+def cut(network: nn.Module) -> tuple[nn.Module, Layers]:
+    """Cut a third of each group, and prove it."""
+    graph = analyse(network, IMAGE)
+    keep = keep_all(graph)
+    for group in graph.groups:
+        keep[group.channels[::3]] = False
+    layers = layers_of(graph, keep)
+    narrow = apply_plan(network, layers)
+    assert verify(network, narrow, layers, IMAGE, graph).error <= 1e-9
+    return narrow, layers
+
+
+def test_an_op_is_added_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = randomise(Sinc())
+    assert blocked(network)["stem.0"] == "sinc is not understood"
+    monkeypatch.setitem(OP_RULES, "sinc", elementwise)
+    assert "stem.0" not in blocked(network)
+    narrow, _ = cut(network)
+    assert narrow.head.in_features == 8
+
+
+def test_a_kind_of_layer_is_added_by_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = randomise(Upsampling())
+    assert blocked(network)["stem.0"] == "conv_transpose2d is not understood"
+    monkeypatch.setattr("job.slimming.graph.layer_rules.LAYER_RULES", [*LAYER_RULES, TRANSPOSED])
+    monkeypatch.setattr("job.slimming.graph.propagation.LAYER_RULES", [*LAYER_RULES, TRANSPOSED])
+    narrow, layers = cut(network)
+    assert (narrow.up.in_channels, narrow.up.out_channels) == (8, 6)
+    assert narrow.up.weight.shape == (8, 6, 2, 2)
+    assert narrow.up.bias.shape == (6,)
+    assert {"up", "after.0"} <= layers.keys()
+
+
+class Flipped(Net):
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.flip(1)
+
+
+def test_a_wrong_rule_is_found_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OP_RULES, "flip", elementwise)
+    with pytest.raises(GammaslimError, match="the cut is wrong"):
+        cut(randomise(Flipped()))
