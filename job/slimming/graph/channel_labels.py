@@ -111,7 +111,7 @@ def run_on_labels(
             return type(value)(map(expanded, value))
         return value
 
-    if sum(result.numel() for result in op.results()) > MOST_ENTRIES:
+    if sum(result.numel() for result in op.results) > MOST_ENTRIES:
         return None
     try:
         kwargs = {key: expanded(value) for key, value in op.kwargs.items()}

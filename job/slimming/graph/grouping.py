@@ -74,7 +74,7 @@ def _within(layer: str, names: tuple[str, ...]) -> bool:
 
 def _unused_layers(network: nn.Module, trace: Trace) -> set[str]:
     """The layers that a pass does not use."""
-    used = {id(tensor) for op in trace.ops for tensor in op.inputs()}
+    used = {id(tensor) for op in trace.ops for tensor in op.inputs}
     names = {name for key, name in trace.names.items() if key in used}
     return {
         name

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 def elementwise(state: PropagationState, op: Op) -> None:
     """Channel by channel, whatever the op does along other axes: activations, pooling."""
-    image, *others = op.inputs()
+    image, *others = op.inputs
     labels = state.labels_of(image)
     if labels is None or any(other.numel() > 1 for other in others):
         return state.give_up(op, f"{op.name} of several activations is not understood")
-    for result in op.results():
+    for result in op.results:
         same = result.dim() == image.dim()
         if not same or any(result.shape[a] != image.shape[a] for a in label_axes(labels)):
             return state.give_up(op, f"{op.name} across channels is not understood")
@@ -50,7 +50,7 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
 
     ``dim_at`` is the position of the argument ``dim``.
     """
-    image, *others = op.inputs()
+    image, *others = op.inputs
     labels, axes = state.labels_of(image), _axes_of(op, dim_at)
     if labels is None or axes is None or others:
         return state.give_up(op, f"{op.name} of everything is not understood")
@@ -61,7 +61,7 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
     for axis in axes & channel_axes:
         first = first.narrow(axis, 0, 1)
     state.union.unite(flat_ids(first.expand_as(labels)), flat_ids(labels))
-    for result in op.results():
+    for result in op.results:
         result_labels = labels if result.shape == image.shape else first
         if result.dim() < image.dim():
             sizes = [size for axis, size in enumerate(first.shape) if axis not in axes]
@@ -76,13 +76,13 @@ def _axes_of(op: Op, dim_at: int) -> set[int] | None:
     dims = [dim] if type(dim) is int else dim
     if not isinstance(dims, (list, tuple)) or not dims:
         return None
-    count = next(op.inputs()).dim()
+    count = op.inputs[0].dim()
     return {axis % count for axis in dims}
 
 
 def glu(state: PropagationState, op: Op) -> None:
     """One half of the channels times the other's sigmoid (Dauphin et al. 2017)."""
-    image = next(op.inputs())
+    image = op.inputs[0]
     axis = op.argument(1, "dim", -1) % image.dim()
     ids, labels = state.ids_along(image, axis), state.labels_of(image)
     if labels is not None and axis not in label_axes(labels):
@@ -96,7 +96,7 @@ def glu(state: PropagationState, op: Op) -> None:
 
 def pairwise(state: PropagationState, op: Op) -> None:
     """Sums, products and the like of several operands: unite the channels that meet."""
-    tensors, dims = list(op.inputs()), next(op.results()).dim()
+    tensors, dims = op.inputs, op.results[0].dim()
     together: torch.Tensor | None = None
     for tensor in tensors:
         labels = state.labels_of(tensor)
@@ -120,7 +120,7 @@ def pairwise(state: PropagationState, op: Op) -> None:
     for tensor in tensors:
         if state.labels_of(tensor) is None and not _follows_cut(state, tensor, together):
             return state.give_up(op, f"{op.name} with channels that are always there")
-    return state.set_labels(next(op.results()), together)
+    return state.set_labels(op.results[0], together)
 
 
 def _follows_cut(state: PropagationState, tensor: torch.Tensor, labels: torch.Tensor) -> bool:
@@ -164,7 +164,7 @@ def cat(state: PropagationState, op: Op) -> None:
 
 def reshape(state: PropagationState, op: Op) -> None:
     """Views: channels split into groups, or merged with the axes after them."""
-    image, result = next(op.inputs()), op.result
+    image, result = op.inputs[0], op.result
     labels = state.labels_of(image)
     outcome = None if labels is None else reshape_labels(labels, image.shape, result.shape)
     if outcome is None:
@@ -212,7 +212,7 @@ def _set_rearranged(
 ) -> None:
     if results is None:
         return state.give_up(op, f"{op.name} is not understood here")
-    sources = [labels for t in op.inputs() if (labels := state.labels_of(t)) is not None]
+    sources = [labels for t in op.inputs if (labels := state.labels_of(t)) is not None]
     before = np.concatenate([flat_ids(labels) for labels in sources])
     sliced = len(sources) == 1
     if splits and len(results) > 1:
@@ -220,7 +220,7 @@ def _set_rearranged(
         if {len(part) for part in parts} == {len(before) / len(parts)}:
             state.union.blocks.append(np.stack(parts))
             sliced = False
-    for result, labels in zip(op.results(), results, strict=True):
+    for result, labels in zip(op.results, results, strict=True):
         after = flat_ids(labels)
         unmoved = np.array_equal(before, after) and not op.name.startswith("expand")
         if not (any_size or unmoved):

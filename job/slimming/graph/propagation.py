@@ -48,10 +48,10 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
     trace, union = state.trace, state.union
     known = {*map(id, trace.inputs), *trace.names, *trace.constants}
     for op, shared in zip(trace.ops, _shared_results(trace), strict=True):
-        if not known.issuperset(map(id, op.inputs())):
+        if not known.issuperset(map(id, op.inputs)):
             union.fix(np.arange(union.count), f"{op.name} of a tensor of unknown origin")
         _propagate_op(state, op, layer_ops, shared)
-        known.update(map(id, op.results()))
+        known.update(map(id, op.results))
     for output in trace.outputs:
         state.fix(output, "the network's output")
     state.end_slices()
@@ -66,7 +66,7 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
 def _propagate_op(
     state: PropagationState, op: Op, layer_ops: Mapping[str, Rule], shared: bool
 ) -> None:
-    labelled = [tensor for tensor in op.inputs() if state.labels_of(tensor) is not None]
+    labelled = [tensor for tensor in op.inputs if state.labels_of(tensor) is not None]
     state.begin_op(labelled, result_shared=shared)
     if op.name in layer_ops:
         layer_ops[op.name](state, op)
@@ -80,9 +80,9 @@ def _propagate_op(
 
 def _skip(state: PropagationState, op: Op) -> None:
     """Pass over an op on weights, or on nothing that can be cut."""
-    for tensor in op.inputs():
+    for tensor in op.inputs:
         name = state.trace.name(tensor)
-        if name and tensor.dim() and all(tensor is not result for result in op.results()):
+        if name and tensor.dim() and all(tensor is not result for result in op.results):
             state.other_uses.setdefault(name, op.name)
             state.other_uses.setdefault(owner_of(name), op.name)
     state.forget(op)
@@ -93,10 +93,10 @@ def _shared_results(trace: Trace) -> list[bool]:
     producers: dict[int, int] = {}
     count: Counter[int] = Counter()
     for number, op in enumerate(trace.ops):
-        for key in {id(tensor) for tensor in op.inputs()}:
+        for key in {id(tensor) for tensor in op.inputs}:
             if key in producers:
                 count[producers[key]] += 1
-        for result in op.results():
+        for result in op.results:
             producers[id(result)] = number  # a tensor changed in place counts as a new one
     for output in trace.outputs:
         if id(output) in producers:

@@ -100,7 +100,7 @@ class PropagationState:
 
     def forget(self, op: Op) -> None:
         """Drop the labels of results from which nothing can be cut."""
-        for result in op.results():
+        for result in op.results:
             self._labels.pop(id(result), None)
 
     def fix(self, tensor: torch.Tensor, reason: str) -> None:
@@ -112,7 +112,7 @@ class PropagationState:
     def give_up(self, op: Op, reason: str) -> None:
         """Never cut any channel that an op uses."""
         self.union.doubtful = True
-        for tensor in op.inputs():
+        for tensor in op.inputs:
             self.fix(tensor, reason)
         self.forget(op)
 

@@ -28,8 +28,6 @@ from job.slimming.inputs import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from job.slimming.graph.snapshot import Snapshot, TensorPlace
     from job.slimming.inputs import Example
 
@@ -40,27 +38,24 @@ BATCH = 2  # samples: BatchNorm in train mode needs two values a channel
 
 @dataclass(frozen=True)
 class Op:
-    """One call of a torch function: its name, arguments and result."""
+    """One call of a torch function, with the tensors among its arguments and in its result.
+
+    ``inputs`` and ``results`` include tensors within lists and dataclasses.
+    """
 
     name: str
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
+    inputs: tuple[torch.Tensor, ...]
+    results: tuple[torch.Tensor, ...]
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument, given by position or by name."""
         if position < len(self.args):
             return self.args[position]
         return self.kwargs.get(name, default)
-
-    def inputs(self) -> Iterator[torch.Tensor]:
-        """Every tensor among the arguments, also within lists."""
-        return tensors_in((self.args, self.kwargs))
-
-    def results(self) -> Iterator[torch.Tensor]:
-        """Every tensor of the result."""
-        return tensors_in(self.result)
 
 
 @dataclass(frozen=True)
@@ -150,9 +145,11 @@ class _Tracer(TorchFunctionMode):
         result = infer_result(name, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
-        is_tensor = isinstance(result, torch.Tensor)
-        if is_tensor or name == "__setitem__" or any(True for _ in tensors_in(result)):
-            self.ops.append(Op(name, func, _copy_lists(args), _copy_lists(kwargs), result))
+        results = tuple(tensors_in(result))
+        if results or name == "__setitem__":
+            args, kwargs = _copy_lists(args), _copy_lists(kwargs)
+            inputs = tuple(tensors_in((args, kwargs)))
+            self.ops.append(Op(name, func, args, kwargs, result, inputs, results))
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
             self.measured.append(args[0])
         return result

@@ -51,8 +51,8 @@ def treatment_of(trace: Trace) -> Treatment:
     return [
         (
             op.name,
-            *(trace.name(tensor) for tensor in op.inputs()),
-            *(tuple(size == 1 for size in result.shape) for result in op.results()),
+            *(trace.name(tensor) for tensor in op.inputs),
+            *(tuple(size == 1 for size in result.shape) for result in op.results),
         )
         for op in trace.ops
     ]
@@ -73,11 +73,11 @@ def _norms_after(trace: Trace) -> dict[str, tuple[str, ...]]:
             norm = trace.name(op.argument(1, "running_mean"))
             producer = producers.get(id(op.argument(0, "input")))
             sources.setdefault(owner_of(norm or ""), set()).add(producer)
-        for tensor in op.inputs():
+        for tensor in op.inputs:
             if id(tensor) in producers:
                 readers = norms.setdefault(producers[id(tensor)], set())
                 readers.add(owner_of(norm) if norm else None)
-        for result in op.results():
+        for result in op.results:
             producers.pop(id(result), None)
         weight = trace.name(op.argument(1, "weight"))
         if op.name in CONSUMERS and weight:
@@ -93,19 +93,19 @@ def _norms_after(trace: Trace) -> dict[str, tuple[str, ...]]:
 
 
 def _bytes_per_sample(trace: Trace) -> int:
-    last = {id(t): n for n, op in enumerate(trace.ops) for t in op.inputs()}
+    last = {id(t): n for n, op in enumerate(trace.ops) for t in op.inputs}
     alive = {id(tensor): tensor.nbytes for tensor in trace.inputs}
     most = sum(alive.values())
     for number, op in enumerate(trace.ops):
         if op.name in CONSUMERS:
             most = max(most, sum(alive.values()))
-        alive |= {id(result): result.nbytes for result in op.results()}
+        alive |= {id(result): result.nbytes for result in op.results}
         alive = {key: size for key, size in alive.items() if last.get(key, -1) > number}
     return most // trace.sample_count
 
 
 def _keeps_activations(trace: Trace) -> bool:
-    results = (result for op in trace.ops for result in op.results())
+    results = (result for op in trace.ops for result in op.results)
     return any(
         id(tensor) in trace.constants and tensor.dim() > 1 and len(tensor) == trace.sample_count
         for tensor in (*trace.inputs, *results)

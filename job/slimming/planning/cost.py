@@ -60,13 +60,13 @@ def layer_costs(network: nn.Module, size: int) -> list[LayerCost]:
     return [
         _layer_cost(network, layer, op, trace)
         for op in trace.ops
-        for layer in dict.fromkeys(owner_of(name) for name in map(trace.name, op.inputs()) if name)
+        for layer in dict.fromkeys(owner_of(name) for name in map(trace.name, op.inputs) if name)
     ]
 
 
 def _layer_cost(network: nn.Module, name: str, op: Op, trace: Trace) -> LayerCost:
     layer = network.get_submodule(name)
-    output = next(op.results())
+    output = op.results[0]
     axis = 1 if output.dim() > 1 else 0
     inputs = outputs = output.shape[axis]
     if is_layer(layer):

@@ -42,7 +42,7 @@ class Convolutions(nn.Module):
 
 def shapes(trace: Trace) -> list[tuple[object, ...]]:
     return [
-        (op.name, *(trace.name(t) for t in op.inputs()), *(r.shape for r in op.results()))
+        (op.name, *(trace.name(t) for t in op.inputs), *(r.shape for r in op.results))
         for op in trace.ops
     ]
 
