@@ -15,6 +15,7 @@ from job.slimming.importance.criteria import CRITERIA, score_channels
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.base import Base, layer_widths
 from job.slimming.planning.cost import example_image, network_cost
+from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.target import Budget
 from job.slimming.progress import no_progress
 
@@ -42,8 +43,8 @@ def allocation_of(
 ) -> Allocation:
     """Return what a round leaves: the target is spread over the rounds.
 
-    Without a target it is ``steps`` times --rate of the width, or of the channels with a global
-    policy. Raises UsageError for a target above what the base has.
+    Without a target it is ``steps`` times --rate of the width, or of all channels. Raises
+    UsageError for a target above what the base has.
     """
     assert card.base
     assert card.base.cost
@@ -51,7 +52,7 @@ def allocation_of(
         assert config.last_round is not None
         budget = Budget.parse(config.target)
         budget = budget.spread(round_index, config.last_round, card.base.cost)
-    elif config.policy == "uniform":
+    elif POLICIES[config.policy].by_width:
         budget = Budget("width", card.width * config.rate**steps, f"--rate {config.rate:g}")
     else:
         left = config.rate ** (round_index + steps - 1)

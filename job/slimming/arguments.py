@@ -143,9 +143,9 @@ def ignored_layers(model: nn.Module, ignore: Any) -> list[str]:
     Raises UsageError for a layer that is not part of the network.
     """
     modules = modules_of(model)
-    names_of: dict[int, list[str]] = {}
+    names_of: dict[nn.Module, list[str]] = {}
     for name, module in modules.items():
-        names_of.setdefault(id(module), []).append(name)
+        names_of.setdefault(module, []).append(name)
     if isinstance(ignore, (str, nn.Module)):
         ignore = [ignore]
     if not isinstance(ignore, Iterable):
@@ -153,10 +153,10 @@ def ignored_layers(model: nn.Module, ignore: Any) -> list[str]:
     names: list[str] = []
     for entry in ignore:
         if isinstance(entry, nn.Module):
-            if id(entry) not in names_of:
+            if entry not in names_of:
                 kind = type(entry).__name__
                 raise UsageError(f"ignore: a {kind} that is not part of the network")
-            names += names_of[id(entry)]
+            names += names_of[entry]
         else:
             names.append(_layer_name(model, modules, entry))
     return names

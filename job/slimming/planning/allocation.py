@@ -61,7 +61,7 @@ def make_plan(
     )
     graph = _block_unranked(graph, groups)
     own: Mapping[str, int] | None = None
-    if policy.own_width:
+    if policy.by_width:
         own = getattr(network, "uniform_widths", None)
     if own is not None:
         groups = [r for r in groups if r.group.name in own]
@@ -69,7 +69,7 @@ def make_plan(
     cost = base.cost if base else None
     planner = Planner(graph, costs, groups, sizes, cost, exact_widths=own is not None)
     allocation.budget.fraction(planner.base)  # raises for more than the base has
-    return policy.allocate(planner, allocation.budget)
+    return replace(policy.allocate(planner, allocation.budget), policy=allocation.policy)
 
 
 def _ceil(value: float) -> int:

@@ -35,20 +35,16 @@ class CostModel:
         numbers: SlotNumbers = {
             (slot.layer, slot.side): n for n, slot in enumerate(graph.slots, start=1)
         }
-        self._index_slots(graph)
+        self._collect_slots(graph)
         self._size_tensors(network, graph, numbers)
         self._count_channels(network, numbers)
         self._count_biases(network, gains_bias, numbers)
 
-    def _index_slots(self, graph: ChannelGraph) -> None:
+    def _collect_slots(self, graph: ChannelGraph) -> None:
         slots = [np.zeros(1, np.int64), *(slot.ids for slot in graph.slots)]
         self.ids = np.concatenate(slots)
         self.lengths = np.array([len(ids) for ids in slots])
         self.starts = np.cumsum(self.lengths) - self.lengths
-        # channel number -> the slots that it is in
-        order = np.argsort(self.ids, kind="stable")
-        self.slot_of = np.repeat(np.arange(len(slots)), self.lengths)[order]
-        self.first_of = np.searchsorted(self.ids[order], np.arange(graph.count + 1))
 
     def _size_tensors(self, network: nn.Module, graph: ChannelGraph, numbers: SlotNumbers) -> None:
         tensors, keys = _named_tensors(network)
@@ -74,7 +70,7 @@ class CostModel:
         norms = batchnorms(network)
         cut = {name: n for (name, _), n in passed if name in norms}
         self.norms = np.array(sorted(cut.values()), np.int64)
-        total = sum({id(norm): norm.num_features for norm in norms.values()}.values())
+        total = sum(norm.num_features for norm in set(norms.values()))
         self.other_channels = total - int(self.lengths[self.norms].sum())
         new = [n for (name, side), n in passed if side == "select" and f"{name}.norm" not in norms]
         self.selecting = np.array(new, np.int64)  # these BatchNorms get indices
@@ -99,12 +95,6 @@ class CostModel:
     def slot_counts(self, keep: Ids) -> Ids:
         """Return how many channels of the mask ``keep`` (count,) each slot has, as (slots,)."""
         counts: Ids = np.add.reduceat(keep[self.ids].astype(np.int64), self.starts)
-        return counts
-
-    def slots_of(self, channels: Ids) -> Ids:
-        """Return how often the channel numbers (n,) occur in each slot, as (slots,)."""
-        slots = [self.slot_of[self.first_of[c] : self.first_of[c + 1]] for c in channels]
-        counts: Ids = np.bincount(np.concatenate(slots), minlength=len(self.starts))
         return counts
 
     def metric(self, metric: str, counts: Ids) -> int:

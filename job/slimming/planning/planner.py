@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from job.slimming.graph.groups import ChannelGraph
-    from job.slimming.graph.union import Ids
     from job.slimming.planning.cost import Cost
     from job.slimming.planning.cost_model import CostModel
     from job.slimming.planning.ranked_groups import RankedGroup
@@ -44,21 +43,17 @@ class Planner:
         self.before = costs.cost(keep_all(graph))
         self.base = base or self.before
 
-    def plan(self, policy: str, counts: Sequence[int], width: float) -> Plan:
-        """Return the plan that keeps ``counts`` (groups,) units."""
+    def plan(self, counts: Sequence[int], width: float) -> Plan:
+        """Return the plan that keeps ``counts`` (groups,) units: ``width`` of the base."""
         keep = self.kept_channels(counts)
         return Plan(
-            policy, width, groups_of(self.graph, keep), layers_of(self.graph, keep),
+            "", width, groups_of(self.graph, keep), layers_of(self.graph, keep),
             self.before, self.costs.cost(keep), self.graph.blocked, sizes_of(self.graph),
         )  # fmt: skip
 
-    def slot_counts(self, counts: Sequence[int]) -> Ids:
-        """Return how many channels each channel slot keeps with ``counts`` (groups,) units."""
-        return self.costs.slot_counts(self.kept_channels(counts))
-
     def metric(self, metric: str, counts: Sequence[int]) -> int:
         """Return one metric of the network that keeps ``counts`` (groups,) units."""
-        return self.costs.metric(metric, self.slot_counts(counts))
+        return self.costs.metric(metric, self.costs.slot_counts(self.kept_channels(counts)))
 
     def uniform_counts(self, width: float) -> list[int]:
         """Return the counts that keep the fraction ``width`` of each group's full size."""

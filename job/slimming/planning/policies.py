@@ -22,21 +22,22 @@ class Policy:
 
     ``allocate`` returns the plan that meets a budget, and raises UsageError for one that is out
     of reach. ``min_keep`` says whether groups keep the fraction that --min-keep sets.
-    ``own_width`` says whether a network that has a width of its own is cut only in the groups
-    that this width scales.
+    ``by_width`` says that a cut is a width: of a network that takes its width as an argument, only
+    the groups that this argument scales are cut, and --rate is a fraction of the width instead of
+    all channels.
     """
 
     allocate: Callable[[Planner, Budget], Plan]
     help: str
     min_keep: bool = True
-    own_width: bool = False
+    by_width: bool = False
 
 
 def allocate_uniform(planner: Planner, budget: Budget) -> Plan:
     """Keep the same fraction of every group."""
     if budget.metric == "width":
         _check_width(planner, budget)
-        return planner.plan("uniform", planner.uniform_counts(budget.value), budget.value)
+        return planner.plan(planner.uniform_counts(budget.value), budget.value)
     fractions = {
         count / planner.full_sizes[r.group.name]
         for r in planner.groups
@@ -49,7 +50,7 @@ def allocate_uniform(planner: Planner, budget: Budget) -> Plan:
         sorted(fractions, reverse=True),
         planner.uniform_counts,
     )
-    return planner.plan("uniform", planner.uniform_counts(width), width)
+    return planner.plan(planner.uniform_counts(width), width)
 
 
 def _check_width(planner: Planner, budget: Budget) -> None:
@@ -78,7 +79,7 @@ def allocate_global(planner: Planner, budget: Budget) -> Plan:
     units = sum(len(r.units) for r in planner.groups)
     kept = first_within_budget(planner, budget, limit, range(units, -1, -1), counts_at)
     counts = restore_within_budget(planner, counts_at(kept), budget, limit)
-    plan = planner.plan("global", counts, 1.0)
+    plan = planner.plan(counts, 1.0)
     base = planner.base.channels
     # groups differ, so the width is the share of all channels
     return replace(plan, width=plan.after.channels / base if plan.after and base else 1.0)
@@ -86,7 +87,7 @@ def allocate_global(planner: Planner, budget: Budget) -> Plan:
 
 POLICIES: dict[str, Policy] = {
     "uniform": Policy(
-        allocate_uniform, "the same fraction of each channel group", min_keep=False, own_width=True
+        allocate_uniform, "the same fraction of each channel group", min_keep=False, by_width=True
     ),
     "global": Policy(allocate_global, "one threshold over the importance of all channels"),
 }

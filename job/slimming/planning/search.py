@@ -55,8 +55,6 @@ def restore_within_budget(
     remaining budget only shrinks.
     """
     counts = list(counts)
-    costs = planner.costs
-    slot_counts = planner.slot_counts(counts)
 
     def next_unit(i: int) -> list[tuple[float, int]]:
         scores = planner.groups[i].scores
@@ -67,10 +65,9 @@ def restore_within_budget(
     while queue:
         _, i = heapq.heappop(queue)
         more = planner.groups[i].allowed_count(counts[i] + 1)
-        restored = planner.groups[i].units[counts[i] : more].reshape(-1)
-        then = slot_counts + costs.slots_of(restored)
-        if costs.metric(budget.metric, then) <= limit:
-            counts[i], slot_counts = more, then
+        restored = [*counts[:i], more, *counts[i + 1 :]]
+        if planner.metric(budget.metric, restored) <= limit:
+            counts = restored
             for entry in next_unit(i):
                 heapq.heappush(queue, entry)
     return counts

@@ -105,7 +105,7 @@ def test_a_new_compensation_is_used(network: nn.Module, monkeypatch: pytest.Monk
 def test_a_new_policy_is_used(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     def only_the_first_group(planner: Any, _: object) -> Any:
         sizes = [len(ranked.units) for ranked in planner.groups]
-        return planner.plan("first", [sizes[0] // 2, *sizes[1:]], 1.0)
+        return planner.plan([sizes[0] // 2, *sizes[1:]], 1.0)
 
     monkeypatch.setitem(POLICIES, "first", Policy(only_the_first_group, "a test"))
     _, plan = job.slim(network, EXAMPLE, policy="first")
