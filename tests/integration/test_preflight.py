@@ -99,8 +99,8 @@ def test_the_disk_is_compared_with_what_a_run_takes(
     ("behaviour", "key", "kind", "problem"),
     [
         ("answer", KEY, None, ""),
-        ("answer", KEY[::-1], "key", "does not take the API key"),
-        ("answer", "abc", "key", "of 3 characters is invalid"),
+        ("answer", KEY[::-1], "key", "Failed to authenticate with"),
+        ("answer", "abc", "key", "must have 40+ characters"),
         ("answer", "", "none", ""),
         ("500", KEY, "server", "answers with status 500"),
         ("reset", KEY, "server", "cannot be reached"),
@@ -128,10 +128,13 @@ def test_a_key_in_netrc_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with WandbServer() as server:
         host = server.url.removeprefix("http://")
-        (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {KEY}\n")
+        content = f"machine {host}\n  login user\n  password {KEY}\n"
+        (tmp_path / "netrc").write_text(content)
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_MODE", "offline")  # --wandb online wins over it
         assert wandb_check.ask_wandb() == {"server": server.url, "user": "someone"}
+    assert (tmp_path / "netrc").read_text() == content
 
 
 @pytest.mark.parametrize(
