@@ -15,12 +15,10 @@ from job.cli.command_options import EvaluateOptions, ModelOptions, PredictOption
 from job.cli.option_types import POSITIVE, ProcessCount
 from job.config import PruneConfig
 from job.console import lines_on_stderr, warn
-from job.distributed.launch import ensure_processes
-from job.distributed.launch import launch as run_launch
+from job.distributed.launch import ensure_processes, launch
 from job.distributed.signals import starting
 from job.distributed.topology import find_nodes, nodes_left_out
 
-PREFIX = "GAMMASLIM"
 json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
 
@@ -38,7 +36,7 @@ def _model(options: dict[str, Any]) -> ModelOptions:
 @click.group(
     cls=Group,
     context_settings={
-        "auto_envvar_prefix": PREFIX,
+        "auto_envvar_prefix": "GAMMASLIM",
         "help_option_names": ["-h", "--help"],
         "show_default": True,
     },
@@ -53,19 +51,19 @@ def gammaslim() -> None:
     """
 
 
-@gammaslim.command(cls=Command)
+@gammaslim.command("prune", cls=Command)
 @click_options(PruneConfig)
-def prune(**options: Any) -> None:
+def prune_command(**options: Any) -> None:
     """Train or load a base network, slim and fine-tune it in rounds."""
     config = PruneConfig(**options)
     with starting():
         ensure_processes()
-        from job.pipeline.prune import prune as run
+        from job.pipeline.prune import prune
 
-    run(config)
+    prune(config)
 
 
-@gammaslim.command(cls=Command, context_settings={"allow_interspersed_args": False})
+@gammaslim.command("launch", cls=Command, context_settings={"allow_interspersed_args": False})
 @click.option(
     "--nproc",
     type=ProcessCount(),
@@ -90,7 +88,7 @@ def prune(**options: Any) -> None:
 )
 @click.argument("command", metavar="-- COMMAND …", nargs=-1, type=click.UNPROCESSED, required=True)
 @click.pass_context
-def launch(
+def launch_command(
     ctx: click.Context,
     command: tuple[str, ...],
     nproc: int | None,
@@ -115,58 +113,58 @@ def launch(
     )
     if unused := nodes_left_out(os.environ):
         warn(f"{unused} more nodes of this allocation are not used; srun starts a launch on each")
-    ctx.exit(run_launch(command, nproc, nodes))
+    ctx.exit(launch(command, nproc, nodes))
 
 
-@gammaslim.command(cls=Command)
+@gammaslim.command("evaluate", cls=Command)
 @model_options
 @click_options(EvaluateOptions)
 @json_option
-def evaluate(json: bool, **options: Any) -> None:
+def evaluate_command(json: bool, **options: Any) -> None:
     """Measure loss, accuracy and confusion matrix of MODEL on a split."""
     with starting():
         ensure_processes()
-        from job.cli.evaluate import evaluate as run
+        from job.cli.evaluate import evaluate
 
     model = _model(options)
     with lines_on_stderr(json):
-        run(model, EvaluateOptions(**options), json)
+        evaluate(model, EvaluateOptions(**options), json)
 
 
-@gammaslim.command(cls=Command)
+@gammaslim.command("predict", cls=Command)
 @model_options
 @click_options(PredictOptions)
 @click.option(
     "--output", metavar="FILE", required=True, help="CSV file to write; - for standard output."
 )
-def predict(output: str, **options: Any) -> None:
+def predict_command(output: str, **options: Any) -> None:
     """Predict the class of each image, in file order."""
     with starting():
         ensure_processes()
-        from job.cli.predict import predict as run
+        from job.cli.predict import predict
 
     model = _model(options)
     with lines_on_stderr(output == "-"):
-        run(model, PredictOptions(**options), output)
+        predict(model, PredictOptions(**options), output)
 
 
-@gammaslim.command(cls=Command)
+@gammaslim.command("inspect", cls=Command)
 @model_options
 @json_option
-def inspect(json: bool, **options: Any) -> None:
+def inspect_command(json: bool, **options: Any) -> None:
     """Show channel groups, layer costs, what cannot be cut and why."""
     with starting():
-        from job.cli.inspect import inspect as run
+        from job.cli.inspect import inspect
 
     with lines_on_stderr(json):
-        run(_model(options), json)
+        inspect(_model(options), json)
 
 
-@gammaslim.command(cls=Command)
+@gammaslim.command("slim", cls=Command)
 @model_options
 @click.option("--output", metavar="DIR", required=True, help="Model folder to write.")
 @click_options(SlimOptions)
-def slim(output: str, **options: Any) -> None:
+def slim_command(output: str, **options: Any) -> None:
     """Cut MODEL once, without training, and save the slim model.
 
     Without images, channels are ranked by γ, and the accuracy is low until the model is
@@ -175,12 +173,12 @@ def slim(output: str, **options: Any) -> None:
     """
     model = _model(options)
     with starting():
-        from job.cli.slim import slim as run
+        from job.cli.slim import slim_model
 
-    run(model, output, SlimOptions(**options))
+    slim_model(model, output, SlimOptions(**options))
 
 
-@gammaslim.command(cls=Command)
+@gammaslim.command("export", cls=Command)
 @model_options
 @click.option(
     "--format",
@@ -188,19 +186,19 @@ def slim(output: str, **options: Any) -> None:
     help="Format. Default: by the suffix, .onnx or .pt2 (torch-export), else state-dict.",
 )
 @click.option("--output", metavar="FILE", required=True, help="File to write.")
-def export(format: str | None, output: str, **options: Any) -> None:
+def export_command(format: str | None, output: str, **options: Any) -> None:
     """Write MODEL as a state dict, ONNX or exported torch program.
 
     The state dict of a StudentNet loads into the homework's StudentNet(width_mult=…). ONNX needs
     the extra gammaslim[onnx]. torch.export.load reads a .pt2 file without any code of the network.
     """
     with starting():
-        from job.cli.export import export as run
+        from job.cli.export import export
 
-    run(_model(options), output, format)
+    export(_model(options), output, format)
 
 
-@gammaslim.command(cls=Command)
+@gammaslim.command("report", cls=Command)
 @click.argument("runs", metavar="RUN…", nargs=-1, required=True)
 @click.option(
     "--output",
@@ -208,12 +206,12 @@ def export(format: str | None, output: str, **options: Any) -> None:
     help="Page to write. Default: RUN/report.html, or report.html here for several runs.",
 )
 @json_option
-def report(runs: tuple[str, ...], output: str | None, json: bool) -> None:
+def report_command(runs: tuple[str, ...], output: str | None, json: bool) -> None:
     """Report on one run, or compare several: accuracy against cost.
 
     Writes an HTML page that contains its figures, and the figures as PNG in a folder next to it.
     RUN is a run folder, finished or not.
     """
-    from job.cli.report import report as run
+    from job.cli.report import report
 
-    run(runs, output, json)
+    report(runs, output, json)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from job.cli.command_options import ModelOptions, SlimOptions
 
 
-def slim(model: ModelOptions, output: str, options: SlimOptions) -> None:
+def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     """Cut MODEL, verify the cut in float64, save it, and print its costs and accuracy."""
     _check_images_given(options)
     PreprocessingOptions.of(model).check()

@@ -469,13 +469,13 @@ def test_the_command_line_takes_all_of_it(slim_run: Path, tmp_path: Path) -> Non
 def test_the_number_of_rounds_may_be_auto_in_a_file_too(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text('[prune]\nrounds = "auto"\n')
     args = ["--config", str(tmp_path / "own.toml")]
-    with job.cli.main.prune.make_context("prune", args) as ctx:
+    with job.cli.main.prune_command.make_context("prune", args) as ctx:
         assert ctx.params["rounds"] == "auto"
-    with job.cli.main.prune.make_context("prune", ["--rounds", "7"]) as ctx:
+    with job.cli.main.prune_command.make_context("prune", ["--rounds", "7"]) as ctx:
         assert ctx.params["rounds"] == 7
     for wrong in ("all", "-1", "2.5"):
         with pytest.raises(click.BadParameter):
-            job.cli.main.prune.make_context("prune", ["--rounds", wrong])
+            job.cli.main.prune_command.make_context("prune", ["--rounds", wrong])
 
 
 def test_a_student_wider_than_width_1_is_cut_by_its_width(noise: Path, tmp_path: Path) -> None:

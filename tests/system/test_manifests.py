@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from job.cli.main import prune
+from job.cli.main import prune_command
 from support.commands import ROOT
 from support.manifests import K8S, documents, kustomize, problems
 from support.schemas import VERSIONS, Document, as_job, lint, schema
@@ -68,7 +68,7 @@ def test_the_recipe_is_one(tmp_path: Path) -> None:
         (config,) = [d for d in documents(text) if d["kind"] == "ConfigMap"]
         recipe = tmp_path / "recipe.toml"
         recipe.write_text(config["data"]["recipe.toml"].replace("# data =", "data ="))
-        context = prune.make_context("prune", ["--config", str(recipe)])
+        context = prune_command.make_context("prune", ["--config", str(recipe)])
         assert context.params["data"] == "/data/food-11"
         assert context.params["rounds"] == 5
 
