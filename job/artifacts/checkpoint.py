@@ -1,7 +1,7 @@
-"""Positions of a run on disk: written aside, verified on load, never executing a pickle.
+"""Checkpoints: positions of a run on disk, verified on load, without any pickle.
 
 ``checkpoints/RRR-EEEE-BBBBBBB/`` (round, epoch, batch) holds the tensors (state.safetensors), the
-rest (position.json) and, last, a manifest of sizes and SHA-256.
+other values (position.json) and, written last, a manifest of sizes and SHA-256.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from job.training.position import Position, RoundProgress, TrainingProgress
 if TYPE_CHECKING:
     from pathlib import Path
 
-KEPT = 2
+KEPT = 2  # checkpoints
 _NAME = re.compile(r"(\d{3})-(\d{4})-(\d{7})")
-_DAMAGED = ".damaged"  # ends the name of one that was passed over: it must not count as kept
+_DAMAGED = ".damaged"  # ends the name of one that was skipped: it must not count as kept
 
 
 def save_position(folder: Path, position: Position) -> None:
-    """Write ``position`` into ``folder``, all or nothing, then drop all but it and the one before.
+    """Write ``position`` into ``folder`` as a whole, then remove all but it and the one before.
 
     Raises StorageError.
     """
@@ -51,23 +51,23 @@ def save_position(folder: Path, position: Position) -> None:
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     names = _names(folder)
     before = [name for name in names if name <= position.name]
-    # a later one is of a future that will be lived again
+    # a later one was saved by an attempt that is being repeated
     for name in set(names) - set(before[-KEPT:]):
         discard(folder / name)
     for damaged in folder.glob(f"*{_DAMAGED}"):
         discard(damaged)
 
 
-def newest_position(folder: Path, round_: int) -> tuple[Position | None, list[str]]:
-    """The newest whole position of ``round_``, and what is wrong with newer ones, a line each.
+def newest_position(folder: Path, round_index: int) -> tuple[Position | None, list[str]]:
+    """Load the newest whole position of a round; also return what is wrong with newer ones.
 
-    Those newer ones are put out of the way. None when the round has no position at all. Raises
+    Damaged newer ones are renamed. The position is None when the round has none at all. Raises
     StorageError when it has some but none is whole: nothing may be overwritten then.
     """
     problems: list[str] = []
     damaged: list[Path] = []
     for name in reversed(_names(folder)):
-        if int(name[:3]) != round_:
+        if int(name[:3]) != round_index:
             continue
         try:
             position = _load(folder / name)
@@ -81,8 +81,8 @@ def newest_position(folder: Path, round_: int) -> tuple[Position | None, list[st
         return position, problems
     if problems:
         raise StorageError(
-            f"no whole checkpoint of round {round_}: {'; '.join(problems)}; restore one, or remove "
-            f"{shown(folder)} to repeat the round"
+            f"no whole checkpoint of round {round_index}: {'; '.join(problems)}; restore one, or "
+            f"remove {shown(folder)} to repeat the round"
         )
     return None, []
 

@@ -59,7 +59,9 @@ def _other_origin(
     """Return the error for a run that was begun on other data or from another base, or None."""
     fingerprint = tables.get("dataset", {}).get("fingerprint")
     if dataset is not None and fingerprint != dataset.fingerprint:
-        return other_run(f"{run} was begun on other data", ": type the same --data to resume it")
+        return other_run_error(
+            f"{run} was begun on other data", ": type the same --data to resume it"
+        )
     if base is None:
         return None
     stored, present = tables.get("base"), to_json(base)
@@ -67,18 +69,18 @@ def _other_origin(
         present["epochs"] = stored.get("epochs")  # the default when the run was begun
     if stored == present:
         return None
-    return other_run(
+    return other_run_error(
         f"{run} was begun from other --weights, --base-epochs or --teacher",
         ": type the same to resume it",
     )
 
 
 def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str, done: int) -> None:
-    """Raise OtherRunError when an option that shapes the result differs from the run's own.
+    """Check that ``now`` has the options of the run, as far as they change the result.
 
-    ``stored`` are the run's options, ``done`` its complete rounds. There may be more rounds than it
-    was begun with, where none of the earlier ones depends on their number; ConfigError for fewer
-    than are done.
+    ``stored`` are the run's options, ``done`` its complete rounds. The number of rounds can grow
+    where no earlier round depends on it. Raises OtherRunError for another option, ConfigError for
+    fewer rounds than are done.
     """
     changed = _changed(stored, now)
     if changed == ["rounds"] and not now.target:
@@ -91,22 +93,22 @@ def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str, done:
     if not changed:
         return
     present = now.to_dict()
-    began = [typed(name, _value(stored, name)) for name in changed]
-    here = [typed(name, present.get(name)) for name in changed]
+    began = [option_text(name, _value(stored, name)) for name in changed]
+    here = [option_text(name, present.get(name)) for name in changed]
     more = ""
     if changed == ["rounds"]:
         more = (
             f" (--target {now.target} is spread over the rounds: the earlier ones would differ; "
             f"to cut further, --weights {run} with another --target)"
         )
-    raise other_run(
+    raise other_run_error(
         f"{run} was begun {_list(_stated(began))}, this command is {_list(_stated(here))}",
         f"{more}: {_advice(began)} to resume it",
     )
 
 
-def other_run(difference: str, advice: str) -> OtherRunError:
-    """The error that says ``difference`` and, with ``advice`` appended, what to type."""
+def other_run_error(difference: str, advice: str) -> OtherRunError:
+    """Return the error that states ``difference`` and then, as ``advice``, what to type."""
     return OtherRunError(
         f"{difference}{advice}, or choose another --output for a new run", difference
     )
@@ -122,14 +124,14 @@ def _changed(stored: Mapping[str, Any], now: PruneConfig) -> list[str]:
 
 
 def _value(stored: Mapping[str, Any], name: str) -> Any:
-    """A run's option; the default where its version did not have it yet."""
+    """Return an option of the run; the default where its version did not have it yet."""
     (field,) = (field for field in fields(PruneConfig) if field.name == name)
     default = [] if field.default is MISSING or field.default == () else field.default
     return stored.get(name, default)
 
 
-def typed(name: str, value: Any) -> str:
-    """An option as it is typed: ``--target macs=0.5``; "" where it is left out."""
+def option_text(name: str, value: Any) -> str:
+    """Return an option as it is typed: ``--target macs=0.5``; ``no --target`` without a value."""
     option = "--" + name.replace("_", "-")
     if value is None or value is False or value == []:
         return f"no {option}"
@@ -147,7 +149,7 @@ def _stated(options: list[str]) -> list[str]:
 
 
 def _advice(options: list[str]) -> str:
-    """What to type, and what to leave out, so that the options are these."""
+    """Return what to type and what to leave out for these options."""
     given = [option for option in options if not option.startswith("no ")]
     left_out = [option.removeprefix("no ") for option in options if option.startswith("no ")]
     parts = [f"type {' '.join(given)}"] * bool(given)

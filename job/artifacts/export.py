@@ -1,6 +1,6 @@
-"""A network as other programs take it: a state dict, ONNX, or torch's exported program.
+"""Export of a network to formats of other programs: state dict, ONNX, torch.export.
 
-Each is the content of a file, made in memory and checked there before anything is written.
+Each function returns the content of a file. It is checked in memory before anything is written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from job.artifacts.model_card import unshared
+from job.artifacts.model_card import unshare_tensors
 from job.artifacts.versions import package_versions
 from job.errors import GammaslimError, UsageError, reason, shown
 
@@ -29,45 +29,46 @@ if TYPE_CHECKING:
 
     from job.artifacts.model_card import ModelCard
 
-FORMATS = ("state-dict", "onnx", "torch-export")
-SUFFIXES = {
+EXPORT_FORMATS = ("state-dict", "onnx", "torch-export")
+FORMAT_BY_SUFFIX = {
     ".onnx": "onnx", ".pt2": "torch-export",
     **dict.fromkeys((".safetensors", ".pt", ".pth", ".bin"), "state-dict"),
 }  # fmt: skip
-OPSET = 18
-INPUT, OUTPUT = "images", "logits"
+ONNX_OPSET = 18
+INPUT_NAME, OUTPUT_NAME = "images", "logits"
 TOLERANCE = 1e-4  # relative to the largest logit, between runtimes in float32
-BATCHES = (1, 3)  # sizes that an exported network is compared at; it is traced at 2
-EXTRA_FILE = "gammaslim.json"  # in a .pt2: what ONNX holds as metadata_props
+BATCHES = (1, 3)  # sizes for comparing an exported network; it is traced with 2 images
+EXTRA_FILE = "gammaslim.json"  # in a .pt2; ONNX has metadata_props
 
 
 def format_of(path: Path, asked: str | None) -> str:
-    """The format to write ``path`` in: as its suffix says, or as ``asked``.
+    """Return the format for ``path``: the one ``asked`` for, or that of the suffix.
 
-    A file without a suffix, as a pipe, gets a state dict. Raises UsageError for a suffix of another
-    format, or an unknown one when nothing is asked for.
+    A file without a suffix, e.g. a pipe, gets a state dict. Raises UsageError for a suffix of
+    another format, or an unknown suffix when no format is asked for.
     """
-    own = SUFFIXES.get(path.suffix.lower())
+    by_suffix = FORMAT_BY_SUFFIX.get(path.suffix.lower())
     if asked is None:
-        if path.suffix and own is None:
-            known = ", ".join(f"{suffix} ({format})" for suffix, format in SUFFIXES.items())
+        if path.suffix and by_suffix is None:
+            known = ", ".join(f"{suffix} ({format})" for suffix, format in FORMAT_BY_SUFFIX.items())
             raise UsageError(
                 f"--output {shown(path)}: {path.suffix} is not a format; give --format, or one of "
                 f"{known}"
             )
-        return own or "state-dict"
-    if own not in (None, asked):
-        suffix = next(suffix for suffix, format in SUFFIXES.items() if format == asked)
+        return by_suffix or "state-dict"
+    if by_suffix not in (None, asked):
+        suffix = next(suffix for suffix, format in FORMAT_BY_SUFFIX.items() if format == asked)
         raise UsageError(
             f"--format {asked} and --output {shown(path)} contradict each other: {path.suffix} is "
-            f"{own}; name the file {shown(path.with_suffix(suffix).name)}, or leave out --format"
+            f"{by_suffix}; name the file {shown(path.with_suffix(suffix).name)}, or leave out "
+            "--format"
         )
     return asked
 
 
 def state_dict_bytes(network: nn.Module, suffix: str) -> bytes:
-    """The state dict: safetensors for that ``suffix``, else what torch.save writes."""
-    state = unshared(network.state_dict())
+    """Return the state dict: safetensors for that ``suffix``, otherwise as torch.save does."""
+    state = unshare_tensors(network.state_dict())
     if suffix.lower() == ".safetensors":
         content: bytes = safetensors_bytes(state, {"format": "pt"})
         return content
@@ -77,10 +78,11 @@ def state_dict_bytes(network: nn.Module, suffix: str) -> bytes:
 
 
 def onnx_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
-    """ONNX of opset 18, ``images`` (B, 3, H, W) float32 -> ``logits`` (B, N); how it was checked.
+    """Return ONNX of opset 18, and how it was checked.
 
-    Raises UsageError without the packages or for a network that cannot be expressed, and
-    GammaslimError when onnxruntime computes something else than torch.
+    The input is ``images`` (B, 3, H, W) float32, the output ``logits`` (B, N). Raises UsageError
+    without the packages or for a network that ONNX cannot express, GammaslimError when onnxruntime
+    gives other logits than torch.
     """
     if not (_installed("onnx") and _installed("onnxscript")):
         raise UsageError(
@@ -93,15 +95,15 @@ def onnx_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
             network,
             (_images(card, 2),),
             dynamo=True,
-            opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
+            opset_version=ONNX_OPSET,
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, _strings(metadata(card)))
+    onnx.helper.set_model_props(model, _strings(export_metadata(card)))
     onnx.checker.check_model(model)
     content: bytes = model.SerializeToString()
     if not _installed("onnxruntime"):
@@ -110,24 +112,24 @@ def onnx_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
 
 
 def torch_export_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
-    """A .pt2 of torch.export.save, which needs no code of the network; how it was checked.
+    """Return a .pt2 of torch.export.save, and how it was checked; it needs no code of the network.
 
-    Raises UsageError for a network that cannot be traced, GammaslimError when it computes
-    something else than the network.
+    Raises UsageError for a network that cannot be traced, GammaslimError when the exported program
+    gives other logits than the network.
     """
     with _tracing("torch-export"):
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(network, (_images(card, 2),), dynamic_shapes=shapes)
         buffer = io.BytesIO()
-        extra = {EXTRA_FILE: json.dumps(metadata(card))}
+        extra = {EXTRA_FILE: json.dumps(export_metadata(card))}
         torch.export.save(program, buffer, extra_files=extra)
         buffer.seek(0)
         loaded = torch.export.load(buffer).module()
     return buffer.getvalue(), _compare("torch.export.load", network, card, loaded)
 
 
-def metadata(card: ModelCard) -> dict[str, Any]:
-    """What a user of the file must know: how pictures become inputs, what the logits stand for."""
+def export_metadata(card: ModelCard) -> dict[str, Any]:
+    """Return what a user of the file needs: how images become inputs, what the logits mean."""
     return {
         "model": card.model,
         "args": card.args,
@@ -146,11 +148,11 @@ def _strings(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _images(card: ModelCard, count: int) -> torch.Tensor:
-    """Random pictures as the network takes them: (count, 3, H, W) float32."""
+    """Return random images as the network takes them, (count, 3, H, W) float32."""
     size = card.preprocessing.size
     generator = torch.Generator().manual_seed(count)
-    pictures = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
-    return card.preprocessing.to_input(pictures).contiguous()
+    pixels = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
+    return card.preprocessing.to_input(pixels).contiguous()
 
 
 def _compare(
@@ -163,14 +165,14 @@ def _compare(
     for count in BATCHES:
         images = _images(card, count)
         with torch.no_grad():
-            wanted, given = network(images), run(images)
-        if given.shape != wanted.shape:
-            raise GammaslimError(f"{runtime} gives {tuple(given.shape)} for {count} images")
-        scale = wanted.abs().max().clamp_min(1)
-        worst = max(worst, float((given - wanted).abs().max() / scale))
-    if not worst <= TOLERANCE:  # nan, too
+            expected, actual = network(images), run(images)
+        if actual.shape != expected.shape:
+            raise GammaslimError(f"{runtime} gives {tuple(actual.shape)} for {count} images")
+        scale = expected.abs().max().clamp_min(1)
+        worst = max(worst, float((actual - expected).abs().max() / scale))
+    if not worst <= TOLERANCE:  # also for NaN
         raise GammaslimError(f"{runtime} differs from torch by {worst:.1e}; nothing is written")
-    return f"the same logits by {runtime}: difference {worst:.1e}"
+    return f"{runtime} gives the same logits: relative difference {worst:.1e}"
 
 
 def _onnx_runner(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -181,14 +183,14 @@ def _onnx_runner(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+        return torch.from_numpy(session.run([OUTPUT_NAME], {INPUT_NAME: images.numpy()})[0])
 
     return run
 
 
 @contextlib.contextmanager
 def _tracing(format: str) -> Iterator[None]:
-    """Keep the exporters' chatter off the console; raise UsageError, a line, for their failures."""
+    """Silence the exporters; turn their failures into a UsageError of one line."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -199,7 +201,7 @@ def _tracing(format: str) -> Iterator[None]:
         ):
             warnings.simplefilter("ignore")
             yield
-    except Exception as error:  # the exporters raise their own kinds, of several pages
+    except Exception as error:  # the exporters raise errors of their own, some with pages of text
         why = f"{type(error).__name__}: {reason(error)}"
         raise UsageError(f"--format {format} cannot express this network: {why}") from error
     finally:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from job.artifacts.accuracy import change
+from job.artifacts.accuracy import accuracy_change
 from job.errors import shown
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class History:
 
     def points(self, entry: RoundRecord) -> float | None:
         """Return the change of accuracy from the base to ``entry`` in percentage points."""
-        return change(entry.valid_acc, self.base.valid_acc) if self.base else None
+        return accuracy_change(entry.valid_acc, self.base.valid_acc) if self.base else None
 
     @property
     def change(self) -> float | None:

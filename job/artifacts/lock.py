@@ -1,9 +1,9 @@
 """One job at a time in a run directory, on shared storage too.
 
-``RUN/lock.json`` names the job that works there; its time of change is the job's heartbeat. A job
-in the same process-number space is looked up by pid and start time, so one that was killed blocks
-nobody. Of another host or container only the heartbeat can tell, measured on the file system's own
-clock: without one for ``STALE`` seconds the lock is taken over.
+``RUN/lock.json`` names the job that holds the run; its modification time is the job's heartbeat. A
+job in the same PID namespace is looked up by PID and start time, so one that was killed blocks
+nobody. A job on another host or in another container is known by its heartbeat only, measured on
+the file system's own clock: without one for ``STALE`` seconds the lock is taken over.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from job.artifacts.json_records import from_json, to_json
+from job.artifacts.records import LockRecord
 from job.errors import OutputError, StorageError, shown, writing
 from job.files import write_json
 
@@ -25,26 +27,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BEAT = 3.0  # seconds between heartbeats
-STALE = 30.0  # seconds without one after which a job counts as dead
-SETTLE = 0.5  # seconds in which two that take over at the same time see each other
+STALE = 30.0  # seconds without a heartbeat after which a job counts as dead
+SETTLE = 0.5  # seconds in which two jobs that take over at the same time see each other
 
 
 class Lock:
-    """The right to write into ``run``, from ``acquire`` to ``release``."""
+    """The right to write into ``run``, held from ``acquire`` to ``release``."""
 
     def __init__(self, run: Path) -> None:
         self.path = run / "lock.json"
         self.held = False
-        self.lost = False  # another job has taken over: this one was silent for too long
-        self._mine = {"id": str(uuid.uuid4().int), **_this_process()}  # digits, as tidy knows them
+        self.lost = False  # another job has taken over, since this one sent no heartbeat
+        self._record = _this_process()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self, say: Callable[[str], None] = lambda _: None) -> None:
-        """Take the lock and keep it alive; raises OutputError while another job has it.
+        """Take the lock and start its heartbeat; raises OutputError while another job holds it.
 
-        ``say`` gets a line when it must be found out whether a job on another host lives: that
-        takes up to ``STALE`` seconds. Raises StorageError when the lock cannot be written.
+        To find out whether a job on another host is alive takes up to ``STALE`` seconds; ``say``
+        gets a line about it. Raises StorageError when the lock cannot be written.
         """
         if not self._create():
             self._take_over(say)
@@ -53,22 +55,22 @@ class Lock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Stop the heartbeat and remove the lock."""
         self.held = False
         self._ended.set()
         if self._thread:
             self._thread.join()
-        if self._owner().get("id") == self._mine["id"]:
+        if self._is_held_by_this():
             with suppress(OSError):
                 self.path.unlink()
 
     def _create(self) -> bool:
-        """Put our own lock there in one piece; False when there is one."""
-        temporary = self.path.with_name(f".{self.path.name}.{self._mine['id']}.tmp")
+        """Write the lock in one piece; return False when there is one already."""
+        temporary = self.path.with_name(f".{self.path.name}.{self._record.id}.tmp")
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                temporary.write_text(json.dumps(self._mine) + "\n")
+                temporary.write_text(json.dumps(to_json(self._record)) + "\n")
                 _link(temporary, self.path)
             except FileExistsError:
                 return False
@@ -80,75 +82,79 @@ class Lock:
         """Raise OutputError when another job has taken the run over."""
         if self.lost:
             raise OutputError(
-                f"{shown(self.path.parent)} was taken over by another job while this one gave no "
-                f"sign of life for {STALE:.0f} s; this one stops and leaves the run to it"
+                f"{shown(self.path.parent)} was taken over by another job, since this one sent no "
+                f"heartbeat for {STALE:.0f} s; this job stops and leaves the run to the other"
             )
 
     def _take_over(self, say: Callable[[str], None]) -> None:
         owner = self._owner()
-        if self._lives(owner, say):
+        if self._is_alive(owner, say):
             raise OutputError(
-                f"{shown(self.path.parent)} is in use by process {owner.get('pid')} on "
-                f"{owner.get('host')}: wait for it or stop it, or choose another --output"
+                f"{shown(self.path.parent)} is in use by {_describe(owner)}: wait for it or stop "
+                "it, or choose another --output"
             )
-        write_json(self.path, self._mine)
+        write_json(self.path, to_json(self._record))
         time.sleep(SETTLE)
-        if self._owner().get("id") != self._mine["id"]:
+        if not self._is_held_by_this():
             raise OutputError(
-                f"{shown(self.path.parent)} has just been taken by another job: "
-                "choose another --output"
+                f"another job has just taken {shown(self.path.parent)}: choose another --output"
             )
 
-    def _lives(self, owner: dict[str, Any], say: Callable[[str], None]) -> bool:
-        if self._is_here(owner):
-            return _start_time(owner.get("pid")) == owner.get("started")
+    def _is_alive(self, owner: LockRecord | None, say: Callable[[str], None]) -> bool:
+        if owner and self._is_here(owner):
+            return _start_time(owner.pid) == owner.started
         first = self._beat()
         if first is None:  # released just now
             return False
-        said = False
+        announced = False
         while (age := self._age()) is not None and age < STALE:
             if self._beat() != first:
                 return True
-            if not said:
+            if not announced:
                 say(
-                    f"waiting up to {STALE:.0f} s: {shown(self.path)} is of process "
-                    f"{owner.get('pid')} on {owner.get('host')}, which may be alive"
+                    f"waiting up to {STALE:.0f} s: {_describe(owner)} holds {shown(self.path)} and "
+                    "may be alive"
                 )
-                said = True
+                announced = True
             time.sleep(1)
         return False
 
     def alive(self) -> bool:
-        """Whether a live job has the lock, for readers: waits for nothing, takes nothing.
+        """Return whether a live job holds the lock, without waiting or writing.
 
-        Of a job on another host or in another container that died it may be STALE seconds late.
+        The answer is up to STALE seconds late for a job that died on another host or in another
+        container.
         """
         owner = self._owner()
         if not owner:
             return False
         if self._is_here(owner):
-            return _start_time(owner.get("pid")) == owner.get("started")
+            return _start_time(owner.pid) == owner.started
         try:
             age = self._age()
-        except StorageError:  # read-only for this user: by this host's clock
+        except StorageError:  # this user can only read: measure by this host's clock
             beat = self._beat()
             age = None if beat is None else time.time() - beat / 1e9
         return age is not None and age < STALE
 
-    def _is_here(self, owner: dict[str, Any]) -> bool:
-        """Whether ``owner`` shares this process's numbers, so that its pid tells if it lives."""
-        return all(owner.get(key) == self._mine[key] for key in ("boot", "processes"))
+    def _is_here(self, owner: LockRecord) -> bool:
+        """Return whether ``owner`` is in this PID namespace, where its PID can be looked up."""
+        mine = self._record
+        return (owner.boot, owner.processes) == (mine.boot, mine.processes)
 
-    def _owner(self) -> dict[str, Any]:
-        """Who has the lock; empty when nobody has, or its file is damaged."""
+    def _is_held_by_this(self) -> bool:
+        owner = self._owner()
+        return owner is not None and owner.id == self._record.id
+
+    def _owner(self) -> LockRecord | None:
+        """Return who holds the lock; None when nobody does, or when the file is damaged."""
         try:
-            content = json.loads(self.path.read_text("utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+            return from_json(LockRecord, json.loads(self.path.read_text("utf-8")))
+        except (OSError, ValueError, RecursionError):
+            return None
 
     def _beat(self) -> int | None:
-        """The last heartbeat, as the file system dates it; opening renews what NFS remembers."""
+        """Return the last heartbeat in ns by the file system; opening refreshes NFS's cache."""
         try:
             with self.path.open("rb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns
@@ -156,13 +162,13 @@ class Lock:
             return None
 
     def _age(self) -> float | None:
-        """Seconds since the last heartbeat, by the clock that dated it; None without a lock."""
-        probe = self.path.with_name(f".lock.{self._mine['id']}.tmp")
+        """Return the seconds since the last heartbeat by the clock that dated it, or None."""
+        probe = self.path.with_name(f".lock.{self._record.id}.tmp")
         with writing(probe):
             try:
                 probe.write_bytes(b"?")
                 now = probe.stat().st_mtime_ns
-            except FileNotFoundError:  # tidied away by the job that lives
+            except FileNotFoundError:  # removed by the live job's tidy
                 return 0.0
             finally:
                 probe.unlink(missing_ok=True)
@@ -172,23 +178,24 @@ class Lock:
     def _keep_alive(self) -> None:
         while not self._ended.wait(BEAT):
             owner = self._owner()
-            if owner and owner.get("id") != self._mine["id"]:
+            if owner and owner.id != self._record.id:
                 self.lost = True
                 return
-            with suppress(OSError):  # a full or read-only disk shows itself elsewhere
+            with suppress(OSError):  # a full or read-only disk is reported elsewhere
                 os.utime(self.path)
 
 
-def present_state(run: Path, state: str) -> str:
-    """``state`` of a status.json as it is now: a run is running only while a live job holds it.
+def current_state(run: Path, state: str) -> str:
+    """Return the state of a run whose status.json has ``state``.
 
-    One whose job was killed, and could not write so, has died.
+    A run is running only while a live job holds it. A killed job could not update the file: such a
+    run has died.
     """
     return "died" if state == "running" and not Lock(run).alive() else state
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name; raises FileExistsError, on NFS too."""
+    """Link ``target`` to a file atomically; raises FileExistsError, on NFS too."""
     try:
         os.link(source, target)
     except FileExistsError:
@@ -198,16 +205,21 @@ def _link(source: Path, target: Path) -> None:
             file.write(source.read_bytes())
 
 
-def _this_process() -> dict[str, Any]:
-    """Who this process is, and in which space of process numbers: boot and pid namespace."""
+def _describe(owner: LockRecord | None) -> str:
+    return f"process {owner.pid} on {owner.host}" if owner else "another process"
+
+
+def _this_process() -> LockRecord:
+    """Return the identity of this process, with its PID namespace: boot id and namespace."""
     host = socket.gethostname()
-    return {
-        "host": host,
-        "boot": _text("/proc/sys/kernel/random/boot_id") or host,
-        "processes": str(_namespace()),
-        "pid": os.getpid(),
-        "started": _start_time(os.getpid()),
-    }
+    return LockRecord(
+        id=str(uuid.uuid4().int),  # digits: tidy knows temporary files by them
+        host=host,
+        boot=_read_line("/proc/sys/kernel/random/boot_id") or host,
+        processes=str(_namespace()),
+        pid=os.getpid(),
+        started=_start_time(os.getpid()),
+    )
 
 
 def _namespace() -> Path | None:
@@ -216,16 +228,16 @@ def _namespace() -> Path | None:
     return None
 
 
-def _start_time(pid: Any) -> str | None:
-    """When a process started, in ticks since boot: a number is used again, this is not."""
-    stat = _text(f"/proc/{pid}/stat")
+def _start_time(pid: int) -> str | None:
+    """Return when a process started, in ticks since boot: PIDs are reused, this pair is not."""
+    stat = _read_line(f"/proc/{pid}/stat")
     if not stat:
         return None
     state, *rest = stat.rpartition(")")[2].split()
     return None if state in "ZX" else rest[18]
 
 
-def _text(path: str) -> str:
+def _read_line(path: str) -> str:
     try:
         return Path(path).read_text("utf-8").strip()
     except OSError:

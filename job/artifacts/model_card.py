@@ -1,4 +1,4 @@
-"""A slim model on disk: model.safetensors + model.json. Loading needs nothing else."""
+"""A model on disk: ``model.safetensors`` and ``model.json``. Loading needs nothing else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
-RECOMMENDED = r"rounds/[0-9]{2,4}"  # a summary's word for its model
+RECOMMENDED = r"rounds/[0-9]{2,4}"  # as a summary names its model
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ModelCard:
             raise DataError(f"inputs of {self.preprocessing.size} pixels")
 
     def build(self) -> nn.Module:
-        """The network of this card with fresh weights; torch's random state is left alone.
+        """Build the network of this card with new weights; torch's random state is not changed.
 
         The module of a ``module:factory`` must be importable. Raises UsageError.
         """
@@ -78,13 +78,13 @@ class ModelCard:
         return apply_plan(base, self.layers)
 
     def cut(self, layers: Layers, width: float) -> ModelCard:
-        """The card after ``layers`` (indices into the present network) are cut."""
+        """Return the card after a cut to ``layers``, indices into the network of this card."""
         return replace(self, layers=compose(self.layers, layers), width=width)
 
 
 def save_model(folder: Path, network: nn.Module, card: ModelCard) -> None:
-    """Write the two files of a model into ``folder``, all or nothing; raises StorageError."""
-    state = unshared(network.state_dict())
+    """Write the two files of a model into ``folder``, both or none; raises StorageError."""
+    state = unshare_tensors(network.state_dict())
     widths = {key[:-7]: len(value) for key, value in state.items() if key.endswith(".weight")}
     card = replace(card, widths=widths, versions=package_versions())
     content = {"format": FORMAT, **to_json(card)}
@@ -94,19 +94,20 @@ def save_model(folder: Path, network: nn.Module, card: ModelCard) -> None:
         (temporary / "model.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 
-def unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state on the CPU as safetensors takes it: shared tensors once for each of their names."""
-    found: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
+def unshare_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the state on the CPU with a copy of each shared tensor, as safetensors takes it."""
+    tensors: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
     for key, value in state.items():
         tensor = value.detach().cpu().contiguous()
-        found[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
-        seen.add(tensor.untyped_storage().data_ptr())
-    return found
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[key] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return tensors
 
 
 def load_model(folder: Path) -> tuple[nn.Module, ModelCard]:
-    """The network in eval mode and its card.
+    """Load a network in eval mode, with its card.
 
     Raises InputNotFound, DataError, or UsageError for one saved in Python without what builds it.
     """
@@ -125,13 +126,13 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelCard]:
 
 
 def load_weights(network: nn.Module, folder: Path) -> None:
-    """Load the weights in ``folder``, of exactly this network; raises InputNotFound, DataError."""
+    """Load the weights in ``folder``; raises InputNotFound, or DataError for another network's."""
     weights = folder / "model.safetensors"
     load_state(network, read_state(weights), shown(weights))
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card in ``folder``/model.json; raises InputNotFound or DataError."""
+    """Read the card in ``folder``/model.json; raises InputNotFound or DataError."""
     path = folder / "model.json"
     if not is_file(path):
         raise InputNotFound(f"{shown(path)} does not exist")
@@ -148,7 +149,7 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def find_model(path: str | Path) -> Path:
-    """The model folder that ``path`` means: itself, or the recommended model of a run.
+    """Return the model folder that ``path`` means: itself, or the recommended model of a run.
 
     Raises InputNotFound or DataError.
     """

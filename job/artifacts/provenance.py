@@ -1,4 +1,4 @@
-"""Which data a run was trained on, by its config.toml."""
+"""The data that a run was trained on, from its config.toml."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ if TYPE_CHECKING:
     from job.artifacts.records import Lineage
 
 
-def _record(run: Path) -> dict[str, Any] | None:
-    """The table [dataset] of a run; None where there is no run that has one."""
+def _dataset_table(run: Path) -> dict[str, Any] | None:
+    """Return the table [dataset] of a run; None where there is no such table."""
     path = run / "config.toml"
     if not is_file(path):
         return None
     try:
         table = parse_toml(read_bytes(path).decode()).get("dataset")
     except (OSError, ValueError):
-        return None  # said by whoever resumes the run
+        return None  # reported when the run is resumed
     return table if isinstance(table, dict) and table else None
 
 
-def listing_of(run: Path) -> int:
-    """The listing that ``run`` was begun with; the present one where there is no run yet."""
-    record = _record(run)
-    return CURRENT_LISTING if record is None else as_listing(record.get("listing", 1))
+def stored_listing(run: Path) -> int:
+    """Return the listing that ``run`` was begun with; the current one for a new run."""
+    table = _dataset_table(run)
+    return CURRENT_LISTING if table is None else valid_listing(table.get("listing", 1))
 
 
-def as_listing(value: object) -> int:
-    """A listing as a file has it; the present one where it is none."""
+def valid_listing(value: object) -> int:
+    """Return ``value`` if it is a listing, otherwise the current one."""
     return value if value in (1, CURRENT_LISTING) and isinstance(value, int) else CURRENT_LISTING
 
 
-def own_data(model: str, lineage: Lineage) -> str:
-    """What ``--data`` was of the run that a model comes from, by its folder or its ``lineage``.
+def find_run_data(model: str, lineage: Lineage) -> str:
+    """Return ``--data`` of the run that a model comes from, by its folder or its ``lineage``.
 
-    Raises UsageError where that is not known, InputNotFound where it is not there.
+    Raises UsageError where the run is unknown, InputNotFound where the data no longer exist.
     """
     folder = Path(model)
     places = [folder, folder.absolute().parent.parent]
     places += [Path(lineage.run)] if lineage.run else []
-    record = next((table for place in places if (table := _record(place))), None)
+    record = next((table for place in places if (table := _dataset_table(place))), None)
     if record is None:
         raise UsageError(
             f"{shown(model)} does not say which data it was trained on: pass --data D "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from job.artifacts.accuracy import change, signed
+from job.artifacts.accuracy import accuracy_change, signed_points
 from job.config import MAX_DROP
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def points_lost(entries: Sequence[RoundRecord], entry: RoundRecord) -> float:
     """Return the drop of accuracy from the base, first of ``entries``, in percentage points."""
-    return 0.0 - change(entry.valid_acc, entries[0].valid_acc)
+    return 0.0 - accuracy_change(entry.valid_acc, entries[0].valid_acc)
 
 
 def recommend(entries: Sequence[RoundRecord], max_drop: float | None = None) -> tuple[int, str]:
@@ -34,7 +34,7 @@ def recommend(entries: Sequence[RoundRecord], max_drop: float | None = None) -> 
         if len(entries) == 1:
             return 0, "the base: no round is finished"
         return 0, f"the base: every round falls more than {points} below it"
-    gain = signed(change(chosen.valid_acc, base.valid_acc))
+    gain = signed_points(accuracy_change(chosen.valid_acc, base.valid_acc))
     return chosen.round, (
         f"the fewest parameters within {points} of the base: "
         f"{chosen.params / base.params:.1%} of them, accuracy {gain} points"

@@ -4,6 +4,7 @@
 file                   record
 =====================  =====================================================
 ``status.json``        `StatusRecord`
+``lock.json``          `LockRecord`
 ``summary.json``       `SummaryRecord`, which holds a `RoundRecord` a round
 ``metrics.jsonl``      a line each, `to_line`: `EpochRecord`, `RoundRecord`,
                        `SlimRecord`, `GammaRecord`, `StopRecord`,
@@ -156,6 +157,21 @@ class StatusRecord:
     def at(self) -> tuple[int, int, int]:
         """Round, epoch and step."""
         return self.round, self.epoch, self.step
+
+
+@dataclass(frozen=True)
+class LockRecord:
+    """The process that holds a run: ``boot`` and ``processes`` name its PID namespace.
+
+    ``started`` is in ticks since boot: with it a PID that is used again is told apart.
+    """
+
+    id: str
+    host: str
+    boot: str
+    processes: str
+    pid: int
+    started: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

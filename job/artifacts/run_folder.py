@@ -1,4 +1,4 @@
-"""Which folder a run is in: --output, or the default name with the next free number."""
+"""The folder of a run: ``--output``, or the default name with the next free number."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.artifacts.lock import Lock
+from job.artifacts.run_config import CONFIG_FILE
 from job.artifacts.run_directory import Run
 from job.errors import ConfigError, GammaslimError, InputNotFound, OtherRunError, shown
 from job.files import is_file
@@ -21,81 +22,86 @@ if TYPE_CHECKING:
     from job.artifacts.records import BaseRecord, DatasetRecord
     from job.config import PruneConfig
 
-GENERIC = ("create", "create_model", "build", "build_model", "get_model", "make_model", "model")
+# names of factories that say nothing about the model
+GENERIC_FACTORIES = (
+    "create",
+    "create_model",
+    "build",
+    "build_model",
+    "get_model",
+    "make_model",
+    "model",
+)
 BEGINNING = 10.0  # seconds that a job has from its lock to its config.toml
 
 
-def choose(
+def choose_run_folder(
     config: PruneConfig, dataset: DatasetRecord | None, base: BaseRecord | None
 ) -> tuple[Path, str]:
-    """The run folder of a command, and why it is not the first of its name, or "".
+    """Return the run folder of a command, and why it is not the first of its name, or "".
 
-    Without ``--output`` it is ``runs/MODEL-DATA``, or that with a number: the one whose run is of
-    these options, ``dataset`` and ``base`` (None: whatever they are), else the next that has none.
-    A run that an earlier version named otherwise is resumed. Raises ConfigError, or InputNotFound
-    (``--resume require``).
+    Without ``--output`` it is ``runs/MODEL-DATA``, possibly with a number: the folder whose run has
+    these options, ``dataset`` and ``base`` (None: any), otherwise the next free one. A run under
+    an earlier version's name is resumed. Raises ConfigError, or InputNotFound (``--resume
+    require``).
     """
     if config.output:
         return Path(config.output), ""
     first = default_output(config)
     others: list[OtherRunError] = []
-    for path in _numbered(first) if config.resume != "never" else ():
-        if not is_file(path / "config.toml"):
+    for path in _existing(first) if config.resume != "never" else ():
+        if not is_file(path / CONFIG_FILE):
             continue
         try:
             Run(path).check(config, dataset, base)
         except OtherRunError as error:
             others.append(error)
         else:
-            return path, _reason(others)
-    if config.resume != "never" and _is_of(_earlier_output(config), config, dataset, base):
+            return path, _difference(others)
+    if config.resume != "never" and _holds_run_of(_earlier_output(config), config, dataset, base):
         return _earlier_output(config), ""
     if config.resume == "require":
-        raise (
-            others[0]
-            if others
-            else InputNotFound(f"--resume require: there is no run in {shown(first)}")
-        )
-    return next(path for path in _numbers(first) if not is_file(path / "config.toml")), _reason(
-        others
-    )
+        missing = InputNotFound(f"--resume require: there is no run in {shown(first)}")
+        raise others[0] if others else missing
+    free = next(path for path in _candidates(first) if not is_file(path / CONFIG_FILE))
+    return free, _difference(others)
 
 
-def _is_of(
+def _holds_run_of(
     path: Path,
     config: PruneConfig,
     dataset: DatasetRecord | None,
     base: BaseRecord | None,
 ) -> bool:
     with suppress(ConfigError):
-        return is_file(path / "config.toml") and Run(path).check(config, dataset, base)
+        return is_file(path / CONFIG_FILE) and Run(path).check(config, dataset, base)
     return False
 
 
 def _earlier_output(config: PruneConfig) -> Path:
-    """The default when names had no ``--model-arg`` and no numbers."""
+    """Return the default name of earlier versions, without ``--model-arg`` and number."""
     data = Path(config.data).absolute().name if config.data else "fashion-mnist"
     return Path("runs") / f"{config.model.replace(':', '-')}-{data}"
 
 
-def likely(config: PruneConfig) -> Path:
-    """The folder by options alone, before the data are known: where a STOP file is looked for."""
+def likely_run_folder(config: PruneConfig) -> Path:
+    """Return the folder by options alone, for the STOP file before the data are known."""
     try:
-        return choose(config, None, None)[0]
-    except GammaslimError:  # will be said in time
+        return choose_run_folder(config, None, None)[0]
+    except GammaslimError:  # reported later
         return Path(config.output) if config.output else default_output(config)
 
 
 def await_config(run: Path) -> None:
-    """Wait until the job that has just taken ``run`` has written what run it is."""
+    """Wait until the job that has just taken ``run`` has written its config.toml."""
     began = time.monotonic()
-    while not is_file(run / "config.toml") and Lock(run).alive():
+    while not is_file(run / CONFIG_FILE) and Lock(run).alive():
         if time.monotonic() - began > BEGINNING:
             return
         time.sleep(0.1)
 
 
-def _numbers(first: Path) -> Iterator[Path]:
+def _candidates(first: Path) -> Iterator[Path]:
     yield first
     number = 2
     while True:
@@ -103,32 +109,32 @@ def _numbers(first: Path) -> Iterator[Path]:
         number += 1
 
 
-def _numbered(first: Path) -> list[Path]:
-    """The folders of that name that there are, by their number."""
+def _existing(first: Path) -> list[Path]:
+    """Return the existing folders of that name in the order of their numbers."""
     name = re.compile(re.escape(first.name) + r"(?:-([2-9]|[1-9][0-9]{1,5}))?")
     try:
-        found = {name.fullmatch(path.name): path for path in first.parent.iterdir()}
+        paths = {name.fullmatch(path.name): path for path in first.parent.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
         return []
-    matches = sorted((int(match[1] or 1), path) for match, path in found.items() if match)
+    matches = sorted((int(match[1] or 1), path) for match, path in paths.items() if match)
     return [path for _, path in matches]
 
 
-def _reason(others: list[OtherRunError]) -> str:
+def _difference(others: list[OtherRunError]) -> str:
     return others[0].difference if others else ""
 
 
 def default_output(config: PruneConfig) -> Path:
-    """``runs/MODEL-DATA``: the same name for the same command, so that it resumes itself."""
-    return Path("runs") / default_name(config)
+    """Return ``runs/MODEL-DATA``: the same for the same command, which thus resumes its run."""
+    return Path("runs") / default_run_name(config)
 
 
-def default_name(config: PruneConfig) -> str:
-    """MODEL with its arguments, and DATA: ``timm-resnet18-photos`` for timm:create_model."""
+def default_run_name(config: PruneConfig) -> str:
+    """Return MODEL with its arguments, and DATA: ``timm-resnet18-photos`` for timm:create_model."""
     module, _, factory = config.model.partition(":")
     texts = [value for _, value in config.model_arg if isinstance(value, str)]
     rest = [f"{k}={json.dumps(v)}" for k, v in config.model_arg if not isinstance(v, str)]
-    parts = [module, "" if texts and factory in GENERIC else factory, *texts, *rest]
+    parts = [module, "" if texts and factory in GENERIC_FACTORIES else factory, *texts, *rest]
     data = os.path.basename(os.path.abspath(config.data)) if config.data else "fashion-mnist"  # noqa: PTH100, PTH119
     name = re.sub(r"[^\w.=+-]+", "-", "-".join(part for part in parts if part))
     return f"{name[:120]}-{data}" if data else name[:120]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from job.artifacts.history import History, LayerWidth
 from job.artifacts.json_records import from_json
-from job.artifacts.lock import present_state
+from job.artifacts.lock import current_state
 from job.artifacts.records import EpochRecord, RoundRecord, StatusRecord
 from job.errors import InputNotFound, reason, shown
 from job.files import is_file, parse_toml, read_bytes, read_json
@@ -72,7 +72,7 @@ def read_run(path: Path) -> History:
     recommended = next(chosen, None)
     return History(
         path=path,
-        state=present_state(path, status.state if status else "unknown"),
+        state=current_state(path, status.state if status else "unknown"),
         exit_code=status.exit_code if status else None,
         time=status.time if status else None,
         position=status.at if status else None,

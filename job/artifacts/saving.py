@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
     from job.slimming.planning.layer_channels import Layers
 
-SIZE = 224  # pixels of a network's images where nothing says it
-SAME = 1e-5  # relative: one network may compute in two ways on two devices
+DEFAULT_SIZE = 224  # pixels of a network's images where nothing else is known
+SAME = 1e-5  # relative difference of outputs: devices round differently
 
 
 def save(
@@ -58,17 +58,20 @@ def save(
 ) -> None:
     """Write ``network`` into a new folder ``path``: model.safetensors and model.json.
 
-    ``plan`` is that of the cut which made it, or those of several cuts, in order. ``model`` is what
-    builds the network before any cut: a name as for ``gammaslim prune --model``, or a class or
-    function that can be imported, itself or as "module:factory", and ``model_args`` its keyword
-    arguments. ``load(path)`` then gives the same network, which is checked now, and the commands
-    take the folder. Without ``model`` it is found for networks of torchvision, of this package, and
-    of importable classes that need no arguments. For others (a line is logged) ``load`` takes the
-    network before any cut: ``load(path, network=Net())``. ``class_names`` and ``image_size``, by
-    default that of the plan's example, are for the commands.
+    ``plan`` is the plan of the cut that made the network, or the plans of several cuts in order.
 
-    Raises UsageError where ``plan`` or ``model`` are not this network's, OutputError where there is
-    something at ``path`` already.
+    ``model`` is what builds the network before any cut: a name as for ``gammaslim prune --model``,
+    or a class or function that can be imported, itself or as "module:factory". ``model_args`` are
+    its keyword arguments. ``load(path)`` then gives the same network, which is checked now, and the
+    commands take the folder. Without ``model`` it is found for networks of torchvision and of this
+    package, and for importable classes that need no arguments. For other networks a line is logged,
+    and ``load`` takes the network before any cut: ``load(path, network=Net())``.
+
+    ``class_names`` and ``image_size`` are for the commands; the size is by default that of the
+    plan's example.
+
+    Raises UsageError where ``plan`` or ``model`` belong to another network, OutputError where
+    ``path`` exists already.
 
     >>> import torch, torchvision
     >>> import job
@@ -83,17 +86,17 @@ def save(
         raise UsageError(
             f"plan must be what slim returned next to the network; got {kind_of(plan)}"
         )
-    folder = _new_folder(path)
+    folder = _free_folder(path)
     layers: Layers = {}
     for each in plans:
         layers = compose(layers, each.layers)
     example = plans[-1].example if plans else None
-    classes = len(class_names) or _classes(network, example)
+    classes = len(class_names) or _count_logits(network, example)
     card = ModelCard(
-        "", {}, classes, preprocessing=_preprocessing(example, image_size),
+        "", {}, classes, preprocessing=_default_preprocessing(example, image_size),
         class_names=tuple(class_names), layers=layers, width=plans[-1].width if plans else 1.0,
     )  # fmt: skip
-    made = _named(network, card, model, model_args or {}, example)
+    made = _card_with_model(network, card, model, model_args or {}, example)
     if made is None:
         logging.getLogger("gammaslim").info(
             "%s is saved without what builds it: load it by load(path, network=…)", shown(folder)
@@ -102,11 +105,11 @@ def save(
 
 
 def load(path: str | Path, *, network: nn.Module | None = None) -> nn.Module:
-    """The network saved at ``path`` (a run, a round or a model folder), in eval mode.
+    """Load the network saved at ``path`` (a run, a round or a model folder), in eval mode.
 
-    ``network`` is the one before any cut, with any weights, where ``save`` did not know what builds
-    it; it is left untouched. Executes no pickle. Raises InputNotFound, DataError for damaged files,
-    or UsageError without the network that is needed.
+    ``network`` is the network before any cut, with any weights. It is needed where ``save`` did not
+    know what builds it, and is not changed. No pickle is executed. Raises InputNotFound, DataError
+    for damaged files, or UsageError without a network that is needed.
 
     >>> network = job.load("runs/student-fashion-mnist")  # doctest: +SKIP
     >>> logits = network(torch.rand(1, 3, 32, 32))  # doctest: +SKIP
@@ -137,7 +140,7 @@ def _check_path(path: Any) -> None:
         raise UsageError(f"path must be a folder; got {kind_of(path)}")
 
 
-def _new_folder(path: Any) -> Path:
+def _free_folder(path: Any) -> Path:
     _check_path(path)
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -146,8 +149,8 @@ def _new_folder(path: Any) -> Path:
     return folder
 
 
-def _classes(network: nn.Module, example: Any) -> int:
-    """How many logits the network gives; 1 where it gives something else."""
+def _count_logits(network: nn.Module, example: Any) -> int:
+    """Return the number of logits; 1 for other outputs."""
     if example is None:
         try:
             return find_head(network)[1]
@@ -157,16 +160,16 @@ def _classes(network: nn.Module, example: Any) -> int:
     return int(outputs[0].shape[1]) if len(outputs) == 1 and outputs[0].dim() == 2 else 1
 
 
-def _preprocessing(example: Any, size: int | None) -> Any:
+def _default_preprocessing(example: Any, size: int | None) -> Any:
     images = isinstance(example, torch.Tensor) and example.dim() == 4
-    size = size or (min(example.shape[2:]) if images else SIZE)
+    size = size or (min(example.shape[2:]) if images else DEFAULT_SIZE)
     return PreprocessingOptions(image_size=size).resolve(size)
 
 
-def _named(
+def _card_with_model(
     network: nn.Module, card: ModelCard, model: Any, args: dict[str, Any], example: Any
 ) -> ModelCard | None:
-    """The card with the name of what builds the network, checked; None where it is not found.
+    """Return the card with the name of what builds the network, verified; None if unknown.
 
     Raises UsageError for a ``model`` that builds another network.
     """
@@ -176,16 +179,16 @@ def _named(
         if args.get("num_classes") == card.num_classes:  # the card has that already
             args = {key: value for key, value in args.items() if key != "num_classes"}
         made = replace(card, model=name, args=args)
-        if why := _why_not(network, made, example):
+        if why := _mismatch(network, made, example):
             raise UsageError(
                 f"model {name} does not give this network: {why}; without a model, load takes the "
                 "network: load(path, network=…)"
             )
         return _with_base(made)
-    # by its outputs alone one network can be told from others that have the same weights
+    # only outputs tell networks with the same weights apart
     guesses = [] if example is None else _guesses(type(network))
     for made in (replace(card, model=name) for name in guesses):
-        if _why_not(network, made, example) is None:
+        if _mismatch(network, made, example) is None:
             return _with_base(made)
     return None
 
@@ -214,7 +217,7 @@ def _name_of(model: Any) -> str:
 
 
 def _guesses(kind: type) -> list[str]:
-    """Names of what may have built a network of a class."""
+    """Return names of what may have built a network of this class."""
     builtin = builtin_name(kind)
     if kind.__module__.startswith("torchvision.models"):
         import torchvision
@@ -235,8 +238,8 @@ def _guesses(kind: type) -> list[str]:
     return [] if needed else [f"{kind.__module__}:{kind.__qualname__}"]
 
 
-def _why_not(network: nn.Module, card: ModelCard, example: Any) -> str | None:
-    """Why the network of ``card`` is not ``network``, or None where it is."""
+def _mismatch(network: nn.Module, card: ModelCard, example: Any) -> str | None:
+    """Return why ``card`` does not describe ``network``, or None where it does."""
     try:
         other = card.build()
     except (GammaslimError, IndexError, AttributeError, RuntimeError) as error:
@@ -246,7 +249,7 @@ def _why_not(network: nn.Module, card: ModelCard, example: Any) -> str | None:
     for key, value in state.items():
         if shapes.get(key) != value.shape:
             there = tuple(shapes[key]) if key in shapes else "nothing"
-            return f"its {key} is {tuple(value.shape)}, there it is {there}; is the plan missing?"
+            return f"{key} is {tuple(value.shape)}, not {there}; is the plan missing?"
     if len(shapes) > len(state):
         return f"it has no {next(key for key in shapes if key not in state)}"
     if example is None:
@@ -258,4 +261,4 @@ def _why_not(network: nn.Module, card: ModelCard, example: Any) -> str | None:
     for each in (network, other.to(weight.device, weight.dtype)):
         with training_mode(each, training=False), torch.no_grad():
             outputs.append(list(tensors_in(call_network(each, noise))))
-    return None if relative_difference(*outputs) <= SAME else "it computes something else"
+    return None if relative_difference(*outputs) <= SAME else "the outputs differ"

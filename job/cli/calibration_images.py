@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.artifacts.model_card import find_model, read_card
-from job.artifacts.provenance import as_listing
+from job.artifacts.provenance import valid_listing
 from job.artifacts.records import Lineage
 from job.cli.class_matching import in_classes_of
 from job.console import progress
@@ -88,7 +88,7 @@ def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) ->
     folder = Path(model.path)
     lineage = read_card(find_model(folder)).lineage if folder.is_dir() else Lineage()
     data = _open(
-        path, CURRENT_LISTING if lineage == Lineage() else as_listing(lineage.listing or 1)
+        path, CURRENT_LISTING if lineage == Lineage() else valid_listing(lineage.listing or 1)
     )
     used = [name for name in dict.fromkeys(_splits_of(data)) if name]
     data, largest = check_images(data, used, on_bad_image, progress("checking"))

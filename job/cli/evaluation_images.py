@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.artifacts.model_card import find_model, read_card
-from job.artifacts.provenance import as_listing, own_data
+from job.artifacts.provenance import find_run_data, valid_listing
 from job.artifacts.records import Lineage
 from job.console import progress
 from job.data.dataset import Dataset, hold_out_validation
@@ -128,7 +128,7 @@ def _open(model: ModelOptions, options: ScoringOptions, *, labelled: bool) -> tu
     name = split or ("validation" if labelled else "testing")
     listing = CURRENT_LISTING
     if card and name in TRAINING_SPLITS:  # to hold out the same images as the run
-        listing = as_listing(card.lineage.listing or 1)
+        listing = valid_listing(card.lineage.listing or 1)
     data = open_data(path, listing)
     if data.layout == UNSPLIT and split is None and not _same(path, own):
         note = f"there are no splits: all {len(data.splits['training']):,} images are used"
@@ -151,7 +151,7 @@ def _card(model: ModelOptions) -> ModelCard | None:
 def _own(model: ModelOptions, card: ModelCard | None, given: str | None) -> str | None:
     """Find the data of MODEL's run; None if they are unknown and others are ``given``."""
     try:
-        return own_data(model.path, card.lineage if card else Lineage())
+        return find_run_data(model.path, card.lineage if card else Lineage())
     except (UsageError, InputNotFound):
         if given is None:
             raise

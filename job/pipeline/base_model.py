@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from job.artifacts.model_card import ModelCard, find_model, load_model, read_card
-from job.artifacts.provenance import own_data
+from job.artifacts.provenance import find_run_data
 from job.artifacts.records import BaseRecord, Lineage
 from job.config import PruneConfig
 from job.console import say
@@ -78,7 +78,7 @@ def adopt_slim_base(config: PruneConfig) -> tuple[PruneConfig, Path | None]:
             raise UsageError(f"{name} brings its own network, {what}: leave out {option}")
     data = config.data
     if data is None:
-        own = own_data(str(config.weights), card.lineage)
+        own = find_run_data(str(config.weights), card.lineage)
         say(f"data: {shown(own)}, that of {shown(folder)}")
         data = None if own == BUILT_IN else own
     own_args = tuple(card.args.items())

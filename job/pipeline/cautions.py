@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from job.artifacts.accuracy import change, signed
+from job.artifacts.accuracy import accuracy_change, signed_points
 from job.errors import shown
 from job.training.evaluation import Evaluator
 
@@ -84,9 +84,10 @@ def under_trained_caution(entries: Sequence[RoundRecord], count: int, weights: b
     noise = SIGMAS * math.sqrt((base * (1 - base) + high * (1 - high)) / count)
     if high - base <= noise:
         return None
+    gain = signed_points(accuracy_change(high, base))
     why = ", or its preprocessing is not the one it was trained with" if weights else ""
     return (
-        f"round {best.round} is {signed(change(high, base))} points above the base, more than "
+        f"round {best.round} is {gain} points above the base, more than "
         f"noise ({100 * noise:.1f} at {count:,} images): the base is under-trained{why}"
     )
 

@@ -11,7 +11,7 @@ from job.artifacts.lock import Lock
 from job.artifacts.model_card import read_card
 from job.artifacts.records import ResumeRecord, StopRecord
 from job.artifacts.run_directory import Run
-from job.artifacts.run_folder import await_config, choose
+from job.artifacts.run_folder import await_config, choose_run_folder
 from job.console import say
 from job.distributed.collectives import on_main
 from job.errors import ConfigError, GammaslimError, OutputError, StopRequest, exit_code
@@ -102,7 +102,7 @@ def _next_folder(setup: Setup, run: Run) -> tuple[Path, str]:
 
     def choose_next() -> tuple[Path, str]:
         await_config(run.path)
-        return choose(setup.config, setup.dataset_record, setup.base_record)
+        return choose_run_folder(setup.config, setup.dataset_record, setup.base_record)
 
     return (run.path, "") if setup.config.output else on_main(choose_next)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from job.artifacts.accuracy import signed
+from job.artifacts.accuracy import signed_points
 from job.artifacts.json_records import to_json
 from job.artifacts.recommendation import points_lost
 from job.artifacts.records import RoundRecord, SlimRecord
@@ -236,7 +236,7 @@ def _lost_too_much(session: Session) -> bool:
         return False
     option = "--max-drop" if config.max_drop is not None else "--rounds auto allows,"
     say(
-        f"round {len(entries) - 1}: accuracy {signed(-lost)} points against the base, a "
+        f"round {len(entries) - 1}: accuracy {signed_points(-lost)} points against the base, a "
         f"larger drop than {option} {limit:g}: no further rounds"
     )
     return True

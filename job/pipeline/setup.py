@@ -13,7 +13,7 @@ import torch
 
 from job.artifacts.records import PlannedRound
 from job.artifacts.run_directory import Run
-from job.artifacts.run_folder import choose, likely
+from job.artifacts.run_folder import choose_run_folder, likely_run_folder
 from job.console import say, tick
 from job.data.loader import default_workers
 from job.distributed.collectives import on_main, start
@@ -95,7 +95,7 @@ class StartUpStep:
 
 def configure(config: PruneConfig) -> Setup:
     """Join the other processes, and watch for requests to stop from now on."""
-    folder = likely(config)
+    folder = likely_run_folder(config)
     watch = Watch(folder / "STOP", config.checkpoint_every)
     return Setup(config, start(config.device, config.precision), watch, folder)
 
@@ -115,7 +115,7 @@ def adopt_model_folder(setup: Setup) -> Setup:
     if ":" in setup.config.model:  # a model folder may name it too, then
         trust_factory(setup.config.model)
     config, model_folder = on_main(lambda: adopt_slim_base(setup.config), interrupt=True)
-    folder = on_main(lambda: likely(config))
+    folder = on_main(lambda: likely_run_folder(config))
     setup.watch.follow(folder / "STOP")
     return replace(setup, config=config, folder=folder, model_folder=model_folder)
 
@@ -166,7 +166,7 @@ def choose_folder(setup: Setup) -> Setup:
     base = base_record(config, setup.card, setup.teacher)
 
     def chosen() -> tuple[Path, str]:
-        folder, reason = choose(config, dataset, base)
+        folder, reason = choose_run_folder(config, dataset, base)
         if config.output:  # else it was chosen because its run can be resumed
             Run(folder).check(config, dataset, base)
         return folder, reason

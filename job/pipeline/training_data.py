@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from job.artifacts.provenance import listing_of
+from job.artifacts.provenance import stored_listing
 from job.artifacts.records import DatasetRecord
 from job.console import progress, say
 from job.data.dataset import Dataset, hold_out_validation, missing_class_notes
@@ -42,7 +42,7 @@ def prepare_data(
 
     def prepare() -> tuple[Dataset, Preprocessing]:
         PreprocessingOptions.of(config).check()
-        data = open_data(config.data, listing_of(output) if output else CURRENT_LISTING)
+        data = open_data(config.data, stored_listing(output) if output else CURRENT_LISTING)
         for split in SPLITS:
             if split in data.splits or split == "training":
                 data.labelled(split)

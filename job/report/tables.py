@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from job.artifacts.accuracy import signed
+from job.artifacts.accuracy import signed_points
 from job.artifacts.records import PlannedRound, RoundRecord
 from job.console import table, where
 from job.errors import printable
@@ -89,7 +89,7 @@ def describe_state(history: History) -> str:
 
 def format_points(change: float | None) -> str:
     """Return a change of accuracy with its sign; "" for None."""
-    return "" if change is None else signed(change)
+    return "" if change is None else signed_points(change)
 
 
 def layers_table(layers: Sequence[LayerCost]) -> str:

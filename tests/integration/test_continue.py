@@ -19,7 +19,7 @@ import job.cli.main
 import job.config
 import job.pipeline.round
 import job.pipeline.session
-from job.artifacts.compatibility import check_unchanged, typed
+from job.artifacts.compatibility import check_unchanged, option_text
 from job.artifacts.lock import Lock
 from job.artifacts.model_card import find_model, load_model, read_card
 from job.artifacts.run_directory import Run
@@ -82,7 +82,7 @@ def summary(run: Path) -> dict[str, Any]:
     ],
 )
 def test_options_are_told_as_they_are_typed(name: str, value: Any, text: str) -> None:
-    assert typed(name, value) == text
+    assert option_text(name, value) == text
 
 
 def test_what_differs_is_told_as_it_is_typed_and_what_to_type() -> None:

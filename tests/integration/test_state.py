@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_a_run_is_running_only_while_its_job_lives(
 def test_a_job_of_another_host_lives_while_its_heartbeat_is_fresh(tmp_path: Path) -> None:
     folder = running_folder(tmp_path / "run")
     lock = Lock(folder)
-    lock._mine |= {"host": "node7", "processes": "pid:[1]"}
+    lock._record = replace(lock._record, host="node7", processes="pid:[1]")
     lock.acquire()
     forget(lock)
     assert read_run(folder).state == "running"

@@ -48,7 +48,7 @@ def test_onnx_gives_torchs_logits_for_any_batch(
     export(ModelOptions(str(slim)), str(tmp_path / "m.onnx"))
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    assert "student at width 0.5: the same logits by onnxruntime" in said
+    assert "student at width 0.5: onnxruntime gives the same logits" in said
     model = onnx.load(tmp_path / "m.onnx")
     assert model.opset_import[0].version >= 18
     values = {entry.key: entry.value for entry in model.metadata_props}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.artifacts.accuracy import change, signed
+from job.artifacts.accuracy import accuracy_change, signed_points
 from job.artifacts.checkpoint import newest_position, save_position
 from job.files import new_directory, tidy
 from job.training.position import CutRecord, Position, PrunedScores, RoundProgress, TrainingProgress
@@ -90,5 +90,5 @@ def test_a_half_deleted_position_is_not_taken_for_a_damaged_one(
     [(0.896, 0.9, "-0.40"), (0.9, 0.864, "+3.60"), (0.9, 0.9, "+0.00"), (0.899999, 0.9, "+0.00")],
 )
 def test_a_lost_point_has_one_sign(accuracy: float, base: float, text: str) -> None:
-    assert signed(change(accuracy, base)) == text
-    assert signed(0.0 - change(base, accuracy)) == text
+    assert signed_points(accuracy_change(accuracy, base)) == text
+    assert signed_points(0.0 - accuracy_change(base, accuracy)) == text

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def elsewhere(lock: Lock, host: str = "node7") -> Lock:
     """As if taken on another host, or in another container of this one."""
-    lock._mine |= {"host": host, "processes": "pid:[1]"}
+    lock._record = replace(lock._record, host=host, processes="pid:[1]")
     return lock
 
 
@@ -102,7 +103,7 @@ def test_a_dead_job_of_another_host_blocks_only_until_its_heartbeat_is_old(tmp_p
     second = Lock(tmp_path / "run")
     second.acquire()
     assert time.monotonic() - began > 1
-    assert json.loads((tmp_path / "run" / "lock.json").read_text())["id"] == second._mine["id"]
+    assert json.loads((tmp_path / "run" / "lock.json").read_text())["id"] == second._record.id
     second.release()
     assert not list((tmp_path / "run").iterdir())
 
@@ -146,7 +147,7 @@ def test_a_job_that_was_silent_too_long_finds_out_that_it_lost_the_run(tmp_path:
     with pytest.raises(OutputError, match="taken over by another job"):
         first.check()
     first.release()
-    assert json.loads((tmp_path / "lock.json").read_text())["id"] == second._mine["id"]
+    assert json.loads((tmp_path / "lock.json").read_text())["id"] == second._record.id
 
 
 def test_of_two_that_take_over_at_once_one_has_it(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from job.artifacts.records import (
     EpochRecord,
     GammaRecord,
     Lineage,
+    LockRecord,
     ResumeRecord,
     RoundRecord,
     SlimRecord,
@@ -61,9 +62,13 @@ DATASET = {
     "validation": 1500, "skipped": [], "fingerprint": "00",
 }  # fmt: skip
 STATUS = {"state": "running", "exit_code": None, "round": 1, "epoch": 2, "step": 3, "time": 1.5}
+LOCK = {
+    "id": "1", "host": "node7", "boot": "b", "processes": "pid:[1]", "pid": 7, "started": None
+}  # fmt: skip
 FILES: list[tuple[type[Any], dict[str, Any]]] = [
     (RoundRecord, ROUND), (RoundRecord, BASE), (EpochRecord, EPOCH), (SummaryRecord, SUMMARY),
-    (StatusRecord, STATUS), (RoundProgress, PROGRESS), (TrainingProgress, TRAINING),
+    (StatusRecord, STATUS), (LockRecord, LOCK),
+    (RoundProgress, PROGRESS), (TrainingProgress, TRAINING),
     (Lineage, LINEAGE), (Lineage, {}),
     (DatasetRecord, DATASET), (BaseRecord, {"weights_sha256": "", "epochs": 2}),
     (PrunedScores, {}), (CutRecord, {"wide": "", "width": 1.0, "layers": {}}),

@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_data_config
 from torchvision.models import get_weight
 from torchvision.transforms import functional as F
 
-from job.artifacts.export import metadata
+from job.artifacts.export import export_metadata
 from job.artifacts.model_card import ModelCard, read_card, save_model
 from job.cli.command_options import ModelOptions
 from job.cli.main import gammaslim as program
@@ -307,7 +307,7 @@ def test_model_json_and_exports_hold_it_and_options_change_it(tmp_path: Path) ->
     squash = Preprocessing.of("small", 32, Resize(36, "both"), "bicubic", MEAN, STD)
     card = saved(tmp_path / "m", squash)
     assert read_card(tmp_path / "m").preprocessing == squash
-    assert json.loads(json.dumps(metadata(card)))["input"] == {
+    assert json.loads(json.dumps(export_metadata(card)))["input"] == {
         "preset": "small", "size": 32, "resize": 36, "fit": "both", "interpolation": "bicubic",
         "mean": list(MEAN), "std": list(STD),
     }  # fmt: skip
