@@ -1,1 +1,9 @@
-"""From folders to batches: layout -> samples -> checked images -> augmented batches."""
+"""From folders to batches, in this order:
+
+- a data set: ``layout`` (with a module for each layout), ``folders``, ``split_names``, ``dataset``;
+- samples: ``splits``, decoded by ``images`` and ``repair``, in the order of ``sample_order``;
+- checked images: ``image_check``;
+- inputs: ``geometry``, ``augmentation``, ``presets``, ``preprocessing``, ``pretrained`` and
+  ``preprocessing_options``;
+- augmented batches: ``batches``, ``samplers``, ``loader``, ``worker``.
+"""

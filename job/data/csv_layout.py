@@ -1,4 +1,4 @@
-"""Data sets given as CSV files: a path and a label a row, and perhaps a split."""
+"""Data sets of CSV files: each row has the path of an image, a label, and possibly a split."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ FILE_COLUMNS = (
 LABEL_COLUMNS = ("label", "class", "target", "labels", "class_name", "category")
 SPLIT_COLUMNS = ("split", "subset", "set")
 DELIMITERS = ",;\t"
-DIGITS = 18  # of a number; longer labels are names
+MAX_DIGITS = 18  # of a class number; longer labels are names
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image: ``where`` names its file and line, ``label`` is empty where there is none."""
+    """One image. ``where`` is the CSV file and line; ``label`` is "" when there is none."""
 
     where: str
     path: str
@@ -42,27 +42,27 @@ class Row:
 
 
 def open_csv_folder(root: Path, _lister: Lister) -> Dataset | None:
-    """The data set of train.csv, val.csv, … in ``root``, or of its only CSV with such columns.
+    """Open train.csv, val.csv, … in ``root``, or its only CSV file with paths and labels.
 
-    Raises DataError that names rows which are wrong.
+    Returns None when there is none. Raises DataError that names invalid rows.
     """
     files = [root / n for n in visible(root) if n.lower().endswith(".csv") and (root / n).is_file()]
     named = [file for file in files if file.stem.lower() in CANONICAL]
     if not named and len(files) != 1:
         return None
-    chosen = [file for file in named or files if _columns(_header(file)) is not None]
-    with_labels = named or [f for f in chosen if _find(_header(f), LABEL_COLUMNS) is not None]
-    return _dataset(root, [row for file in chosen for row in _rows(file)]) if with_labels else None
+    lists = [file for file in named or files if _columns(_header(file)) is not None]
+    labelled = named or [f for f in lists if _find(_header(f), LABEL_COLUMNS) is not None]
+    return _to_dataset(root, [row for file in lists for row in _rows(file)]) if labelled else None
 
 
 def open_csv_file(path: Path) -> Dataset:
-    """The data set of one CSV file; raises DataError where it is not such a file."""
+    """Open one CSV file; raises DataError when it has no column of paths or invalid rows."""
     if _columns(_header(path)) is None:
         raise DataError(
             f"--data {shown(path)} has no column of image paths: its first line names the columns, "
-            "as in file,label or path,class,split"
+            "e.g. file,label or path,class,split"
         )
-    return _dataset(path.parent, _rows(path), path)
+    return _to_dataset(path.parent, _rows(path), path)
 
 
 def _text(path: Path) -> str:
@@ -73,7 +73,7 @@ def _text(path: Path) -> str:
 
 
 def _lines(text: str) -> io.StringIO:
-    """The lines of a CSV file, by its line ends alone: a name may hold what else ends a line."""
+    """The lines of a CSV file. A name may hold other characters that ``splitlines`` splits at."""
     return io.StringIO(text, newline="")
 
 
@@ -82,7 +82,7 @@ def _header(path: Path) -> list[str]:
     delimiter = max(DELIMITERS, key=first.count)
     try:
         names = next(csv.reader([first], delimiter=delimiter), [])
-    except csv.Error:  # a field longer than any name: a file of something else
+    except csv.Error:  # a field longer than any name: not a list of images
         return []
     return [name.strip().lower().replace(" ", "_") for name in names]
 
@@ -92,7 +92,7 @@ def _find(header: list[str], names: tuple[str, ...]) -> int | None:
 
 
 def _columns(header: list[str]) -> tuple[int, int | None, int | None] | None:
-    """Where the path, the label and the split stand in a row; None without a path."""
+    """The columns of the path, the label and the split; None when there are no paths."""
     file = _find(header, FILE_COLUMNS)
     if file is None:
         return None
@@ -100,10 +100,11 @@ def _columns(header: list[str]) -> tuple[int, int | None, int | None] | None:
 
 
 def _rows(path: Path) -> list[Row]:
+    """Read the rows after the header; raises DataError that names the first invalid ones."""
     columns = _columns(_header(path))
     assert columns
-    text, bad, rows = _text(path), [], []
-    default = CANONICAL.get(path.stem.lower(), "training")
+    text, problems, rows = _text(path), [], []
+    default_split = CANONICAL.get(path.stem.lower(), "training")
     delimiter = max(DELIMITERS, key=_lines(text).readline().count)
     reader = csv.reader(_lines(text), delimiter=delimiter)
     try:
@@ -114,61 +115,68 @@ def _rows(path: Path) -> list[Row]:
                     values[at].strip() if at is not None and at < len(values) else ""
                     for at in columns
                 )
-                name = CANONICAL.get(split.lower()) if split else default
-                where = f"{shown(path)} line {reader.line_num}"
-                if not file or "\0" in file:
-                    bad.append(f"line {reader.line_num} has no path")
-                elif name is None:
-                    bad.append(f"line {reader.line_num} has the split {shown(split)!r}")
-                elif not label and name in ("training", "validation"):
-                    bad.append(f"line {reader.line_num} has no label")
+                name = CANONICAL.get(split.lower(), "") if split else default_split
+                row = Row(f"{shown(path)} line {reader.line_num}", file, label, name)
+                if problem := _problem(row, split):
+                    problems.append(f"line {reader.line_num} has {problem}")
                 else:
-                    rows.append(Row(where, file, label, name))
+                    rows.append(row)
     except csv.Error as error:
         raise DataError(f"{shown(path)} line {reader.line_num}: {error}") from error
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise DataError(
-            f"{shown(path)}: {', '.join(bad[:3])}{more}; splits are named "
+            f"{shown(path)}: {', '.join(problems[:3])}{more}; splits are named "
             f"{', '.join(SPLIT_NAMES)}, train, val or test"
         )
     return rows
 
 
-def _dataset(root: Path, rows: list[Row], file: Path | None = None) -> Dataset:
-    labels = {r.label for r in rows if r.label and r.split == "training"}
+def _problem(row: Row, split: str) -> str:
+    if not row.path or "\0" in row.path:
+        return "no path"
+    if not row.split:
+        return f"the split {shown(split)!r}"
+    if not row.label and row.split in ("training", "validation"):
+        return "no label"
+    return ""
+
+
+def _to_dataset(root: Path, rows: list[Row], file: Path | None = None) -> Dataset:
+    """Number the labels of training, or of all splits if training has none, and split the rows."""
+    labels = {row.label for row in rows if row.label and row.split == "training"}
     labels = labels or {row.label for row in rows if row.label}
-    numbers = all(label.isdecimal() and len(label) <= DIGITS for label in labels)
+    numbers = all(label.isdecimal() and len(label) <= MAX_DIGITS for label in labels)
     names = tuple(sorted(sorted(labels), key=int if numbers else str))
     index = {name: number for number, name in enumerate(names)}
     splits: dict[str, Split] = {}
     for split in SPLIT_NAMES:
-        own = [row for row in rows if row.split == split]
-        for row in own:
+        members = [row for row in rows if row.split == split]
+        for row in members:
             if row.label and row.label not in index:
                 raise DataError(
                     f"{row.where} has the class {shown(row.label)!r}, which training lacks"
                 )
-        if own:
-            found = [index.get(row.label, UNLABELLED) for row in own]
-            paths = tuple(row.path for row in own)
-            splits[split] = FileSplit(root, paths, np.array(found, np.int64))
+        if members:
+            paths = tuple(row.path for row in members)
+            class_numbers = [index.get(row.label, UNLABELLED) for row in members]
+            splits[split] = FileSplit(root, paths, np.array(class_numbers, np.int64))
     if not splits:
         raise DataError(f"the CSV in {shown(file or root)} names no images")
     numbered = bool(names) and names == tuple(map(str, range(len(names))))
-    return Dataset(shown(file or root), names, splits, numbered, notes=_repetitions(rows))
+    return Dataset(shown(file or root), names, splits, numbered, notes=_repetition_notes(rows))
 
 
-def _repetitions(rows: list[Row]) -> tuple[str, ...]:
-    """A note on training images that are validated on, or may be: those of several rows."""
+def _repetition_notes(rows: list[Row]) -> tuple[str, ...]:
+    """A warning about training images that are in validation too, or may be when it is held out."""
     training = Counter(os.path.normpath(row.path) for row in rows if row.split == "training")
     validation = {os.path.normpath(row.path) for row in rows if row.split == "validation"}
-    again = [p for p, n in training.items() if (p in validation if validation else n > 1)]
-    if not again:
+    repeated = [p for p, n in training.items() if (p in validation if validation else n > 1)]
+    if not repeated:
         return ()
-    names = ", ".join(map(shown, again[:3])) + (", …" if len(again) > 3 else "")
+    names = ", ".join(map(shown, repeated[:3])) + (", …" if len(repeated) > 3 else "")
     where = "are in the validation split too" if validation else "have several rows"
     return (
-        f"warning: {len(again):,} training images {where} ({names}): the accuracy on images that "
-        "are trained on is too high",
+        f"warning: {len(repeated):,} training images {where} ({names}): the accuracy on images "
+        "that are trained on is too high",
     )

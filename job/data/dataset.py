@@ -1,9 +1,9 @@
-"""Data sets: splits by name, class names, and the part of training that is held out."""
+"""Data sets: splits by name and class names, and a validation split held out of training."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,36 +19,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits by canonical name: ``training``, ``validation``, ``testing``, ``evaluation``."""
+    """Splits by canonical name (``training``, ``validation``, ``testing``, ``evaluation``)."""
 
-    root: str
+    root: str  # how messages call it
     class_names: tuple[str, ...]
     splits: Mapping[str, Split]
-    numbered: bool = False  # the classes have numbers in place of names
-    layout: str = ""  # its name in job.data.layout
+    numbered: bool = False  # whether class names are numbers
+    layout: str = ""  # a key of LAYOUTS, or another name of job.data.layout
     notes: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = field(default=())  # images left out by --on-bad-image skip
-    source: str = ""  # what --data was
-    listing: int = 2  # how folders were read, see job.data.folders
+    skipped: tuple[str, ...] = ()  # images left out by --on-bad-image skip
+    source: str = ""  # the value of --data
+    listing: int = 2  # the rules by which folders are read, see job.data.folders
 
     def split(self, name: str) -> Split:
-        """The split ``name``; ``testing`` and ``evaluation`` stand in for one another.
+        """The split ``name``; ``testing`` and ``evaluation`` replace each other.
 
         Raises InputNotFound when there is none.
         """
         others = {"testing": "evaluation", "evaluation": "testing"}
-        found = self.splits.get(name) or self.splits.get(others.get(name, ""))
-        if not found:
-            there = list(self.splits)
+        split = self.splits.get(name) or self.splits.get(others.get(name, ""))
+        if not split:
+            names = list(self.splits)
             training = self.splits.get("training")
-            if "validation" not in there and training and (training.labels != UNLABELLED).all():
-                there.append("validation (held out of training)")
-            has = "it has:" if name == "training" else "--split can be"  # prune has no such option
-            raise InputNotFound(f"{self.root} has no {name} split; {has} {', '.join(there)}")
-        return found
+            if "validation" not in names and training and (training.labels != UNLABELLED).all():
+                names.append("validation (held out of training)")
+            has = "it has:" if name == "training" else "--split can be"  # prune has no --split
+            raise InputNotFound(f"{self.root} has no {name} split; {has} {', '.join(names)}")
+        return split
 
     def labelled(self, name: str) -> Split:
-        """The split ``name``, whose images all have a class; raises DataError otherwise."""
+        """The split ``name``; raises DataError unless all of its images have labels."""
         split = self.split(name)
         if (split.labels == UNLABELLED).any():
             raise DataError(
@@ -57,23 +57,23 @@ class Dataset:
         return split
 
     def fingerprint(self, names: Sequence[str]) -> str:
-        """SHA-256 over the splits ``names`` and the class names, as hexadecimal digits."""
+        """SHA-256 of the splits ``names`` and the class names, in hexadecimal."""
         sha = hashlib.sha256("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         for name in names:
             sha.update(name.encode() + self.splits[name].digest())
         return sha.hexdigest()
 
     def with_splits(self, **changed: Split) -> Dataset:
-        """The same data set with some splits replaced."""
+        """A copy with some splits replaced."""
         return replace(self, splits={**self.splits, **changed})
 
 
 def number_classes(root: Path, tokens: set[str]) -> tuple[str, ...]:
     """Name classes that are numbers: "0" to the largest. Raises DataError for other tokens."""
-    odd = sorted(token for token in tokens if not token.isdecimal())
-    if odd:
+    others = sorted(token for token in tokens if not token.isdecimal())
+    if others:
         raise DataError(
-            f"{shown(root)} mixes class numbers with the class name {odd[0]!r}: "
+            f"{shown(root)} mixes class numbers with the class name {others[0]!r}: "
             "files are named CLASS_NUMBER.jpg, e.g. 3_45.jpg"
         )
     highest = max(map(int, tokens))
@@ -91,39 +91,40 @@ def list_names(names: Sequence[str]) -> str:
 
 
 def missing_class_notes(data: Dataset) -> tuple[str, ...]:
-    """A note on classes of the training split that the validation split has no image of."""
+    """A warning about classes of training that have no validation images, if there are any."""
     if not {"training", "validation"} <= set(data.splits):
         return ()
-    has = set(data.splits["validation"].labels.tolist())
-    lacks = [data.class_names[n] for n in set(data.splits["training"].labels.tolist()) - has]
-    if not lacks:
+    labels = {name: set(data.splits[name].labels.tolist()) for name in ("training", "validation")}
+    missing = sorted(data.class_names[n] for n in labels["training"] - labels["validation"])
+    if not missing:
         return ()
-    names = ", ".join(shown(name) for name in sorted(lacks)[:6]) + (", …" if len(lacks) > 6 else "")
-    return (f"warning: no validation images of {len(lacks):,} classes ({names})",)
+    names = ", ".join(map(shown, missing[:6])) + (", …" if len(missing) > 6 else "")
+    return (f"warning: no validation images of {len(missing):,} classes ({names})",)
 
 
 def hold_out_validation(data: Dataset, seed: int) -> Dataset:
-    """Hold a stratified tenth of training out, by ``seed``, when there is no validation split.
+    """Hold out a stratified tenth of training, drawn by ``seed``, if there is no validation split.
 
-    Each class gives a tenth of its images, at least one of those that have two or more.
+    A class gives a tenth of its images, and at least one if it has two. Raises DataError when no
+    image can be held out.
     """
     if "validation" in data.splits:
         return data
     training = data.labelled("training")
     order = stable_order(len(training), seed, stream="hold-out")
-    held: list[int] = []
+    held_out: list[int] = []
     for label in np.unique(training.labels):
         members = order[training.labels[order] == label]
         if len(members) > 1:
-            held.extend(members[: max(1, round(len(members) / 10))].tolist())
-    if not held:
+            held_out.extend(members[: max(1, round(len(members) / 10))].tolist())
+    if not held_out:
         raise DataError(
             f"{data.root} has no validation split and too few images to hold some out: "
             "add a validation folder"
         )
     mask = np.zeros(len(training), bool)
-    mask[held] = True
-    note = f"no validation split: a stratified tenth of training ({len(held):,}) is held out"
+    mask[held_out] = True
+    note = f"no validation split: a stratified tenth of training ({len(held_out):,}) is held out"
     return replace(
         data.with_splits(
             training=training.select(np.flatnonzero(~mask)),

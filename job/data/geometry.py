@@ -1,4 +1,4 @@
-"""How images are resized, cropped and normalised, as options spell it; loads no torch."""
+"""Resizing, crops and channel values as options spell them. Loads no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from job.config import InterpolationName
 from job.errors import UsageError
 
 INTERPOLATIONS = get_args(InterpolationName)
-FITS = {"shorter": "", "both": "x", "longer": "longer:"}  # what is resized -> how it is spelt
-MAX_RESIZE = 8192  # pixels: the shorter side of a resized image
-LEAST_STD = 1e-4  # a grey level of 255 is 0.004
-LARGEST_SHARE = 2.0  # a crop above it is in pixels, else a share of the resized side
+FITS = {"shorter": "", "both": "x", "longer": "longer:"}  # sides that are resized -> spelling
+MAX_RESIZE = 8192  # pixels: the side of a resized image
+MIN_STD = 1e-4  # one of 255 grey levels is 0.004
+MAX_SHARE = 2.0  # a crop above it is in pixels, else a share of the resized side
 
 Size = tuple[int, int]  # width and height in pixels
 Channels = tuple[float, float, float]  # one number for each of red, green and blue
@@ -22,33 +22,31 @@ Channels = tuple[float, float, float]  # one number for each of red, green and b
 
 @dataclass(frozen=True)
 class Resize:
-    """To ``side`` pixels of the ``shorter`` or ``longer`` side, or of ``both``; 0: not at all."""
+    """Resizing to ``side`` pixels of the ``shorter`` or ``longer`` side, or of ``both``; 0: none."""
 
     side: int = 0
     fit: str = "shorter"
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what is no resizing."""
+        """Raise ValueError for an invalid side or fit."""
         if not (type(self.side) is int and 0 <= self.side <= MAX_RESIZE and self.fit in FITS):
             raise ValueError(f"resizing to {self.side!r} pixels by {self.fit!r}")
 
     @classmethod
     def parse(cls, text: str) -> Resize:
-        """``256``, ``256x256``, ``longer:256`` or ``none``; raises UsageError."""
-        found = re.fullmatch(r"(longer:)?([0-9]{1,4})(?:x([0-9]{1,4}))?", text.strip().lower())
+        """Parse ``256``, ``256x256``, ``longer:256`` or ``none``; raises UsageError."""
+        match = re.fullmatch(r"(longer:)?([0-9]{1,4})(?:x([0-9]{1,4}))?", text.strip().lower())
         if text.strip().lower() == "none":
             return cls()
-        if not found or (found[1] and found[3]) or not 1 <= int(found[2]) <= MAX_RESIZE:
+        if not match or (match[1] and match[3]) or not 1 <= int(match[2]) <= MAX_RESIZE:
             raise UsageError(
                 f"{text!r} is not of the form 256 (the shorter side), 256x256 (both sides), "
                 f"longer:256 or none, at most {MAX_RESIZE} pixels"
             )
-        if found[3] and int(found[3]) != int(found[2]):
-            raise UsageError(
-                f"{text!r} is not square, which inputs are: e.g. {found[2]}x{found[2]}"
-            )
-        fit = "longer" if found[1] else "both" if found[3] else "shorter"
-        return cls(int(found[2]), fit)
+        if match[3] and int(match[3]) != int(match[2]):
+            raise UsageError(f"{text!r} is not square, as inputs are: e.g. {match[2]}x{match[2]}")
+        fit = "longer" if match[1] else "both" if match[3] else "shorter"
+        return cls(int(match[2]), fit)
 
     def __str__(self) -> str:
         if not self.side:
@@ -56,7 +54,7 @@ class Resize:
         return f"{self.side}x{self.side}" if self.fit == "both" else f"{FITS[self.fit]}{self.side}"
 
     def size_of(self, size: Size) -> Size:
-        """What an image of ``size`` becomes, rounded as torchvision and timm do it."""
+        """The (width, height) of an image of ``size`` after resizing, rounded as by torchvision."""
         if not self.side:
             return size
         if self.fit == "both":
@@ -64,14 +62,14 @@ class Resize:
         if self.fit == "longer":
             ratio = max(size) / self.side
             return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
-        least = min(size)
-        return self.side * size[0] // least, self.side * size[1] // least
+        shorter = min(size)
+        return self.side * size[0] // shorter, self.side * size[1] // shorter
 
 
 def parse_channels(value: Any, *, positive: bool = False) -> Channels:
-    """One number for all channels or three, of text or a list, on the scale from 0 to 1.
+    """Parse one number for all channels, or three, from 0 to 1; ``value`` is text or a list.
 
-    ``positive``: none may be 0, nor so small that inputs lose all measure. Raises UsageError.
+    With ``positive``, they are at least 0.0001. Raises UsageError.
     """
     parts = value if isinstance(value, (list, tuple)) else re.split(r"[\s,;]+", _bare(value))
     try:
@@ -79,8 +77,8 @@ def parse_channels(value: Any, *, positive: bool = False) -> Channels:
     except (TypeError, ValueError):
         numbers = []
     if len(numbers) not in (1, 3) or any(isinstance(part, bool) for part in parts):
-        raise UsageError(f"{value!r} is neither one number nor three, as 0.485 0.456 0.406")
-    least = LEAST_STD if positive else 0
+        raise UsageError(f"{value!r} is neither one number nor three, e.g. 0.485 0.456 0.406")
+    least = MIN_STD if positive else 0
     if any(not math.isfinite(n) or n < least for n in numbers):
         raise UsageError(f"{value!r}: each number is from {least:g} to 1")
     if max(numbers) > 1:
@@ -97,13 +95,13 @@ def _bare(value: Any) -> str:
 
 
 def parse_crop(value: Any) -> float:
-    """A share of the resized side up to 2, or the pixels of the crop; raises UsageError."""
+    """Parse a crop: a share of the resized side, up to 2, or pixels; raises UsageError."""
     try:
         crop = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         crop = math.nan
-    if not 0 < crop <= MAX_RESIZE or (crop > LARGEST_SHARE and crop != int(crop)):
+    if not 0 < crop <= MAX_RESIZE or (crop > MAX_SHARE and crop != int(crop)):
         raise UsageError(
-            f"{value!r} is neither a share of the resized side, as 0.875, nor a number of pixels"
+            f"{value!r} is neither a share of the resized side, e.g. 0.875, nor a number of pixels"
         )
     return crop

@@ -20,14 +20,15 @@ _DTYPES: dict[int, np.dtype[Any]] = {code: np.dtype(name) for code, name in _COD
 
 
 MAX_DIMENSIONS = 4  # (N, height, width, 3)
-MOST_UNPACKED = 100  # times a gzip file's size; images come to ten at the most
-ALWAYS_UNPACKED = 64 << 20  # bytes
+MAX_RATIO = 100  # of unpacked to packed size; images have ten at the most
+UNCHECKED_SIZE = 64 << 20  # bytes that a file may unpack to at any ratio
 
 
 def read_idx(path: Path) -> np.ndarray[Any, Any]:
-    """The array of an IDX file, gzipped or not; raises DataError when the file is not whole.
+    """Read the array of an IDX file, gzipped or not.
 
-    No more is read than its header says, and a gzip file that unpacks beyond all reason is refused.
+    Raises DataError for a file that is incomplete or longer than its header says, and for a gzip
+    file that unpacks to more than a hundred times its size; StorageError when it cannot be read.
     """
     try:
         with reading(path), path.open("rb") as file:
@@ -36,7 +37,7 @@ def read_idx(path: Path) -> np.ndarray[Any, Any]:
             dtype, shape = _read_header(path, file)
             expected = math.prod(shape) * dtype.itemsize
             size = path.stat().st_size
-            if packed and expected > max(ALWAYS_UNPACKED, MOST_UNPACKED * size):
+            if packed and expected > max(UNCHECKED_SIZE, MAX_RATIO * size):
                 raise DataError(f"{shown(path)} unpacks to {expected:,} bytes from {size:,}")
             content = file.read(expected + 1) if packed or expected <= size else file.read(size)
     except (OSError, EOFError, zlib.error) as error:

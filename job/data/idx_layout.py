@@ -28,24 +28,24 @@ _IDX = re.compile(
 
 def open_idx_folder(root: Path, _lister: Lister) -> Dataset | None:
     """Open the IDX files in a folder; None when there are none. Raises DataError."""
-    found: dict[tuple[str, str, str], Path] = {}
+    files: dict[tuple[str, str, str], Path] = {}  # by prefix, split, and images or labels
     for entry in visible(root):
         match = _IDX.fullmatch(entry)
         if match and (root / entry).is_file():
             alias = match["split"].lower().replace("t10k", "test")
             key = (match["prefix"] or "", CANONICAL[alias], match["kind"].lower())
-            found.setdefault(key, root / entry)
-    if not found:
+            files.setdefault(key, root / entry)
+    if not files:
         return None
-    prefixes = sorted({prefix for prefix, _, _ in found})
+    prefixes = sorted({prefix for prefix, _, _ in files})
     if len(prefixes) > 1:
         raise DataError(
             f"{shown(root)} holds {len(prefixes)} sets of IDX files ({', '.join(prefixes)}): "
             "move the one to use into its own folder"
         )
     splits: dict[str, Split] = {
-        name: _idx_split(path, found.get((prefixes[0], name, "labels")))
-        for (_, name, kind), path in found.items()
+        name: _idx_split(path, files.get((prefixes[0], name, "labels")))
+        for (_, name, kind), path in files.items()
         if kind == "images"
     }
     if not splits:

@@ -1,4 +1,4 @@
-"""From folders to batches: layout -> samples -> checked images -> augmented batches."""
+"""The check of all images before a run: an image that cannot be read is an error, or left out."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from job.data.dataset import Dataset
 
+MAX_THREADS = 16
+
 
 def check_images(
     data: Dataset,
@@ -26,10 +28,11 @@ def check_images(
     on_bad_image: str,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda results, _: results,
 ) -> tuple[Dataset, int]:
-    """Read every image of the splits ``names`` once; returns the data set and its largest side.
+    """Decode every image of the splits ``names`` once.
 
-    An image that cannot be read raises DataError (``fail``) or is left out and listed in
-    ``skipped`` (``skip``).
+    Returns the data set and the largest side of any image in pixels. An image that cannot be read
+    raises DataError if ``on_bad_image`` is ``fail``; if it is ``skip``, the image is left out and
+    listed in ``skipped``, and the split becomes lenient. ``progress`` wraps (results, count).
     """
     largest = 0
     for name in names:
@@ -38,37 +41,36 @@ def check_images(
             largest = max(largest, *split.images.shape[1:3])
             continue
         assert isinstance(split, FileSplit)
-        good, bad = [], []
-        with closing(_checked(split)) as results:
+        readable, unreadable = [], []
+        with closing(_check_files(split)) as results:
             for index, result in enumerate(progress(results, len(split))):
                 if isinstance(result, DataError):
                     if on_bad_image == "fail":
                         raise DataError(f"{result}; fix or remove it, or pass --on-bad-image skip")
-                    bad.append(split.name(index))
+                    unreadable.append(split.name(index))
                 else:
-                    good.append(index)
+                    readable.append(index)
                     largest = max(largest, *result)
-        if on_bad_image == "skip":
-            data = data.with_splits(**{name: replace(split, lenient=True)})
-        if not good:
+        if not readable:
             raise DataError(f"no image of the {name} split of {data.root} can be read")
-        if bad:
-            data = replace(
-                data.with_splits(**{name: data.splits[name].select(np.array(good))}),
-                skipped=(*data.skipped, *bad),
-            )
+        if on_bad_image == "skip":
+            lenient = replace(split, lenient=True)
+            split = lenient.select(np.array(readable)) if unreadable else lenient
+            data = replace(data.with_splits(**{name: split}), skipped=(*data.skipped, *unreadable))
     return data, largest
 
 
-def _checked(split: FileSplit) -> Generator[tuple[int, int] | DataError]:
+def _check_files(split: FileSplit) -> Generator[tuple[int, int] | DataError]:
+    """The (width, height) of each image, or why it cannot be read."""
+
     def check(index: int) -> tuple[int, int] | DataError:
         try:
             return check_image(split.path(index))
         except DataError as error:
             return error
 
-    # threads do: Pillow decodes outside the interpreter lock
-    pool = ThreadPoolExecutor(min(16, available_cores()))
+    # threads are enough: Pillow decodes without the interpreter lock
+    pool = ThreadPoolExecutor(min(MAX_THREADS, available_cores()))
     try:
         with without_warnings():
             yield from pool.map(check, range(len(split)))

@@ -1,4 +1,4 @@
-"""Image files as the RGB that a viewer shows."""
+"""Image files, decoded to the RGB that a viewer shows."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-T = TypeVar("T")
-# what is content decides, the suffix only which files are images at all
+Result = TypeVar("Result")
+# the suffix decides which files are images, the content how they are decoded
 _AVIF = importlib.util.find_spec("PIL._avif") is not None  # not in every Pillow
+# of listing 1, see job.data.folders
 IMAGE_SUFFIXES_1 = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_SUFFIXES = (
     *IMAGE_SUFFIXES_1,
     *(".jfif", ".jpe", ".pjpeg", ".mpo", ".apng", ".dib", ".gif", ".tif", ".tiff"),
     *((".avif",) if _AVIF else ()),
 )
-# by whatever name: a GIF is often called .jpg; others, as PostScript, would start other programs
+# whatever the suffix: a GIF is often named .jpg. Other formats, e.g. PostScript, start programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if _AVIF else ()))
 MAX_PIXELS = 2**30 // 12  # 89 million, Pillow's own limit
 BIG = 2**24  # pixels: larger images are decoded one at a time, smaller ones by all threads
-STRIP = 2**22  # pixels converted at a time: a big image lies in memory twice, not five times
+STRIP = 2**22  # pixels converted at a time: a big image is held in memory twice, not five times
 _one_big = threading.Lock()
-_UPRIGHT = {  # by EXIF's orientation; ImageOps.exif_transpose writes EXIF again, and may fail at it
+# by EXIF's orientation; ImageOps.exif_transpose also writes EXIF, which may fail
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -45,50 +47,50 @@ _UPRIGHT = {  # by EXIF's orientation; ImageOps.exif_transpose writes EXIF again
 
 
 def load_rgb(path: Path) -> Image.Image:
-    """Decode ``path``: EXIF rotation applied, transparency over white, 16-bit grey scaled to 8.
+    """Decode ``path`` to RGB; the first frame if there are several.
 
-    Of several frames the first. Raises DataError that names the file when it is not a whole image,
-    StorageError when it cannot be told.
+    EXIF's rotation is applied, transparency is put over white, 16-bit grey is scaled to 8 bits.
+    Raises DataError when the file is not a complete image, StorageError when it cannot be read.
     """
     with without_warnings():
-        return _reading(path, _as_rgb)
+        return _decode(path, _as_rgb)
 
 
 def check_image(path: Path) -> tuple[int, int]:
     """Decode ``path`` as ``load_rgb`` does and return its (width, height); raises as load_rgb.
 
-    JPEG is decoded at an eighth of its size: every byte is still read, in a third of the time.
-    Threads may call it, within one ``without_warnings()`` around them all.
+    A JPEG is decoded at an eighth of its size, which reads every byte in a third of the time.
+    Threads may call it within one ``without_warnings()`` around all of them.
     """
 
     def check(image: Image.Image) -> tuple[int, int]:
         width, height = image.size
-        if _orientation(image) >= 5:  # those that lie on their side
+        if _orientation(image) >= 5:  # rotated by 90 or 270 degrees
             width, height = height, width
         image.draft("RGB", (1, 1))
         with _one_big if width * height > BIG else nullcontext():
             _as_rgb(image)
         return width, height
 
-    return _reading(path, check)
+    return _decode(path, check)
 
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Keep Pillow's warnings back. Not for each of several threads: filters belong to all."""
+    """Suppress Pillow's warnings. Not to be used in threads, which share the filters."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says it
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is our limit
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
-def _reading(path: Path, read: Callable[[Image.Image], T]) -> T:
+def _decode(path: Path, read: Callable[[Image.Image], Result]) -> Result:
+    """Apply ``read`` to the opened image; raises as ``load_rgb``."""
     try:
         with reading(path):
-            if not path.is_file():  # a pipe would be waited for
-                here = path.exists(), path.is_symlink()
-                raise OSError(_NO_FILE[here])
-            return _read(path, read)
+            if not path.is_file():  # opening a pipe would wait
+                raise OSError(_NOT_A_FILE[path.exists(), path.is_symlink()])
+            return _open(path, read)
     except StorageError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a corrupt file
@@ -98,7 +100,7 @@ def _reading(path: Path, read: Callable[[Image.Image], T]) -> T:
         raise DataError(f"{shown(path)} cannot be read as an image: {why}") from error
 
 
-_NO_FILE = {
+_NOT_A_FILE = {  # (exists, is a link)
     (True, False): "it is not a file",
     (True, True): "it is not a file",
     (False, True): "it is a link to nothing",
@@ -106,48 +108,48 @@ _NO_FILE = {
 }
 
 
-def _read(path: Path, read: Callable[[Image.Image], T]) -> T:
-    """``read`` the image in ``path``; again without what viewers pass over, where that fails."""
+def _open(path: Path, read: Callable[[Image.Image], Result]) -> Result:
+    """Open the image in ``path``; if that fails, its repaired content."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return read(_bounded(image))
+            return read(_check_pixels(image))
     except (_TooLargeError, Image.DecompressionBombError):
         raise
-    except Exception as error:  # as in _reading
-        if isinstance(error, OSError) and error.errno:  # the storage, or a right that is missing
+    except Exception as error:  # as in _decode
+        if isinstance(error, OSError) and error.errno:  # of the storage, or a missing permission
             raise
         file = repaired(path)
         if file is None:
             raise
         with file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            return read(_bounded(image))
+            return read(_check_pixels(image))
 
 
 class _TooLargeError(ValueError):
-    """More pixels than are read."""
+    """An image of more than MAX_PIXELS."""
 
 
-def _bounded(image: Image.Image) -> Image.Image:
+def _check_pixels(image: Image.Image) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise _TooLargeError(f"{image.width} x {image.height} pixels are too many")
     return image
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 (upright) to 8; 1 where the block is damaged, as viewers take it."""
+    """EXIF's orientation, 1 (upright) to 8; 1 if the block is damaged, as in viewers."""
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # as in _reading: a damaged block, not a damaged image
+    except Exception:  # as in _decode: a damaged block, not a damaged image
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """The one decoder: the check of all files and every use of one go through it."""
+    """Decode to RGB: the one function that both the check and every use of an image call."""
     orientation = _orientation(image)
     image.load()
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-        raise ValueError("its values have neither 8 nor 16 bits: no telling which is white")
+        raise ValueError("its values have neither 8 nor 16 bits: the value of white is unknown")
     upright = image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
     if not (upright.mode.startswith("I") or upright.has_transparency_data):
         return upright.convert("RGB")
@@ -164,6 +166,6 @@ def _strip_as_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.clip(levels + 0.5, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         layers = image.convert("RGBA")
-        paper = Image.new("RGBA", layers.size, "white")
-        image = Image.alpha_composite(paper, layers)
+        white = Image.new("RGBA", layers.size, "white")
+        image = Image.alpha_composite(white, layers)
     return image.convert("RGB")

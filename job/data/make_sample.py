@@ -18,19 +18,19 @@ import numpy as np
 
 from job.data.idx import read_idx
 
-SEED = 20170825  # the day Fashion-MNIST was published
+SAMPLE_SEED = 20170825  # the day Fashion-MNIST was published
 PER_CLASS = {"train": 600, "validation": 150, "t10k": 100}
 
 
 def _write(path: Path, values: np.ndarray) -> None:
     header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
-    # mtime 0 and no name: the same bytes whoever makes them
+    # no time and no name: the same bytes from every run
     path.write_bytes(gzip.compress(header + values.tobytes(), 9, mtime=0))
 
 
-def _picks(labels: np.ndarray, *sizes: int) -> list[np.ndarray]:
-    """Disjoint index sets, in rising order, with ``sizes[k]`` of every class in the k-th."""
-    order = np.argsort(np.random.Philox(SEED).random_raw(len(labels)), kind="stable")
+def _draw_indices(labels: np.ndarray, *sizes: int) -> list[np.ndarray]:
+    """Disjoint sets of indices in ascending order; set k has ``sizes[k]`` of every class."""
+    order = np.argsort(np.random.Philox(SAMPLE_SEED).random_raw(len(labels)), kind="stable")
     parts: list[list[np.ndarray]] = [[] for _ in sizes]
     for label in np.unique(labels):
         members = order[labels[order] == label]
@@ -39,18 +39,18 @@ def _picks(labels: np.ndarray, *sizes: int) -> list[np.ndarray]:
     return [np.sort(np.concatenate(part)) for part in parts]
 
 
-def main(source: Path, target: Path) -> None:
+def make_sample(source: Path, target: Path) -> None:
     """Read the four original files in ``source`` and write the six of the sample."""
     target.mkdir(parents=True, exist_ok=True)
     for original, splits in (("train", ("train", "validation")), ("t10k", ("t10k",))):
         images = read_idx(source / f"{original}-images-idx3-ubyte.gz")
         labels = read_idx(source / f"{original}-labels-idx1-ubyte.gz")
         for split, chosen in zip(
-            splits, _picks(labels, *(PER_CLASS[s] for s in splits)), strict=True
+            splits, _draw_indices(labels, *(PER_CLASS[s] for s in splits)), strict=True
         ):
             _write(target / f"{split}-images-idx3-ubyte.gz", images[chosen])
             _write(target / f"{split}-labels-idx1-ubyte.gz", labels[chosen])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    make_sample(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from job.config import PreprocessingConfig
-from job.data.geometry import LARGEST_SHARE, MAX_RESIZE, Resize
+from job.data.geometry import MAX_RESIZE, MAX_SHARE, Resize
 from job.data.preprocessing import Preprocessing
 from job.data.presets import PRESETS, default_preset
 from job.data.pretrained import SOURCES, pretrained, scaled
@@ -67,7 +67,7 @@ class PreprocessingOptions(PreprocessingConfig):
         size, crop = self.image_size, self.crop
         if crop is None:
             return size
-        if crop > LARGEST_SHARE:
+        if crop > MAX_SHARE:
             if size not in (None, int(crop)):
                 raise UsageError(
                     f"--crop {crop:g} and --image-size {size} contradict each other: the crop is "
@@ -92,7 +92,7 @@ class PreprocessingOptions(PreprocessingConfig):
         """Override what ``at`` returns for an input size, or for None by default."""
         default = at(self._input_size())
         resize = Resize.parse(self.resize) if self.resize else default.resize
-        if self.crop and self.crop <= LARGEST_SHARE and not self.resize:
+        if self.crop and self.crop <= MAX_SHARE and not self.resize:
             resize = Resize(_resized_side(default.size, self.crop), resize.fit)
         return replace(
             default,

@@ -1,6 +1,6 @@
-"""Files that viewers show and Pillow refuses: large texts within a PNG, a JPEG without its end.
+"""Repair of files that viewers show and Pillow refuses: PNG with large texts, JPEG without its end.
 
-Only what holds no pixels is left out or added: an image that lacks some stays refused.
+Only parts without pixels are removed or added. An image that lacks pixels remains an error.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PNG, JPEG, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\xff\xd9"
-# chunks that pixels, their transparency, frames and their orientation follow from
+# chunks that determine pixels, transparency, frames and orientation
 PNG_KEPT = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT"}
 PNG_CHECKED = {b"tRNS", b"eXIf"}  # left out where damaged
-LARGEST_CHECKED = 1 << 20  # bytes of one of these
-LARGEST_JPEG = 1 << 28  # bytes that are completed
-# what a decoder would take for pixels if it still waited for some; the first bit is not EOI's 0
+MAX_CHECKED = 1 << 20  # bytes of one of these
+MAX_JPEG = 1 << 28  # bytes of a JPEG whose end is added
+# bytes that a decoder would read as pixels if some were missing; the first bit is not 0 as in EOI
 FILLER = b"\xaa" + bytes(37 * n % 251 for n in range(1, 4096))
 
 
 def repaired(path: Path) -> BinaryIO | None:
-    """``path`` as a file that Pillow may read, or None where there is nothing to leave out or add.
+    """Open ``path`` as a file that Pillow can read; None if there is nothing to repair.
 
     Raises OSError.
     """
@@ -34,17 +34,17 @@ def repaired(path: Path) -> BinaryIO | None:
         head = file.read(8)
         if head == PNG:
             return _without_texts(path, file)
-        if head[:3] == JPEG and path.stat().st_size <= LARGEST_JPEG:
+        if head[:3] == JPEG and path.stat().st_size <= MAX_JPEG:
             return _with_end(head + file.read())
     return None
 
 
 def _without_texts(path: Path, file: BinaryIO) -> BinaryIO | None:
-    """A PNG without texts and colour profiles, however far they unpack."""
+    """A PNG without texts and colour profiles, which may unpack to any size."""
     parts, size, left_out = [(0, len(PNG))], path.stat().st_size, False
     while len(header := file.read(8)) == 8:
         length, kind = int.from_bytes(header[:4], "big"), header[4:]
-        if not kind.isalpha():  # no chunk: a file of zeros would be one for ever
+        if not kind.isalpha():  # not a chunk; without this, a file of zeros would never end
             break
         begin, end = file.tell() - 8, file.tell() + length + 4
         if kind in PNG_KEPT and (kind not in PNG_CHECKED or _is_sound(file, kind, length)):
@@ -58,14 +58,14 @@ def _without_texts(path: Path, file: BinaryIO) -> BinaryIO | None:
 
 
 def _is_sound(file: BinaryIO, kind: bytes, length: int) -> bool:
-    if length > LARGEST_CHECKED:
+    if length > MAX_CHECKED:
         return False
     content, check = file.read(length), file.read(4)
     return zlib.crc32(kind + content) == int.from_bytes(check, "big")
 
 
 class _Parts(io.RawIOBase):
-    """Stretches (begin, end) of a file, read as if nothing were between them."""
+    """Ranges (begin, end) of a file, read as one file without the bytes between them."""
 
     def __init__(self, path: Path, parts: list[tuple[int, int]]) -> None:
         self._file, self._parts, self._place = path.open("rb"), parts, 0
@@ -100,9 +100,10 @@ class _Parts(io.RawIOBase):
 
 
 def _with_end(content: bytes) -> BinaryIO | None:
-    """A JPEG that lacks its end marker alone; None where it also lacks pixels.
+    """Add the end marker to a JPEG that lacks nothing else; None if it also lacks pixels.
 
-    These would be made up from whatever follows: two things that may follow give two images.
+    A decoder makes up missing pixels from the bytes that follow, so that two different ends would
+    give two different images.
     """
     if content.endswith(JPEG_END):
         return None
@@ -113,7 +114,7 @@ def _with_end(content: bytes) -> BinaryIO | None:
 
 
 def _pixels(content: bytes) -> bytes | None:
-    """A digest of the pixels of a JPEG; None where it has none."""
+    """SHA-256 of the pixels of a JPEG; None if it cannot be decoded."""
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
             return hashlib.sha256(image.tobytes()).digest()

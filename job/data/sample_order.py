@@ -1,9 +1,10 @@
 """The data stream as a pure function of (seed, round, epoch, position).
 
-One table an epoch: row p says which sample stands at position p and holds the uniform numbers from
-which its crop, flip and angle follow. Global batch b is rows b*B to (b+1)*B, whatever the number of
-processes, loader workers or restarts. Philox (Salmon et al. 2011) is counter-based, and NumPy
-promises that the raw output of its bit generators never changes (not so for Generator methods).
+There is one table per epoch: row p holds the index of the sample at position p, and the uniform
+numbers that determine its crop, flip and angle. Global batch b of size B is rows b*B to (b+1)*B,
+whatever the number of processes, loader processes or restarts. Philox (Salmon et al. 2011) is
+counter-based, and NumPy guarantees that the raw output of its bit generators never changes (but not
+that of Generator's methods).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ COLUMNS = ("top", "left", "flip", "angle", "area", "ratio")
 
 @dataclass(frozen=True)
 class Draw:
-    """One row: sample ``index`` and its uniform numbers in [0, 1), one a column of COLUMNS."""
+    """One row: the ``index`` of a sample, and a uniform number in [0, 1) for each of COLUMNS."""
 
     index: int
     top: float
@@ -44,7 +45,7 @@ class EpochTable:
 
 def _raw(count: int, seed: int, stream: str, round_index: int, epoch: int) -> Any:
     key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
-    # the lowest counter word counts the draws themselves
+    # the lowest word of the counter counts the draws
     generator = np.random.Philox(
         key=np.array([seed % 2**64, key], np.uint64),
         counter=np.array([0, epoch, round_index, 0], np.uint64),
@@ -55,12 +56,12 @@ def _raw(count: int, seed: int, stream: str, round_index: int, epoch: int) -> An
 def stable_order(
     count: int, seed: int, *, stream: str, round_index: int = 0, epoch: int = 0
 ) -> Any:
-    """A permutation of ``range(count)``: the order of ``count`` random 64-bit numbers."""
+    """A permutation (count,) of ``range(count)``: the order of as many random 64-bit numbers."""
     return np.argsort(_raw(count, seed, stream, round_index, epoch), kind="stable")
 
 
 def epoch_table(count: int, seed: int, round_index: int, epoch: int) -> EpochTable:
-    """The table of one epoch over ``count`` samples."""
+    """Draw the table of one epoch over ``count`` samples."""
     order = stable_order(count, seed, stream="order", round_index=round_index, epoch=epoch)
     bits = _raw(count * len(COLUMNS), seed, "augmentation", round_index, epoch)
     uniforms = (bits >> np.uint64(11)) * 2.0**-53

@@ -1,4 +1,4 @@
-"""Names of splits, as folders, columns and options have them."""
+"""Names of splits in folders, CSV columns and options, by their canonical name."""
 
 from __future__ import annotations
 

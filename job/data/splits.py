@@ -22,34 +22,34 @@ UNLABELLED = -1
 
 
 class Split(Protocol):
-    """Images in a fixed order; ``labels`` (N,) int64, all -1 when the split has none."""
+    """Images in a fixed order, with labels."""
 
     @property
     def labels(self) -> Labels:
-        """Class indices (N,)."""
+        """Class indices (N,) int64; -1 for an image without a label."""
 
     @property
     def lenient(self) -> bool:
-        """Whether an image that cannot be read is left out."""
+        """Whether an image that cannot be read is left out, instead of an error."""
 
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Image.Image:
-        """The image in RGB; raises DataError."""
+        """Decode an image to RGB; raises DataError or StorageError."""
 
     def name(self, index: int) -> str:
-        """What to call an image in a message or a prediction."""
+        """The name of an image in messages and predictions."""
 
     def select(self, indices: Labels, labels: Labels | None = None) -> Split:
-        """The images at ``indices``, in that order, under new labels if given."""
+        """The images at ``indices``, in that order, with new labels if given."""
 
     def digest(self) -> bytes:
-        """SHA-256 of what the split holds."""
+        """SHA-256 of the content of the split."""
 
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Images as files: ``paths`` relative to ``root``."""
+    """Images in files; ``paths`` (N) are relative to ``root``."""
 
     root: Path
     paths: tuple[str, ...]
@@ -73,7 +73,7 @@ class FileSplit:
         return len(self.paths)
 
     def path(self, index: int) -> Path:
-        """Where image ``index`` lies."""
+        """The path of image ``index``."""
         return self.root / self.paths[index]
 
     def image(self, index: int) -> Image.Image:  # noqa: D102
@@ -83,12 +83,12 @@ class FileSplit:
         return self.paths[index]
 
     def select(self, indices: Labels, labels: Labels | None = None) -> FileSplit:  # noqa: D102
-        kept = tuple(self.paths[i] for i in indices)
+        paths = tuple(self.paths[i] for i in indices)
         labels = self.labels[indices] if labels is None else labels
-        return replace(self, paths=kept, labels=labels)
+        return replace(self, paths=paths, labels=labels)
 
     def digest(self) -> bytes:
-        """SHA-256 of names, sizes and labels (contents would mean reading the whole set again)."""
+        """SHA-256 of paths, file sizes and labels; the images are not read again."""
         sha = hashlib.sha256(self.labels.astype("<i8").tobytes())
         for index, path in enumerate(self.paths):
             sha.update(os.fsencode(path) + b"\0%d\0" % self.path(index).stat().st_size)
@@ -97,7 +97,7 @@ class FileSplit:
 
 @dataclass(frozen=True)
 class ArraySplit:
-    """Images as one array: ``images`` (N, H, W) grey or (N, H, W, 3) RGB, uint8."""
+    """Images in one array: (N, H, W) grey or (N, H, W, 3) RGB, uint8."""
 
     images: np.ndarray[Any, np.dtype[np.uint8]]
     labels: Labels

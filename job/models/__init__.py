@@ -1,1 +1,5 @@
-"""Networks by name, and weights files read without executing anything in them."""
+"""Networks by name, their classifiers, inputs and outputs, and weights files.
+
+``factory`` builds a network, from ``student``, ``cifar``, torchvision or a ``custom_network``;
+``weights_file`` reads a state dict and ``weights`` loads it.
+"""

@@ -1,9 +1,9 @@
 """The networks of Network Slimming for 32 x 32 images (Liu et al. 2017, section 4.2).
 
 VGG-19 with BatchNorm (Simonyan & Zisserman 2015), the pre-activation ResNet-164 of bottlenecks (He
-et al. 2016) and DenseNet-40 of growth 12 (Huang et al. 2017). Every γ begins at 0.5, convolutions
-as of He et al. 2015; no convolution has a bias. State-dict keys are those of the authors' code,
-https://github.com/Eric-mingjie/network-slimming, without its selection layers.
+et al. 2016) and DenseNet-40 of growth 12 (Huang et al. 2017). Every γ is 0.5 at first, convolutions
+are initialised as in He et al. 2015 and have no bias. State-dict keys are those of the authors'
+code, https://github.com/Eric-mingjie/network-slimming, without its selection layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STAGES = (16, 32, 64)  # planes of ResNet-164's bottlenecks
 BLOCKS = 18  # bottlenecks a stage: 3 * 18 * 3 + 2 = 164 layers
 EXPANSION = 4
 GROWTH = 12
-LAYERS = 12  # of each of DenseNet-40's three blocks: 3 * 12 + 4 = 40 layers
+BLOCK_LAYERS = 12  # of each of DenseNet-40's three blocks: 3 * 12 + 4 = 40 layers
 
 
 class Vgg19Cifar(nn.Module):
@@ -32,16 +32,16 @@ class Vgg19Cifar(nn.Module):
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        read = 3
+        in_channels = 3
         for width in VGG19:
             if not width:
                 layers.append(nn.MaxPool2d(2))
                 continue
-            convolution = nn.Conv2d(read, width, 3, padding=1, bias=False)
+            convolution = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            read = width
+            in_channels = width
         self.feature = nn.Sequential(*layers)
-        self.classifier = nn.Linear(read, num_classes)
+        self.classifier = nn.Linear(in_channels, num_classes)
         _initialise(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -51,23 +51,23 @@ class Vgg19Cifar(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """BatchNorm, ReLU, convolution, three times, added to what came in.
+    """BatchNorm, ReLU and convolution, three times, added to the block's input.
 
-    The shortcut of a stage's first block is a bare 1x1 convolution.
+    The shortcut of a stage's first block is a 1x1 convolution.
     """
 
-    def __init__(self, read: int, planes: int, stride: int) -> None:
+    def __init__(self, in_channels: int, planes: int, stride: int) -> None:
         super().__init__()
-        written = planes * EXPANSION
-        self.bn1 = nn.BatchNorm2d(read)
-        self.conv1 = nn.Conv2d(read, planes, 1, bias=False)
+        out_channels = planes * EXPANSION
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, written, 1, bias=False)
+        self.conv3 = nn.Conv2d(planes, out_channels, 1, bias=False)
         self.downsample = (
-            nn.Sequential(nn.Conv2d(read, written, 1, stride, bias=False))
-            if read != written or stride > 1
+            nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
+            if in_channels != out_channels or stride > 1
             else None
         )
 
@@ -90,17 +90,17 @@ class ResNet164Cifar(nn.Module):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        read = STAGES[0]
-        self.conv1 = nn.Conv2d(3, read, 3, padding=1, bias=False)
+        in_channels = STAGES[0]
+        self.conv1 = nn.Conv2d(3, in_channels, 3, padding=1, bias=False)
         for number, planes in enumerate(STAGES, 1):
             blocks = []
             for block in range(BLOCKS):
                 stride = 2 if block == 0 and number > 1 else 1
-                blocks.append(Bottleneck(read, planes, stride))
-                read = planes * EXPANSION
+                blocks.append(Bottleneck(in_channels, planes, stride))
+                in_channels = planes * EXPANSION
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
-        self.bn = nn.BatchNorm2d(read)
-        self.fc = nn.Linear(read, num_classes)
+        self.bn = nn.BatchNorm2d(in_channels)
+        self.fc = nn.Linear(in_channels, num_classes)
         _initialise(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -111,12 +111,12 @@ class ResNet164Cifar(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU, 3x3 convolution, put beside what came in."""
+    """BatchNorm, ReLU, 3x3 convolution, concatenated with the input."""
 
-    def __init__(self, read: int) -> None:
+    def __init__(self, in_channels: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(read)
-        self.conv1 = nn.Conv2d(read, GROWTH, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, GROWTH, 3, padding=1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W) -> (B, C + 12, H, W)."""
@@ -154,9 +154,9 @@ class DenseNet40Cifar(nn.Module):
         width = first
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         for number in (1, 2, 3):
-            block = nn.Sequential(*(DenseLayer(width + GROWTH * i) for i in range(LAYERS)))
+            block = nn.Sequential(*(DenseLayer(width + GROWTH * i) for i in range(BLOCK_LAYERS)))
             self.add_module(f"dense{number}", block)
-            width += GROWTH * LAYERS
+            width += GROWTH * BLOCK_LAYERS
             if number < 3:
                 self.add_module(f"trans{number}", Transition(width))
         self.bn = nn.BatchNorm2d(width)
@@ -179,8 +179,8 @@ def _initialise(network: nn.Module) -> None:
     """Convolutions as of He et al. 2015 by what they write, γ 0.5, the classifier small."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
-            written = layer.out_channels * math.prod(layer.kernel_size)
-            nn.init.normal_(layer.weight, 0, math.sqrt(2 / written))
+            fan_out = layer.out_channels * math.prod(layer.kernel_size)
+            nn.init.normal_(layer.weight, 0, math.sqrt(2 / fan_out))
         elif isinstance(layer, nn.BatchNorm2d):
             nn.init.constant_(layer.weight, GAMMA)
         elif isinstance(layer, nn.Linear):

@@ -1,4 +1,4 @@
-"""StudentNet, the network of Hung-yi Lee's ML2020 homework 7 (architecture by Arvin Liu)."""
+"""StudentNet, the network of homework 7 of Hung-yi Lee's ML2020 (architecture by Arvin Liu)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import nn
 MULTIPLIERS = (1, 2, 4, 8, 16, 16, 16, 16)
 SCALED = range(3, 7)  # blocks whose output width follows width_mult
 POOLED = range(4)  # blocks that halve the resolution
-MOST_PARAMS = 2**26  # 67 million, 260 times the homework's: a slip of the keyboard is far above
+MAX_PARAMS = 2**26  # 67 million, 260 times the homework's: more is a typing error
 
 
 class StudentNet(nn.Module):
     """Eight depthwise-separable blocks, global average pooling, one linear layer.
 
-    Block i writes ``base * MULTIPLIERS[i]`` channels, those of blocks 3 to 6 times ``width_mult``,
-    rounded down. 256,779 parameters at base 16, width 1 and 11 classes. State-dict keys are the
-    homework's: ``cnn.{block}.{layer}.*`` and ``fc.0.*``. Raises ValueError when a block would be
-    left without channels, or the network would be no student any more.
+    Block i has ``base * MULTIPLIERS[i]`` output channels; those of blocks 3 to 6 are multiplied by
+    ``width_mult`` and rounded down. It has 256,779 parameters at base 16, width 1 and 11 classes.
+    State-dict keys are the homework's: ``cnn.{block}.{layer}.*`` and ``fc.0.*``. Raises ValueError
+    when a block would have no channels, or the network more than 67 million parameters.
     """
 
     def __init__(self, base: int = 16, width_mult: float = 1, num_classes: int = 11) -> None:
@@ -28,8 +28,8 @@ class StudentNet(nn.Module):
         if min(widths) < 1:
             raise ValueError(f"width_mult {width_mult} leaves a block without channels")
         pairs = zip(widths, [*widths[1:], num_classes], strict=True)
-        if sum(read * written for read, written in pairs) > MOST_PARAMS:
-            raise ValueError(f"it would have more than {MOST_PARAMS:,} parameters")
+        if sum(inputs * outputs for inputs, outputs in pairs) > MAX_PARAMS:
+            raise ValueError(f"it would have more than {MAX_PARAMS:,} parameters")
         self.base, self.width_mult = base, width_mult
         blocks: list[nn.Module] = [_stem(widths[0])]
         blocks += [
@@ -40,7 +40,7 @@ class StudentNet(nn.Module):
 
     @property
     def uniform_widths(self) -> dict[str, int]:
-        """Layers whose outputs the homework's uniform policy scales, and their full widths."""
+        """The layers whose outputs the homework scales by the width, and their full widths."""
         return {f"cnn.{block}.3": self.base * MULTIPLIERS[block] for block in SCALED}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -55,11 +55,11 @@ def _stem(width: int) -> nn.Sequential:
     )
 
 
-def _separable(width: int, written: int, *, pool: bool) -> nn.Sequential:
+def _separable(width: int, outputs: int, *, pool: bool) -> nn.Sequential:
     layers: list[nn.Module] = [
         nn.Conv2d(width, width, 3, 1, 1, groups=width),
         nn.BatchNorm2d(width),
         nn.ReLU6(),
-        nn.Conv2d(width, written, 1),
+        nn.Conv2d(width, outputs, 1),
     ]
     return nn.Sequential(*layers, *([nn.MaxPool2d(2, 2, 0)] if pool else []))

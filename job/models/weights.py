@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LoadedWeights(NamedTuple):
-    """What ``load_state`` did besides: ``notes`` are lines for the user."""
+    """The result of ``load_state``. ``notes`` are lines for the user about what was left out."""
 
     replaced_head: bool
     notes: tuple[str, ...]
