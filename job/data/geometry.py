@@ -22,7 +22,7 @@ Channels = tuple[float, float, float]  # one number for each of red, green and b
 
 @dataclass(frozen=True)
 class Resize:
-    """Resizing to ``side`` pixels of the ``shorter`` or ``longer`` side, or of ``both``; 0: none."""
+    """Resizing of the ``shorter`` or ``longer`` side, or ``both``, to ``side`` pixels; 0: none."""
 
     side: int = 0
     fit: str = "shorter"
