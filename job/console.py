@@ -257,12 +257,6 @@ def span(seconds: float) -> str:
     return f"{days} days {hours} h" if hours else f"{days} days"
 
 
-def where(round_index: int, epoch: int, step: int) -> str:
-    """Describe a position of a run in words; epochs count from 0, as in the epoch line."""
-    name = f"round {round_index}" if round_index else "the base (round 0)"
-    return f"{name}, epoch {epoch}, step {step}"
-
-
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Return aligned columns under their headings: the first ``left`` to the left."""
     lines = [tuple(header), *map(tuple, rows)]

@@ -85,8 +85,8 @@ def _say_predictions(images: EvaluationImages, count: int, output: str, *, expla
         say(f"data: {note}")
     note = " (Id,Category, as the files are numbered; --format csv gives names)" if explain else ""
     source = f"the {images.name} split of {data.root}" if data.layout != IMAGES_ONLY else data.root
-    place = "standard output" if output == STDOUT else shown(output)
-    say(f"{counted(count, 'prediction')} of {source} in {place}{note}")
+    place = "on standard output" if output == STDOUT else f"in {shown(output)}"
+    say(f"{counted(count, 'prediction')} of {source} {place}{note}")
     if data.skipped:
         say(f"{len(data.skipped)} images that cannot be read are left out:")
         say("\n".join(f"  {shown(name)}" for name in data.skipped))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from job.artifacts.checkpoint import save_position
 from job.artifacts.json_records import to_json
 from job.artifacts.records import EpochRecord, GammaRecord, RoundRecord
-from job.console import counted, phase, progress, say, say_cautions, warn, where
+from job.console import counted, phase, progress, say, say_cautions, warn
 from job.distributed.collectives import accelerator_name, on_main
 from job.errors import StopRequest, exit_code, reason, shown
 from job.pipeline.cautions import Cautions
@@ -22,7 +22,7 @@ from job.pipeline.claim import claim_run, record_end
 from job.pipeline.forecast import Forecast
 from job.pipeline.session_state import Place, RoundInProgress, SessionState
 from job.report.page import write_run_report
-from job.report.tables import epoch_line, rounds_table
+from job.report.tables import describe_position, epoch_line, rounds_table
 from job.tracking.tracker import Tracker
 from job.training.position import CutRecord, RoundProgress
 from job.training.session import TrainingSession
@@ -171,7 +171,7 @@ class Session(TrainingSession):
         rounds = max(len(self.entries), self.claim.saved) - 1
         saved = f"the base and {counted(rounds, 'round')} are saved"
         saved = saved if rounds >= 0 else "the base is not finished"
-        return f"stopped by request in {where(*self.state.place)}; {saved}: " + (
+        return f"stopped by request in {describe_position(*self.state.place)}; {saved}: " + (
             "run the same command to resume"
         )
 
@@ -224,7 +224,10 @@ class Session(TrainingSession):
         if (self.claim.saved or resume) and not state.resume_reported:
             before = self.claim.state_before or ""
             how = {"stopped": "was stopped", "finished": "had finished"}.get(before, before)
-            say(f"resuming in {where(*state.place)}" + (f"; the run {how} before" if how else ""))
+            say(
+                f"resuming in {describe_position(*state.place)}"
+                + (f"; the run {how} before" if how else "")
+            )
             state.resume_reported = True
         self._status("running", None)
         return state.round

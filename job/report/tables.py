@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from job.artifacts.accuracy import signed_points
 from job.artifacts.records import PlannedRound, RoundRecord
-from job.console import table, where
+from job.console import table
 from job.errors import printable
 from job.report.comparison import COSTS, comparison_caution, run_names
 
@@ -25,6 +25,12 @@ def epoch_line(width: float, epoch: EpochResult) -> str:
         f"train loss: {epoch.train_loss:6.4f}, acc {epoch.train_acc:6.4f} "
         f"valid loss: {epoch.valid_loss:6.4f}, acc {epoch.valid_acc:6.4f}"
     )
+
+
+def describe_position(round_index: int, epoch: int, step: int) -> str:
+    """Describe a position of a run in words; epochs count from 0, as in the line of an epoch."""
+    name = f"round {round_index}" if round_index else "the base (round 0)"
+    return f"{name}, epoch {epoch}, step {step}"
 
 
 def rounds_table(rounds: Sequence[PlannedRound]) -> str:
@@ -83,7 +89,7 @@ def describe_state(history: History) -> str:
     code, state = history.exit_code, history.state
     text = state + (f" (exit code {code})" if code else "")
     if history.position and state not in ("finished", "unknown"):
-        text += f", in {where(*history.position)}"
+        text += f", in {describe_position(*history.position)}"
     return text
 
 
