@@ -1,4 +1,4 @@
-"""Find what can be cut of a network: its channel groups, the doubtful ones tried out."""
+"""Analysis: the channel groups of a network, verified by trial cuts where they are in doubt."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) -> ChannelGraph:
-    """The channel groups of ``network`` on inputs like ``example``.
+    """Return the channel groups of ``network`` on inputs like ``example``.
 
-    Groups that only seem to be understood are found by trial cuts. Raises UsageError when the
-    network does not run on such inputs.
+    Layers in ``ignore``, given by name, are not cut. Groups in doubt are verified by trial cuts and
+    blocked where these fail. Raises UsageError where the network does not run on such inputs.
     """
     try:
         graph = channel_graph(network, example, ignore)

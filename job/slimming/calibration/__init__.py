@@ -1,1 +1,1 @@
-"""Calibration batches, and the statistics of activations over them."""
+"""Calibration images: batches, and the statistics of layer inputs over them."""

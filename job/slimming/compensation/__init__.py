@@ -1,1 +1,1 @@
-"""What makes up for the channels that are cut."""
+"""Compensation: the kept channels make up for the removed ones."""

@@ -1,1 +1,1 @@
-"""Which channels to cut: target, cost, policy, plan."""
+"""Planning: how many channels each group keeps to meet a target, and what that costs."""

@@ -25,7 +25,7 @@ class CostModel:
     """Costs of ``network`` as functions of the channels kept; the narrow network is not built.
 
     The size of a tensor is proportional to the product of the channels in its two channel slots.
-    Slot 0 stands for an axis that is never cut. Layers in ``gains_bias`` get a bias as soon as one
+    Slot 0 is for axes that are never cut. Layers in ``gains_bias`` get a bias as soon as one
     of their inputs is cut. Arrays are indexed by slot (slots,) or by tensor (tensors,).
     """
 

@@ -90,7 +90,7 @@ def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
 
 
 def keep_all(graph: ChannelGraph) -> Ids:
-    """Return the mask (count,) that keeps all channels; number 0 stands for channels never cut."""
+    """Return the mask (count,) that keeps all channels; number 0 is for channels never cut."""
     return np.ones(graph.count, bool)
 
 

@@ -1,4 +1,4 @@
-"""Channel groups sorted by importance, and the channels that a number of kept units stands for."""
+"""Channel groups sorted by importance, and the channels that are kept of each."""
 
 from __future__ import annotations
 
