@@ -68,18 +68,18 @@ def adopt_slim_base(config: PruneConfig) -> tuple[PruneConfig, Path | None]:
     if folder is None:
         return config, None
     card, name = read_card(folder), f"--weights {shown(str(config.weights))}"
-    what = f"{card.model} with {card.num_classes} logits"
+    what = f"{card.model} with {card.num_classes} classes"
     for option, given, default, own in (
         ("--model", config.model, DEFAULTS.model, card.model),
         ("--model-arg", config.args, DEFAULTS.args, card.args),
         ("--num-classes", config.num_classes, DEFAULTS.num_classes, card.num_classes),
     ):
         if given not in (default, own):
-            raise UsageError(f"{name} brings its own network, {what}: leave out {option}")
+            raise UsageError(f"{name} has its own network, {what}: leave out {option}")
     data = config.data
     if data is None:
         own = find_run_data(str(config.weights), card.lineage)
-        say(f"data: {shown(own)}, that of {shown(folder)}")
+        say(f"data: {shown(own)}, the data of {shown(folder)}")
         data = None if own == BUILT_IN else own
     own_args = tuple(card.args.items())
     config = replace(
@@ -131,12 +131,12 @@ def check_classes(name: str, theirs: ModelCard, ours: tuple[str, ...] | list[str
     Of a model without class names only the number counts.
     """
     if theirs.num_classes < len(ours):
-        raise DataError(f"{name} has {theirs.num_classes} classes, the data {len(ours)}")
+        raise DataError(f"{name} has {theirs.num_classes} classes, the data have {len(ours)}")
     for number, (one, other) in enumerate(zip(theirs.class_names, ours, strict=False)):
         if one != other:
             raise DataError(
-                f"{name} calls class {number} {shown(one)}, the data {shown(other)}: give the "
-                "--data it was trained on"
+                f"{name} names class {number} {shown(one)}, the data {shown(other)}: give the "
+                "--data that it was trained on"
             )
 
 
@@ -163,16 +163,17 @@ def load_teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | No
         raise InputNotFound(f"{name} is not a run, round or model folder")
     network, theirs = load_model(find_model(path))
     if theirs.num_classes != card.num_classes:
-        raise DataError(f"{name} has {theirs.num_classes} classes, this run {card.num_classes}")
+        raise DataError(f"{name} has {theirs.num_classes} classes, this run has {card.num_classes}")
     if theirs.class_names and card.class_names and theirs.class_names != card.class_names:
         pairs = zip(theirs.class_names, card.class_names, strict=True)
         number, (one, other) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
-        raise DataError(f"{name} calls class {number} {shown(one)}, this run {shown(other)}")
+        raise DataError(f"{name} names class {number} {shown(one)}, this run {shown(other)}")
     took, given = theirs.preprocessing, card.preprocessing
     if took.inputs != given.inputs:
         raise DataError(
-            f"{name} takes other inputs than this run: {took.describe()}, not {given.describe()}; "
-            "give --transform, --image-size, --mean, --std and --resize as it has them"
+            f"{name} expects other inputs than this run: {took.describe()}, "
+            f"not {given.describe()}; set --transform, --image-size, --mean, --std and "
+            "--resize as it has them"
         )
     return network
 
@@ -203,7 +204,7 @@ def build_base_network(
         for line in loaded.notes:
             say(line)
         if loaded.replaced_head and not config.first_epochs:
-            say("the classifier is not trained before the first cut: --base-epochs N would do that")
+            say("the classifier is not trained before the first cut: --base-epochs N trains it")
         lineage = replace(
             lineage,
             base_sha256=digest(state),

@@ -34,7 +34,7 @@ def check_disk(config: PruneConfig, planned: Sequence[PlannedRound], output: Pat
             f"{shown(place)} has {free:,} bytes free, the run needs about {needed:,}: "
             "free some space or choose another --output"
         )
-    say(f"disk: the run needs about {_amount(needed)}, {_amount(free)} are free")
+    say(f"disk: the run needs about {_amount(needed)}, {_amount(free)} is free")
 
 
 def space_needed(config: PruneConfig, planned: Sequence[PlannedRound]) -> int:

@@ -156,7 +156,7 @@ def _score_weights(session: Session, network: nn.Module) -> BestScores:
     """Evaluate a base that is not trained; raises DataError when its weights are damaged."""
     valid = _evaluate(session, network)
     if not math.isfinite(valid.loss):
-        raise DataError(f"the loss of --weights is {valid.loss}: they are damaged")
+        raise DataError(f"the validation loss of --weights is {valid.loss}: they are damaged")
     say(f"base: valid loss: {valid.loss:6.4f}, acc {valid.accuracy:6.4f}")
     cautions = session.cautions.of_base(valid)
     say_cautions(cautions)
@@ -173,7 +173,7 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
         **asdict(network_cost(network, session.image_size)),
         **asdict(pruned),
         **asdict(scores),
-        step=session.state.place.step,
+        step=session.place.step,
         seconds=round(current.seconds, 3),
     )
     lineage = replace(card.lineage, run=shown(run.path.absolute()), round=current.index)
@@ -185,12 +185,10 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
     session.entries.append(entry)
     session.log(entry)
     session.summarise("running")
-    if session.state.tracker:
+    if session.tracker:
         layers = layer_costs(network, session.image_size)
-        histograms = gammas(wide), gammas(network)
-        session.state.tracker.log_round(
-            to_json(entry), *histograms, layers, run.round_path(current.index)
-        )
+        folder = run.round_path(current.index)
+        session.tracker.log_round(to_json(entry), gammas(wide), gammas(network), layers, folder)
     if current.index != session.setup.config.last_round:  # else when the run is finished
         session.report()
     return Model(network, card)
@@ -234,9 +232,9 @@ def _lost_too_much(session: Session) -> bool:
     limit, lost = config.most_points_lost, points_lost(entries, entries[-1])
     if limit is None or lost <= limit:
         return False
-    option = "--max-drop" if config.max_drop is not None else "--rounds auto allows,"
+    option = "--rounds auto" if config.max_drop is None else "--max-drop"
     say(
-        f"round {len(entries) - 1}: accuracy {signed_points(-lost)} points against the base, a "
-        f"larger drop than {option} {limit:g}: no further rounds"
+        f"round {len(entries) - 1}: accuracy {signed_points(-lost)} points compared with the base, "
+        f"{option} allows -{limit:g}: no further rounds"
     )
     return True

@@ -111,7 +111,7 @@ class Session(TrainingSession):
         self.write(lambda: self.run.log(record))
 
     def _status(self, state: str, code: int | None) -> None:
-        self.write(lambda: self.run.status(state, code, *self.state.place))
+        self.write(lambda: self.run.status(state, code, *self.place))
 
     def summarise(self, state: str) -> SummaryRecord:
         """Write the summary of the rounds so far, and return it."""
@@ -147,17 +147,17 @@ class Session(TrainingSession):
         say(f"\nrecommended: {summary.recommended} ({summary.reason})")
         say_cautions(summary.cautions)
         say(f"{summary.seconds:.0f} seconds; all files are in {shown(self.run.path)}")
-        if self.state.tracker:
+        if self.tracker:
             chosen = to_json(self.entries[summary.recommended_round])
-            self.state.tracker.finish({"recommended": summary.recommended, **chosen})
+            self.tracker.finish({"recommended": summary.recommended, **chosen})
 
     def abandon(self, code: int) -> None:
         """Record why the run ended early, in its files and on the dashboard, as far as possible."""
         if not self.lock.held or self.lock.lost:  # not the main process, or the run is not ours
             return
-        record_end(self.run, self.state.place, code)
-        if self.state.tracker:
-            self.state.tracker.abandon(code)
+        record_end(self.run, self.place, code)
+        if self.tracker:
+            self.tracker.abandon(code)
         if (self.run.path / "report.html").exists():  # it says that the run is running
             self.report()
 
@@ -171,9 +171,19 @@ class Session(TrainingSession):
         rounds = max(len(self.entries), self.claim.saved) - 1
         saved = f"the base and {counted(rounds, 'round')} are saved"
         saved = saved if rounds >= 0 else "the base is not finished"
-        return f"stopped by request in {describe_position(*self.state.place)}; {saved}: " + (
+        return f"stopped by request in {describe_position(*self.place)}; {saved}: " + (
             "run the same command to resume"
         )
+
+    @property
+    def place(self) -> Place:
+        """Where the run is."""
+        return self.state.place
+
+    @property
+    def tracker(self) -> Tracker | None:
+        """The W&B run, on the main process."""
+        return self.state.tracker
 
     @property
     def image_size(self) -> int:
@@ -258,8 +268,8 @@ class Session(TrainingSession):
         costs = {"params": model.cost.params, "macs": model.cost.macs}
         record = EpochRecord(**asdict(result), width=model.card.width, **costs)
         self.log(record)
-        if self.state.tracker:
-            self.state.tracker.log("epoch", to_json(record))
+        if self.tracker:
+            self.tracker.log("epoch", to_json(record))
 
     def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         """Log the histogram."""
@@ -275,7 +285,7 @@ class Session(TrainingSession):
 
         def write() -> None:
             run = RoundProgress(
-                step=self.state.place.step,
+                step=self.place.step,
                 scores=model.scores,
                 plan=cut,
                 metrics_size=self.run.metrics_size,
@@ -283,7 +293,7 @@ class Session(TrainingSession):
                 run_seconds=self.run.seconds,
             )
             save_position(self.run.path / "checkpoints", replace(position, run=run))
-            self.run.status("running", None, *self.state.place)
+            self.run.status("running", None, *self.place)
 
         self.write(write)
         self.watch.saved()

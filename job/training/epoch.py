@@ -39,6 +39,7 @@ class EpochResult:
         """Raise GammaslimError when a loss is not a number."""
         if not math.isfinite(self.train_loss + self.valid_loss):
             raise GammaslimError(
-                f"round {self.round}, epoch {self.epoch}: the training loss is {self.train_loss}, "
-                f"the validation loss {self.valid_loss}: try a lower --lr, or --precision fp32"
+                f"round {self.round}, epoch {self.epoch}: the training loss became "
+                f"{self.train_loss}, the validation loss {self.valid_loss}: try a lower --lr, "
+                "or --precision fp32"
             )

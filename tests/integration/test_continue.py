@@ -330,8 +330,8 @@ def test_rounds_without_a_number_end_when_one_loses_too_much(
     run = tmp_path / "run"
     prune(config(noise, rounds="auto", output=str(run)))
     said = capsys.readouterr().out
-    assert "round 3: accuracy -4.00 points against the base" in said
-    assert "a larger drop than --rounds auto allows, 1: no further rounds" in said
+    assert "round 3: accuracy -4.00 points compared with the base" in said
+    assert "--rounds auto allows -1: no further rounds" in said
     assert [entry["round"] for entry in summary(run)["rounds"]] == [1, 2, 3]
     assert summary(run)["recommended"] == "rounds/02"
     prune(config(noise, rounds="auto", output=str(run)))
@@ -384,7 +384,7 @@ def test_a_slim_model_is_the_base_of_a_new_run(
     model = slim_run / "rounds" / "02"
     prune(weights(model, output=str(tmp_path / "run"), policy=policy, target="params=0.5"))
     said = capsys.readouterr().out
-    assert f"data: {noise}, that of {model}" in said
+    assert f"data: {noise}, the data of {model}" in said
     base, one = (read_card(tmp_path / "run" / "rounds" / name) for name in ("00", "01"))
     theirs = read_card(model)
     assert (base.model, base.args, base.class_names) == ("student", {"base": 4}, theirs.class_names)
@@ -444,15 +444,15 @@ def test_a_run_stands_for_its_recommended_model(
 def test_what_contradicts_a_slim_base_is_named(slim_run: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "run")
     with pytest.raises(
-        UsageError, match="brings its own network, student with 4 logits: leave out --model"
+        UsageError, match="has its own network, student with 4 classes: leave out --model"
     ):
         prune(weights(slim_run, model="resnet18", output=output))
-    with pytest.raises(UsageError, match="4 logits: leave out --num-classes"):
+    with pytest.raises(UsageError, match="4 classes: leave out --num-classes"):
         prune(weights(slim_run, num_classes=9, output=output))
     with pytest.raises(InputNotFound, match="is not a model"):
         prune(weights(tmp_path, output=output))
     cats = write_flat(tmp_path / "cats", {"training": 4, "validation": 2}, classes=5)
-    with pytest.raises(DataError, match="has 4 classes, the data 5"):
+    with pytest.raises(DataError, match="has 4 classes, the data have 5"):
         prune(weights(slim_run, data=cats, output=output))
     assert not Path(output).exists()
 

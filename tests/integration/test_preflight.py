@@ -89,7 +89,7 @@ def test_the_disk_is_compared_with_what_a_run_takes(
     left = type("Usage", (), {"free": needed})
     monkeypatch.setattr("shutil.disk_usage", lambda _: left)
     check_disk(PruneConfig(), planned, finished_run)
-    assert f"about {needed / 1e6:.2g} MB, {needed / 1e6:.2g} MB are free" in capsys.readouterr().out
+    assert f"about {needed / 1e6:.2g} MB, {needed / 1e6:.2g} MB is free" in capsys.readouterr().out
     left.free = needed - 1
     with pytest.raises(StorageError, match=f"has {needed - 1:,} bytes free.* about {needed:,}"):
         check_disk(PruneConfig(), planned, finished_run)

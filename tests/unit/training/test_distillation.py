@@ -135,8 +135,8 @@ def card(classes: int = 3, names: tuple[str, ...] = (), size: int = 32) -> Model
 @pytest.mark.parametrize(
     ("theirs", "ours", "message"),
     [
-        (card(4), card(3), "has 4 classes, this run 3"),
-        (card(3, ("a", "b", "c")), card(3, ("a", "x", "c")), "calls class 1 b, this run x"),
+        (card(4), card(3), "has 4 classes, this run has 3"),
+        (card(3, ("a", "b", "c")), card(3, ("a", "x", "c")), "names class 1 b, this run x"),
         (card(size=64), card(), "other inputs than this run: small transforms at 64 pixels"),
         (
             ModelCard("student", {}, 3, preprocessing=Preprocessing.of("imagenet", 32)),
