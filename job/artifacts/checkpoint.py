@@ -70,7 +70,7 @@ def newest_position(folder: Path, round_index: int) -> tuple[Position | None, li
         if int(name[:3]) != round_index:
             continue
         try:
-            position = _load(folder / name)
+            position = _load_position(folder / name)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             problems.append(f"checkpoint {shown(folder / name)} is damaged: {error}")
             damaged.append(folder / name)
@@ -95,7 +95,7 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _load(path: Path) -> Position:
+def _load_position(path: Path) -> Position:
     manifest = json.loads((path / "manifest.json").read_text("utf-8"))
     files = {}
     for name in ("state.safetensors", "position.json"):

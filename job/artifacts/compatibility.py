@@ -93,7 +93,7 @@ def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str, done:
     if not changed:
         return
     present = now.to_dict()
-    began = [option_text(name, _value(stored, name)) for name in changed]
+    began = [option_text(name, _stored_value(stored, name)) for name in changed]
     here = [option_text(name, present.get(name)) for name in changed]
     more = ""
     if changed == ["rounds"]:
@@ -119,11 +119,11 @@ def _changed(stored: Mapping[str, Any], now: PruneConfig) -> list[str]:
     return [
         name
         for name, option in options_of(PruneConfig).items()
-        if option.changes_result and _value(stored, name) != present.get(name)
+        if option.changes_result and _stored_value(stored, name) != present.get(name)
     ]
 
 
-def _value(stored: Mapping[str, Any], name: str) -> Any:
+def _stored_value(stored: Mapping[str, Any], name: str) -> Any:
     """Return an option of the run; the default where its version did not have it yet."""
     (field,) = (field for field in fields(PruneConfig) if field.name == name)
     default = [] if field.default is MISSING or field.default == () else field.default

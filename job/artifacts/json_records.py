@@ -27,7 +27,7 @@ def to_json(record: DataclassInstance) -> dict[str, Any]:
     content, everything = {}, getattr(record, "WRITE_DEFAULTS", False)
     for field in fields(record):
         value = getattr(record, field.name)
-        if everything or value != _default(field):
+        if everything or value != _default_of(field):
             content[_key(field)] = _plain(value)
     return content
 
@@ -43,7 +43,7 @@ def from_json(kind: type[R], content: object, *, lenient: bool = False) -> R:
     values = {}
     for field in fields(kind):
         key, hint = _key(field), _hints(kind)[field.name]
-        has_default = _default(field) is not MISSING
+        has_default = _default_of(field) is not MISSING
         if key not in content:
             if not has_default:
                 raise ValueError(f"{key} is missing")
@@ -56,7 +56,7 @@ def from_json(kind: type[R], content: object, *, lenient: bool = False) -> R:
     return kind(**values)
 
 
-def _default(field: Field[Any]) -> Any:
+def _default_of(field: Field[Any]) -> Any:
     """The default of ``field``; MISSING where it has none."""
     return field.default if field.default_factory is MISSING else field.default_factory()
 

@@ -56,8 +56,8 @@ def find_run_data(model: str, lineage: Lineage) -> str:
     names = [
         name for key in ("path", "root") if (name := record.get(key)) and isinstance(name, str)
     ]
-    found = next((name for name in names if Path(name).exists()), None)
-    if found is None:
+    existing = next((name for name in names if Path(name).exists()), None)
+    if existing is None:
         named = f", {names[0]}," if names else ""
         raise InputNotFound(f"the data of {shown(model)}{named} are not here: pass --data D")
-    return found
+    return existing

@@ -21,7 +21,7 @@ def write_run_config(
     run: Path, config: PruneConfig, dataset: DatasetRecord, base: BaseRecord
 ) -> None:
     """Write the tables ``prune``, ``dataset``, ``base`` and ``versions``; raises StorageError."""
-    _write(run, {
+    _write_tables(run, {
         "prune": config.to_dict(), "dataset": to_json(dataset), "base": to_json(base),
         "versions": package_versions(),
     })  # fmt: skip
@@ -47,7 +47,7 @@ def change_rounds(run: Path, rounds: object) -> None:
     """Replace ``--rounds``; raises StorageError, OSError or ValueError."""
     tables = read_run_config(run)
     tables["prune"]["rounds"] = rounds
-    _write(run, tables)
+    _write_tables(run, tables)
 
 
 def _stored(run: Path, table: str, key: str, default: Any) -> Any:
@@ -58,5 +58,5 @@ def _stored(run: Path, table: str, key: str, default: Any) -> Any:
         return None
 
 
-def _write(run: Path, tables: dict[str, Any]) -> None:
+def _write_tables(run: Path, tables: dict[str, Any]) -> None:
     write_bytes(run / CONFIG_FILE, toml_text(tables).encode())

@@ -57,14 +57,14 @@ def choose_run_folder(
         except OtherRunError as error:
             others.append(error)
         else:
-            return path, _difference(others)
+            return path, _first_difference(others)
     if config.resume != "never" and _holds_run_of(_earlier_output(config), config, dataset, base):
         return _earlier_output(config), ""
     if config.resume == "require":
         missing = InputNotFound(f"--resume require: there is no run in {shown(first)}")
         raise others[0] if others else missing
     free = next(path for path in _candidates(first) if not is_file(path / CONFIG_FILE))
-    return free, _difference(others)
+    return free, _first_difference(others)
 
 
 def _holds_run_of(
@@ -120,7 +120,7 @@ def _existing(first: Path) -> list[Path]:
     return [path for _, path in matches]
 
 
-def _difference(others: list[OtherRunError]) -> str:
+def _first_difference(others: list[OtherRunError]) -> str:
     return others[0].difference if others else ""
 
 

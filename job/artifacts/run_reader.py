@@ -62,10 +62,10 @@ def read_run(path: Path) -> History:
     if not any(is_file(path / name) for name in FILES):
         raise InputNotFound(f"{shown(path)} is not a run folder: it has none of {', '.join(FILES)}")
     problems: list[str] = []
-    status = _read(path / "status.json", _read_status, problems)
-    summary = _table(_read(path / "summary.json", read_json, problems))
-    settings = _table(_read(path / "config.toml", _read_tables, problems))
-    events = _read(path / "metrics.jsonl", lambda p: _read_events(p, problems), problems) or []
+    status = _read_file(path / "status.json", _read_status, problems)
+    summary = _table(_read_file(path / "summary.json", read_json, problems))
+    settings = _table(_read_file(path / "config.toml", _read_tables, problems))
+    events = _read_file(path / "metrics.jsonl", lambda p: _read_events(p, problems), problems) or []
     rounds = _rounds(events, summary, problems)
     outcome = _plausible(from_json(_Outcome, summary, lenient=True)) or _Outcome()
     chosen = (e.round for e in rounds if outcome.recommended == f"rounds/{e.round:02d}")
@@ -88,7 +88,7 @@ def read_run(path: Path) -> History:
     )
 
 
-def _read(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:
+def _read_file(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:
     """Return what ``read`` makes of a file; None when it is missing, or damaged: a problem."""
     try:
         return read(path)
@@ -162,7 +162,7 @@ def _layers(run: Path, round_index: int, problems: list[str]) -> tuple[LayerWidt
     def read(path: Path) -> _CardWidths:
         return from_json(_CardWidths, read_json(path))
 
-    card = _read(run / "rounds" / f"{round_index:02d}" / "model.json", read, problems)
+    card = _read_file(run / "rounds" / f"{round_index:02d}" / "model.json", read, problems)
     if card is None:
         return ()
     full = card.base.widths if card.base else card.widths
