@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from job.artifacts.json_records import from_json
 from job.console import say
 from job.errors import ConfigError, StorageError
 from job.tracking import key_check
@@ -16,6 +18,19 @@ from job.tracking import key_check
 WANDB_WAIT = 60  # seconds for importing W&B and asking its server
 NO_KEY = "no API key is configured: set WANDB_API_KEY, or run wandb login"
 WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+
+
+@dataclass(frozen=True)
+class WandbAnswer:
+    """What `job.tracking.key_check` finds: the ``user`` of the key, or what is wrong.
+
+    ``kind`` is "none" without a key, "key" for a rejected one, "server" for one that fails.
+    """
+
+    server: str = ""
+    user: str | None = None
+    kind: Literal["none", "key", "server"] | None = None
+    problem: str = NO_KEY
 
 
 def check_wandb(mode: str) -> str | None:
@@ -31,31 +46,31 @@ def check_wandb(mode: str) -> str | None:
         say(f"W&B: {mode}")
         return None
     answer = ask_wandb()
-    if user := answer.get("user"):
-        say(f"W&B: online at {answer['server']}, user {user}")
+    if answer.user:
+        say(f"W&B: online at {answer.server}, user {answer.user}")
         return None
-    kind, problem = answer["kind"], answer.get("problem", NO_KEY)
     if mode == "online":
-        raise (StorageError if kind == "server" else ConfigError)(f"W&B: {problem}")
-    if kind == "none" and not given:
-        say(f"W&B: offline, since {problem}")
+        raise (StorageError if answer.kind == "server" else ConfigError)(f"W&B: {answer.problem}")
+    if answer.kind == "none" and not given:
+        say(f"W&B: offline, since {answer.problem}")
         return None
-    return f"W&B: {problem}; the job would continue offline"
+    return f"W&B: {answer.problem}; the job would continue offline"
 
 
-def ask_wandb() -> dict[str, Any]:
+def ask_wandb() -> WandbAnswer:
     """Return what `job.tracking.key_check` finds; it is not run where it could find no key."""
     homes = (Path(os.environ.get("NETRC") or "~/.netrc"), Path("~/_netrc"))
     if not any(os.environ.get(name) for name in WANDB_KEYS) and not any(
         path.expanduser().exists() for path in homes
     ):
-        return {"kind": "none"}
+        return WandbAnswer(kind="none")
     program = Path(key_check.__file__)
     command = [sys.executable, "-P", str(program)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=WANDB_WAIT, check=True
         )
-        return dict(json.loads(done.stdout))
+        return from_json(WandbAnswer, json.loads(done.stdout))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return {"kind": "server", "problem": f"it cannot be asked: {type(error).__name__}"}
+        problem = f"it cannot be asked: {type(error).__name__}"
+        return WandbAnswer(kind="server", problem=problem)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from job.errors import GammaslimError, StorageError
 from job.files import read_json
 from job.pipeline import resources, wandb_check
 from job.pipeline.resources import batch_warnings, check_disk, core_warnings, space_needed
+from job.pipeline.wandb_check import WandbAnswer
 from support.commands import gammaslim, run
 from support.datasets import write_flat
 from support.wandb_server import KEY, WandbServer
@@ -117,11 +116,11 @@ def test_the_key_is_tried(
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", key)
         answer = wandb_check.ask_wandb()
-    assert answer["server"] == server.url
-    assert answer.get("kind") == kind
-    assert problem in answer.get("problem", "")
-    assert answer.get("user") == (None if kind else "someone")
-    assert not key or key not in json.dumps(answer)
+    assert answer.kind == kind
+    assert answer.server == server.url
+    assert problem in answer.problem
+    assert answer.user == (None if kind else "someone")
+    assert not key or key not in str(answer)
 
 
 def test_a_key_in_netrc_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,22 +132,22 @@ def test_a_key_in_netrc_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_MODE", "offline")  # --wandb online wins over it
-        assert wandb_check.ask_wandb() == {"server": server.url, "user": "someone"}
+        assert wandb_check.ask_wandb() == WandbAnswer(server.url, "someone")
     assert (tmp_path / "netrc").read_text() == content
 
 
 @pytest.mark.parametrize(
     ("mode", "env", "answer", "code", "warned", "said"),
     [
-        ("auto", "", {"kind": "none"}, None, False, "offline, since"),
-        ("auto", "online", {"kind": "none"}, None, True, ""),
-        ("auto", "", {"kind": "key", "problem": "x does not take"}, None, True, ""),
-        ("auto", "", {"kind": "server", "problem": "x cannot be"}, None, True, ""),
+        ("auto", "", WandbAnswer(kind="none"), None, False, "offline, since"),
+        ("auto", "online", WandbAnswer(kind="none"), None, True, ""),
+        ("auto", "", WandbAnswer(kind="key", problem="x does not take"), None, True, ""),
+        ("auto", "", WandbAnswer(kind="server", problem="x cannot be"), None, True, ""),
         ("auto", "offline", None, None, False, "W&B: offline, by WANDB_MODE"),
-        ("online", "offline", {"kind": "none"}, 78, False, ""),
-        ("online", "", {"kind": "key", "problem": "x does not take"}, 78, False, ""),
-        ("online", "", {"kind": "server", "problem": "x cannot be"}, 74, False, ""),
-        ("online", "", {"server": "x", "user": "me"}, None, False, "online at x, user me"),
+        ("online", "offline", WandbAnswer(kind="none"), 78, False, ""),
+        ("online", "", WandbAnswer(kind="key", problem="x does not take"), 78, False, ""),
+        ("online", "", WandbAnswer(kind="server", problem="x cannot be"), 74, False, ""),
+        ("online", "", WandbAnswer("x", "me"), None, False, "online at x, user me"),
         ("offline", "", None, None, False, "W&B: offline"),
         ("off", "", None, None, False, "W&B: off"),
     ],
@@ -159,12 +158,12 @@ def test_a_wandb_problem_is_an_error_only_where_online_is_asked_for(
     capsys: pytest.CaptureFixture[str],
     mode: str,
     env: str,
-    answer: dict[str, Any] | None,
+    answer: WandbAnswer | None,
     code: int | None,
     warned: bool,
     said: str,
 ) -> None:
-    def ask() -> dict[str, Any]:
+    def ask() -> WandbAnswer:
         assert answer
         return answer
 
