@@ -32,9 +32,10 @@ def main() -> None:
 def _check(server: str) -> dict[str, str]:
     import wandb
 
-    if problem := _server_problem(server):
-        return {"kind": "server", "problem": problem}
     try:
+        wandb.login(verify=False)  # without a key there is nothing to ask the server
+        if problem := _server_problem(server):
+            return {"kind": "server", "problem": problem}
         wandb.login(verify=True)
     except wandb.errors.AuthenticationError as error:
         return {"kind": "key", "problem": str(error)}
