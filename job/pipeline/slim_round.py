@@ -9,6 +9,7 @@ from job.distributed.collectives import digest, on_main
 from job.errors import DataError, UsageError, shown
 from job.slimming.analysis import analyse
 from job.slimming.calibration.input_statistics import CalibrationData
+from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
 from job.slimming.cut import Method, make_cut, measure_importance, plan_cut
 from job.slimming.importance.criteria import CRITERIA, score_channels
@@ -17,7 +18,6 @@ from job.slimming.planning.base import Base, layer_widths
 from job.slimming.planning.cost import example_image, network_cost
 from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.target import Budget
-from job.slimming.progress import no_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
     from job.artifacts.model_card import ModelCard
     from job.config import PruneConfig
+    from job.slimming.calibration.progress import Progress
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
     from job.slimming.planning.plan import Plan
-    from job.slimming.progress import Progress
     from job.training.calibration import Calibration
     from job.training.position import Position
 

@@ -15,13 +15,13 @@ from job.errors import UsageError
 from job.processes import rank, world_size
 from job.slimming.calibration.consumers import consumers_of
 from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
+from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.constants import add_biases, layers_without_constant
 from job.slimming.compensation.cut_pair import CutPair
 from job.slimming.compensation.methods import COMPENSATIONS, compensate_cut
 from job.slimming.importance.criteria import CRITERIA, score_channels
 from job.slimming.planning.allocation import make_plan
 from job.slimming.planning.plan import keep_of
-from job.slimming.progress import no_progress
 from job.slimming.surgery.comparison import check_finite_weights
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.slimming.calibration.batch import Batches
+    from job.slimming.calibration.progress import Progress
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
     from job.slimming.inputs import Example
     from job.slimming.planning.allocation import Allocation
     from job.slimming.planning.base import Base
     from job.slimming.planning.plan import Plan
-    from job.slimming.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ import torch
 
 from job.distributed.collectives import total
 from job.processes import rank, world_size
+from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.folding import beta_statistics, fold_means
 from job.slimming.compensation.reconstruction import reconstruct
-from job.slimming.progress import no_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from job.slimming.calibration.input_statistics import CalibrationData
+    from job.slimming.calibration.progress import Progress
     from job.slimming.compensation.cut_pair import CutPair
-    from job.slimming.progress import Progress
 
 
 @dataclass(frozen=True)

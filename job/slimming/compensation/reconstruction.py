@@ -20,10 +20,10 @@ from job.slimming.calibration.batch import inputs_of
 from job.slimming.calibration.consumers import input_values, sample_rows
 from job.slimming.calibration.input_statistics import RIDGE, RunningStatistics
 from job.slimming.calibration.paused_forward import forward_passes
+from job.slimming.calibration.progress import no_progress
 from job.slimming.graph.modes import eval_with_hooks
 from job.slimming.graph.snapshot import Snapshot, preserve_state
 from job.slimming.inputs import batch_signature, call_network, concatenate, sample_count
-from job.slimming.progress import no_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from job.slimming.calibration.consumers import Consumer
     from job.slimming.calibration.input_statistics import InputStatistics
     from job.slimming.calibration.paused_forward import ForwardPass
+    from job.slimming.calibration.progress import Progress
     from job.slimming.compensation.cut_pair import CutPair, Fit
     from job.slimming.inputs import Example
-    from job.slimming.progress import Progress
 
 MOST_BYTES = 2**31  # that all passes together keep while they are paused
 MOST_PASSES = 8  # in each network

@@ -15,8 +15,8 @@ import job
 from job.errors import StopRequest
 from job.slimming.analysis import analyse
 from job.slimming.calibration.paused_forward import forward_passes
+from job.slimming.calibration.progress import Progress, no_progress
 from job.slimming.compensation import reconstruction
-from job.slimming.progress import Progress, no_progress
 from support.cuts import randomise
 
 IMAGES = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
