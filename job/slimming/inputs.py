@@ -1,4 +1,4 @@
-"""What a network takes: one tensor, a tuple of arguments, or a dict of keyword arguments."""
+"""Inputs of a network: one tensor, a tuple of arguments, or a dict of keyword arguments."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Example = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
 
 def call_network(network: nn.Module, example: Example) -> Any:
-    """The outputs of ``network`` for ``example``."""
+    """Run ``network`` on ``example``; returns its outputs."""
     if isinstance(example, torch.Tensor):
         return network(example)
     return network(**example) if isinstance(example, dict) else network(*example)
 
 
 def arguments_for(network: nn.Module, given: Any) -> Example:
-    """A batch that a user gave, as ``call_network`` takes it.
+    """Convert a batch that a user gives to what ``call_network`` takes.
 
-    A tuple or a list holds positional arguments, a dict keyword arguments. A list or dict that does
-    not fit ``forward`` so, but as its one argument, is that argument.
+    A tuple or a list holds positional arguments, a dict keyword arguments. A list or dict that only
+    fits ``forward`` as its one argument is that argument.
     """
     if isinstance(given, (torch.Tensor, tuple)):
         return tuple(given) if isinstance(given, tuple) else given
@@ -46,13 +46,13 @@ def _binds(network: nn.Module, example: Example) -> bool:
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """``value`` with ``change`` of each of its tensors, in nested tuples, lists and dicts too."""
+    """Apply ``change`` to each tensor in ``value``, also in nested tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    return _rebuilt(value, lambda part: map_tensors(part, change), (tuple, list, Mapping))
+    return _rebuild(value, lambda part: map_tensors(part, change), (tuple, list, Mapping))
 
 
-def _rebuilt(value: Any, change: Callable[[Any], Any], kinds: tuple[Any, ...]) -> Any:
+def _rebuild(value: Any, change: Callable[[Any], Any], kinds: tuple[Any, ...]) -> Any:
     if not isinstance(value, kinds):
         return value
     if isinstance(value, Mapping):
@@ -91,29 +91,29 @@ def sample_count(example: Any) -> int:
 
 
 def map_batched(example: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """``example`` with ``change`` of each tensor that has as many rows as there are samples.
+    """Apply ``change`` to each tensor whose first axis is as long as there are samples.
 
-    Lists of inputs, such as images of several sizes, are left alone, and single numbers.
+    Lists of inputs, such as images of several sizes, and single numbers stay as they are.
     """
     count = sample_count(example)
 
-    def changed(part: Any) -> Any:
+    def change_part(part: Any) -> Any:
         if isinstance(part, torch.Tensor):
             return change(part) if part.dim() and len(part) == count and part.numel() > 1 else part
-        return _rebuilt(part, changed, (tuple, Mapping))
+        return _rebuild(part, change_part, (tuple, Mapping))
 
-    return changed(example)
+    return change_part(example)
 
 
 def repeat_first_sample(example: Example, count: int) -> Any:
-    """The first sample of ``example``, ``count`` times, without gradients."""
+    """Repeat the first sample of ``example`` ``count`` times, without gradients."""
     return map_batched(
         map_tensors(example, torch.Tensor.detach), lambda t: t[:1].expand(count, *t.shape[1:])
     )
 
 
 def strip_values(example: Example) -> Any:
-    """One sample of ``example``: sizes of its floating-point tensors, and the integers."""
+    """Keep one sample of ``example``: its integers, and the sizes of its floating-point tensors."""
     return map_tensors(
         repeat_first_sample(example, 1),
         lambda t: t.to("meta") if t.is_floating_point() else t.clone(),
@@ -121,25 +121,25 @@ def strip_values(example: Example) -> Any:
 
 
 def move_like(example: Example, tensor: torch.Tensor) -> Any:
-    """``example`` on the device of ``tensor``, floating-point parts in its type too."""
+    """Move ``example`` to the device of ``tensor``, and floating-point parts to its dtype."""
     return map_tensors(
         example, lambda t: t.to(tensor) if t.is_floating_point() else t.to(tensor.device)
     )
 
 
 def batch_signature(example: Example) -> object:
-    """What batches must share to be joined: all but the number of samples."""
+    """What batches must have in common to be concatenated: all but the number of samples."""
     if isinstance(example, torch.Tensor):
         return example.shape[1:], example.dtype
     count = sample_count(example)
     parts = example.values() if isinstance(example, dict) else example
     if any(not (isinstance(p, torch.Tensor) and p.dim() and len(p) == count) for p in parts):
-        return object()  # like nothing else
+        return object()  # equals no other signature
     return tuple(example) if isinstance(example, dict) else None, tuple(map(batch_signature, parts))
 
 
 def concatenate(examples: Sequence[Example]) -> Any:
-    """Examples of one ``batch_signature`` as one, their samples one after another."""
+    """Concatenate the samples of examples that have the same ``batch_signature``."""
     first = examples[0]
     if len(examples) == 1:
         return first
@@ -150,14 +150,14 @@ def concatenate(examples: Sequence[Example]) -> Any:
 
 
 def describe_inputs(example: Example) -> str:
-    """The sizes of an example's tensors, for a message."""
+    """Describe the sizes of an example's tensors, for a message."""
     if isinstance(example, torch.Tensor) and example.dim() == 4:
         return f"images of {' x '.join(map(str, example.shape[1:]))}"
     return "inputs of " + ", ".join(str(tuple(t.shape)) for t in tensors_in(example))
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for a message."""
+    """Describe a value, for a message."""
     if isinstance(value, torch.Tensor):
         return f"one tensor of {tuple(value.shape)}"
     text = repr(value)

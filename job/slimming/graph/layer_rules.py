@@ -91,7 +91,7 @@ def batch_norm(state: PropagationState, op: Op) -> None:
         if ids is None or None in names or not norms:
             return state.give_up(op, "a BatchNorm with computed parameters or mixed channels")
         if (selecting := _selecting(state, op, layers)) is not None:
-            return _select(state, op, selecting, ids)
+            return _select_channels(state, op, selecting, ids)
         for layer in layers:  # several, where they share some tensors
             state.passed.add(layer)
             state.add_slot(f"{layer}.weight", "through", ids)
@@ -107,7 +107,7 @@ def _selecting(state: PropagationState, op: Op, layers: list[str]) -> str | None
     return layer if shared and layer not in state.not_selecting and len(layers) == 1 else None
 
 
-def _select(state: PropagationState, op: Op, layer: str, ids: Ids) -> None:
+def _select_channels(state: PropagationState, op: Op, layer: str, ids: Ids) -> None:
     image = op.argument(0, "input")
     state.fix(image, "channels are selected before each BatchNorm that reads them")
     if layer not in state.selected:

@@ -86,7 +86,7 @@ class PropagationState:
         self._set(tensor, labels, shared=self.input_shared)
 
     def set_ids(self, tensor: torch.Tensor, ids: Ids, axis: int) -> None:
-        """Label a result with elements along ``axis`` that a layer makes anew."""
+        """Label a result with elements along ``axis`` that only this result has."""
         labels = labels_along(ids, axis, tensor.dim())
         self._set(tensor, labels, shared=self.result_shared)
 

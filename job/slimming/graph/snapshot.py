@@ -1,6 +1,6 @@
 """Snapshots of all state that a network reaches, so that forward passes leave none of it changed.
 
-State is in attributes and containers, and also behind code: closures, default arguments, classes,
+State is held by attributes and containers, and also by code: closures, default arguments, classes,
 module-level names and caches.
 """
 

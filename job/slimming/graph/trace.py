@@ -6,7 +6,7 @@ functions and modules look alike. On torch's ``meta`` device nothing is computed
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ from job.slimming.inputs import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from job.slimming.graph.snapshot import Snapshot, TensorPlace
     from job.slimming.inputs import Example
 
@@ -192,15 +194,10 @@ def trace_on(
         snapshot.keep_values(t for t in others if not isinstance(t, nn.Parameter))
     tracer, new = _Tracer(), list[torch.Tensor]()
     try:
-        for store, key, tensor in places:
-            store[key] = copies[id(tensor)]
-        with training_mode(network, training=training), torch.no_grad(), tracer:
+        mode = training_mode(network, training=training)
+        with _replaced(places, copies), mode, torch.no_grad(), tracer:
             outputs = call_network(network, batch)
     finally:
-        for store, key, tensor in places:
-            with suppress(LookupError):
-                if store[key] is copies[id(tensor)]:
-                    store[key] = tensor
         new += snapshot.restore()
     constants = {*map(id, copies.values()), *map(id, others), *map(id, new)}
     return Trace(
@@ -212,6 +209,20 @@ def trace_on(
         list(tensors_in(outputs)),
         tracer.measured,
     )
+
+
+@contextmanager
+def _replaced(places: list[TensorPlace], copies: dict[int, torch.Tensor]) -> Iterator[None]:
+    """Put copies in the place of tensors within the context."""
+    try:
+        for store, key, tensor in places:
+            store[key] = copies[id(tensor)]
+        yield
+    finally:
+        for store, key, tensor in places:
+            with suppress(LookupError):
+                if store[key] is copies[id(tensor)]:
+                    store[key] = tensor
 
 
 def _batch_on(network: nn.Module, example: Example, device: str | None) -> Example:

@@ -1,1 +1,1 @@
-"""The narrow network, built from the wide one and verified against it."""
+"""Surgery: building the narrow network from the wide one, and verifying it."""

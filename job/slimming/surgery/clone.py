@@ -28,7 +28,7 @@ from job.slimming.graph.snapshot import slots
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 COPY_METHODS = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 OBJECT_METHODS = {name: getattr(object, name, None) for name in COPY_METHODS}
@@ -69,7 +69,7 @@ class _Cloner:
             weakref.ref: self.clone_reference,
         }
 
-    def clone(self, value: T) -> T:
+    def clone(self, value: Value) -> Value:
         """Copy any value, or find its copy in the memo."""
         kind: Any = type(value)
         if kind in IMMUTABLE or isinstance(value, SHARED):

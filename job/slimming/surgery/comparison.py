@@ -1,4 +1,4 @@
-"""Compare what two networks give for the same inputs, and find why they cannot be compared."""
+"""Differences of two networks' outputs, and the reasons why outputs cannot be compared."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RANDOM = frozenset(
 def relative_difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
     """The largest difference of two networks' outputs, relative to the largest value of each.
 
-    Infinite where sizes, integers, booleans, or the places of what is not finite differ, or where
+    Infinite where shapes, integers, booleans, or the places of non-finite values differ, and where
     no value is finite.
     """
     if len(ours) != len(theirs) or not any(bool(tensor.isfinite().any()) for tensor in theirs):
@@ -62,10 +62,10 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def explain_mismatch(network: nn.Module, noise: Example) -> None:
-    """Raise the reason why the outputs of ``network`` for ``noise`` prove nothing about a cut.
+    """Raise an error if the outputs of ``network`` for ``noise`` cannot prove a cut.
 
-    Do nothing when they prove something. Raises DataError for damaged weights, UsageError for a
-    network whose outputs are not finite, or differ from pass to pass.
+    Raises DataError for damaged weights, UsageError for a
+    network whose outputs are not finite, or differ between two passes.
     """
     check_finite_weights(network)
     outputs = _pass(network, noise, seed=0)

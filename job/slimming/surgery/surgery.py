@@ -64,7 +64,7 @@ def _holder(modules: Modules, name: str) -> nn.Module:
     return unwrap_selection(modules[name])
 
 
-def _select(tensor: torch.Tensor, kept: Kept | None, axis: int) -> torch.Tensor:
+def _keep_indices(tensor: torch.Tensor, kept: Kept | None, axis: int) -> torch.Tensor:
     """Keep some indices along an axis, in the tensor's memory format; None keeps all."""
     if kept is None:
         return tensor
@@ -85,7 +85,9 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
         attribute = name.rpartition(".")[2]
         tensor = getattr(holder, attribute)
         first = next((axis for axis, size in enumerate(tensor.shape) if size > 1), 0)
-        return {attribute: _select(_select(tensor, channels.out, first), channels.in_, 1)}
+        return {
+            attribute: _keep_indices(_keep_indices(tensor, channels.out, first), channels.in_, 1)
+        }
     rule = layer_rule(holder)
     if rule is None:
         raise GammaslimError(f"cannot cut a {type(holder).__name__}")
@@ -101,7 +103,7 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
             tensors[attribute] = _cut_grouped(holder, tensor, groups, channels)
             continue
         for axis, side in enumerate(sides):
-            tensor = _select(tensor, kept[side], axis)
+            tensor = _keep_indices(tensor, kept[side], axis)
         tensors[attribute] = tensor
     return tensors
 
@@ -111,7 +113,7 @@ def _cut_grouped(
 ) -> torch.Tensor:
     """A grouped convolution's weight (O, I / G, …): each group's rows with its own columns."""
     if weight.shape[1] == 1:  # depthwise
-        return _select(weight, channels.out, 0)
+        return _keep_indices(weight, channels.out, 0)
     outputs, inputs = weight.shape[0], weight.shape[1] * groups
     kept_out = range(outputs) if channels.out is None else channels.out
     kept_in = range(inputs) if channels.in_ is None else channels.in_
@@ -121,7 +123,7 @@ def _cut_grouped(
     if (rows // (outputs // groups) != part).any() or (columns // (inputs // groups) != part).any():
         raise GammaslimError(f"a cut of {type(layer).__name__} leaves its groups unequal")
     columns = (columns - part * (inputs // groups)).repeat_interleave(rows.shape[1], 0)
-    narrow = _select(weight, tuple(rows.reshape(-1).tolist()), 0)
+    narrow = _keep_indices(weight, tuple(rows.reshape(-1).tolist()), 0)
     columns = columns.reshape(len(narrow), -1, *[1] * (weight.dim() - 2)).to(weight.device)
     return narrow.gather(1, columns.expand(-1, -1, *weight.shape[2:]))
 

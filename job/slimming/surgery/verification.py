@@ -60,7 +60,7 @@ def verify(
     try:
         copy = clone_to(narrow, "cpu", precision).cpu()
         # another seed: outputs that depend on random numbers prove nothing
-        found = _outputs(copy, small, auxiliary, seed=1)
+        found = _probe_outputs(copy, small, auxiliary, seed=1)
     except Exception as failure:  # whatever a network raises
         raise GammaslimError(f"the narrow network does not run: {reason(failure)}") from failure
     tolerance = PROOF_TOLERANCE
@@ -85,7 +85,7 @@ def _expected(
     """The wide network without the removed channels, its outputs, and their precision."""
     try:
         masked = _masked(wide, layers, torch.float64)
-        expected = _outputs(masked, example, auxiliary)
+        expected = _probe_outputs(masked, example, auxiliary)
         if all(t.dtype == torch.float64 for t in expected if t.is_floating_point()):
             return masked, expected, torch.float64
     except Exception:  # whatever a network raises: its code may demand float32
@@ -93,7 +93,7 @@ def _expected(
     precision = _precision(wide)
     masked = _masked(wide, layers, precision)
     try:
-        return masked, _outputs(masked, example, auxiliary), precision
+        return masked, _probe_outputs(masked, example, auxiliary), precision
     except Exception as failure:  # e.g. ops that run on a GPU only
         raise UsageError(
             f"a cut is proven on the CPU, where the network does not run: {reason(failure)}"
@@ -116,7 +116,9 @@ def _rounding_tolerance(
                 if tensor.is_floating_point():
                     sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
                     tensor.mul_(1 + sign.to(tensor.dtype) * torch.finfo(tensor.dtype).eps)
-            worst = max(worst, relative_difference(_outputs(moved, example, auxiliary), expected))
+            worst = max(
+                worst, relative_difference(_probe_outputs(moved, example, auxiliary), expected)
+            )
     eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
     return ROUNDING_MARGIN * max(worst, eps)
 
@@ -150,7 +152,7 @@ def _backward(network: nn.Module, batch: Example) -> None:
             torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
 
 
-def _outputs(
+def _probe_outputs(
     network: nn.Module, example: Example, auxiliary: bool, seed: int = 0
 ) -> list[torch.Tensor]:
     with preserve_state(network), _proof_mode(network, auxiliary), torch.inference_mode():
