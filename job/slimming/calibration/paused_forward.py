@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from job.slimming.graph.modes import eval_with_hooks
-from job.slimming.inputs import call_network, tensors_in
+from job.slimming.inputs import call_network, map_tensors, tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import nn
 
@@ -86,6 +87,30 @@ class ForwardPass(threading.Thread):
 
 
 @contextmanager
+def contiguous_weights(network: nn.Module) -> Iterator[None]:
+    """Store the weights of convolutions in the default memory format meanwhile.
+
+    cuDNN prepares a channels-last convolution again in every thread, which took 1 to 4 s a pass of
+    StudentNet on an H100, and 0.05 s in the default format.
+    """
+    moved = [
+        (p, p.data) for p in network.parameters() if p.dim() == 4 and p.stride() != _strides(p)
+    ]
+    for parameter, original in moved:
+        parameter.data = original.clone(memory_format=torch.contiguous_format)
+    try:
+        yield
+    finally:
+        for parameter, original in moved:
+            parameter.data = original.copy_(parameter.data)
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of the default format; ``is_contiguous`` takes no notice of an axis of size 1."""
+    return torch.empty(tensor.shape, device="meta").stride()
+
+
+@contextmanager
 def forward_passes(
     network: nn.Module, layers: Iterable[nn.Module], batches: Sequence[Example]
 ) -> Iterator[list[ForwardPass]]:
@@ -96,10 +121,14 @@ def forward_passes(
         if isinstance(thread, ForwardPass):
             thread.pause_before(layer, inputs[0])
 
-    passes = [ForwardPass(network, batch) for batch in batches]
     hooks = [(layer, hook) for layer in layers]
     # the values of buffers are not put back: a narrow network's statistics may change meanwhile
-    with eval_with_hooks(network, hooks, values=False):
+    layout: AbstractContextManager[None] = nullcontext()
+    if any(tensor.is_cuda for batch in batches for tensor in tensors_in(batch)):
+        layout = contiguous_weights(network)
+        batches = [map_tensors(torch.Tensor.contiguous, batch) for batch in batches]
+    passes = [ForwardPass(network, batch) for batch in batches]
+    with layout, eval_with_hooks(network, hooks, values=False):
         for forward_pass in passes:
             forward_pass.start()
         try:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import job
 from job.errors import StopRequest
 from job.slimming.analysis import analyse
-from job.slimming.calibration.paused_forward import forward_passes
+from job.slimming.calibration.paused_forward import contiguous_weights, forward_passes
 from job.slimming.calibration.progress import Progress, no_progress
 from job.slimming.compensation import reconstruction
 from support.cuts import randomise
@@ -74,6 +74,23 @@ def test_a_pass_pauses_where_it_is_asked_to_and_sees_what_has_changed() -> None:
     assert all(values is not None for values in after)
     joined = torch.cat([values for values in after if values is not None])
     torch.testing.assert_close(wide.last(joined), changed)
+
+
+def test_weights_are_in_the_default_format_meanwhile() -> None:
+    layers = [nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 4, 1)]
+    network = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    weights = [layer.weight for layer in layers]
+    strides = [weight.stride() for weight in weights]
+    addresses = [weight.data_ptr() for weight in weights]
+    assert strides == [(9, 1, 3, 1), (72, 1, 24, 8), (4, 1, 4, 4)]
+    with contiguous_weights(network):
+        inside = [(9, 9, 3, 1), (72, 9, 3, 1), (4, 1, 1, 1)]
+        assert [weight.stride() for weight in weights] == inside
+        with torch.no_grad():
+            layers[1].weight.fill_(2)
+    assert [weight.stride() for weight in weights] == strides
+    assert [weight.data_ptr() for weight in weights] == addresses
+    assert bool((layers[1].weight == 2).all())
 
 
 def test_regress_passes_the_images_once_however_many_layers() -> None:
