@@ -126,7 +126,7 @@ def forward_passes(
     layout: AbstractContextManager[None] = nullcontext()
     if any(tensor.is_cuda for batch in batches for tensor in tensors_in(batch)):
         layout = contiguous_weights(network)
-        batches = [map_tensors(torch.Tensor.contiguous, batch) for batch in batches]
+        batches = [map_tensors(batch, torch.Tensor.contiguous) for batch in batches]
     passes = [ForwardPass(network, batch) for batch in batches]
     with layout, eval_with_hooks(network, hooks, values=False):
         for forward_pass in passes:
