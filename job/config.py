@@ -1,7 +1,7 @@
-"""Configuration of ``prune``: frozen, checked, and the one place where its options are declared.
+"""Configuration of ``prune``: a frozen dataclass that declares and checks every option.
 
-A value comes from the command line, else from the environment, else from a TOML file, else it is
-the default. ``job.options`` says what is derived from a declaration.
+A value is taken from the command line, the environment, a TOML file or the default, in this order.
+``job.options`` describes what follows from a declaration.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ WandbMode = Literal["auto", "online", "offline", "off"]
 
 DEFAULT_BASE_EPOCHS = 24
 DEFAULT_SPARSITY = 1e-4  # Liu et al. 2017, for VGG
-MAX_DROP = 1.0  # points of accuracy below the base that a recommended model may have
+MAX_DROP = 1.0  # percentage points of accuracy that a recommended model may lose
 
-OF_TRANSFORM = "that of --transform"
+OF_TRANSFORM = "set by --transform"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,25 +51,25 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessingConfig:
-    """How images become inputs of the network."""
+    """Preprocessing: how images become inputs of the network."""
 
     transform: str = option(
         "auto",
-        "How images become inputs: homework, small, imagenet, or the preprocessing of pretrained "
-        "weights, e.g. timm:resnet50 or torchvision:ResNet50_Weights.IMAGENET1K_V2. auto: small "
-        "for images of up to 64 pixels, else homework. The options below override it.",
+        "Preprocessing of the images: homework, small, imagenet, or that of pretrained weights, "
+        "e.g. timm:resnet50 or torchvision:ResNet50_Weights.IMAGENET1K_V2. auto: small for images "
+        "of up to 64 pixels, else homework. The options below override it.",
     )
     image_size: int | None = option(
         None, "Side of the network's input, in pixels.", at_least=1, default_text=OF_TRANSFORM
     )
     mean: tuple[float, float, float] | None = option(
         None,
-        "Mean of each channel, which is subtracted, on a scale from 0 to 1: three numbers or one.",
+        "Mean to subtract from each channel, on a scale from 0 to 1: three numbers or one.",
         default_text=OF_TRANSFORM,
     )
     std: tuple[float, float, float] | None = option(
         None,
-        "Standard deviation of each channel, which it is divided by: three numbers or one.",
+        "Standard deviation to divide each channel by: three numbers or one.",
         default_text=OF_TRANSFORM,
     )
     resize: str | None = option(
@@ -81,11 +81,11 @@ class PreprocessingConfig:
     crop: float | None = option(
         None,
         "Central crop: a fraction of the resized side, e.g. 0.875, or a number of pixels, which "
-        "is then the image size.",
+        "also sets the image size.",
         default_text=OF_TRANSFORM,
     )
     interpolation: InterpolationName | None = option(
-        None, "Filter that resizes images.", default_text=OF_TRANSFORM
+        None, "Interpolation used to resize images.", default_text=OF_TRANSFORM
     )
 
 
@@ -95,12 +95,12 @@ class ModelConfig:
 
     model: str = option(
         "student",
-        "The network: student, vgg19-cifar, resnet164-cifar, densenet40-cifar, a torchvision "
+        "Network: student, vgg19-cifar, resnet164-cifar, densenet40-cifar, a torchvision "
         "classification model, or your own as module:factory.",
     )
     model_arg: tuple[tuple[str, int | float | bool | str], ...] = option(
         (),
-        "An argument of the network, e.g. width_mult=0.95 or aux_logits=true. Can be repeated.",
+        "Argument of the network, e.g. width_mult=0.95 or aux_logits=true. Can be repeated.",
     )
     weights: str | None = option(
         None,
@@ -110,7 +110,7 @@ class ModelConfig:
         changes_result=False,  # their content is compared instead
     )
     num_classes: int | None = option(
-        None, "Number of classes.", at_least=1, default_text="that of the data or weights"
+        None, "Number of classes.", at_least=1, default_text="set by the data or weights"
     )
 
 
@@ -127,65 +127,65 @@ class TrainingConfig:
     epochs: int = option(5, "Epochs of fine-tuning in each round.", at_least=1)
     batch_size: int = option(32, "Global batch size, split over the processes.", at_least=1)
     optimizer: OptimizerName = option(
-        "adamw", "Optimizer; each round creates a new one. sgd has momentum."
+        "adamw", "Optimizer. Each round creates a new one. sgd uses momentum."
     )
     lr: float = option(1e-3, "Learning rate at the start of each round.", above=0)
     weight_decay: float = option(
-        0.01, "Weight decay. Biases and BatchNorm parameters have none.", at_least=0
+        0.01, "Weight decay. Biases and BatchNorm parameters are exempt.", at_least=0
     )
-    schedule: ScheduleName = option("cosine", "Schedule of the learning rate within each round.")
+    schedule: ScheduleName = option("cosine", "Learning rate schedule within each round.")
     batchnorm: BatchNormMode = option(
         "sync",
-        "BatchNorm statistics: of the global batch (sync), or of each process's share (local).",
+        "BatchNorm statistics in training: over the global batch (sync), or over each process's "
+        "share of it (local).",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlimmingConfig:
-    """What each round cuts, and how."""
+    """Cuts: how many channels each round removes, and which."""
 
     rounds: int | Literal["auto"] = option(
         5,
-        "Number of rounds, each a cut and fine-tuning. auto: until a round loses more than "
-        "--max-drop.",
+        "Number of rounds. Each round cuts and fine-tunes the network. auto: continue until a "
+        "round loses more than --max-drop.",
     )
     rate: float = option(
-        0.95, "Width of each round, relative to the round before.", above=0, at_most=1
+        0.95, "Width after each round, relative to the previous round.", above=0, at_most=1
     )
     target: str | None = option(
         None,
-        "What is left after the last round: width, channels, params, macs or bytes, as a fraction "
-        "of the base (at most 1) or a number.",
+        "Size after the last round: width, channels, params, macs or bytes, as a fraction of the "
+        "base (at most 1) or an absolute number.",
         default_text="--rate in each round",
     )
     policy: PolicyName = option(
         "uniform",
-        "How the cut is allocated: the same fraction of every channel group (uniform), or by one "
+        "Allocation of the cut: the same fraction of every channel group (uniform), or one "
         "threshold over all groups (global).",
     )
     importance: ImportanceName = option(
         "refit",
-        "Criterion that ranks channels: scale of BatchNorm (gamma), norm of the weights (l2), "
-        "random, error of the next layers after they are fitted again (refit), or first-order "
+        "Criterion that ranks channels: BatchNorm scale (gamma), norm of the weights (l2), random "
+        "order (random), error of the next layers after they are refitted (refit), or first-order "
         "change of the loss (taylor).",
     )
     compensate: CompensationName = option(
         "regress",
-        "What the next layers get for removed channels: nothing (none), the activation of β "
-        "(beta), the mean activation (mean), or a fit of their weights to their former outputs "
-        "(regress).",
+        "Compensation for removed channels in the next layers: none, the activation of β (beta), "
+        "the mean activation (mean), or weights refitted to the previous outputs (regress).",
     )
     recalibrate: int = option(
-        0, "Batches over which BatchNorm statistics are measured again after a cut.", at_least=0
+        0, "Number of batches that re-estimate BatchNorm statistics after a cut.", at_least=0
     )
     round_to: int = option(1, "Keep a multiple of N channels in each group.", at_least=1)
     min_keep: float = option(
-        0.1, "Fraction of each group that the global policy always keeps.", at_least=0, at_most=1
+        0.1, "Smallest fraction of each group that the global policy keeps.", at_least=0, at_most=1
     )
     max_drop: float | None = option(
         None,
-        "Points of accuracy below the base that a round may lose. The first round that loses more "
-        "is the last.",
+        "Largest accuracy drop of a round below the base, in percentage points. The first round "
+        "that loses more is the last.",
         metavar="POINTS",
         at_least=0,
         at_most=100,
@@ -195,27 +195,27 @@ class SlimmingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
-    """Training for sparsity, and distillation."""
+    """Sparsity training and distillation."""
 
     sparsity: SparsityName = option("none", "Penalty on γ in the last epochs before the first cut.")
     sparsity_weight: float | None = option(
         None, "Weight of the penalty.", metavar="λ", above=0, default_text=f"{DEFAULT_SPARSITY:g}"
     )
     sparsity_epochs: int = option(
-        0, "Epochs with the penalty, after those of --base-epochs.", at_least=0
+        0, "Epochs of training with the penalty, after --base-epochs.", at_least=0
     )
     distill_alpha: float = option(
         0.0,
-        "Weight of the teacher's outputs in the loss. The labels have the rest.",
+        "Weight of the distillation loss. The loss on the labels has the remaining weight.",
         at_least=0,
         at_most=1,
     )
     distill_temperature: float = option(
-        4.0, "Temperature that softens the outputs of teacher and network.", above=0
+        4.0, "Temperature that softens the outputs of the teacher and the network.", above=0
     )
     teacher: str | None = option(
         None,
-        "Teacher: a run, round or model folder.",
+        "Teacher for distillation: a run, round or model folder.",
         metavar="MODEL",
         default_text="the base",
         changes_result=False,  # its content is compared instead
@@ -224,7 +224,7 @@ class SparsityConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunningConfig:
-    """Where and how the job runs."""
+    """Run folder, resuming, and the device."""
 
     output: str | None = option(
         None,
@@ -235,24 +235,24 @@ class RunningConfig:
     )
     resume: ResumeMode = option(
         "auto",
-        "Whether to resume the run in the folder: if there is one (auto), never, or always, and "
-        "fail if there is none (require).",
+        "Whether to resume the run in the folder. auto: resume it if there is one. never: start a "
+        "new run. require: fail if there is none.",
         changes_result=False,
     )
     checkpoint_every: float = option(
         300.0,
-        "Seconds between saved positions within an epoch.",
+        "Seconds between checkpoints within an epoch.",
         metavar="SECONDS",
         at_least=0,
         changes_result=False,
     )
     seed: int = option(
-        0, "Seed of weights, sample order and augmentation.", at_least=0, at_most=2**63 - 1
+        0, "Seed of initial weights, sample order and augmentation.", at_least=0, at_most=2**63 - 1
     )
-    device: DeviceName = option("auto", "Device. auto: a GPU if there is one.")
+    device: DeviceName = option("auto", "Device to run on. auto: a GPU if there is one.")
     precision: PrecisionName = option(
         "auto",
-        "Precision of training. auto: bf16 on a GPU that supports it, else fp16; fp32 on a CPU.",
+        "Floating-point precision. auto: fp32 on a CPU, bf16 on a GPU that supports it, else fp16.",
     )
     workers: int | None = option(
         None,
@@ -272,12 +272,12 @@ class TrackingConfig:
 
     wandb: WandbMode = option(
         "auto",
-        "Whether the run is logged to Weights & Biases. auto: online if an API key is configured, "
+        "Whether to log the run to Weights & Biases. auto: online if an API key is configured, "
         "else offline, in the run folder.",
         changes_result=False,
     )
     wandb_project: str = option(
-        "gammaslim", "Project that the run is logged to.", changes_result=False
+        "gammaslim", "Weights & Biases project to log to.", changes_result=False
     )
 
 
@@ -304,7 +304,9 @@ class PruneConfig(  # Python orders the fields of the last base first
     PreprocessingConfig,
     DataConfig,
 ):
-    """Every option of ``gammaslim prune``. None: it is determined by the data or the weights."""
+    """Every option of ``gammaslim prune``. An option that is None follows from other options,
+    the data or the weights.
+    """
 
     def __post_init__(self) -> None:
         """Raise UsageError for options that contradict each other."""
@@ -313,14 +315,14 @@ class PruneConfig(  # Python orders the fields of the last base first
                 raise UsageError(f"--{name} is empty: give a path, or leave the option out")
         if self.sparsity != "none" and not self.sparsity_epochs:
             raise UsageError(
-                f"--sparsity {self.sparsity} needs epochs of its own: add e.g. --sparsity-epochs 10"
+                f"--sparsity {self.sparsity} needs --sparsity-epochs: add e.g. --sparsity-epochs 10"
             )
         if self.sparsity == "none" and (self.sparsity_epochs or self.sparsity_weight is not None):
             name = "epochs" if self.sparsity_epochs else "weight"
             raise UsageError(f"--sparsity-{name} needs --sparsity l1 or --sparsity polarize")
         if self.rounds == "auto" and self.target:
             raise UsageError(
-                f"--target {self.target} needs a number of rounds to be spread over: leave out "
+                f"--target {self.target} is spread over a fixed number of rounds: leave out "
                 "--rounds auto or --target"
             )
         if self.rounds == "auto" and self.rate >= 1:
@@ -332,19 +334,19 @@ class PruneConfig(  # Python orders the fields of the last base first
 
     @property
     def first_epochs(self) -> int:
-        """Epochs of base training: by default none when there are weights."""
+        """Epochs of base training; by default 0 with weights."""
         if self.base_epochs is not None:
             return self.base_epochs
         return 0 if self.weights else DEFAULT_BASE_EPOCHS
 
     @property
     def last_round(self) -> int | None:
-        """The number of the last round. None: it depends on the accuracies."""
+        """Number of the last round; None if it depends on the accuracies."""
         return self.rounds if isinstance(self.rounds, int) else None
 
     @property
     def most_points_lost(self) -> float | None:
-        """Points of accuracy below the base after which a round is the last. None: no limit."""
+        """Largest accuracy drop below the base in percentage points; None for no limit."""
         return MAX_DROP if self.max_drop is None and self.last_round is None else self.max_drop
 
     @property
@@ -354,7 +356,7 @@ class PruneConfig(  # Python orders the fields of the last base first
 
     @property
     def caution(self) -> str | None:
-        """A combination of options that is likely to disappoint, for the console; or None."""
+        """Caution about a combination of options that costs accuracy, or None."""
         if self.importance == "refit" and self.compensate in ("beta", "mean"):
             return (
                 "--importance refit assumes --compensate regress: with "

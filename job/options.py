@@ -1,8 +1,8 @@
-"""Options of commands: each is declared once, as a field of the frozen dataclass that holds it.
+"""Declaration of command options: each option is one field of a frozen dataclass.
 
-The annotation gives its type and choices, the field's metadata (``Option``) the rest: bounds, help,
-how its value is called. The command line, the keys of TOML files, environment variables and the
-table of options in the documents follow from these.
+The annotation of the field gives the type and the choices. Its metadata, an ``Option``, gives the
+help, the bounds and the metavar. The command line, the TOML keys, the environment variables and
+the table of options in the documents follow from the declaration.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option besides its name, type and default."""
+    """Metadata of an option: everything except its name, type and default."""
 
     help: str
     metavar: str | None = None  # by default it follows from the type
-    default_text: str | None = None  # what the default amounts to, where the value says too little
+    default_text: str | None = None  # describes a default whose value alone is not clear
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     changes_result: bool = True  # whether a run can only be resumed with the same value
 
 
-def option(default: Any, help: str, **known: Any) -> Any:
-    """Declare a field of a dataclass as an option; ``known`` are further fields of ``Option``."""
-    return field(default=default, metadata={"option": Option(help, **known)})
+def option(default: Any, help: str, **more: Any) -> Any:
+    """Declare a field of a dataclass as an option; ``more`` holds further fields of ``Option``."""
+    return field(default=default, metadata={"option": Option(help, **more)})
 
 
 def shared(record: type, name: str, **changes: Any) -> Any:
-    """Declare the option ``name`` of ``record`` in another dataclass, with ``changes``.
+    """Declare the option ``name`` of ``record`` again in another dataclass.
 
-    ``changes`` are fields of ``Option``, or a new ``default``.
+    ``changes`` replaces fields of its ``Option``, or the ``default``.
     """
     (other,) = (each for each in fields(record) if each.name == name)
     default = changes.pop("default", other.default)
@@ -40,7 +40,7 @@ def shared(record: type, name: str, **changes: Any) -> Any:
 
 
 def options_of(record: type) -> dict[str, Option]:
-    """The options that ``record`` declares or inherits, by field name, in order."""
+    """Return the options that ``record`` declares or inherits, by field name, in order."""
     return {
         each.name: each.metadata["option"] for each in fields(record) if "option" in each.metadata
     }

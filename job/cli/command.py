@@ -1,4 +1,4 @@
-"""What all commands share: ``--config`` and ``--debug``, help, exit codes, errors as one line."""
+"""Base of all commands: ``--config`` and ``--debug``, help, exit codes, errors on one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from job.processes import is_main
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-REASON_FIRST = 5.0  # seconds that a process waits before it reports an error that may not be first
+REASON_FIRST = 5.0  # seconds to wait before reporting an error that another one may have caused
 
 
 class Command(click.Command):
@@ -43,7 +43,7 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        debug = click.Option(["--debug"], is_flag=True, help="Show a traceback with an error.")
+        debug = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error.")
         self.params += [config_option(), debug]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -54,7 +54,7 @@ class Command(click.Command):
             print_error(str(error))
             ctx.exit(error.exit_code)
         triples = {o for p in self.params if isinstance(p.type, PerChannel) for o in p.opts}
-        ctx.allow_extra_args = True  # they are refused here, with better advice than click's
+        ctx.allow_extra_args = True  # refused below, with better advice than click gives
         with _parsing(ctx):
             extra = super().parse_args(ctx, PerChannel.joined(args, triples))
             if extra and not ctx.resilient_parsing:
@@ -62,7 +62,7 @@ class Command(click.Command):
         return extra
 
     def _unexpected(self, extra: list[str], ctx: click.Context) -> str:
-        """Word the error for arguments that the command does not take."""
+        """Return the error message for arguments that the command does not take."""
         words = " ".join(map(shlex.quote, extra))
         if len(extra) > 1:
             return f"Got unexpected extra arguments ({words})"
@@ -82,7 +82,7 @@ class Command(click.Command):
             listen()
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            # not by sys.exit(): CPython ends by SIGINT if the interrupt was raised within exec()
+            # not sys.exit(): CPython ends by SIGINT if the interrupt was raised within exec()
             self._fail(ctx, StopRequest("stopped by request", abrupt=True), debug)
         except GammaslimError as error:
             self._fail(ctx, error, debug)
@@ -109,15 +109,15 @@ class Command(click.Command):
 
 
 def _reports(error: GammaslimError) -> bool:
-    """Whether this process reports ``error``, after it has let the first one that failed report."""
+    """Return whether this process reports ``error``; wait first for one that failed earlier."""
     if isinstance(error, StopRequest):
         return is_main()
-    if error.late and stop_requested():  # the launcher knows which process failed, and waits for us
+    if error.late and stop_requested():  # the launcher knows which process failed, and waits
         return False
     if error.late or not is_main():
         try:
             time.sleep(REASON_FIRST)
-        except KeyboardInterrupt:  # the launcher ends us
+        except KeyboardInterrupt:  # the launcher ends this process
             return False
     return True
 
@@ -151,13 +151,13 @@ class Group(click.Group):
     """The group of all commands."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Find the command; its errors quote what was typed without control characters."""
+        """Find the command; escape control characters in its errors."""
         with _parsing(ctx):
             return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the options before the command."""
-        with _parsing(ctx) if args else nullcontext():  # without any, the help is shown
+        with _parsing(ctx) if args else nullcontext():  # without arguments the help is shown
             return super().parse_args(ctx, args)
 
 

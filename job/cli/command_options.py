@@ -1,4 +1,4 @@
-"""Options of the commands next to ``prune``. Those that it has too are declared by its own."""
+"""Options of the commands other than ``prune``. Shared ones follow from its declarations."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from job.options import option, shared
 
 @dataclass(frozen=True)
 class ModelOptions(PreprocessingConfig):
-    """How to read MODEL. A run, round or model folder needs nothing but its path."""
+    """Options that describe MODEL. A run, round or model folder needs only its path."""
 
     path: str
     model: str | None = shared(
         PruneConfig,
         "model",
         default=None,
-        help="The network of a weights file: student, vgg19-cifar, resnet164-cifar, "
+        help="Network of a weights file: student, vgg19-cifar, resnet164-cifar, "
         "densenet40-cifar, a torchvision classification model, or your own as module:factory.",
     )
     model_arg: tuple[tuple[str, int | float | bool | str], ...] = shared(PruneConfig, "model_arg")
-    num_classes: int | None = shared(PruneConfig, "num_classes", default_text="that of the weights")
+    num_classes: int | None = shared(PruneConfig, "num_classes", default_text="set by the weights")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """Which images to use, and where to run."""
+    """Images to use, and the device."""
 
     data: str | None
     on_bad_image: BadImageMode = shared(PruneConfig, "on_bad_image")
@@ -47,15 +47,15 @@ class ImageOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions(ImageOptions):
-    """Which split to run MODEL over."""
+    """Split on which MODEL is run."""
 
     split: str | None
     seed: int | None = shared(
         PruneConfig,
         "seed",
         default=None,
-        help="Seed that holds out a validation split.",
-        default_text="that of MODEL's run",
+        help="Seed used to hold out a validation split.",
+        default_text="the seed of MODEL's run",
     )
 
 
@@ -66,12 +66,12 @@ class EvaluateOptions(ScoringOptions):
     data: str | None = shared(
         PruneConfig,
         "data",
-        help="Labelled images in any form that prune takes.",
+        help="Labelled images in any layout that prune takes.",
         default_text="the data of MODEL's run",
     )
     split: str | None = option(
         None,
-        "Split to evaluate. train, val, dev, test and eval are understood too.",
+        "Split to evaluate. The aliases train, val, dev, test and eval are accepted.",
         default_text="validation",
     )
 
@@ -83,12 +83,12 @@ class PredictOptions(ScoringOptions):
     data: str | None = shared(
         PruneConfig,
         "data",
-        help="Data set, folder of images, or one image.",
+        help="Data set, folder of images, or single image.",
         default_text="the data of MODEL's run",
     )
     split: str | None = option(
         None,
-        "Split to predict. train, val, dev, test and eval are understood too.",
+        "Split to predict. The aliases train, val, dev, test and eval are accepted.",
         default_text="testing, or all images if there are no splits",
     )
     format: Literal["auto", "csv", "kaggle"] = option(
@@ -100,20 +100,20 @@ class PredictOptions(ScoringOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SlimOptions(ImageOptions):
-    """Options of ``slim``. None: the best that the inputs allow."""
+    """Options of ``slim``. An option that is None gets the best value that the inputs allow."""
 
     data: str | None = shared(
         PruneConfig,
         "data",
-        help="Images to calibrate the cut with. If they have labels, accuracy is measured too.",
+        help="Calibration images. If they have labels, accuracy is measured too.",
         default_text=None,
     )
     target: str = shared(
         PruneConfig,
         "target",
         default="channels=0.5",
-        help="What is left: width, channels, params, macs or bytes, as a fraction of MODEL's base "
-        "(at most 1) or a number.",
+        help="Size after the cut: width, channels, params, macs or bytes, as a fraction of MODEL's "
+        "base (at most 1) or an absolute number.",
         default_text=None,
     )
     policy: PolicyName | None = shared(
@@ -128,11 +128,11 @@ class SlimOptions(ImageOptions):
     recalibrate: int = shared(
         PruneConfig,
         "recalibrate",
-        help=f"Batches of {PruneConfig.batch_size} images over which BatchNorm statistics are "
-        "measured again after the cut.",
+        help=f"Number of batches of {PruneConfig.batch_size} images that re-estimate BatchNorm "
+        "statistics after the cut.",
     )
     round_to: int = shared(PruneConfig, "round_to")
     min_keep: float = shared(PruneConfig, "min_keep")
     seed: int = shared(
-        PruneConfig, "seed", help="Seed of the order of images, and of --importance random."
+        PruneConfig, "seed", help="Seed of the image order and of --importance random."
     )

@@ -1,4 +1,4 @@
-"""``--config``: values of options from a TOML file, or from a recipe of the package."""
+"""``--config``: option values from a TOML file or a built-in recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from job.files import parse_toml, read_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-RUN_TABLES = {"versions", "dataset", "base"}  # that a run adds to its own config.toml
+RUN_TABLES = {"versions", "dataset", "base"}  # further tables of a run's config.toml
 WHOLE_NUMBERS = (type(click.INT), RoundCount, ProcessCount)
 
 
@@ -28,7 +28,7 @@ def config_option() -> click.Option:
         is_eager=True,
         expose_value=False,
         callback=_use_config,
-        help=f"A recipe ({', '.join(_recipes())}) or a TOML file of options.",
+        help=f"Recipe ({', '.join(_recipes())}) or TOML file with options.",
     )
 
 
@@ -59,7 +59,7 @@ def _recipes() -> list[str]:
 
 
 def _read_config(source: str) -> tuple[str, dict[str, Any]]:
-    """Read a recipe or a TOML file: its name for messages, and its tables.
+    """Read a recipe or a TOML file; return its name for messages, and its tables.
 
     Raises InputNotFound, or ConfigError for a file that cannot be read or is not valid TOML.
     """
@@ -110,12 +110,12 @@ def _values_of(
 
 
 def _check_value(ctx: click.Context, option: click.Option, where: str, value: Any) -> None:
-    """Raise ConfigError unless ``option`` takes ``value``, which TOML has given a type."""
+    """Raise ConfigError unless ``option`` takes ``value``, which has a TOML type."""
     if isinstance(option.type, WHOLE_NUMBERS) and type(value) not in (int, str):
         raise ConfigError(f"{where}: not a whole number")
     if isinstance(value, bool) != option.is_flag:
         raise ConfigError(f"{where}: {'neither true nor false' if option.is_flag else 'a boolean'}")
-    if "\0" in str(value):  # which neither a path nor a name can contain
+    if "\0" in str(value):  # neither a path nor a name can contain it
         raise ConfigError(f"{where}: it contains a NUL character")
     try:
         option.type_cast_value(ctx, value)

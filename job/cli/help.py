@@ -1,4 +1,4 @@
-"""``--help`` in named sections: the most used options first, examples before them."""
+"""``--help``: examples, the most used options, then the other options in sections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LAST = "Running"
-# the most used options; a command that is not listed has few, which are shown in one list
+# the most used options by command; the options of other commands are shown in one list
 FIRST = {
     "prune": "data model weights output base-epochs rounds rate target epochs dry-run",
     "evaluate": "data split json",
@@ -48,7 +48,7 @@ EXAMPLES = {
 
 
 def write_examples(command: click.Command, formatter: click.HelpFormatter) -> None:
-    """Write command lines to copy, each on a line that is never wrapped."""
+    """Write the examples of ``command``; a command line is never wrapped."""
     if examples := EXAMPLES.get(str(command.name)):
         width = max((len(line) for line, comment in examples if comment), default=0)
         with formatter.section("Examples"):
@@ -60,7 +60,7 @@ def write_examples(command: click.Command, formatter: click.HelpFormatter) -> No
 def write_options(
     command: click.Command, ctx: click.Context, formatter: click.HelpFormatter
 ) -> None:
-    """Write the options of ``command``: in sections if there are many, else in one list."""
+    """Write the options of ``command``, in sections if it is listed in FIRST."""
     options = [p for p in command.get_params(ctx) if isinstance(p, click.Option)]
     for title, members in sections(str(command.name), options).items():
         with formatter.section(title):
@@ -71,7 +71,7 @@ def write_options(
 def sections(command: str, options: Sequence[click.Option]) -> dict[str, list[click.Option]]:
     """Group options by the title of their section, in the order in which they are shown.
 
-    The sections are those of the configuration; options of a command alone are in LAST.
+    The sections are those of the configuration. Options outside it are placed in LAST.
     """
     if command not in FIRST:
         return {"Options": list(options)}

@@ -23,12 +23,12 @@ json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
 
 def model_options(function: Any) -> Any:
-    """Give a command the argument MODEL, and the options that say how to read it."""
+    """Add the argument MODEL and the options that describe it to a command."""
     return click.argument("path", metavar="MODEL")(click_options(ModelOptions)(function))
 
 
 def _model(options: dict[str, Any]) -> ModelOptions:
-    """Take the options of MODEL out of ``options``."""
+    """Move the options of MODEL out of ``options``."""
     names = [field.name for field in fields(ModelOptions)]
     return ModelOptions(**{name: options.pop(name) for name in names})
 
@@ -44,7 +44,7 @@ def _model(options: dict[str, Any]) -> ModelOptions:
 # without a variable: container images often set GAMMASLIM_VERSION themselves
 @click.version_option(__version__, allow_from_autoenv=False)
 def gammaslim() -> None:
-    """Make trained CNNs smaller and faster: slim by BatchNorm γ, fine-tune, repeat.
+    """Make trained CNNs smaller and faster: cut channels, fine-tune, repeat.
 
     MODEL is a run folder (its recommended model), a round or model folder, or a weights file
     together with --model.
@@ -66,25 +66,29 @@ def prune_command(**options: Any) -> None:
 @gammaslim.command("launch", cls=Command, context_settings={"allow_interspersed_args": False})
 @click.option(
     "--nproc",
+    metavar="N|auto",
     type=ProcessCount(),
     default="auto",
-    help="Number of processes on this machine. auto: one for each GPU.",
+    help="Number of processes on this machine. auto: one per GPU.",
 )
 @click.option(
     "--nnodes",
     metavar="N",
     type=POSITIVE,
-    help="Number of machines; each runs one launch. Default: that of the Slurm step, or 1.",
+    help="Number of machines. Run launch once on each. Default: set by the Slurm step, else 1.",
 )
 @click.option(
     "--node-rank",
     metavar="N",
     type=click.IntRange(0),
-    help="Number of this machine, counted from 0.",
+    help="Rank of this machine, counted from 0.",
 )
-@click.option("--master-addr", metavar="HOST", help="Address of machine 0 for the others.")
+@click.option("--master-addr", metavar="HOST", help="Address of the machine of rank 0.")
 @click.option(
-    "--master-port", metavar="N", type=click.IntRange(1, 65535), help="A free port of machine 0."
+    "--master-port",
+    metavar="N",
+    type=click.IntRange(1, 65535),
+    help="Free port on the machine of rank 0.",
 )
 @click.argument("command", metavar="-- COMMAND …", nargs=-1, type=click.UNPROCESSED, required=True)
 @click.pass_context
@@ -99,9 +103,10 @@ def launch_command(
 ) -> None:
     """Run prune, evaluate or predict in several processes.
 
-    Signals become stop requests, and the exit code is that of the processes. Machines find each
-    other by the options, or by the variables NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. A
-    Slurm step (srun --ntasks-per-node=1) needs none of them, a Kubernetes Indexed Job only NNODES.
+    Signals become stop requests. The exit code is that of the processes. Several machines find
+    each other through the options, or through the variables NNODES, NODE_RANK, MASTER_ADDR and
+    MASTER_PORT. A Slurm step (srun --ntasks-per-node=1) needs none of them; a Kubernetes Indexed
+    Job needs only NNODES.
     """
     name, *args = command
     if name not in ("prune", "evaluate", "predict"):
@@ -112,7 +117,7 @@ def launch_command(
         os.environ, count=nnodes, rank=node_rank, address=master_addr, port=master_port
     )
     if unused := nodes_left_out(os.environ):
-        warn(f"{unused} more nodes of this allocation are not used; srun starts a launch on each")
+        warn(f"{unused} more nodes of this allocation are not used: start launch on each by srun")
     ctx.exit(launch(command, nproc, nodes))
 
 
@@ -135,7 +140,7 @@ def evaluate_command(json: bool, **options: Any) -> None:
 @model_options
 @click_options(PredictOptions)
 @click.option(
-    "--output", metavar="FILE", required=True, help="CSV file to write; - for standard output."
+    "--output", metavar="FILE", required=True, help="CSV file to write, or - for standard output."
 )
 def predict_command(output: str, **options: Any) -> None:
     """Predict the class of each image, in file order."""
@@ -168,8 +173,8 @@ def slim_command(output: str, **options: Any) -> None:
     """Cut MODEL once, without training, and save the slim model.
 
     Without images, channels are ranked by γ, and the accuracy is low until the model is
-    fine-tuned. With images (--data, labels are not needed), the layers after a cut are fitted to
-    their previous outputs, which keeps most of the accuracy.
+    fine-tuned. With images (--data, labels are not needed), the next layers are refitted to their
+    previous outputs, which keeps most of the accuracy.
     """
     model = _model(options)
     with starting():
@@ -183,14 +188,14 @@ def slim_command(output: str, **options: Any) -> None:
 @click.option(
     "--format",
     type=click.Choice(["state-dict", "onnx", "torch-export"]),
-    help="Format. Default: by the suffix, .onnx or .pt2 (torch-export), else state-dict.",
+    help="File format. Default: set by the suffix, .onnx or .pt2 (torch-export), else state-dict.",
 )
 @click.option("--output", metavar="FILE", required=True, help="File to write.")
 def export_command(format: str | None, output: str, **options: Any) -> None:
-    """Write MODEL as a state dict, ONNX or exported torch program.
+    """Export MODEL as a state dict, ONNX or torch.export program.
 
     The state dict of a StudentNet loads into the homework's StudentNet(width_mult=…). ONNX needs
-    the extra gammaslim[onnx]. torch.export.load reads a .pt2 file without any code of the network.
+    the extra gammaslim[onnx]. torch.export.load reads a .pt2 file without the code of the network.
     """
     with starting():
         from job.cli.export import export
@@ -209,8 +214,8 @@ def export_command(format: str | None, output: str, **options: Any) -> None:
 def report_command(runs: tuple[str, ...], output: str | None, json: bool) -> None:
     """Report on one run, or compare several: accuracy against cost.
 
-    Writes an HTML page that contains its figures, and the figures as PNG in a folder next to it.
-    RUN is a run folder, finished or not.
+    Write a self-contained HTML page, and its figures as PNG files in a folder next to it. RUN is a
+    run folder, finished or not.
     """
     from job.cli.report import report
 
