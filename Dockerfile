@@ -1,18 +1,18 @@
-# The image of Gammaslim: CUDA's smallest base, torch's wheels (which bring CUDA's libraries), the job.
+# Image of Gammaslim: the smallest CUDA base, torch's wheels (which contain the CUDA libraries), the job.
 #
-#   docker build -t gammaslim .                                     (or podman, buildah; BuildKit where it is Docker)
+#   docker build -t gammaslim .                                     (or podman, buildah; Docker needs BuildKit)
 #   mkdir -p runs
 #   docker run --rm --gpus all -v "$PWD/runs:/runs" -u "$(id -u)" gammaslim prune --output /runs/demo
 #
 # It runs as any user, on a read-only root file system with a writable /tmp (--read-only --tmpfs /tmp),
-# without capabilities and without a network. SIGTERM (docker stop -t 60) saves and ends with 75;
-# the same command goes on. Other bases: --build-arg BASE_IMAGE=ubuntu:24.04, or any Debian or
-# Ubuntu with Python 3.11 or newer, in it or in its archive. Versions: .docker/requirements.txt.
+# without capabilities and without a network. On SIGTERM (docker stop -t 60) it saves and ends with 75;
+# the same command resumes. Other bases: --build-arg BASE_IMAGE=ubuntu:24.04, or any Debian or Ubuntu
+# that contains or packages Python 3.11 or newer. Versions: .docker/requirements.txt.
 ARG BASE_IMAGE=nvidia/cuda:13.0.3-base-ubuntu24.04@sha256:7c7413a56200486f71f181cad9310f6fd31b6bb21816ade15fc9c1e1e927a5c1
 
 
-# What runs and what builds share: a Python, certificates, the user.
-# Ubuntu keeps one version of a package: the base's pin is all there is to pin.
+# Shared by the build stage and the final stage: Python, certificates, the user.
+# Ubuntu keeps one version of a package, so only the base can be pinned.
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS python
 # hadolint ignore=DL3008
@@ -25,7 +25,7 @@ RUN useradd --uid 10001 --user-group --no-log-init --no-create-home --home-dir /
       --shell /usr/sbin/nologin gammaslim
 
 
-# Builds /opt/venv, without pip or a compiler, and /code, which is to be laid over it.
+# Build /opt/venv, without pip or a compiler, and /code, which is copied over it.
 FROM python AS build
 # hadolint ignore=DL3008
 RUN if ! python3 -c 'import ensurepip'; then \
@@ -35,9 +35,9 @@ RUN if ! python3 -c 'import ensurepip'; then \
     fi
 RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/venv
 COPY .docker/requirements.txt /build/
-# Compiled here, since nobody can write there later, and never compared with the sources again;
-# one test of torch's own is in the language of Python 3.12.
-# The headers are for extensions in C++, which there is no compiler for.
+# Compile to bytecode here, since the folder is read-only later; unchecked-hash skips the comparison
+# with the sources. One of torch's own tests needs the syntax of Python 3.12.
+# The headers are only for C++ extensions, and the image has no compiler.
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/pip/bin/pip --python /opt/venv/bin/python install --no-compile --no-deps --require-hashes \
       --requirement /build/requirements.txt \
@@ -60,8 +60,8 @@ LABEL org.opencontainers.image.title="gammaslim" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# The names of the user are for programs that ask for them under a number without a passwd entry.
-# Not WANDB_DIR: an offline W&B run belongs into the run directory, which outlives the container.
+# USER and LOGNAME serve programs that ask for a name under a user id without a passwd entry.
+# WANDB_DIR stays unset: an offline W&B run belongs in the run directory, which outlives the container.
 ENV PATH=/opt/venv/bin:${PATH} \
     HOME=/tmp \
     USER=gammaslim \
@@ -78,12 +78,12 @@ ENV PATH=/opt/venv/bin:${PATH} \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONUNBUFFERED=1
-# What changes seldom and weighs most comes first: a new version of the job is a layer of 7 MB.
+# The large layer that seldom changes comes first: a new version of the job is a layer of 7 MB.
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /code /
 WORKDIR /tmp
 USER 10001:10001
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["gammaslim"]
-# the demonstration; -v "$PWD/runs:/runs" and --output /runs/demo keep what it makes
+# the demonstration; -v "$PWD/runs:/runs" and --output /runs/demo keep its files
 CMD ["prune", "--output", "/tmp/runs/demo"]
