@@ -1,1 +1,1 @@
-"""What a run writes: run directory, checkpoints, model cards, exports."""
+"""Files of a run: run directory, checkpoints, model cards, exports."""

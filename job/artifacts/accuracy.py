@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def accuracy_change(accuracy: float, base: float) -> float:
-    """Return the percentage points from ``base`` to ``accuracy``, both fractions."""
+    """Return the change from ``base`` to ``accuracy``, both fractions, in percentage points."""
     return round(100 * (accuracy - base), 7)  # rounded: 0.9 - 0.89 is exactly one point
 
 

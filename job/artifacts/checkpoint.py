@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 KEPT = 2  # checkpoints
 _NAME = re.compile(r"(\d{3})-(\d{4})-(\d{7})")
-_DAMAGED = ".damaged"  # ends the name of one that was skipped: it must not count as kept
+_DAMAGED = ".damaged"  # suffix of a skipped checkpoint, which must not count as kept
 
 
 def save_position(folder: Path, position: Position) -> None:
-    """Write ``position`` into ``folder`` as a whole, then remove all but it and the one before.
+    """Write ``position`` into ``folder`` atomically, and keep only it and the previous one.
 
     Raises StorageError.
     """
@@ -51,7 +51,7 @@ def save_position(folder: Path, position: Position) -> None:
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     names = _names(folder)
     before = [name for name in names if name <= position.name]
-    # a later one was saved by an attempt that is being repeated
+    # later checkpoints are from an attempt that this one repeats
     for name in set(names) - set(before[-KEPT:]):
         discard(folder / name)
     for damaged in folder.glob(f"*{_DAMAGED}"):
@@ -59,10 +59,10 @@ def save_position(folder: Path, position: Position) -> None:
 
 
 def newest_position(folder: Path, round_index: int) -> tuple[Position | None, list[str]]:
-    """Load the newest whole position of a round; also return what is wrong with newer ones.
+    """Load the newest intact position of a round; also return the problems of newer ones.
 
-    Damaged newer ones are renamed. The position is None when the round has none at all. Raises
-    StorageError when it has some but none is whole: nothing may be overwritten then.
+    Newer checkpoints that are damaged are renamed. The position is None when the round has no
+    checkpoint. Raises StorageError when all of them are damaged: nothing may be overwritten then.
     """
     problems: list[str] = []
     damaged: list[Path] = []
@@ -81,7 +81,7 @@ def newest_position(folder: Path, round_index: int) -> tuple[Position | None, li
         return position, problems
     if problems:
         raise StorageError(
-            f"no whole checkpoint of round {round_index}: {'; '.join(problems)}; restore one, or "
+            f"no intact checkpoint of round {round_index}: {'; '.join(problems)}; restore one, or "
             f"remove {shown(folder)} to repeat the round"
         )
     return None, []

@@ -1,4 +1,4 @@
-"""Whether a command can resume a run: which options may differ, and what the error says."""
+"""Check whether a command can resume a run: options that may differ, and the error message."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_same_run(
 ) -> None:
     """Check that ``run`` was begun with these options, data and base; ``done`` rounds are complete.
 
-    With None for ``dataset`` or ``base`` any will do. Raises OtherRunError, or ConfigError.
+    None for ``dataset`` or ``base`` skips its check. Raises OtherRunError or ConfigError.
     """
     path = run / CONFIG_FILE
     try:
@@ -76,11 +76,11 @@ def _other_origin(
 
 
 def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str, done: int) -> None:
-    """Check that ``now`` has the options of the run, as far as they change the result.
+    """Check that the options in ``now`` that change the result are those of the run.
 
-    ``stored`` are the run's options, ``done`` its complete rounds. The number of rounds can grow
-    where no earlier round depends on it. Raises OtherRunError for another option, ConfigError for
-    fewer rounds than are done.
+    ``stored`` holds the options of the run, ``done`` counts its complete rounds. The number of
+    rounds can grow if no earlier round depends on it. Raises OtherRunError for another value of an
+    option, ConfigError for fewer rounds than are complete.
     """
     changed = _changed(stored, now)
     if changed == ["rounds"] and not now.target:
@@ -124,7 +124,7 @@ def _changed(stored: Mapping[str, Any], now: PruneConfig) -> list[str]:
 
 
 def _stored_value(stored: Mapping[str, Any], name: str) -> Any:
-    """Return an option of the run; the default where its version did not have it yet."""
+    """Return an option of the run; the default if its version did not have the option."""
     (field,) = (field for field in fields(PruneConfig) if field.name == name)
     default = [] if field.default is MISSING or field.default == () else field.default
     return stored.get(name, default)

@@ -1,6 +1,6 @@
-"""Export of a network to formats of other programs: state dict, ONNX, torch.export.
+"""Export of a network to other formats: state dict, ONNX, torch.export.
 
-Each function returns the content of a file. It is checked in memory before anything is written.
+Each function returns the content of a file, which is checked in memory before it is written.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def format_of(path: Path, asked: str | None) -> str:
 
 
 def state_dict_bytes(network: nn.Module, suffix: str) -> bytes:
-    """Return the state dict: safetensors for that ``suffix``, otherwise as torch.save does."""
+    """Return the state dict, as safetensors for the suffix .safetensors, else as a torch file."""
     state = unshare_tensors(network.state_dict())
     if suffix.lower() == ".safetensors":
         content: bytes = safetensors_bytes(state, {"format": "pt"})
@@ -78,7 +78,7 @@ def state_dict_bytes(network: nn.Module, suffix: str) -> bytes:
 
 
 def onnx_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
-    """Return ONNX of opset 18, and how it was checked.
+    """Return an ONNX model of opset 18, and how it was checked.
 
     The input is ``images`` (B, 3, H, W) float32, the output ``logits`` (B, N). Raises UsageError
     without the packages or for a network that ONNX cannot express, GammaslimError when onnxruntime
@@ -129,7 +129,7 @@ def torch_export_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]
 
 
 def export_metadata(card: ModelCard) -> dict[str, Any]:
-    """Return what a user of the file needs: how images become inputs, what the logits mean."""
+    """Return the metadata of an exported file: preprocessing of images, names of classes."""
     return {
         "model": card.model,
         "args": card.args,
@@ -190,7 +190,7 @@ def _onnx_runner(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @contextlib.contextmanager
 def _tracing(format: str) -> Iterator[None]:
-    """Silence the exporters; turn their failures into a UsageError of one line."""
+    """Silence the exporters, and turn their exceptions into a UsageError of one line."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

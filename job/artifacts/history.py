@@ -1,4 +1,4 @@
-"""A run as its folder describes it, in any state."""
+"""History of a run, in any state, as its folder describes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerWidth:
-    """Output channels of a layer: those that are kept, and those of the base."""
+    """Output channels of a layer, in the slim network and in the base."""
 
     name: str
     kept: int
@@ -27,10 +27,10 @@ class LayerWidth:
 
 @dataclass(frozen=True)
 class History:
-    """The contents of a run's folder. ``rounds`` begins with the base; ``time`` is in Unix seconds.
+    """Contents of a run folder. ``rounds`` begins with the base; ``time`` is in Unix seconds.
 
-    ``position`` is round, epoch and step. ``layers`` are those of the recommended model,
-    ``settings`` the tables of config.toml. ``problems`` names each file that cannot be read.
+    ``position`` is the round, epoch and step. ``layers`` describes the recommended model,
+    ``settings`` holds the tables of config.toml. ``problems`` names each unreadable file.
     """
 
     path: Path

@@ -1,11 +1,11 @@
-"""Frozen dataclasses to and from JSON: one serialiser for all records of a run directory.
+"""Conversion of frozen dataclasses to and from JSON, for all records of a run directory.
 
-A record's fields are its keys, in order. A trailing underscore, which keeps a name clear of
-Python's keywords, is not part of the key; metadata ``{"key": ...}`` gives another one. A field is
-left out while it has its default, unless the class sets ``WRITE_DEFAULTS``. Unknown keys are
-ignored, so that newer files can be read.
+The keys are the field names, in order, without the trailing underscore of a name that would be a
+Python keyword. Metadata ``{"key": ...}`` sets another key. A field is omitted if it has its default
+value, unless the class sets ``WRITE_DEFAULTS``. Unknown keys are ignored, so that newer files can
+be read.
 
-A class with ``to_dict`` and ``from_dict`` decides its own form.
+A class with ``to_dict`` and ``from_dict`` defines its own format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ R = TypeVar("R", bound="DataclassInstance")
 
 
 def to_json(record: DataclassInstance) -> dict[str, Any]:
-    """Return what JSON holds of ``record``: a new dict of plain values."""
+    """Return ``record`` as a new dict of plain values, for JSON."""
     content, everything = {}, getattr(record, "WRITE_DEFAULTS", False)
     for field in fields(record):
         value = getattr(record, field.name)
@@ -33,10 +33,10 @@ def to_json(record: DataclassInstance) -> dict[str, Any]:
 
 
 def from_json(kind: type[R], content: object, *, lenient: bool = False) -> R:
-    """Build a ``kind`` from what ``to_json`` returned, now or in an earlier version.
+    """Build a ``kind`` from the dict that ``to_json`` of this or an earlier version returned.
 
-    Raises ValueError for a missing key or a value of another type. With ``lenient`` such a value
-    of a field that has a default counts as missing.
+    Raises ValueError for a missing key or a value of another type. With ``lenient``, an invalid
+    value of a field with a default counts as missing.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{_short(content)} is not a table of values")
@@ -57,7 +57,7 @@ def from_json(kind: type[R], content: object, *, lenient: bool = False) -> R:
 
 
 def _default_of(field: Field[Any]) -> Any:
-    """The default of ``field``; MISSING where it has none."""
+    """Return the default of ``field``, or MISSING if it has none."""
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
@@ -82,7 +82,7 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(hint: Any, value: Any, lenient: bool) -> Any:
-    """Return ``value`` as the type ``hint`` has it; raises ValueError for another type."""
+    """Convert ``value`` to the type ``hint``; raises ValueError for another type."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any or hint is object:
         return value
@@ -105,7 +105,7 @@ def _typed(hint: Any, value: Any, lenient: bool) -> Any:
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, lenient: bool) -> Any:
-    """Return ``value`` as the type or None of ``T | None`` has it."""
+    """Convert ``value`` to ``T | None``."""
     if value is None and NoneType in kinds:
         return None
     (kind,) = (kind for kind in kinds if kind is not NoneType)

@@ -1,9 +1,9 @@
-"""One job at a time in a run directory, on shared storage too.
+"""Lock of a run directory: one job at a time, also on shared storage.
 
 ``RUN/lock.json`` names the job that holds the run; its modification time is the job's heartbeat. A
-job in the same PID namespace is looked up by PID and start time, so one that was killed blocks
-nobody. A job on another host or in another container is known by its heartbeat only, measured on
-the file system's own clock: without one for ``STALE`` seconds the lock is taken over.
+job in the same PID namespace is looked up by PID and start time, so a killed job blocks nobody. A
+job on another host or in another container is known only by its heartbeat, measured by the clock of
+the file system: after ``STALE`` seconds without a heartbeat, the lock is taken over.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BEAT = 3.0  # seconds between heartbeats
 STALE = 30.0  # seconds without a heartbeat after which a job counts as dead
-SETTLE = 0.5  # seconds in which two jobs that take over at the same time see each other
+SETTLE = 0.5  # seconds after which two jobs that take over at the same time see each other
 
 
 class Lock:
@@ -45,8 +45,8 @@ class Lock:
     def acquire(self, say: Callable[[str], None] = lambda _: None) -> None:
         """Take the lock and start its heartbeat; raises OutputError while another job holds it.
 
-        To find out whether a job on another host is alive takes up to ``STALE`` seconds; ``say``
-        gets a line about it. Raises StorageError when the lock cannot be written.
+        The check for a live job on another host takes up to ``STALE`` seconds; ``say`` reports the
+        wait. Raises StorageError when the lock cannot be written.
         """
         if not self._create():
             self._take_over(say)
@@ -65,7 +65,7 @@ class Lock:
                 self.path.unlink()
 
     def _create(self) -> bool:
-        """Write the lock in one piece; return False when there is one already."""
+        """Write the lock atomically; return False if there already is one."""
         temporary = self.path.with_name(f".{self.path.name}.{self._record.id}.tmp")
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,14 +147,14 @@ class Lock:
         return owner is not None and owner.id == self._record.id
 
     def _owner(self) -> LockRecord | None:
-        """Return who holds the lock; None when nobody does, or when the file is damaged."""
+        """Return the holder of the lock; None if nobody holds it or the file is damaged."""
         try:
             return from_json(LockRecord, json.loads(self.path.read_text("utf-8")))
         except (OSError, ValueError, RecursionError):
             return None
 
     def _beat(self) -> int | None:
-        """Return the last heartbeat in ns by the file system; opening refreshes NFS's cache."""
+        """Return the time of the last heartbeat in ns; opening the file refreshes NFS's cache."""
         try:
             with self.path.open("rb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns
@@ -162,7 +162,7 @@ class Lock:
             return None
 
     def _age(self) -> float | None:
-        """Return the seconds since the last heartbeat by the clock that dated it, or None."""
+        """Return the seconds since the last heartbeat by the file system's clock, or None."""
         probe = self.path.with_name(f".lock.{self._record.id}.tmp")
         with writing(probe):
             try:
@@ -210,7 +210,7 @@ def _describe(owner: LockRecord | None) -> str:
 
 
 def _this_process() -> LockRecord:
-    """Return the identity of this process, with its PID namespace: boot id and namespace."""
+    """Return the identity of this process and its PID namespace."""
     host = socket.gethostname()
     return LockRecord(
         id=str(uuid.uuid4().int),  # digits: tidy knows temporary files by them

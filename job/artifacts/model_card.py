@@ -1,4 +1,4 @@
-"""A model on disk: ``model.safetensors`` and ``model.json``. Loading needs nothing else."""
+"""Models on disk: ``model.safetensors`` and ``model.json``, which are all that loading needs."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ RECOMMENDED = r"rounds/[0-9]{2,4}"  # as a summary names its model
 
 @dataclass(frozen=True)
 class ModelCard:
-    """All that is known of a network except its weights: the fields of model.json, in order.
+    """Description of a network without its weights: the fields of model.json, in order.
 
-    ``layers`` holds the channels that are kept, as indices into the network that ``model`` builds.
-    ``widths`` are the outputs of each layer and ``versions`` those of packages, as saved. Fractions
-    are relative to ``base``. ``metrics`` are scores by name.
+    ``layers`` holds the kept channels, as indices into the network that ``model`` builds.
+    ``widths`` holds the number of outputs of each layer, ``versions`` those of the packages, and
+    ``metrics`` scores by name. Fractions are relative to ``base``.
     """
 
     WRITE_DEFAULTS: ClassVar[bool] = True
@@ -60,7 +60,7 @@ class ModelCard:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raise DataError for values that no network has."""
+        """Raise DataError for values that are impossible for a network."""
         if self.num_classes < 1 or len(self.class_names) not in (0, self.num_classes):
             raise DataError(f"{len(self.class_names)} class names for {self.num_classes} classes")
         if not (math.isfinite(self.width) and self.width > 0):
@@ -159,7 +159,7 @@ def find_model(path: str | Path) -> Path:
     summary = folder / "summary.json"
     if not is_file(summary) and is_file(folder / "config.toml"):
         raise InputNotFound(
-            f"{shown(path)} is a run whose base is not finished, it has no model yet: "
+            f"{shown(path)} is a run whose base is not finished, so it has no model yet: "
             "run its prune command again to resume it"
         )
     if not is_file(summary):

@@ -1,4 +1,4 @@
-"""The data that a run was trained on, from its config.toml."""
+"""Provenance of a model: the data of its run, from config.toml."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def _dataset_table(run: Path) -> dict[str, Any] | None:
 
 
 def stored_listing(run: Path) -> int:
-    """Return the listing that ``run`` was begun with; the current one for a new run."""
+    """Return the version of the listing rules that ``run`` uses; the current one for a new run."""
     table = _dataset_table(run)
     return CURRENT_LISTING if table is None else valid_listing(table.get("listing", 1))
 
 
 def valid_listing(value: object) -> int:
-    """Return ``value`` if it is a listing, otherwise the current one."""
+    """Return ``value`` if it is a version of the listing rules, else the current version."""
     return value if value in (1, CURRENT_LISTING) and isinstance(value, int) else CURRENT_LISTING
 
 
 def find_run_data(model: str, lineage: Lineage) -> str:
     """Return ``--data`` of the run that a model comes from, by its folder or its ``lineage``.
 
-    Raises UsageError where the run is unknown, InputNotFound where the data no longer exist.
+    Raises UsageError if the run is unknown, InputNotFound if the data no longer exist.
     """
     folder = Path(model)
     places = [folder, folder.absolute().parent.parent]

@@ -1,4 +1,4 @@
-"""Which round of a run to use."""
+"""Recommendation of a round of a run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def points_lost(entries: Sequence[RoundRecord], entry: RoundRecord) -> float:
 def recommend(entries: Sequence[RoundRecord], max_drop: float | None = None) -> tuple[int, str]:
     """Return the recommended round and the reason for it.
 
-    It is the smallest whose validation accuracy is at most ``max_drop`` percentage points below
-    the base's; MAX_DROP where that is None.
+    The recommended round is the smallest one whose validation accuracy is at most ``max_drop``
+    (by default MAX_DROP) percentage points below the accuracy of the base.
     """
     limit = MAX_DROP if max_drop is None else max_drop
     points = f"{limit:g} point" + ("" if limit == 1 else "s")

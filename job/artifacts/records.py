@@ -1,4 +1,4 @@
-"""Records of a run directory: what its files hold, for those who write and those who read them.
+"""Records of a run directory, shared by the code that writes its files and that reads them.
 
 =====================  =====================================================
 file                   record
@@ -15,8 +15,8 @@ file                   record
 ``config.toml``        `DatasetRecord`, `BaseRecord`
 =====================  =====================================================
 
-A new summary metric is a field of `RoundRecord` and the line that computes it. Give it a default:
-files from before do not have it. Keys keep their names and order: scripts rely on them.
+To add a summary metric, add a field to `RoundRecord` and the line that computes it. The field needs
+a default, because older files lack it. Keys keep their names and order: scripts rely on them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class EpochRecord(EpochResult):
 
 @dataclass(frozen=True)
 class SlimRecord:
-    """A cut: accuracy and loss after surgery, and the relative error of its verification."""
+    """Accuracy and loss after surgery, and the relative error of the verification of a cut."""
 
     EVENT: ClassVar[str] = "slim"
 
@@ -95,7 +95,7 @@ class SlimRecord:
 
 @dataclass(frozen=True)
 class GammaRecord:
-    """A histogram of |γ|, ``when`` sparse epochs begin ("before") or have ended ("after").
+    """Histogram of |γ|; ``when`` is "before" or "after" the sparse epochs.
 
     ``bins`` are counts of equal bins from 0 to ``max``; ``zeros`` of the ``count`` values are 0.
     """
@@ -113,7 +113,7 @@ class GammaRecord:
 
 @dataclass(frozen=True)
 class StopRecord:
-    """The early end of an attempt."""
+    """End of an attempt before the run is finished."""
 
     EVENT: ClassVar[str] = "stop"
 
@@ -123,7 +123,7 @@ class StopRecord:
 
 @dataclass(frozen=True)
 class ResumeRecord:
-    """The position at which an attempt resumes, and how many processes run now and ran before."""
+    """Position at which an attempt resumes, and the numbers of processes now and before."""
 
     EVENT: ClassVar[str] = "resume"
 
@@ -144,7 +144,7 @@ def to_line(record: EventRecord) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StatusRecord:
-    """The state of a run and where it is; ``time`` is in Unix seconds."""
+    """State and position of a run; ``time`` is in Unix seconds."""
 
     state: str
     exit_code: int | None
@@ -161,9 +161,9 @@ class StatusRecord:
 
 @dataclass(frozen=True)
 class LockRecord:
-    """The process that holds a run: ``boot`` and ``processes`` name its PID namespace.
+    """Process that holds a run; ``boot`` and ``processes`` identify its PID namespace.
 
-    ``started`` is in ticks since boot: with it a PID that is used again is told apart.
+    ``started``, in ticks since boot, distinguishes processes that reuse a PID.
     """
 
     id: str
@@ -176,7 +176,7 @@ class LockRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryRecord:
-    """The base, the rounds, and the model to use with the reason for it."""
+    """Base, rounds, and the recommended model with the reason."""
 
     WRITE_DEFAULTS: ClassVar[bool] = True
 
@@ -202,9 +202,9 @@ class SummaryRecord:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a model comes from: hashes are SHA-256 of state dicts, ``from_`` is a slim base's own.
+    """Origin of a model. Hashes are SHA-256 of state dicts; ``from_`` is that of a slim base.
 
-    ``listing`` is the version of the rules by which a folder's files become a data set.
+    ``listing`` is the version of the rules that list the files of a data set.
     """
 
     base_sha256: str | None = None
@@ -221,7 +221,7 @@ class Lineage:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRecord:
-    """The data set of a run; a run is resumed only with the same ``fingerprint``."""
+    """Data set of a run, which can only be resumed with the same ``fingerprint``."""
 
     layout: str
     root: str
@@ -235,7 +235,7 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """Where the base of a run comes from; a run is resumed only from the same."""
+    """Origin of the base of a run, which can only be resumed from the same base."""
 
     weights_sha256: str
     epochs: int

@@ -1,4 +1,4 @@
-"""``config.toml`` of a run: its options, data set, base and versions, written when it begins."""
+"""``config.toml`` of a run: options, data set, base and versions, written at the start."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def read_run_config(run: Path) -> dict[str, Any]:
 
 
 def stored_rounds(run: Path) -> Any:
-    """Return ``--rounds`` as the run has it now; None where the file cannot be read."""
+    """Return the present ``--rounds`` of the run; None if the file cannot be read."""
     return _stored(run, "prune", "rounds", PruneConfig.rounds)
 
 
 def stored_base_epochs(run: Path) -> int | None:
-    """Return the epochs of base training, also where they are an earlier version's default."""
+    """Return the epochs of base training, even if an earlier version set them by default."""
     epochs = _stored(run, "base", "epochs", None)
     return epochs if type(epochs) is int and epochs >= 0 else None
 

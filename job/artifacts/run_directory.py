@@ -64,9 +64,9 @@ class Run:
     # -- the run as a whole
 
     def open(self, config: PruneConfig, dataset: DatasetRecord, base: BaseRecord) -> int:
-        """Create the run, or resume it where its options, data and base are the same.
+        """Create the run, or resume it if its options, data and base are the same.
 
-        Returns how many rounds are complete, the base included. Raises OutputError, InputNotFound
+        Returns the number of complete rounds, the base included. Raises OutputError, InputNotFound
         (``--resume require``) or ConfigError.
         """
         if self.check(config, dataset, base):
@@ -85,9 +85,9 @@ class Run:
     def check(
         self, config: PruneConfig, dataset: DatasetRecord | None, base: BaseRecord | None
     ) -> bool:
-        """Return whether there is a run to resume; writes nothing. Raises as ``open`` does.
+        """Return whether there is a run to resume, without writing. Raises as ``open`` does.
 
-        With None for ``dataset`` or ``base`` any will do.
+        None for ``dataset`` or ``base`` skips its check.
         """
         if not is_file(self.path / CONFIG_FILE):
             if config.resume == "require":
@@ -115,20 +115,20 @@ class Run:
 
     @property
     def base_epochs(self) -> int | None:
-        """Epochs of base training that the run was begun with."""
+        """Epochs of base training of the run."""
         return stored_base_epochs(self.path)
 
     @property
     def seconds(self) -> float:
-        """Seconds that this run has taken, earlier attempts included."""
+        """Seconds since the run began, summed over all attempts."""
         return self.earlier_seconds + time.time() - self.began
 
     def count_from(self, seconds: float) -> None:
-        """Count ``seconds`` as what earlier attempts took, up to the position that is resumed."""
+        """Set the seconds of earlier attempts, up to the position that is resumed."""
         self.earlier_seconds = seconds
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed attempt left half done; raises StorageError."""
+        """Remove the unfinished files of a killed attempt; raises StorageError."""
         for place in ("", "rounds", "checkpoints", "figures"):
             tidy(self.path / place)
 
@@ -147,7 +147,7 @@ class Run:
         return self.path / "rounds" / f"{round_index:02d}"
 
     def save_round(self, round_index: int, network: nn.Module, card: ModelCard) -> None:
-        """Write the best model of a round, complete or not at all; raises StorageError."""
+        """Write the best model of a round atomically; raises StorageError."""
         save_model(self.round_path(round_index), network, card)
 
     def load_round(self, round_index: int) -> tuple[nn.Module, ModelCard, RoundRecord]:
@@ -156,7 +156,7 @@ class Run:
         try:
             entry = from_json(RoundRecord, dict(card.metrics))
             if entry.round != round_index or not (card.base and card.base.cost):
-                raise ValueError("they are those of another round")
+                raise ValueError("they belong to another round")
         except ValueError as error:
             raise DataError(
                 f"{shown(self.round_path(round_index) / 'model.json')} does not have the numbers "
@@ -185,8 +185,8 @@ class Run:
     def rewind_metrics(self, saved: int, size: int | None) -> None:
         """Drop the lines of metrics.jsonl that a resumed run will write again.
 
-        What is kept is the file up to ``size`` bytes, if a position gives it; otherwise up to the
-        line that ends round ``saved`` - 1, or all whole lines when that line was never written.
+        The file is truncated to ``size`` bytes, if a position gives it; otherwise after the line
+        that ends round ``saved`` - 1, or after the last whole line if that line was never written.
         """
         path = self.path / "metrics.jsonl"
         if not path.is_file():
@@ -211,7 +211,7 @@ class Run:
 
     @property
     def state(self) -> str | None:
-        """The state in status.json; None where that cannot be read."""
+        """State in status.json; None if the file cannot be read."""
         try:
             return str(read_json(self.path / "status.json")["state"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -220,7 +220,7 @@ class Run:
     def status(
         self, state: str, exit_code: int | None, round_index: int, epoch: int, step: int
     ) -> None:
-        """Replace status.json; while the run lasts a reserve keeps space for the last one."""
+        """Replace status.json; a reserve file keeps disk space for the last update."""
         path, reserve = self.path / "status.json", self.path / ".reserve"
         record = StatusRecord(state, exit_code, round_index, epoch, step, time.time())
         if state == "running":

@@ -32,7 +32,7 @@ GENERIC_FACTORIES = (
     "make_model",
     "model",
 )
-BEGINNING = 10.0  # seconds that a job has from its lock to its config.toml
+BEGINNING = 10.0  # seconds within which a job that holds the lock writes its config.toml
 
 
 def choose_run_folder(
@@ -40,10 +40,10 @@ def choose_run_folder(
 ) -> tuple[Path, str]:
     """Return the run folder of a command, and why it is not the first of its name, or "".
 
-    Without ``--output`` it is ``runs/MODEL-DATA``, possibly with a number: the folder whose run has
-    these options, ``dataset`` and ``base`` (None: any), otherwise the next free one. A run under
-    an earlier version's name is resumed. Raises ConfigError, or InputNotFound (``--resume
-    require``).
+    Without ``--output`` the folder is ``runs/MODEL-DATA``, possibly with a number: the one whose
+    run has these options, ``dataset`` and ``base`` (None matches any), else the next free one. A
+    run under the name that an earlier version gave it is resumed. Raises ConfigError, or
+    InputNotFound (``--resume require``).
     """
     if config.output:
         return Path(config.output), ""
@@ -85,7 +85,7 @@ def _earlier_output(config: PruneConfig) -> Path:
 
 
 def likely_run_folder(config: PruneConfig) -> Path:
-    """Return the folder by options alone, for the STOP file before the data are known."""
+    """Return the likely run folder before the data are known, for the STOP file."""
     try:
         return choose_run_folder(config, None, None)[0]
     except GammaslimError:  # reported later
@@ -125,7 +125,7 @@ def _first_difference(others: list[OtherRunError]) -> str:
 
 
 def default_output(config: PruneConfig) -> Path:
-    """Return ``runs/MODEL-DATA``: the same for the same command, which thus resumes its run."""
+    """Return ``runs/MODEL-DATA``, so that the same command resumes its run."""
     return Path("runs") / default_run_name(config)
 
 

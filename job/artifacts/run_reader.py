@@ -1,4 +1,4 @@
-"""Reader of a run's folder that takes whatever is there: it needs neither torch nor a whole run."""
+"""Tolerant reader of a run folder: it needs neither torch nor a complete run."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FILES = ("config.toml", "status.json", "metrics.jsonl", "summary.json")  # any of them makes a run
-LARGEST = 10**18  # no run counts further
+LARGEST = 10**18  # a larger number is invalid
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The part of a summary that is not about a single round; all of it can be missing."""
+    """Part of a summary that concerns no single round; every field can be missing."""
 
     recommended: str = ""
     reason: str = ""
@@ -54,8 +54,8 @@ class _CardWidths:
 def read_run(path: Path) -> History:
     """Read the run in ``path``, in any state, with or without a finished round.
 
-    What is damaged is left out and named in ``problems``. Raises InputNotFound, or StorageError
-    when the storage does not answer.
+    Damaged parts are left out and named in ``problems``. Raises InputNotFound, or StorageError
+    when the storage does not respond.
     """
     if not path.exists():
         raise InputNotFound(f"{shown(path)} does not exist; report takes run folders")
@@ -89,7 +89,7 @@ def read_run(path: Path) -> History:
 
 
 def _read_file(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:
-    """Return what ``read`` makes of a file; None when it is missing, or damaged: a problem."""
+    """Return ``read(path)``; None for a missing file, or a damaged one, which is a problem."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def _read_file(path: Path, read: Callable[[Path], T], problems: list[str]) -> T 
 def _read_status(path: Path) -> StatusRecord:
     status = _plausible(from_json(StatusRecord, read_json(path)))
     if status is None:
-        raise ValueError("its numbers are those of no run")
+        raise ValueError("its numbers are out of range")
     return status
 
 
@@ -111,7 +111,7 @@ def _read_tables(path: Path) -> dict[str, Any]:
 
 
 def _read_events(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Return the whole lines; the last one is being written, or was torn by a power failure."""
+    """Return the complete lines; the last one may be incomplete, e.g. after a power failure."""
     *lines, _torn = read_bytes(path).split(b"\n")
     events, damaged = [], []
     for number, line in enumerate(lines, start=1):
@@ -174,7 +174,7 @@ def _layers(run: Path, round_index: int, problems: list[str]) -> tuple[LayerWidt
 
 
 def _parse(kind: type[R], content: object) -> R | None:
-    """Return a record with numbers that a run can have; None where one is missing."""
+    """Parse a record; None if a field is missing or a number is out of range."""
     try:
         return _plausible(from_json(kind, content, lenient=True))
     except ValueError:
@@ -182,9 +182,9 @@ def _parse(kind: type[R], content: object) -> R | None:
 
 
 def _plausible(record: R) -> R | None:
-    """Return ``record`` with NaN for what is not finite, None for what can be missing.
+    """Return ``record`` with NaN, or None in an optional field, in place of each infinite number.
 
-    None for a record that has a number no run can have.
+    Returns None if any number is out of range.
     """
     changes: dict[str, float | None] = {}
     for field in fields(record):

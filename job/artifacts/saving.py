@@ -60,18 +60,18 @@ def save(
 
     ``plan`` is the plan of the cut that made the network, or the plans of several cuts in order.
 
-    ``model`` is what builds the network before any cut: a name as for ``gammaslim prune --model``,
-    or a class or function that can be imported, itself or as "module:factory". ``model_args`` are
-    its keyword arguments. ``load(path)`` then gives the same network, which is checked now, and the
-    commands take the folder. Without ``model`` it is found for networks of torchvision and of this
+    ``model`` builds the network before any cut: a name as for ``gammaslim prune --model``, or an
+    importable class or function, itself or as "module:factory". ``model_args`` holds its keyword
+    arguments. ``load(path)`` then returns the same network, which is checked now, and the commands
+    take the folder. Without ``model``, the builder is found for networks of torchvision and of this
     package, and for importable classes that need no arguments. For other networks a line is logged,
-    and ``load`` takes the network before any cut: ``load(path, network=Net())``.
+    and ``load`` needs the network before any cut: ``load(path, network=Net())``.
 
-    ``class_names`` and ``image_size`` are for the commands; the size is by default that of the
-    plan's example.
+    ``class_names`` and ``image_size`` serve the commands. By default the size is that of the plan's
+    example.
 
-    Raises UsageError where ``plan`` or ``model`` belong to another network, OutputError where
-    ``path`` exists already.
+    Raises UsageError if ``plan`` or ``model`` belongs to another network, OutputError if ``path``
+    already exists.
 
     >>> import torch, torchvision
     >>> import job
@@ -107,9 +107,9 @@ def save(
 def load(path: str | Path, *, network: nn.Module | None = None) -> nn.Module:
     """Load the network saved at ``path`` (a run, a round or a model folder), in eval mode.
 
-    ``network`` is the network before any cut, with any weights. It is needed where ``save`` did not
-    know what builds it, and is not changed. No pickle is executed. Raises InputNotFound, DataError
-    for damaged files, or UsageError without a network that is needed.
+    ``network`` is the network before any cut, with any weights. It is needed if ``save`` did not
+    know how to build it, and is not changed. No pickle is executed. Raises InputNotFound, DataError
+    for damaged files, or UsageError if a network is needed.
 
     >>> network = job.load("runs/student-fashion-mnist")  # doctest: +SKIP
     >>> logits = network(torch.rand(1, 3, 32, 32))  # doctest: +SKIP
@@ -144,7 +144,7 @@ def _free_folder(path: Any) -> Path:
     _check_path(path)
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{shown(path)} exists already; choose another")
+        raise OutputError(f"{shown(path)} already exists; choose another path")
     check_writable(folder)
     return folder
 
@@ -169,7 +169,7 @@ def _default_preprocessing(example: Any, size: int | None) -> Any:
 def _card_with_model(
     network: nn.Module, card: ModelCard, model: Any, args: dict[str, Any], example: Any
 ) -> ModelCard | None:
-    """Return the card with the name of what builds the network, verified; None if unknown.
+    """Return the card with the verified name of the network's builder; None if unknown.
 
     Raises UsageError for a ``model`` that builds another network.
     """
@@ -217,7 +217,7 @@ def _name_of(model: Any) -> str:
 
 
 def _guesses(kind: type) -> list[str]:
-    """Return names of what may have built a network of this class."""
+    """Return names of builders that may have built a network of this class."""
     builtin = builtin_name(kind)
     if kind.__module__.startswith("torchvision.models"):
         import torchvision
@@ -239,7 +239,7 @@ def _guesses(kind: type) -> list[str]:
 
 
 def _mismatch(network: nn.Module, card: ModelCard, example: Any) -> str | None:
-    """Return why ``card`` does not describe ``network``, or None where it does."""
+    """Return why ``card`` does not describe ``network``, or None if it does."""
     try:
         other = card.build()
     except (GammaslimError, IndexError, AttributeError, RuntimeError) as error:

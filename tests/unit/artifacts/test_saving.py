@@ -137,7 +137,7 @@ def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     for arguments, error, message in (
-        ({"path": tmp_path / "full"}, OutputError, "exists already"),
+        ({"path": tmp_path / "full"}, OutputError, "already exists"),
         ({"path": 3}, UsageError, "path must be a folder; got 3"),
         ({"plan": "global"}, UsageError, "plan must be what slim returned"),
         ({"model": 3}, UsageError, "model must be a name, or what builds the network; got 3"),
