@@ -1,4 +1,4 @@
-"""What a command prints: lines, warnings, errors, results, and one line of progress.
+"""Output of a command: lines, warnings, errors, results, and one line of progress.
 
 Only the main process prints lines and progress; any process may warn. The logging module is not
 used: code of the user's network may configure or disable it, and scripts read these lines.
@@ -103,7 +103,7 @@ def say(text: str) -> None:
 
 
 def say_aside(text: str) -> None:
-    """Print a line on stderr, on the main process only: it is not part of a command's output."""
+    """Print a line that is not part of a command's output on stderr; main process only."""
     if is_main():
         _write(text, err=True)
 
@@ -134,7 +134,7 @@ def print_result(content: str | bytes) -> None:
 
 @contextmanager
 def lines_on_stderr(active: bool) -> Iterator[None]:
-    """Print lines on stderr meanwhile if ``active``: stdout has only the result, for programs."""
+    """Print lines on stderr if ``active``, so that stdout contains only the result."""
     _Lines.on_stderr = active
     try:
         yield
@@ -181,7 +181,7 @@ def _is_terminal(stream: Any) -> bool:
 
 
 def phase(name: str, detail: str = "", share: float | None = None) -> None:
-    """Show a phase of the work until the next one; "" ends the last."""
+    """Show a phase of the work until the next one; "" ends the present phase."""
     if name:
         _line.update(name, detail, share)
     else:
@@ -202,7 +202,7 @@ def tick(done: int, count: int) -> None:
 
 @contextmanager
 def run_progress(left: Callable[[], str]) -> Iterator[None]:
-    """Show the time left in the whole run, as ``left`` words it, instead of that in the phase.
+    """Show the time left in the whole run, which ``left`` returns, instead of in the phase.
 
     On a terminal, Python's own warnings do not disturb the line of progress either.
     """

@@ -1,4 +1,4 @@
-"""Errors with a documented exit code, and functions that word messages.
+"""Errors with a documented exit code, and functions that compose messages.
 
 An error is printed as one line that says what is wrong, where, and what to do.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class GammaslimError(Exception):
-    """Base of all errors with a documented exit code; raised itself, a failed check (1)."""
+    """Base of all errors with a documented exit code. Raised directly, it is a failed check (1)."""
 
     exit_code = 1
     reported = False  # nothing is printed: another process does it, or nobody reads it

@@ -1,4 +1,4 @@
-"""Read files of bounded size, and write them complete or not at all.
+"""Reading of files of bounded size, and atomic writing.
 
 A file is written under a temporary name in the same folder, flushed (fsync), renamed, and the
 folder is flushed.
@@ -174,7 +174,7 @@ def _take_place(temporary: Path, path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Rename a folder, then remove it, so that half of it is never taken for a damaged one.
+    """Rename a folder, then remove it, so that a partly removed one never counts as damaged.
 
     A folder that cannot be removed stays.
     """
@@ -194,9 +194,9 @@ def remove(path: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a killed attempt left in ``folder``; raises StorageError.
+    """Remove temporary files of a killed attempt from ``folder``; raises StorageError.
 
-    A folder that was set aside and not replaced gets its name back.
+    A folder that was set aside and not replaced is restored.
     """
     if not folder.is_dir():
         return

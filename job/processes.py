@@ -1,4 +1,4 @@
-"""The processes of one job: rank, world size, and which process is the main one. Loads no torch."""
+"""Rank, world size and main process of a job, without importing torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The command line: parse, validate, call."""
+"""Command line: parse, validate, call."""

@@ -1,4 +1,4 @@
-"""Open the images for ``slim``: some calibrate the cut, others with labels measure accuracy."""
+"""Images for ``slim``: one split calibrates the cut, a labelled one measures accuracy."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SCORE = ("validation", "evaluation", "testing", "training")
 class SlimImages:
     """Images of one data set: ``calibration`` and, if it has labels, ``scoring``.
 
-    ``scored`` is the name of the scoring split; ``unscored`` says why there is none. ``largest`` is
-    the largest side of any image, in pixels.
+    ``scored`` is the name of the scoring split; ``unscored`` is the reason if there is none.
+    ``largest`` is the largest side of any image, in pixels.
     """
 
     def __init__(self, data: Dataset, largest: int) -> None:
@@ -43,7 +43,7 @@ class SlimImages:
         self.unscored = f"{data.root} has no labels"
 
     def fit(self, card: ModelCard) -> None:
-        """Number the classes as the model does; drop the labels if its classes are others."""
+        """Number the classes as the model does; drop the labels if the classes do not match."""
         names, own = card.class_names, self.data.class_names
         if self.scoring is None:
             return
@@ -82,8 +82,8 @@ class SlimImages:
 def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) -> SlimImages:
     """Open and check the images in ``path``: a data set of any layout, or unlabelled images.
 
-    Without a validation split, a tenth of the training split is held out for scoring, in the same
-    way as MODEL's run did. Raises InputNotFound or DataError.
+    Without a validation split, a tenth of the training split is held out for scoring, as in MODEL's
+    run. Raises InputNotFound or DataError.
     """
     folder = Path(model.path)
     lineage = read_card(find_model(folder)).lineage if folder.is_dir() else Lineage()

@@ -19,8 +19,8 @@ NAMES_SHOWN = 12
 def in_classes_of(card: ModelCard, data: Dataset, split: Split) -> Split:
     """Return ``split`` of ``data`` with labels in the numbering of the model.
 
-    Classes with names are matched by name, numbered ones are left as they are. Raises DataError
-    for a class that the model does not have.
+    Named classes are matched by name; numbered classes are not changed. Raises DataError for a
+    class that the model does not have.
     """
     if not card.class_names or data.class_names == card.class_names:
         return split

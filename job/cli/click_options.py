@@ -1,4 +1,4 @@
-"""Click options made from the options that a dataclass declares, see ``job.options``."""
+"""Click options for the options that a dataclass declares; see ``job.options``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
 def click_options(record: type) -> Callable[[Any], Any]:
-    """Return a decorator that gives a command the options of ``record``, in order."""
+    """Return a decorator that adds the options of ``record`` to a command, in order."""
     hints, declared = get_type_hints(record), options_of(record)
 
     def decorate(function: Any) -> Any:
@@ -30,12 +30,12 @@ def click_options(record: type) -> Callable[[Any], Any]:
 
 
 def flag_of(name: str) -> str:
-    """Spell the option of a field as it is typed: ``--base-epochs``."""
+    """Return the flag of a field: ``--base-epochs``."""
     return "--" + name.replace("_", "-")
 
 
 def help_of(declared: Option) -> str:
-    """Return the help text, with the default where its value alone does not say it."""
+    """Return the help text, with the description of the default if there is one."""
     text = declared.default_text
     return f"{declared.help} Default: {text}." if text else declared.help
 
@@ -72,7 +72,7 @@ def type_of(name: str, hint: Any, declared: Option) -> click.ParamType[Any]:
 
 
 def _required(hint: Any) -> Any:
-    """Return the type of a value that is given: without None."""
+    """Return the type of ``hint`` without None."""
     members = [member for member in get_args(hint) if member is not NoneType]
     return members[0] if NoneType in get_args(hint) and len(members) == 1 else hint
 
@@ -82,7 +82,7 @@ def _whole(bound: float | None) -> int | None:
 
 
 def metavar_of(name: str, hint: Any, declared: Option) -> str | None:
-    """Return what the help calls the value of an option; None for one of several choices."""
+    """Return the metavar of an option in the help; None for a choice."""
     if declared.metavar:
         return declared.metavar
     kind = type_of(name, hint, declared)

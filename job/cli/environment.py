@@ -1,4 +1,4 @@
-"""Check GAMMASLIM_… variables: misspelt options are errors, other unused ones give a warning."""
+"""Check of GAMMASLIM_… variables: a misspelt option is an error, another unused one a warning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SERVICE = re.compile(r"_(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PR
 
 
 def check_environment(command: click.Command, ctx: click.Context) -> None:
-    """Raise ConfigError for a GAMMASLIM_<COMMAND>_… variable that is nearly that of an option.
+    """Raise ConfigError for a GAMMASLIM_<COMMAND>_… variable that nearly matches an option.
 
     Warn of other variables that nothing reads, once, on the main process.
     """

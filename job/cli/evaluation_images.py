@@ -1,4 +1,4 @@
-"""Open the images to run MODEL over: a split of --data, or of the data of MODEL's run."""
+"""Images for ``evaluate`` and ``predict``: a split of --data, or of the data of MODEL's run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """The images of one split, ``name``, which is the only one of ``data``."""
+    """Images of the split ``name``, the only split of ``data``."""
 
     data: Dataset
     name: str
@@ -52,20 +52,20 @@ class EvaluationImages:
 
     @property
     def numbers(self) -> list[int] | None:
-        """The numbers that are the whole names of the files; None unless all names are numbers."""
+        """Numbers of the files, e.g. 7 for 0007.jpg; None unless all names are distinct numbers."""
         stems = [Path(self.split.name(index)).stem for index in range(len(self.split))]
         numbers = [int(stem) for stem in stems if stem.isdecimal()]
         return numbers if len(set(numbers)) == len(stems) else None
 
     @property
     def split_of_numbers(self) -> bool:
-        """Whether this is a split of numbered files, as the homework's testing folder."""
+        """Whether the split has numbered files, like the homework's testing folder."""
         return has_numbered_files(self.data) and self.numbers is not None
 
     def ids(self) -> list[int]:
-        """Return the numbers of the files, or else their indices in the split.
+        """Return the numbers of the files, else their indices in the split.
 
-        Files that cannot be read count in the indices.
+        Unreadable files count in the indices.
         """
         if numbers := self.numbers:
             return numbers
@@ -83,10 +83,10 @@ def evaluation_workers(options: ScoringOptions, device: torch.device) -> int:
 def open_evaluation_images(
     model: ModelOptions, options: ScoringOptions, *, labelled: bool
 ) -> EvaluationImages:
-    """Open the images to run ``model`` over; unless ``labelled``, any folder of images will do.
+    """Open the images for ``model``; unless ``labelled``, any folder of images is accepted.
 
-    All images are checked first if the result depends on it: ``prune`` holds out a tenth of those
-    that can be read, and the preset of a weights file follows from the sizes of all. Raises
+    All images are checked first if the result depends on it: ``prune`` holds out a tenth of the
+    readable images, and the preset of a weights file depends on the sizes of all images. Raises
     InputNotFound, DataError or UsageError.
     """
     PreprocessingOptions.of(model).check()

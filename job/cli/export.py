@@ -1,4 +1,4 @@
-"""``export``: write MODEL for other programs."""
+"""``export``: write MODEL in the format of another program."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def export(model: ModelOptions, output: str, format: str | None = None) -> None:
-    """Write the network to ``output``, after the exported one is checked against it.
+    """Compare the exported network with the original one, and write it to ``output``.
 
-    By default the format follows from the suffix of ``output``; UsageError if they contradict each
-    other.
+    By default the format follows from the suffix of ``output``. Raises UsageError if ``format`` and
+    the suffix contradict each other.
     """
     format = format_of(Path(output), format)
     check_output(Path(output))

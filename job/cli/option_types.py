@@ -1,4 +1,4 @@
-"""Types of options whose values click's own types do not check."""
+"""Types of options that click does not provide."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Transform(click.ParamType):  # type: ignore[type-arg]
 
 
 class PerChannel(click.ParamType):  # type: ignore[type-arg]
-    """One number for all channels, or three; they may be separate words, see ``joined``."""
+    """One number for all channels, or three, possibly as separate words; see ``joined``."""
 
     name = "R G B"
 
@@ -183,7 +183,7 @@ class Crop(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
-# options with a form of their own, by field name; all others follow from their annotation
+# types by field name; the types of all other options follow from their annotations
 OPTION_TYPES: dict[str, click.ParamType[Any]] = {
     "split": SplitChoice(),
     "transform": Transform(),

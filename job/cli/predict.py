@@ -1,4 +1,4 @@
-"""``predict``: a row for each image, in file order."""
+"""``predict``: the class of each image, in file order."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ STDOUT = "-"
 def predict(model: ModelOptions, options: PredictOptions, output: str) -> None:
     """Write the class of each image to ``output``, or to standard output for ``-``.
 
-    A row holds the file, the name of its class and the probability; in the homework's ``kaggle``
-    format ``Id,Category``. An Id is the number that is the whole name of a file (7 for 0007.jpg)
-    if these differ, else the index of the image in the split.
+    A row has the file, the name of its class and the probability, or ``Id,Category`` in the
+    homework's ``kaggle`` format. The Id is the number of the file (7 for 0007.jpg) if all files
+    have distinct numbers, else the index of the image in the split.
     """
     accelerator = start(options.device, options.precision)
     if output != STDOUT:

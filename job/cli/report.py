@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def report(paths: Sequence[str], output: str | None, as_json: bool) -> None:
-    """Write the report of one run into its folder, or of several into the current one; print it.
+    """Print the report of one run or several; write it into the run folder or the current one.
 
     ``output`` is another file for the page; its figures are written next to it. Raises
     InputNotFound, OutputError, StorageError, or GammaslimError without matplotlib.
@@ -52,7 +52,7 @@ def report(paths: Sequence[str], output: str | None, as_json: bool) -> None:
 
 
 def _read_runs(paths: Sequence[str]) -> list[History]:
-    """Return the runs in ``paths``, each once."""
+    """Read the runs in ``paths``, without duplicates."""
     unique: dict[str, Path] = {}
     for path in paths:
         unique.setdefault(os.path.realpath(path), Path(path))

@@ -1,4 +1,4 @@
-"""``slim``: cut MODEL once, without training, with images to calibrate the cut or without."""
+"""``slim``: cut MODEL once, without training, with or without calibration images."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _allocation(options: SlimOptions) -> Allocation:
 def _new_folder(output: str) -> Path:
     """Return the folder to write; raise OutputError if it exists and is not empty."""
     folder = Path(output)
-    if folder.absolute() == Path.cwd():  # a complete folder takes its place
+    if folder.absolute() == Path.cwd():  # it would be replaced by another folder
         raise OutputError(f"--output {shown(output)!r} is the current folder: choose a new one")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"--output {shown(output)} exists already: choose another")
@@ -123,7 +123,7 @@ def _new_folder(output: str) -> Path:
 
 
 class _Tools:
-    """Calibrate and score networks with the images."""
+    """Calibration and scoring of networks with the images."""
 
     def __init__(
         self, images: SlimImages, card: ModelCard, accelerator: Accelerator, options: SlimOptions

@@ -1,1 +1,1 @@
-"""The report of a run: a page, figures, tables."""
+"""Report of a run: page, figures, tables."""

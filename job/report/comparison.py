@@ -18,7 +18,7 @@ COSTS = ("params", "macs", "bytes")  # what accuracy is compared against
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the (cost, accuracy) that no other beats in both, by rising cost."""
+    """Return the indices of the Pareto-optimal (cost, accuracy) pairs, by rising cost."""
     front, best = [], -math.inf
     for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if points[index][1] > best:
@@ -40,13 +40,13 @@ def pareto_models(histories: Sequence[History]) -> dict[str, list[tuple[int, int
 
 
 def run_names(histories: Sequence[History]) -> list[str]:
-    """Return a name for each run: its folder's, or the whole path where several share it."""
+    """Return the folder name of each run, or its whole path if several runs share the name."""
     count = Counter(history.name for history in histories)
     return [shown(h.path) if count[h.name] > 1 else h.name for h in histories]
 
 
 def comparison_caution(histories: Sequence[History]) -> str | None:
-    """Return a caution where accuracies are of different validation images."""
+    """Return a caution if the runs have different validation images, else None."""
     data = {
         (h.setting("dataset", "fingerprint"), h.setting("dataset", "validation"))
         for h in histories

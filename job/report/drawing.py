@@ -1,7 +1,7 @@
 """Set-up of matplotlib: no display, one style, and the same bytes for the same figure.
 
-matplotlib is imported when something is drawn, not before. It takes neither the user's style nor a
-home folder that can be written.
+matplotlib is imported when the first figure is drawn. It ignores the user's style and needs no
+writable home folder.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ S = TypeVar("S")
 class FigureSpec(Generic[S]):
     """A figure of a report: the file's name without ``.png``, a caption, and how to draw it.
 
-    ``applies`` says whether the subject, a run or several, has what the figure shows. ``bottom`` is
-    the margin below the axes, a fraction of the height.
+    ``applies`` returns whether the subject, one run or several, has the data that the figure shows.
+    ``bottom`` is the margin below the axes, a fraction of the height.
     """
 
     name: str
@@ -62,7 +62,7 @@ class DrawnFigure:
 
 
 def draw_figures(specs: Sequence[FigureSpec[S]], subject: S) -> list[DrawnFigure]:
-    """Draw those of ``specs`` that apply to ``subject``.
+    """Draw the figures of ``specs`` that apply to ``subject``.
 
     Raises GammaslimError when matplotlib cannot be imported.
     """
@@ -87,7 +87,7 @@ def _draw(figure_class: Any, spec: FigureSpec[S], subject: S) -> DrawnFigure:
 
 @contextmanager
 def _matplotlib() -> Iterator[Any]:
-    """Yield matplotlib's Figure class in the report's style, whatever the user's is."""
+    """Yield matplotlib's Figure class, in the style of the report."""
     try:
         with _quiet_import():
             import matplotlib
@@ -106,9 +106,9 @@ def _matplotlib() -> Iterator[Any]:
 
 @contextmanager
 def _quiet_import() -> Iterator[None]:
-    """Let matplotlib be imported whatever MPLBACKEND says, without messages of fonts and caches.
+    """Ignore MPLBACKEND and silence messages about fonts and caches while matplotlib is imported.
 
-    Where neither MPLCONFIGDIR nor the home folder can be written it takes a temporary folder.
+    matplotlib uses a temporary folder if neither MPLCONFIGDIR nor the home folder is writable.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     backend = os.environ.pop("MPLBACKEND", None)

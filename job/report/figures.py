@@ -1,4 +1,4 @@
-"""The figures of a report: one of a run, one of several runs. A new figure is an entry here."""
+"""Figures of one run and of several runs. To add a figure, add an entry to a table below."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
     from job.artifacts.history import History
 
-NAMED_RUNS = 10  # a legend names as many; of more runs there are only the numbers
-MOST_LABELS = 48  # ticks and marks that can still be read
+NAMED_RUNS = 10  # most runs that a legend names; more runs are only numbered
+MOST_LABELS = 48  # most labels that remain readable
 ACCURACY = "validation accuracy (%)"
 RING: dict[str, Any] = {"marker": "o", "markersize": 12, "fillstyle": "none"}
 
 
 @dataclass(frozen=True)
 class CostAxis:
-    """A cost as an axis shows it: in words, and the unit of its ticks."""
+    """Label of a cost axis, and the unit of its ticks."""
 
     words: str
     unit: str = ""
@@ -83,7 +83,7 @@ def draw_accuracy(axes: Axes, history: History, cost: str) -> None:
 
 
 def draw_curves(axes: Axes, history: History, metric: str) -> None:
-    """Draw the accuracy (``acc``) or ``loss`` of each epoch over the steps, the rounds marked."""
+    """Draw the accuracy (``acc``) or ``loss`` of each epoch over the steps, and mark the rounds."""
     steps: list[int] = []
     curves: dict[str, list[float]] = {"train": [], "valid": []}
     previous, factor = None, 100 if metric == "acc" else 1
@@ -109,7 +109,7 @@ def draw_curves(axes: Axes, history: History, metric: str) -> None:
 
 
 def draw_widths(axes: Axes, history: History) -> None:
-    """Draw the channels kept of each layer in front of those of the base."""
+    """Draw the kept channels of each layer over the channels of the base."""
     layers = history.layers
     edges = [number - 0.5 for number in range(len(layers) + 1)]
     axes.stairs([la.full for la in layers], edges, fill=True, color="#cccccc", label="base")
@@ -126,7 +126,7 @@ def draw_widths(axes: Axes, history: History) -> None:
 
 
 def draw_pareto(axes: Axes, histories: Sequence[History], cost: str) -> None:
-    """Draw accuracy against ``cost``: a line per run, and the front that no other model beats."""
+    """Draw accuracy against ``cost``: a line per run, and the Pareto front."""
     for number, history in enumerate(histories, start=1):
         if not history.rounds:
             continue

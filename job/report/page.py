@@ -1,7 +1,7 @@
-"""The HTML page of one run, or of several compared.
+"""HTML page of one run, or of several runs compared.
 
-The page holds its figures and loads nothing else. All text from files is escaped by the template,
-``report.html.j2``, and control characters are shown as escapes.
+The page contains its figures and loads nothing else. The template ``report.html.j2`` escapes all
+text from files, and shows control characters as escapes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COST_HEADINGS = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
 
 @dataclass(frozen=True)
 class HtmlTable:
-    """A table: the first ``left`` columns are flush left, the row ``best`` is marked."""
+    """Table whose first ``left`` columns are left-aligned and whose row ``best`` is marked."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -47,7 +47,7 @@ class HtmlTable:
 
 @dataclass(frozen=True)
 class Page:
-    """The content of a page in reading order; ``details`` are tables after the figures."""
+    """Content of a page in reading order; ``details`` holds the tables after the figures."""
 
     heading: str
     facts: tuple[str, ...]
@@ -58,7 +58,10 @@ class Page:
 
 
 def write_run_report(run: Path) -> None:
-    """Write ``run``/report.html and ``run``/figures as the run is now; raises GammaslimError."""
+    """Write ``run``/report.html and ``run``/figures for the present state of the run.
+
+    Raises GammaslimError.
+    """
     history = read_run(run)
     figures = draw_run(history)
     write_figures(run / "figures", figures)
@@ -190,5 +193,5 @@ def _template() -> jinja2.Template:
 
 
 def _show_controls(value: Any) -> Any:
-    """Return text with its control characters as escapes; markup of the template stays as it is."""
+    """Escape control characters in text; markup of the template is not changed."""
     return value if isinstance(value, Markup) else printable(str(value))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def epoch_line(width: float, epoch: EpochResult) -> str:
-    """Return the line of an epoch, in the form that users of the homework know."""
+    """Return the line of an epoch, in the homework's format."""
     return (
         f"rate {width:6.4f} epoch {epoch.epoch:>3d}: "
         f"train loss: {epoch.train_loss:6.4f}, acc {epoch.train_acc:6.4f} "
@@ -34,7 +34,7 @@ def describe_position(round_index: int, epoch: int, step: int) -> str:
 
 
 def rounds_table(rounds: Sequence[PlannedRound]) -> str:
-    """Return a line per round: width and costs, and after training the accuracies."""
+    """Return a table with a row per round: width and costs and, after training, accuracies."""
     trained = any(isinstance(entry, RoundRecord) for entry in rounds)
     scores = ("acc after cut", "acc tuned") if trained else ()
     header = ("round", "width", "channels", "params", "MACs", "bytes", *scores)
@@ -70,7 +70,7 @@ def run_overview(history: History) -> str:
 
 
 def comparison_table(histories: Sequence[History]) -> str:
-    """Return a line per run: its recommended model's costs, and accuracies."""
+    """Return a table with a row per run: costs and accuracies of its recommended model."""
     header = ("run", "state", "width", "params", "MACs", "bytes", "base", "acc", "points")
     rows = []
     for name, history in zip(run_names(histories), histories, strict=True):
@@ -85,7 +85,7 @@ def comparison_table(histories: Sequence[History]) -> str:
 
 
 def describe_state(history: History) -> str:
-    """Return the state in words, with the exit code, and where an unfinished run is."""
+    """Describe the state, the exit code, and the position of an unfinished run."""
     code, state = history.exit_code, history.state
     text = state + (f" (exit code {code})" if code else "")
     if history.position and state not in ("finished", "unknown"):
@@ -99,7 +99,7 @@ def format_points(change: float | None) -> str:
 
 
 def layers_table(layers: Sequence[LayerCost]) -> str:
-    """Return a line per layer: its channels and costs."""
+    """Return a table with a row per layer: its channels and costs."""
     header = ("layer", "kind", "in", "out", "params", "MACs")
     return table(
         header,
