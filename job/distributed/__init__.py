@@ -1,1 +1,1 @@
-"""Several processes as one job: collectives, launch, signals, stop requests, cores."""
+"""Run several processes as one job: collectives, launch, signals, stop requests, cores."""

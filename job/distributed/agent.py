@@ -1,4 +1,4 @@
-"""torch's elastic agent, with stop requests passed on and the processes' exit codes kept."""
+"""torch's elastic agent, extended to forward stop requests and to keep exit codes."""
 
 from __future__ import annotations
 
@@ -28,21 +28,23 @@ if TYPE_CHECKING:
 
     from job.distributed.topology import Nodes
 
-MEETING = 900  # seconds within which all nodes must have come
-GRACE = 50  # seconds that processes have to end by themselves
-FORCE = 5.0  # seconds between a second SIGINT and SIGKILL
+RENDEZVOUS_TIMEOUT = 900  # seconds within which all nodes must join
+SHUTDOWN_TIMEOUT = 50  # seconds within which the processes must end
+KILL_DELAY = 5.0  # seconds between a second SIGINT and SIGKILL
 
 
 class Agent(LocalElasticAgent):
-    """Starts the processes of one node, watches them, passes stop requests on to them."""
+    """Starts and monitors the processes of one node, and forwards stop requests to them."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        # only a signal to the agent itself that we do not take (SIGHUP, SIGQUIT) makes it wait so
-        known = inspect.signature(LocalElasticAgent.__init__).parameters
-        wait: dict[str, Any] = {"shutdown_timeout": GRACE} if "shutdown_timeout" in known else {}
+        # the agent waits that long only after a SIGHUP or SIGQUIT, which we do not handle
+        parameters = inspect.signature(LocalElasticAgent.__init__).parameters
+        wait: dict[str, Any] = {}
+        if "shutdown_timeout" in parameters:
+            wait["shutdown_timeout"] = SHUTDOWN_TIMEOUT
         super().__init__(spec, DefaultLogsSpecs(), **wait)
         self.pids: list[int] = []
-        self.asked: list[int] = []  # signals, in their order
+        self.asked: list[int] = []  # signals received, in order
         self._starting = threading.Lock()
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
@@ -51,38 +53,38 @@ class Agent(LocalElasticAgent):
             self.pids = list(started.values())
         return started
 
-    def pass_on(self, number: int) -> None:
-        """Give a stop request to every process; before there are any, end at once."""
+    def forward_signal(self, number: int) -> None:
+        """Send a stop request to every process; exit immediately if none is started yet."""
         with self._starting:
             self.asked.append(number)
             if not self.pids:
                 end_before_start()
             self._send(number)
         if self.asked.count(signal.SIGINT) > 1:
-            time.sleep(FORCE)
+            time.sleep(KILL_DELAY)
             self._send(signal.SIGKILL)
 
     def _send(self, number: int) -> None:
         for pid in self.pids:
             try:
                 os.kill(pid, number)
-            except ProcessLookupError:  # it has ended by itself
+            except ProcessLookupError:  # it has already ended
                 continue
 
 
 def run_agent(command: Sequence[str], nproc: int, nodes: Nodes) -> int:
-    """Run ``command`` in ``nproc`` processes of this node; returns their exit code.
+    """Run ``command`` in ``nproc`` processes of this node; return their exit code.
 
     Raises GammaslimError when the nodes do not find each other.
     """
-    logging.disable(logging.ERROR)  # the processes say themselves what is wrong
+    logging.disable(logging.ERROR)  # the processes report their own errors
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     spec = WorkerSpec(
         role="gammaslim",
         local_world_size=nproc,
         entrypoint=command[0],
         args=tuple(command[1:]),
-        rdzv_handler=rendezvous.get_rendezvous_handler(_meeting(nodes)),
+        rdzv_handler=rendezvous.get_rendezvous_handler(_rendezvous_parameters(nodes)),
         max_restarts=0,
         monitor_interval=0.1,
         master_addr=nodes.address if nodes.count > 1 else None,
@@ -90,12 +92,12 @@ def run_agent(command: Sequence[str], nproc: int, nodes: Nodes) -> int:
         local_addr="127.0.0.1" if nodes.count == 1 else None,
     )
     agent = Agent(spec)
-    with answering(agent.pass_on):
+    with answering(agent.forward_signal):
         try:
             result = agent.run()
         except SignalException as error:
             raise StopRequest(f"stopped by {error.sigval.name}") from None
-        except (RuntimeError, OSError) as error:  # torch's own are RuntimeErrors
+        except (RuntimeError, OSError) as error:  # torch's rendezvous errors are RuntimeErrors
             raise GammaslimError(
                 f"the {nodes.count} nodes did not find each other at {nodes.address}:{nodes.port}: "
                 f"{str(error).splitlines()[0]}"
@@ -105,11 +107,11 @@ def run_agent(command: Sequence[str], nproc: int, nodes: Nodes) -> int:
     return _exit_code(list(result.failures.values()), agent.asked) if result.is_failed() else 0
 
 
-def _meeting(nodes: Nodes) -> RendezvousParameters:
+def _rendezvous_parameters(nodes: Nodes) -> RendezvousParameters:
     count = nodes.count
-    shared: dict[str, Any] = {"min_nodes": count, "max_nodes": count, "timeout": MEETING}
+    shared: dict[str, Any] = {"min_nodes": count, "max_nodes": count, "timeout": RENDEZVOUS_TIMEOUT}
     if count == 1:
-        # c10d finds a free port of this host by itself
+        # c10d finds a free port of this host
         shared |= {"local_addr": "127.0.0.1", "is_host": True}
         return RendezvousParameters("c10d", "127.0.0.1:0", uuid.uuid4().hex, **shared)
     address = f"{nodes.address}:{nodes.port}"
@@ -117,15 +119,15 @@ def _meeting(nodes: Nodes) -> RendezvousParameters:
 
 
 def _exit_code(failures: list[ProcessFailure], asked: list[int]) -> int:
-    """The code of the process that failed first; one that was killed is said, and is 1."""
+    """Return the exit code of the first process that failed; report a killed one, with code 1."""
     stopped = {StopRequest.exit_code, -signal.SIGKILL, *(-number for number in asked)}
     if asked and all(failure.exitcode in stopped for failure in failures):
-        if all(failure.exitcode < 0 for failure in failures):  # before they could say so
+        if all(failure.exitcode < 0 for failure in failures):  # before they could report it
             print_error(TOO_EARLY)
         return StopRequest.exit_code
 
     def order(failure: ProcessFailure) -> tuple[int, int]:
-        # the agent's SIGTERM ends the others with 75, or by itself; a lost connection with 1
+        # the other processes end with 75 or by SIGTERM from the agent; a lost connection gives 1
         consequence = not asked and failure.exitcode in (StopRequest.exit_code, -signal.SIGTERM)
         return 2 if consequence else int(failure.exitcode == 1), failure.timestamp
 
@@ -133,7 +135,7 @@ def _exit_code(failures: list[ProcessFailure], asked: list[int]) -> int:
     if first.exitcode > 0:
         return int(first.exitcode)
     name = signal.Signals(-first.exitcode).name
-    reason = " (out of memory, or by hand)" if name == "SIGKILL" else ""
+    reason = " (out of memory, or manually)" if name == "SIGKILL" else ""
     print_error(
         f"process {first.local_rank} of this node was killed by {name}{reason}; "
         "run the same command to resume"

@@ -1,4 +1,4 @@
-"""What the processes of one job share: broadcasts, sums, the main process's errors."""
+"""Collective operations: joining a job, sums, and work on the main process with its errors."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # longest time that a process may wait for others in a collective
-SILENCE = timedelta(minutes=5)  # longest time without a sign of life from a main process at work
-SIGNS = 30  # that it gives in the time after which it would be missed
+TIMEOUT = timedelta(minutes=30)  # longest wait for other processes in a collective
+SILENCE = timedelta(minutes=5)  # longest wait for a heartbeat of a working main process
+HEARTBEATS = 30  # heartbeats within SILENCE
 _WORKING, _DONE = range(2)
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -42,17 +42,17 @@ def start(device: str, precision: str) -> Accelerator:
     if cpu and precision == "fp16":
         raise UsageError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     if cpu:
-        # without it Accelerate makes worlds of one from what torchrun starts on a CPU
+        # without it, Accelerate gives each process that torchrun starts on a CPU a world of one
         os.environ["ACCELERATE_USE_CPU"] = "true"
         _keep_freed_memory()
-    # torch 2.14 renames it, Accelerate's handler does not know the new name yet
+    # torch 2.14 renames the argument; Accelerate still uses the old name
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
     with starting():
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=_mixed_precision(precision, cpu),
             kwargs_handlers=[
-                # every rank computes the same BatchNorm statistics, or averages them itself
+                # BatchNorm statistics are the same on every rank, or averaged by the trainer
                 DistributedDataParallelKwargs(
                     broadcast_buffers=False, gradient_as_bucket_view=True
                 ),
@@ -71,16 +71,16 @@ def start(device: str, precision: str) -> Accelerator:
 
 
 class _Gloo:
-    group: Any = None  # None: the default one is gloo's
+    group: Any = None  # None: the default group uses gloo
 
 
 def gloo_group() -> Any:
-    """The group of all processes for what is on CPUs: no GPU waits for that."""
+    """Return the gloo group of all processes, for CPU tensors and objects."""
     return _Gloo.group
 
 
 def _check_variables() -> None:
-    """Raise ConfigError where a launcher's variable is no number; others would only trip on it."""
+    """Raise ConfigError when a launcher's environment variable is not a whole number."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         value = os.environ.get(name, "0")
         if not (value.isascii() and value.isdigit()):
@@ -99,7 +99,7 @@ def _mixed_precision(precision: str, cpu: bool) -> str:
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc to keep big blocks: half of a CPU step is page faults on fresh activations."""
+    """Make glibc keep large freed blocks: page faults otherwise take half of a CPU step."""
     import ctypes
 
     try:
@@ -111,12 +111,12 @@ def _keep_freed_memory() -> None:
 
 
 def leave() -> None:
-    """End the loader's workers and part from the other processes.
+    """Kill the loader's workers and leave the process group.
 
-    Workers ignore SIGTERM, so an exit that only asks them would wait for ever; and so would the end
-    of a group of gloo's, for a collective that another process has not joined.
+    Workers ignore SIGTERM, and an exit that waits for them would wait forever. A gloo group is not
+    destroyed: that waits forever for a collective that another process has not joined.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each killed worker
     for child in multiprocessing.active_children():
         child.kill()
     if dist.is_initialized() and dist.get_backend() != "gloo":
@@ -124,12 +124,12 @@ def leave() -> None:
 
 
 def lost_others(error: RuntimeError) -> bool:
-    """Whether ``error`` says that another process has gone, which has the reason."""
+    """Return whether ``error`` means that another process, which reports the cause, has ended."""
     return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def accelerator_name(accelerator: Accelerator) -> str:
-    """How many processes on what, at which precision."""
+    """Describe the processes, the device and the precision: ``2 processes, cuda, bf16``."""
     count = f"{world_size()} processes" if world_size() > 1 else "1 process"
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     return f"{count}, {accelerator.device.type}, {precision}"
@@ -138,13 +138,13 @@ def accelerator_name(accelerator: Accelerator) -> str:
 def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
     """Run ``work`` on the main process and give every process its result.
 
-    With ``interrupt`` a request to stop interrupts it: for long work that writes nothing.
+    With ``interrupt`` a stop request interrupts ``work``: for long work that writes nothing.
 
-    The others wait for as long as the main process is alive, whatever TIMEOUT is: one that dies
-    closes its connections, one whose machine is gone gives no sign of life for SILENCE.
+    The other processes wait as long as the main process is alive, even beyond TIMEOUT. A main
+    process that dies closes its connections; without a heartbeat for SILENCE it counts as lost.
 
-    An error that ``work`` raises there is raised everywhere, so that nobody waits for ever; on the
-    other processes it is marked ``reported``, since the main one prints it.
+    An error of ``work`` is raised on every process. On all but the main process, which prints it,
+    it is marked ``reported``.
     """
     if interrupt:
         return on_main(lambda: _interruptibly(work))
@@ -153,13 +153,13 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
     outcome: list[Any] = [None, None]
     failure: BaseException | None = None
     if is_main():
-        with _signs_of_life():
+        with _heartbeats():
             try:
                 outcome[0] = work()
             except BaseException as error:
                 failure = error
                 outcome[1] = (_shared_kind(error), str(error))
-        _tell(_DONE)
+        _broadcast_sign(_DONE)
     else:
         _wait_for_main()
     try:
@@ -167,7 +167,7 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         if not is_main():
             raise
-        failure = UsageError(  # of all that is shared only a network is others' code
+        failure = UsageError(  # only a network contains the user's classes
             f"several processes need a network that can be pickled: {error}; define its classes "
             "and functions at the top level of a module, or use one process"
         )
@@ -190,16 +190,16 @@ def _interruptibly(work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _signs_of_life() -> Iterator[None]:
-    """Tell the others every few seconds that this process is at work, from a thread."""
+def _heartbeats() -> Iterator[None]:
+    """Send heartbeats to the other processes from a thread, HEARTBEATS within SILENCE."""
     done = threading.Event()
-    pause = min(SILENCE, TIMEOUT).total_seconds() / SIGNS
+    interval = min(SILENCE, TIMEOUT).total_seconds() / HEARTBEATS
 
     def beat() -> None:
-        while not done.wait(pause):
+        while not done.wait(interval):
             try:
-                _tell(_WORKING)
-            except RuntimeError:  # another process is gone: the next collective says so
+                _broadcast_sign(_WORKING)
+            except RuntimeError:  # another process has ended: the next collective raises
                 return
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -211,12 +211,12 @@ def _signs_of_life() -> Iterator[None]:
         thread.join()
 
 
-def _tell(sign: int) -> None:
+def _broadcast_sign(sign: int) -> None:
     dist.broadcast(torch.tensor(sign), 0, group=gloo_group())
 
 
 def _wait_for_main() -> None:
-    """Return when the main process is done; raises GammaslimError when it is silent."""
+    """Wait until the main process is done; raise GammaslimError without a heartbeat for SILENCE."""
     sign = torch.tensor(_WORKING)
     while int(sign) == _WORKING:
         waiting = dist.broadcast(sign, 0, group=gloo_group(), async_op=True)
@@ -233,7 +233,7 @@ def _wait_for_main() -> None:
 
 
 def _shared_kind(error: BaseException) -> type[GammaslimError]:
-    """What the other processes raise for the main one's ``error``: the same exit code."""
+    """Return the exception class, of the same exit code, that the other processes raise."""
     if isinstance(error, GammaslimError):
         return type(error)
     if isinstance(error, KeyboardInterrupt):
@@ -242,16 +242,16 @@ def _shared_kind(error: BaseException) -> type[GammaslimError]:
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """The sum of ``values`` over all processes, in place."""
+    """Sum ``values`` over all processes, in place, and return them."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes of a state dict."""
+    """Return the SHA-256 of the names, shapes and bytes of a state dict."""
     sha = hashlib.sha256()
-    for key, value in sorted(state.items()):  # safetensors gives them in any order
+    for key, value in sorted(state.items()):  # safetensors does not keep the order
         sha.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

@@ -1,4 +1,4 @@
-"""How many processor cores this process may use, and how its threads share and await them."""
+"""Count the processor cores of this process, and configure its OpenMP threads."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ if TYPE_CHECKING:
 
 OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 QUOTAS = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))  # microseconds: cgroup v2, v1
-# Threads that wait for each other spin for milliseconds by default and take the cores from the
-# threads that they wait for, unless the machine is idle. A thousand turns are some microseconds:
-# as fast on an idle machine, where no turn at all costs a third (README, Several processes).
+# By default waiting threads spin for milliseconds. On a busy machine they then block the threads
+# that they wait for. A thousand spins take some microseconds and cost nothing on an idle machine;
+# no spins at all cost a third there (README, Several processes).
 PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 _set_here: dict[str, str] = {}
 
 
 def available_cores() -> int:
-    """Cores by affinity (Slurm sets it), or by the CPU limit of a container where that is less."""
+    """Return the cores of the CPU affinity, which Slurm sets, or of a lower container limit."""
     return max(1, min(len(os.sched_getaffinity(0)), *_limits()))
 
 
 def set_thread_variables(processes: int | None = None) -> None:
-    """Give OpenMP's threads a share of the cores, and have them wait without spinning.
+    """Limit OpenMP to a share of the cores, and stop its waiting threads from spinning.
 
     Call it before torch is imported, which reads these variables once. The cores are shared by
-    ``processes``, by default as many as the launcher started here. Variables that the user has set
-    stay as they are.
+    ``processes``, by default the processes that the launcher started on this node. Variables set
+    by the user are kept.
     """
     started = os.environ.get("LOCAL_WORLD_SIZE", "")
     processes = processes or int(started if started.isdecimal() else 1) or 1
@@ -41,12 +41,12 @@ def set_thread_variables(processes: int | None = None) -> None:
 
 
 def given_environ() -> dict[str, str]:
-    """The environment without what ``set_thread_variables`` has set: for a successor's own."""
+    """Return the environment without the variables that ``set_thread_variables`` has set."""
     return {name: value for name, value in os.environ.items() if _set_here.get(name) != value}
 
 
 def _limits() -> Iterator[int]:
-    """CPU limits in cores, rounded up, of this process's cgroups and those above them."""
+    """Yield the CPU limits, in cores rounded up, of this process's cgroups and their parents."""
     for folder in _cgroups():
         for files in QUOTAS:
             try:

@@ -1,4 +1,4 @@
-"""Start the processes of one node, by ``launch`` or where another launcher starts too few."""
+"""Start the processes of one node, for ``launch`` or a launcher that starts too few."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def launch(command: Sequence[str], nproc: int | None, nodes: Nodes) -> int:
     """Run ``gammaslim COMMAND`` in ``nproc`` processes of this node; return its exit code.
 
-    The default is one process for each GPU, and one on a CPU, whose cores one process uses best.
+    The default is one process per GPU, or one process on a CPU, which uses all cores.
     torch's elastic agent starts and watches them. Raises GammaslimError or StopRequest.
     """
     with starting():
@@ -39,7 +39,7 @@ def launch(command: Sequence[str], nproc: int | None, nodes: Nodes) -> int:
 
 
 def _default_nproc() -> int:
-    """Return the number of GPUs that torch sees or, where it sees none, that were given."""
+    """Return the number of GPUs that torch detects or, if it detects none, that were allocated."""
     import torch
 
     seen, (launcher, given) = torch.cuda.device_count(), given_gpus(os.environ)
@@ -54,13 +54,13 @@ def _default_nproc() -> int:
 def ensure_processes() -> None:
     """On a CPU, start N processes for ``accelerate launch --num_processes N``; may not return.
 
-    Without GPUs Accelerate's simple launcher starts one process for any N (version 1.15), and all
-    accuracies are those of a world of one. This process then becomes a ``launch`` of N.
+    Without GPUs Accelerate's simple launcher starts a single process for any N (version 1.15).
+    This process then becomes a ``launch`` of N processes.
     """
     if "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return  # there is no launcher
-    # not every launcher passes signals on: accelerate's and torch's leave their processes running
-    # after a SIGUSR1 or SIGKILL
+    # not every launcher forwards signals: after a SIGUSR1 or SIGKILL the processes of
+    # accelerate and torchrun continue to run
     end_with_parent(signal.SIGTERM)
     if "RANK" in os.environ:
         return
@@ -101,7 +101,7 @@ def _accelerate_processes(command: list[str]) -> int:
 
 
 def _launch_options(command: list[str]) -> list[str] | None:
-    """Return what follows ``accelerate launch`` or ``accelerate-launch``, after an interpreter."""
+    """Return the arguments of ``accelerate launch`` or ``accelerate-launch``; None for others."""
     for start, part in enumerate(command[:4]):
         name = Path(part).name
         if name in ("accelerate-launch", "accelerate.commands.launch"):

@@ -1,6 +1,6 @@
-"""Signals that request a stop, and what one does to this process at present.
+"""Stop requests by signal, and the mode that determines their effect.
 
-A request is SIGTERM, SIGINT, SIGUSR1 or SIGUSR2. What it does depends on the mode:
+SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 request a stop. The effect depends on the mode:
 
     Python's own ──listen()──► INTERRUPT ──ignore_requests()──► IGNORED
                                  │
@@ -16,8 +16,8 @@ A request is SIGTERM, SIGINT, SIGUSR1 or SIGUSR2. What it does depends on the mo
     IMMEDIATE  answer from a thread, also while the main thread waits in C++
     IGNORED    do nothing: the process is ending already
 
-A ``with`` block returns to the mode before it. Loads no torch: requests count from a command's
-first moment.
+A ``with`` block restores the previous mode. This module does not import torch: a command handles
+requests from its start.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ TOO_EARLY = "stopped by request before it began"
 
 
 class _State:
-    """The state of this process: whether a stop is requested, and whether a request interrupts."""
+    """Whether a stop of this process is requested, and whether a request interrupts it."""
 
     requested = False
     interrupts = True
 
 
 def listen() -> None:
-    """Take the four signals as requests to stop, from Python's own mode to INTERRUPT.
+    """Install the handlers of the four signals, in mode INTERRUPT.
 
-    SIGINT too, which a script's background jobs ignore. A signal that was blocked by ``become``
-    interrupts now.
+    Includes SIGINT, which the background jobs of a script ignore by default. A signal that
+    ``become`` blocked interrupts now.
     """
     for number in SIGNALS:
         signal.signal(number, _on_signal)
@@ -66,7 +66,7 @@ def _on_signal(number: int, _frame: Any) -> None:
 
 
 def request_stop() -> None:
-    """Note that this process is requested to stop, as a signal does; interrupts nothing."""
+    """Request this process to stop, without interrupting it."""
     _State.requested = True
 
 
@@ -76,13 +76,13 @@ def stop_requested() -> bool:
 
 
 def become(program: list[str]) -> NoReturn:
-    """Run ``program`` in place of this one; a request in between waits for its ``listen``."""
+    """Replace this process by ``program``; requests are blocked until it calls ``listen``."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.execve(program[0], program, given_environ())
 
 
 def ignore_requests() -> None:
-    """Ignore the four signals: the process is ending, and its launcher may send it one more."""
+    """Ignore the four signals: the process is ending and may receive another one."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -105,13 +105,13 @@ def _interrupts(value: bool) -> Iterator[None]:
 
 
 def deferred() -> AbstractContextManager[None]:
-    """Return a context in which a request only sets a flag, which the next poll finds."""
+    """Return a context in which a request only sets a flag, for the next poll."""
     return _interrupts(False)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within ``deferred``, let a request interrupt; one that came earlier interrupts now."""
+    """Let a request interrupt within ``deferred``; a pending one interrupts immediately."""
     with _interrupts(True):
         if _State.requested:
             raise KeyboardInterrupt
@@ -120,9 +120,9 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def answering(answer: Callable[[int], None]) -> Iterator[None]:
-    """Call ``answer`` with each signal's number from a thread, in place of Python's handlers.
+    """Call ``answer`` with the number of each signal, from a thread.
 
-    Those run between bytecodes, hence not while torch waits in C++ for other processes.
+    Python's handlers run between bytecodes, not while torch waits in C++ for other processes.
     """
     handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     read, write = os.pipe()
@@ -149,15 +149,15 @@ def answering(answer: Callable[[int], None]) -> Iterator[None]:
 
 
 def starting() -> AbstractContextManager[None]:
-    """Return a context for imports and for joining other processes: a request ends this process.
+    """Return a context for start-up, in which a request ends this process.
 
-    There is nothing to save yet, and torch's initialisation takes no exception.
+    There is nothing to save yet, and torch's initialisation cannot be interrupted safely.
     """
     return answering(end_before_start)
 
 
 def end_before_start(_number: int = 0) -> None:
-    """End this process, which has nothing to save, from any thread."""
+    """Exit immediately, from any thread; there is nothing to save yet."""
     if is_main():
         os.write(2, f"Error: {TOO_EARLY}\n".encode())
     os._exit(StopRequest.exit_code)

@@ -1,4 +1,4 @@
-"""Stop requests, from signals or a STOP file, that all processes answer at the same step."""
+"""Stop requests, by signal or STOP file, that all processes handle at the same step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from job.processes import is_main, world_size
 if TYPE_CHECKING:
     from pathlib import Path
 
-FILE_INTERVAL = 1.0  # seconds between looks for the STOP file: shared storage is slow
+FILE_INTERVAL = 1.0  # seconds between checks for the STOP file: shared storage is slow
 NOTHING, SAVE, STOP = range(3)
 
 
 class Watch:
-    """Whether to stop or to save now. ``poll`` is collective.
+    """Decides when to stop and when to save. ``poll`` is collective.
 
-    Every process calls it at the same places and gets the same answer.
+    Every process calls it at the same points and gets the same answer.
     """
 
     def __init__(self, stop_file: Path, save_every: float) -> None:
@@ -33,7 +33,7 @@ class Watch:
         self._old = self._identity()
 
     def follow(self, stop_file: Path) -> None:
-        """Look for this file from now on; one that exists now is an earlier request."""
+        """Watch ``stop_file`` from now on; a file that exists already is an old request."""
         if stop_file != self.stop_file:
             self.stop_file = stop_file
             self._old = self._identity()
@@ -46,16 +46,16 @@ class Watch:
         return status.st_ino, status.st_mtime_ns
 
     def forget_old_request(self) -> None:
-        """Remove a STOP file that an earlier attempt left; a newer one stays and counts.
+        """Remove the STOP file of an earlier attempt; a newer one is kept and counts.
 
-        The main process calls it once it holds the run's lock.
+        The main process calls this once it holds the run's lock.
         """
         if self._old and self._identity() == self._old:
             with suppress(OSError):
                 self.stop_file.unlink(missing_ok=True)
 
     def saved(self) -> None:
-        """Restart the time to the next save."""
+        """Restart the interval until the next save."""
         self._saved = time.monotonic()
 
     def requested_here(self) -> bool:
@@ -66,7 +66,7 @@ class Watch:
             identity = self._identity()
             if identity is not None and identity != self._old:
                 request_stop()
-        return stop_requested()  # a signal may have come meanwhile
+        return stop_requested()  # a signal may have arrived meanwhile
 
     def poll(self) -> int:
         """Return NOTHING, SAVE (``save_every`` seconds have passed) or STOP, on every process."""
@@ -80,7 +80,7 @@ class Watch:
         return answer
 
     def check(self) -> None:
-        """Raise StopRequest on every process when one was requested to stop; collective."""
+        """Raise StopRequest on every process when a stop is requested; collective."""
         if self.poll() == STOP:
             raise StopRequest("stopped by request")
 

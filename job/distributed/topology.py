@@ -1,7 +1,7 @@
 """The nodes of a job: their number, which one this is, and the address of node 0.
 
-The options of ``gammaslim launch`` say it, else what starts it on each node. ``LAUNCHERS`` is the
-table of those; a new one is an entry there.
+The options of ``gammaslim launch`` take precedence over the environment variables of a launcher.
+``LAUNCHERS`` is the table of launchers; to add one, add an entry.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def _unknown(_environ: Environ) -> None:
 
 @dataclass(frozen=True)
 class Launcher:
-    """What a program that starts a process on each node tells it in environment variables.
+    """The environment variables of a program that starts a process on each node.
 
-    Each function returns None for what is not told, and raises UsageError for what is invalid.
-    ``gpus`` counts those that the job was given on this node.
+    Each function returns None for an unknown value and raises UsageError for an invalid one.
+    ``gpus`` is the number of GPUs of this node that are allocated to the job.
     """
 
     count: Callable[[Environ], int | None] = _unknown
@@ -58,7 +58,7 @@ def find_nodes(
     address: str | None = None,
     port: int | None = None,
 ) -> Nodes:
-    """Return the nodes of this job, each value from the options or else the first launcher.
+    """Return the nodes of this job, each value from its option or the first launcher that sets it.
 
     Raises UsageError for a value that is missing or invalid.
     """
@@ -82,7 +82,7 @@ def find_nodes(
 
 
 def given_gpus(environ: Environ) -> tuple[str, int]:
-    """Return the launcher that gave GPUs of this node to the job, and their number; 0: unknown."""
+    """Return the launcher that allocated GPUs of this node, and their number; 0 if unknown."""
     for name, launcher in LAUNCHERS.items():
         if count := launcher.gpus(environ):
             return name, count
@@ -115,7 +115,7 @@ def _number_in(*names: str) -> Callable[[Environ], int | None]:
 
 
 def _slurm_count(environ: Environ) -> int | None:
-    """Nodes of the step; unknown in the batch script itself, which is not on every node."""
+    """Return the nodes of the step; None in the batch script, which runs on one node only."""
     count = _number(environ, "SLURM_STEP_NUM_NODES")
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS") or count
     if count and tasks != count:
@@ -135,13 +135,13 @@ def _slurm_port(environ: Environ) -> int:
 
 
 def _slurm_first_host(environ: Environ) -> str | None:
-    """Return the first host of a list: ``a03-b`` of ``a[03-05,7]-b,c``."""
+    """Return the first host of the node list: ``a03-b`` for ``a[03-05,7]-b,c``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", environ.get("SLURM_STEP_NODELIST", ""))
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else None
 
 
 def _first_pod(environ: Environ) -> str | None:
-    """Return the host of pod 0, in the domain of this pod, whose name is ``JOB-INDEX``."""
+    """Return the host of pod 0, in the domain of this pod, which is named ``JOB-INDEX``."""
     index, host = environ.get("JOB_COMPLETION_INDEX"), socket.gethostname()
     if not index or not host.endswith(f"-{index}"):
         return None
@@ -164,7 +164,7 @@ LAUNCHERS = {
         port=_in_slurm_step(_slurm_port),
         gpus=_in_slurm_step(lambda environ: _number(environ, "SLURM_GPUS_ON_NODE") or 0),
     ),
-    # the number of pods is told by NNODES
+    # NNODES is the number of pods
     "a Kubernetes Indexed Job": Launcher(
         rank=_number_in("JOB_COMPLETION_INDEX"),
         address=_first_pod,

@@ -1,1 +1,1 @@
-"""Weights & Biases: the numbers of a run on a dashboard."""
+"""Log the numbers of a run to a Weights & Biases dashboard."""

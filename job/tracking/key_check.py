@@ -1,7 +1,8 @@
-"""Check whether W&B can be used online from here: a program, run in a process of its own.
+"""Check whether W&B can be used online: a program that runs in a separate process.
 
-Prints a JSON object: ``server`` and either ``user`` or a ``kind``: "none" (no key is configured)
-or, with the ``problem``, "key" (the server rejects it) or "server" (it fails, or does not answer).
+Prints a JSON object with ``server`` and either ``user`` or a ``kind`` of failure. The kind is
+"none" when no key is configured, "key" when the server rejects the key, and "server" when the
+server fails or does not answer. The last two come with a ``problem``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ TIMEOUT = 5.0  # seconds
 
 
 def main() -> None:
-    """Print the answer; what W&B prints goes to /dev/null, and it finds no terminal to ask on."""
+    """Print the answer.
+
+    The standard streams are /dev/null for W&B: its output is dropped and it cannot prompt.
+    """
     answers = os.fdopen(os.dup(1), "w")
-    nothing = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
-        os.dup2(nothing, standard)
-    os.environ["WANDB_MODE"] = "online"  # W&B verifies no key while it is offline
+        os.dup2(null, standard)
+    os.environ["WANDB_MODE"] = "online"  # W&B does not verify a key in offline mode
     import wandb
 
     server = str(wandb.setup().settings.base_url).rstrip("/")
@@ -33,7 +37,7 @@ def _check(server: str) -> dict[str, str]:
     import wandb
 
     try:
-        wandb.login(verify=False)  # without a key there is nothing to ask the server
+        wandb.login(verify=False)  # raises without a key; no request is sent
         if problem := _server_problem(server):
             return {"kind": "server", "problem": problem}
         wandb.login(verify=True)
@@ -45,14 +49,14 @@ def _check(server: str) -> dict[str, str]:
 
 
 def _server_problem(server: str) -> str:
-    """Return why the server cannot be used, or "".
+    """Return why the server cannot be used, or "" if it can.
 
-    Asked beforehand, since W&B raises one kind of error for a server that fails and for a key that
-    is rejected.
+    Called before the key is verified: W&B raises the same error for a failing server and for a
+    rejected key.
     """
     try:
         urllib.request.urlopen(f"{server}/graphql", timeout=TIMEOUT).close()
-    except urllib.error.HTTPError as error:  # a question without a key is not answered with 200
+    except urllib.error.HTTPError as error:  # a request without a key gets no 200
         return f"{server} answers with status {error.code}" if error.code >= 500 else ""
     except (OSError, ValueError) as error:  # URLError is an OSError
         return f"{server} cannot be reached: {getattr(error, 'reason', error)}"

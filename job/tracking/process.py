@@ -1,8 +1,8 @@
-"""The process that talks to W&B: what W&B waits for, prints, or hooks into stays in here.
+"""The W&B process: isolates the job from W&B's waits, output and hooks.
 
-Started by job.tracking.tracker as a file: it needs nothing of the package. Reads JSON lines: how
-to begin, then ``log``, ``round`` and ``finish`` events. Writes JSON lines: ``begun`` or
-``failed``, then ``warning``. All settings are W&B's own environment variables.
+`job.tracking.tracker` starts it as a file; it imports nothing from the package. It reads JSON
+lines: the settings, then ``log``, ``round`` and ``finish`` events. It writes JSON lines: a
+``folder`` or ``failed``, then warnings. W&B itself is configured by its environment variables.
 """
 
 from __future__ import annotations
@@ -18,61 +18,61 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-LAST_WORDS = 45.0  # seconds after the last event in which the process ends, whatever W&B does
-UPLOADS = 3.0  # of them, for what W&B's server is still to say about artifacts
+FINAL_SYNC = 45.0  # seconds after the last event; then the process exits, whatever W&B does
+UPLOAD_WAIT = 3.0  # seconds of FINAL_SYNC to wait for artifact uploads
 
 
 def main() -> None:
-    """Begin a W&B run, tell it what the job says, and end it when the job does."""
-    orders, replies = _take_pipes()
-    order = json.loads(orders.readline())
-    sys.argv = order["argv"]  # W&B shows it as the run's command
+    """Start a W&B run, log the job's events to it, and end it when the job ends."""
+    events, replies = _take_pipes()
+    settings = json.loads(events.readline())
+    sys.argv = settings["argv"]  # W&B shows it as the run's command
     try:
-        run = _begin(order)
+        run = _start_run(settings)
     except Exception as error:  # wandb raises its own, requests' and protobuf's errors
-        _reply(replies, failed=_reason(error), mode=order["mode"])
+        _reply(replies, failed=_reason(error), mode=settings["mode"])
         os._exit(1)
-    folder = os.path.dirname(run.dir)  # noqa: PTH120  (as it was given: "." is kept)
-    _reply(replies, begun=folder, mode=order["mode"], url=run.url or "")
-    follower = Follower(run, replies)
-    for line in orders:
+    folder = os.path.dirname(run.dir)  # noqa: PTH120  (keeps "." in the path)
+    _reply(replies, folder=folder, mode=settings["mode"], url=run.url or "")
+    run_logger = RunLogger(run, replies)
+    for line in events:
         event = json.loads(line)
         if event.pop("event") == "finish":
-            follower.finish(**event)
+            run_logger.finish(**event)
             break
-        follower.follow(**event)
+        run_logger.log(**event)
     else:  # the job was killed
-        follower.finish({}, exit_code=1, again=False)
+        run_logger.finish({}, exit_code=1, preempted=False)
 
 
-class Follower:
-    """Hands events to the W&B run. What fails is said once, and the rest goes on."""
+class RunLogger:
+    """Logs events to the W&B run. Reports the first failure and continues after every one."""
 
     def __init__(self, run: Any, replies: IO[str]) -> None:
         self.run, self.replies = run, replies
-        self.said = False
-        # W&B asks its server about each artifact, a table too, and waits: numbers must not
+        self.warned = False
+        # W&B waits for its server at each artifact or table; scalar values must not wait with it
         self.uploads = ThreadPoolExecutor(1)
 
-    def follow(self, values: dict[str, Any], **more: Any) -> None:
-        """Log ``values``; of a round also histograms (counts, edges), a table and the model."""
-        histograms = more.get("histograms", {})
+    def log(self, values: dict[str, Any], **media: Any) -> None:
+        """Log ``values``, and for a round its histograms (counts, edges), table and model."""
+        histograms = media.get("histograms", {})
         self._try(lambda: self.run.log(values | {k: _histogram(*h) for k, h in histograms.items()}))
-        for name, table in more.get("tables", {}).items():
+        for name, table in media.get("tables", {}).items():
             self.uploads.submit(self._try, partial(self._log_table, name, *table))
-        if model := more.get("model"):
+        if model := media.get("model"):
             self.uploads.submit(self._try, partial(self._upload, **model))
 
-    def finish(self, summary: dict[str, Any], exit_code: int, again: bool) -> None:
-        """End the W&B run; ``again``: the job will be run again, W&B shows it as preempted."""
-        last = threading.Timer(LAST_WORDS, os._exit, (1,))
-        last.daemon = True
-        last.start()
+    def finish(self, summary: dict[str, Any], exit_code: int, preempted: bool) -> None:
+        """End the W&B run; with ``preempted`` W&B expects that the job runs again."""
+        deadline = threading.Timer(FINAL_SYNC, os._exit, (1,))
+        deadline.daemon = True
+        deadline.start()
         with suppress(TimeoutError):
-            waiting = LAST_WORDS if self.run.offline else UPLOADS
-            self.uploads.submit(lambda: None).result(waiting)
+            timeout = FINAL_SYNC if self.run.offline else UPLOAD_WAIT
+            self.uploads.submit(lambda: None).result(timeout)
         self._try(lambda: self.run.summary.update(summary))
-        if again:
+        if preempted:
             self._try(self.run.mark_preempting)
         self._try(lambda: self.run.finish(exit_code=exit_code))
 
@@ -93,22 +93,22 @@ class Follower:
         try:
             call()
         except Exception as error:  # see main
-            if not self.said:
+            if not self.warned:
                 _reply(self.replies, warning=_reason(error))
-            self.said = True
+            self.warned = True
 
 
-def _begin(order: dict[str, Any]) -> Any:
-    """The W&B run; ``order["mode"]`` becomes what ``auto`` means here."""
+def _start_run(settings: dict[str, Any]) -> Any:
+    """Start the W&B run; replace the mode ``auto`` in ``settings`` by the mode it selects."""
     import wandb
 
-    if order["mode"] == "auto":
-        order["mode"] = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-        order["mode"] = {"dryrun": "offline", "run": "online"}.get(order["mode"], order["mode"])
-    own = order["offline"] if order["mode"] == "offline" else {}
-    run = wandb.init(mode=order["mode"], config=order["config"], **own)
-    for metrics, axis in order["axes"].items():
-        # own x axes: W&B drops what is logged with a step below the last one
+    if settings["mode"] == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        settings["mode"] = {"dryrun": "offline", "run": "online"}.get(mode, mode)
+    offline = settings["offline"] if settings["mode"] == "offline" else {}
+    run = wandb.init(mode=settings["mode"], config=settings["config"], **offline)
+    for metrics, axis in settings["axes"].items():
+        # separate x axes: W&B drops values whose step is below the last one
         run.define_metric(axis)
         run.define_metric(metrics, step_metric=axis)
     return run
@@ -127,17 +127,17 @@ def _histogram(counts: list[int], edges: list[float]) -> Any:
 
 
 def _take_pipes() -> tuple[IO[str], IO[str]]:
-    """The pipes to the job, out of reach of W&B and of its service; signals are the job's to take.
+    """Return the pipes to the job, and hide them from W&B and its service.
 
-    A scheduler may send them to every process of the job.
+    Also ignores signals: a scheduler may send them to every process, and only the job handles them.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    orders, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
-    nothing = os.open(os.devnull, os.O_RDWR)
+    events, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
+    null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
-        os.dup2(nothing, standard)
-    return orders, replies
+        os.dup2(null, standard)
+    return events, replies
 
 
 def _reply(replies: IO[str], **content: Any) -> None:

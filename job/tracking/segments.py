@@ -1,4 +1,4 @@
-"""Which W&B run a run directory has, over all its attempts, and what still has to be synced."""
+"""The W&B runs of a run directory: the id that all attempts share, and the unsynced folders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ALPHABET = string.ascii_lowercase + string.digits
 
 
 class Segments:
-    """``RUN/wandb.json``: the W&B run's id, how many attempts there were, folders not yet sent.
+    """``RUN/wandb.json``: the W&B run's id, the number of attempts, and the unsynced folders.
 
-    Online, all attempts are one W&B run. Offline W&B cannot go on with a run, so each attempt is
-    one of its own, ``ID-ATTEMPT``, in a group named ``ID``.
+    Online, all attempts are one W&B run. Offline, W&B cannot continue a run: each attempt is a
+    separate run ``ID-ATTEMPT`` in a group named ``ID``.
     """
 
     def __init__(self, run: Path) -> None:
@@ -32,39 +32,40 @@ class Segments:
         self._write()
 
     def offline(self, name: str, *, instead: bool) -> dict[str, str]:
-        """Arguments of ``wandb.init`` for an offline run of this attempt; the user's own win.
+        """Return the arguments of ``wandb.init`` for an offline run of this attempt.
 
-        ``instead``: of an online run, whose id it must not take.
+        The user's environment variables take precedence. With ``instead`` the run replaces an
+        online one and gets a different id.
         """
-        numbered = name if self.attempt == 1 else f"{name}-{self.attempt}"
-        as_given = os.environ.get("WANDB_RUN_ID") and self.attempt == 1 and not instead
+        numbered_name = name if self.attempt == 1 else f"{name}-{self.attempt}"
+        use_given_id = os.environ.get("WANDB_RUN_ID") and self.attempt == 1 and not instead
         return {
-            "id": self.id if as_given else f"{self.id}-{self.attempt}",
-            "name": os.environ.get("WANDB_NAME") or numbered,
+            "id": self.id if use_given_id else f"{self.id}-{self.attempt}",
+            "name": os.environ.get("WANDB_NAME") or numbered_name,
             "group": os.environ.get("WANDB_RUN_GROUP") or self.id,
         }
 
-    def begun(self, folder: str) -> None:
-        """Note that W&B writes into ``folder``."""
+    def add_folder(self, folder: str) -> None:
+        """Record ``folder``, which W&B writes to, as unsynced."""
         path = Path(folder).absolute()
         if path.is_relative_to(self.run.absolute()):
             path = path.relative_to(self.run.absolute())  # the run may be moved
         self.unsent.append(str(path))
         self._write()
 
-    def sent(self) -> None:
-        """Note that the last folder's content has arrived."""
+    def mark_sent(self) -> None:
+        """Record that the server has received the last folder."""
         self.unsent.pop()
         self._write()
 
     def sync_command(self) -> str | None:
-        """The ``wandb sync`` line for what is not yet on the server; None when there is nothing."""
+        """Return the ``wandb sync`` command for the unsynced folders; None if there are none."""
         folders = [self.run / folder for folder in self.unsent]
-        left = [f for f in folders if f.is_dir() and not any(f.glob("*.synced"))]
-        if not left:
+        unsynced = [f for f in folders if f.is_dir() and not any(f.glob("*.synced"))]
+        if not unsynced:
             return None
-        online = [] if all(f.name.startswith("offline") for f in left) else ["--include-online"]
-        return shlex.join(["wandb", "sync", *online, *map(str, left)])
+        online = [] if all(f.name.startswith("offline") for f in unsynced) else ["--include-online"]
+        return shlex.join(["wandb", "sync", *online, *map(str, unsynced)])
 
     def _read(self) -> dict[str, Any]:
         try:

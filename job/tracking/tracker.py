@@ -1,8 +1,7 @@
-"""Weights & Biases: the run's numbers on a dashboard, online or offline. Never disturbs the job.
+"""Log a run to Weights & Biases, online or offline, without ever disturbing the job.
 
-All of W&B lives in a process of its own (job.tracking.process). Here a thread passes events on to
-it, so that no server, however slow or broken, is ever waited for but a bounded time at the
-very end.
+W&B runs in a separate process, `job.tracking.process`. A thread forwards events to it: the job
+never waits for a server, except for a bounded time at its end.
 """
 
 from __future__ import annotations
@@ -33,42 +32,42 @@ if TYPE_CHECKING:
 
     from job.slimming.planning.cost import LayerCost
 
-INIT_TIMEOUT = 30  # seconds, beside the training
-SHARE = 0.03  # of the time that a job took, for W&B's last words
-SHORTEST, LONGEST = 2.0, 30.0  # seconds, bounds of that
-PATIENCE = 8.0  # seconds for W&B's last words when the job was asked to stop
-OFFLINE = 20.0  # seconds for writing an offline run to the end
-LINGER = 30  # seconds that W&B may go on sending after a finished job
+INIT_TIMEOUT = 30  # seconds; training does not wait for it
+SYNC_SHARE = 0.03  # fraction of the job's time that the final sync may take
+MIN_SYNC, MAX_SYNC = 2.0, 30.0  # seconds, bounds of the final sync
+STOP_SYNC = 8.0  # seconds for the final sync of a job that ends early
+OFFLINE_FLUSH = 20.0  # seconds for writing the rest of an offline run
+LINGER = 30  # seconds that W&B may continue to send after a finished job
 AXES = {"epoch/*": "epoch/step", "round/*": "round/round"}
 
 
 class Tracker:
-    """A W&B run of the main process; ``off`` makes every call do nothing. No call raises."""
+    """The W&B run of the main process. No method raises; with mode ``off`` none does anything."""
 
     def __init__(self, mode: str, project: str, run: Path, config: Mapping[str, Any]) -> None:
         self.project, self.run, self.config = project, run, dict(config)
-        self.began = time.monotonic()
-        self.mode = mode  # as the process was started, then as W&B began
+        self.start_time = time.monotonic()
+        self.mode = mode  # the requested mode, then the mode that W&B started in
         self._events: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._process: subprocess.Popen[str] | None = None
-        self._begun = False
+        self._started = False
         self._thread: threading.Thread | None = None
         if mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
             say("W&B: off, by WANDB_MODE")
         elif mode != "off":
-            self._begin_beside_the_job()
+            self._start_thread()
 
-    def _begin_beside_the_job(self) -> None:
+    def _start_thread(self) -> None:
         try:
             self.segments = Segments(self.run)
-        except GammaslimError as error:  # the disk is full: the job will say so
+        except GammaslimError as error:  # the disk is full: the job reports it
             _warn(f"W&B is off: {error}")
         else:
-            self._thread = threading.Thread(target=self._serve, daemon=True)
+            self._thread = threading.Thread(target=self._forward_events, daemon=True)
             self._thread.start()
 
     def log(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Numbers of an ``epoch`` or a ``round``, each under its own x axis."""
+        """Log the values of an ``epoch`` or a ``round``, each kind with its own x axis."""
         self._put("log", values={f"{kind}/{key}": value for key, value in values.items()})
 
     def log_round(
@@ -79,7 +78,7 @@ class Tracker:
         layers: Sequence[LayerCost],
         model: Path,
     ) -> None:
-        """A round's numbers, γ histograms before and after it, its layers, and its model."""
+        """Log the values of a round, histograms of γ before and after it, its layers and model."""
         if not self._thread:
             return
         columns = ["layer", "kind", "in", "out", "params", "macs"]
@@ -103,19 +102,20 @@ class Tracker:
         )
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Send the summary and end the W&B run; what does not arrive soon arrives later or never.
+        """Send the summary and end the W&B run.
 
-        Waits ``SHARE`` of the job's time so far for a server. Says how to sync what is not sent.
+        Waits for the server for SYNC_SHARE of the job's time so far. Prints the command that
+        syncs what is not sent by then.
         """
-        took = time.monotonic() - self.began
-        self._end(summary, 0, min(max(SHORTEST, SHARE * took), LONGEST), LINGER)
+        elapsed = time.monotonic() - self.start_time
+        self._end(summary, 0, min(max(MIN_SYNC, SYNC_SHARE * elapsed), MAX_SYNC), LINGER)
 
     def abandon(self, exit_code: int) -> None:
-        """End the W&B run of a job that ends early, in some seconds.
+        """End the W&B run of a job that ends early, within a few seconds.
 
-        A job that is to be run again says so: W&B shows it as preempted, not as crashed.
+        W&B shows a job that was requested to stop as preempted, not as crashed.
         """
-        self._end({}, exit_code, PATIENCE, 0)
+        self._end({}, exit_code, STOP_SYNC, 0)
 
     def _put(self, event: str, **content: Any) -> None:
         if self._thread:
@@ -125,88 +125,91 @@ class Tracker:
         thread, self._thread = self._thread, None
         if not thread:
             return
-        again = exit_code == StopRequest.exit_code
-        finish = {"summary": dict(summary), "exit_code": exit_code, "again": again}
+        preempted = exit_code == StopRequest.exit_code
+        finish = {"summary": dict(summary), "exit_code": exit_code, "preempted": preempted}
         self._events.put({"event": "finish", **finish})
-        thread.join(OFFLINE if self.mode == "offline" else limit)
-        if thread.is_alive() and not self._begun:  # nothing is written yet, it must not stay so
+        thread.join(OFFLINE_FLUSH if self.mode == "offline" else limit)
+        if thread.is_alive() and not self._started:  # no event is on the disk yet
             process = self._process
             if process and self.mode != "offline":
-                process.kill()  # the offline one follows
-            thread.join(OFFLINE)
+                process.kill()  # then the thread starts an offline run
+            thread.join(OFFLINE_FLUSH)
         if thread.is_alive() and linger:
-            say(f"W&B: not all is sent yet; sending continues for up to {linger} s after the job")
+            say(f"W&B: not all data is sent yet; sending continues for up to {linger} s")
         elif thread.is_alive() and self._process:
             self._process.kill()
         if command := self.segments.sync_command():
-            say(f"W&B: to be sent later: {printable(command)}")
+            say(f"W&B: to send the rest later: {printable(command)}")
 
-    def _serve(self) -> None:
-        """Begin a W&B run, online or else offline, and pass events on; in a thread."""
+    def _forward_events(self) -> None:
+        """Start a W&B run, offline where online fails, and forward events to it; in a thread."""
         try:
-            begun = self._begin(self.mode, instead=False)
-            if not begun and self.mode != "offline":
-                begun = self._begin("offline", instead=True)
-            if begun:
-                self._pass_on()
-        except Exception as error:  # nothing about W&B may disturb the job, nor print a traceback
-            _warn(f"W&B failed and is off from here on: {reason(error)}")
+            started = self._start_run(self.mode, instead=False)
+            if not started and self.mode != "offline":
+                started = self._start_run("offline", instead=True)
+            if started:
+                self._send_events()
+        except Exception as error:  # no failure of W&B may end the job or print a traceback
+            _warn(f"W&B failed and is now off: {reason(error)}")
 
-    def _begin(self, mode: str, *, instead: bool) -> bool:
-        """Start the process and hear whether W&B has begun."""
+    def _start_run(self, mode: str, *, instead: bool) -> bool:
+        """Start the W&B process; return whether W&B started a run in it."""
         self.mode = mode
-        self._process = process = _start(self._variables(mode))
+        self._process = process = _start_process(self._variables(mode))
         assert process.stdin
-        order = {
+        settings = {
             "mode": mode,
             "config": self.config,
             "axes": AXES,
             "offline": self.segments.offline(self.run.name, instead=instead),
             "argv": sys.argv,
         }
-        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.write(json.dumps(settings) + "\n")
         process.stdin.flush()
-        answer = self._answer() or {"failed": "the job ended before"}
+        answer = self._answer() or {"failed": "its process has ended"}
         self.mode = answer.get("mode", mode)
         if "failed" in answer:
             then = "it is off" if self.mode == "offline" else "continuing offline"
-            _warn(f"W&B did not begin ({answer['failed']}): {then}")
+            _warn(f"W&B did not start ({answer['failed']}): {then}")
             return False
-        self.segments.begun(answer["begun"])
-        self._begun = True
-        later = f"offline; later: {printable(self.segments.sync_command() or '')}"
+        self.segments.add_folder(answer["folder"])
+        self._started = True
+        later = f"offline; to send it later: {printable(self.segments.sync_command() or '')}"
         say(f"W&B: {answer['url'] if self.mode == 'online' else later}")
         return True
 
-    def _pass_on(self) -> None:
+    def _send_events(self) -> None:
         assert self._process
         assert self._process.stdin
-        last = False
-        with suppress(BrokenPipeError):  # it has ended, and says below why
-            while not last:
+        finished = False
+        with suppress(BrokenPipeError):  # the process has ended; its replies say why
+            while not finished:
                 event = self._events.get()
-                last = event["event"] == "finish"
+                finished = event["event"] == "finish"
                 self._process.stdin.write(json.dumps(event) + "\n")
                 self._process.stdin.flush()
-        problem = None if last else "its process has ended"
+        problem = None if finished else "its process has ended"
         while answer := self._answer():
             problem = answer.get("warning", problem)
-        ended = self._process.wait()
+        exit_status = self._process.wait()
         if problem:
-            _warn(f"W&B did not take everything: {problem}")
-        elif self.mode == "online" and ended == 0:
-            self.segments.sent()
+            _warn(f"W&B did not log everything: {problem}")
+        elif self.mode == "online" and exit_status == 0:
+            self.segments.mark_sent()
 
     def _answer(self) -> dict[str, Any]:
-        """The process's next answer; empty when it has ended."""
+        """Return the next answer of the W&B process; empty when the process has ended."""
         assert self._process
         assert self._process.stdout
         line = self._process.stdout.readline()
         return dict(json.loads(line)) if line else {}
 
     def _variables(self, mode: str) -> dict[str, str]:
-        """The environment of W&B's process: the user's variables win, but an empty one is none."""
-        own = {
+        """Return the environment of the W&B process.
+
+        The user's W&B variables take precedence, except empty ones.
+        """
+        defaults = {
             "WANDB_PROJECT": self.project,
             "WANDB_NAME": self.run.name,
             "WANDB_DIR": str(self.run),
@@ -215,22 +218,22 @@ class Tracker:
             "WANDB_INIT_TIMEOUT": str(INIT_TIMEOUT),
             "WANDB_FINISH_TIMEOUT": str(LINGER),
             "WANDB_FINISH_TIMEOUT_RAISES": "true",
-            "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds; a killed one can be synced too
+            "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds; a killed run can be synced too
             "WANDB_SILENT": "true",
             "WANDB_CONSOLE": "off",
             "WANDB_DISABLE_GIT": "true",
             "WANDB__DISABLE_STATS": "true",
         }
         users = {k: v for k, v in os.environ.items() if v or not k.startswith("WANDB_")}
-        if self.project != PruneConfig.wandb_project:  # it was asked for
+        if self.project != PruneConfig.wandb_project:  # the option was given
             users.pop("WANDB_PROJECT", None)
         if mode != "auto":
             users["WANDB_MODE"] = mode
-        return {**own, **users, "WANDB_RUN_ID": self.segments.id}
+        return {**defaults, **users, "WANDB_RUN_ID": self.segments.id}
 
 
 def gammas(network: nn.Module) -> dict[str, Any]:
-    """γ of every BatchNorm2d that has one, by layer name: arrays (C,)."""
+    """Return γ of every affine BatchNorm2d by layer name: arrays (C,)."""
     from torch import nn
 
     return {
@@ -241,12 +244,12 @@ def gammas(network: nn.Module) -> dict[str, Any]:
 
 
 def _histogram(values: Any) -> tuple[list[int], list[float]]:
-    """Counts in 64 equal bins, and the bins' edges."""
+    """Return the counts in 64 equal bins, and the edges of the bins."""
     counts, edges = np.histogram(values[np.isfinite(values)], bins=64)
     return counts.tolist(), edges.tolist()
 
 
-def _start(variables: Mapping[str, str]) -> subprocess.Popen[str]:
+def _start_process(variables: Mapping[str, str]) -> subprocess.Popen[str]:
     program = Path(__file__).with_name("process.py")
     return subprocess.Popen(
         [sys.executable, "-P", str(program)],
@@ -255,7 +258,7 @@ def _start(variables: Mapping[str, str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        start_new_session=True,  # signals to the job's process group are not for it
+        start_new_session=True,  # it must not receive signals to the job's process group
     )
 
 

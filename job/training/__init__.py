@@ -1,1 +1,1 @@
-"""Training: one round of fine-tuning, evaluation, synchronised BatchNorm."""
+"""Train and evaluate networks, one round at a time."""

@@ -1,4 +1,4 @@
-"""Pictures to calibrate by: some of the training split, as evaluation sees them."""
+"""Calibration images: a sample of the training split, preprocessed as in evaluation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Calibration:
-    """The same pictures for every use, in an order drawn by the seed; keeps its loader."""
+    """A fixed sample of the training images, in an order drawn by ``seed``; keeps its loader."""
 
     def __init__(
         self,
@@ -50,15 +50,14 @@ class Calibration:
         )
 
     def check(self) -> None:
-        """Raise StopRequest on every process when somebody has asked to stop; collective."""
+        """Raise StopRequest on every process when a stop is requested; collective."""
         if self.watch:
             self.watch.check()
 
     def batches(self, count: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's part of the first ``count`` pictures: (B, 3, S, S) inputs and labels (B,).
+        """Yield this rank's share of the first ``count`` images: inputs (B, 3, S, S), labels (B,).
 
-        By default of ``image_limit`` their size.
-        All processes go through theirs together. Raises StopRequest when ``watch`` says so.
+        By default ``count`` is ``most``. Collective. Raises StopRequest when a stop is requested.
         """
         device = self.accelerator.device
         self.sampler.count = self.most if count is None else count
@@ -72,7 +71,7 @@ class Calibration:
 
 
 class _FirstShare:
-    """Batch sampler: pictures r, r + W, … of rank r among the first ``count`` of a permutation."""
+    """Batch sampler: images r, r + W, … of rank r among the first ``count`` of a permutation."""
 
     def __init__(self, total: int, batch_size: int, seed: int) -> None:
         key = np.random.Generator(np.random.Philox(seed))
@@ -81,17 +80,17 @@ class _FirstShare:
 
     @property
     def common(self) -> int:
-        """Batches that every process has."""
+        """Number of batches that every process has."""
         return min(self.count, len(self.order)) // world_size() // self.batch_size
 
-    def _own(self) -> list[int]:
-        own: list[int] = self.order[: self.count][rank() :: world_size()].tolist()
-        return own
+    def _indices(self) -> list[int]:
+        indices: list[int] = self.order[: self.count][rank() :: world_size()].tolist()
+        return indices
 
     def __len__(self) -> int:
-        return -(-len(self._own()) // self.batch_size)
+        return -(-len(self._indices()) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        own = self._own()
-        for start in range(0, len(own), self.batch_size):
-            yield own[start : start + self.batch_size]
+        indices = self._indices()
+        for start in range(0, len(indices), self.batch_size):
+            yield indices[start : start + self.batch_size]

@@ -1,4 +1,4 @@
-"""Distillation: a network learns from the outputs of a teacher besides the labels."""
+"""Knowledge distillation: train a network on a teacher's outputs as well as on the labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Distillation:
-    """A teacher, ready on the device, and how much its word counts."""
+    """A teacher on the device, and the weight ``alpha`` of its outputs in the loss."""
 
     teacher: nn.Module
     alpha: float
@@ -28,16 +28,17 @@ class Distillation:
     def loss(
         self, logits: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        """The summed loss of a student that gave ``logits`` (B, C) for ``inputs`` (B, 3, H, W)."""
+        """Return the summed loss for a student's ``logits`` (B, C) and ``inputs`` (B, 3, H, W)."""
         with torch.no_grad(), self.accelerator.autocast():
-            taught = logits_of(self.teacher(inputs))
-        return distillation_loss(logits, taught.float(), labels, self.alpha, self.temperature)
+            teacher_logits = logits_of(self.teacher(inputs))
+        soft_targets = teacher_logits.float()
+        return distillation_loss(logits, soft_targets, labels, self.alpha, self.temperature)
 
 
 def distillation(
     teacher: nn.Module, alpha: float, temperature: float, accelerator: Accelerator
 ) -> Distillation:
-    """Distillation from a copy of ``teacher`` that lies on the device, in eval mode."""
+    """Return the distillation from a copy of ``teacher`` on the device, in eval mode."""
     placed = copy.deepcopy(teacher).eval().requires_grad_(False).to(accelerator.device)
     placed.to(memory_format=torch.channels_last)
     return Distillation(placed, alpha, temperature, accelerator)
@@ -50,9 +51,10 @@ def distillation_loss(
     alpha: float,
     temperature: float,
 ) -> torch.Tensor:
-    """alpha·T²·KL(teacher ‖ student, both at temperature T) + (1 - alpha)·cross entropy.
+    """Return alpha·T²·KL(teacher ‖ student, at temperature T) + (1 - alpha)·cross entropy.
 
-    Logits (B, C), labels (B,); the sum over the batch (Hinton et al. 2015, section 2).
+    Takes logits (B, C) and labels (B,). The losses are summed over the batch
+    (Hinton et al. 2015, section 2).
     """
     soft = F.kl_div(
         F.log_softmax(student / temperature, 1),

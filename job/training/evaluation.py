@@ -1,4 +1,4 @@
-"""Loss, accuracy and confusion of a network on a split, each picture counted exactly once."""
+"""Loss, accuracy and confusion of a network on a split; each image counts exactly once."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ if TYPE_CHECKING:
     from job.distributed.stop import Watch
 
 MOST_CLASSES = 10_000  # the confusion matrix then takes 0.8 GB
-PIXELS = 256 * 32 * 32  # in one evaluation batch of a process, about
+PIXELS = 256 * 32 * 32  # of an evaluation batch per process, approximately
 
 
 def batch_size_at(size: int) -> int:
-    """How many pictures of ``size`` pixels a process takes at a time without training."""
+    """Return the batch size of a process for images of side ``size`` pixels, without training."""
     return max(1, min(256, PIXELS // size**2))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``confusion`` (C, C) int64 counts pictures by true class (row) and predicted class."""
+    """Loss and confusion: (C, C) int64, images by true class (row) and predicted class."""
 
     loss: float
     confusion: torch.Tensor
 
     @property
     def count(self) -> int:
-        """How many images were evaluated."""
+        """Number of images evaluated."""
         return int(self.confusion.sum())
 
     @property
     def accuracy(self) -> float:
-        """Share of right predictions."""
+        """Fraction of correct predictions."""
         return int(self.confusion.diagonal().sum()) / self.count
 
     @property
     def class_accuracy(self) -> list[float | None]:
-        """Share of right predictions of each true class; None where there is no picture."""
+        """Fraction of correct predictions per true class; None for a class without images."""
         counts = self.confusion.sum(1).tolist()
-        right = self.confusion.diagonal().tolist()
-        return [r / n if n else None for r, n in zip(right, counts, strict=True)]
+        correct = self.confusion.diagonal().tolist()
+        return [c / n if n else None for c, n in zip(correct, counts, strict=True)]
 
 
 class Evaluator:
@@ -93,11 +93,11 @@ class Evaluator:
     def _outputs(
         self, network: nn.Module, progress: Callable[[Iterable[Any]], Iterable[Any]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Logits (B, C) float32 and labels (B,), batch by batch, of this rank's pictures."""
+        """Yield logits (B, C) float32 and labels (B,) of each batch of this rank's images."""
         device = self.accelerator.device
         if next(network.parameters()).device.type != device.type:  # "cpu" is also called "cpu:0"
-            # never .to() without need: it renews the parameters' gradient accumulators, and with
-            # them goes DDP's hook; each process would train on by itself from here on
+            # avoid an unnecessary .to(): it replaces the gradient accumulators and so removes DDP's
+            # hooks; the processes would then train independently
             network.to(device)
         network.eval()
         with torch.inference_mode(), self.accelerator.autocast():
@@ -115,12 +115,12 @@ class Evaluator:
         progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
         watch: Watch | None = None,
     ) -> Evaluation:
-        """Evaluate ``network`` with all processes; every one gets the same result.
+        """Evaluate ``network`` on the whole split; collective, with the same result everywhere.
 
-        Raises StopRequest when ``watch`` says so.
+        Raises StopRequest when ``watch`` reports a stop request.
         """
         device, classes = self.accelerator.device, self.num_classes
-        # the loss, and how many images cannot be read any more and are left out
+        # the loss, and the number of images that can no longer be read and are left out
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
         # batches that every process has
@@ -128,17 +128,17 @@ class Evaluator:
         for number, (logits, labels) in enumerate(self._outputs(network, progress)):
             if watch and number < common:
                 watch.check()
-            there = labels != UNLABELLED
-            if self.split.lenient and not there.all():
-                sums[1] += len(labels) - int(there.sum())
-                logits, labels = logits[there], labels[there]
+            readable = labels != UNLABELLED
+            if self.split.lenient and not readable.all():
+                sums[1] += len(labels) - int(readable.sum())
+                logits, labels = logits[readable], labels[readable]
             sums[0] += F.cross_entropy(logits, labels, reduction="sum")
             confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
         total(sums), total(confusion)
         loss, left_out = sums.tolist()
         count = len(self.split) - int(left_out)
         if not count:
-            raise DataError("no image of the split can be read any more")
+            raise DataError("no image of the split can be read now")
         result = Evaluation(loss / count, confusion.view(classes, classes).cpu())
         if result.count != count:
             raise GammaslimError(f"{result.count} of {count} images were evaluated")
@@ -149,20 +149,19 @@ class Evaluator:
         network: nn.Module,
         progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
     ) -> tuple[list[int], list[float]]:
-        """The predicted class of every image of the split, in its order, on every process.
+        """Return the predicted class and its softmax probability for every image; collective.
 
-        With it how probable the network takes it to be: its share of the softmax, 0 to 1. Images
-        that cannot be read any more are of class -1.
+        Both are in the order of the split. Images that can no longer be read get class -1.
         """
-        mine, there = [], []
+        predictions, readable = [], []
         for logits, labels in self._outputs(network, progress):
-            mine.append(logits.double().softmax(1).max(1))
-            there.append(labels != UNLABELLED)
+            predictions.append(logits.double().softmax(1).max(1))
+            readable.append(labels != UNLABELLED)
         device = self.accelerator.device
         classes = torch.zeros(len(self.split), dtype=torch.int64, device=device)
-        shares = torch.zeros(len(self.split), dtype=torch.float64, device=device)
-        if mine:
-            classes[rank() :: world_size()] = torch.cat([best.indices for best in mine])
-            classes[rank() :: world_size()][~torch.cat(there)] = UNLABELLED
-            shares[rank() :: world_size()] = torch.cat([best.values for best in mine])
-        return total(classes).tolist(), total(shares).tolist()
+        probabilities = torch.zeros(len(self.split), dtype=torch.float64, device=device)
+        if predictions:
+            classes[rank() :: world_size()] = torch.cat([best.indices for best in predictions])
+            classes[rank() :: world_size()][~torch.cat(readable)] = UNLABELLED
+            probabilities[rank() :: world_size()] = torch.cat([best.values for best in predictions])
+        return total(classes).tolist(), total(probabilities).tolist()

@@ -1,4 +1,4 @@
-"""γ, the scales of a network's BatchNorms, and statistics of them."""
+"""γ, the scales of BatchNorm layers, and statistics of γ."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def gamma_statistics(gammas: Sequence[torch.Tensor]) -> dict[str, float]:
 
 
 def gamma_histogram(gammas: Sequence[torch.Tensor]) -> GammaHistogram:
-    """Return the histogram of |γ|, of no values for a network without γ."""
+    """Return the histogram of |γ|; it is empty for a network without γ."""
     size = torch.cat([g.detach().double().abs().cpu() for g in gammas] or [torch.zeros(0).double()])
     top = float(size.max()) if len(size) else 0.0
     bin_numbers = (size / (top or 1.0) * BINS).long().clamp_(0, BINS - 1)

@@ -1,4 +1,4 @@
-"""The loss of a batch: of the logits, of auxiliary classifiers, and of distillation."""
+"""The loss of a batch, with auxiliary classifiers and distillation."""
 
 from __future__ import annotations
 

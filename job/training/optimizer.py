@@ -23,10 +23,10 @@ OPTIMIZERS: dict[OptimizerName, Callable[..., torch.optim.Optimizer]] = {
 def build_optimizer(
     network: nn.Module, config: PruneConfig, *, fused: bool
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of ``config`` over the present parameters of ``network``.
+    """Build the optimizer of ``config`` over the current parameters of ``network``.
 
-    Build one after each cut: an older one updates the tensors of the wide network. γ and biases,
-    which are the parameters of one dimension, get no weight decay.
+    Build a new optimizer after each cut: the old one updates the tensors of the wide network. The
+    parameters of one dimension, γ and biases, get no weight decay.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
@@ -60,5 +60,5 @@ def restore_optimizer(
             # fused kernels walk both in memory order: the layout must be the parameter's
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(number), {})[name] = value
-    # torch places each value where its kernel reads it: a fused AdamW's step count on the GPU too
+    # torch moves each value to the device that its kernel needs, e.g. a fused AdamW's step count
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,4 +1,4 @@
-"""Sparsity penalties on γ, each as a step that lowers it. ``PENALTIES`` is the table of them.
+"""Sparsity penalties on γ, each as a step on γ. ``PENALTIES`` is the table of penalties.
 
 A new penalty is a function here, an entry in the table, and its name in ``SparsityName`` of
 `job.config`.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from job.config import SparsityName
 
-POLARIZE_T = 1.2  # as for ResNet-50 in the paper
+POLARIZE_T = 1.2  # the paper's value for ResNet-50
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def polarize(gamma: torch.Tensor, strength: float) -> torch.Tensor:
     # float64: in float32 the mean of equal γ differs from them, and differs between devices
     wide = gamma.double()
     side = (wide - wide.mean()).sign()
-    slope = POLARIZE_T * wide.sign() - side + side.mean()  # the last: each γ moves the mean
+    slope = POLARIZE_T * wide.sign() - side + side.mean()  # the last term: each γ moves the mean
     return (wide - strength * slope).clamp_(0, 1).to(gamma.dtype)
 
 

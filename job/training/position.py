@@ -1,8 +1,8 @@
-"""The position within a round that training can resume from: all that a checkpoint holds.
+"""The position within a round that training can resume from: the content of a checkpoint.
 
-A value is checkpointed by being a field of `TrainingProgress`, which the trainer fills in and
-restores, or of `RoundProgress`, which the session does. Give it a default: checkpoints of earlier
-versions do not have it.
+To checkpoint a value, add a field to `TrainingProgress`, which the trainer fills in and restores,
+or to `RoundProgress`, for which the session does. Give the field a default: checkpoints of
+earlier versions lack it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where the training of a round is, apart from tensors."""
+    """The progress of training within a round, except for tensors."""
 
     processes: int
     seconds: float  # spent on the epoch so far
@@ -30,7 +30,10 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class CutRecord:
-    """The cut that began a round: channels kept, indices into the base; ``wide`` is a SHA-256."""
+    """The cut of a round: the kept channels as indices into the base.
+
+    ``wide`` is the SHA-256 of the network before the cut.
+    """
 
     wide: str
     width: float
@@ -39,17 +42,17 @@ class CutRecord:
 
 @dataclass(frozen=True)
 class PrunedScores:
-    """Scores of a network between surgery and fine-tuning; none for the base."""
+    """Scores of a network between surgery and fine-tuning; empty for the base."""
 
     valid_acc_pruned: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundProgress:
-    """Where the run is.
+    """The progress of the run.
 
     ``step`` counts optimizer steps since the run began, ``metrics_size`` is the size of
-    metrics.jsonl in bytes. The seconds are those spent on the round and on the run.
+    metrics.jsonl in bytes. The seconds are spent on the round and on the run.
     """
 
     step: int = 0
@@ -62,9 +65,9 @@ class RoundProgress:
 
 @dataclass(frozen=True)
 class Position:
-    """A point within a round: the next batch of an epoch, and what the rest depends on.
+    """A point within a round: the next batch of an epoch, and the training state.
 
-    ``run`` is None until the session has filled it in.
+    ``run`` is None until the session fills it in.
     """
 
     round: int
@@ -76,11 +79,11 @@ class Position:
 
     @property
     def name(self) -> str:
-        """Name of the checkpoint folder: names sort as positions do."""
+        """Name of the checkpoint folder; names sort in the order of positions."""
         return f"{self.round:03d}-{self.epoch:04d}-{self.batch:07d}"
 
     @property
     def progress(self) -> RoundProgress:
-        """Where the run was when this position was saved."""
+        """The progress of the run when this position was saved."""
         assert self.run
         return self.run

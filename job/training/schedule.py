@@ -1,4 +1,4 @@
-"""Learning-rate schedules. ``SCHEDULES`` is the table of them.
+"""Learning-rate schedules. ``SCHEDULES`` is the table of schedules.
 
 A new schedule is a function here, an entry in the table, and its name in ``ScheduleName`` of
 `job.config`.

@@ -1,4 +1,4 @@
-"""What the trainer is asked to do in a round, and the session that it reports to."""
+"""The specification of a round of training, and the session that the trainer reports to."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ class RoundSpec:
 
 
 class TrainingSession(Protocol):
-    """What the trainer reports to while a round is in progress.
+    """The interface that the trainer reports to during a round.
 
     Every process of the job calls the methods in the same order.
     """
 
     @property
     def watch(self) -> Watch | None:
-        """Tells when to save and when to stop; None: never before the end of an epoch."""
+        """Decides when to save and when to stop; None: only at the end of an epoch."""
 
     def training(self, batches: Iterable[_T], epoch: int, batch: int) -> Iterable[_T]:
-        """Pass on the batches of ``epoch`` from number ``batch`` on, and follow them."""
+        """Yield the batches of ``epoch`` from number ``batch`` on, and track progress."""
 
     def validating(self, batches: Iterable[_T], count: int) -> Iterable[_T]:
-        """Pass on the ``count`` batches of an evaluation, and follow them."""
+        """Yield the ``count`` batches of an evaluation, and track progress."""
 
     def epoch_finished(self, result: EpochResult) -> None:
         """Log the numbers of an epoch."""
@@ -63,15 +63,15 @@ class TrainingSession(Protocol):
         """Log the distribution of γ ``before`` or ``after`` the sparse epochs."""
 
     def save(self, position: Position) -> None:
-        """Save the position, so that the round can resume there."""
+        """Save the position, from which the round can resume."""
 
 
 class Unattended(TrainingSession):
-    """A session that logs nothing, saves nothing and never stops: training on its own."""
+    """A session that logs nothing, saves nothing and never stops."""
 
     @property
     def watch(self) -> Watch | None:
-        """None: nobody can ask to stop."""
+        """None: there are no stop requests."""
         return None
 
     def training(self, batches: Iterable[_T], epoch: int, batch: int) -> Iterable[_T]:

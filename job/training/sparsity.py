@@ -1,8 +1,8 @@
 """Sparse training: a penalty on γ shrinks the scales of channels that the network does not need.
 
-The penalty is a step of its own after each optimizer step. So it does not depend on the optimizer
-(Adam would rescale a subgradient), on loss scaling or on gradient accumulation, and every process
-takes the same step without communication.
+The penalty is a separate step after each optimizer step. It does not depend on the optimizer (Adam
+would rescale a subgradient), on loss scaling or on gradient accumulation. Every process takes the
+same step without communication.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from job.config import PruneConfig, SparsityName
 
-# λ times the learning rate, summed: 1e-4 over 160 epochs of 782 steps from 0.1 on in the paper
+# sum of λ times the learning rate; in the paper: λ = 1e-4, 160 epochs of 782 steps, from lr 0.1
 PAPER_STRENGTH, WEAK_STRENGTH = 0.66, 0.05
 
 
@@ -35,9 +35,9 @@ def apply_penalty(name: SparsityName, gammas: Sequence[torch.Tensor], strength: 
 
 
 def describe_sparsity(config: PruneConfig, epochs: int, steps: int) -> str:
-    """Return a line for the console: how far ``steps`` steps in ``epochs`` epochs can move γ."""
+    """Return a console line on how far ``steps`` steps in ``epochs`` epochs can move γ."""
     rates = sum(learning_rate(config, step, steps) for step in range(steps))
-    strength = config.sparsity_strength * rates  # l1 lowers no γ by more
+    strength = config.sparsity_strength * rates  # the most that l1 lowers a γ
     line = (
         f"sparsity: {config.sparsity} on γ for {epochs} epochs; "
         f"λ times the learning rate adds up to {strength:.3g}"

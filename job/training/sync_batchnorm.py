@@ -1,6 +1,6 @@
-"""BatchNorm over the global batch of all processes, on a CPU too.
+"""Synchronised BatchNorm over the global batch of all processes, on GPUs and CPUs.
 
-With one process a network keeps torch's own BatchNorm: its batch is the global batch. On a CPU it
+With one process a network keeps torch's BatchNorm: its batch is the global batch. On a CPU it
 trains with channels first in memory. With channels last torch's kernel adds up row after row in
 float32, and the sums of StudentNet's backward pass on images with flat backgrounds, which nearly
 cancel, leave weight gradients 9 to 12 % off those in float64 (torch 2.14, batches of 32); with
@@ -8,9 +8,9 @@ channels first it sums in float64: 0.003 to 0.5 % off. Processor time of a step 
 first, against channels last with BatchNorm's inputs copied: StudentNet 34 ms against 30, MobileNet
 v2 82 against 104, ResNet-164 380 against 620.
 
-With several processes the statistics are those of all ranks' batches (Ioffe & Szegedy 2015,
-section 3). torch.nn.SyncBatchNorm does that on GPUs; torch has nothing for CPUs. There, and where
-a subclass has its own ``forward``, calls of ``torch.nn.functional.batch_norm`` are answered here.
+With several processes the statistics cover the batches of all ranks (Ioffe & Szegedy 2015,
+section 3). torch.nn.SyncBatchNorm supports GPUs only. On CPUs, and for subclasses with their own
+``forward``, this module intercepts the calls of ``torch.nn.functional.batch_norm``.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
-    """Make every BatchNorm of ``network`` normalise by the global batch's statistics, in place.
+    """Make every BatchNorm of ``network`` use the statistics of the global batch, in place.
 
-    BatchNorm1d, 2d and 3d and their subclasses, wherever they call torch's function. With one
-    process there is nothing to do.
+    Covers BatchNorm1d, 2d and 3d, and subclasses that call torch's function. Does nothing with one
+    process. Returns ``network``.
     """
     if world_size() == 1:
         return network
@@ -62,7 +62,7 @@ def average_running_statistics(network: nn.Module) -> None:
 
 
 def _global_class(kind: Any) -> Any:
-    """A subclass of ``kind`` whose forward pass in training normalises by the global batch."""
+    """Return a subclass of ``kind`` that normalises by the global batch in train mode."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
@@ -72,13 +72,13 @@ def _global_class(kind: Any) -> Any:
         self.synchronised = calls.answered
         return output
 
-    if "torch._dynamo" in sys.modules:  # the network may be compiled: this is not
+    if "torch._dynamo" in sys.modules:  # the network may be compiled; this forward pass is not
         forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
     return type(f"Global{kind.__name__}", (kind,), {"forward": forward})
 
 
 def unsynchronised(network: nn.Module) -> list[str]:
-    """Names of the BatchNorms that, in the last pass, did not ask torch's function to normalise."""
+    """Return the names of the BatchNorms that did not call torch's function in the last pass."""
     return [
         name
         for name, module in network.named_modules()
@@ -87,7 +87,7 @@ def unsynchronised(network: nn.Module) -> list[str]:
 
 
 class _GlobalBatch(TorchFunctionMode):
-    """While active, torch.nn.functional.batch_norm measures the batches of all processes."""
+    """While active, torch.nn.functional.batch_norm uses the batches of all processes."""
 
     answered = False
 
@@ -114,7 +114,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """torch.nn.functional.batch_norm, for input (B, C, …) a part, maybe none, of a global batch."""
+    """Apply batch_norm to this rank's possibly empty part (B, C, …) of a global batch."""
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     if input.is_cuda:
@@ -123,7 +123,7 @@ def _batch_norm(
             input, weight, bias, running_mean, running_var, eps, momentum, group, world_size()
         )
         return output
-    # in float32 whatever the precision: counts and means are lost in bfloat16
+    # in float32 at any precision: bfloat16 is too coarse for counts and means
     with torch.autocast(input.device.type, enabled=False):
         wide = input if input.dtype == torch.float64 else input.float()
         output, mean, variance, count = _Normalise.apply(wide, weight, bias, eps)
@@ -140,7 +140,7 @@ def _batch_norm(
 
 
 class _Normalise(torch.autograd.Function):
-    """centred / std * weight + bias over rows of channels, mean and std over all processes."""
+    """Compute centred / std * weight + bias; mean and std are over all processes."""
 
     @staticmethod
     def forward(
@@ -154,7 +154,7 @@ class _Normalise(torch.autograd.Function):
         count = total(x.new_tensor(float(len(rows)), dtype=torch.float64))
         mean = total(rows.sum(0)) / count
         mean = mean.to(rows.dtype)
-        # a second pass over the batch: E[x^2] - E[x]^2 would cancel
+        # a second pass over the batch: E[x^2] - E[x]^2 loses precision
         centred = rows - mean
         variance = (total(centred.square().sum(0)) / count).to(rows.dtype)
         scale = torch.rsqrt(variance + eps)
@@ -162,7 +162,7 @@ class _Normalise(torch.autograd.Function):
         ctx.has_bias = bias is not None
         ctx.mark_non_differentiable(mean, variance, count)
         slope = scale if weight is None else scale * weight
-        # written into a tensor that is no view: one may not be changed in place, as by a ReLU
+        # the output is not a view: a following ReLU may change it in place
         output = _channels_last(x)
         torch.mul(centred, slope, out=_rows(output))
         if bias is not None:
@@ -181,7 +181,7 @@ class _Normalise(torch.autograd.Function):
         inner = _channels_last(gradients[0])
         torch.addcmul(-slope * means[0], centred, -slope * scale * means[1], out=_rows(inner))
         _rows(inner).addcmul_(rows, slope)
-        # DDP averages the parameters' gradients over the processes by itself
+        # DDP averages the parameters' gradients over the processes
         return (
             inner,
             None if weight is None else weight_gradient,
@@ -191,12 +191,12 @@ class _Normalise(torch.autograd.Function):
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:
-    """(B, C, …) -> (B*…, C), a view when the channels are last in memory."""
+    """Reshape (B, C, …) to (B*…, C); a view if the channels are last in memory."""
     return values.movedim(1, -1).reshape(-1, values.shape[1])
 
 
 def _channels_last(values: torch.Tensor) -> torch.Tensor:
-    """An empty tensor like ``values`` (B, C, …), channels last in memory; its rows are a view."""
+    """Return an empty tensor like ``values`` (B, C, …), channels last in memory."""
     batch, channels, *sizes = values.shape
     strides = torch.empty(batch, *sizes, channels, device="meta").movedim(-1, 1).stride()
     return torch.empty_strided(values.shape, strides, dtype=values.dtype, device=values.device)

@@ -1,8 +1,8 @@
-"""Training, one round at a time: epochs over the global batches, the best epoch's weights kept.
+"""Train a network for one round, and keep the weights of the best epoch.
 
 A round can be stopped after any step and resumed by any number of processes:
-``TrainingRound.position`` returns all that its future depends on. The data stream is a function of
-the position, so it adds no state.
+``TrainingRound.position`` returns the state to resume from. The data stream has no other state: it
+is a function of the position.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from job.training.schedule import learning_rate
 from job.training.session import RoundSpec, TrainingSession, Unattended
 from job.training.sparsity import apply_penalty
 from job.training.sync_batchnorm import average_running_statistics, synchronised
-from job.training.trial import has_unused_parameters, say_of_outputs
+from job.training.trial import has_unused_parameters, report_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 class Trainer:
     """Trains networks on ``split``; keeps its loader and workers between rounds.
 
-    A global batch has ``least`` images or more.
+    A global batch has at least ``least`` images.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Trainer:
     def fit(
         self, network: nn.Module, spec: RoundSpec, session: TrainingSession | None = None
     ) -> EpochResult:
-        """Train ``network`` as ``spec`` says, and leave it with the weights of its best epoch.
+        """Train ``network`` according to ``spec``; it receives the weights of its best epoch.
 
-        Returns the best epoch: the one of highest accuracy on the validation split, the first of
-        equals. With sparse epochs it is the last one, since γ is sparse only then. The session
-        saves the position after every epoch, and whenever its watch says so. Raises StopRequest,
-        the position saved, when the watch says so; GammaslimError when a loss is not a number.
+        Returns the best epoch: the first with the highest accuracy on the validation split. With
+        sparse epochs it is the last one: only then is γ sparse. The session saves the position
+        after every epoch and when its watch is due. Raises StopRequest, after the position is
+        saved, when a stop is requested, and GammaslimError when a loss is not a number.
         """
         session = session or Unattended()
         training = TrainingRound(self, network, spec, session)
@@ -124,7 +124,7 @@ class Trainer:
 
 @dataclass
 class RoundState:
-    """What changes during a round, apart from tensors: the next batch, the best epoch so far."""
+    """The state of a round, except for tensors: the next batch and the best epoch so far."""
 
     epoch: int = 0
     batch: int = 0
@@ -146,7 +146,7 @@ class TrainingRound:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct predictions
         self.trained = copy.deepcopy(network).to(device)
         shared = world_size() > 1 and self.config.batchnorm == "sync"
-        # torch's BatchNorm of a CPU is exact with channels first only: see sync_batchnorm
+        # on a CPU torch's BatchNorm is accurate with channels first only: see sync_batchnorm
         last = shared or device.type == "cuda"
         self.layout = torch.channels_last if last else torch.contiguous_format
         self.trained.to(memory_format=self.layout)
@@ -155,7 +155,9 @@ class TrainingRound:
             handler.find_unused_parameters = has_unused_parameters(self.trained, size)
         if shared:
             synchronised(self.trained, device)
-        fused = self.accelerator.mixed_precision != "fp16"  # the gradient scaler steps by itself
+        fused = (
+            self.accelerator.mixed_precision != "fp16"
+        )  # the gradient scaler decides on each step
         self.prepared, self.optimizer = self.accelerator.prepare(
             Logits(self.trained), build_optimizer(self.trained, self.config, fused=fused)
         )
@@ -170,7 +172,7 @@ class TrainingRound:
         return self.state.epoch >= self.spec.epochs
 
     def position(self) -> Position:
-        """Return all that the rest of the round depends on; collective."""
+        """Return the state that the rest of the round depends on; collective."""
         state, scaler = self.state, self.accelerator.scaler
         tensors = {f"model.{k}": v for k, v in self.trained.state_dict().items()}
         tensors |= optimizer_tensors(self.optimizer)
@@ -186,12 +188,12 @@ class TrainingRound:
         return Position(self.spec.round_index, state.epoch, state.batch, progress, tensors)
 
     def _restore(self, position: Position) -> None:
-        """Continue from ``position``: the reverse of the method ``position``."""
+        """Restore the state that the method ``position`` returned."""
 
         def part(name: str) -> dict[str, torch.Tensor]:
             prefix = f"{name}."
-            found = position.tensors.items()
-            return {k.removeprefix(prefix): v for k, v in found if k.startswith(prefix)}
+            tensors = position.tensors.items()
+            return {k.removeprefix(prefix): v for k, v in tensors if k.startswith(prefix)}
 
         state, values = self.state, position.training
         state.epoch, state.batch, state.seconds = position.epoch, position.batch, values.seconds
@@ -251,7 +253,7 @@ class TrainingRound:
     def _train(self, began: float) -> float:
         """Train on the rest of the epoch's batches; return the last learning rate.
 
-        ``began`` is when the epoch began by ``time.perf_counter``, as if it had never been stopped.
+        ``began`` is the start of the epoch by ``time.perf_counter``, without any interruptions.
         """
         state, sampler, watch = self.state, self.trainer.sampler, self.session.watch
         sizes = sampler.sizes()
@@ -274,7 +276,7 @@ class TrainingRound:
         return self.learning_rate((state.epoch + 1) * len(sizes) - 1)
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate at ``step`` of the round; sparse epochs have their schedule."""
+        """Return the learning rate at ``step`` of the round; sparse epochs have their own."""
         dense = self.spec.epochs * self.trainer.steps
         if step < dense:
             return learning_rate(self.config, step, dense)
@@ -296,7 +298,7 @@ class TrainingRound:
         logits, *auxiliary = (output.float() for output in self.prepared(inputs))
         if not self.state.outputs_reported:
             self.state.outputs_reported = True
-            say_of_outputs(self.trained, len(auxiliary))
+            report_outputs(self.trained, len(auxiliary))
         loss = batch_loss(logits, auxiliary, inputs, labels, self.spec.distillation)
         self.optimizer.zero_grad()
         # DDP takes the mean over ranks; the gradient must be the mean over the global batch

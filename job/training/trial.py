@@ -1,4 +1,4 @@
-"""One pass of a network in train mode, before the first step: what a step would trip over."""
+"""Trial passes in train mode that find problems of a network before the first step."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def has_unused_parameters(network: nn.Module, size: int) -> bool:
-    """Whether, on any process, a parameter gets no gradient: DDP must be told; collective.
+    """Return whether a parameter gets no gradient on any process, as DDP must know; collective.
 
-    Found by one pass of a copy of ``network``; only where there are several processes.
+    Runs one pass of a copy of ``network``. Always False with one process.
     """
     if world_size() == 1:
         return False
     inputs = _two_images(network, size)
-    with _apart():
+    with _preserve_rng():
         network = copy.deepcopy(network).train()
         outputs = all_logits(network(inputs))
         torch.stack([output.float().sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
@@ -38,8 +38,8 @@ def has_unused_parameters(network: nn.Module, size: int) -> bool:
     return bool(total(inputs.new_tensor(float(unused))))
 
 
-def say_of_outputs(trained: nn.Module, auxiliary: int) -> None:
-    """Report what the first step of ``trained`` showed: classifiers, BatchNorms on their own."""
+def report_outputs(trained: nn.Module, auxiliary: int) -> None:
+    """Report auxiliary classifiers and unsynchronised BatchNorms after the first step."""
     if auxiliary:
         weight = f"their losses count {AUXILIARY_WEIGHT} times"
         say(f"training: auxiliary classifiers: {auxiliary}, {weight}")
@@ -48,15 +48,15 @@ def say_of_outputs(trained: nn.Module, auxiliary: int) -> None:
         shown = ", ".join(names[:3]) + " and others" * (len(names) > 3)
         warn(
             f"BatchNorm {shown} does not call torch.nn.functional.batch_norm: each "
-            "process normalises its own part of a batch, and weights depend on their number"
+            "process normalises its part of a batch, and weights depend on the number of processes"
         )
 
 
 def least_batch(network: nn.Module, config: PruneConfig, size: int, count: int) -> int:
-    """How few of ``count`` images a global batch may have; a last one of fewer joins another.
+    """Return the least images of a global batch; a smaller last batch joins the one before.
 
-    A BatchNorm that sees one value per channel of an image cannot train on one image. Raises
-    UsageError where all batches would be too small, DataError where there are too few images.
+    A BatchNorm with one value per channel of an image cannot train on one image. Raises UsageError
+    when all batches would be too small, DataError when ``count`` images are too few.
     """
     parts = world_size() if config.batchnorm == "local" else 1
     least, batch = 2 * parts, config.batch_size
@@ -82,35 +82,35 @@ def least_batch(network: nn.Module, config: PruneConfig, size: int, count: int) 
 
 
 def one_value_per_channel(network: nn.Module, size: int) -> str | None:
-    """The first BatchNorm of ``network`` that gets one value per channel of an image, if any."""
-    found: list[str] = []
+    """Return the name of the first BatchNorm with one value per channel of an image, or None."""
+    names: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
         def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            measures = module.training or module.running_mean is None
-            if measures and inputs and inputs[0].shape[2:].numel() == 1:
-                found.append(name)
+            uses_batch = module.training or module.running_mean is None
+            if uses_batch and inputs and inputs[0].shape[2:].numel() == 1:
+                names.append(name)
 
         return look
 
     inputs = _two_images(network, size)
-    with _apart(), torch.no_grad():
+    with _preserve_rng(), torch.no_grad():
         network = copy.deepcopy(network).train()
         for name, module in network.named_modules():
             if isinstance(module, BatchNorm):
                 module.register_forward_pre_hook(hook(name))
         network(inputs)
-    return found[0] if found else None
+    return names[0] if names else None
 
 
 def _two_images(network: nn.Module, size: int) -> torch.Tensor:
-    """Inputs that every network trains on, whatever its BatchNorms see of one image."""
+    """Return two constant inputs (2, 3, size, size), on which every BatchNorm can train."""
     return next(network.parameters()).new_full((2, 3, size, size), 0.5)
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
-    """Leave the random numbers as they were."""
+def _preserve_rng() -> Iterator[None]:
+    """Restore the state of the random number generators at the end."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices=list(devices)):
         yield

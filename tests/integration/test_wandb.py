@@ -72,7 +72,7 @@ def track(place: Path, mode: str = "auto") -> Tracker:
 
 
 def begun(tracker: Tracker) -> Tracker:
-    wait_for(lambda: tracker._begun)
+    wait_for(lambda: tracker._started)
     return tracker
 
 
@@ -163,7 +163,7 @@ def test_offline_attempts_are_grouped_and_synced_by_the_line_printed(
     assert again.code == 0, again
     assert server.requests == []
     line = again.out.splitlines()[-1]
-    assert line.startswith("W&B: to be sent later: wandb sync ")
+    assert line.startswith("W&B: to send the rest later: wandb sync ")
     sync(line, server)
     id_ = json.loads((place / "wandb.json").read_text())["id"]
     assert sorted(server.runs) == [f"{id_}-1", f"{id_}-2"]
@@ -274,7 +274,7 @@ def test_variables_of_wandb_win(
     }  # fmt: skip
     for key, value in (server.env | given).items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(tracking, "SHORTEST", 30.0)
+    monkeypatch.setattr(tracking, "MIN_SYNC", 30.0)
     tracker = begun(track(place))
     tracker.finish({})
     assert tracker.segments.sync_command() is None
@@ -335,7 +335,7 @@ def test_when_its_process_dies_that_is_said_once(
 @pytest.mark.parametrize(
     ("mode", "project", "env", "warning"),
     [
-        ("offline", "a/b#c", {}, "W&B did not begin"),
+        ("offline", "a/b#c", {}, "W&B did not start"),
         ("auto", "gammaslim", {"WANDB_MODE": "bogus"}, "continuing offline"),
         ("auto", "gammaslim", {"WANDB_MODE": "disabled"}, ""),
         ("online", "gammaslim", {"NETRC": "/dev/null"}, "continuing offline"),
@@ -353,7 +353,7 @@ def test_wrong_settings_cost_a_warning(
     env: dict[str, str],
     warning: str,
 ) -> None:
-    monkeypatch.setattr(tracking, "SHORTEST", 30.0)
+    monkeypatch.setattr(tracking, "MIN_SYNC", 30.0)
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     place.mkdir()
@@ -366,7 +366,7 @@ def test_wrong_settings_cost_a_warning(
     assert not leaks(out, err)
 
 
-def test_the_time_for_last_words_is_a_share_of_the_jobs(
+def test_the_final_sync_takes_at_most_a_share_of_the_jobs_time(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited = []
@@ -382,6 +382,6 @@ def test_the_time_for_last_words_is_a_share_of_the_jobs(
         tracker = track(place, "off")
         tracker.mode, tracker._thread = "online", Endless()  # type: ignore[assignment]
         tracker.segments = tracking.Segments(place)
-        monkeypatch.setattr(tracker, "began", time.monotonic() - took)
+        monkeypatch.setattr(tracker, "start_time", time.monotonic() - took)
         tracker.finish({})
     assert waited == pytest.approx([2.0, 18.0, 30.0], abs=0.1)
