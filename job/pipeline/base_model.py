@@ -1,4 +1,4 @@
-"""The base of a run: a network as it is built, with weights, or the slim model of another run."""
+"""The base of a run: a new network, one with given weights, or the slim model of another run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def find_model_folder(config: PruneConfig) -> Path | None:
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Contents of ``--weights``: of a file, or of a model folder; neither without the option."""
+    """The content of ``--weights``: the state of a file or the model of a folder, or neither."""
 
     state: dict[str, torch.Tensor] | None = None
     model: tuple[nn.Module, ModelCard] | None = None
@@ -59,31 +59,31 @@ def read_base_weights(config: PruneConfig) -> BaseWeights:
 
 
 def adopt_slim_base(config: PruneConfig) -> tuple[PruneConfig, Path | None]:
-    """Return ``config`` with the network of the slim base, and the base's folder, if there is one.
+    """Return ``config`` with the network of the slim base, and the folder of the base, or None.
 
-    Without ``--data`` its data are adopted too. Raises UsageError where an option contradicts the
-    base or its data are not known, InputNotFound or DataError.
+    Without ``--data`` the data of the base are adopted too. Raises UsageError when an option
+    contradicts the base or its data are unknown, InputNotFound or DataError.
     """
     folder = find_model_folder(config)
     if folder is None:
         return config, None
     card, name = read_card(folder), f"--weights {shown(str(config.weights))}"
     what = f"{card.model} with {card.num_classes} classes"
-    for option, given, default, own in (
+    for option, given, default, stored in (
         ("--model", config.model, DEFAULTS.model, card.model),
         ("--model-arg", config.args, DEFAULTS.args, card.args),
         ("--num-classes", config.num_classes, DEFAULTS.num_classes, card.num_classes),
     ):
-        if given not in (default, own):
+        if given not in (default, stored):
             raise UsageError(f"{name} has its own network, {what}: leave out {option}")
     data = config.data
     if data is None:
-        own = find_run_data(str(config.weights), card.lineage)
-        say(f"data: {shown(own)}, the data of {shown(folder)}")
-        data = None if own == BUILT_IN else own
-    own_args = tuple(card.args.items())
+        base_data = find_run_data(str(config.weights), card.lineage)
+        say(f"data: {shown(base_data)}, the data of {shown(folder)}")
+        data = None if base_data == BUILT_IN else base_data
+    base_args = tuple(card.args.items())
     config = replace(
-        config, model=card.model, model_arg=own_args, num_classes=card.num_classes, data=data
+        config, model=card.model, model_arg=base_args, num_classes=card.num_classes, data=data
     )
     return config, folder
 
@@ -100,9 +100,9 @@ def continue_slim_base(
     data: Dataset,
     preprocessing: Preprocessing,
 ) -> tuple[nn.Module, ModelCard]:
-    """Return the slim network and its card as the base of a new run: fractions are of it.
+    """Return the slim network and its card as the base of a new run, which fractions refer to.
 
-    Its ``layers`` stay indices into the network as it was built. Raises DataError when ``data``
+    Its ``layers`` remain indices into the network as first built. Raises DataError when ``data``
     has other classes.
     """
     network, card = model
@@ -126,9 +126,9 @@ def continue_slim_base(
 
 
 def check_classes(name: str, theirs: ModelCard, ours: tuple[str, ...] | list[str]) -> None:
-    """Raise DataError unless the model called ``name`` has the classes ``ours``, and their names.
+    """Raise DataError unless the model called ``name`` has the classes ``ours``.
 
-    Of a model without class names only the number counts.
+    Without class names in the model, only the number of classes is compared.
     """
     if theirs.num_classes < len(ours):
         raise DataError(f"{name} has {theirs.num_classes} classes, the data have {len(ours)}")
@@ -143,7 +143,7 @@ def check_classes(name: str, theirs: ModelCard, ours: tuple[str, ...] | list[str
 def base_record(
     config: PruneConfig, card: ModelCard, teacher: nn.Module | None = None
 ) -> BaseRecord:
-    """Return where the base comes from, as config.toml names it: a run resumes from no other."""
+    """Return the origin of the base for config.toml; a run resumes only with the same one."""
     return BaseRecord(
         weights_sha256=card.lineage.base_sha256 or "",
         epochs=config.first_epochs,
@@ -154,7 +154,7 @@ def base_record(
 def load_teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | None:
     """Load the network of ``--teacher`` in eval mode; return None without the option.
 
-    Raises InputNotFound, or DataError unless it takes the inputs and has the classes of ``card``.
+    Raises InputNotFound, or DataError when its inputs or classes differ from those in ``card``.
     """
     if config.teacher is None:
         return None
@@ -173,7 +173,7 @@ def load_teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | No
         raise DataError(
             f"{name} expects other inputs than this run: {took.describe()}, "
             f"not {given.describe()}; set --transform, --image-size, --mean, --std and "
-            "--resize as it has them"
+            "--resize to the same values"
         )
     return network
 
@@ -181,7 +181,7 @@ def load_teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | No
 def build_base_network(
     config: PruneConfig, data: Dataset, preprocessing: Preprocessing, weights: BaseWeights
 ) -> tuple[nn.Module, ModelCard]:
-    """Build the network that the rounds start from, with ``weights`` if any, and its card.
+    """Build the base network, with ``weights`` if given, and its model card.
 
     Raises UsageError or DataError.
     """

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from job.training.evaluation import Evaluation
 
 SIGMAS = 2.0  # standard deviations of binomial noise that a difference must exceed
-LOW = 0.4  # fraction of the way from chance to 1: trained weights usually score more
-CLEARLY = 0.1  # so far above chance, an accuracy is in doubt only because of few images
-SAMPLE = 512  # images that show whether weights score at all
+LOW = 0.4  # fraction of the range from chance to 1; trained weights usually score higher
+CLEAR_MARGIN = 0.1  # above chance; beyond it only a small number of images leaves doubt
+SAMPLE = 512  # images of the sample that weights are tested on
 PREPROCESSING = (
     "is the preprocessing the one they were trained with? see --mean, --std, --transform"
 )
@@ -53,14 +53,14 @@ def model_caution(accuracy: float, counts: Sequence[int], *, weights: bool) -> s
 
 
 def chance_caution(subject: str, accuracy: float, counts: Sequence[int]) -> str | None:
-    """Return what ``subject`` scores when always predicting the commonest class does as well."""
+    """Return a caution when always predicting the most common class scores as well."""
     total = sum(counts)
     if _classes_present(counts) < 2:
         return None
     chance = max(counts) / total
     if accuracy > chance + SIGMAS * math.sqrt(chance * (1 - chance) / total):
         return None
-    few = f" as far as {total} images can tell" if accuracy > chance + CLEARLY else ""
+    few = f" as far as {total} images can tell" if accuracy > chance + CLEAR_MARGIN else ""
     return f"{subject} {accuracy:.1%}, near chance for {_classes_present(counts)} classes{few}"
 
 
@@ -77,7 +77,8 @@ def single_class_caution(result: Evaluation, names: Sequence[str]) -> str | None
 def under_trained_caution(entries: Sequence[RoundRecord], count: int, weights: bool) -> str | None:
     """Return a caution when a round beats the base, first of ``entries``, by more than noise.
 
-    ``count`` is the number of validation images; ``weights`` says whether the base had any.
+    ``count`` is the number of validation images.
+    ``weights`` tells whether the base was loaded from ``--weights``.
     """
     best = max(entries, key=lambda entry: entry.valid_acc)
     base, high = entries[0].valid_acc, best.valid_acc
@@ -104,12 +105,12 @@ def sample_caution(evaluator: Evaluator, network: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class Cautions:
-    """The cautions of a run, and what they depend on: its validation images and its base."""
+    """Computes the cautions of a run from its validation images and its base."""
 
     counts: Sequence[int]  # validation images of each class
     names: Sequence[str]
-    weights: bool  # whether the base had weights
-    unchanged: bool  # whether the base is as its weights are, the classifier included
+    weights: bool  # whether the base was loaded from --weights
+    unchanged: bool  # whether the base, with its classifier, equals its weights
 
     @classmethod
     def of(cls, config: PruneConfig, data: Dataset, card: ModelCard) -> Cautions:
@@ -127,7 +128,7 @@ class Cautions:
     def of_round(
         self, round_index: int, accuracy: float, evaluate: Callable[[], Evaluation]
     ) -> list[str]:
-        """Return the cautions about a network that was trained, the base included.
+        """Return the cautions about a trained network, which may be the base.
 
         ``evaluate`` is called only when the accuracy is in doubt.
         """
@@ -139,7 +140,7 @@ class Cautions:
             return _given(near, single_class_caution(evaluate(), self.names))
 
     def of_run(self, entries: Sequence[RoundRecord]) -> list[str]:
-        """Return the cautions kept in the entries, and the one about all rounds together."""
+        """Return the cautions of all entries, and the one about the whole run."""
         kept = [caution for entry in entries for caution in entry.cautions]
         return kept + _given(under_trained_caution(entries, sum(self.counts), self.weights))
 

@@ -1,4 +1,4 @@
-"""Taking the run directory: the right to write into it, and where the run in it resumes."""
+"""Claim a run directory: acquire its lock, and find where its run resumes."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Claim:
-    """A run directory that this job holds, or only shows because its run is finished.
+    """A run directory that this job holds, or only reads because its run is finished.
 
-    ``lock`` is held by the main process.
+    The main process holds ``lock``.
     """
 
     run: Run
     lock: Lock
-    reason: str  # why the folder is not the first of its name
+    reason: str  # why another folder than the default is used
     finished: bool
     saved: int  # rounds that earlier jobs completed, the base included
     base_epochs: int | None  # of the run
-    place: Place  # where it resumes
+    place: Place  # where the run resumes
     resume: Position | None = None  # within a round
-    state_before: str | None = None  # how the job before ended
+    state_before: str | None = None  # how the previous job ended
 
 
 def claim_run(setup: Setup) -> Claim:
-    """Take the run directory and create or resume its run; collective.
+    """Claim the run directory, and create or resume its run; collective.
 
-    Takes the next folder if another run has just taken this one. Raises OutputError while another
-    job has the run, what ``Run.open`` raises, or StopRequest.
+    Tries the next folder if another run has just claimed this one. Raises OutputError while
+    another job holds the run, the errors of ``Run.open``, or StopRequest.
     """
     folder, reason = setup.folder, setup.folder_reason
     while True:
@@ -92,13 +92,13 @@ def _claim_folder(setup: Setup, run: Run, lock: Lock, reason: str) -> Claim:
 
 
 def _is_finished(setup: Setup, run: Run) -> bool:
-    """Return whether this very run is finished: it needs no lock, since it is only shown."""
+    """Return whether this run is finished; it is only read, without the lock."""
     origin = setup.config, setup.dataset_record, setup.base_record
     return run.check(*origin) and run.complete(setup.config)
 
 
 def _next_folder(setup: Setup, run: Run) -> tuple[Path, str]:
-    """Return the folder to take next, and why; the same one when there is no other."""
+    """Return the next folder to claim and the reason; the same folder if there is no other."""
 
     def choose_next() -> tuple[Path, str]:
         await_config(run.path)
@@ -108,21 +108,21 @@ def _next_folder(setup: Setup, run: Run) -> tuple[Path, str]:
 
 
 def _open_run(setup: Setup, run: Run) -> tuple[Position | None, str | None]:
-    """Create or resume the run, now that the lock is held.
+    """Create or resume the run; the lock must be held.
 
-    Returns the position to resume at within a round, and how the job before ended. Drops the
-    metrics that came after that position.
+    Returns the position within a round to resume from, and how the previous job ended. Removes the
+    metrics logged after that position.
     """
     state = run.state
     before = "died" if state == "running" else state
     saved = run.open(setup.config, setup.dataset_record, setup.base_record)
     setup.watch.forget_old_request()
-    if run.finished_summary():  # by the job that held it until a moment ago
+    if run.finished_summary():  # by the job that has just released the lock
         return None, before
     run.remove_unfinished()
     resume, problems = newest_position(run.path / "checkpoints", saved)
     for problem in problems:
-        say(f"Warning: {problem}; resuming from the one before")
+        say(f"Warning: {problem}; resuming from the previous one")
     run.rewind_metrics(saved, resume.progress.metrics_size if resume else None)
     if saved or resume:
         record = ResumeRecord(
@@ -147,14 +147,14 @@ def _resume_place(run: Run, saved: int, resume: Position | None) -> Place:
 
 
 def _abandon_claim(run: Run, lock: Lock, code: int) -> None:
-    """Record that the job ended before the run began, and give the lock back."""
+    """Record that the job ended before the run began, and release the lock."""
     if lock.held:
         record_end(run, Place(), code)
         lock.release()
 
 
 def record_end(run: Run, place: Place, code: int) -> None:
-    """Record in the run's files that this job ends early, as far as the storage allows it."""
+    """Record in the run's files that this job ends early, if the storage allows it."""
     state = "stopped" if code == StopRequest.exit_code else "failed"
     with suppress(GammaslimError):  # a full disk may be the reason
         run.status(state, code, *place)

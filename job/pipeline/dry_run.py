@@ -1,7 +1,7 @@
-"""``--dry-run``: find all that would stop or slow a run, before the job waits in a queue.
+"""``--dry-run``: find everything that would stop or slow a run, before it is queued.
 
-Takes the start-up steps of every run and collects their errors; then tries what a run does later:
-one batch, one training step, every cut, the storage and W&B.
+Runs the start-up steps and collects their errors. Then tries an evaluation batch, a training step,
+every cut, the storage and W&B.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _T = TypeVar("_T")
 
 
 class Findings:
-    """Errors and warnings found so far: the same on every process, printed by the main one."""
+    """Errors and warnings found so far: equal on all processes, printed by the main one."""
 
     def __init__(self) -> None:
         self.errors: list[GammaslimError] = []
         self.warnings: list[str] = []
 
     def attempt(self, work: Callable[[], _T]) -> _T | None:
-        """Do collective ``work``; when it fails, keep the error and return None."""
+        """Run collective ``work``; if it fails, record the error and return None."""
         try:
             return work()
         except StopRequest:
@@ -51,7 +51,7 @@ class Findings:
         return None
 
     def conclude(self) -> None:
-        """Print all; raises the first error, whose exit code is the command's, as the last."""
+        """Print all findings; raise the first error, which determines the exit code."""
         if is_main():
             for warning in self.warnings:
                 warn(warning)
@@ -62,7 +62,7 @@ class Findings:
 
 
 def dry_run(setup: Setup) -> None:
-    """Check all that a run needs, try each of its parts once, write nothing; collective.
+    """Check everything that a run needs, and try each part once; write nothing. Collective.
 
     Raises the first GammaslimError found.
     """
@@ -73,8 +73,8 @@ def dry_run(setup: Setup) -> None:
     config, folder, planned = setup.config, setup.folder, setup.planned
     findings.warnings += _warnings(setup)
     if not findings.errors:
-        low = findings.attempt(lambda: _try_training(setup))
-        findings.warnings += [low] if low else []
+        caution = findings.attempt(lambda: _try_training(setup))
+        findings.warnings += [caution] if caution else []
     findings.attempt(lambda: on_main(lambda: check_writable(folder)))
     if planned is not MISSING:
         findings.attempt(lambda: on_main(lambda: check_disk(config, planned, folder)))
@@ -86,7 +86,7 @@ def dry_run(setup: Setup) -> None:
 
 
 def _warnings(setup: Setup) -> list[str]:
-    """Return what would slow the run or disappoint, as far as the steps have found out."""
+    """Return warnings about slow or doubtful settings, from the results of the steps."""
     config = setup.config
     found = [config.caution] if config.caution else []
     if setup.data is MISSING:
@@ -100,33 +100,33 @@ def _warnings(setup: Setup) -> list[str]:
 def _try_training(setup: Setup) -> str | None:
     """Evaluate one batch; for the base and each planned round, cut and take one training step.
 
-    Cuts are measured on one batch of images. Returns a caution where weights score low. Raises what
-    the run would raise.
+    Cuts use one batch of calibration images. Returns a caution when the weights score low. Raises
+    the errors that the run would raise.
     """
     network, card, config = setup.network, setup.card, setup.config
     setup.evaluator.try_batch(network)
     caution = None
     if config.weights and not card.lineage.fresh_classifier:
         caution = sample_caution(setup.evaluator, network)
-    taught, rounds = distil_from(setup, setup.teacher or network), len(setup.planned) - 1
+    distillation, rounds = distil_from(setup, setup.teacher or network), len(setup.planned) - 1
     for round_index in range(rounds + 1):
         setup.watch.check()
         if round_index:
             tools = config, setup.accelerator.device, setup.calibration
             network, card, _ = cut(network, card, round_index, *tools)
-        setup.trainer.try_step(network, taught)
+        setup.trainer.try_step(network, distillation)
     cuts = f", the cuts of {counted(rounds, 'round')}" if rounds else ""
     say(f"tried: an evaluation batch, a training step{cuts}")
     return caution
 
 
 def _show_plan(setup: Setup) -> None:
-    """Print the folder, what would be trained, and the planned rounds."""
+    """Print the folder, the epochs of training, and the planned rounds."""
     config, folder, planned = setup.config, setup.folder, setup.planned
     if setup.folder_reason:
         say(f"output: {shown(folder)}, as {setup.folder_reason}")
-    begun = on_main(lambda: Run(folder).base_epochs)
-    epochs = config.first_epochs if begun is None else begun
+    stored_epochs = on_main(lambda: Run(folder).base_epochs)
+    epochs = config.first_epochs if stored_epochs is None else stored_epochs
     trained = f"{counted(epochs, 'epoch')} of base training"
     if config.sparsity_epochs:
         trained += f", {config.sparsity_epochs} with {config.sparsity} on γ"
@@ -149,7 +149,7 @@ def _rounds_text(config: PruneConfig) -> str:
 
 
 def _resumed(folder: Path) -> str:
-    """Return what there is of the run already, as the end of a sentence."""
+    """Return the saved progress of the run, as the end of a sentence."""
     if not is_file(folder / "config.toml"):
         return ""
     if not (saved := Run(folder).saved):

@@ -1,4 +1,4 @@
-"""A forecast of the time that a run still takes, from its epochs and cuts so far."""
+"""Forecast the remaining time of a run from its epochs and cuts so far."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from job.console import span
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TIMED = 0.5  # an epoch of which less was trained here says nothing of a whole one
+TIMED = 0.5  # least fraction of an epoch that its duration is estimated from
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A forecast at one moment; each method that follows the run returns the next one.
+    """The state of a forecast; methods that record progress return the next state.
 
-    Without a number of ``rounds`` it covers the round in progress only. ``clock`` returns seconds.
+    Without ``rounds`` it covers only the round in progress. ``clock`` returns seconds.
     """
 
     base_epochs: int
@@ -29,8 +29,8 @@ class Forecast:
     epoch: int = 0
     share: float = 0.0  # fraction of the epoch that is done
     cutting: bool = False
-    began: float = 0.0  # when the epoch or cut in progress began
-    share_before: float = 0.0  # fraction of the epoch that was done by then
+    began: float = 0.0  # start of the epoch or cut in progress
+    share_before: float = 0.0  # fraction of the epoch done at that time
     epoch_seconds: float | None = None  # of a whole epoch, its evaluation included
     cut_seconds: float | None = None
 
@@ -72,17 +72,19 @@ class Forecast:
 
     def left(self) -> float | None:
         """Return the seconds left; None until part of an epoch is timed."""
-        taken = self.clock() - self.began
+        elapsed = self.clock() - self.began
         seconds = self.epoch_seconds
         if seconds is None and not self.cutting and self.share - self.share_before > 0:
-            seconds = taken / (self.share - self.share_before)
+            seconds = elapsed / (self.share - self.share_before)
         if seconds is None:
             return None
-        own = self.epochs if self.round else self.base_epochs
+        round_epochs = self.epochs if self.round else self.base_epochs
         rounds = 0 if self.rounds is None else self.rounds - self.round
         cut = seconds if self.cut_seconds is None else self.cut_seconds
-        whole = (own - self.epoch - self.share + rounds * self.epochs) * seconds + rounds * cut
-        return max(0.0, whole + (max(0.0, cut - taken) if self.cutting else 0.0))
+        whole = (
+            round_epochs - self.epoch - self.share + rounds * self.epochs
+        ) * seconds + rounds * cut
+        return max(0.0, whole + (max(0.0, cut - elapsed) if self.cutting else 0.0))
 
     def text(self) -> str:
         """Return ``about 12 min left``, or "" while that is unknown."""

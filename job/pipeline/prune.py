@@ -1,4 +1,4 @@
-"""The story of a run: the base, then as often as wanted slim, fine-tune, keep the best."""
+"""The main job: train the base; then, for each round, slim, fine-tune and keep the best."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def prune(config: PruneConfig) -> None:
-    """Run the main job, or with ``--dry-run`` check all that it needs. Raises GammaslimError."""
+    """Run the main job, or with ``--dry-run`` check what it needs. Raises GammaslimError."""
     setup = configure(config)
     with deferred():  # from here on, a request to stop waits until the position can be saved
         if config.dry_run:
@@ -26,7 +26,7 @@ def prune(config: PruneConfig) -> None:
         with open_session(setup) as session:
             with run_progress(session.time_left):
                 base = model = base_round(session)
-                taught = distil_from(setup, setup.teacher or base.network)
+                distillation = distil_from(setup, setup.teacher or base.network)
                 while wants_round(session, model):
-                    model = slimming_round(session, model, taught)
+                    model = slimming_round(session, model, distillation)
             session.finish()

@@ -1,4 +1,4 @@
-"""What a run takes of its machine: cores, batches that divide well, space on the disk."""
+"""Check the resources of a run: cores, batch sizes and disk space."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def space_needed(config: PruneConfig, planned: Sequence[PlannedRound]) -> int:
     """Return about how many bytes a run's models, positions and W&B files take at most.
 
     A position has the network, the best one so far and the optimizer's one or two states; a new
-    one is written before the oldest goes.
+    one is written before the oldest is deleted.
     """
     models = sum(entry.bytes for entry in planned)
     states = {"adamw": 2, "sgd": 1}[config.optimizer]
     positions = (KEPT + 1) * (2 + states) * max(entry.bytes for entry in planned)
-    copies = models if config.wandb != "off" else 0  # W&B's, of each model
-    return models + positions + copies + 2**22  # and some for tables and logs
+    copies = models if config.wandb != "off" else 0  # W&B copies each model
+    return models + positions + copies + 2**22  # 4 MiB for tables and logs
 
 
 def _amount(count: int) -> str:
@@ -59,7 +59,7 @@ def _amount(count: int) -> str:
 
 
 def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> list[str]:
-    """Return a line per drawback of global batches of ``batch`` out of ``count`` images."""
+    """Return warnings about global batches of ``batch`` images out of ``count``."""
     found = []
     if batch % processes:
         low = batch // processes
@@ -81,14 +81,14 @@ def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> li
 
 
 def core_warnings(config: PruneConfig, data: Dataset, cuda: bool) -> list[str]:
-    """Return a line when this node gives the job too few cores for its processes."""
+    """Return a warning when this node has too few cores for its processes."""
     processes, cores = local_world_size(), available_cores()
     if (slurm := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdecimal():
         cores = min(cores, int(slurm))
     workers = default_workers(processes, cuda) if config.workers is None else config.workers
     if isinstance(data.splits["training"], ArraySplit):
         workers = 0  # the images are in memory
-    # a process that waits for its GPU leaves its core to a loader, but not always
+    # a process that waits for its GPU often leaves its core to a loader
     wanted = max(2, workers + (not cuda)) if workers else 1
     if cores >= wanted * processes:
         return []

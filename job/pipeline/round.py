@@ -1,4 +1,4 @@
-"""The rounds of a run: the base, then as often as wanted slim, fine-tune, keep the best."""
+"""The rounds of a run: the base, then slimming rounds that cut and fine-tune."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class BestScores:
-    """Scores of a round's best model on the validation split, and what is doubtful about them."""
+    """Scores of a round's best model on the validation split, and cautions about them."""
 
     valid_acc: float
     valid_loss: float
@@ -62,7 +62,7 @@ class BestScores:
 
 
 def base_round(session: Session) -> Model:
-    """Round 0: train the base network, or take it as its weights are."""
+    """Run round 0: train the base network, or evaluate its given weights."""
     if session.claim.saved:
         return restored_round(session)
     setup, config, current = session.setup, session.setup.config, session.start_round()
@@ -88,8 +88,8 @@ def base_round(session: Session) -> Model:
     return keep_round(session, model, scores, wide=model.network)
 
 
-def slimming_round(session: Session, wide: Model, taught: Distillation | None) -> Model:
-    """Slim the network, fine-tune it, keep its best epoch."""
+def slimming_round(session: Session, wide: Model, distillation: Distillation | None) -> Model:
+    """Run a slimming round: cut the network, fine-tune it, and keep its best epoch."""
     if len(session.entries) < session.claim.saved:
         return restored_round(session)
     current = session.start_round()
@@ -103,7 +103,7 @@ def slimming_round(session: Session, wide: Model, taught: Distillation | None) -
         round_index=current.index,
         epochs=session.setup.config.epochs,
         first_step=current.first_step,
-        distillation=taught,
+        distillation=distillation,
         resume=current.resume,
     )
     scores = _train(session, narrow, spec, pruned)
@@ -111,7 +111,7 @@ def slimming_round(session: Session, wide: Model, taught: Distillation | None) -
 
 
 def distil_from(setup: Setup, teacher: nn.Module | None) -> Distillation | None:
-    """Return the distillation from ``teacher`` that ``--distill-alpha`` asks for, if it does."""
+    """Return the distillation from ``teacher`` for ``--distill-alpha``, or None without it."""
     config = setup.config
     if teacher is None or not config.distill_alpha:
         return None
@@ -141,7 +141,7 @@ def _evaluate(session: Session, network: nn.Module) -> Evaluation:
 
 
 def _train(session: Session, model: Model, spec: RoundSpec, pruned: PrunedScores) -> BestScores:
-    """Train the network, which keeps the weights of its best epoch; return its scores."""
+    """Train the network, which receives the weights of its best epoch; return its scores."""
     network, card = model
     cost = network_cost(network, session.image_size)
     session.start_training(TrainedModel(card, cost, pruned))
@@ -189,7 +189,9 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
         layers = layer_costs(network, session.image_size)
         folder = run.round_path(current.index)
         session.tracker.log_round(to_json(entry), gammas(wide), gammas(network), layers, folder)
-    if current.index != session.setup.config.last_round:  # else when the run is finished
+    if (
+        current.index != session.setup.config.last_round
+    ):  # after the last round, finish() writes the report
         session.report()
     return Model(network, card)
 
@@ -210,7 +212,7 @@ def restored_round(session: Session) -> Model:
 
 
 def wants_round(session: Session, model: Model) -> bool:
-    """Return whether there is a further round; say why not, unless ``--rounds`` are done."""
+    """Return whether there is another round; print why not, unless ``--rounds`` are done."""
     config, done = session.setup.config, len(session.entries) - 1
     last = config.last_round
     if done < session.claim.saved - 1:
@@ -227,7 +229,7 @@ def wants_round(session: Session, model: Model) -> bool:
 
 
 def _lost_too_much(session: Session) -> bool:
-    """Return whether the last round lost more accuracy than it may, and say so."""
+    """Return whether the last round lost more accuracy than allowed; print it if so."""
     config, entries = session.setup.config, session.entries
     limit, lost = config.most_points_lost, points_lost(entries, entries[-1])
     if limit is None or lost <= limit:

@@ -1,7 +1,7 @@
-"""The session: one job's hold on a run, and the one place that knows where the run is.
+"""The session of a job: owns the state of the run.
 
-It owns the run directory and its lock, the dashboard, the entries of finished rounds, the forecast
-and the watch for requests to stop. The trainer reports to it.
+This is the run directory and its lock, the W&B tracker, the entries of finished rounds, the
+forecast and the watch for stop requests. The trainer reports to it.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _T = TypeVar("_T")
 
 @contextmanager
 def open_session(setup: Setup) -> Iterator[Session]:
-    """Take the run directory; at the end record how the run ended, and give the folder back.
+    """Claim the run directory; at the end, record how the run ended and release the directory.
 
-    Raises GammaslimError; StopRequest says where the run stopped.
+    Raises GammaslimError; a StopRequest tells where the run stopped.
     """
     session = Session(setup, claim_run(setup))
     try:
@@ -63,7 +63,10 @@ def open_session(setup: Setup) -> Iterator[Session]:
 
 
 class Session(TrainingSession):
-    """A job's hold on its run. The methods are collective, except `report`, `abandon`, `close`."""
+    """The state of a run that a job holds.
+
+    The methods are collective, except `report`, `abandon` and `close`.
+    """
 
     def __init__(self, setup: Setup, claim: Claim) -> None:
         config = setup.config
@@ -80,7 +83,7 @@ class Session(TrainingSession):
     # --- the run
 
     def begin(self) -> None:
-        """Show which run this is, and begin its W&B run."""
+        """Print the run and its resources, and start its W&B run."""
         claim, setup = self.claim, self.setup
         if not claim.finished:
             self._status("running", None)
@@ -121,7 +124,7 @@ class Session(TrainingSession):
     def report(self) -> None:
         """Write the report of the run so far, on the main process.
 
-        Whatever prevents it is a warning: the run is worth more than its report.
+        A failure is only a warning: the run continues without its report.
         """
         if not self.lock.held or self.lock.lost:
             return
@@ -137,7 +140,9 @@ class Session(TrainingSession):
     def finish(self) -> None:
         """Write the final summary and show the table of rounds."""
         summary = on_main(self.run.finished_summary) or self.summarise("finished")
-        if on_main(lambda: self.run.state) != "finished":  # a full disk may have kept it out
+        if (
+            on_main(lambda: self.run.state) != "finished"
+        ):  # a full disk may have prevented the write
             last = len(self.entries) - 1
             self._move(last, self.epochs_of(last), self.entries[last].step)
             self._status("finished", 0)
@@ -152,17 +157,17 @@ class Session(TrainingSession):
             self.tracker.finish({"recommended": summary.recommended, **chosen})
 
     def abandon(self, code: int) -> None:
-        """Record why the run ended early, in its files and on the dashboard, as far as possible."""
+        """Record why the run ended early, in its files and on the dashboard if possible."""
         if not self.lock.held or self.lock.lost:  # not the main process, or the run is not ours
             return
         record_end(self.run, self.place, code)
         if self.tracker:
             self.tracker.abandon(code)
-        if (self.run.path / "report.html").exists():  # it says that the run is running
+        if (self.run.path / "report.html").exists():  # it still shows the run as running
             self.report()
 
     def close(self) -> None:
-        """Give the run directory back."""
+        """Release the run directory."""
         if self.lock.held:
             self.lock.release()
 
@@ -177,7 +182,7 @@ class Session(TrainingSession):
 
     @property
     def place(self) -> Place:
-        """Where the run is."""
+        """The current place of the run."""
         return self.state.place
 
     @property
@@ -187,7 +192,7 @@ class Session(TrainingSession):
 
     @property
     def image_size(self) -> int:
-        """Side of the network's inputs in pixels."""
+        """Side of the network's inputs, in pixels."""
         return self.setup.preprocessing.size
 
     # --- the round in progress
@@ -204,21 +209,21 @@ class Session(TrainingSession):
         return self.state.forecast.name()
 
     def time_left(self) -> str:
-        """Return how long the run still takes, in words; "" while that is unknown."""
+        """Return the remaining time of the run as text; "" while it is unknown."""
         return self.state.forecast.text()
 
     def epochs_of(self, round_index: int) -> int:
-        """Number of epochs that a round trains; 0 is the base, whose sparse epochs count too."""
+        """Return the number of epochs of a round; the base, round 0, includes its sparse epochs."""
         config = self.setup.config
         return config.epochs if round_index else config.first_epochs + config.sparsity_epochs
 
     def _move(self, round_index: int, epoch: int, step: int) -> None:
-        """Note where the run is; a round that is trained is in its last epoch."""
+        """Record the place of the run; a trained round remains in its last epoch."""
         last = max(self.epochs_of(round_index), 1) - 1
         self.state.place = Place(round_index, min(epoch, last), step)
 
     def _move_to_batch(self, epoch: int, batch: int) -> None:
-        """Note that the round in progress is at ``batch`` of ``epoch``."""
+        """Record that the round in progress is at ``batch`` of ``epoch``."""
         step = self.round.first_step + epoch * self.setup.trainer.steps + batch
         self._move(self.round.index, epoch, step)
 
@@ -243,11 +248,11 @@ class Session(TrainingSession):
         return state.round
 
     def start_training(self, model: TrainedModel) -> None:
-        """Note the network that the round in progress trains."""
+        """Record the network that the round in progress trains."""
         self.state.round = replace(self.round, model=model)
 
     def training(self, batches: Iterable[_T], epoch: int, batch: int) -> Iterator[_T]:
-        """Pass on the batches of ``epoch`` from number ``batch`` on; note and show where it is."""
+        """Yield the batches of ``epoch`` from number ``batch`` on; record and show progress."""
         steps = self.setup.trainer.steps
         for number, item in enumerate(batches, start=batch):
             self.state.forecast = self.state.forecast.train(epoch, number / steps)
@@ -256,7 +261,7 @@ class Session(TrainingSession):
             yield item
 
     def validating(self, batches: Iterable[_T], count: int) -> Iterable[_T]:
-        """Pass on the batches of an evaluation, and show how many are done."""
+        """Yield the batches of an evaluation, and show progress."""
         return progress(self.round_name, "validating")(batches, count)
 
     def epoch_finished(self, result: EpochResult) -> None:
@@ -272,11 +277,11 @@ class Session(TrainingSession):
             self.tracker.log("epoch", to_json(record))
 
     def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
-        """Log the histogram."""
+        """Log a histogram of γ."""
         self.log(GammaRecord(round=self.round.index, epoch=epoch, when=when, **asdict(histogram)))
 
     def save(self, position: Position) -> None:
-        """Save the position with where the run is, and the status."""
+        """Save the position with the progress of the run, and the status."""
         model, current = self.round.model, self.round
         assert model
         self._move_to_batch(position.epoch, position.batch)
@@ -300,5 +305,5 @@ class Session(TrainingSession):
 
     @property
     def watch(self) -> Watch:
-        """Tells when to save and when to stop."""
+        """Decides when to save and when to stop."""
         return self.setup.watch

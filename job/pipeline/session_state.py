@@ -1,4 +1,4 @@
-"""Where a run is: the part of a session that changes while the run is in progress."""
+"""The state of a session that changes during a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """Where a run is: ``epoch`` counts within the round, ``step`` since the run began."""
+    """A place in a run: ``epoch`` counts within the round, ``step`` from the start of the run."""
 
     round: int = 0
     epoch: int = 0
@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What the session records about the network that a round trains."""
+    """The network that a round trains, as the session records it."""
 
     card: ModelCard
     cost: Cost
@@ -33,13 +33,13 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class RoundInProgress:
-    """The round in progress; ``began`` is by ``time.perf_counter``, as if never interrupted."""
+    """The round in progress; ``began`` is its start by ``time.perf_counter``, without pauses."""
 
     index: int
-    first_step: int  # optimizer steps of the run before it
+    first_step: int  # optimizer steps of the run before this round
     began: float
-    resume: Position | None  # where it resumes
-    model: TrainedModel | None = None  # None until it trains
+    resume: Position | None  # where the round resumes
+    model: TrainedModel | None = None  # None until training starts
 
     @property
     def seconds(self) -> float:
@@ -49,7 +49,7 @@ class RoundInProgress:
 
 @dataclass
 class SessionState:
-    """All that changes in a session, apart from the entries of finished rounds."""
+    """The mutable state of a session, except for the entries of finished rounds."""
 
     forecast: Forecast
     place: Place

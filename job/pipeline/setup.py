@@ -1,7 +1,7 @@
-"""Start-up: all that a run needs before it begins, as one list of steps.
+"""Start-up: prepare everything that a run needs, as one list of steps.
 
-`start_up` takes the steps one after the other and ends with the first error. ``--dry-run`` takes
-the same steps and collects their errors: see `job.pipeline.dry_run`.
+`start_up` runs the steps in order and stops at the first error. ``--dry-run`` runs the same
+steps and collects their errors: see `job.pipeline.dry_run`.
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ if TYPE_CHECKING:
     from job.data.preprocessing import Preprocessing
 
 MISSING: Any = object()  # the value of a field whose step has not run, or has failed
-PLANNED = 10  # rounds of --rounds auto that are planned beforehand
+PLANNED = 10  # rounds of --rounds auto that are planned in advance
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is made of. A field that is MISSING at first is set by a step of START_UP."""
+    """The parts of a run. The steps of START_UP set the fields that are MISSING at first."""
 
     config: PruneConfig
     accelerator: Accelerator
     watch: Watch
     folder: Path  # the run directory
-    folder_reason: str = ""  # why it is not the first of its name
+    folder_reason: str = ""  # why another folder than the default is used
     model_folder: Path | None = MISSING  # of the slim model that --weights names
     data: Dataset = MISSING
     preprocessing: Preprocessing = MISSING
     weights: BaseWeights = MISSING
     network: nn.Module = MISSING  # the base
     card: ModelCard = MISSING
-    smallest_batch: int = MISSING  # images that a global batch has at least
+    smallest_batch: int = MISSING  # least number of images in a global batch
     planned: tuple[PlannedRound, ...] = MISSING  # the base and each round
     teacher: nn.Module | None = MISSING
     dataset_record: DatasetRecord = MISSING
@@ -80,28 +80,28 @@ class Setup:
 
 @dataclass(frozen=True)
 class StartUpStep:
-    """A step of the start-up: returns the setup with more fields; ``needs`` names those it reads.
+    """A start-up step: returns the setup with more fields; ``needs`` are the fields it reads.
 
-    Every process takes it. It raises GammaslimError.
+    Collective. Raises GammaslimError.
     """
 
     run: Callable[[Setup], Setup]
     needs: tuple[str, ...] = ()
 
     def can_run(self, setup: Setup) -> bool:
-        """Return whether the steps before it have set what it needs."""
+        """Return whether earlier steps have set the fields that it needs."""
         return all(getattr(setup, name) is not MISSING for name in self.needs)
 
 
 def configure(config: PruneConfig) -> Setup:
-    """Join the other processes, and watch for requests to stop from now on."""
+    """Join the other processes, and start to watch for stop requests."""
     folder = likely_run_folder(config)
     watch = Watch(folder / "STOP", config.checkpoint_every)
     return Setup(config, start(config.device, config.precision), watch, folder)
 
 
 def start_up(setup: Setup) -> Setup:
-    """Take every step; raises the first GammaslimError, or StopRequest."""
+    """Run every step; raise the first GammaslimError, or StopRequest."""
     for step in START_UP:
         setup = step.run(setup)
     if setup.config.caution:
@@ -111,8 +111,8 @@ def start_up(setup: Setup) -> Setup:
 
 
 def adopt_model_folder(setup: Setup) -> Setup:
-    """Take the network and the data from the model folder that ``--weights`` names, if any."""
-    if ":" in setup.config.model:  # a model folder may name it too, then
+    """Adopt the network and the data of the model folder that ``--weights`` names, if any."""
+    if ":" in setup.config.model:  # the model card may then name it too
         trust_factory(setup.config.model)
     config, model_folder = on_main(lambda: adopt_slim_base(setup.config), interrupt=True)
     folder = on_main(lambda: likely_run_folder(config))
@@ -127,7 +127,7 @@ def open_dataset(setup: Setup) -> Setup:
 
 
 def read_weights(setup: Setup) -> Setup:
-    """Read ``--weights`` on the main process: the others receive the network that is built."""
+    """Read ``--weights`` on the main process; the others receive the network later."""
     read: list[BaseWeights] = []
     on_main(lambda: read.append(read_base_weights(setup.config)), interrupt=True)
     return replace(setup, weights=read[0] if read else BaseWeights())
@@ -142,14 +142,14 @@ def build_base(setup: Setup) -> Setup:
 
 
 def find_smallest_batch(setup: Setup) -> Setup:
-    """Find how small a global batch may be for the network's BatchNorms."""
+    """Find the smallest global batch that the network's BatchNorms allow."""
     count, size = len(setup.data.splits["training"]), setup.preprocessing.size
     least = on_main(lambda: least_batch(setup.network, setup.config, size, count))
     return replace(setup, smallest_batch=least)
 
 
 def plan_rounds(setup: Setup) -> Setup:
-    """Plan every round: an error says which target is out of reach."""
+    """Plan every round; an error names a target that is out of reach."""
     base = setup.config, setup.network, setup.card
     return replace(setup, planned=tuple(on_main(lambda: planned_rounds(*base), interrupt=True)))
 
@@ -161,7 +161,7 @@ def load_teacher(setup: Setup) -> Setup:
 
 
 def choose_folder(setup: Setup) -> Setup:
-    """Choose the run directory, whose run, if any, must be one that this job can resume."""
+    """Choose the run directory; an existing run in it must be resumable by this job."""
     config, dataset = setup.config, on_main(lambda: dataset_record(setup.data))
     base = base_record(config, setup.card, setup.teacher)
 
@@ -179,7 +179,7 @@ def choose_folder(setup: Setup) -> Setup:
 
 
 def build_tools(setup: Setup) -> Setup:
-    """Build what evaluates, trains and calibrates the network of every round, with the loaders."""
+    """Build the evaluator, the trainer and the calibration data, with their loaders."""
     config, accelerator = setup.config, setup.accelerator
     workers = config.workers
     if workers is None:
@@ -216,10 +216,11 @@ START_UP = (
 
 
 def planned_rounds(config: PruneConfig, network: nn.Module, card: ModelCard) -> list[PlannedRound]:
-    """Return width and costs of the base and of every round; raises UsageError for a bad target.
+    """Return the width and costs of the base and of every round.
 
-    Of ``--rounds auto`` the first PLANNED, if as many can be cut. Exact for the uniform policy and
-    for the metric of a target, otherwise a forecast by γ as it is.
+    With ``--rounds auto`` these are the first PLANNED rounds at most. The values are exact for the
+    uniform policy and for the metric of a target, otherwise a forecast from the current γ. Raises
+    UsageError for a target that is out of reach.
     """
     assert card.base
     assert card.base.cost

@@ -1,4 +1,4 @@
-"""The cut of a round: planned on the main process, made on every process, proven."""
+"""The cut of a round: planned on the main process, applied and verified on every process."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from job.training.calibration import Calibration
     from job.training.position import Position
 
-MOST_STEPS = 2**14  # of --rate, in search of a cut: 0.999 to this power is 8e-8
+MOST_STEPS = 2**14  # of --rate in the search for a cut: 0.999 to this power is 8e-8
 
 
 def allocation_of(
     config: PruneConfig, card: ModelCard, round_index: int, steps: int = 1
 ) -> Allocation:
-    """Return what a round leaves: the target is spread over the rounds.
+    """Return the allocation of a round: the target, spread over the rounds.
 
-    Without a target it is ``steps`` times --rate of the width, or of all channels. Raises
-    UsageError for a target above what the base has.
+    Without a target it is --rate to the power ``steps`` of the width, or of all channels. Raises
+    UsageError for a target above the value of the base.
     """
     assert card.base
     assert card.base.cost
@@ -74,14 +74,14 @@ def ranking_norms(network: nn.Module, size: int, sparse_epochs: int) -> list[str
 
 
 def method_of(config: PruneConfig) -> Method:
-    """Return how a run ranks channels and compensates for removed ones."""
+    """Return the importance and compensation methods of a run."""
     return Method(config.importance, config.compensate, config.seed)
 
 
 def plan_round(config: PruneConfig, network: nn.Module, card: ModelCard, round_index: int) -> Plan:
     """Return a forecast of a round's plan, made without calibration images.
 
-    Channels are ranked by gamma where the importance of the run needs images. Raises UsageError
+    Channels are ranked by gamma when the importance criterion needs images. Raises UsageError
     for a target that is out of reach.
     """
     graph = analyse(network, example_image(card.preprocessing.size))
@@ -98,7 +98,7 @@ def _plan_by_scores(
     graph: ChannelGraph,
     scores: Scores,
 ) -> Plan:
-    """The plan of a round; with --rounds auto, the first one that cuts anything."""
+    """Return the plan of a round; with --rounds auto, the first plan that cuts anything."""
 
     def plan_after(steps: int) -> Plan:
         allocation = allocation_of(config, card, round_index, steps)
@@ -108,11 +108,11 @@ def _plan_by_scores(
 
 
 def _first_cut(plan_after: Callable[[int], Plan]) -> Plan:
-    """The plan of the fewest steps of --rate that cut anything; raises UsageError for none."""
+    """Return the plan of the fewest steps of --rate that cut anything, or raise UsageError."""
     error = UsageError("nothing more can be cut")
 
     def attempt(steps: int) -> Plan | None:
-        """The plan, or None where so many steps are out of reach."""
+        """Return the plan, or None when ``steps`` are out of reach."""
         nonlocal error
         try:
             return plan_after(steps)
@@ -156,9 +156,9 @@ def cut(
     calibration: Calibration,
     progress: Progress = no_progress,
 ) -> tuple[nn.Module, ModelCard, float]:
-    """Return the narrow network of a round, on the CPU, its card, and the error of the proof.
+    """Return the narrow network of a round, on the CPU, its card, and its verification error.
 
-    ``progress`` is called before each step. Raises StopRequest on every process where a stop is
+    ``progress`` is called before each step. Raises StopRequest on every process when a stop is
     requested.
     """
 
@@ -188,7 +188,7 @@ def cut_before(
 ) -> tuple[nn.Module, ModelCard]:
     """Repeat the cut of ``network`` that an earlier attempt made, without its trained weights.
 
-    They are stored with the position ``start``. Raises DataError where that was another network.
+    The position ``start`` holds the weights. Raises DataError when it belongs to another network.
     """
     plan = start.progress.plan
     if plan.wide != digest(network.cpu().state_dict()):

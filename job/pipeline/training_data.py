@@ -1,4 +1,4 @@
-"""The data set of a run: opened, its images checked, a validation split held out."""
+"""Prepare the data set of a run: open it, check its images, hold out a validation split."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ SPLITS = ("training", "validation")  # the testing split never chooses a model
 def prepare_data(
     config: PruneConfig, check_stop: Callable[[], None] = lambda: None, output: Path | None = None
 ) -> tuple[Dataset, Preprocessing]:
-    """Return the data set with its images checked, and how they become inputs; collective.
+    """Return the data set, with its images checked, and the preprocessing; collective.
 
-    ``check_stop`` is called between images and may raise. The run in ``output``, if any, is resumed
-    with the files that it began with, even where this version recognises more of them. Raises
+    ``check_stop`` is called between images and may raise. An existing run in ``output`` is resumed
+    with its original files, even if this version recognises more files. Raises
     InputNotFound, DataError or UsageError.
     """
 
@@ -57,8 +57,8 @@ def prepare_data(
         data, largest = check_images(data, present, config.on_bad_image, checking)
         data = hold_out_validation(data, config.seed)
         data = replace(data, notes=(*data.notes, *missing_class_notes(data)))
-        own, options = slim_base_preprocessing(config), PreprocessingOptions.of(config)
-        return data, options.override(own) if own else options.resolve(largest)
+        base, options = slim_base_preprocessing(config), PreprocessingOptions.of(config)
+        return data, options.override(base) if base else options.resolve(largest)
 
     data, preprocessing = on_main(prepare, interrupt=True)
     check_memory(preprocessing.size)
@@ -82,7 +82,7 @@ def describe_data(data: Dataset, preprocessing: Preprocessing) -> str:
 
 
 def dataset_record(data: Dataset) -> DatasetRecord:
-    """Return the data set as config.toml names it."""
+    """Return the record of the data set for config.toml."""
     path = shown(os.path.abspath(data.source))  # noqa: PTH100 (links stay links)
     return DatasetRecord(
         layout=data.layout,

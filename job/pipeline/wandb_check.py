@@ -1,4 +1,4 @@
-"""How W&B will run, checked before the job waits in a queue."""
+"""Check how W&B will run, before the job is queued."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 @dataclass(frozen=True)
 class WandbAnswer:
-    """What `job.tracking.key_check` finds: the ``user`` of the key, or what is wrong.
+    """The result of `job.tracking.key_check`: the ``user`` of the key, or the problem.
 
-    ``kind`` is "none" without a key, "key" for a rejected one, "server" for one that fails.
+    ``kind`` is "none" without a key, "key" for a rejected key, "server" for a failing server.
     """
 
     server: str = ""
@@ -34,9 +34,9 @@ class WandbAnswer:
 
 
 def check_wandb(mode: str) -> str | None:
-    """Say how W&B will run in ``--wandb MODE``; return a warning where it falls back to offline.
+    """Print how W&B will run in ``--wandb MODE``; return a warning if it falls back to offline.
 
-    Raises ConfigError or StorageError where ``online`` is asked for and is not possible.
+    Raises ConfigError or StorageError when ``online`` is requested but not possible.
     """
     given = os.environ.get("WANDB_MODE", "")
     if mode == "auto" and given and given not in ("online", "run"):
@@ -58,7 +58,7 @@ def check_wandb(mode: str) -> str | None:
 
 
 def ask_wandb() -> WandbAnswer:
-    """Return what `job.tracking.key_check` finds; it is not run where it could find no key."""
+    """Run `job.tracking.key_check` and return its result; skip it when there is no key to find."""
     homes = (Path(os.environ.get("NETRC") or "~/.netrc"), Path("~/_netrc"))
     if not any(os.environ.get(name) for name in WANDB_KEYS) and not any(
         path.expanduser().exists() for path in homes
@@ -72,5 +72,5 @@ def ask_wandb() -> WandbAnswer:
         )
         return from_json(WandbAnswer, json.loads(done.stdout))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        problem = f"it cannot be asked: {type(error).__name__}"
+        problem = f"the key check failed: {type(error).__name__}"
         return WandbAnswer(kind="server", problem=problem)
