@@ -52,7 +52,7 @@ def format_of(path: Path, asked: str | None) -> str:
         if path.suffix and by_suffix is None:
             known = ", ".join(f"{suffix} ({format})" for suffix, format in FORMAT_BY_SUFFIX.items())
             raise UsageError(
-                f"--output {shown(path)}: {path.suffix} is not a format; give --format, or one of "
+                f"--output {shown(path)}: unknown suffix {path.suffix}; give --format, or one of "
                 f"{known}"
             )
         return by_suffix or "state-dict"

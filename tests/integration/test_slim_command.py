@@ -191,7 +191,7 @@ def test_the_format_follows_from_the_suffix(name: str, format: str) -> None:
         (("--format", "state-dict", "--output", "m.onnx"), ".onnx is onnx; name the file m.safe"),
         (("--format", "onnx", "--output", "m.pt"), ".pt is state-dict; name the file m.onnx"),
         (("--format", "torch-export", "--output", "m.pth"), "name the file m.pt2"),
-        (("--output", "m.tflite"), ".tflite is not a format; give --format, or one of .onnx"),
+        (("--output", "m.tflite"), "unknown suffix .tflite; give --format, or one of .onnx"),
     ],
 )
 def test_contradictions_of_format_and_suffix_are_errors(
