@@ -15,7 +15,6 @@ from job.data.image_check import check_images
 from job.data.images import check_image, load_rgb
 from job.data.layout import open_data
 from job.errors import DataError
-from support.commands import gammaslim
 from support.datasets import write_flat
 
 RED = (200, 30, 10)
@@ -121,20 +120,6 @@ def test_a_broken_image_is_named_or_skipped(tmp_path: Path, kind: str) -> None:
     assert len(checked.splits["training"]) == 12
     assert checked.splits["training"].labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert largest == 42
-
-
-def test_prune_ends_with_65_or_counts_and_lists_what_it_skips(tmp_path: Path) -> None:
-    data = write_flat(tmp_path / "data", {"training": 4, "validation": 2})
-    broken(data / "training", "truncated")
-    common = ("prune", "--data", data, "--output", tmp_path / "run", "--dry-run")
-    failed = gammaslim(*common)
-    assert failed.code == 65, failed
-    assert failed.err.count("\n") == 1
-    assert "1_99.jpg" in failed.err
-    skipped = gammaslim(*common, "--on-bad-image", "skip")
-    assert skipped.code == 0, skipped
-    assert "1 images cannot be read" in skipped.out
-    assert "training/1_99.jpg" in skipped.out
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:

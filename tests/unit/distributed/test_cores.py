@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from job.distributed import cores
 from job.distributed.cores import PATIENCE, available_cores, given_environ, set_thread_variables
-from support.commands import run
 
 VARIABLES = ("OMP_NUM_THREADS", *PATIENCE)
 CORES = len(os.sched_getaffinity(0))
@@ -86,51 +83,3 @@ def test_what_the_user_has_set_wins(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     set_thread_variables(2)
     assert variables() == {"OMP_NUM_THREADS": "3", name: "7"}
-
-
-# stands in for torch's import in what the command starts: what the variables are at that moment
-WATCH = """
-import json, os, sys
-from importlib.abc import MetaPathFinder
-class Finder(MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name == "torch" and "launch" not in sys.argv[1:2]:
-            known = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-            found = {name: os.environ[name] for name in known if name in os.environ}
-            os.write(1, (json.dumps(found) + "\\n").encode())
-            os._exit(0)
-sys.meta_path.insert(0, Finder())
-"""
-SCRIPT = Path(sys.executable).with_name("gammaslim")
-MODULE = (sys.executable, "-m", "job")
-SHARED = {"OMP_NUM_THREADS": str(max(1, available_cores() // 2)), **PATIENCE}
-ALL = {"OMP_NUM_THREADS": str(available_cores()), **PATIENCE}
-
-
-@pytest.mark.parametrize(
-    ("command", "given", "expected"),
-    [
-        ((SCRIPT, "prune"), {}, [ALL]),
-        ((*MODULE, "prune"), {}, [ALL]),
-        ((*MODULE, "prune"), {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "1"}, []),
-        ((*MODULE, "evaluate", "x", "--data", "x"), {"GOMP_SPINCOUNT": "5"}, []),
-        ((*MODULE, "inspect", "x"), {}, [ALL]),
-        ((*MODULE, "prune"), {"RANK": "1", "LOCAL_WORLD_SIZE": "2"}, [SHARED]),
-        ((*MODULE, "launch", "--nproc", "1", "--", "prune"), {}, [ALL]),
-        ((*MODULE, "launch", "--nproc", "2", "--", "prune"), {}, [SHARED, SHARED]),
-    ],
-)
-def test_variables_are_set_before_torch_is_imported(
-    command: tuple[object, ...],
-    given: dict[str, str],
-    expected: list[dict[str, str]],
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(WATCH)
-    done = run(*command, env={"PYTHONPATH": str(tmp_path), **given}, cwd=tmp_path)
-    assert done.code == 0, done
-    found = [json.loads(line) for line in done.out.splitlines()]
-    if not expected:
-        threads = {"OMP_NUM_THREADS": str(available_cores())}
-        expected = [threads | given]
-    assert found == expected, done

@@ -20,27 +20,8 @@ from job.errors import DataError, InputNotFound
 from job.models.factory import build_network
 from job.models.weights import load_state
 from job.models.weights_file import read_state
-from support.commands import gammaslim
 from support.cuts import randomise
-
-State = dict[str, torch.Tensor]
-
-
-def state(**args: float) -> State:
-    return randomise(build_network("student", 11, args)).state_dict()
-
-
-def save_as_the_homework_did(path: Path, values: State) -> None:
-    """Legacy (non-zip) serialisation of tensors that lie on cuda:0, made without a GPU."""
-    torch.save(values, path, _use_new_zipfile_serialization=False)
-    content = path.read_bytes()
-    location = b"X\x03\x00\x00\x00cpu"
-    assert content.count(location) == 1  # the pickle memoises it
-    content = content.replace(location, b"X\x06\x00\x00\x00cuda:0")
-    for kind in (b"FloatStorage", b"LongStorage"):
-        assert b"ctorch\n" + kind in content
-        content = content.replace(b"ctorch\n" + kind, b"ctorch.cuda\n" + kind)
-    path.write_bytes(content)
+from support.weights_files import State, save_as_the_homework_did, state
 
 
 def test_the_homeworks_kind_of_file_is_read(tmp_path: Path) -> None:
@@ -192,32 +173,6 @@ def test_something_else_than_a_state_dict(tmp_path: Path) -> None:
         torch.save(value, tmp_path / f"{number}.pt")
         with pytest.raises(DataError, match="state dict"):
             read_state(tmp_path / f"{number}.pt")
-
-
-def test_prune_replaces_a_classifier_of_other_classes_and_says_so(
-    flat_data: Path, tmp_path: Path
-) -> None:
-    save_as_the_homework_did(tmp_path / "w.bin", state())
-    args = ("prune", "--data", flat_data, "--weights", tmp_path / "w.bin", "--dry-run")
-    done = gammaslim(*args, cwd=tmp_path)
-    assert done.code == 0, done
-    assert "they have 11 classes, the data or --num-classes 3: all weights are used but" in done.out
-    assert "those of the classifier fc.0, which starts from random weights" in done.out
-    assert "--base-epochs N" in done.out
-    fine = gammaslim(*args, "--num-classes", 11, cwd=tmp_path)
-    assert fine.code == 0, fine
-    assert "236,066" in fine.out
-    assert "classes, the data" not in fine.out
-
-
-def test_prune_ends_with_65_and_one_line_at_another_width(flat_data: Path, tmp_path: Path) -> None:
-    save_as_the_homework_did(tmp_path / "w.bin", state(width_mult=0.95))
-    done = gammaslim(
-        "prune", "--data", flat_data, "--weights", tmp_path / "w.bin", "--dry-run", cwd=tmp_path
-    )
-    assert done.code == 65, done
-    assert done.err.count("\n") == 1
-    assert "pass --model-arg width_mult=…" in done.err
 
 
 def prefixed(prefix: str, values: State) -> State:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import numpy as np
 import pytest
@@ -19,11 +18,9 @@ from job.slimming.calibration.input_statistics import (
 )
 from job.slimming.graph.groups import ChannelGraph
 from job.slimming.importance.refit import refit_importance
-from support.commands import ROOT, run
 from support.cuts import randomise
 from support.networks import Streams
 
-WORKER = ROOT / "tests" / "support" / "workers" / "calibration.py"
 IMAGES = torch.rand(32, 3, 6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
@@ -110,11 +107,3 @@ def test_channels_of_readers_that_were_not_seen_have_no_rank() -> None:
     scores = refit_importance(network, graph, {"one": statistics["one"]})
     sizes = {group.size: np.isfinite(scores[group.channels]).all() for group in graph.groups}
     assert sizes == {8: True, 4: False}
-
-
-def test_processes_find_together_what_one_finds_alone() -> None:
-    done = run(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 3, WORKER
-    )
-    assert done.code == 0, done
-    assert done.out.count("all checks passed") == 3

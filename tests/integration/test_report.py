@@ -1,131 +1,29 @@
-"""The report: true to the run's files, whole, harmless, and never the end of a job."""
+"""The report of a run, by the command and by the job: true to the run's files, never its end."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import random
 import shutil
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from PIL import Image
 
-from job.artifacts.run_directory import Run
 from job.artifacts.run_reader import read_run
-from job.errors import StorageError
-from job.pipeline.forecast import Forecast
-from job.pipeline.session import Session
-from job.pipeline.session_state import Place, SessionState
-from job.report.comparison import pareto_front, pareto_models
-from job.report.figures import draw_comparison, draw_run
-from job.report.page import comparison_page, render, run_page, write_run_report
+from job.report.page import write_run_report
 from support.commands import ROOT, Result, gammaslim, run
 from support.datasets import write_noise_idx
+from support.report_pages import entry, make_run, page
 
 FIGURES = [
     "accuracy-bytes", "accuracy-macs", "accuracy-params", "channels", "training-accuracy",
     "training-loss",
 ]  # fmt: skip
+
+
 HOSTILE = "<b>é文 $x^$ 'q\" & \n\x1b[31m{0}"
-
-
-class Page(HTMLParser):
-    """What a browser would see."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.images: list[bytes] = []
-        self.alts: list[str] = []
-        self.text = ""
-        self.rows: list[list[str]] = []
-        self.best: list[int] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self.tags.append(tag)
-        if tag == "img":
-            head, _, content = str(values["src"]).partition(",")
-            assert head == "data:image/png;base64"
-            self.images.append(base64.b64decode(content))
-            self.alts.append(str(values["alt"]))
-        self.links += [str(values[key]) for key in ("href", "action") if key in values]
-        if tag == "tr":
-            self.rows.append([])
-            if values.get("class") == "best":
-                self.best.append(len(self.rows) - 1)
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self.rows and self.rows[-1]:
-            self.rows[-1][-1] += data.strip()
-
-
-def page(path: Path) -> Page:
-    """A report that needs nothing but itself."""
-    found = Page(path.read_text("utf-8"))
-    assert not {"script", "link", "iframe", "object", "form", "b>"} & set(found.tags)
-    assert not found.links
-    for image in found.images:
-        assert Image.open(io.BytesIO(image)).size == (640, 400)
-    return found
-
-
-def entry(number: int, accuracy: float, params: int, **more: Any) -> dict[str, Any]:
-    return {
-        "round": number, "width": 0.9**number, "channels": 100 - number, "params": params,
-        "macs": params * 40, "bytes": params * 4, "valid_acc": accuracy, "valid_loss": 0.5,
-        "best_epoch": 1, "step": 20 * (number + 1), "seconds": 3.25,
-        **({"valid_acc_pruned": accuracy - 0.1} if number else {}), **more,
-    }  # fmt: skip
-
-
-ENTRIES = (entry(0, 0.9, 1000), entry(1, 0.91, 800), entry(2, 0.895, 600), entry(3, 0.8, 400))
-
-
-def make_run(
-    folder: Path, entries: tuple[dict[str, Any], ...] = ENTRIES, best: int = 2, **more: Any
-) -> Path:
-    """A run folder as a job leaves it."""
-    folder.mkdir(parents=True)
-    reason = more.get("reason", "the fewest parameters within 1 point of the base")
-    (folder / "config.toml").write_text(
-        f'[prune]\nmodel = "student"\nrate = 0.9\n[dataset]\nfingerprint = "{more.get("data", 7)}"'
-    )
-    status = {"state": more.get("state", "finished"), "exit_code": more.get("code", 0)}
-    at = {"round": max(0, len(entries) - 1), "epoch": 1, "step": 80, "time": 1.7e9}
-    (folder / "status.json").write_text(json.dumps(status | at))
-    lines = []
-    for number, e in enumerate(entries):
-        for epoch in (0, 1):
-            scores = {"train_loss": 1.5, "train_acc": 0.5, "valid_loss": 1.0, "valid_acc": 0.6}
-            scores |= {"lr": 0.001, "images_per_second": 900.0, "seconds": 1.5}
-            costs = {key: e[key] for key in ("width", "params", "macs")}
-            where = {"round": number, "epoch": epoch, "step": 20 * number + 10 * (epoch + 1)}
-            lines.append({"event": "epoch", **where, **scores, **costs})
-        lines.append({"event": "round", **e})
-        model = folder / "rounds" / f"{number:02d}"
-        model.mkdir(parents=True)
-        name = more.get("layer", "cnn.0")
-        widths = {"widths": {name: 10 - number, "fc": 3}, "base": {"widths": {name: 10, "fc": 3}}}
-        (model / "model.json").write_text(json.dumps(widths))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if entries:
-        summary = {"format": 1, "state": "finished", "base": entries[0], "rounds": entries[1:]}
-        chosen = {"recommended": f"rounds/{best:02d}", "reason": reason, "seconds": 123.4}
-        (folder / "summary.json").write_text(json.dumps(summary | chosen))
-    return folder
 
 
 def test_the_page_of_a_run_tells_what_its_files_do(tmp_path: Path) -> None:
@@ -155,14 +53,6 @@ def test_the_page_of_a_run_tells_what_its_files_do(tmp_path: Path) -> None:
     assert any("Output channels" in alt for alt in found.alts)
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    history = read_run(make_run(tmp_path / "one"))
-    first, second = draw_run(history), draw_run(history)
-    assert [figure.png for figure in first] == [figure.png for figure in second]
-    assert render(run_page(history, first)) == render(run_page(history, second))
-    assert all(not Image.open(io.BytesIO(figure.png)).text for figure in first)  # type: ignore[attr-defined]
-
-
 def test_a_run_that_has_hardly_begun_has_a_page(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "new", (), state="running")
     done = gammaslim("report", folder)
@@ -176,21 +66,6 @@ def test_a_run_that_has_hardly_begun_has_a_page(tmp_path: Path) -> None:
     (folder / "status.json").unlink()
     write_run_report(folder)
     assert "State: unknown" in page(folder / "report.html").text
-
-
-def test_a_killed_run_without_summary_and_with_a_torn_line(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "killed", ENTRIES[:2], state="failed", code=74)
-    (folder / "summary.json").unlink()
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "round", "round": 2, "wid')
-    history = read_run(folder)
-    assert [e.round for e in history.rounds] == [0, 1]
-    assert (history.best, history.problems) == (None, ())
-    write_run_report(folder)
-    found = page(folder / "report.html")
-    assert "State: failed (exit code 74)" in found.text
-    assert [row[0] for row in found.rows[1:3]] == ["base", "1"]
-    assert not found.best
 
 
 def test_what_is_damaged_is_named_and_left_out(tmp_path: Path) -> None:
@@ -293,26 +168,6 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert page(tmp_path / "report.html").rows == found.rows
 
 
-def test_the_pareto_front_is_what_no_other_model_beats() -> None:
-    rng = random.Random(3)
-    for _ in range(50):
-        points = [(rng.randrange(8), rng.randrange(8)) for _ in range(rng.randrange(1, 12))]
-        front = {points[place] for place in pareto_front(points)}
-        beaten = {
-            p for p in points if any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points)
-        }
-        assert front == set(points) - beaten
-
-
-def test_many_runs_are_drawn_by_number(tmp_path: Path) -> None:
-    history = read_run(make_run(tmp_path / "one"))
-    many = [history] * 40
-    figures = draw_comparison(many)
-    assert len(figures) == 3
-    assert len(pareto_models(many)["params"]) == 3
-    assert len(Page(render(comparison_page(many, figures)).decode()).rows) == 41
-
-
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
@@ -358,74 +213,12 @@ def test_neither_torch_nor_a_home_nor_a_display_is_needed(tmp_path: Path) -> Non
     assert not list(temporary.iterdir())
 
 
-def full_disk(*_: object) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def test_a_full_disk_leaves_the_old_report_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = make_run(tmp_path / "run")
-    write_run_report(folder)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    (folder / "summary.json").unlink()
-    monkeypatch.setattr("job.files.os.fsync", full_disk)
-    with pytest.raises(StorageError, match="free some space"):
-        write_run_report(folder)
-    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert after == {path: c for path, c in before.items() if path.name != "summary.json"}
-
-
-def test_what_a_killed_job_left_of_figures_is_cleared_away(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
-    (folder / "figures").mkdir()
-    (folder / "figures" / ".channels.png.17.tmp").touch()
-    Run(folder).remove_unfinished()
-    assert not list((folder / "figures").iterdir())
-
-
-def session(folder: Path, held: bool = True, lost: bool = False) -> Session:
-    """A session that holds the run in ``folder``, without all else that a job has."""
-    found = object.__new__(Session)
-    found.run, found.state = Run(folder), SessionState(Forecast(1, 1, 1), Place(), None)
-    found.lock = SimpleNamespace(held=held, lost=lost)  # type: ignore[assignment]
-    return found
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("no\nway"), MemoryError(), KeyError("x"), OSError(5)]
-)
-def test_whatever_the_report_raises_is_one_warning(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    error: Exception,
-) -> None:
-    def fail(_: Path) -> None:
-        raise error
-
-    monkeypatch.setattr("job.pipeline.session.write_run_report", fail)
-    writer = session(tmp_path)
-    for _ in range(3):
-        writer.report()
-    said = capsys.readouterr().err
-    assert said.startswith("Warning: the report is not written, the job continues: ")
-    assert said.count("\n") == 1
-
-
-def test_only_the_process_that_holds_the_run_writes_it(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
-    for held, lost in ((False, False), (True, True)):
-        session(folder, held, lost).report()
-        assert not (folder / "report.html").exists()
-    session(folder).report()
-    assert (folder / "report.html").exists()
-
-
 PRUNE = (
     "--base-epochs", 1, "--rounds", 1, "--epochs", 1, "--batch-size", 16, "--wandb", "off",
     "--model-arg", "base=4", "--workers", 0,
 )  # fmt: skip
+
+
 BREAK = {
     "no matplotlib": "import sys; sys.modules['matplotlib'] = None\n",
     "a full disk": (

@@ -1,19 +1,76 @@
-"""A slim network of any kind on disk: the same in a new process, from model.json and weights."""
+"""Slim networks of any kind load in a new process from model.json and weights."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import job
+from job.artifacts.model_card import ModelCard, save_model
+from job.data.preprocessing import Preprocessing
 from job.models.factory import build_network
-from support.commands import gammaslim, run
+from job.slimming.planning.layer_channels import LayerChannels
+from support.commands import ROOT, clean_environ, gammaslim, run
 from support.cuts import randomise
+
+PLAIN = """
+from torch import nn
+
+def plain(width=8):  # ignores --num-classes
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
+"""
+
+
+def test_a_slim_model_of_a_factory_loads_in_a_new_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gammaslim_nets.py").write_text(PLAIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gammaslim_nets", raising=False)
+    wide = ModelCard(
+        "gammaslim_nets:plain", {"width": 8}, 3, preprocessing=Preprocessing.of("small", 32)
+    )
+    kept = (0, 3, 4)
+    layers = {
+        "0": LayerChannels(out=kept), "1": LayerChannels(out=kept, in_=kept),
+        "5": LayerChannels(in_=kept),
+    }  # fmt: skip
+    card = wide.cut({key: layers[key] for key in ("0", "1")}, 0.5)
+    network = wide.build()  # cut by hand: the engine is tested elsewhere
+    network[0] = nn.Conv2d(3, 3, 3)  # type: ignore[operator]
+    network[1] = nn.BatchNorm2d(3)  # type: ignore[operator]
+    save_model(tmp_path / "model", network, card)
+    env = clean_environ() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD], cwd=tmp_path, env=env, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith("3 3\n"), done.stderr
+    assert "there is no module gammaslim_nets" in done.stdout
+
+
+RELOAD = """
+import importlib, os, sys
+import job
+network = job.load("model")
+print(network[0].out_channels, network[5].out_features)
+os.unlink("gammaslim_nets.py")
+del sys.modules["gammaslim_nets"]
+importlib.invalidate_caches()
+try:
+    job.load("model")
+except Exception as error:
+    print(error)
+"""
+
 
 FACTORY = """
 import torch
@@ -24,6 +81,8 @@ def tiny(num_classes, width=16):
     return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1],
                                      num_classes=num_classes)
 """
+
+
 LOAD = """
 import sys, torch, job
 from safetensors.torch import save_file

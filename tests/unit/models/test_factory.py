@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -34,8 +33,6 @@ from job.models.factory import (
 from job.models.input_size import check_size
 from job.models.weights import load_state
 from job.models.weights_file import read_state
-from job.slimming.planning.layer_channels import LayerChannels
-from support.commands import ROOT, clean_environ
 from support.cuts import randomise
 
 State = dict[str, torch.Tensor]
@@ -241,44 +238,6 @@ def test_the_classifier_of_one_that_does_not_is_replaced_and_said(nets: Path) ->
     states = [network.state_dict() for network in made]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert build_with_note("gammaslim_nets:plain", 5, {})[1] == ""
-
-
-def test_a_slim_model_of_a_factory_loads_in_a_new_process(nets: Path) -> None:
-    wide = ModelCard(
-        "gammaslim_nets:plain", {"width": 8}, 3, preprocessing=Preprocessing.of("small", 32)
-    )
-    kept = (0, 3, 4)
-    layers = {
-        "0": LayerChannels(out=kept), "1": LayerChannels(out=kept, in_=kept),
-        "5": LayerChannels(in_=kept),
-    }  # fmt: skip
-    card = wide.cut({key: layers[key] for key in ("0", "1")}, 0.5)
-    network = wide.build()  # cut by hand: the engine is tested elsewhere
-    network[0] = nn.Conv2d(3, 3, 3)  # type: ignore[operator]
-    network[1] = nn.BatchNorm2d(3)  # type: ignore[operator]
-    save_model(nets / "model", network, card)
-    env = clean_environ() | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", RELOAD], cwd=nets, env=env, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.stdout.startswith("3 3\n"), done.stderr
-    assert "there is no module gammaslim_nets" in done.stdout
-
-
-RELOAD = """
-import importlib, os, sys
-import job
-network = job.load("model")
-print(network[0].out_channels, network[5].out_features)
-os.unlink("gammaslim_nets.py")
-del sys.modules["gammaslim_nets"]
-importlib.invalidate_caches()
-try:
-    job.load("model")
-except Exception as error:
-    print(error)
-"""
 
 
 @pytest.mark.parametrize(
