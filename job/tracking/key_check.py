@@ -12,7 +12,7 @@ import os
 import urllib.error
 import urllib.request
 
-TIMEOUT = 5.0  # seconds
+SERVER_TIMEOUT = 5.0  # seconds
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def _server_problem(server: str) -> str:
     rejected key.
     """
     try:
-        urllib.request.urlopen(f"{server}/graphql", timeout=TIMEOUT).close()
+        urllib.request.urlopen(f"{server}/graphql", timeout=SERVER_TIMEOUT).close()
     except urllib.error.HTTPError as error:  # a request without a key gets no 200
         return f"{server} answers with status {error.code}" if error.code >= 500 else ""
     except (OSError, ValueError) as error:  # URLError is an OSError

@@ -41,8 +41,7 @@ from support.records import BASE, DATASET
 
 OPTIONS: dict[str, Any] = {
     "model_arg": (("base", 4),), "base_epochs": 1, "rounds": 1, "epochs": 1, "batch_size": 8,
-    "wandb": "off", "workers": 0, "importance": "gamma", "compensate": "none", "device": "cpu",
-    "rate": 0.8,
+    "wandb": "off", "workers": 0, "device": "cpu", "rate": 0.8,
 }  # fmt: skip
 
 

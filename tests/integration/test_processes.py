@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from support.commands import ROOT, gammaslim, run
+from support.commands import HOMEWORK_CUT, ROOT, gammaslim, run
 from support.datasets import write_flat, write_noise_idx
 from support.interrupted_runs import TORCHRUN
 
@@ -22,7 +22,7 @@ def options(data: Path, output: Path) -> tuple[object, ...]:
     return (
         "prune", "--data", data, "--output", output, "--base-epochs", 2, "--rounds", 1,
         "--epochs", 1, "--batch-size", 16, "--optimizer", "sgd", "--lr", "0.001",
-        "--wandb", "off",
+        "--wandb", "off", *HOMEWORK_CUT,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import Result, gammaslim, run
+from support.commands import HOMEWORK_CUT, Result, gammaslim, run
 from support.datasets import write_flat, write_noise_idx
 from support.interrupted_runs import (
     KILL_AT,
@@ -51,7 +51,7 @@ def undisturbed(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("place", "passage"), POINTS, ids=[f"{p} {n}" for p, n in POINTS])
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 def test_a_killed_run_resumes_to_the_same_weights(
     noise: Path, undisturbed: Path, tmp_path: Path, place: str, passage: int
 ) -> None:
@@ -284,9 +284,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
     noise: Path, undisturbed: Path, tmp_path: Path, first: int, then: int
 ) -> None:
     output = tmp_path / "run"
-    sgd = small_run(noise, output, "--optimizer", "sgd", "--lr", "0.001")
+    sgd = small_run(noise, output, "--optimizer", "sgd", "--lr", "0.001", *HOMEWORK_CUT)
     reference = gammaslim(
-        *small_run(noise, tmp_path / "one", "--optimizer", "sgd", "--lr", "0.001")
+        *small_run(noise, tmp_path / "one", "--optimizer", "sgd", "--lr", "0.001", *HOMEWORK_CUT)
     )
     assert reference.code == 0
     kill = (KILL_AT, "step", 5, tmp_path / "proof")

@@ -33,7 +33,7 @@ def tiny(data: Path, output: Path, **options: Any) -> PruneConfig:
     values: dict[str, Any] = {
         "data": str(data), "output": str(output), "model_arg": (("base", 4),), "base_epochs": 1,
         "rounds": 2, "epochs": 2, "batch_size": 8, "wandb": "off", "workers": 0,
-        "importance": "gamma", "compensate": "none", "device": "cpu",
+        "device": "cpu",
     }  # fmt: skip
     return PruneConfig(**{**values, **options})
 

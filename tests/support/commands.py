@@ -12,6 +12,10 @@ from support.programs import forkable, run_forked
 ROOT = Path(__file__).parents[2]
 
 
+# where several processes are compared, whose rounding least squares would magnify
+HOMEWORK_CUT = ("--importance", "gamma", "--compensate", "none")
+
+
 class Result:
     """How a command ended."""
 
