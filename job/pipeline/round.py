@@ -18,7 +18,7 @@ from job.pipeline.cautions import sample_caution
 from job.pipeline.session_state import TrainedModel
 from job.pipeline.slim_round import can_cut, cut, cut_before, ranking_norms
 from job.slimming.planning.cost import layer_costs, network_cost
-from job.tracking.tracker import gammas
+from job.tracking.wandb_events import round_event
 from job.training.distillation import distillation
 from job.training.position import PrunedScores
 from job.training.session import RoundSpec
@@ -188,10 +188,8 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
     if session.tracker:
         layers = layer_costs(network, session.image_size)
         folder = run.round_path(current.index)
-        session.tracker.log_round(to_json(entry), gammas(wide), gammas(network), layers, folder)
-    if (
-        current.index != session.setup.config.last_round
-    ):  # after the last round, finish() writes the report
+        session.tracker.log(round_event(entry, wide, network, layers, folder))
+    if current.index != session.setup.config.last_round:  # finish() writes the report of the last
         session.report()
     return Model(network, card)
 

@@ -24,6 +24,7 @@ from job.pipeline.session_state import Place, RoundInProgress, SessionState
 from job.report.page import write_run_report
 from job.report.tables import describe_position, epoch_line, rounds_table
 from job.tracking.tracker import Tracker
+from job.tracking.wandb_events import epoch_event, summary_values
 from job.training.position import CutRecord, RoundProgress
 from job.training.session import TrainingSession
 
@@ -153,8 +154,7 @@ class Session(TrainingSession):
         say_cautions(summary.cautions)
         say(f"{summary.seconds:.0f} seconds; all files are in {shown(self.run.path)}")
         if self.tracker:
-            chosen = to_json(self.entries[summary.recommended_round])
-            self.tracker.finish({"recommended": summary.recommended, **chosen})
+            self.tracker.finish(summary_values(summary))
 
     def abandon(self, code: int) -> None:
         """Record why the run ended early, in its files and on the dashboard if possible."""
@@ -274,7 +274,7 @@ class Session(TrainingSession):
         record = EpochRecord(**asdict(result), width=model.card.width, **costs)
         self.log(record)
         if self.tracker:
-            self.tracker.log("epoch", to_json(record))
+            self.tracker.log(epoch_event(record))
 
     def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         """Log a histogram of γ."""

@@ -14,23 +14,21 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from job.config import PruneConfig
 from job.console import say, warn
 from job.errors import GammaslimError, StopRequest, printable, reason
 from job.tracking.segments import Segments
+from job.tracking.wandb_events import AXES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from torch import nn
-
-    from job.slimming.planning.cost import LayerCost
+    from job.tracking.wandb_events import WandbEvent
 
 INIT_TIMEOUT = 30  # seconds; training does not wait for it
 SYNC_SHARE = 0.03  # fraction of the job's time that the final sync may take
@@ -38,7 +36,6 @@ MIN_SYNC, MAX_SYNC = 2.0, 30.0  # seconds, bounds of the final sync
 STOP_SYNC = 8.0  # seconds for the final sync of a job that ends early
 OFFLINE_FLUSH = 20.0  # seconds for writing the rest of an offline run
 LINGER = 30  # seconds that W&B may continue to send after a finished job
-AXES = {"epoch/*": "epoch/step", "round/*": "round/round"}
 
 
 class Tracker:
@@ -66,40 +63,19 @@ class Tracker:
             self._thread = threading.Thread(target=self._forward_events, daemon=True)
             self._thread.start()
 
-    def log(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Log the values of an ``epoch`` or a ``round``, each kind with its own x axis."""
-        self._put("log", values={f"{kind}/{key}": value for key, value in values.items()})
-
-    def log_round(
-        self,
-        entry: Mapping[str, Any],
-        before: Mapping[str, Any],
-        after: Mapping[str, Any],
-        layers: Sequence[LayerCost],
-        model: Path,
-    ) -> None:
-        """Log the values of a round, histograms of γ before and after it, its layers and model."""
+    def log(self, event: WandbEvent) -> None:
+        """Log the values of ``event``; its model is uploaded later."""
         if not self._thread:
             return
-        columns = ["layer", "kind", "in", "out", "params", "macs"]
-        rows = [
-            [la.name, la.kind, la.channels_in, la.channels_out, la.params, la.macs] for la in layers
-        ]
-        histograms = {f"round/gamma_before/{name}": _histogram(g) for name, g in before.items()}
-        histograms |= {f"round/gamma_after/{name}": _histogram(g) for name, g in after.items()}
-        artifact = {
-            "name": re.sub(r"[^\w.-]", "_", f"model-{self.segments.id}"),
-            "folder": str(model),
-            "alias": f"round-{entry['round']}",
-            "metadata": dict(entry),
+        content: dict[str, Any] = {
+            "values": dict(event.values),
+            "histograms": dict(event.histograms),
+            "tables": dict(event.tables),
         }
-        self._put(
-            "round",
-            values={f"round/{k}": value for k, value in entry.items() if k != "cautions"},
-            histograms=histograms,
-            tables={"layers": (columns, rows)},
-            model=artifact,
-        )
+        if event.model:
+            name = re.sub(r"[^\w.-]", "_", f"model-{self.segments.id}")
+            content["model"] = {"name": name, **asdict(event.model)}
+        self._events.put({"event": "log", **content})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Send the summary and end the W&B run.
@@ -116,10 +92,6 @@ class Tracker:
         W&B shows a job that was requested to stop as preempted, not as crashed.
         """
         self._end({}, exit_code, STOP_SYNC, 0)
-
-    def _put(self, event: str, **content: Any) -> None:
-        if self._thread:
-            self._events.put({"event": event, **content})
 
     def _end(self, summary: Mapping[str, Any], exit_code: int, limit: float, linger: int) -> None:
         thread, self._thread = self._thread, None
@@ -230,23 +202,6 @@ class Tracker:
         if mode != "auto":
             users["WANDB_MODE"] = mode
         return {**defaults, **users, "WANDB_RUN_ID": self.segments.id}
-
-
-def gammas(network: nn.Module) -> dict[str, Any]:
-    """Return γ of every affine BatchNorm2d by layer name: arrays (C,)."""
-    from torch import nn
-
-    return {
-        name.replace(".", "_"): layer.weight.detach().float().cpu().numpy()
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.BatchNorm2d) and layer.affine
-    }
-
-
-def _histogram(values: Any) -> tuple[list[int], list[float]]:
-    """Return the counts in 64 equal bins, and the edges of the bins."""
-    counts, edges = np.histogram(values[np.isfinite(values)], bins=64)
-    return counts.tolist(), edges.tolist()
 
 
 def _start_process(variables: Mapping[str, str]) -> subprocess.Popen[str]:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from torch import nn
 
 from job.tracking import tracker as tracking
 from job.tracking.tracker import Tracker
+from job.tracking.wandb_events import LAYER_COLUMNS, WandbEvent, WandbModel, gamma_histograms
 from support.commands import Result, gammaslim, run
 from support.datasets import write_noise_idx
 from support.interrupted_runs import KILL_AT
@@ -86,10 +87,12 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
 def log_some(tracker: Tracker, first: int) -> None:
     """Three epochs and a round."""
     for step in range(first, first + 3):
-        tracker.log("epoch", {"step": step, "loss": 1 / (step + 1)})
-    gammas = {"bn": np.linspace(0.1, 1, 9)}
-    model = tracker.run.parent / "model"
-    tracker.log_round({"round": first, "valid_acc": 0.5}, gammas, gammas, [], model)
+        tracker.log(WandbEvent({"epoch/step": step, "epoch/loss": 1 / (step + 1)}))
+    values = {"round/round": first, "round/valid_acc": 0.5}
+    model = WandbModel(str(tracker.run.parent / "model"), f"round-{first}", {"round": first})
+    histograms = gamma_histograms(nn.Sequential(nn.BatchNorm2d(9)))
+    tables = {"layers": (LAYER_COLUMNS, list[list[Any]]())}
+    tracker.log(WandbEvent(values, histograms, tables, model))
 
 
 def sync(line: str, server: WandbServer) -> None:

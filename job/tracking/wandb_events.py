@@ -1,0 +1,110 @@
+"""What W&B gets: which values of a run's records it shows, and under which keys.
+
+=======================  ==========================================================
+key                      value
+=======================  ==========================================================
+``epoch/NAME``           each field of `EpochRecord`, over ``epoch/step``
+``round/NAME``           each field of `RoundRecord` but the cautions, over
+                         ``round/round``
+``round/gamma_…/LAYER``  histograms of γ, before and after a round
+``layers``               a table of the layers' channels and costs
+``model-ID``             the model of a round, an artifact
+=======================  ==========================================================
+
+A new value is a field of one of the records, or an entry in the function here that makes its event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from job.artifacts.json_records import to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from job.artifacts.records import EpochRecord, RoundRecord, SummaryRecord
+    from job.slimming.planning.cost import LayerCost
+
+AXES = {"epoch/*": "epoch/step", "round/*": "round/round"}  # keys -> the key of their x axis
+LAYER_COLUMNS = ("layer", "kind", "in", "out", "params", "macs")
+HISTOGRAM_BINS = 64
+
+
+@dataclass(frozen=True)
+class WandbModel:
+    """A model to upload as an artifact: the files of ``folder``."""
+
+    folder: str
+    alias: str
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WandbEvent:
+    """Values that W&B logs together.
+
+    ``histograms`` are (counts, edges of bins), ``tables`` are (columns, rows).
+    """
+
+    values: Mapping[str, Any]
+    histograms: Mapping[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    tables: Mapping[str, tuple[Sequence[str], list[list[Any]]]] = field(default_factory=dict)
+    model: WandbModel | None = None
+
+
+def epoch_event(record: EpochRecord) -> WandbEvent:
+    """Return what W&B gets of an epoch."""
+    return WandbEvent(_keyed("epoch", to_json(record)))
+
+
+def round_event(
+    record: RoundRecord,
+    before: nn.Module,
+    after: nn.Module,
+    layers: Sequence[LayerCost],
+    folder: Path,
+) -> WandbEvent:
+    """Return what W&B gets of a round.
+
+    ``before`` and ``after`` are the networks before and after it, ``layers`` the costs of the
+    latter, and ``folder`` holds its model.
+    """
+    content = to_json(record)
+    rows = [[c.name, c.kind, c.channels_in, c.channels_out, c.params, c.macs] for c in layers]
+    return WandbEvent(
+        values=_keyed("round", {k: v for k, v in content.items() if k != "cautions"}),
+        histograms=_keyed("round/gamma_before", gamma_histograms(before))
+        | _keyed("round/gamma_after", gamma_histograms(after)),
+        tables={"layers": (LAYER_COLUMNS, rows)},
+        model=WandbModel(str(folder), f"round-{record.round}", content),
+    )
+
+
+def summary_values(summary: SummaryRecord) -> dict[str, Any]:
+    """Return W&B's summary of a run: the recommended round and its record."""
+    recommended = summary.entries[summary.recommended_round]
+    return {"recommended": summary.recommended, **to_json(recommended)}
+
+
+def gamma_histograms(network: nn.Module) -> dict[str, tuple[list[int], list[float]]]:
+    """Return the histogram of γ of each affine BatchNorm2d, by layer name without dots."""
+    return {
+        name.replace(".", "_"): _histogram(layer.weight.detach().float().cpu().numpy())
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.BatchNorm2d) and layer.affine
+    }
+
+
+def _histogram(values: Any) -> tuple[list[int], list[float]]:
+    counts, edges = np.histogram(values[np.isfinite(values)], bins=HISTOGRAM_BINS)
+    return counts.tolist(), edges.tolist()
+
+
+def _keyed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
