@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from job import errors
-from job.distributed.agent import GRACE
+from job.distributed.agent import SHUTDOWN_TIMEOUT
 from support.commands import ROOT, run
 from support.schemas import Document, as_job
 
@@ -229,7 +229,7 @@ def _gammaslim(job: Document, kinds: dict[tuple[str, str], Document]) -> Iterato
     spec = job["spec"]
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
-    if pod.get("terminationGracePeriodSeconds", 30) <= GRACE:
+    if pod.get("terminationGracePeriodSeconds", 30) <= SHUTDOWN_TIMEOUT:
         yield "killed before the agent has given up on its processes"
     if spec.get("podReplacementPolicy") != "Failed":
         yield "a pod may begin before its predecessor has ended"
