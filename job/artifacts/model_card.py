@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
+REQUIRED = ("class_names", "width", "layers", "metrics", "lineage")  # present in every model.json
 RECOMMENDED = r"rounds/[0-9]{2,4}"  # as a summary names its model
 
 
@@ -140,6 +141,8 @@ def read_card(folder: Path) -> ModelCard:
         content = read_json(path)
         if content["format"] != FORMAT:
             raise DataError(f"format {content['format']} is not {FORMAT}; use a newer gammaslim")
+        for key in REQUIRED:
+            content[key]
         return from_json(ModelCard, content)
     except DataError as error:
         raise DataError(f"{shown(path)}: {error}") from error
