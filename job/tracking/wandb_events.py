@@ -95,12 +95,13 @@ def summary_values(summary: SummaryRecord) -> dict[str, Any]:
 def gamma_histograms(network: nn.Module) -> dict[str, tuple[list[int], list[float]]]:
     """Return the histogram of γ of each affine BatchNorm2d, by layer name without dots."""
     return {
-        name.replace(".", "_"): _histogram(layer.weight.detach().float().cpu().numpy())
+        name.replace(".", "_"): _histogram(layer.weight.detach().double().cpu().numpy())
         for name, layer in network.named_modules()
         if isinstance(layer, nn.BatchNorm2d) and layer.affine
     }
 
 
+# float64: NumPy refuses bins narrower than the spacing of values, and γ may be nearly equal
 def _histogram(values: Any) -> tuple[list[int], list[float]]:
     counts, edges = np.histogram(values[np.isfinite(values)], bins=HISTOGRAM_BINS)
     return counts.tolist(), edges.tolist()
