@@ -1,4 +1,4 @@
-"""From folders to batches, in this order:
+"""Data sets, from folders on disk to batches. The modules in the order of the data:
 
 - a data set: ``layout`` (with a module for each layout), ``folders``, ``split_names``, ``dataset``;
 - samples: ``splits``, decoded by ``images`` and ``repair``, in the order of ``sample_order``;

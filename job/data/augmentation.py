@@ -1,4 +1,4 @@
-"""Augmentation of training images by the numbers of the epoch table, and the crop of evaluation."""
+"""Augmentation of training images from the epoch table, and the centre crop of evaluation."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MAX_ANGLE = 15.0  # degrees
 SMALL_PAD = 4  # pixels
 CROP_AREA = (0.08, 1.0)  # share of the image
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height
-LONGEST = 64  # ratio of the sides of an image that is resized by its shorter side
+MAX_ASPECT_RATIO = 64  # of an image that is resized by its shorter side
 
 
 def augment_homework(
     image: Image.Image, draw: Draw, size: int, _resampling: Image.Resampling
 ) -> Image.Image:
-    """Crop at random, with symmetric padding of a side that is too short; flip; rotate.
+    """Take a random crop, flip and rotate; sides that are too short are padded symmetrically.
 
-    As torchvision's RandomCrop(pad_if_needed=True), which pads both ends by the whole shortfall.
+    Like torchvision's RandomCrop(pad_if_needed=True), pads both ends by the full shortfall.
     """
-    # a side that is long enough is cropped first: padding would make a sheet of a long thin image
+    # crop long sides before padding the short ones: a padded long thin image would be huge
     short_x, short_y = max(0, size - image.width), max(0, size - image.height)
     left = draw_offset(draw.left, image.width + 2 * short_x - size)
     top = draw_offset(draw.top, image.height + 2 * short_y - size)
@@ -43,7 +43,7 @@ def augment_homework(
 def augment_small(
     image: Image.Image, draw: Draw, size: int, _resampling: Image.Resampling
 ) -> Image.Image:
-    """Pad by 4 pixels, crop at random, flip. A smaller image is first centred in ``size``."""
+    """Pad by 4 pixels, take a random crop, flip. Smaller images are centred in ``size`` first."""
     left = _small_offset(image.width, size, draw.left)
     top = _small_offset(image.height, size, draw.top)
     return _flip(image.crop((left, top, left + size, top + size)), draw)
@@ -68,10 +68,10 @@ def augment_imagenet(
 
 
 def augment_small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarray[Any, Any]:
-    """``augment_small`` on a batch of images in memory, with the same pixels.
+    """Apply ``augment_small`` to a batch of images in memory; the pixels are the same.
 
-    images (N, H, W) or (N, H, W, 3) uint8 are those of a split; returns (B, size, size[, 3]) uint8
-    of the B images in ``draws``.
+    ``images`` (N, H, W) or (N, H, W, 3) uint8 holds a whole split. Returns (B, size, size[, 3])
+    uint8, one crop for each of the B ``draws``.
     """
     height, width = images.shape[1:3]
     top = np.array([_small_offset(height, size, d.top) for d in draws], np.intp)
@@ -92,7 +92,7 @@ def augment_small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarra
 def center_crop_arrays(images: Any, indices: list[int], size: int) -> np.ndarray[Any, Any]:
     """Crop or zero-pad the images at ``indices`` of (N, H, W[, 3]) to ``size`` about the centre.
 
-    As torchvision's center_crop; images are cropped before they are copied.
+    Same as torchvision's center_crop, but crops before copying to save memory.
     """
     top, left = (max(0, center_offset(side, size)) for side in images.shape[1:3])
     batch = images[:, top : top + size, left : left + size][indices]
@@ -102,37 +102,39 @@ def center_crop_arrays(images: Any, indices: list[int], size: int) -> np.ndarray
 
 
 def draw_offset(uniform: float, slack: int) -> int:
-    """A whole number from 0 to ``slack``, all equally likely."""
+    """Map a uniform number in [0, 1) to an integer from 0 to ``slack``, all equally likely."""
     return int(uniform * (slack + 1))
 
 
 def draw_flip(draw: Draw) -> bool:
-    """Whether to mirror the image: half the time."""
+    """Return whether to mirror the image, with probability 0.5."""
     return draw.flip < 0.5
 
 
 def center_offset(side: int, size: int) -> int:
-    """Where a centred crop of ``size`` pixels begins on a side; negative when it needs padding.
+    """Return where a centred crop of ``size`` pixels starts; negative if padding is needed.
 
-    Rounded as by torchvision's center_crop, which pads a whole image before it crops.
+    Rounds as torchvision's center_crop does, which pads the image before it crops.
     """
     return -((size - side) // 2) if side < size else round((side - size) / 2)
 
 
 def crop_long_ends(image: Image.Image) -> Image.Image:
-    """The middle of an image, at most 64 times as long as wide: the centre crop needs no more.
+    """Crop the ends of images more than 64 times as long as wide, which the centre crop omits.
 
-    Resized as a whole, an image of a million by one pixels would be 256 million pixels long.
+    Without this, an image of 1,000,000 x 1 pixels would be resized to 256 million pixels.
     """
-    most = LONGEST * min(image.size)
-    if max(image.size) <= most:
+    max_length = MAX_ASPECT_RATIO * min(image.size)
+    if max(image.size) <= max_length:
         return image
-    left, top = (max(0, (side - most) // 2) for side in image.size)
-    return image.crop((left, top, min(image.width, left + most), min(image.height, top + most)))
+    left, top = (max(0, (side - max_length) // 2) for side in image.size)
+    return image.crop(
+        (left, top, min(image.width, left + max_length), min(image.height, top + max_length))
+    )
 
 
 def resampling(interpolation: str) -> Image.Resampling:
-    """Pillow's filter for ``bilinear``, ``bicubic``, …"""
+    """Return Pillow's resampling filter for ``bilinear``, ``bicubic``, …"""
     return Image.Resampling[interpolation.upper()]
 
 
@@ -141,7 +143,7 @@ def _flip(image: Image.Image, draw: Draw) -> Image.Image:
 
 
 def _small_offset(side: int, size: int, uniform: float) -> int:
-    """Where the random crop of the padded image begins on a side; negative in the padding."""
+    """Return where the random crop of the padded image starts; negative inside the padding."""
     frame = max(size, side)
     offset = draw_offset(uniform, frame + 2 * SMALL_PAD - size)
     return center_offset(side, frame) - SMALL_PAD + offset

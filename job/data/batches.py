@@ -1,4 +1,4 @@
-"""Batches of images as loader processes make them: read, augmented or centre-cropped, stacked."""
+"""Batches of images, made in loader processes: read, augmented or centre-cropped, stacked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAILURES = (DataError, StorageError)
 
 
 class IncompleteBatch(NamedTuple):
-    """A batch in which other images replace some that cannot be read; ``reasons`` names these."""
+    """A batch in which unreadable images are replaced; ``reasons`` has an error for each."""
 
     batch: Batch
     reasons: tuple[str, ...]
@@ -33,15 +33,15 @@ class IncompleteBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class AugmentedImages:
-    """The augmented images of a split, fetched by the rows of the epoch table."""
+    """The augmented images of a split, indexed by rows of the epoch table."""
 
     split: Split
     preprocessing: Preprocessing
 
     def __getitems__(self, draws: list[Draw]) -> Batch | IncompleteBatch | Failure:
-        """One rank's part of a global batch, possibly empty.
+        """Return one rank's share of a global batch, possibly empty.
 
-        An error is returned: raised in a loader process, its message would be the traceback.
+        Errors are returned, because one raised in a loader process would show its traceback.
         """
         size, indices = self.preprocessing.size, [draw.index for draw in draws]
         augment_arrays = PRESETS[self.preprocessing.preset].augment_arrays
@@ -60,7 +60,7 @@ class AugmentedImages:
 
 @dataclass(frozen=True)
 class PlainImages:
-    """The images of a split without augmentation, fetched by index.
+    """The images of a split without augmentation, indexed by number.
 
     With ``mask_unreadable``, images that can no longer be read get the label -1.
     """
@@ -70,7 +70,7 @@ class PlainImages:
     mask_unreadable: bool = False
 
     def __getitems__(self, indices: list[int]) -> Batch | IncompleteBatch | Failure:
-        """The images at ``indices``; an error is returned, as by ``AugmentedImages``."""
+        """Return the batch of the images at ``indices``; errors as in ``AugmentedImages``."""
         size = self.preprocessing.size
         if isinstance(self.split, ArraySplit) and not self.preprocessing.resize.side:
             images = center_crop_arrays(self.split.images, indices, size)
@@ -87,10 +87,10 @@ class PlainImages:
 
 
 class ImageReader:
-    """Reads the images of one batch.
+    """Reader of the images of one batch.
 
-    In a lenient split, another image of the class replaces one that cannot be read. Which one
-    depends on the split alone, so that every rank and every attempt reads the same.
+    In a lenient split, an unreadable image is replaced by another image of its class. The choice
+    depends only on the split: every rank and every restart reads the same images.
     """
 
     def __init__(self, split: Split) -> None:
@@ -98,7 +98,7 @@ class ImageReader:
         self.reasons: dict[int, str] = {}  # by index of an image that could not be read
 
     def read(self, index: int) -> Image.Image:
-        """Image ``index``, or the next of its class that can be read.
+        """Return image ``index``, or the next readable image of its class.
 
         Raises StorageError, and DataError when the split is not lenient or no image is left.
         """
@@ -116,14 +116,14 @@ class ImageReader:
             raise
 
     def _others(self, index: int) -> list[int]:
-        """The other images of the class, from the next one on."""
+        """Return the other images of the class, starting after ``index``."""
         labels = self.split.labels
         same = np.flatnonzero(labels == labels[index])
-        place = int(np.searchsorted(same, index))
-        return [*same[place + 1 :].tolist(), *same[:place].tolist()]
+        position = int(np.searchsorted(same, index))
+        return [*same[position + 1 :].tolist(), *same[:position].tolist()]
 
     def with_reasons(self, batch: Batch) -> Batch | IncompleteBatch:
-        """``batch``, marked as incomplete when an image could not be read."""
+        """Return ``batch``, marked as incomplete if an image could not be read."""
         return IncompleteBatch(batch, tuple(self.reasons.values())) if self.reasons else batch
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SplitFolder:
-    """The images of a split: those in class folders, and those outside of any."""
+    """The images of a split, inside and outside class folders."""
 
     folder: Path
     classes: dict[str, list[str]]  # class -> paths relative to ``folder``
@@ -26,7 +26,7 @@ class SplitFolder:
 
 
 def open_class_folders(root: Path, lister: Lister) -> Dataset | None:
-    """Open split folders of class folders; None when no split has class folders with images."""
+    """Open split folders of class folders; returns None if none has images in class folders."""
     folders = lister.split_folders(root)
     classes = {split: lister.class_folders(folder) for split, folder in folders.items()}
     if not any(classes.values()):
@@ -41,8 +41,8 @@ def open_class_folders(root: Path, lister: Lister) -> Dataset | None:
 def open_unsplit_class_folders(root: Path, lister: Lister) -> Dataset | None:
     """Open class folders without splits as one split ``training``.
 
-    None when there are fewer than two classes, or when a sub-folder has split folders: these are
-    several data sets.
+    Returns None when there are fewer than two classes, or when a sub-folder has split folders,
+    because the folder then holds several data sets.
     """
     for entry in subfolders(root):
         if lister.split_folders(root / entry, unique=False):
@@ -52,7 +52,7 @@ def open_unsplit_class_folders(root: Path, lister: Lister) -> Dataset | None:
 
 
 def _dataset(root: Path, folders: dict[str, SplitFolder], lister: Lister) -> Dataset:
-    """Number the classes in the order of their names; training, if there, says which there are."""
+    """Build the data set; classes are those of training, else of all splits, sorted by name."""
     training = folders.get("training")
     every_class = {name for split in folders.values() for name in split.classes}
     names = tuple(sorted((training.classes if training else None) or every_class))
@@ -68,7 +68,7 @@ def _dataset(root: Path, folders: dict[str, SplitFolder], lister: Lister) -> Dat
 
 
 def _labelled(root: Path, split: SplitFolder, names: tuple[str, ...]) -> FileSplit:
-    """The images of a split by class; without class folders, its unlabelled images."""
+    """Return the labelled images of a split, or unlabelled ones if it has no class folders."""
     if not split.classes:
         return FileSplit.unlabelled(root, split.unsorted, split.folder)
     for unknown in sorted(set(split.classes) - set(names)):
@@ -81,12 +81,12 @@ def _labelled(root: Path, split: SplitFolder, names: tuple[str, ...]) -> FileSpl
 
 
 def _order_note(names: tuple[str, ...]) -> tuple[str, ...]:
-    """A warning when class folders are numbers, whose order as text is another one."""
+    """Return a warning if class folders are numbers whose text order is not numeric order."""
     if not all(name.isdecimal() for name in names) or list(names) == sorted(names, key=int):
         return ()
-    place = next(n for n, name in enumerate(names) if name != sorted(names, key=int)[n])
+    number = next(n for n, name in enumerate(names) if name != sorted(names, key=int)[n])
     return (
-        f"warning: class folders are numbers, but ordered as text, as torchvision's ImageFolder "
-        f"does it ({list_names(names)}): class number {place} of the network is folder "
-        f"{names[place]}; predict writes the folder's name",
+        f"warning: class folders are numbers, but ordered as text, as in torchvision's ImageFolder "
+        f"({list_names(names)}): class {number} of the network is folder {names[number]}; "
+        "predict writes the folder's name",
     )

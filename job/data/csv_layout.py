@@ -33,7 +33,7 @@ MAX_DIGITS = 18  # of a class number; longer labels are names
 
 @dataclass(frozen=True)
 class Row:
-    """One image. ``where`` is the CSV file and line; ``label`` is "" when there is none."""
+    """One image; ``where`` is the CSV file and line, ``label`` is "" if there is none."""
 
     where: str
     path: str
@@ -44,7 +44,7 @@ class Row:
 def open_csv_folder(root: Path, _lister: Lister) -> Dataset | None:
     """Open train.csv, val.csv, … in ``root``, or its only CSV file with paths and labels.
 
-    Returns None when there is none. Raises DataError that names invalid rows.
+    Returns None when there is none. Raises DataError, with the line numbers, for invalid rows.
     """
     files = [root / n for n in visible(root) if n.lower().endswith(".csv") and (root / n).is_file()]
     named = [file for file in files if file.stem.lower() in CANONICAL]
@@ -73,7 +73,7 @@ def _text(path: Path) -> str:
 
 
 def _lines(text: str) -> io.StringIO:
-    """The lines of a CSV file. A name may hold other characters that ``splitlines`` splits at."""
+    """Return a reader of lines; ``splitlines`` would also split at characters inside names."""
     return io.StringIO(text, newline="")
 
 
@@ -92,7 +92,7 @@ def _find(header: list[str], names: tuple[str, ...]) -> int | None:
 
 
 def _columns(header: list[str]) -> tuple[int, int | None, int | None] | None:
-    """The columns of the path, the label and the split; None when there are no paths."""
+    """Return the columns of the path, label and split; None if there is no path column."""
     file = _find(header, FILE_COLUMNS)
     if file is None:
         return None
@@ -100,7 +100,7 @@ def _columns(header: list[str]) -> tuple[int, int | None, int | None] | None:
 
 
 def _rows(path: Path) -> list[Row]:
-    """Read the rows after the header; raises DataError that names the first invalid ones."""
+    """Read the rows after the header; raises DataError for invalid rows."""
     columns = _columns(_header(path))
     assert columns
     text, problems, rows = _text(path), [], []
@@ -136,14 +136,14 @@ def _problem(row: Row, split: str) -> str:
     if not row.path or "\0" in row.path:
         return "no path"
     if not row.split:
-        return f"the split {shown(split)!r}"
+        return f"the unknown split {shown(split)!r}"
     if not row.label and row.split in ("training", "validation"):
         return "no label"
     return ""
 
 
 def _to_dataset(root: Path, rows: list[Row], file: Path | None = None) -> Dataset:
-    """Number the labels of training, or of all splits if training has none, and split the rows."""
+    """Number the labels of training (of all splits if it has none) and group rows by split."""
     labels = {row.label for row in rows if row.label and row.split == "training"}
     labels = labels or {row.label for row in rows if row.label}
     numbers = all(label.isdecimal() and len(label) <= MAX_DIGITS for label in labels)
@@ -168,15 +168,15 @@ def _to_dataset(root: Path, rows: list[Row], file: Path | None = None) -> Datase
 
 
 def _repetition_notes(rows: list[Row]) -> tuple[str, ...]:
-    """A warning about training images that are in validation too, or may be when it is held out."""
+    """Return a warning about training images that are, or may end up, in validation too."""
     training = Counter(os.path.normpath(row.path) for row in rows if row.split == "training")
     validation = {os.path.normpath(row.path) for row in rows if row.split == "validation"}
     repeated = [p for p, n in training.items() if (p in validation if validation else n > 1)]
     if not repeated:
         return ()
     names = ", ".join(map(shown, repeated[:3])) + (", …" if len(repeated) > 3 else "")
-    where = "are in the validation split too" if validation else "have several rows"
+    where = "are also in the validation split" if validation else "have several rows"
     return (
-        f"warning: {len(repeated):,} training images {where} ({names}): the accuracy on images "
-        "that are trained on is too high",
+        f"warning: {len(repeated):,} training images {where} ({names}): validation accuracy "
+        "is too high when it includes training images",
     )

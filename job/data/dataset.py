@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Dataset:
     """Splits by canonical name (``training``, ``validation``, ``testing``, ``evaluation``)."""
 
-    root: str  # how messages call it
+    root: str  # its name in messages
     class_names: tuple[str, ...]
     splits: Mapping[str, Split]
     numbered: bool = False  # whether class names are numbers
@@ -29,10 +29,10 @@ class Dataset:
     notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # images left out by --on-bad-image skip
     source: str = ""  # the value of --data
-    listing: int = 2  # the rules by which folders are read, see job.data.folders
+    listing: int = 2  # version of the rules for listing folders, see job.data.folders
 
     def split(self, name: str) -> Split:
-        """The split ``name``; ``testing`` and ``evaluation`` replace each other.
+        """Return the split ``name``; ``testing`` and ``evaluation`` stand in for each other.
 
         Raises InputNotFound when there is none.
         """
@@ -48,7 +48,7 @@ class Dataset:
         return split
 
     def labelled(self, name: str) -> Split:
-        """The split ``name``; raises DataError unless all of its images have labels."""
+        """Return the split ``name``; raises DataError unless all of its images have labels."""
         split = self.split(name)
         if (split.labels == UNLABELLED).any():
             raise DataError(
@@ -57,19 +57,19 @@ class Dataset:
         return split
 
     def fingerprint(self, names: Sequence[str]) -> str:
-        """SHA-256 of the splits ``names`` and the class names, in hexadecimal."""
+        """Return the SHA-256 of the splits ``names`` and the class names, in hexadecimal."""
         sha = hashlib.sha256("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         for name in names:
             sha.update(name.encode() + self.splits[name].digest())
         return sha.hexdigest()
 
     def with_splits(self, **changed: Split) -> Dataset:
-        """A copy with some splits replaced."""
+        """Return a copy with some splits replaced."""
         return replace(self, splits={**self.splits, **changed})
 
 
 def number_classes(root: Path, tokens: set[str]) -> tuple[str, ...]:
-    """Name classes that are numbers: "0" to the largest. Raises DataError for other tokens."""
+    """Return class names "0" to the largest number; raises DataError for other tokens."""
     others = sorted(token for token in tokens if not token.isdecimal())
     if others:
         raise DataError(
@@ -86,12 +86,12 @@ def number_classes(root: Path, tokens: set[str]) -> tuple[str, ...]:
 
 
 def list_names(names: Sequence[str]) -> str:
-    """The first twelve names, and how many there are."""
+    """Return the first twelve names, and the number of names if there are more."""
     return ", ".join(names[:12]) + (f" … ({len(names)} in all)" if len(names) > 12 else "")
 
 
 def missing_class_notes(data: Dataset) -> tuple[str, ...]:
-    """A warning about classes of training that have no validation images, if there are any."""
+    """Return a warning about training classes without validation images, if any."""
     if not {"training", "validation"} <= set(data.splits):
         return ()
     labels = {name: set(data.splits[name].labels.tolist()) for name in ("training", "validation")}
@@ -105,8 +105,8 @@ def missing_class_notes(data: Dataset) -> tuple[str, ...]:
 def hold_out_validation(data: Dataset, seed: int) -> Dataset:
     """Hold out a stratified tenth of training, drawn by ``seed``, if there is no validation split.
 
-    A class gives a tenth of its images, and at least one if it has two. Raises DataError when no
-    image can be held out.
+    A tenth of each class is held out, at least one image if it has two or more. Raises DataError
+    if no image can be held out.
     """
     if "validation" in data.splits:
         return data

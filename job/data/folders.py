@@ -1,4 +1,4 @@
-"""Folders of images: which files are images, which split a folder holds, what is left out."""
+"""Listing of image folders: image files, split folders, class folders, and files left out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from job.errors import DataError, reading, shown
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Version of the rules by which folders are read. A resumed run uses the version that it began with,
-# so that it finds the same images: 1 knew fewer suffixes, and no split called dev.
+# Version of the rules for listing folders. A resumed run keeps its version, to find the same
+# images. Version 1 knew fewer suffixes and no split named dev.
 CURRENT_LISTING = 2
 
 
@@ -29,7 +29,7 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 
 def visible(folder: Path) -> list[str]:
-    """Names in ``folder`` that are not hidden, sorted; raises DataError or StorageError."""
+    """Return the visible names in ``folder``, sorted; raises DataError or StorageError."""
     with _listing(folder):
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
@@ -44,7 +44,7 @@ def _listing(folder: Path) -> Iterator[None]:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the visible folders in ``folder``, sorted, links to folders included.
+    """Return the names of the visible folders in ``folder``, sorted, including links to folders.
 
     Raises DataError or StorageError.
     """
@@ -53,7 +53,7 @@ def subfolders(folder: Path) -> list[str]:
             entry.name
             for entry in entries
             if not entry.name.startswith(".")
-            # the storage is asked about links alone: what an entry is comes with its name
+            # scandir already knows the type of an entry; only links need another system call
             and (entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and _is_folder(entry)))
         )
 
@@ -64,14 +64,14 @@ def _is_folder(link: os.DirEntry[str]) -> bool:
 
 @dataclass
 class Lister:
-    """List the images of a data set, and count the files that are left out."""
+    """Lister of the images of a data set; counts the files that are left out."""
 
     listing: int = CURRENT_LISTING
     others: Counter[str] = field(default_factory=Counter)  # files that are not images, by suffix
     empty: list[str] = field(default_factory=list)  # class folders without images
 
     def split_folders(self, root: Path, *, unique: bool = True) -> dict[str, Path]:
-        """Folders in ``root`` that are named as splits, by the canonical name of the split.
+        """Return the split folders in ``root``, by the canonical name of the split.
 
         Raises DataError when a split has two folders, unless ``unique`` is False.
         """
@@ -89,11 +89,11 @@ class Lister:
         return folders
 
     def is_image(self, name: str) -> bool:
-        """Whether a file is an image by its suffix."""
+        """Return whether a file is an image, by its suffix."""
         return name.lower().endswith(IMAGE_SUFFIXES_1 if self.listing == 1 else IMAGE_SUFFIXES)
 
     def images(self, folder: Path) -> list[str]:
-        """Names of the images in ``folder`` itself, sorted."""
+        """Return the names of the images directly in ``folder``, sorted."""
         names = visible(folder)
         for name in names:
             if not self.is_image(name) and not (folder / name).is_dir():
@@ -101,24 +101,25 @@ class Lister:
         return [name for name in names if self.is_image(name)]
 
     def images_below(self, folder: Path) -> list[str]:
-        """Images in ``folder`` and its visible sub-folders, as paths relative to its parent.
+        """Return the images in ``folder`` and its visible sub-folders, relative to its parent.
 
-        Links are followed, each folder once.
+        Follows links, but reads each folder only once.
         """
         paths, seen, root = [], set(), Path(os.path.realpath(folder))
-        for place, inside, _ in os.walk(folder, followlinks=True):
-            here = os.path.realpath(place)
+        for directory, names, _ in os.walk(folder, followlinks=True):
+            here = os.path.realpath(directory)
             if here in seen or (root != Path(here) and root.is_relative_to(here)):
-                inside.clear()
+                names.clear()
                 continue
             seen.add(here)
-            inside[:] = sorted(name for name in inside if not name.startswith("."))
-            paths += [os.path.join(place, name) for name in self.images(Path(place))]  # noqa: PTH118
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            images = self.images(Path(directory))
+            paths += [os.path.join(directory, name) for name in images]  # noqa: PTH118
         parent = folder.parent
         return sorted((os.path.relpath(path, parent) for path in paths), key=natural_key)
 
     def class_folders(self, folder: Path) -> dict[str, list[str]]:
-        """Images below each sub-folder that has some, as paths relative to ``folder``."""
+        """Return the images below each sub-folder that has any, relative to ``folder``."""
         classes = {}
         for entry in subfolders(folder):
             if images := self.images_below(folder / entry):
@@ -128,13 +129,13 @@ class Lister:
         return classes
 
     def notes(self) -> tuple[str, ...]:
-        """A warning about what is left out, if anything is."""
+        """Return a warning about files and folders that are left out, if any."""
         parts = []
         if count := self.others.total():
             kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in self.others.most_common(6))
             kinds += ", …" if len(self.others) > 6 else ""
-            what = "file that is not an image" if count == 1 else "files that are not images"
-            parts.append(f"{count:,} {what} by name ({kinds})")
+            noun = "file that is not an image" if count == 1 else "files that are not images"
+            parts.append(f"{count:,} {noun} by name ({kinds})")
         if self.empty:
             names = ", ".join(self.empty[:6]) + (", …" if len(self.empty) > 6 else "")
             parts.append(f"{len(self.empty):,} folders without images ({names})")

@@ -1,7 +1,7 @@
 """Data sets of Food-11 files: training/3_45.jpg is an image of class 3.
 
-The class comes from the file's own name, never from its path. A split other than training may have
-no classes in its names.
+The class comes from the file name, never from its folders. File names outside training may lack a
+class.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from job.errors import DataError, shown
 if TYPE_CHECKING:
     from job.data.folders import Lister
 
-# splits that say which classes there are: the first of these that names any
+# splits that define the classes; the first entry with any class wins
 SOURCES_OF_CLASSES = (("training", "validation"), ("evaluation",), ("testing",))
 
 
 def open_food11_folder(root: Path, lister: Lister) -> Dataset | None:
-    """Open split folders of files named CLASS_NUMBER.jpg; None when they hold no images."""
+    """Open split folders of files named CLASS_NUMBER.jpg; returns None if they hold no images."""
     folders = lister.split_folders(root)
     for folder in folders.values():
-        lister.class_folders(folder)  # counts what sub-folders hold, for the notes
+        lister.class_folders(folder)  # counts files in sub-folders, for the notes
     files = {split: lister.images(folder) for split, folder in folders.items()}
     if not any(files.values()):
         return None
@@ -49,7 +49,7 @@ def open_food11_folder(root: Path, lister: Lister) -> Dataset | None:
 
 
 def class_token(name: str) -> str | None:
-    """The part of a file's name before its last underscore; None when there is no underscore."""
+    """Return the part of a file name before its last underscore; None without underscore."""
     match = re.fullmatch(r"(.+)_[^_]*", Path(name).stem)
     return match[1] if match else None
 

@@ -1,4 +1,4 @@
-"""Resizing, crops and channel values as options spell them. Loads no torch."""
+"""Parsing of the options for resizing, crops and channel values. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from job.config import InterpolationName
 from job.errors import UsageError
 
 INTERPOLATIONS = get_args(InterpolationName)
-FITS = {"shorter": "", "both": "x", "longer": "longer:"}  # sides that are resized -> spelling
+FITS = {"shorter": "", "both": "x", "longer": "longer:"}  # resized sides -> spelling of the option
 MAX_RESIZE = 8192  # pixels: the side of a resized image
 MIN_STD = 1e-4  # one of 255 grey levels is 0.004
-MAX_SHARE = 2.0  # a crop above it is in pixels, else a share of the resized side
+MAX_SHARE = 2.0  # a crop up to this is a share of the resized side, above it pixels
 
 Size = tuple[int, int]  # width and height in pixels
 Channels = tuple[float, float, float]  # one number for each of red, green and blue
@@ -22,7 +22,7 @@ Channels = tuple[float, float, float]  # one number for each of red, green and b
 
 @dataclass(frozen=True)
 class Resize:
-    """Resizing of the ``shorter`` or ``longer`` side, or ``both``, to ``side`` pixels; 0: none."""
+    """Resizing of the ``shorter`` or ``longer`` side, or ``both``, to ``side`` pixels (0: none)."""
 
     side: int = 0
     fit: str = "shorter"
@@ -44,7 +44,7 @@ class Resize:
                 f"longer:256 or none, at most {MAX_RESIZE} pixels"
             )
         if match[3] and int(match[3]) != int(match[2]):
-            raise UsageError(f"{text!r} is not square, as inputs are: e.g. {match[2]}x{match[2]}")
+            raise UsageError(f"{text!r} is not square, but inputs are: use {match[2]}x{match[2]}")
         fit = "longer" if match[1] else "both" if match[3] else "shorter"
         return cls(int(match[2]), fit)
 
@@ -54,7 +54,7 @@ class Resize:
         return f"{self.side}x{self.side}" if self.fit == "both" else f"{FITS[self.fit]}{self.side}"
 
     def size_of(self, size: Size) -> Size:
-        """The (width, height) of an image of ``size`` after resizing, rounded as by torchvision."""
+        """Return the (width, height) after resizing ``size``, rounded as in torchvision."""
         if not self.side:
             return size
         if self.fit == "both":
@@ -67,9 +67,9 @@ class Resize:
 
 
 def parse_channels(value: Any, *, positive: bool = False) -> Channels:
-    """Parse one number for all channels, or three, from 0 to 1; ``value`` is text or a list.
+    """Parse one number for all channels, or one each, from 0 to 1; ``value`` is text or a list.
 
-    With ``positive``, they are at least 0.0001. Raises UsageError.
+    With ``positive``, numbers are at least 0.0001. Raises UsageError.
     """
     parts = value if isinstance(value, (list, tuple)) else re.split(r"[\s,;]+", _bare(value))
     try:
@@ -80,7 +80,7 @@ def parse_channels(value: Any, *, positive: bool = False) -> Channels:
         raise UsageError(f"{value!r} is neither one number nor three, e.g. 0.485 0.456 0.406")
     least = MIN_STD if positive else 0
     if any(not math.isfinite(n) or n < least for n in numbers):
-        raise UsageError(f"{value!r}: each number is from {least:g} to 1")
+        raise UsageError(f"{value!r}: each number must be from {least:g} to 1")
     if max(numbers) > 1:
         scaled = " ".join(f"{n / 255:.4g}" for n in numbers)
         raise UsageError(

@@ -20,8 +20,8 @@ _DTYPES: dict[int, np.dtype[Any]] = {code: np.dtype(name) for code, name in _COD
 
 
 MAX_DIMENSIONS = 4  # (N, height, width, 3)
-MAX_RATIO = 100  # of unpacked to packed size; images have ten at the most
-UNCHECKED_SIZE = 64 << 20  # bytes that a file may unpack to at any ratio
+MAX_RATIO = 100  # of unpacked to packed size; images reach at most 10
+UNCHECKED_SIZE = 64 << 20  # bytes; files that unpack to less may have any ratio
 
 
 def read_idx(path: Path) -> np.ndarray[Any, Any]:
@@ -44,7 +44,7 @@ def read_idx(path: Path) -> np.ndarray[Any, Any]:
         raise DataError(f"{shown(path)} cannot be read: {error}") from error
     if len(content) != expected:
         has = "more" if len(content) > expected else f"{len(content):,}"
-        raise DataError(f"{shown(path)} has {has} bytes where {shape} needs {expected:,}")
+        raise DataError(f"{shown(path)} has {has} bytes, but shape {shape} needs {expected:,}")
     try:
         return np.frombuffer(content, dtype).reshape(shape)
     except ValueError as error:

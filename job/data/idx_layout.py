@@ -27,7 +27,7 @@ _IDX = re.compile(
 
 
 def open_idx_folder(root: Path, _lister: Lister) -> Dataset | None:
-    """Open the IDX files in a folder; None when there are none. Raises DataError."""
+    """Open the IDX files in a folder; returns None if there are none, raises DataError."""
     files: dict[tuple[str, str, str], Path] = {}  # by prefix, split, and images or labels
     for entry in visible(root):
         match = _IDX.fullmatch(entry)
@@ -71,7 +71,7 @@ def _idx_split(images_path: Path, labels_path: Path | None) -> ArraySplit:
         if stored.ndim != 1 or stored.dtype.kind not in "iu" or (stored < 0).any():
             raise DataError(
                 f"{shown(labels_path)} holds {stored.dtype} of shape {stored.shape}, not labels: "
-                "one whole number from 0 an image"
+                "one non-negative integer per image"
             )
         if len(stored) != len(images):
             raise DataError(

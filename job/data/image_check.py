@@ -1,4 +1,4 @@
-"""The check of all images before a run: an image that cannot be read is an error, or left out."""
+"""Check of all images before a run: unreadable images are an error or are left out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def check_images(
 
     Returns the data set and the largest side of any image in pixels. An image that cannot be read
     raises DataError if ``on_bad_image`` is ``fail``; if it is ``skip``, the image is left out and
-    listed in ``skipped``, and the split becomes lenient. ``progress`` wraps (results, count).
+    listed in ``skipped``, and the split becomes lenient. ``progress`` is called with
+    the results and their number, and returns an iterable of the results.
     """
     largest = 0
     for name in names:
@@ -61,7 +62,7 @@ def check_images(
 
 
 def _check_files(split: FileSplit) -> Generator[tuple[int, int] | DataError]:
-    """The (width, height) of each image, or why it cannot be read."""
+    """Yield the (width, height) of each image, or the error if it cannot be read."""
 
     def check(index: int) -> tuple[int, int] | DataError:
         try:
@@ -69,7 +70,7 @@ def _check_files(split: FileSplit) -> Generator[tuple[int, int] | DataError]:
         except DataError as error:
             return error
 
-    # threads are enough: Pillow decodes without the interpreter lock
+    # threads suffice: Pillow releases the interpreter lock while it decodes
     pool = ThreadPoolExecutor(min(MAX_THREADS, available_cores()))
     try:
         with without_warnings():

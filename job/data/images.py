@@ -1,4 +1,4 @@
-"""Image files, decoded to the RGB that a viewer shows."""
+"""Image files, decoded to RGB as image viewers show them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 # the suffix decides which files are images, the content how they are decoded
-_AVIF = importlib.util.find_spec("PIL._avif") is not None  # not in every Pillow
-# of listing 1, see job.data.folders
+_AVIF = importlib.util.find_spec("PIL._avif") is not None  # optional in Pillow
+# suffixes of listing version 1, see job.data.folders
 IMAGE_SUFFIXES_1 = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_SUFFIXES = (
     *IMAGE_SUFFIXES_1,
     *(".jfif", ".jpe", ".pjpeg", ".mpo", ".apng", ".dib", ".gif", ".tif", ".tiff"),
     *((".avif",) if _AVIF else ()),
 )
-# whatever the suffix: a GIF is often named .jpg. Other formats, e.g. PostScript, start programs.
+# formats accepted under any suffix, as GIFs are often named .jpg; others, e.g. PostScript, may
+# start programs
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if _AVIF else ()))
 MAX_PIXELS = 2**30 // 12  # 89 million, Pillow's own limit
 BIG = 2**24  # pixels: larger images are decoded one at a time, smaller ones by all threads
 STRIP = 2**22  # pixels converted at a time: a big image is held in memory twice, not five times
 _one_big = threading.Lock()
-# by EXIF's orientation; ImageOps.exif_transpose also writes EXIF, which may fail
+# by EXIF orientation; ImageOps.exif_transpose is not used because it writes EXIF, which may fail
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,9 +48,9 @@ _UPRIGHT = {
 
 
 def load_rgb(path: Path) -> Image.Image:
-    """Decode ``path`` to RGB; the first frame if there are several.
+    """Decode ``path`` to RGB; only the first frame if there are several.
 
-    EXIF's rotation is applied, transparency is put over white, 16-bit grey is scaled to 8 bits.
+    Applies the EXIF rotation, puts transparent images on white, scales 16-bit grey to 8 bits.
     Raises DataError when the file is not a complete image, StorageError when it cannot be read.
     """
     with without_warnings():
@@ -57,10 +58,10 @@ def load_rgb(path: Path) -> Image.Image:
 
 
 def check_image(path: Path) -> tuple[int, int]:
-    """Decode ``path`` as ``load_rgb`` does and return its (width, height); raises as load_rgb.
+    """Decode ``path`` as ``load_rgb`` does and return its (width, height); raises the same errors.
 
     A JPEG is decoded at an eighth of its size, which reads every byte in a third of the time.
-    Threads may call it within one ``without_warnings()`` around all of them.
+    Threads that call it need one ``without_warnings()`` around all of them.
     """
 
     def check(image: Image.Image) -> tuple[int, int]:
@@ -77,7 +78,7 @@ def check_image(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Suppress Pillow's warnings. Not to be used in threads, which share the filters."""
+    """Suppress Pillow's warnings. Not thread-safe: threads share the warning filters."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is our limit
         warnings.simplefilter("ignore", UserWarning)
@@ -103,20 +104,20 @@ def _decode(path: Path, read: Callable[[Image.Image], Result]) -> Result:
 _NOT_A_FILE = {  # (exists, is a link)
     (True, False): "it is not a file",
     (True, True): "it is not a file",
-    (False, True): "it is a link to nothing",
+    (False, True): "it is a broken link",
     (False, False): "it does not exist",
 }
 
 
 def _open(path: Path, read: Callable[[Image.Image], Result]) -> Result:
-    """Open the image in ``path``; if that fails, its repaired content."""
+    """Apply ``read`` to the image in ``path``, or if that fails to its repaired content."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return read(_check_pixels(image))
     except (_TooLargeError, Image.DecompressionBombError):
         raise
     except Exception as error:  # as in _decode
-        if isinstance(error, OSError) and error.errno:  # of the storage, or a missing permission
+        if isinstance(error, OSError) and error.errno:  # a storage error or a missing permission
             raise
         file = repaired(path)
         if file is None:
@@ -136,7 +137,7 @@ def _check_pixels(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 (upright) to 8; 1 if the block is damaged, as in viewers."""
+    """Return the EXIF orientation, 1 (upright) to 8; 1 if the block is damaged."""
     try:
         value = image.getexif().get(0x0112, 1)
     except Exception:  # as in _decode: a damaged block, not a damaged image
@@ -145,7 +146,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Decode to RGB: the one function that both the check and every use of an image call."""
+    """Decode to RGB; shared by the check and by every read of an image."""
     orientation = _orientation(image)
     image.load()
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):

@@ -1,6 +1,6 @@
-"""Layouts: the ways to store a data set on disk, how each is recognised and how it is opened.
+"""Layouts: the ways to store a data set on disk, with functions that recognise and open them.
 
-A new layout is a function that opens it, in a module of its own, and an entry in ``LAYOUTS``.
+To add a layout, write a function that opens it, in its own module, and add an entry to ``LAYOUTS``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 BUILT_IN = "built-in"  # the value of --data, and the layout
 IMAGES_ONLY = "images"  # the layout of any folder of images, which is not a data set
 UNSPLIT = "class folders without splits"
-MAX_DEPTH = 3  # folders, each the only one in its parent, in which a data set is looked for
+MAX_DEPTH = 3  # of nested folders, each alone in its parent, that are searched for a data set
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -38,8 +38,8 @@ class Layout:
     """A way to store a data set.
 
     ``open_folder`` returns the data set in a folder, or None when the folder has another layout;
-    ``open_file`` opens a file whose name ends in ``suffix``. Both raise DataError for a data set of
-    this layout that is invalid. ``help`` completes "looked for …".
+    ``open_file`` opens a file whose name ends in ``suffix``. Both raise DataError for an
+    invalid data set of this layout. ``help`` completes "looked for …".
     """
 
     help: str
@@ -50,7 +50,7 @@ class Layout:
     numbered_files: bool = False  # whether test images may be named by their Kaggle ids
 
 
-# in the order in which they are tried
+# tried in this order
 LAYOUTS = {
     "IDX files": Layout(
         "IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…; gzipped or not)",
@@ -82,7 +82,7 @@ LAYOUTS = {
 def open_data(path: str | None, listing: int = CURRENT_LISTING) -> Dataset:
     """Open the data set at ``path``, or the built-in one; raises InputNotFound or DataError.
 
-    Folders are read by the rules of ``listing``.
+    ``listing`` is the version of the rules for listing folders.
     """
     if path is None or (path == BUILT_IN and not Path(path).exists()):
         return open_builtin()
@@ -100,7 +100,7 @@ def open_builtin() -> Dataset:
 def open_path(path: str | os.PathLike[str], listing: int = CURRENT_LISTING) -> Dataset:
     """Open the data set in ``path``: a file, a folder, or the only sub-folder of one.
 
-    Raises InputNotFound when there is nothing, DataError when it has none of the layouts.
+    Raises InputNotFound when ``path`` does not exist, DataError when no layout matches.
     """
     root = Path(path)
     looked_for = ", ".join(layout.help for layout in LAYOUTS.values())
@@ -145,13 +145,13 @@ def open_unlabelled(path: Path) -> Dataset:
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a file's name ends as that of a data set, not of an image."""
+    """Return whether a file has the suffix of a data set, e.g. .csv."""
     suffixes = tuple(layout.suffix for layout in LAYOUTS.values() if layout.suffix)
     return path.name.lower().endswith(suffixes)
 
 
 def has_numbered_files(data: Dataset) -> bool:
-    """Whether the test images of this layout may be named by their Kaggle ids."""
+    """Return whether the test images of this layout may be named by their Kaggle ids."""
     return data.layout in LAYOUTS and LAYOUTS[data.layout].numbered_files
 
 
@@ -171,7 +171,7 @@ def _open_folder(root: Path, listing: int, *, split: bool) -> Dataset | None:
 
 
 def _only_folders(root: Path) -> list[Path]:
-    """``root``, its only sub-folder, and the only sub-folder of that."""
+    """Return ``root``, its only sub-folder and that folder's only sub-folder, if they exist."""
     folders = [root]
     while len(folders) < MAX_DEPTH and len(names := subfolders(folders[-1])) == 1:
         folders.append(folders[-1] / names[0])

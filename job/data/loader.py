@@ -29,7 +29,7 @@ def build_loader(
 ) -> DataLoader[Any]:
     """Build a DataLoader over ``images``; arrays in memory need no loader processes."""
     workers = 0 if isinstance(images.split, ArraySplit) else workers
-    dataset: Any = images  # __getitems__ is all that a DataLoader with batches of indices calls
+    dataset: Any = images  # a DataLoader with a batch sampler calls only __getitems__
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -46,32 +46,29 @@ def build_loader(
 def iterate_batches(batches: DataLoader[Any]) -> Iterator[Batch]:
     """Yield the batches of a loader; raise an error that a loader process returned.
 
-    Each process warns once of every image that --on-bad-image skip replaces.
+    Each process warns once about every image that --on-bad-image skip replaces.
     """
     for batch in batches:
         if isinstance(batch, FAILURES):
             raise batch
         if isinstance(batch, IncompleteBatch):
             for reason in sorted(set(batch.reasons) - _reported):
-                warn(
-                    f"{reason}; it is left out from now on, another image of its class takes its "
-                    "place"
-                )
+                warn(f"{reason}; from now on another image of its class replaces it")
             _reported.update(batch.reasons)
             batch = batch.batch
         yield batch
 
 
 def default_workers(local_world_size: int, cuda: bool) -> int:
-    """Loader processes for each rank; on a CPU, one core is left to the training process."""
+    """Return the number of loader processes per rank; on a CPU, training keeps one core."""
     cores = available_cores() // max(1, local_world_size)
     return max(1, min(MAX_WORKERS, cores if cuda else cores - 1))
 
 
 def prepare_worker(_worker: int = 0) -> None:
-    """Let a loader process, or the server of them, outlive stop requests but not the job.
+    """Make a loader process, or its server, ignore stop requests and end with the job.
 
-    Launchers signal the whole process group, and a dead worker would kill the save.
+    Launchers signal the whole process group; a dead loader process would make the save fail.
     """
     ignore_requests()
     end_with_parent(signal.SIGKILL)
@@ -79,17 +76,18 @@ def prepare_worker(_worker: int = 0) -> None:
 
 
 def report_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Report an exception, unless it says that the job closed its end of a connection.
+    """Report an uncaught exception, unless the job closed a connection.
 
-    The thread of multiprocessing that sends tensors raises these when the job ends first.
+    The multiprocessing thread that sends tensors raises ConnectionError or EOFError when the job
+    ends first.
     """
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 
 
 def _worker_server() -> Any:
-    """The server that loader processes are forked from, see job.data.worker."""
-    ignored = "ignore:resource_tracker"  # it would warn of the semaphores of a job that was killed
+    """Return the context whose server forks the loader processes, see job.data.worker."""
+    ignored = "ignore:resource_tracker"  # it warns about the semaphores of killed jobs
     if ignored not in sys.warnoptions:
         sys.warnoptions.append(ignored)
     context = multiprocessing.get_context("forkserver")

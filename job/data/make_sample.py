@@ -4,7 +4,7 @@
     python -m job.data.make_sample /usr/share/datasets/fashion-mnist job/data/fashion_mnist
 
 Training and validation images come from the original training files, test images from the original
-test files; the same number of every class, in the order of the originals.
+test files. All classes have the same number of images, in the original order.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PER_CLASS = {"train": 600, "validation": 150, "t10k": 100}
 
 def _write(path: Path, values: np.ndarray) -> None:
     header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
-    # no time and no name: the same bytes from every run
+    # no time and no file name, for reproducible bytes
     path.write_bytes(gzip.compress(header + values.tobytes(), 9, mtime=0))
 
 
 def _draw_indices(labels: np.ndarray, *sizes: int) -> list[np.ndarray]:
-    """Disjoint sets of indices in ascending order; set k has ``sizes[k]`` of every class."""
+    """Draw disjoint sets of sorted indices; set k has ``sizes[k]`` of each class."""
     order = np.argsort(np.random.Philox(SAMPLE_SEED).random_raw(len(labels)), kind="stable")
     parts: list[list[np.ndarray]] = [[] for _ in sizes]
     for label in np.unique(labels):

@@ -1,4 +1,4 @@
-"""Preprocessing: from a decoded image to the network's input, in training and in evaluation."""
+"""Preprocessing of decoded images to network inputs, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become inputs of ``size`` x ``size`` pixels: ``preset`` is how training augments.
+    """Preprocessing of images to inputs of ``size`` x ``size`` pixels.
 
-    Evaluation resizes and takes the centre. After scaling to [0, 1], ``mean`` is subtracted from
-    each channel and the result is divided by ``std``. See ``of`` for the values of a preset.
+    Training augments as ``preset`` does; evaluation resizes and takes the centre crop. After
+    scaling to [0, 1], ``mean`` is subtracted from each channel and the result is divided by
+    ``std``. See ``of`` for the values of a preset.
     """
 
     preset: str
@@ -44,7 +45,7 @@ class Preprocessing:
         mean: Channels | None = None,
         std: Channels | None = None,
     ) -> Preprocessing:
-        """The preprocessing of ``preset`` at ``size``, with the values that are given."""
+        """Return the preprocessing of ``preset`` at ``size``; other arguments override it."""
         values = PRESETS[preset]
         resize = values.resize(size) if resize is None else resize
         return cls(
@@ -74,7 +75,7 @@ class Preprocessing:
         return cls(preset, size, resize, interpolation, mean, std)
 
     def to_dict(self) -> dict[str, Any]:
-        """As stored in model.json; ``resize`` is null when images are not resized."""
+        """Return the record stored in model.json; ``resize`` is None without resizing."""
         return {
             "preset": self.preset,
             "size": self.size,
@@ -87,12 +88,12 @@ class Preprocessing:
 
     @property
     def inputs(self) -> tuple[object, ...]:
-        """Everything that determines a network's inputs in evaluation."""
+        """All values that determine a network's inputs in evaluation."""
         interpolation = self.interpolation if self.resize.side else ""
         return self.size, self.mean, self.std, self.resize, interpolation
 
     def describe(self) -> str:
-        """The preset and the size, then the values that differ from the preset's."""
+        """Return the preset, the size, and the values that differ from the preset, as text."""
         default, parts = Preprocessing.of(self.preset, self.size), []
         if self.resize != default.resize or self.interpolation != default.interpolation:
             how = f" ({self.interpolation})" if self.resize.side else ""
@@ -103,14 +104,14 @@ class Preprocessing:
         return ", ".join([f"{self.preset} transforms at {self.size} pixels", *parts])
 
     def train(self, image: Image.Image, draw: Draw) -> Image.Image:
-        """Augment an image by the numbers in ``draw``: RGB of ``size`` x ``size``."""
+        """Augment an image by the random numbers in ``draw``, to RGB of ``size`` x ``size``."""
         preset = PRESETS[self.preset]
         if not preset.resizes_itself:
             image = self.resized(image)
         return preset.augment(image, draw, self.size, resampling(self.interpolation))
 
     def evaluate(self, image: Image.Image) -> Image.Image:
-        """Resize an image and take its centre: RGB of ``size`` x ``size``."""
+        """Resize an image and take the centre crop, RGB of ``size`` x ``size``."""
         image = self.resized(image)
         left, top = (center_offset(side, self.size) for side in image.size)
         box = (left, top, left + self.size, top + self.size)
@@ -124,7 +125,7 @@ class Preprocessing:
         return canvas
 
     def resized(self, image: Image.Image) -> Image.Image:
-        """Resize an image as ``resize`` says."""
+        """Return an image resized by ``resize``."""
         if not self.resize.side:
             return image
         if self.resize.fit == "shorter":
@@ -133,7 +134,7 @@ class Preprocessing:
         return image.resize(size, resampling(self.interpolation))
 
     def to_input(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, same device, channels last in memory."""
+        """Convert images (B, H, W, 3) uint8 to inputs (B, 3, H, W) float32, channels last."""
         scaled = images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
         if (self.mean, self.std) == UNSCALED:
             return scaled

@@ -1,4 +1,4 @@
-"""Options of preprocessing: ``--transform``, those that override it, and their result."""
+"""Preprocessing options: ``--transform`` and the options that override its values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PreprocessingOptions(PreprocessingConfig):
         self._input_size()
 
     def resolve(self, largest: int) -> Preprocessing:
-        """The preprocessing of images whose largest side is ``largest``; raises UsageError."""
+        """Return the preprocessing for images of at most ``largest`` pixels; raises UsageError."""
         if self._names_weights:
             return self._apply(pretrained(self.transform))
         side = Resize.parse(self.resize).side if self.resize else 0
@@ -44,11 +44,14 @@ class PreprocessingOptions(PreprocessingConfig):
         return self._apply(lambda size: Preprocessing.of(preset, size or default))
 
     def override(self, stored: Preprocessing) -> Preprocessing:
-        """The preprocessing stored with a model, changed by these options; raises UsageError."""
+        """Return the preprocessing stored with a model, changed by these options.
+
+        Raises UsageError.
+        """
         if self._names_weights:
             return self.resolve(0)
 
-        def at(size: int | None) -> Preprocessing:
+        def by_size(size: int | None) -> Preprocessing:
             if self.transform != "auto":
                 return Preprocessing.of(self.transform, size or stored.size)
             if stored.resize == Preprocessing.of(stored.preset, stored.size).resize:
@@ -56,14 +59,14 @@ class PreprocessingOptions(PreprocessingConfig):
                 return replace(stored, size=size or stored.size, resize=resize)
             return scaled(stored, size)
 
-        return self._apply(at)
+        return self._apply(by_size)
 
     @property
     def _names_weights(self) -> bool:
         return self.transform.partition(":")[0] in SOURCES
 
     def _input_size(self) -> int | None:
-        """The side of the inputs that ``--image-size``, ``--crop`` and ``--resize`` agree on."""
+        """Return the input side that ``--image-size``, ``--crop`` and ``--resize`` give."""
         size, crop = self.image_size, self.crop
         if crop is None:
             return size
@@ -77,7 +80,7 @@ class PreprocessingOptions(PreprocessingConfig):
         side = Resize.parse(self.resize).side if self.resize else None
         if side == 0:
             raise UsageError(
-                f"--crop {crop:g} is a share of the resized side: not of --resize none"
+                f"--crop {crop:g} is a share of the resized side, but --resize is none"
             )
         if side and size is None:
             return max(1, round(side * crop))
@@ -88,9 +91,9 @@ class PreprocessingOptions(PreprocessingConfig):
             )
         return size
 
-    def _apply(self, at: Callable[[int | None], Preprocessing]) -> Preprocessing:
-        """Override what ``at`` returns for an input size, or for None by default."""
-        default = at(self._input_size())
+    def _apply(self, by_size: Callable[[int | None], Preprocessing]) -> Preprocessing:
+        """Apply the options to ``by_size(size)``, where size is None without size options."""
+        default = by_size(self._input_size())
         resize = Resize.parse(self.resize) if self.resize else default.resize
         if self.crop and self.crop <= MAX_SHARE and not self.resize:
             resize = Resize(_resized_side(default.size, self.crop), resize.fit)
@@ -104,7 +107,7 @@ class PreprocessingOptions(PreprocessingConfig):
 
 
 def _resized_side(size: int, share: float) -> int:
-    """The side of which ``size`` is ``share``, rounded down as by timm."""
+    """Return ``size / share``, the side to resize to, rounded down as in timm."""
     side = math.floor(size / share)
     if not 1 <= side <= MAX_RESIZE:
         raise UsageError(

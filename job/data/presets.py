@@ -1,11 +1,11 @@
-"""Presets of ``--transform``: how training augments, and the preprocessing that goes with it.
+"""Presets of ``--transform``: training augmentation, with default sizes and channel values.
 
 - ``homework``: Hung-yi Lee's ML2020, homework 3 and 7.
 - ``small``: He et al. 2016, section 4.2, for images of a few dozen pixels.
 - ``imagenet``: Szegedy et al. 2015, as in torchvision's recipe.
 
-A new preset is an entry in ``PRESETS``, its function in job.data.augmentation, and its name in
-``PresetName`` of job.config.
+To add a preset, write its function in job.data.augmentation, add an entry to ``PRESETS``, and add
+its name to ``PresetName`` of job.config.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class Preset:
-    """What a name of ``--transform`` stands for."""
+    """A preset of ``--transform``."""
 
     help: str
     # (image, draw, size, resampling) -> training image, RGB of size x size
@@ -54,12 +54,12 @@ class Preset:
 
 
 def _multiple_of_16(largest: int) -> int:
-    """``largest`` rounded up to a multiple of 16, from 32 to 64: 28 is padded to 32."""
+    """Round up to a multiple of 16, from 32 to 64, e.g. 28 to 32."""
     return min(max(32, -(-largest // 16) * 16), LARGEST_SMALL)
 
 
 def _resize_for_crop(size: int) -> Resize:
-    """256 pixels for a crop of 224, and in proportion."""
+    """Return the resizing for a crop of ``size``: 256 pixels for 224, else in proportion."""
     return Resize(min(MAX_RESIZE, round(size * 256 / 224)))
 
 
@@ -87,5 +87,5 @@ PRESETS = {
 
 
 def default_preset(largest: int) -> str:
-    """The preset of ``--transform auto`` for images of at most ``largest`` pixels a side."""
+    """Return the preset of ``--transform auto`` for images of at most ``largest`` pixels a side."""
     return "small" if largest <= LARGEST_SMALL else "homework"

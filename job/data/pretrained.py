@@ -1,6 +1,6 @@
-"""The preprocessing of pretrained weights, as timm and torchvision state it. Nothing is downloaded.
+"""Preprocessing of pretrained weights, as timm and torchvision declare it. Nothing is downloaded.
 
-A further package is an entry in ``SOURCES`` and its name in ``WeightsPackage`` of job.config.
+To add a package, add an entry to ``SOURCES`` and its name to ``WeightsPackage`` of job.config.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from job.data.geometry import INTERPOLATIONS, MAX_RESIZE, Resize, parse_channels
 from job.data.preprocessing import Preprocessing
 from job.errors import UsageError, did_you_mean
 
-# the preprocessing for an input size, or with None for the size that the weights were trained at
+# input size -> preprocessing; None is the size that the weights were trained at
 BySize = Callable[[int | None], Preprocessing]
 
 TIMM_FITS = {"center": "shorter", "squash": "both", "border": "longer"}
-AUGMENTATION = "imagenet"  # the preset that both packages' recipes for ImageNet resemble most
+AUGMENTATION = "imagenet"  # the preset closest to both packages' ImageNet recipes
 
 
 @cache
 def pretrained(transform: str) -> BySize:
-    """The preprocessing of ``timm:NAME`` or ``torchvision:WEIGHTS``.
+    """Return the preprocessing of ``timm:NAME`` or ``torchvision:WEIGHTS``.
 
-    Raises UsageError for a name that the package does not know, or a package that is not installed.
+    Raises UsageError for an unknown name, or a package that is not installed.
     """
     package, _, name = transform.partition(":")
     return SOURCES[package](name)
 
 
 def timm_preprocessing(name: str) -> BySize:
-    """The preprocessing of the timm model ``name``; raises UsageError."""
+    """Return the preprocessing of the timm model ``name``; raises UsageError."""
     option = f"--transform timm:{name}"
     config = _timm_config(name, option)
     channels, height, width = config["input_size"]
@@ -56,11 +56,11 @@ def timm_preprocessing(name: str) -> BySize:
 
 
 def torchvision_preprocessing(name: str) -> BySize:
-    """The preprocessing of the torchvision weights ``name``; raises UsageError."""
+    """Return the preprocessing of the torchvision weights ``name``; raises UsageError."""
     option = f"--transform torchvision:{name}"
     transforms = _torchvision_weights(name, option).transforms()
     if type(transforms).__name__ != "ImageClassification" or len(transforms.resize_size) > 1:
-        raise UsageError(f"{option} is not of a network that classifies images")
+        raise UsageError(f"{option} does not belong to an image classification network")
     trained = Preprocessing(
         AUGMENTATION,
         int(transforms.crop_size[0]),
@@ -79,7 +79,7 @@ SOURCES: dict[str, Callable[[str], BySize]] = {
 
 
 def scaled(preprocessing: Preprocessing, size: int | None) -> Preprocessing:
-    """The same at another input size, where the crop is the same share of the resized image."""
+    """Scale preprocessing to another input size; the crop keeps its share of the resized image."""
     if size is None or size == preprocessing.size:
         return preprocessing
     resize = preprocessing.resize
@@ -99,14 +99,14 @@ def _timm_config(name: str, option: str) -> dict[str, Any]:
         near = did_you_mean(architecture, timm.list_models()) or "; see timm.list_models()"
         raise UsageError(f"{option}: timm has no model {name!r}{near}")
     try:
-        stated = timm.get_pretrained_cfg(name)
+        pretrained_cfg = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         tagged = [m for m in timm.list_pretrained() if m.partition(".")[0] == architecture]
         raise UsageError(
             f"{option}: {architecture} has no weights of that name; it has {', '.join(tagged)}"
         ) from error
-    assert stated
-    config: dict[str, Any] = resolve_data_config(pretrained_cfg=stated.to_dict())
+    assert pretrained_cfg
+    config: dict[str, Any] = resolve_data_config(pretrained_cfg=pretrained_cfg.to_dict())
     return config
 
 

@@ -1,6 +1,7 @@
-"""Repair of files that viewers show and Pillow refuses: PNG with large texts, JPEG without its end.
+"""Repair of images that viewers show but Pillow rejects.
 
-Only parts without pixels are removed or added. An image that lacks pixels remains an error.
+These are PNG files with large text chunks and JPEG files without an end marker. Only parts without
+pixels are removed or added; an image that lacks pixels remains an error.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 PNG, JPEG, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\xff\xd9"
 # chunks that determine pixels, transparency, frames and orientation
 PNG_KEPT = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT"}
-PNG_CHECKED = {b"tRNS", b"eXIf"}  # left out where damaged
-MAX_CHECKED = 1 << 20  # bytes of one of these
-MAX_JPEG = 1 << 28  # bytes of a JPEG whose end is added
-# bytes that a decoder would read as pixels if some were missing; the first bit is not 0 as in EOI
+PNG_CHECKED = {b"tRNS", b"eXIf"}  # left out if damaged
+MAX_CHECKED = 1 << 20  # bytes of such a chunk
+MAX_JPEG = 1 << 28  # bytes of a JPEG that gets an end marker
+# a decoder reads these bytes as pixels if any are missing; unlike in EOI, the first bit is not 0
 FILLER = b"\xaa" + bytes(37 * n % 251 for n in range(1, 4096))
 
 
 def repaired(path: Path) -> BinaryIO | None:
-    """Open ``path`` as a file that Pillow can read; None if there is nothing to repair.
+    """Open ``path`` as a file that Pillow can read; returns None if there is nothing to repair.
 
     Raises OSError.
     """
@@ -40,7 +41,7 @@ def repaired(path: Path) -> BinaryIO | None:
 
 
 def _without_texts(path: Path, file: BinaryIO) -> BinaryIO | None:
-    """A PNG without texts and colour profiles, which may unpack to any size."""
+    """Open a PNG without its texts and colour profiles, which may unpack to any size."""
     parts, size, left_out = [(0, len(PNG))], path.stat().st_size, False
     while len(header := file.read(8)) == 8:
         length, kind = int.from_bytes(header[:4], "big"), header[4:]
@@ -68,7 +69,7 @@ class _Parts(io.RawIOBase):
     """Ranges (begin, end) of a file, read as one file without the bytes between them."""
 
     def __init__(self, path: Path, parts: list[tuple[int, int]]) -> None:
-        self._file, self._parts, self._place = path.open("rb"), parts, 0
+        self._file, self._parts, self._offset = path.open("rb"), parts, 0
 
     def readable(self) -> bool:
         return True
@@ -78,18 +79,18 @@ class _Parts(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         length = sum(end - begin for begin, end in self._parts)
-        self._place = max(0, offset + {0: 0, 1: self._place, 2: length}[whence])
-        return self._place
+        self._offset = max(0, offset + {0: 0, 1: self._offset, 2: length}[whence])
+        return self._offset
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         before = 0
         for begin, end in self._parts:
-            within = self._place - before
+            within = self._offset - before
             if within < end - begin:
                 self._file.seek(begin + within)
                 content = self._file.read(min(len(buffer), end - begin - within))
                 buffer[: len(content)] = content
-                self._place += len(content)
+                self._offset += len(content)
                 return len(content)
             before += end - begin
         return 0
@@ -100,10 +101,10 @@ class _Parts(io.RawIOBase):
 
 
 def _with_end(content: bytes) -> BinaryIO | None:
-    """Add the end marker to a JPEG that lacks nothing else; None if it also lacks pixels.
+    """Add the end marker to a JPEG that lacks nothing else; returns None if it also lacks pixels.
 
-    A decoder makes up missing pixels from the bytes that follow, so that two different ends would
-    give two different images.
+    A decoder makes up missing pixels from the bytes that follow: if pixels are missing, two
+    different ends give two different images.
     """
     if content.endswith(JPEG_END):
         return None
@@ -114,7 +115,7 @@ def _with_end(content: bytes) -> BinaryIO | None:
 
 
 def _pixels(content: bytes) -> bytes | None:
-    """SHA-256 of the pixels of a JPEG; None if it cannot be decoded."""
+    """Return the SHA-256 of the pixels of a JPEG; None if it cannot be decoded."""
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
             return hashlib.sha256(image.tobytes()).digest()

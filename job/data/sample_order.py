@@ -39,7 +39,7 @@ class EpochTable:
     uniforms: np.ndarray[Any, np.dtype[np.float64]]
 
     def rows(self, positions: range) -> list[Draw]:
-        """The rows at ``positions``."""
+        """Return the rows at ``positions``."""
         return [Draw(int(self.order[p]), *self.uniforms[p].tolist()) for p in positions]
 
 
@@ -56,7 +56,7 @@ def _raw(count: int, seed: int, stream: str, round_index: int, epoch: int) -> An
 def stable_order(
     count: int, seed: int, *, stream: str, round_index: int = 0, epoch: int = 0
 ) -> Any:
-    """A permutation (count,) of ``range(count)``: the order of as many random 64-bit numbers."""
+    """Draw a permutation (count,) of ``range(count)``, by sorting random 64-bit numbers."""
     return np.argsort(_raw(count, seed, stream, round_index, epoch), kind="stable")
 
 

@@ -1,4 +1,4 @@
-"""Batch samplers: the images that one rank takes of each global batch, or of a whole split."""
+"""Batch samplers: one rank's share of each global batch, or of a whole split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class GlobalBatches:
 
     Rank r of W takes rows r, r + W, … of a global batch. Shares differ by at most one row, and
     every sample is taken once. The last batch may be short; with fewer than ``least`` samples it
-    joins the one before it.
+    is merged into the previous batch.
     """
 
     def __init__(
@@ -27,14 +27,14 @@ class GlobalBatches:
         self.round, self.epoch, self.first = 0, 0, 0
 
     def set_epoch(self, round_index: int, epoch: int, first: int = 0) -> None:
-        """Choose the epoch of the next pass, and the global batch that it begins with."""
+        """Set the epoch of the next pass, and the global batch to start with."""
         self.round, self.epoch, self.first = round_index, epoch, first
 
     def __len__(self) -> int:
         return self.batches
 
     def sizes(self) -> list[int]:
-        """The number of samples in each global batch."""
+        """Return the number of samples in each global batch."""
         last = self.count - (self.batches - 1) * self.batch_size
         return [self.batch_size] * (self.batches - 1) + [last]
 

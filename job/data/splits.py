@@ -30,7 +30,7 @@ class Split(Protocol):
 
     @property
     def lenient(self) -> bool:
-        """Whether an image that cannot be read is left out, instead of an error."""
+        """Whether unreadable images are replaced instead of raising an error."""
 
     def __len__(self) -> int: ...
 
@@ -38,13 +38,13 @@ class Split(Protocol):
         """Decode an image to RGB; raises DataError or StorageError."""
 
     def name(self, index: int) -> str:
-        """The name of an image in messages and predictions."""
+        """Return the name of an image in messages and predictions."""
 
     def select(self, indices: Labels, labels: Labels | None = None) -> Split:
-        """The images at ``indices``, in that order, with new labels if given."""
+        """Return the images at ``indices``, in that order, with new labels if given."""
 
     def digest(self) -> bytes:
-        """SHA-256 of the content of the split."""
+        """Return the SHA-256 of the content of the split."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ class FileSplit:
     root: Path
     paths: tuple[str, ...]
     labels: Labels
-    lenient: bool = False  # --on-bad-image skip: a file that fails later is left out too
+    lenient: bool = False  # --on-bad-image skip: files that fail later are replaced
 
     @classmethod
     def of(cls, root: Path, paths: Sequence[str], labels: Sequence[int], folder: Path) -> FileSplit:
-        """The files at ``paths``, which are relative to ``folder``, that is ``root`` or in it."""
+        """Build a split of files; ``paths`` are relative to ``folder``, in or equal to ``root``."""
         inside = str(folder.relative_to(root)) if folder != root else ""
         relative = tuple(os.path.join(inside, path) for path in paths)  # noqa: PTH118 (odd bytes)
         return cls(root, relative, np.array(labels, np.int64))
 
     @classmethod
     def unlabelled(cls, root: Path, paths: Sequence[str], folder: Path | None = None) -> FileSplit:
-        """The files at ``paths`` without labels, 2.jpg before 10.jpg."""
+        """Build a split of files without labels, sorted with 2.jpg before 10.jpg."""
         ordered = sorted(paths, key=natural_key)
         return cls.of(root, ordered, [UNLABELLED] * len(paths), folder or root)
 
@@ -73,7 +73,7 @@ class FileSplit:
         return len(self.paths)
 
     def path(self, index: int) -> Path:
-        """The path of image ``index``."""
+        """Return the path of image ``index``."""
         return self.root / self.paths[index]
 
     def image(self, index: int) -> Image.Image:  # noqa: D102
@@ -88,7 +88,7 @@ class FileSplit:
         return replace(self, paths=paths, labels=labels)
 
     def digest(self) -> bytes:
-        """SHA-256 of paths, file sizes and labels; the images are not read again."""
+        """Return the SHA-256 of paths, file sizes and labels; the images are not read."""
         sha = hashlib.sha256(self.labels.astype("<i8").tobytes())
         for index, path in enumerate(self.paths):
             sha.update(os.fsencode(path) + b"\0%d\0" % self.path(index).stat().st_size)

@@ -124,7 +124,7 @@ def test_a_packages_transform_at_another_size() -> None:
             "torchvision:resnet50",
             "name the weights .*ResNet50_Weights.DEFAULT",
         ),
-        ("torchvision:FCN_ResNet50_Weights.DEFAULT", "not of a network that classifies"),
+        ("torchvision:FCN_ResNet50_Weights.DEFAULT", "not belong to an image classification"),
     ],
 )
 def test_unknown_names_are_answered_with_near_ones(transform: str, message: str) -> None:
