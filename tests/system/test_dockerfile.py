@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import job
 from support.commands import ROOT, run
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -103,7 +104,7 @@ def test_the_image_is_pinned_layered_and_unprivileged() -> None:
     assert not any(line.startswith(("RUN", "ADD")) for line in lines)
     assert "USER 10001:10001" in lines
     assert 'ENTRYPOINT ["gammaslim"]' in lines
-    assert f"ARG VERSION={PROJECT['version']}" in lines
+    assert f"ARG VERSION={job.__version__}" in lines
     # a new version of the code leaves the layer of the libraries as it was
     assert DOCKERFILE.index("COPY .docker/requirements.txt") < DOCKERFILE.index("COPY job")
     for name in (
