@@ -1,6 +1,6 @@
 """Run by test_matrix: one network through the whole job and what comes after it.
 
-python tests/workers/matrix.py FOLDER SIZE PRUNE_OPTION...
+python tests/support/workers/matrix.py FOLDER SIZE PRUNE_OPTION...
 """
 
 from __future__ import annotations
