@@ -1,8 +1,8 @@
 """Bad input, in numbers: whatever is thrown at the commands, they end as documented.
 
-Every case is a command line on generated input (tests/support/hostile), run in a fork of one process; some
-are run in a process of their own too, which must end the same way. GAMMASLIM_FUZZ_LOG=FILE keeps a
-line a case.
+Every case is a command line on generated input (tests/support/hostile), run in a fork of one
+process; some are run in a process of their own too, which must end the same way.
+GAMMASLIM_FUZZ_LOG=FILE keeps a line a case.
 """
 
 from __future__ import annotations
