@@ -41,8 +41,8 @@ def tiny(width: int = 8, classes: int = 3) -> nn.Module:
         (lambda: torchvision.models.squeezenet1_1(num_classes=7), {}, "squeezenet1_1"),
         (Residual, {}, "support.networks:Residual"),
         (lambda: StudentNet(base=4), {"model": StudentNet, "model_args": {"base": 4}}, "student"),
-        (lambda: tiny(12), {"model": tiny, "model_args": {"width": 12}}, "test_saving:tiny"),
-        (lambda: tiny(), {"model": "test_saving:tiny"}, "test_saving:tiny"),
+        (lambda: tiny(12), {"model": tiny, "model_args": {"width": 12}}, f"{__name__}:tiny"),
+        (lambda: tiny(), {"model": f"{__name__}:tiny"}, f"{__name__}:tiny"),
     ],
 )
 def test_what_builds_a_network_is_found_or_given(
@@ -108,7 +108,7 @@ class Signed(nn.Module):
 
 
 def test_what_builds_another_network_of_the_same_weights_is_not_taken(tmp_path: Path) -> None:
-    for sign, name in ((1, "test_saving:Signed"), (-1, "")):
+    for sign, name in ((1, f"{__name__}:Signed"), (-1, "")):
         narrow, plan = slimmed(Signed(sign))
         job.save(narrow, tmp_path / str(sign), plan=plan)
         assert json.loads((tmp_path / str(sign) / "model.json").read_text())["model"] == name
