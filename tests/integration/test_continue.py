@@ -118,7 +118,7 @@ def test_only_rounds_may_grow() -> None:
 
 
 def test_open_rounds_need_an_end() -> None:
-    with pytest.raises(UsageError, match=r"--target macs=0\.5 needs a number of rounds"):
+    with pytest.raises(UsageError, match=r"--target macs=0\.5 is spread over a fixed number"):
         PruneConfig(rounds="auto", target="macs=0.5")
     with pytest.raises(UsageError, match="never end"):
         PruneConfig(rounds="auto", rate=1.0)

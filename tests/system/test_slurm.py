@@ -204,7 +204,7 @@ def test_a_stop_by_hand_is_not_undone_and_requeues_are_limited(batch: Batch) -> 
     assert "on 2 processes, cpu" in log  # as many as tasks were asked for
     assert r"slurm/prune.sh --output here/by\ hand --output here/by\ hand --data data/idx" in log
     log = batch.ended(limited, "FAILED", 75)
-    assert "restarted 0 times already" in log
+    assert "already restarted 0 times" in log
     assert batch.status(limited)["state"] == "stopped"
 
 
