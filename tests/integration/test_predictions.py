@@ -31,7 +31,7 @@ def test_the_folder_7_is_class_7_whatever_its_place(run: Path) -> None:
 def test_the_order_of_number_folders_is_said_once(data: Path, run: Path) -> None:
     notes = [note for note in open_data(str(data)).notes if "ordered as text" in note]
     assert len(notes) == 1
-    assert "class number 2 of the network is folder 10" in notes[0]
+    assert "class 2 of the network is folder 10" in notes[0]
     assert read_card(run / "rounds" / "00").class_names == NAMES
 
 
@@ -178,7 +178,10 @@ def test_csv_rows_end_at_line_ends_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ("a.png,1,train b.png,2,train a.png,1,val", "1 training images are in the validation spl"),
+        (
+            "a.png,1,train b.png,2,train a.png,1,val",
+            "1 training images are also in the validation spl",
+        ),
         ("a.png,1,train b.png,2,train ./a.png,1,train", "1 training images have several rows (a.p"),
         ("a.png,1,train a.png,1,train b.png,1,val", ""),  # a class is given more weight
         ("a.png,1,train b.png,1,test b.png,1,val", ""),
@@ -197,7 +200,7 @@ def test_images_that_are_trained_on_and_validated_on_are_warned_of(
     ("text", "code", "said"),
     [
         ("path,label\na.png,cat\n,dog\nb.png,\n", 65, "line 3 has no path, line 4 has no label"),
-        ("path,label,split\na.png,cat,tarin\n", 65, "line 2 has the split 'tarin'"),
+        ("path,label,split\na.png,cat,tarin\n", 65, "line 2 has the unknown split 'tarin'"),
         ("path,label,split\na.png,cat,train\nb.png,cow,val\n", 65, "line 3 has the class 'cow'"),
         ("name,label\na.png,cat\n", 65, "no column of image paths"),
         ("path,label\n", 65, "names no images"),
