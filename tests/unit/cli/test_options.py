@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
@@ -15,9 +14,7 @@ from job.cli.option_table import option_table
 from job.config import SECTIONS, PruneConfig
 from job.data.preprocessing_options import PreprocessingOptions
 from job.options import options_of
-from support.commands import ROOT
 
-MARKER = "<!-- python -m job.cli.option_table -->\n"
 HINTS = get_type_hints(PruneConfig)
 
 
@@ -76,12 +73,3 @@ def test_the_table_has_a_row_for_each_option() -> None:
     assert all(row.replace(r"\|", "").count("|") == 5 for row in rows)
     assert "| `--lr` | `X` > 0 | `0.001` | " in option_table()
     assert "| `--dry-run` |  |  | " in option_table()
-
-
-def test_the_documents_have_the_table_of_these_options() -> None:
-    pages = [ROOT / "README.md", *Path(ROOT / "job").rglob("README.md")]
-    holding = [text for text in (page.read_text() for page in pages) if MARKER in text]
-    if not holding:
-        pytest.skip("no document has the table of options yet")
-    for text in holding:
-        assert text.split(MARKER)[1].startswith(option_table())
