@@ -57,8 +57,10 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
         ours, theirs = ours[finite], theirs[finite]
     if not theirs.numel():
         return 0.0
-    worst = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-300)
-    return float(worst.nan_to_num(torch.inf))
+    worst, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    if worst == 0:
+        return 0.0
+    return worst / largest if largest and math.isfinite(worst) else math.inf
 
 
 def explain_mismatch(network: nn.Module, noise: Example) -> None:

@@ -154,7 +154,8 @@ def test_outputs_of_many_kinds_are_compared(name: str) -> None:
         ([NAN, 2.0], [NAN, 2.0], 0.0), ([INF, 2.0], [-INF, 2.0], INF),
         ([2.0, NAN], [NAN, 2.0], INF), ([NAN, 2.0], [1.0, 2.0], INF), ([NAN, 1.0], [INF, 1.0], INF),
         ([NAN, NAN], [NAN, NAN], INF), ([True, False], [True, True], INF), ([3, 4], [3, 4], 0.0),
-        ([], [], INF), ([1.0], [1.0, 1.0], INF), ([1.0, 0.0], [1, 0], INF),
+        ([], [], INF), ([1.0], [1.0, 1.0], INF), ([1.0, 0.0], [1, 0], INF), ([0.0], [0.0], 0.0),
+        ([1.0], [0.0], INF),
     ],
 )  # fmt: skip
 def test_differences_are_told_apart(ours: Any, theirs: Any, apart: float) -> None:
