@@ -15,6 +15,7 @@ from job.distributed.collectives import on_main
 from job.errors import GammaslimError, StopRequest, shown
 from job.files import check_writable, is_file
 from job.pipeline.cautions import sample_caution
+from job.pipeline.model import Model
 from job.pipeline.resources import batch_warnings, check_disk, core_warnings
 from job.pipeline.round import distil_from
 from job.pipeline.setup import MISSING, PLANNED, START_UP
@@ -103,18 +104,19 @@ def _try_training(setup: Setup) -> str | None:
     Cuts use one batch of calibration images. Returns a caution when the weights score low. Raises
     the errors that the run would raise.
     """
-    network, card, config = setup.network, setup.card, setup.config
-    setup.evaluator.try_batch(network)
+    model, config = Model(setup.network, setup.card), setup.config
+    setup.evaluator.try_batch(model.network)
     caution = None
-    if config.weights and not card.lineage.fresh_classifier:
-        caution = sample_caution(setup.evaluator, network)
-    distillation, rounds = distil_from(setup, setup.teacher or network), len(setup.planned) - 1
+    if config.weights and not model.card.lineage.fresh_classifier:
+        caution = sample_caution(setup.evaluator, model.network)
+    distillation = distil_from(setup, setup.teacher or model.network)
+    rounds = len(setup.planned) - 1
     for round_index in range(rounds + 1):
         setup.watch.check()
         if round_index:
             tools = config, setup.accelerator.device, setup.calibration
-            network, card, _ = cut(network, card, round_index, *tools)
-        setup.trainer.try_step(network, distillation)
+            model, _ = cut(model, round_index, *tools)
+        setup.trainer.try_step(model.network, distillation)
     cuts = f", the cuts of {counted(rounds, 'round')}" if rounds else ""
     say(f"tried: an evaluation batch, a training step{cuts}")
     return caution

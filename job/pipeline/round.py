@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from job.artifacts.accuracy import signed_points
 from job.artifacts.json_records import to_json
@@ -15,9 +15,10 @@ from job.console import say, say_cautions, show_step
 from job.distributed.collectives import digest, on_main
 from job.errors import DataError, shown
 from job.pipeline.cautions import sample_caution
+from job.pipeline.model import Model
 from job.pipeline.session_state import TrainedModel
 from job.pipeline.slim_round import can_cut, cut, cut_before, ranking_norms
-from job.slimming.planning.cost import layer_costs, network_cost
+from job.slimming.planning.cost import network_cost
 from job.tracking.wandb_events import round_event
 from job.training.distillation import distillation
 from job.training.position import PrunedScores
@@ -30,19 +31,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from job.artifacts.model_card import ModelCard
     from job.pipeline.session import Session
     from job.pipeline.setup import Setup
     from job.training.distillation import Distillation
     from job.training.epoch import EpochResult
     from job.training.evaluation import Evaluation
-
-
-class Model(NamedTuple):
-    """A network and its card."""
-
-    network: nn.Module
-    card: ModelCard
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ def base_round(session: Session) -> Model:
         new = current.resume or model.card.lineage.fresh_classifier
         if session.cautions.weights and not new:
             say_cautions([sample_caution(setup.evaluator, model.network)])
-        norms = on_main(lambda: ranking_norms(model.network, session.image_size, sparse))
+        norms = on_main(lambda: ranking_norms(model, sparse))
         spec = RoundSpec(
             round_index=0,
             epochs=config.first_epochs,
@@ -95,7 +88,7 @@ def slimming_round(session: Session, wide: Model, distillation: Distillation | N
     current = session.start_round()
     session.watch.check()
     if current.resume:
-        narrow = Model(*cut_before(*wide, current.resume, session.run.path))
+        narrow = cut_before(wide, current.resume, session.run.path)
         pruned = current.resume.progress.scores
     else:
         narrow, pruned = _slim(session, wide)
@@ -124,10 +117,10 @@ def _slim(session: Session, wide: Model) -> tuple[Model, PrunedScores]:
     setup, index = session.setup, session.round.index
     show = partial(show_step, session.round_name)
     device, calibration = setup.accelerator.device, setup.calibration
-    network, card, error = cut(*wide, index, setup.config, device, calibration, show)
-    pruned = _evaluate(session, network)
-    session.log(SlimRecord(index, card.width, pruned.accuracy, pruned.loss, error))
-    return Model(network, card), PrunedScores(pruned.accuracy)
+    narrow, error = cut(wide, index, setup.config, device, calibration, show)
+    pruned = _evaluate(session, narrow.network)
+    session.log(SlimRecord(index, narrow.card.width, pruned.accuracy, pruned.loss, error))
+    return narrow, PrunedScores(pruned.accuracy)
 
 
 def _evaluate(session: Session, network: nn.Module) -> Evaluation:
@@ -142,7 +135,7 @@ def _evaluate(session: Session, network: nn.Module) -> Evaluation:
 
 def _train(session: Session, model: Model, spec: RoundSpec, pruned: PrunedScores) -> BestScores:
     """Train the network, which receives the weights of its best epoch; return its scores."""
-    network, card = model
+    network, card = model.network, model.card
     cost = network_cost(network, session.image_size)
     session.start_training(TrainedModel(card, cost, pruned))
     best = session.setup.trainer.fit(network, spec, session)
@@ -165,7 +158,7 @@ def _score_weights(session: Session, network: nn.Module) -> BestScores:
 
 def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Module) -> Model:
     """Save a round's best model with its numbers, and write the summary so far."""
-    (network, card), run, current = model, session.run, session.round
+    network, card, run, current = model.network, model.card, session.run, session.round
     pruned = current.model.scores if current.model else PrunedScores()
     entry = RoundRecord(
         round=current.index,
@@ -185,10 +178,10 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
     session.entries.append(entry)
     session.log(entry)
     session.summarise("running")
+    folder = run.round_path(current.index)
     if session.tracker:
-        layers = layer_costs(network, session.image_size)
-        folder = run.round_path(current.index)
-        session.tracker.log(round_event(entry, wide, network, layers, folder))
+        size = session.image_size
+        session.tracker.log(lambda: round_event(entry, wide, network, size, folder))
     if current.index != session.setup.config.last_round:  # finish() writes the report of the last
         session.report()
     return Model(network, card)
@@ -219,7 +212,7 @@ def wants_round(session: Session, model: Model) -> bool:
         return False
     if last is not None or not done:
         return True
-    if on_main(lambda: can_cut(config, *model, done + 1), interrupt=True):
+    if on_main(lambda: can_cut(config, model, done + 1), interrupt=True):
         return True
     rate = f"--rate {config.rate:g}"
     say(f"nothing more can be cut at {rate} after round {done}: no further rounds")

@@ -274,7 +274,7 @@ class Session(TrainingSession):
         record = EpochRecord(**asdict(result), width=model.card.width, **costs)
         self.log(record)
         if self.tracker:
-            self.tracker.log(epoch_event(record))
+            self.tracker.log(lambda: epoch_event(record))
 
     def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         """Log a histogram of γ."""

@@ -18,6 +18,7 @@ from job.console import say, tick
 from job.data.loader import default_workers
 from job.distributed.collectives import on_main, start
 from job.distributed.stop import Watch
+from job.errors import UsageError
 from job.models.custom_network import trust_factory
 from job.pipeline.base_model import (
     BaseWeights,
@@ -27,7 +28,8 @@ from job.pipeline.base_model import (
     load_teacher_network,
     read_base_weights,
 )
-from job.pipeline.slim_round import can_cut, plan_round
+from job.pipeline.model import Model
+from job.pipeline.slim_round import plan_round
 from job.pipeline.training_data import dataset_record, prepare_data
 from job.processes import local_world_size
 from job.slimming.surgery.surgery import apply_plan
@@ -150,8 +152,9 @@ def find_smallest_batch(setup: Setup) -> Setup:
 
 def plan_rounds(setup: Setup) -> Setup:
     """Plan every round; an error names a target that is out of reach."""
-    base = setup.config, setup.network, setup.card
-    return replace(setup, planned=tuple(on_main(lambda: planned_rounds(*base), interrupt=True)))
+    base = Model(setup.network, setup.card)
+    planned = on_main(lambda: planned_rounds(setup.config, base), interrupt=True)
+    return replace(setup, planned=tuple(planned))
 
 
 def load_teacher(setup: Setup) -> Setup:
@@ -215,22 +218,26 @@ START_UP = (
 )
 
 
-def planned_rounds(config: PruneConfig, network: nn.Module, card: ModelCard) -> list[PlannedRound]:
-    """Return the width and costs of the base and of every round.
+def planned_rounds(config: PruneConfig, model: Model) -> list[PlannedRound]:
+    """Return the width and costs of the base, ``model``, and of every round.
 
     With ``--rounds auto`` these are the first PLANNED rounds at most. The values are exact for the
     uniform policy and for the metric of a target, otherwise a forecast from the current γ. Raises
     UsageError for a target that is out of reach.
     """
-    assert card.base
-    assert card.base.cost
-    planned = [PlannedRound(0, card.width, **card.base.cost.to_dict())]
+    assert model.card.base
+    assert model.card.base.cost
+    planned = [PlannedRound(0, model.card.width, **model.card.base.cost.to_dict())]
     last = config.last_round
     for round_index in range(1, (PLANNED if last is None else last) + 1):
-        if last is None and round_index > 1 and not can_cut(config, network, card, round_index):
-            break
-        plan = plan_round(config, network, card, round_index)
+        try:
+            plan = plan_round(config, model, round_index)
+        except UsageError:
+            if last is None and round_index > 1:  # nothing more can be cut
+                break
+            raise
         assert plan.after
-        network, card = apply_plan(network, plan.layers), card.cut(plan.layers, plan.width)
+        card = model.card.cut(plan.layers, plan.width)
+        model = Model(apply_plan(model.network, plan.layers), card)
         planned.append(PlannedRound(round_index, card.width, **plan.after.to_dict()))
     return planned

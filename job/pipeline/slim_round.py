@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from job.distributed.collectives import digest, on_main
 from job.errors import DataError, UsageError, shown
-from job.slimming.analysis import analyse
+from job.pipeline.model import Model
 from job.slimming.calibration.input_statistics import CalibrationData
 from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
     from job.config import PruneConfig
     from job.slimming.calibration.progress import Progress
-    from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
     from job.slimming.planning.plan import Plan
     from job.training.calibration import Calibration
@@ -65,12 +64,11 @@ def base_of(network: nn.Module, card: ModelCard) -> Base:
     return Base(layer_widths(network), network_cost(network, card.preprocessing.size))
 
 
-def ranking_norms(network: nn.Module, size: int, sparse_epochs: int) -> list[str] | None:
+def ranking_norms(model: Model, sparse_epochs: int) -> list[str] | None:
     """Return the names of the BatchNorms that rank channels; None without sparse training."""
     if not sparse_epochs:
         return None
-    graph = analyse(network, example_image(size))
-    return sorted({norm for group in graph.groups for norm in group.norms})
+    return sorted({norm for group in model.graph.groups for norm in group.norms})
 
 
 def method_of(config: PruneConfig) -> Method:
@@ -78,31 +76,24 @@ def method_of(config: PruneConfig) -> Method:
     return Method(config.importance, config.compensate, config.seed)
 
 
-def plan_round(config: PruneConfig, network: nn.Module, card: ModelCard, round_index: int) -> Plan:
+def plan_round(config: PruneConfig, model: Model, round_index: int) -> Plan:
     """Return a forecast of a round's plan, made without calibration images.
 
     Channels are ranked by gamma when the importance criterion needs images. Raises UsageError
     for a target that is out of reach.
     """
-    graph = analyse(network, example_image(card.preprocessing.size))
     importance = "gamma" if CRITERIA[config.importance].images else config.importance
-    scores = score_channels(importance, network, graph, CalibrationData(), config.seed)
-    return _plan_by_scores(config, network, card, round_index, graph, scores)
+    scores = score_channels(importance, model.network, model.graph, CalibrationData(), config.seed)
+    return _plan_by_scores(config, model, round_index, scores)
 
 
-def _plan_by_scores(
-    config: PruneConfig,
-    network: nn.Module,
-    card: ModelCard,
-    round_index: int,
-    graph: ChannelGraph,
-    scores: Scores,
-) -> Plan:
+def _plan_by_scores(config: PruneConfig, model: Model, round_index: int, scores: Scores) -> Plan:
     """Return the plan of a round; with --rounds auto, the first plan that cuts anything."""
 
     def plan_after(steps: int) -> Plan:
-        allocation = allocation_of(config, card, round_index, steps)
-        return plan_cut(network, graph, scores, allocation, method_of(config), card.base)
+        allocation = allocation_of(config, model.card, round_index, steps)
+        parts = model.network, model.graph, scores, allocation, method_of(config)
+        return plan_cut(*parts, model.card.base)
 
     return plan_after(1) if config.last_round is not None else _first_cut(plan_after)
 
@@ -138,25 +129,24 @@ def _first_cut(plan_after: Callable[[int], Plan]) -> Plan:
     return plan
 
 
-def can_cut(config: PruneConfig, network: nn.Module, card: ModelCard, round_index: int) -> bool:
-    """Return whether a round can make ``network`` narrower."""
+def can_cut(config: PruneConfig, model: Model, round_index: int) -> bool:
+    """Return whether a round can make the network narrower."""
     try:
-        plan_round(config, network, card, round_index)
+        plan_round(config, model, round_index)
     except UsageError:
         return False
     return True
 
 
 def cut(
-    network: nn.Module,
-    card: ModelCard,
+    model: Model,
     round_index: int,
     config: PruneConfig,
     device: torch.device,
     calibration: Calibration,
     progress: Progress = no_progress,
-) -> tuple[nn.Module, ModelCard, float]:
-    """Return the narrow network of a round, on the CPU, its card, and its verification error.
+) -> tuple[Model, float]:
+    """Return the narrow network of a round, on the CPU, with its card, and its verification error.
 
     ``progress`` is called before each step. Raises StopRequest on every process when a stop is
     requested.
@@ -166,12 +156,13 @@ def cut(
         calibration.check()
         progress(name, number, count)
 
-    image, method = example_image(card.preprocessing.size), method_of(config)
+    network, card, method = model.network, model.card, method_of(config)
+    image = example_image(card.preprocessing.size)
     network.to(device)
     step("tracing the network", 0, 0)
-    graph = on_main(lambda: analyse(network, image), interrupt=True)
+    graph = on_main(lambda: model.graph, interrupt=True)
     scores, data = measure_importance(network, graph, method, calibration.batches, step)
-    plan = on_main(lambda: _plan_by_scores(config, network, card, round_index, graph, scores))
+    plan = on_main(lambda: _plan_by_scores(config, model, round_index, scores))
     narrow, plan = make_cut(plan, network, graph, image, method.compensate, data, step)
     if config.recalibrate:
         step("recalibrating", 0, 0)
@@ -180,22 +171,20 @@ def cut(
     lineage = replace(card.lineage, wide_sha256=digest(network.cpu().state_dict()))
     card = replace(card.cut(plan.layers, plan.width), lineage=lineage)
     assert plan.proof
-    return narrow.cpu(), card, plan.proof.error
+    return Model(narrow.cpu(), card), plan.proof.error
 
 
-def cut_before(
-    network: nn.Module, card: ModelCard, start: Position, run: Path
-) -> tuple[nn.Module, ModelCard]:
-    """Repeat the cut of ``network`` that an earlier attempt made, without its trained weights.
+def cut_before(model: Model, start: Position, run: Path) -> Model:
+    """Repeat the cut of ``model`` that an earlier attempt made, without its trained weights.
 
     The position ``start`` holds the weights. Raises DataError when it belongs to another network.
     """
     plan = start.progress.plan
-    if plan.wide != digest(network.cpu().state_dict()):
+    if plan.wide != digest(model.network.cpu().state_dict()):
         raise DataError(
             f"checkpoint {start.name} was cut from another model than {shown(run)} has in rounds/: "
             "restore that model, or remove the checkpoints to repeat the round"
         )
-    lineage = replace(card.lineage, wide_sha256=plan.wide)
-    card = replace(card, layers=dict(plan.layers), width=plan.width, lineage=lineage)
-    return card.build(), card
+    lineage = replace(model.card.lineage, wide_sha256=plan.wide)
+    card = replace(model.card, layers=dict(plan.layers), width=plan.width, lineage=lineage)
+    return Model(card.build(), card)

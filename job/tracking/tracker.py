@@ -26,7 +26,7 @@ from job.tracking.segments import Segments
 from job.tracking.wandb_events import AXES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from job.tracking.wandb_events import WandbEvent
 
@@ -63,10 +63,14 @@ class Tracker:
             self._thread = threading.Thread(target=self._forward_events, daemon=True)
             self._thread.start()
 
-    def log(self, event: WandbEvent) -> None:
-        """Log the values of ``event``; its model is uploaded later."""
-        if not self._thread:
+    def log(self, build: Callable[[], WandbEvent]) -> None:
+        """Log the event that ``build`` returns; its model is uploaded later.
+
+        ``build`` is only called while a W&B run receives events.
+        """
+        if not self._thread or not self._thread.is_alive():
             return
+        event = build()
         content: dict[str, Any] = {
             "values": dict(event.values),
             "histograms": dict(event.histograms),

@@ -23,13 +23,13 @@ import numpy as np
 from torch import nn
 
 from job.artifacts.json_records import to_json
+from job.slimming.planning.cost import layer_costs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from job.artifacts.records import EpochRecord, RoundRecord, SummaryRecord
-    from job.slimming.planning.cost import LayerCost
 
 AXES = {"epoch/*": "epoch/step", "round/*": "round/round"}  # keys -> the key of their x axis
 LAYER_COLUMNS = ("layer", "kind", "in", "out", "params", "macs")
@@ -67,15 +67,15 @@ def round_event(
     record: RoundRecord,
     before: nn.Module,
     after: nn.Module,
-    layers: Sequence[LayerCost],
+    image_size: int,
     folder: Path,
 ) -> WandbEvent:
     """Return what W&B gets of a round.
 
-    ``before`` and ``after`` are the networks before and after it, ``layers`` the costs of the
-    latter, and ``folder`` holds its model.
+    ``before`` and ``after`` are the networks before and after it, for images of ``image_size``
+    pixels, and ``folder`` holds its model.
     """
-    content = to_json(record)
+    content, layers = to_json(record), layer_costs(after, image_size)
     rows = [[c.name, c.kind, c.channels_in, c.channels_out, c.params, c.macs] for c in layers]
     return WandbEvent(
         values=_keyed("round", {k: v for k, v in content.items() if k != "cautions"}),

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import job
 import job.artifacts.run_folder
 import job.cli.main
 import job.config
+import job.pipeline.model
 import job.pipeline.round
 import job.pipeline.session
 from job.artifacts.compatibility import check_unchanged, option_text
@@ -35,6 +37,7 @@ from job.errors import (
 )
 from job.pipeline.prune import prune
 from job.pipeline.round import BestScores
+from job.slimming.analysis import analyse
 from support.commands import gammaslim
 from support.datasets import write_flat, write_noise_idx
 from support.records import BASE, DATASET
@@ -357,6 +360,25 @@ def test_rounds_without_a_number_end_when_nothing_more_can_be_cut(
     assert len(entries) > 1
     params = [summary(run)["base"]["params"], *(entry["params"] for entry in entries)]
     assert params == sorted(set(params), reverse=True)  # every round cut something
+
+
+def test_a_round_traces_its_network_once(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to "can more be cut?" and the cut that follows share the trace."""
+    traced: list[Any] = []
+
+    def counted(network: Any, example: Any) -> Any:
+        traced.append(network)
+        return analyse(network, example)
+
+    monkeypatch.setattr(job.pipeline.model, "analyse", counted)
+    options = {"rounds": "auto", "max_drop": 100, "rate": 0.5}
+    prune(config(noise, **options, output=str(tmp_path / "run")))
+    base, *others = Counter(map(id, traced)).values()
+    assert base == 2  # untrained for the forecast, and trained
+    assert len(others) > 2
+    assert set(others) == {1}
 
 
 # --- a slim model as base

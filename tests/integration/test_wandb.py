@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,13 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
 def log_some(tracker: Tracker, first: int) -> None:
     """Three epochs and a round."""
     for step in range(first, first + 3):
-        tracker.log(WandbEvent({"epoch/step": step, "epoch/loss": 1 / (step + 1)}))
+        epoch = WandbEvent({"epoch/step": step, "epoch/loss": 1 / (step + 1)})
+        tracker.log(partial(lambda event: event, epoch))
     values = {"round/round": first, "round/valid_acc": 0.5}
     model = WandbModel(str(tracker.run.parent / "model"), f"round-{first}", {"round": first})
     histograms = gamma_histograms(nn.Sequential(nn.BatchNorm2d(9)))
     tables = {"layers": (LAYER_COLUMNS, list[list[Any]]())}
-    tracker.log(WandbEvent(values, histograms, tables, model))
+    tracker.log(lambda: WandbEvent(values, histograms, tables, model))
 
 
 def sync(line: str, server: WandbServer) -> None:
