@@ -45,11 +45,13 @@ class CalibrationData:
     """What a cut may know of the calibration images.
 
     ``batches`` is None without images. ``statistics`` are those of the inputs of each consumer, by
-    layer; empty where nothing needs them.
+    layer, and ``count`` is the number of images of all processes that they are of; empty and 0
+    where nothing needs them.
     """
 
     batches: Batches | None = None
     statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
+    count: int = 0
 
     def images(self) -> Iterable[CalibrationBatch]:
         """Return the calibration batches of this process from the first one; none without any."""

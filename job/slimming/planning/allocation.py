@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
     from job.slimming.planning.base import Base
+    from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.plan import Plan
     from job.slimming.planning.ranked_groups import RankedGroup
     from job.slimming.planning.target import Budget
@@ -47,11 +48,13 @@ def make_plan(
     allocation: Allocation,
     base: Base | None = None,
     gains_bias: frozenset[str] = frozenset(),
+    curves: Mapping[str, LossCurve] | None = None,
 ) -> Plan:
     """Return which channels are kept, by their ``scores`` (count,).
 
     Fractions are relative to ``base``, by default the network itself. Layers in ``gains_bias`` get
-    a bias when one of their inputs is cut; costs count it. Raises UsageError for a budget that is
+    a bias when one of their inputs is cut; costs count it. ``curves`` are the loss curves of the
+    groups, by name, where they were measured. Raises UsageError for a budget that is
     out of reach or above the base.
     """
     policy, sizes = POLICIES[allocation.policy], full_group_sizes(network, graph, base)
@@ -67,7 +70,9 @@ def make_plan(
         groups = [r for r in groups if r.group.name in own]
     costs = CostModel(network, graph, gains_bias)
     cost = base.cost if base else None
-    planner = Planner(graph, costs, groups, sizes, cost, exact_widths=own is not None)
+    planner = Planner(
+        graph, costs, groups, sizes, cost, curves=curves, exact_widths=own is not None
+    )
     allocation.budget.fraction(planner.base)  # raises for more than the base has
     return replace(policy.allocate(planner, allocation.budget), policy=allocation.policy)
 

@@ -13,16 +13,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.importance.scores import Scores
     from job.slimming.planning.cost import Cost
     from job.slimming.planning.cost_model import CostModel
+    from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.ranked_groups import RankedGroup
+
+UNMEASURED_LOSS = 1e6  # of all units of a group: far above any measured loss
 
 
 class Planner:
     """Turn counts of kept units, one for each of ``groups``, into plans with their exact costs.
 
     ``full_sizes`` gives the number of channels that each group, by name, has at width 1.
-    ``base`` is the cost that targets are fractions of, by default the network's own. With
+    ``base`` is the cost that targets are fractions of, by default the network's own. ``curves``
+    are the measured losses of the groups, by name, where there are any. With
     ``exact_widths`` a uniform width must leave every group at least one channel without rounding
     up, as in a network that takes its width as an argument.
     """
@@ -35,10 +40,11 @@ class Planner:
         full_sizes: Mapping[str, int],
         base: Cost | None = None,
         *,
+        curves: Mapping[str, LossCurve] | None = None,
         exact_widths: bool = False,
     ) -> None:
         self.graph, self.costs, self.groups, self.full_sizes = graph, costs, groups, full_sizes
-        self.exact_widths = exact_widths
+        self.curves, self.exact_widths = curves or {}, exact_widths
         self.kept_channels = KeptChannels(graph, groups)
         self.before = costs.cost(keep_all(graph))
         self.base = base or self.before
@@ -54,6 +60,17 @@ class Planner:
     def metric(self, metric: str, counts: Sequence[int]) -> int:
         """Return one metric of the network that keeps ``counts`` (groups,) units."""
         return self.costs.metric(metric, self.costs.slot_counts(self.kept_channels(counts)))
+
+    def losses_of(self, ranked: RankedGroup) -> Scores:
+        """Return the loss of the outputs with 0, 1, … units of a group kept, as (units + 1,).
+
+        A group without a curve is cut after all others.
+        """
+        curve = self.curves.get(ranked.group.name)
+        if curve is not None:
+            return curve.by_count
+        units = len(ranked.units)
+        return UNMEASURED_LOSS * (1 - np.arange(units + 1) / units)
 
     def uniform_counts(self, width: float) -> list[int]:
         """Return the counts that keep the fraction ``width`` of each group's full size."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from job.errors import UsageError
+from job.slimming.planning.loss_allocation import counts_by_loss
 from job.slimming.planning.search import first_within_budget, restore_within_budget
 
 if TYPE_CHECKING:
@@ -72,13 +73,20 @@ def _check_width(planner: Planner, budget: Budget) -> None:
 
 
 def allocate_global(planner: Planner, budget: Budget) -> Plan:
-    """Keep the most important channels of all groups: one threshold (Liu et al. 2017)."""
+    """Keep the most important channels of all groups.
+
+    With the groups' loss curves, the outputs lose least; else there is one threshold over the
+    importance of all channels (Liu et al. 2017).
+    """
     if budget.metric == "width":
         budget = replace(budget, metric="channels")
-    limit, counts_at = budget.limit(planner.base), planner.global_counts()
-    units = sum(len(r.units) for r in planner.groups)
-    kept = first_within_budget(planner, budget, limit, range(units, -1, -1), counts_at)
-    counts = restore_within_budget(planner, counts_at(kept), budget, limit)
+    limit = budget.limit(planner.base)
+    if planner.curves:
+        counts = counts_by_loss(planner, budget, limit)
+    else:
+        counts_at, units = planner.global_counts(), sum(len(r.units) for r in planner.groups)
+        kept = first_within_budget(planner, budget, limit, range(units, -1, -1), counts_at)
+        counts = restore_within_budget(planner, counts_at(kept), budget, limit)
     plan = planner.plan(counts, 1.0)
     base = planner.base.channels
     # groups differ, so the width is the share of all channels

@@ -31,12 +31,8 @@ def first_within_budget(
 
     Raises UsageError, with the least that is reachable, when there is none.
     """
-    if not planner.groups:
-        raise UsageError(f"{budget} cannot be reached: {NOTHING}{_main_obstacle(planner.graph)}")
     low, high = 0, len(steps) - 1
-    least = planner.metric(budget.metric, counts_at(steps[high]))
-    if least > limit:
-        raise UsageError(budget.unreachable(least, planner.base))
+    check_reachable(planner, budget, limit, counts_at(steps[high]))
     while low < high:
         middle = (low + high) // 2
         if planner.metric(budget.metric, counts_at(steps[middle])) <= limit:
@@ -44,6 +40,15 @@ def first_within_budget(
         else:
             low = middle + 1
     return steps[low]
+
+
+def check_reachable(planner: Planner, budget: Budget, limit: float, floors: Sequence[int]) -> None:
+    """Raise UsageError where the ``floors`` (groups,) of units cost more than ``limit``."""
+    if not planner.groups:
+        raise UsageError(f"{budget} cannot be reached: {NOTHING}{_main_obstacle(planner.graph)}")
+    least = planner.metric(budget.metric, floors)
+    if least > limit:
+        raise UsageError(budget.unreachable(least, planner.base))
 
 
 def restore_within_budget(

@@ -1,0 +1,50 @@
+"""Loss curves: what the outputs of a network lose when one channel group alone is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from job.slimming.importance.scores import Scores
+
+SMALLEST_LOSS = 1e-9  # smaller ones are noise
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """The loss of the outputs by the number of units that a channel group keeps.
+
+    ``counts`` (P,) are the measured numbers of units, rising, and ``losses`` (P,) the losses there.
+    ``by_count`` (units + 1,) is the loss for every number, interpolated; it never rises.
+    """
+
+    counts: tuple[int, ...]
+    losses: tuple[float, ...]
+    by_count: Scores
+
+
+def fit_curve(
+    counts: Sequence[int], losses: Sequence[float], units: int, local: Scores | None = None
+) -> LossCurve:
+    """Return the curve through ``losses`` (P,) at ``counts`` (P,), rising and below ``units``.
+
+    ``local`` (units,) is the error of the next layers with 0, 1, … units kept, where it is known.
+    The ratio of the two losses is interpolated then, else the square root of the loss.
+    """
+    points = np.array(counts, np.int64)
+    measured = np.maximum(np.array(losses), SMALLEST_LOSS)
+    numbers = np.arange(units)
+    if local is not None:
+        shape = np.maximum(np.maximum.accumulate(local[::-1])[::-1], SMALLEST_LOSS)
+        ratio = np.log(measured / shape[points])
+        values = shape * np.exp(np.interp(numbers, points, ratio))
+    else:
+        values = np.interp(numbers, [*points, units], [*np.sqrt(measured), 0.0]) ** 2
+    by_count = np.append(values, 0.0)
+    by_count = np.maximum.accumulate(by_count[::-1])[::-1]
+    return LossCurve(tuple(counts), tuple(losses), by_count)

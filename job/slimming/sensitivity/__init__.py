@@ -1,0 +1,1 @@
+"""Sensitivity: what the outputs of a network lose when one channel group is cut."""

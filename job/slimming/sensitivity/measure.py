@@ -1,0 +1,257 @@
+"""Loss curves of channel groups, measured on calibration images without labels.
+
+One group at a time keeps some of its units; the layers that read it are fitted by least squares to
+what they read before. The fit follows from the statistics of their inputs, so that a point of a
+curve costs one pass of some images from the first of these layers on.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from job.distributed.collectives import total
+from job.processes import rank, world_size
+from job.slimming.calibration.batch import inputs_of
+from job.slimming.calibration.consumers import consumers_of
+from job.slimming.calibration.input_statistics import RIDGE
+from job.slimming.calibration.progress import no_progress
+from job.slimming.compensation.constants import layers_without_constant
+from job.slimming.compensation.cut_pair import CutPair
+from job.slimming.graph.modes import eval_with_hooks
+from job.slimming.graph.selection import unwrap_selection
+from job.slimming.inputs import map_batched, sample_count
+from job.slimming.planning.layer_channels import LayerChannels
+from job.slimming.planning.loss_curves import fit_curve
+from job.slimming.planning.plan import keep_all
+from job.slimming.sensitivity.output_loss import loss_terms, mean_loss, reference_outputs
+from job.slimming.sensitivity.replay import Replay
+from job.slimming.surgery.surgery import apply_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch import nn
+
+    from job.slimming.calibration.batch import CalibrationBatch
+    from job.slimming.calibration.consumers import Consumer
+    from job.slimming.calibration.input_statistics import CalibrationData, InputStatistics
+    from job.slimming.calibration.progress import Progress
+    from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.graph.union import Ids
+    from job.slimming.inputs import Example
+    from job.slimming.planning.loss_curves import LossCurve
+    from job.slimming.planning.ranked_groups import RankedGroup
+
+FRACTIONS = (0.75, 0.5, 0.25, 0.1)  # of a group's units, kept at the points of its curve
+PASSES = 1.3  # the measurement may cost about as much as so many passes of all images
+MIN_IMAGES, MAX_IMAGES = 16, 256
+
+
+def measure_curves(
+    network: nn.Module,
+    graph: ChannelGraph,
+    groups: Sequence[RankedGroup],
+    calibration: CalibrationData,
+    example: Example,
+    *,
+    accumulated: bool = False,
+    fractions: Sequence[float] = FRACTIONS,
+    progress: Progress = no_progress,
+) -> dict[str, LossCurve]:
+    """Return the loss curve of each of ``groups`` that a measured layer reads, by name.
+
+    ``calibration`` holds batches, and statistics of layer inputs over them. As many of the first
+    images are used, over all processes, as cost little. ``accumulated`` says that the scores of a
+    group are losses that add up, as those of refit.
+    """
+    measured = {
+        r.group.name: readers
+        for r in groups
+        if (readers := _readers(network, graph, r, calibration.statistics))
+    }
+    chosen = [r for r in groups if r.group.name in measured]
+    points = [_points(len(r.units), fractions) for r in chosen]
+    evaluations = sum(map(len, points))
+    if not evaluations:
+        return {}
+    count = round(PASSES * calibration.count / (evaluations * 0.5))
+    count = min(max(count, MIN_IMAGES), MAX_IMAGES, calibration.count)
+    trial = _TrialNetwork(network, graph, example, calibration.statistics)
+    batches = list(_first_images(calibration.images(), count))
+    losses = iter(trial.losses(chosen, points, batches, measured, progress).tolist())
+    curves = {}
+    for r, counts in zip(chosen, points, strict=True):
+        local = r.scores if accumulated else None
+        own = [next(losses) for _ in counts]
+        curves[r.group.name] = fit_curve(counts, own, len(r.units), local)
+    return curves
+
+
+def _readers(
+    network: nn.Module,
+    graph: ChannelGraph,
+    ranked: RankedGroup,
+    statistics: Mapping[str, InputStatistics],
+) -> list[Consumer]:
+    """The measured layers that read channels of a group."""
+    return [
+        consumer
+        for consumer in consumers_of(network, graph)
+        if consumer.layer in statistics and np.isin(consumer.channels, ranked.group.channels).any()
+    ]
+
+
+def _points(units: int, fractions: Sequence[float]) -> list[int]:
+    """The rising numbers of units at which a group is measured: at least one of them is cut."""
+    counts = {min(max(1, int(fraction * units)), units - 1) for fraction in fractions}
+    return sorted(counts - {0})
+
+
+def _first_images(batches: Iterable[CalibrationBatch], count: int) -> Iterator[Example]:
+    """The inputs of this process among the first ``count`` over all processes.
+
+    Processes hold the images in turn. Each reads equally many, so that all read equally many
+    batches.
+    """
+    most = -(-count // world_size())
+    extra = most - (count // world_size() + (rank() < count % world_size()))
+    for batch in batches:
+        inputs = inputs_of(batch)
+        size = sample_count(inputs)
+        wanted = min(size, most - (extra if most <= size else 0))
+        if wanted:
+            yield inputs if wanted == size else map_batched(inputs, lambda t: t[:wanted])  # noqa: B023
+        most -= size
+        if most <= 0:
+            return
+
+
+class _TrialNetwork:
+    """A copy of a network in which one channel group at a time is reduced."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        graph: ChannelGraph,
+        example: Example,
+        statistics: Mapping[str, InputStatistics],
+    ) -> None:
+        self.graph, self.statistics = graph, statistics
+        biases = {
+            layer: LayerChannels(bias=True) for layer in layers_without_constant(network, graph)
+        }
+        self.network = apply_plan(network, biases)
+        self.pair = CutPair(network, self.network, graph, keep_all(graph), biases, example)
+
+    def losses(
+        self,
+        groups: Sequence[RankedGroup],
+        points: Sequence[Sequence[int]],
+        batches: Sequence[Example],
+        readers: Mapping[str, Sequence[Consumer]],
+        progress: Progress,
+    ) -> torch.Tensor:
+        """Return the losses of all points of all groups, one after the other, over all processes.
+
+        Every process calls ``progress`` at the same steps.
+        """
+        device = next(self.network.parameters()).device
+        most = torch.zeros(world_size(), dtype=torch.float64, device=device)
+        most[rank()] = len(batches)
+        rounds = int(total(most).max())
+        evaluations = sum(map(len, points))
+        terms: torch.Tensor | None = None
+        with eval_with_hooks(self.network, []):
+            for number in range(rounds):
+                replay = Replay(self.network, batches[number]) if number < len(batches) else None
+                parts = []
+                for place, (ranked, counts) in enumerate(zip(groups, points, strict=True)):
+                    progress(
+                        "measuring output losses",
+                        number * len(groups) + place + 1,
+                        rounds * len(groups),
+                    )
+                    if replay:
+                        parts += self._terms(replay, ranked, counts, readers[ranked.group.name])
+                if replay:
+                    stacked = torch.stack(parts)
+                    terms = stacked if terms is None else terms + stacked
+        tensors = torch.tensor([0.0, 0.0], dtype=torch.float64, device=device)
+        if terms is not None:
+            tensors[0], tensors[1] = terms.shape[1], 1
+        shape = total(tensors)
+        if not shape[1]:
+            return torch.zeros(evaluations, dtype=torch.float64)
+        if terms is None:
+            size = int(shape[0] / shape[1])
+            terms = torch.zeros(evaluations, size, 2, dtype=torch.float64, device=device)
+        return mean_loss(total(terms)).cpu()
+
+    def _terms(
+        self,
+        replay: Replay,
+        ranked: RankedGroup,
+        counts: Sequence[int],
+        readers: Sequence[Consumer],
+    ) -> Iterator[torch.Tensor]:
+        """The terms (tensors, 2) of the loss of one batch at each point of one group."""
+        reference = reference_outputs(replay.outputs)
+        place = replay.first_call({consumer.layer for consumer in readers})
+        for count in counts:
+            keep = keep_all(self.graph)
+            keep[ranked.units[count:].reshape(-1)] = False
+            with self._reduced(readers, keep):
+                yield loss_terms(reference, replay.run_from(place))
+
+    @contextmanager
+    def _reduced(self, readers: Sequence[Consumer], keep: Ids) -> Iterator[None]:
+        """Fit ``readers`` to read only the channels of the mask ``keep`` meanwhile."""
+        changed = [t for consumer in readers for t in self._tensors(consumer.layer)]
+        saved = [tensor.detach().clone() for tensor in changed]
+        try:
+            for consumer in readers:
+                measured = self.statistics[consumer.layer]
+                size = len(consumer.channels) // consumer.groups
+                fits = []
+                for group in range(consumer.groups):
+                    part = slice(group * size, (group + 1) * size)
+                    stays = torch.from_numpy(keep[consumer.channels[part]])
+                    fits.append(
+                        _project(measured.mean[part], measured.covariance[part, part], stays)
+                    )
+                self.pair.apply_fits(consumer, fits)
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, values in zip(changed, saved, strict=True):
+                    tensor.copy_(values)
+
+    def _tensors(self, name: str) -> Iterator[torch.Tensor]:
+        """What a fit of the layer ``name`` may change."""
+        layer = self.network.get_submodule(name)
+        yield layer.get_parameter("weight")
+        if layer.bias is not None:
+            yield layer.get_parameter("bias")
+        for norm in self.graph.forward.norms_after.get(name, ()):
+            module = unwrap_selection(self.network.get_submodule(norm))
+            if module.running_mean is not None:
+                yield module.get_buffer("running_mean")
+
+
+def _project(
+    mean: torch.Tensor, covariance: torch.Tensor, stays: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fit of all inputs (C,) by those of the mask ``stays``: slope (C, C), constant (C,)."""
+    slope = torch.zeros_like(covariance)
+    slope[:, stays] = torch.eye(len(stays), dtype=covariance.dtype)[:, stays]
+    inner, cross = covariance[stays][:, stays], covariance[stays]
+    scale = inner.diagonal().mean()
+    if scale > 0:
+        damped = inner + RIDGE * scale * torch.eye(len(inner), dtype=covariance.dtype)
+        missed = cross - inner @ slope[:, stays].T
+        slope[:, stays] += torch.linalg.solve(damped, missed).T
+    return slope, mean - slope @ mean

@@ -1,0 +1,58 @@
+"""The loss of a network's outputs, compared with those of the network before a change.
+
+Logits (B, C) are compared by the Kullback-Leibler divergence of their softmax, in nats; any other
+outputs by the squared error relative to their squares, averaged over the output tensors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from job.slimming.inputs import tensors_in
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def reference_outputs(outputs: Any) -> list[torch.Tensor]:
+    """Return the tensors of ``outputs`` that are compared: those of floating-point numbers.
+
+    They are copies, which later passes do not change.
+    """
+    return [tensor.clone() for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+
+
+def loss_terms(reference: Sequence[torch.Tensor], outputs: Any) -> torch.Tensor:
+    """Return the numerator and denominator of the loss of each output tensor, (tensors, 2) float64.
+
+    Terms of several batches are added up before ``mean_loss`` divides them. Values that are not
+    finite in ``reference`` take no part.
+    """
+    changed = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+    if are_logits(reference):
+        wide, narrow = (F.log_softmax(tensor[0].double(), 1) for tensor in (reference, changed))
+        divergence = F.kl_div(narrow, wide, log_target=True, reduction="sum")
+        return torch.stack([divergence, divergence.new_tensor(float(len(wide)))])[None]
+    return torch.stack(list(map(_squared_error, reference, changed)))
+
+
+def are_logits(outputs: Sequence[torch.Tensor]) -> bool:
+    """Return whether ``outputs`` are one tensor (B, C) of at least two classes."""
+    return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
+
+
+def mean_loss(terms: torch.Tensor) -> torch.Tensor:
+    """Return the losses (…) of summed ``terms`` (…, tensors, 2)."""
+    return (terms[..., 0] / terms[..., 1].clamp_min(1e-300)).mean(-1)
+
+
+def _squared_error(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+    wide, narrow = wide.double(), narrow.double()
+    if wide.shape != narrow.shape:  # a network whose output sizes depend on values
+        return wide.new_ones(2)
+    finite = wide.isfinite()
+    error = torch.where(finite, narrow - wide, 0).nan_to_num(posinf=0, neginf=0).square().sum()
+    return torch.stack([error, torch.where(finite, wide, 0).square().sum()])

@@ -1,0 +1,106 @@
+"""Forward passes that compute only what comes after a layer; earlier layers are replayed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from job.slimming.graph.layers import modules_of
+from job.slimming.inputs import call_network
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+
+    from job.slimming.inputs import Example
+
+MAX_BYTES = 2**31  # of the outputs that are kept for one batch
+
+
+class Replay:
+    """The outputs of a network's layers for one batch, to be replayed in later passes.
+
+    A later pass differs from the first one from some layer on. Each layer of torch.nn that is
+    called once, before that layer, returns its recorded output again. Functions between layers are
+    computed again.
+    """
+
+    def __init__(self, network: nn.Module, example: Example) -> None:
+        self.network, self.example = network, example
+        self.modules = {
+            name: module
+            for name, module in modules_of(network, once=True).items()
+            if _is_leaf(module)
+        }
+        self.order: list[str] = []  # of the calls
+        self.recorded: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self.outputs = self._record()
+
+    def _record(self) -> Any:
+        """Run the network once and keep the outputs of its layers, up to ``MAX_BYTES``."""
+        left = MAX_BYTES
+
+        def recording(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                nonlocal left
+                output = forward(*args, **kwargs)
+                self.order.append(name)
+                if isinstance(output, torch.Tensor) and output.nbytes <= left:
+                    left -= output.nbytes
+                    self.recorded[name] = output, output.clone(), output._version
+                return output
+
+            return record
+
+        with _forwards(
+            {name: recording(name, m.forward) for name, m in self.modules.items()}, self.modules
+        ):
+            outputs = call_network(self.network, self.example)
+        calls = Counter(self.order)
+        self.recorded = {name: kept for name, kept in self.recorded.items() if calls[name] == 1}
+        # a tensor that an op after the layer has changed in place is copied for each pass
+        self.changed = {
+            name for name, (live, _, version) in self.recorded.items() if live._version != version
+        }
+        self.kept = {name: copy for name, (_, copy, _) in self.recorded.items()}
+        self.recorded = {}
+        return outputs
+
+    def first_call(self, layers: set[str]) -> int:
+        """Return the place of the first call of any of ``layers``; the number of calls for none."""
+        return next((n for n, name in enumerate(self.order) if name in layers), len(self.order))
+
+    def run_from(self, place: int) -> Any:
+        """Return the outputs of a pass in which the calls before ``place`` are replayed."""
+
+        def replaying(name: str) -> Callable[..., torch.Tensor]:
+            output, copies = self.kept[name], name in self.changed
+            return lambda *_args, **_kwargs: output.clone() if copies else output
+
+        earlier = [name for name in self.order[:place] if name in self.kept]
+        with _forwards({name: replaying(name) for name in earlier}, self.modules):
+            return call_network(self.network, self.example)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch.nn that runs its class's own forward pass."""
+    is_torch = type(module).__module__.startswith("torch.nn.modules.")
+    return is_torch and not module._modules and "forward" not in module.__dict__
+
+
+@contextmanager
+def _forwards(
+    forwards: dict[str, Callable[..., Any]], modules: dict[str, nn.Module]
+) -> Iterator[None]:
+    """Let modules, by name, run other forward functions meanwhile."""
+    for name, forward in forwards.items():
+        modules[name].__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for name in forwards:
+            del modules[name].__dict__["forward"]
