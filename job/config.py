@@ -20,6 +20,7 @@ InterpolationName = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine", "step"]
 PolicyName = Literal["uniform", "global"]
+AllocationName = Literal["outputs", "local"]
 ImportanceName = Literal["gamma", "l2", "random", "refit", "taylor"]
 CompensationName = Literal["none", "beta", "mean", "regress"]
 BatchNormMode = Literal["sync", "local"]
@@ -169,6 +170,13 @@ class SlimmingConfig:
         "Criterion that ranks channels: BatchNorm scale (gamma), norm of the weights (l2), random "
         "order (random), error of the next layers after they are refitted (refit), or first-order "
         "change of the loss (taylor).",
+    )
+    allocate: AllocationName | None = option(
+        None,
+        "What the global policy compares channel groups by: the loss of the network's outputs when "
+        "a group is cut, measured on calibration images (outputs), or the importance of channels "
+        "alone (local).",
+        default_text="outputs with --compensate regress, else local",
     )
     compensate: CompensationName = option(
         "regress",

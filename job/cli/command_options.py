@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from job.config import (
+    AllocationName,
     BadImageMode,
     CompensationName,
     DeviceName,
@@ -121,6 +122,11 @@ class SlimOptions(ImageOptions):
     )
     importance: ImportanceName | None = shared(
         PruneConfig, "importance", default=None, default_text="refit with --data, else gamma"
+    )
+    allocate: AllocationName | None = shared(
+        PruneConfig,
+        "allocate",
+        default_text="outputs with --data and --compensate regress, else local",
     )
     compensate: CompensationName | None = shared(
         PruneConfig, "compensate", default=None, default_text="regress with --data, else none"

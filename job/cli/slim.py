@@ -28,6 +28,7 @@ from job.slimming.cut import (
     choose_method,
     make_cut,
     measure_importance,
+    measure_losses,
     options_needing_images,
     plan_cut,
 )
@@ -60,8 +61,14 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     if images and accelerator:
         network.to(accelerator.device)
         tools = _Tools(images, card, accelerator, options)
+    allocation = _allocation(options)
     method, line = choose_method(
-        options.importance, options.compensate, images=bool(images), seed=options.seed
+        options.importance,
+        options.compensate,
+        options.allocate,
+        images=bool(images),
+        policy=allocation.policy,
+        seed=options.seed,
     )
     if line:
         say(line)
@@ -69,13 +76,14 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     if images and images.scoring is not None and before is not None:
         counts = np.bincount(images.scoring.labels).tolist()
         say_cautions([model_caution(before, counts, weights=Path(model.path).is_file())])
-    image, allocation = example_image(card.preprocessing.size), _allocation(options)
+    image = example_image(card.preprocessing.size)
     graph, base = analyse(network, image), card.base or base_of(network, card)
     show = partial(show_step, "slimming")
     scores, data = measure_importance(
         network, graph, method, tools.calibration.batches if tools else None, show
     )
-    plan = plan_cut(network, graph, scores, allocation, method, base)
+    curves = measure_losses(network, graph, scores, method, data, image, show)
+    plan = plan_cut(network, graph, scores, allocation, method, base, curves)
     narrow, plan = make_cut(plan, network, graph, image, method.compensate, data, show)
     phase("")
     if tools and options.recalibrate:
@@ -97,7 +105,7 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
 
 def _check_images_given(options: SlimOptions) -> None:
     """Raise UsageError for options that need images when there are none."""
-    words = options_needing_images(options.importance, options.compensate)
+    words = options_needing_images(options.importance, options.compensate, options.allocate)
     words += ["--recalibrate"] if options.recalibrate else []
     if words and not options.data:
         verb = "needs" if len(words) == 1 else "need"

@@ -11,7 +11,14 @@ from job.pipeline.model import Model
 from job.slimming.calibration.input_statistics import CalibrationData
 from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
-from job.slimming.cut import Method, make_cut, measure_importance, plan_cut
+from job.slimming.cut import (
+    Method,
+    choose_allocation,
+    make_cut,
+    measure_importance,
+    measure_losses,
+    plan_cut,
+)
 from job.slimming.importance.criteria import CRITERIA, score_channels
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.base import Base, layer_widths
@@ -20,7 +27,7 @@ from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.target import Budget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
     from job.config import PruneConfig
     from job.slimming.calibration.progress import Progress
     from job.slimming.importance.scores import Scores
+    from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.plan import Plan
     from job.training.calibration import Calibration
     from job.training.position import Position
@@ -72,8 +80,9 @@ def ranking_norms(model: Model, sparse_epochs: int) -> list[str] | None:
 
 
 def method_of(config: PruneConfig) -> Method:
-    """Return the importance and compensation methods of a run."""
-    return Method(config.importance, config.compensate, config.seed)
+    """Return the importance, compensation and allocation of a run."""
+    allocate = choose_allocation(config.allocate, config.compensate, config.policy)
+    return Method(config.importance, config.compensate, config.seed, allocate)
 
 
 def plan_round(config: PruneConfig, model: Model, round_index: int) -> Plan:
@@ -87,13 +96,19 @@ def plan_round(config: PruneConfig, model: Model, round_index: int) -> Plan:
     return _plan_by_scores(config, model, round_index, scores)
 
 
-def _plan_by_scores(config: PruneConfig, model: Model, round_index: int, scores: Scores) -> Plan:
+def _plan_by_scores(
+    config: PruneConfig,
+    model: Model,
+    round_index: int,
+    scores: Scores,
+    curves: Mapping[str, LossCurve] | None = None,
+) -> Plan:
     """Return the plan of a round; with --rounds auto, the first plan that cuts anything."""
 
     def plan_after(steps: int) -> Plan:
         allocation = allocation_of(config, model.card, round_index, steps)
         parts = model.network, model.graph, scores, allocation, method_of(config)
-        return plan_cut(*parts, model.card.base)
+        return plan_cut(*parts, model.card.base, curves)
 
     return plan_after(1) if config.last_round is not None else _first_cut(plan_after)
 
@@ -162,7 +177,8 @@ def cut(
     step("tracing the network", 0, 0)
     graph = on_main(lambda: model.graph, interrupt=True)
     scores, data = measure_importance(network, graph, method, calibration.batches, step)
-    plan = on_main(lambda: _plan_by_scores(config, model, round_index, scores))
+    curves = measure_losses(network, graph, scores, method, data, image, step)
+    plan = on_main(lambda: _plan_by_scores(config, model, round_index, scores, curves))
     narrow, plan = make_cut(plan, network, graph, image, method.compensate, data, step)
     if config.recalibrate:
         step("recalibrating", 0, 0)

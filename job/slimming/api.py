@@ -26,7 +26,14 @@ from job.slimming.arguments import (
 from job.slimming.calibration.user_batches import read_batches
 from job.slimming.compensation.methods import COMPENSATIONS
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
-from job.slimming.cut import choose_method, make_cut, measure_importance, plan_cut
+from job.slimming.cut import (
+    ALLOCATIONS,
+    choose_method,
+    make_cut,
+    measure_importance,
+    measure_losses,
+    plan_cut,
+)
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.importance.criteria import CRITERIA
 from job.slimming.inputs import strip_values
@@ -53,6 +60,7 @@ def slim(
     min_keep: float = 0.1,
     importance: str | None = None,
     compensate: str | None = None,
+    allocate: str | None = None,
     recalibrate: int = 0,
     calibration: Iterable[Any] | None = None,
     ignore: Iterable[str | nn.Module] = (),
@@ -68,6 +76,11 @@ def slim(
     the number of batches that BatchNorm statistics are measured on after the cut. With None for
     ``importance`` and ``compensate`` the best choice is made, and logged by ``gammaslim``:
     ``refit`` and ``regress`` with ``calibration``, else ``gamma`` and ``none``.
+
+    ``allocate`` says what the policy ``global`` compares channel groups by: the loss of the
+    network's ``outputs`` when a group is cut, measured on a few calibration images, or the
+    ``local`` importance of channels. With None it is ``outputs`` where ``compensate`` is
+    ``regress``.
 
     Neither inputs nor outputs of the layers in ``ignore``, given by name or as modules, are cut.
     ``model`` is not changed. The copy has its device, mode and requires_grad. ``print(plan)`` shows
@@ -90,6 +103,7 @@ def slim(
     check_choice("policy", policy, tuple(POLICIES))
     check_choice("importance", importance, tuple(CRITERIA), none=True)
     check_choice("compensate", compensate, tuple(COMPENSATIONS), none=True)
+    check_choice("allocate", allocate, ALLOCATIONS, none=True)
     check_number("round_to", round_to, 1)
     check_number("min_keep", min_keep, 0, 1)
     check_number("recalibrate", recalibrate, 0)
@@ -102,13 +116,18 @@ def slim(
             images = read_batches(model, inputs, calibration, recalibrate)
         elif recalibrate:
             raise UsageError("recalibrate needs calibration batches")
-        method, reason = choose_method(importance, compensate, images=images is not None)
+        method, reason = choose_method(
+            importance, compensate, allocate, images=images is not None, policy=policy
+        )
         if reason:
             _log(reason)
         batches = None if images is None else lambda: images
         with _preserve_weights(model, images is not None):
             scores, data = measure_importance(model, graph, method, batches)
-            plan = on_main(lambda: plan_cut(model, graph, scores, allocation, method))
+            curves = measure_losses(model, graph, scores, method, data, inputs)
+            plan = on_main(
+                lambda: plan_cut(model, graph, scores, allocation, method, curves=curves)
+            )
             narrow, plan = make_cut(plan, model, graph, inputs, method.compensate, data)
     except UsageError as error:
         raise UsageError(in_python(str(error))) from error

@@ -1,7 +1,7 @@
-"""A cut from end to end: measure the channels, plan, cut, prove, compensate.
+"""A cut from end to end: measure channels and channel groups, plan, cut, prove, compensate.
 
-``measure_importance`` -> scores -> ``plan_cut`` -> plan -> ``make_cut`` -> narrow network. The main
-job, ``job.slim`` and the command ``slim`` all go this way.
+``measure_importance`` -> scores -> ``measure_losses`` -> loss curves -> ``plan_cut`` -> plan ->
+``make_cut`` -> narrow network. The main job, ``job.slim`` and the command ``slim`` all go this way.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from job.console import warn
-from job.distributed.collectives import check_same, digest, on_main
+from job.distributed.collectives import check_same, digest, on_main, total
 from job.errors import UsageError
 from job.processes import rank, world_size
+from job.slimming.calibration.batch import inputs_of
 from job.slimming.calibration.consumers import consumers_of
 from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
 from job.slimming.calibration.progress import no_progress
@@ -20,61 +23,104 @@ from job.slimming.compensation.constants import add_biases, layers_without_const
 from job.slimming.compensation.cut_pair import CutPair
 from job.slimming.compensation.methods import COMPENSATIONS, compensate_cut
 from job.slimming.importance.criteria import CRITERIA, score_channels
+from job.slimming.inputs import sample_count
 from job.slimming.planning.allocation import make_plan
 from job.slimming.planning.plan import keep_of
+from job.slimming.planning.policies import POLICIES
+from job.slimming.planning.ranked_groups import rank_groups
+from job.slimming.sensitivity.measure import measure_curves
 from job.slimming.surgery.comparison import check_finite_weights
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import nn
 
-    from job.slimming.calibration.batch import Batches
+    from job.slimming.calibration.batch import Batches, CalibrationBatch
     from job.slimming.calibration.progress import Progress
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
     from job.slimming.inputs import Example
     from job.slimming.planning.allocation import Allocation
     from job.slimming.planning.base import Base
+    from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.plan import Plan
+
+
+ALLOCATIONS = ("outputs", "local")
 
 
 @dataclass(frozen=True)
 class Method:
-    """The importance that ranks channels, the compensation for removed ones, and a seed."""
+    """The importance that ranks channels, the compensation for removed ones, and a seed.
+
+    ``allocate`` says what the groups of a global cut are compared by: the loss of the network's
+    ``outputs`` when each is cut, or the ``local`` importance of the channels.
+    """
 
     importance: str = "gamma"
     compensate: str = "none"
     seed: int = 0
+    allocate: str = "local"
 
     def __str__(self) -> str:
-        return f"importance {self.importance}, compensation {self.compensate}"
+        outputs = ", allocation outputs" if self.allocate == "outputs" else ""
+        return f"importance {self.importance}, compensation {self.compensate}{outputs}"
 
 
 def choose_method(
-    importance: str | None, compensate: str | None, *, images: bool, seed: int = 0
+    importance: str | None,
+    compensate: str | None,
+    allocate: str | None = None,
+    *,
+    images: bool,
+    policy: str = "global",
+    seed: int = 0,
 ) -> tuple[Method, str]:
     """Return the method and a line that says why; None is replaced by the best choice.
 
-    The best choice depends on whether there are calibration ``images``. The line is empty when both
-    are given. Refit relies on regress; with another compensation gamma is better.
+    The best choice depends on whether there are calibration ``images``, and on the ``policy``. The
+    line is empty when importance and compensation are given. Refit and the loss of the outputs rely
+    on regress; with another compensation gamma is better.
     """
     best_compensation = compensate or ("regress" if images else "none")
     refits = images and best_compensation == "regress"
-    method = Method(importance or ("refit" if refits else "gamma"), best_compensation, seed)
+    method = Method(
+        importance or ("refit" if refits else "gamma"),
+        best_compensation,
+        seed,
+        choose_allocation(allocate, best_compensation if images else "none", policy),
+    )
     if importance and compensate:
         return method, ""
     why = "by the calibration images" if images else "there are no calibration images"
     return method, f"{method}: {why}"
 
 
-def options_needing_images(importance: str | None, compensate: str | None) -> list[str]:
-    """Return those of the two options, as typed, that need calibration images."""
+def choose_allocation(allocate: str | None, compensate: str, policy: str) -> str:
+    """Return the allocation; None is replaced by the best choice.
+
+    Only some policies compare groups. The loss of the outputs is measured after a fit, as that of
+    regress.
+    """
+    if not POLICIES[policy].compares_groups:
+        return "local"
+    return allocate or ("outputs" if compensate == "regress" else "local")
+
+
+def options_needing_images(
+    importance: str | None, compensate: str | None, allocate: str | None = None
+) -> list[str]:
+    """Return those of the options, as typed, that need calibration images."""
     options = []
     if importance and CRITERIA[importance].images:
         options.append(f"--importance {importance}")
     if compensate and COMPENSATIONS[compensate].images:
         options.append(f"--compensate {compensate}")
+    if allocate == "outputs":
+        options.append(f"--allocate {allocate}")
     return options
 
 
@@ -104,16 +150,59 @@ def _calibrate(
     """The calibration data that a method needs; raises UsageError where there are no images."""
     criterion, compensation = CRITERIA[method.importance], COMPENSATIONS[method.compensate]
     calibration, missing = CalibrationData(batches), batches is None
-    if batches is not None and (criterion.statistics or compensation.statistics):
-        calibration = CalibrationData(batches, measure_inputs(network, graph, batches()))
+    outputs = method.allocate == "outputs"
+    if batches is not None and (criterion.statistics or compensation.statistics or outputs):
+        calibration = _measure_inputs(network, graph, batches)
         # no process has an image
         missing = not calibration.statistics and bool(consumers_of(network, graph))
     importance = None if criterion.labels else method.importance  # it asks for labelled images
-    options = options_needing_images(importance, method.compensate)
+    options = options_needing_images(importance, method.compensate, method.allocate)
     if missing and options:
         needed = "calibration images are needed, there are none"
         raise UsageError(f"{' and '.join(options)}: {needed}")
     return calibration
+
+
+def _measure_inputs(network: nn.Module, graph: ChannelGraph, batches: Batches) -> CalibrationData:
+    samples = 0
+
+    def counted() -> Iterator[CalibrationBatch]:
+        nonlocal samples
+        for batch in batches():
+            samples += sample_count(inputs_of(batch))
+            yield batch
+
+    statistics = measure_inputs(network, graph, counted())
+    device = next(network.parameters()).device
+    count = total(torch.tensor(float(samples), dtype=torch.float64, device=device))
+    return CalibrationData(batches, statistics, int(count))
+
+
+def measure_losses(
+    network: nn.Module,
+    graph: ChannelGraph,
+    scores: Scores,
+    method: Method,
+    calibration: CalibrationData,
+    example: Example,
+    progress: Progress = no_progress,
+) -> dict[str, LossCurve]:
+    """Return what the outputs lose when each channel group is cut, by its name.
+
+    Nothing is measured where the method allocates by importance. Measurements are over all
+    processes.
+    """
+    if method.allocate != "outputs":
+        return {}
+    return measure_curves(
+        network,
+        graph,
+        rank_groups(graph, scores),
+        calibration,
+        example,
+        accumulated=CRITERIA[method.importance].accumulated,
+        progress=progress,
+    )
 
 
 def plan_cut(
@@ -123,16 +212,17 @@ def plan_cut(
     allocation: Allocation,
     method: Method,
     base: Base | None = None,
+    curves: Mapping[str, LossCurve] | None = None,
 ) -> Plan:
     """Return which channels stay, by ``scores`` (count,), and which layers get a bias.
 
-    Fractions are relative to ``base``, by default the network itself. Raises UsageError for a
-    budget that is out of reach.
+    With ``curves`` the policy ``global`` compares groups by their losses. Fractions are relative to
+    ``base``, by default the network itself. Raises UsageError for a budget that is out of reach.
     """
     gains_bias: frozenset[str] = frozenset()
     if COMPENSATIONS[method.compensate].apply:
         gains_bias = layers_without_constant(network, graph)
-    plan = make_plan(network, graph, scores, allocation, base, gains_bias)
+    plan = make_plan(network, graph, scores, allocation, base, gains_bias, curves)
     return replace(plan, layers=add_biases(plan.layers, gains_bias), method=str(method))
 
 

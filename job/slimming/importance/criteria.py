@@ -92,6 +92,7 @@ CRITERIA: dict[str, Criterion] = {
         "the error of the next layers after a least-squares refit without the channel",
         images=True,
         statistics=True,
+        accumulated=True,
     ),
     "taylor": Criterion(
         lambda given: taylor_importance(given.network, given.graph, given.calibration.images()),

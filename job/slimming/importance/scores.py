@@ -35,7 +35,8 @@ class Criterion:
 
     ``score`` returns the importance of each channel (count,). The flags say what it needs:
     calibration ``images``, the ``statistics`` of layer inputs over them, ``labels`` of the images,
-    ``gradients`` (autograd is enabled while it runs).
+    ``gradients`` (autograd is enabled while it runs). ``accumulated`` says that a score is the loss
+    of removing the channel together with all less important ones.
     """
 
     score: Callable[[ScoreInputs], Scores]
@@ -44,3 +45,4 @@ class Criterion:
     statistics: bool = False
     labels: bool = False
     gradients: bool = False
+    accumulated: bool = False

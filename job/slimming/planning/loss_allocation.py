@@ -21,7 +21,7 @@ class _Step(NamedTuple):
 
     rate: float
     group: int
-    count: int
+    units: int
 
 
 def counts_by_loss(planner: Planner, budget: Budget, limit: float) -> list[int]:
@@ -61,7 +61,7 @@ class _Search:
             if queue and step.rate > queue[0].rate * (1 + 1e-9):
                 heapq.heappush(queue, step)
                 continue
-            self.counts[step.group] = step.count
+            self.counts[step.group] = step.units
             self.cost = self.planner.metric(self.metric, self.counts)
             following = self._next_step(step.group)
             if following:
@@ -73,9 +73,9 @@ class _Search:
         heapq.heapify(queue)
         while queue:
             step = heapq.heappop(queue)
-            if self._cost_with(step.group, step.count) > limit:
+            if self._cost_with(step.group, step.units) > limit:
                 continue  # the remaining budget only shrinks
-            self.counts[step.group] = step.count
+            self.counts[step.group] = step.units
             following = self._next_restored(step.group)
             if following:
                 heapq.heappush(queue, following)

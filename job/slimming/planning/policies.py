@@ -25,13 +25,15 @@ class Policy:
     of reach. ``min_keep`` says whether groups keep the fraction that --min-keep sets.
     ``by_width`` says that a cut is a width: of a network that takes its width as an argument, only
     the groups that this argument scales are cut, and --rate is a fraction of the width instead of
-    all channels.
+    all channels. ``compares_groups`` says that groups lose different fractions of their channels,
+    by their importance or by the loss of the outputs.
     """
 
     allocate: Callable[[Planner, Budget], Plan]
     help: str
     min_keep: bool = True
     by_width: bool = False
+    compares_groups: bool = False
 
 
 def allocate_uniform(planner: Planner, budget: Budget) -> Plan:
@@ -97,5 +99,9 @@ POLICIES: dict[str, Policy] = {
     "uniform": Policy(
         allocate_uniform, "the same fraction of each channel group", min_keep=False, by_width=True
     ),
-    "global": Policy(allocate_global, "one threshold over the importance of all channels"),
+    "global": Policy(
+        allocate_global,
+        "most channels where the outputs lose least, or one threshold over all importances",
+        compares_groups=True,
+    ),
 }

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.ranked_groups import RankedGroup
 
-FRACTIONS = (0.75, 0.5, 0.25, 0.1)  # of a group's units, kept at the points of its curve
+FRACTIONS = (0.75, 0.5, 0.25, 0.0)  # of a group's units, kept at the points of its curve
 PASSES = 1.3  # the measurement may cost about as much as so many passes of all images
 MIN_IMAGES, MAX_IMAGES = 16, 256
 
@@ -107,8 +107,7 @@ def _readers(
 
 def _points(units: int, fractions: Sequence[float]) -> list[int]:
     """The rising numbers of units at which a group is measured: at least one of them is cut."""
-    counts = {min(max(1, int(fraction * units)), units - 1) for fraction in fractions}
-    return sorted(counts - {0})
+    return sorted({min(int(fraction * units), units - 1) for fraction in fractions})
 
 
 def _first_images(batches: Iterable[CalibrationBatch], count: int) -> Iterator[Example]:
@@ -168,7 +167,7 @@ class _TrialNetwork:
         with eval_with_hooks(self.network, []):
             for number in range(rounds):
                 replay = Replay(self.network, batches[number]) if number < len(batches) else None
-                parts = []
+                parts: list[torch.Tensor] = []
                 for place, (ranked, counts) in enumerate(zip(groups, points, strict=True)):
                     progress(
                         "measuring output losses",

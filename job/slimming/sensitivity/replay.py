@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from job.slimming.inputs import Example
 
-MAX_BYTES = 2**31  # of the outputs that are kept for one batch
+MAX_RECORDED_BYTES = 2**31  # of the outputs that are kept for one batch
 
 
 class Replay:
@@ -41,8 +41,8 @@ class Replay:
         self.outputs = self._record()
 
     def _record(self) -> Any:
-        """Run the network once and keep the outputs of its layers, up to ``MAX_BYTES``."""
-        left = MAX_BYTES
+        """Run the network once and keep the outputs of its layers, up to ``MAX_RECORDED_BYTES``."""
+        left = MAX_RECORDED_BYTES
 
         def recording(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             def record(*args: Any, **kwargs: Any) -> Any:

@@ -100,7 +100,7 @@ def test_a_wrong_calibration_is_named(network: nn.Module, calibration: Any, mess
 )  # fmt: skip
 def test_batches_are_taken_as_people_have_them(network: nn.Module, calibration: Any) -> None:
     narrow, plan = job.slim(network, EXAMPLE, target="macs=0.5", calibration=calibration)
-    assert plan.method == "importance refit, compensation regress"
+    assert plan.method == "importance refit, compensation regress, allocation outputs"
     assert narrow(EXAMPLE).isfinite().all()
 
 
@@ -131,7 +131,8 @@ def test_the_best_that_there_is_is_the_default_and_one_line_says_which(
 ) -> None:  # fmt: skip
     with caplog.at_level(logging.INFO, "gammaslim"):
         _, plan = job.slim(network, EXAMPLE, **given)
-    assert plan.method == "importance {}, compensation {}".format(*method)
+    outputs = ", allocation outputs" if method[1] == "regress" else ""
+    assert plan.method == "importance {}, compensation {}".format(*method) + outputs
     (line,) = caplog.messages
     assert line.startswith(plan.method)
     assert ("no calibration images" in line) == ("calibration" not in given)

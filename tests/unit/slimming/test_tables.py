@@ -71,7 +71,7 @@ def test_a_new_criterion_is_used(network: nn.Module, monkeypatch: pytest.MonkeyP
     with pytest.raises(UsageError, match="importance last: calibration images are needed"):
         job.slim(network, EXAMPLE, importance="last", compensate="none")
     narrow, plan = job.slim(network, EXAMPLE, importance="last", calibration=[IMAGES])
-    assert plan.method == "importance last, compensation regress"
+    assert plan.method == "importance last, compensation regress, allocation outputs"
     ((statistics, grad_enabled),) = given
     assert statistics
     assert grad_enabled

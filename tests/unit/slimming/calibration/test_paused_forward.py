@@ -52,8 +52,9 @@ def network() -> Network:
 
 def slim(wide: Network, batches: list[torch.Tensor]) -> Network:
     narrow, _ = job.slim(
-        wide, IMAGES[:1], importance="gamma", compensate="regress", calibration=batches
-    )
+        wide, IMAGES[:1], importance="gamma", compensate="regress", allocate="local",
+        calibration=batches,
+    )  # fmt: skip
     assert isinstance(narrow, Network)
     return narrow
 

@@ -1,0 +1,190 @@
+"""Loss curves: what the outputs lose when one group is cut, against networks really cut."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import job
+from job.slimming.analysis import analyse
+from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
+from job.slimming.importance.criteria import score_channels
+from job.slimming.inputs import call_network
+from job.slimming.planning.loss_curves import fit_curve
+from job.slimming.planning.ranked_groups import rank_groups
+from job.slimming.sensitivity.measure import measure_curves
+from job.slimming.sensitivity.output_loss import loss_terms, mean_loss
+from job.slimming.sensitivity.replay import Replay
+from support.cuts import randomise
+from support.networks import Residual
+
+IMAGES = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+class InPlace(nn.Module):
+    """Ops that change what a layer returned, a layer without bias, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.inner = nn.Conv2d(8, 12, 3, padding=1, bias=False)
+        self.back = nn.Conv2d(12, 8, 1, bias=False)
+        self.head = nn.Linear(8, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        x = F.relu(self.norm(self.stem(x)), inplace=True)
+        y = self.back(F.relu(self.inner(x), inplace=True))
+        y += x
+        return [self.head(y.mean((2, 3))), y.mean(1)]
+
+
+def calibrated(network: nn.Module) -> tuple[Any, CalibrationData]:
+    graph = analyse(network, IMAGES[:1])
+    batches = IMAGES.split(10)
+    statistics = measure_inputs(network, graph, batches)
+    return graph, CalibrationData(lambda: batches, statistics, len(IMAGES))
+
+
+@pytest.mark.parametrize("make", [Residual, InPlace])
+def test_a_point_is_the_loss_of_a_network_with_that_group_cut_alone(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    wide = randomise(make())
+    graph, calibration = calibrated(wide)
+    scores = score_channels("refit", wide, graph, calibration)
+    groups = rank_groups(graph, scores)
+    before = {key: value.clone() for key, value in wide.state_dict().items()}
+    curves = measure_curves(wide, graph, groups, calibration, IMAGES[:1], accumulated=True)
+    assert all(torch.equal(before[key], value) for key, value in wide.state_dict().items())
+    assert set(curves) == {r.group.name for r in groups}
+    for ranked in groups:
+        curve = curves[ranked.group.name]
+        for count, loss in zip(curve.counts, curve.losses, strict=True):
+            if not count:
+                continue
+            assert curve.by_count[count] >= 0
+            narrow = cut_alone(wide, graph, ranked, count, calibration)
+            with torch.no_grad():
+                terms = sum(
+                    loss_terms(tensors(wide(batch)), narrow(batch)) for batch in IMAGES.split(10)
+                )
+            assert loss == pytest.approx(float(mean_loss(terms)), rel=1e-3, abs=1e-7)
+        assert (np.diff(curve.by_count) <= 0).all()
+        assert curve.by_count[-1] == 0
+
+
+def tensors(outputs: object) -> list[torch.Tensor]:
+    return list(outputs) if isinstance(outputs, list) else [outputs]
+
+
+def cut_alone(
+    wide: nn.Module, graph: Any, ranked: Any, count: int, calibration: CalibrationData
+) -> nn.Module:
+    """The network whose one group keeps ``count`` units; its readers read least squares."""
+    keep = np.ones(graph.count, bool)
+    keep[ranked.units[count:].reshape(-1)] = False
+    hooks = {}
+    for slot in graph.slots:
+        if slot.side != "in" or keep[slot.ids].all():
+            continue
+        measured = calibration.statistics[slot.layer]
+        stays = torch.from_numpy(keep[slot.ids])
+        inner = measured.covariance[stays][:, stays]
+        damped = inner + 1e-3 * inner.diagonal().mean() * torch.eye(len(inner)).double()
+        plain = torch.eye(len(stays)).double()[:, stays]
+        # ridge towards the plain cut: least squares of what it misses
+        slope = plain + torch.linalg.solve(damped, measured.covariance[stays] - inner @ plain.T).T
+        constant = measured.mean - slope @ measured.mean[stays]
+        hooks[slot.layer] = slope.float(), constant.float(), stays
+    narrow = copy.deepcopy(wide)
+    for name, (slope, constant, stays) in hooks.items():
+        layer = narrow.get_submodule(name)
+
+        def hook(layer, inputs, output, slope=slope, constant=constant, stays=stays):
+            # the slope goes into the weights and the constant into the outputs, borders included
+            (x,) = inputs
+            if isinstance(layer, nn.Linear):
+                return F.linear(x[:, stays] @ slope.T + constant, layer.weight, layer.bias)
+            mixed = torch.einsum("ck,bkhw->bchw", slope, x[:, stays])
+            new = layer._conv_forward(mixed, layer.weight, layer.bias)
+            return new + (layer.weight.sum((2, 3)) @ constant).view(1, -1, 1, 1)
+
+        layer.register_forward_hook(hook)
+    return narrow.eval()
+
+
+@pytest.mark.parametrize("make", [Residual, InPlace])
+def test_replayed_passes_give_the_outputs_of_whole_passes(make: type[nn.Module]) -> None:
+    wide = randomise(make())
+    with torch.no_grad():
+        expected = tensors(wide(IMAGES))
+        replay = Replay(wide, IMAGES)
+        for place in range(len(replay.order) + 1):
+            for _ in range(2):  # what an op changes in place is recorded untouched
+                outputs = tensors(replay.run_from(place))
+                assert all(map(torch.equal, outputs, expected))
+    assert not any("forward" in module.__dict__ for module in wide.modules())
+
+
+def test_only_layers_from_the_given_place_on_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = randomise(Residual())
+    with torch.no_grad():
+        replay = Replay(wide, IMAGES)
+        convolutions: list[torch.Tensor] = []
+        original = nn.Conv2d._conv_forward
+
+        def counting(self: nn.Conv2d, *args: torch.Tensor) -> torch.Tensor:
+            convolutions.append(args[0])
+            return original(self, *args)
+
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", counting)
+        call_network(wide, IMAGES)
+        every = len(convolutions)
+        convolutions.clear()
+        replay.run_from(len(replay.order))
+        assert (len(convolutions), every > 2) == (0, True)
+
+
+def test_curves_interpolate_and_never_rise() -> None:
+    local = np.array([8.0, 4.0, 2.0, 1.0])
+    curve = fit_curve([1, 3], [0.4, 0.1], 4, local)
+    assert curve.by_count == pytest.approx([0.8, 0.4, 0.2, 0.1, 0.0])
+    plain = fit_curve([0, 2], [4.0, 1.0], 4)
+    assert plain.by_count == pytest.approx([4.0, 2.25, 1.0, 0.25, 0.0])
+    noisy = fit_curve([0, 2], [0.1, 0.3], 4)
+    assert list(noisy.by_count) == sorted(noisy.by_count, reverse=True)
+
+
+def test_allocation_by_outputs_spares_what_the_outputs_miss() -> None:
+    torch.manual_seed(0)
+    wide = randomise(Residual())
+    batches = [(IMAGES, None)]
+    narrow, plan = job.slim(wide, IMAGES[:1], target="macs=0.6", calibration=batches)
+    assert "allocation outputs" in plan.method
+    local, other = job.slim(
+        wide, IMAGES[:1], target="macs=0.6", calibration=batches, allocate="local"
+    )
+    assert "allocation outputs" not in other.method
+    assert plan.after.macs <= 0.6 * plan.before.macs
+    with torch.no_grad():
+        reference = tensors(wide(IMAGES))
+        by_outputs, by_channels = (
+            float(mean_loss(loss_terms(reference, network(IMAGES)))) for network in (narrow, local)
+        )
+    assert by_outputs <= by_channels
+
+
+def test_squared_errors_are_relative_and_averaged_over_the_outputs() -> None:
+    wide = [torch.tensor([[2.0], [0.0]]), torch.tensor([1.0, float("inf")])]
+    terms = loss_terms(wide, [torch.tensor([[1.0], [0.0]]), torch.tensor([1.0, 5.0])])
+    assert float(mean_loss(terms)) == pytest.approx(0.125)
+    logits = [torch.tensor([[0.0, 0.0]])]
+    changed = torch.tensor([[np.log(3.0), 0.0]])
+    divergence = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
+    assert float(mean_loss(loss_terms(logits, changed))) == pytest.approx(divergence)
