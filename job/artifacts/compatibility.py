@@ -29,7 +29,9 @@ def check_same_run(
 ) -> None:
     """Check that ``run`` was begun with these options, data and base; ``done`` rounds are complete.
 
-    None for ``dataset`` or ``base`` skips its check. Raises OtherRunError or ConfigError.
+    None for ``dataset`` or ``base`` skips its check. Other weights are reported before any option:
+    a slim model in ``--weights`` brings options that nobody typed. Raises OtherRunError or
+    ConfigError.
     """
     path = run / CONFIG_FILE
     try:
@@ -38,6 +40,8 @@ def check_same_run(
         raise ConfigError(f"{shown(path)} cannot be read: {error}") from error
     if not all(isinstance(tables.get(name, {}), dict) for name in ("prune", "dataset")):
         raise ConfigError(f"{shown(path)} is not the config.toml of a run: a table is missing")
+    if base is not None and (other := _other_weights(shown(run), tables, config, base)):
+        raise other
     origin = _other_origin(shown(run), tables, config, dataset, base)
     try:
         check_unchanged(tables.get("prune", {}), config, shown(run), done)
@@ -49,6 +53,26 @@ def check_same_run(
         raise origin
 
 
+def _other_weights(
+    run: str, tables: Mapping[str, Any], config: PruneConfig, base: BaseRecord
+) -> OtherRunError | None:
+    """Return the error for a run that was begun from other weights, or None."""
+    stored = tables.get("base")
+    if not isinstance(stored, dict) or stored.get("weights_sha256") == base.weights_sha256:
+        return None
+    began = tables.get("prune", {}).get("weights")
+    if began == config.weights:
+        return other_run_error(
+            f"{run} was begun with other content of {option_text('weights', began)}",
+            ": restore it to resume the run",
+        )
+    options = [option_text("weights", began)]
+    return other_run_error(
+        _difference(run, options, [option_text("weights", config.weights)]),
+        f": {_advice(options)} to resume it",
+    )
+
+
 def _other_origin(
     run: str,
     tables: Mapping[str, Any],
@@ -56,7 +80,7 @@ def _other_origin(
     dataset: DatasetRecord | None,
     base: BaseRecord | None,
 ) -> OtherRunError | None:
-    """Return the error for a run that was begun on other data or from another base, or None."""
+    """Return the error for a run that was begun on other data or with another teacher, or None."""
     fingerprint = tables.get("dataset", {}).get("fingerprint")
     if dataset is not None and fingerprint != dataset.fingerprint:
         return other_run_error(
@@ -69,10 +93,12 @@ def _other_origin(
         present["epochs"] = stored.get("epochs")  # the default when the run was begun
     if stored == present:
         return None
-    return other_run_error(
-        f"{run} was begun from other --weights, --base-epochs or --teacher",
-        ": type the same to resume it",
-    )
+    options = {
+        "weights_sha256": "--weights", "epochs": "--base-epochs", "teacher_sha256": "--teacher",
+    }  # fmt: skip
+    begun = stored if isinstance(stored, dict) else {}
+    other = _list([text for name, text in options.items() if begun.get(name) != present.get(name)])
+    return other_run_error(f"{run} was begun with another {other}", ": type the same to resume it")
 
 
 def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str, done: int) -> None:
@@ -101,10 +127,11 @@ def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str, done:
             f" (--target {now.target} is spread over the rounds: the earlier ones would differ; "
             f"to cut further, --weights {run} with another --target)"
         )
-    raise other_run_error(
-        f"{run} was begun {_list(_stated(began))}, this command is {_list(_stated(here))}",
-        f"{more}: {_advice(began)} to resume it",
-    )
+    raise other_run_error(_difference(run, began, here), f"{more}: {_advice(began)} to resume it")
+
+
+def _difference(run: str, began: list[str], here: list[str]) -> str:
+    return f"{run} was begun {_list(_stated(began))}, this command is {_list(_stated(here))}"
 
 
 def other_run_error(difference: str, advice: str) -> OtherRunError:

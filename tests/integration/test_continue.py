@@ -21,7 +21,7 @@ import job.config
 import job.pipeline.model
 import job.pipeline.round
 import job.pipeline.session
-from job.artifacts.compatibility import check_unchanged, option_text
+from job.artifacts.compatibility import _other_origin, check_unchanged, option_text
 from job.artifacts.lock import Lock
 from job.artifacts.model_card import find_model, load_model, read_card
 from job.artifacts.run_directory import Run
@@ -128,6 +128,14 @@ def test_open_rounds_need_an_end() -> None:
     assert PruneConfig(rounds="auto").most_points_lost == 1
     assert PruneConfig(rounds="auto", max_drop=3).most_points_lost == 3
     assert PruneConfig().most_points_lost is None
+
+
+def test_another_teacher_is_named_alone() -> None:
+    base = {"weights_sha256": BASE.weights_sha256, "epochs": BASE.epochs, "teacher_sha256": "0"}
+    tables = {"dataset": {"fingerprint": DATASET.fingerprint}, "base": base}
+    error = _other_origin("runs/a", tables, PruneConfig(base_epochs=1), DATASET, BASE)
+    assert error
+    assert error.difference == "runs/a was begun with another --teacher"
 
 
 # --- the default folder
@@ -460,6 +468,27 @@ def test_a_run_stands_for_its_recommended_model(
     capsys.readouterr()
     prune(weights(slim_run, rounds=1, dry_run=True, output=str(tmp_path / "dry")))
     assert "dry run: all is well" in capsys.readouterr().out
+
+
+def test_a_folder_is_numbered_for_other_weights_and_not_for_options_that_they_bring(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = "runs/student-base=4-idx"
+    prune(config(noise, rounds=0, image_size=32))
+    capsys.readouterr()
+    prune(weights(Path(first), rounds=0, rate=0.7))
+    assert (
+        f"run: {first}-2 on 1 process, cpu, fp32; {first} was begun without --weights, this "
+        f"command is with --weights {first}\n"
+    ) in capsys.readouterr().out
+    with pytest.raises(
+        OtherRunError,
+        match=f"this command is without --weights: type --weights {first} to resume it, or",
+    ):
+        prune(config(noise, rounds=0, output=f"{first}-2"))
+    with pytest.raises(OtherRunError, match=r"begun with --rate 0\.7, this command"):
+        prune(weights(Path(first), rounds=0, rate=0.8, output=f"{first}-2"))
 
 
 def test_what_contradicts_a_slim_base_is_named(slim_run: Path, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_other_weights_do_not_pass_for_the_runs_own(
     save_file(state, copied)
     for changed in (prune("--weights", copied), prune()):
         assert changed.code == 78, changed
-        assert "begun from other --weights" in changed.err
+        assert "was begun with --weights" in changed.err
 
 
 @pytest.mark.parametrize("workers", [0, 2])
