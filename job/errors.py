@@ -107,13 +107,19 @@ def reason(error: BaseException) -> str:
 def did_you_mean(
     name: str, choices: Iterable[str], cutoff: float = 0.5, *, prefix: str = ""
 ) -> str:
-    """Return ``; did you mean …?`` with the closest of ``choices``, or "".
+    """Return ``; did you mean …?`` with the closest of ``choices``, or ""; see `closest`."""
+    close = closest(name, choices, cutoff, prefix=prefix)
+    return f"; did you mean {close}?" if close else ""
+
+
+def closest(name: str, choices: Iterable[str], cutoff: float, *, prefix: str = "") -> str | None:
+    """Return the closest of ``choices``, or None if all differ too much from ``name``.
 
     ``cutoff``, from 0 to 1, is the least similarity (difflib's ratio) after a common ``prefix``.
     """
     endings = sorted(choice.removeprefix(prefix) for choice in choices)
     close = difflib.get_close_matches(name.removeprefix(prefix), endings, 1, cutoff)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+    return prefix + close[0] if close else None
 
 
 # failures of the storage, not of its content: another attempt may succeed

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from typing import TYPE_CHECKING
 
 import click
 
 from job.console import warn
-from job.errors import ConfigError, did_you_mean, shown
+from job.errors import ConfigError, closest, did_you_mean, shown
 from job.processes import is_main
 
 if TYPE_CHECKING:
@@ -31,9 +32,14 @@ def check_environment(command: click.Command, ctx: click.Context) -> None:
     own = [variable for variable in variables if variable.startswith(prefix)]
     unread = sorted(name for name in _ours() if name not in variables)
     for name in unread:
-        hint = did_you_mean(name, own, CLOSE, prefix=prefix) if name.startswith(prefix) else ""
-        if hint:
-            raise ConfigError(f"no option of {ctx.info_name} has the variable {shown(name)}{hint}")
+        meant = closest(name, own, CLOSE, prefix=prefix) if name.startswith(prefix) else None
+        if meant:
+            option = "--" + meant.removeprefix(prefix).lower().replace("_", "-")
+            raise ConfigError(
+                f"{ctx.info_name} does not read {shown(name)}: type "
+                f"{meant}={shown(shlex.quote(os.environ[name]))} to set {option}, or unset "
+                f"{shown(name)}"
+            )
     meta = ctx.find_root().meta
     if ctx.info_name == "launch" or not is_main():
         meta[WARNED] = True  # the main one of the launched processes warns

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from job.console import counted
 from job.errors import DataError
 from job.models.classifier import AUXILIARY
 
@@ -83,11 +84,14 @@ def match_keys(state: Tensors, network: Tensors) -> tuple[State, tuple[str, ...]
     outside = [key for key in weights if not key.startswith(prefix)]
     notes = []
     if outside:
-        notes.append(f"{len(outside)} tensors outside of {prefix}* are left out ({outside[0]} …)")
+        more = " …" if len(outside) > 1 else ""
+        notes.append(
+            f"left out: {counted(len(outside), 'tensor')} outside of {prefix}* ({outside[0]}{more})"
+        )
     matched = _rename(inside, network)
     if len(matched) < len(inside):
-        count = len(inside) - len(matched)
-        notes.append(f"{count} tensors of auxiliary classifiers are left out")
+        count = counted(len(inside) - len(matched), "tensor")
+        notes.append(f"left out: {count} of auxiliary classifiers")
     return matched, tuple(notes)
 
 
