@@ -239,8 +239,9 @@ def progress(name: str, detail: str = "") -> Callable[[Iterable[Any], int], Iter
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: 1 epoch, 2 epochs."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    """Return a number with its noun: 1 epoch, 2 epochs, 2 classes."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}" + ("" if number == 1 else ending)
 
 
 def span(seconds: float) -> str:

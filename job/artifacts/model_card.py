@@ -16,6 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from job.artifacts.json_records import from_json, to_json
 from job.artifacts.records import Lineage
 from job.artifacts.versions import package_versions
+from job.console import counted
 from job.data.preprocessing import Preprocessing  # noqa: TC001
 from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown, writing
 from job.files import is_file, new_directory, read_json
@@ -63,7 +64,8 @@ class ModelCard:
     def __post_init__(self) -> None:
         """Raise DataError for values that are impossible for a network."""
         if self.num_classes < 1 or len(self.class_names) not in (0, self.num_classes):
-            raise DataError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+            names = counted(len(self.class_names), "class name")
+            raise DataError(f"{names} for {counted(self.num_classes, 'class')}")
         if not (math.isfinite(self.width) and self.width > 0):
             raise DataError(f"a width of {self.width}")
         if self.preprocessing.size > MAX_SIZE:

@@ -11,7 +11,7 @@ from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import valid_listing
 from job.artifacts.records import Lineage
 from job.cli.class_matching import in_classes_of
-from job.console import progress
+from job.console import counted, progress
 from job.data.dataset import Dataset, hold_out_validation
 from job.data.folders import CURRENT_LISTING
 from job.data.image_check import check_images
@@ -52,13 +52,14 @@ class SlimImages:
         if self.data.numbered and max(numbers) >= card.num_classes:
             self._leave(
                 f"{self.data.root} has a class {max(numbers)}, but the network has "
-                f"{card.num_classes:,} classes, numbered from 0"
+                f"{counted(card.num_classes, 'class')}, numbered from 0"
             )
         elif names and others and not self.data.numbered:
             self._leave(f"the model does not know the class {others[0]!r} of {self.data.root}")
         elif not names and not self.data.numbered and len(own) != card.num_classes:
             self._leave(
-                f"{self.data.root} has {len(own)} classes, but the network has {card.num_classes:,}"
+                f"{self.data.root} has {counted(len(own), 'class')}, "
+                f"but the network has {card.num_classes:,}"
             )
         else:
             self.scoring = in_classes_of(card, self.data, self.scoring)
@@ -74,7 +75,7 @@ class SlimImages:
     def describe(self) -> str:
         """Describe the scoring split, for the console."""
         count = len(self.scoring) if self.scoring is not None else 0
-        what = f"the {self.scored} split of {self.data.root} ({count:,} images"
+        what = f"the {self.scored} split of {self.data.root} ({counted(count, 'image')}"
         same = ", which also calibrated it" if self.scored == self.calibrated else ""
         return f"{what}{same})"
 

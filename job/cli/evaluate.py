@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from job.cli.class_matching import in_classes_of
 from job.cli.evaluation_images import evaluation_workers, open_evaluation_images
 from job.cli.model import open_model
-from job.console import print_result, progress, say_cautions, table
+from job.console import counted, print_result, progress, say_cautions, table
 from job.distributed.collectives import on_main, start
 from job.errors import DataError, shown
 from job.pipeline.cautions import model_caution, single_class_caution
@@ -76,7 +76,7 @@ def _evaluation_text(result: Evaluation, names: tuple[str, ...], data: Dataset, 
     ]
     parts = [
         *(f"data: {note}" for note in data.notes),
-        f"{split} split of {data.root}: {result.count:,} images",
+        f"{split} split of {data.root}: {counted(result.count, 'image')}",
         f"loss {result.loss:.4f}, accuracy {result.accuracy:.4f}",
         "",
         table(("class", "images", "accuracy"), rows),
@@ -84,7 +84,7 @@ def _evaluation_text(result: Evaluation, names: tuple[str, ...], data: Dataset, 
     if data.skipped:
         at = len(data.notes) + 1
         bad = [f"  {shown(name)}" for name in data.skipped]
-        parts[at:at] = [f"{len(bad)} images that cannot be read are left out:", *bad]
+        parts[at:at] = [f"left out: {counted(len(bad), 'image')} that cannot be read:", *bad]
     if len(names) <= LARGEST_CONFUSION:
         header = ("true \\ predicted", *(str(number) for number in range(len(names))))
         lines = [

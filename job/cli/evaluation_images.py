@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import find_run_data, valid_listing
 from job.artifacts.records import Lineage
-from job.console import progress
+from job.console import counted, progress
 from job.data.dataset import Dataset, hold_out_validation
 from job.data.folders import CURRENT_LISTING
 from job.data.image_check import check_images
@@ -131,7 +131,7 @@ def _open(model: ModelOptions, options: ScoringOptions, *, labelled: bool) -> tu
         listing = valid_listing(card.lineage.listing or 1)
     data = open_data(path, listing)
     if data.layout == UNSPLIT and split is None and not _same(path, own):
-        note = f"there are no splits: all {len(data.splits['training']):,} images are used"
+        note = f"there are no splits: {counted(len(data.splits['training']), 'image')} used"
         return replace(data, notes=(*data.notes, note)), "training"
     return data, name
 

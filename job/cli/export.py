@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from job.artifacts.export import format_of, onnx_bytes, state_dict_bytes, torch_export_bytes
 from job.cli.model import open_model
-from job.console import say
+from job.console import counted, say
 from job.errors import shown
 from job.files import check_output, write_output
 
@@ -39,4 +39,4 @@ def _exported(network: nn.Module, card: ModelCard, format: str, suffix: str) -> 
         return onnx_bytes(network, card)
     if format == "torch-export":
         return torch_export_bytes(network, card)
-    return state_dict_bytes(network, suffix), f"{len(network.state_dict())} tensors"
+    return state_dict_bytes(network, suffix), counted(len(network.state_dict()), "tensor")

@@ -10,7 +10,7 @@ import numpy as np
 
 from job.artifacts.json_records import to_json
 from job.cli.model import open_model
-from job.console import print_result, table
+from job.console import counted, print_result, table
 from job.report.tables import layers_table
 from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
@@ -89,7 +89,8 @@ def _text(record: dict[str, Any], network: nn.Module, card: ModelCard) -> str:
         for g in record["groups"]
         if not g["gamma"]
     ]
-    title = f"{card.model} at width {card.width:.4f}, {card.num_classes} classes, {size} pixels"
+    classes = counted(card.num_classes, "class")
+    title = f"{card.model} at width {card.width:.4f}, {classes}, {size} pixels"
     parts = [
         f"{title}\n{costs}",
         layers_table(layer_costs(network, size)),

@@ -14,7 +14,7 @@ from job.cli.command import Command, Group
 from job.cli.command_options import EvaluateOptions, ModelOptions, PredictOptions, SlimOptions
 from job.cli.option_types import POSITIVE, ProcessCount
 from job.config import PruneConfig
-from job.console import lines_on_stderr, warn
+from job.console import counted, lines_on_stderr, warn
 from job.distributed.launch import ensure_processes, launch
 from job.distributed.signals import starting
 from job.distributed.topology import find_nodes, nodes_left_out
@@ -117,7 +117,10 @@ def launch_command(
         os.environ, count=nnodes, rank=node_rank, address=master_addr, port=master_port
     )
     if unused := nodes_left_out(os.environ):
-        warn(f"{unused} more nodes of this allocation are not used: start launch on each by srun")
+        warn(
+            f"{counted(unused, 'node')} of this allocation will not be used: start launch on each "
+            "by srun"
+        )
     ctx.exit(launch(command, nproc, nodes))
 
 

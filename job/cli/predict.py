@@ -88,5 +88,5 @@ def _say_predictions(images: EvaluationImages, count: int, output: str, *, expla
     place = "on standard output" if output == STDOUT else f"in {shown(output)}"
     say(f"{counted(count, 'prediction')} of {source} {place}{note}")
     if data.skipped:
-        say(f"{len(data.skipped)} images that cannot be read are left out:")
+        say(f"left out: {counted(len(data.skipped), 'image')} that cannot be read:")
         say("\n".join(f"  {shown(name)}" for name in data.skipped))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from job.console import counted
 from job.data.dataset import Dataset, list_names
 from job.data.folders import subfolders
 from job.data.splits import FileSplit, Split
@@ -61,7 +62,9 @@ def _dataset(root: Path, folders: dict[str, SplitFolder], lister: Lister) -> Dat
     for name, split in folders.items():
         if split.classes and split.unsorted:
             place = f"{split.folder.name}: " if split.folder != root else ""
-            notes.append(f"{place}{len(split.unsorted)} images outside class folders ignored")
+            notes.append(
+                f"{place}{counted(len(split.unsorted), 'image')} outside class folders ignored"
+            )
         if split.classes or split.unsorted:
             splits[name] = _labelled(root, split, names)
     return Dataset(shown(root), names, splits, notes=tuple(notes))

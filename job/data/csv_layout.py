@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from job.console import counted
 from job.data.dataset import Dataset
 from job.data.folders import Lister, visible
 from job.data.split_names import CANONICAL, SPLIT_NAMES
@@ -175,8 +176,8 @@ def _repetition_notes(rows: list[Row]) -> tuple[str, ...]:
     if not repeated:
         return ()
     names = ", ".join(map(shown, repeated[:3])) + (", …" if len(repeated) > 3 else "")
-    where = "are also in the validation split" if validation else "have several rows"
+    where = "also in the validation split" if validation else "with several rows"
     return (
-        f"warning: {len(repeated):,} training images {where} ({names}): validation accuracy "
-        "is too high when it includes training images",
+        f"warning: {counted(len(repeated), 'training image')} {where} ({names}): "
+        "validation accuracy is too high when it includes training images",
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from job.console import counted
 from job.data.sample_order import stable_order
 from job.data.splits import UNLABELLED, Split
 from job.errors import DataError, InputNotFound, shown
@@ -79,8 +80,9 @@ def number_classes(root: Path, tokens: set[str]) -> tuple[str, ...]:
     highest = max(map(int, tokens))
     if highest >= max(1000, 10 * len(tokens)):
         raise DataError(
-            f"{shown(root)} has an image of class {highest:,} but only {len(tokens)} classes: "
-            "classes are numbered from 0, and Food-11 files named CLASS_NUMBER.jpg, e.g. 3_45.jpg"
+            f"{shown(root)} has an image of class {highest:,} but only "
+            f"{counted(len(tokens), 'class')}: classes are numbered from 0, "
+            "and Food-11 files named CLASS_NUMBER.jpg, e.g. 3_45.jpg"
         )
     return tuple(str(number) for number in range(highest + 1))
 
@@ -99,7 +101,7 @@ def missing_class_notes(data: Dataset) -> tuple[str, ...]:
     if not missing:
         return ()
     names = ", ".join(map(shown, missing[:6])) + (", …" if len(missing) > 6 else "")
-    return (f"warning: no validation images of {len(missing):,} classes ({names})",)
+    return (f"warning: no validation images of {counted(len(missing), 'class')} ({names})",)
 
 
 def hold_out_validation(data: Dataset, seed: int) -> Dataset:

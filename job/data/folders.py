@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from job.console import counted
 from job.data.images import IMAGE_SUFFIXES, IMAGE_SUFFIXES_1
 from job.data.split_names import CANONICAL
 from job.errors import DataError, reading, shown
@@ -138,5 +139,5 @@ class Lister:
             parts.append(f"{count:,} {noun} by name ({kinds})")
         if self.empty:
             names = ", ".join(self.empty[:6]) + (", …" if len(self.empty) > 6 else "")
-            parts.append(f"{len(self.empty):,} folders without images ({names})")
+            parts.append(f"{counted(len(self.empty), 'folder')} without images ({names})")
         return (f"warning: left out: {'; '.join(parts)}",) if parts else ()

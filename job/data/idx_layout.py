@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from job.console import counted
 from job.data.dataset import Dataset, number_classes
 from job.data.folders import visible
 from job.data.idx import read_idx
@@ -75,7 +76,8 @@ def _idx_split(images_path: Path, labels_path: Path | None) -> ArraySplit:
             )
         if len(stored) != len(images):
             raise DataError(
-                f"{shown(labels_path)} has {len(stored):,} labels for {len(images):,} images"
+                f"{shown(labels_path)} has {counted(len(stored), 'label')} "
+                f"for {counted(len(images), 'image')}"
             )
         labels = stored.astype(np.int64)
     return ArraySplit(images, labels)

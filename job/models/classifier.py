@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from job.console import counted
 from job.errors import UsageError, reason
 from job.models.input_size import TYPICAL_SIZES, copy_to_meta
 
@@ -52,20 +53,19 @@ def replace_classifier(network: nn.Module, num_classes: int) -> str:
         return ""
     kind = type(network).__name__
     advice = "let the factory take num_classes"
+    logits = f"{counted(count, 'logit')} for {counted(num_classes, 'class')}"
     if name is None:
         raise UsageError(
-            f"{kind} gives {count} logits for {num_classes} classes, and ends in no linear layer "
-            f"that could be replaced: {advice}"
+            f"{kind} gives {logits}, and ends in no linear layer that could be replaced: {advice}"
         )
     parent, _, leaf = name.rpartition(".")
     head = _with_outputs(network.get_submodule(name), num_classes)
     setattr(network.get_submodule(parent), leaf, head)
     if find_head(network)[1] != num_classes:
-        raise UsageError(f"{kind} does not give {num_classes} logits with another {name}: {advice}")
-    return (
-        f"{kind} gives {count} logits for {num_classes} classes: its classifier, layer {name}, is "
-        "replaced by a new one"
-    )
+        raise UsageError(
+            f"{kind} does not give {counted(num_classes, 'logit')} with another {name}: {advice}"
+        )
+    return f"{kind} gives {logits}: its classifier, layer {name}, is replaced by a new one"
 
 
 def _run(shadow: nn.Module) -> torch.Tensor:

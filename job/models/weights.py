@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from job.console import counted
 from job.errors import DataError, UsageError
 from job.models.classifier import auxiliary_heads, find_head
 from job.models.state_dict_keys import COUNTER, State, match_keys
@@ -122,13 +123,13 @@ class _OtherClasses:
 
     @property
     def refusal(self) -> str:
-        return f"they have {self.theirs} classes, the data or --num-classes {self.ours}"
+        return f"they have {counted(self.theirs, 'class')}, the data or --num-classes {self.ours}"
 
     @property
     def replacement(self) -> str:
         return (
-            f"they have {self.theirs} classes, the data or --num-classes {self.ours}: all weights "
-            f"are used but those of the classifier {self.layer}, which starts from random weights"
+            f"{self.refusal}: all weights are used but those of the classifier {self.layer}, "
+            "which starts from random weights"
         )
 
 

@@ -12,7 +12,7 @@ from job.artifacts.model_card import ModelCard, find_model, load_model, read_car
 from job.artifacts.provenance import find_run_data
 from job.artifacts.records import BaseRecord, Lineage
 from job.config import PruneConfig
-from job.console import say
+from job.console import counted, say
 from job.data.layout import BUILT_IN
 from job.distributed.collectives import digest
 from job.errors import DataError, InputNotFound, UsageError, shown
@@ -68,7 +68,7 @@ def adopt_slim_base(config: PruneConfig) -> tuple[PruneConfig, Path | None]:
     if folder is None:
         return config, None
     card, name = read_card(folder), f"--weights {shown(str(config.weights))}"
-    what = f"{card.model} with {card.num_classes} classes"
+    what = f"{card.model} with {counted(card.num_classes, 'class')}"
     for option, given, default, stored in (
         ("--model", config.model, DEFAULTS.model, card.model),
         ("--model-arg", config.args, DEFAULTS.args, card.args),
@@ -131,7 +131,9 @@ def check_classes(name: str, theirs: ModelCard, ours: tuple[str, ...] | list[str
     Without class names in the model, only the number of classes is compared.
     """
     if theirs.num_classes < len(ours):
-        raise DataError(f"{name} has {theirs.num_classes} classes, the data have {len(ours)}")
+        raise DataError(
+            f"{name} has {counted(theirs.num_classes, 'class')}, the data have {len(ours)}"
+        )
     for number, (one, other) in enumerate(zip(theirs.class_names, ours, strict=False)):
         if one != other:
             raise DataError(
@@ -163,7 +165,9 @@ def load_teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | No
         raise InputNotFound(f"{name} is not a run, round or model folder")
     network, theirs = load_model(find_model(path))
     if theirs.num_classes != card.num_classes:
-        raise DataError(f"{name} has {theirs.num_classes} classes, this run has {card.num_classes}")
+        raise DataError(
+            f"{name} has {counted(theirs.num_classes, 'class')}, this run has {card.num_classes}"
+        )
     if theirs.class_names and card.class_names and theirs.class_names != card.class_names:
         pairs = zip(theirs.class_names, card.class_names, strict=True)
         number, (one, other) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])

@@ -144,9 +144,10 @@ def _show_plan(setup: Setup) -> None:
 def _rounds_text(config: PruneConfig) -> str:
     if config.last_round is not None:
         return f"{counted(config.last_round, 'round')} of {counted(config.epochs, 'epoch')}"
+    points = "point" if config.most_points_lost == 1 else "points"
     return (
         f"rounds of {counted(config.epochs, 'epoch')} until one is more than "
-        f"{config.most_points_lost:g} points below the base, or nothing more can be cut"
+        f"{config.most_points_lost:g} {points} below the base, or nothing more can be cut"
     )
 
 

@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from job.artifacts.checkpoint import KEPT
-from job.console import say
+from job.console import counted, say
 from job.data.loader import default_workers
 from job.data.splits import ArraySplit
 from job.distributed.cores import available_cores
@@ -55,7 +55,7 @@ def _amount(count: int) -> str:
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
         if count >= size:
             return f"{float(f'{count / size:.2g}'):g} {unit}"
-    return f"{count:,} bytes"
+    return counted(count, "byte")
 
 
 def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> list[str]:
@@ -92,9 +92,9 @@ def core_warnings(config: PruneConfig, data: Dataset, cuda: bool) -> list[str]:
     wanted = max(2, workers + (not cuda)) if workers else 1
     if cores >= wanted * processes:
         return []
-    loaders = f"with {workers} loader processes each " if workers else ""
+    loaders = f" with {counted(workers, 'loader process')} each" if workers else ""
     return [
-        f"{cores} cores here for {processes} training process{'es' * (processes > 1)} "
-        f"{loaders}want {wanted * processes}: give more (Slurm: --cpus-per-task, and for srun "
-        "SRUN_CPUS_PER_TASK), or fewer --workers"
+        f"{counted(cores, 'core')} here for {counted(processes, 'training process')}"
+        f"{loaders}, {wanted * processes} are recommended: give more "
+        "(Slurm: --cpus-per-task, and for srun SRUN_CPUS_PER_TASK), or fewer --workers"
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.artifacts.provenance import stored_listing
 from job.artifacts.records import DatasetRecord
-from job.console import progress, say
+from job.console import counted, progress, say
 from job.data.dataset import Dataset, hold_out_validation, missing_class_notes
 from job.data.folders import CURRENT_LISTING
 from job.data.image_check import check_images
@@ -72,11 +72,12 @@ def describe_data(data: Dataset, preprocessing: Preprocessing) -> str:
     counts = ", ".join(f"{len(data.splits[name]):,} {name}" for name in present)
     place = data.root if data.layout == "built-in" else f"{data.layout} in {data.root}"
     lines = [
-        f"data: {place}: {counts}, {len(data.class_names)} classes; {preprocessing.describe()}"
+        f"data: {place}: {counts}, {counted(len(data.class_names), 'class')}; "
+        f"{preprocessing.describe()}"
     ]
     lines += [f"data: {note}" for note in data.notes]
     if data.skipped:
-        lines.append(f"data: {len(data.skipped)} images cannot be read and are skipped:")
+        lines.append(f"data: skipped: {counted(len(data.skipped), 'image')} that cannot be read:")
         lines += [f"  {shown(name)}" for name in data.skipped]
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from job.artifacts.run_reader import read_run
+from job.console import counted
 from job.errors import printable, writing
 from job.files import write_bytes
 from job.report.comparison import COSTS, comparison_caution, pareto_models, run_names
@@ -87,7 +88,7 @@ def run_page(history: History, figures: Sequence[DrawnFigure]) -> Page:
     if history.best:
         facts.append(f"Recommended: ★ rounds/{history.best.round:02d}, {history.reason}.")
     if history.seconds is not None:
-        facts.append(f"The run has taken {history.seconds:,.0f} seconds so far.")
+        facts.append(f"The run has taken {counted(round(history.seconds), 'second')} so far.")
     if not history.rounds:
         facts.append("No round is finished yet.")
     settings = tuple(

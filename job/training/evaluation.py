@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from job.console import counted
 from job.data.batches import PlainImages
 from job.data.loader import build_loader, iterate_batches
 from job.data.samplers import RankShare
@@ -75,7 +76,8 @@ class Evaluator:
         highest = int(split.labels.max(initial=0))
         if highest >= num_classes:
             raise DataError(
-                f"the data have a class {highest} but the network has {num_classes} classes, "
+                f"the data have a class {highest} but the network has "
+                f"{counted(num_classes, 'class')}, "
                 "numbered from 0"
             )
         if num_classes > MOST_CLASSES:

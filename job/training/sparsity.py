@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from job.console import counted
 from job.training.penalties import PENALTIES
 from job.training.schedule import learning_rate
 
@@ -39,7 +40,7 @@ def describe_sparsity(config: PruneConfig, epochs: int, steps: int) -> str:
     rates = sum(learning_rate(config, step, steps) for step in range(steps))
     strength = config.sparsity_strength * rates  # the most that l1 lowers a γ
     line = (
-        f"sparsity: {config.sparsity} on γ for {epochs} epochs; "
+        f"sparsity: {config.sparsity} on γ for {counted(epochs, 'epoch')}; "
         f"λ times the learning rate adds up to {strength:.3g}"
     )
     if strength >= WEAK_STRENGTH:

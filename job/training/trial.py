@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from job.console import say, warn
+from job.console import counted, say, warn
 from job.distributed.collectives import total
 from job.errors import DataError, UsageError
 from job.models.outputs import AUXILIARY_WEIGHT, all_logits
@@ -72,11 +72,11 @@ def least_batch(network: nn.Module, config: PruneConfig, size: int, count: int) 
         )
     if count < least:
         raise DataError(
-            f"{count} training images are too few: BatchNorm {name!r} needs {least} in a batch"
+            f"too few training images, {count}: BatchNorm {name!r} needs {least} in a batch"
         )
     say(
-        f"training: the last {count % batch} of {count:,} images join the batch before them: "
-        f"BatchNorm {name!r} gets one value per channel of each"
+        f"training: the batch before the last also takes {counted(count % batch, 'image')} of the "
+        f"last: BatchNorm {name!r} gets one value per channel of each image"
     )
     return least
 

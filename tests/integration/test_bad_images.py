@@ -19,5 +19,5 @@ def test_prune_ends_with_65_or_counts_and_lists_what_it_skips(tmp_path: Path) ->
     assert "1_99.png" in failed.err
     skipped = gammaslim(*common, "--on-bad-image", "skip")
     assert skipped.code == 0, skipped
-    assert "1 images cannot be read" in skipped.out
+    assert "skipped: 1 image that cannot be read:" in skipped.out
     assert "training/1_99.png" in skipped.out

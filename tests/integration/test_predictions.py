@@ -180,9 +180,9 @@ def test_csv_rows_end_at_line_ends_alone(tmp_path: Path) -> None:
     [
         (
             "a.png,1,train b.png,2,train a.png,1,val",
-            "1 training images are also in the validation spl",
+            "1 training image also in the validation spl",
         ),
-        ("a.png,1,train b.png,2,train ./a.png,1,train", "1 training images have several rows (a.p"),
+        ("a.png,1,train b.png,2,train ./a.png,1,train", "1 training image with several rows (a.p"),
         ("a.png,1,train a.png,1,train b.png,1,val", ""),  # a class is given more weight
         ("a.png,1,train b.png,1,test b.png,1,val", ""),
     ],
@@ -227,7 +227,7 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path: Path) -> None:
     notes = open_data(str(tmp_path)).notes
     assert len(notes) == 1
     assert "3 files that are not images by name (2 .heic, 1 .txt)" in notes[0]
-    assert "1 folders without images" in notes[0]
+    assert "1 folder without images" in notes[0]
     assert "bird" in notes[0]
 
 

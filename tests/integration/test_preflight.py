@@ -211,16 +211,16 @@ def test_too_few_cores(flat_data: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert core_warnings(config, pictures, cuda=False) == []
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
     (warning,) = core_warnings(config, pictures, cuda=False)
-    assert "7 cores here for 2 training processes with 3 loader processes each want 8" in warning
+    assert "7 cores here for 2 training processes with 3 loader processes each, 8 are" in warning
     assert core_warnings(config, pictures, cuda=True) == []
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     (warning,) = core_warnings(replace(config, workers=1), pictures, cuda=True)
-    assert "1 cores here for 1 training process with 1 loader processes each want 2" in warning
+    assert "1 core here for 1 training process with 1 loader process each, 2 are" in warning
     in_memory = open_data(None)
     assert core_warnings(config, in_memory, cuda=False) == []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "want 2" in core_warnings(config, in_memory, cuda=False)[0]
+    assert "2 are recommended" in core_warnings(config, in_memory, cuda=False)[0]
 
 
 @pytest.mark.parametrize(

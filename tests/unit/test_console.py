@@ -196,3 +196,12 @@ def test_a_cut_tells_its_steps_to_a_callback_and_the_library_prints_nothing(
     job.slim(network, image, target="channels=0.6", calibration=batches)
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [(1, "image", "1 image"), (0, "image", "0 images"), (1, "class", "1 class"),
+     (1200, "class", "1,200 classes"), (2, "loader process", "2 loader processes")],
+)  # fmt: skip
+def test_a_number_has_its_noun(number: int, noun: str, text: str) -> None:
+    assert console.counted(number, noun) == text

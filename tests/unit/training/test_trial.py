@@ -138,7 +138,7 @@ def test_only_a_batchnorm_of_one_value_needs_two_images(nets: Any) -> None:
     assert least_batch(wide, PruneConfig(batch_size=1), 32, 33) == 1
     with pytest.raises(UsageError, match=r"--batch-size 1 is too small: BatchNorm 'head.1'"):
         least_batch(pooled, PruneConfig(batch_size=1), 32, 33)
-    with pytest.raises(DataError, match="1 training images are too few"):
+    with pytest.raises(DataError, match="too few training images, 1:"):
         least_batch(pooled, PruneConfig(batch_size=4), 32, 1)
     assert all(torch.equal(value, state[key]) for key, value in pooled.state_dict().items())
     assert torch.equal(torch.get_rng_state(), drawn)
@@ -176,7 +176,7 @@ def test_the_dry_run_tries_a_step_the_cuts_and_an_evaluation(
     said = capsys.readouterr().out
     assert "tried: an evaluation batch, a training step, the cuts of 2 rounds" in said
     assert "auxiliary classifiers: 1, their losses count 0.3 times" in said
-    assert "the last 1 of 33 images join the batch before them: BatchNorm 'head.1'" in said
+    assert "the batch before the last also takes 1 image of the last: BatchNorm 'head.1'" in said
     with pytest.raises(UsageError, match="--batch-size 1 is too small"):
         dry(tmp_path, "Pooled", batch_size=1)
 
