@@ -186,6 +186,12 @@ class SlimmingConfig:
     recalibrate: int = option(
         0, "Number of batches that re-estimate BatchNorm statistics after a cut.", at_least=0
     )
+    recover: int = option(
+        0,
+        "Epochs of recovery after each cut: the narrow network learns the outputs and features of "
+        "the one before the cut on the calibration images, without labels.",
+        at_least=0,
+    )
     round_to: int = option(1, "Keep a multiple of N channels in each group.", at_least=1)
     min_keep: float = option(
         0.1, "Smallest fraction of each group that the global policy keeps.", at_least=0, at_most=1

@@ -53,13 +53,15 @@ class PlannedRound:
 class RoundRecord(PlannedRound):
     """Costs and scores of the base's or a round's best model. Accuracies are fractions.
 
-    ``valid_acc_pruned`` is the accuracy after surgery, before fine-tuning. ``step`` counts
-    optimizer steps since the run began, ``seconds`` is the time that the round took.
+    ``valid_acc_pruned`` is the accuracy after surgery, before fine-tuning, and
+    ``valid_acc_recovered`` that after recovery, if there is any. ``step`` counts optimizer steps
+    since the run began, ``seconds`` is the time that the round took.
     """
 
     EVENT: ClassVar[str] = "round"
 
     valid_acc_pruned: float | None = None
+    valid_acc_recovered: float | None = None
     valid_acc: float
     valid_loss: float
     best_epoch: int | None = None
@@ -82,7 +84,10 @@ class EpochRecord(EpochResult):
 
 @dataclass(frozen=True)
 class SlimRecord:
-    """Accuracy and loss after surgery, and the relative error of the verification of a cut."""
+    """Accuracy and loss after surgery, and the relative error of the verification of a cut.
+
+    With recovery, also the accuracy and loss after it.
+    """
 
     EVENT: ClassVar[str] = "slim"
 
@@ -91,6 +96,8 @@ class SlimRecord:
     valid_acc_pruned: float
     valid_loss_pruned: float
     verification_error: float
+    valid_acc_recovered: float | None = None
+    valid_loss_recovered: float | None = None
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,7 @@ class SlimOptions(ImageOptions):
         help=f"Number of batches of {PruneConfig.batch_size} images that re-estimate BatchNorm "
         "statistics after the cut.",
     )
+    recover: int = shared(PruneConfig, "recover")
     round_to: int = shared(PruneConfig, "round_to")
     min_keep: float = shared(PruneConfig, "min_keep")
     seed: int = shared(

@@ -35,7 +35,9 @@ from job.slimming.cut import (
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.cost import example_image
 from job.slimming.planning.overview import costs_table
+from job.slimming.planning.plan import keep_of
 from job.slimming.planning.target import Budget
+from job.slimming.recovery.recovery import recover
 from job.training.calibration import Calibration
 from job.training.evaluation import Evaluator
 
@@ -89,7 +91,13 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     if tools and options.recalibrate:
         count = options.recalibrate * PruneConfig.batch_size
         recalibrate_batchnorms(narrow, tools.calibration.batches(count))
-    after = tools.accuracy(narrow) if tools else None
+    after = cut_only = tools.accuracy(narrow) if tools else None
+    if tools and options.recover:
+        keep = keep_of(graph, plan.groups)
+        batches = tools.calibration.batches
+        recover(network, narrow, graph, keep, batches, options.recover, options.seed, show)
+        phase("")
+        after = tools.accuracy(narrow)
     lineage = replace(card.lineage, slimmed_from=shown(Path(model.path).absolute()))
     slimmed = card.cut(plan.layers, plan.width)
     metrics = {} if after is None or not images else {images.scored: after}
@@ -100,6 +108,8 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     say(costs_table(plan.before, plan.after))
     exact = f"relative error {plan.proof.error:.1e}"
     say(f"the cut is verified in float64: {exact}; saved in {shown(output)}")
+    if options.recover and cut_only is not None and after is not None:
+        say(f"recovery: accuracy {cut_only:.4f} before, {after:.4f} after")
     say(_accuracies(images, before, after))
 
 
@@ -107,6 +117,7 @@ def _check_images_given(options: SlimOptions) -> None:
     """Raise UsageError for options that need images when there are none."""
     words = options_needing_images(options.importance, options.compensate, options.allocate)
     words += ["--recalibrate"] if options.recalibrate else []
+    words += ["--recover"] if options.recover else []
     if words and not options.data:
         verb = "needs" if len(words) == 1 else "need"
         raise UsageError(f"{' and '.join(words)} {verb} images: add --data PATH")

@@ -19,7 +19,7 @@ from job.pipeline.model import Model
 from job.pipeline.resources import batch_warnings, check_disk, core_warnings
 from job.pipeline.round import distil_from
 from job.pipeline.setup import MISSING, PLANNED, START_UP
-from job.pipeline.slim_round import cut
+from job.pipeline.slim_round import cut, recover_cut
 from job.pipeline.wandb_check import check_wandb
 from job.processes import is_main, world_size
 from job.report.tables import rounds_table
@@ -115,7 +115,10 @@ def _try_training(setup: Setup) -> str | None:
         setup.watch.check()
         if round_index:
             tools = config, setup.accelerator.device, setup.calibration
-            model, _ = cut(model, round_index, *tools)
+            wide = model
+            model, plan = cut(wide, round_index, *tools)
+            if config.recover:
+                recover_cut(wide, model, plan, *tools)
         setup.trainer.try_step(model.network, distillation)
     cuts = f", the cuts of {counted(rounds, 'round')}" if rounds else ""
     say(f"tried: an evaluation batch, a training step{cuts}")

@@ -17,7 +17,13 @@ from job.errors import DataError, shown
 from job.pipeline.cautions import sample_caution
 from job.pipeline.model import Model
 from job.pipeline.session_state import TrainedModel
-from job.pipeline.slim_round import can_cut, cut, cut_before, ranking_norms
+from job.pipeline.slim_round import (
+    can_cut,
+    cut,
+    cut_before,
+    ranking_norms,
+    recover_cut,
+)
 from job.slimming.planning.cost import network_cost
 from job.tracking.wandb_events import round_event
 from job.training.distillation import distillation
@@ -113,14 +119,23 @@ def distil_from(setup: Setup, teacher: nn.Module | None) -> Distillation | None:
 
 
 def _slim(session: Session, wide: Model) -> tuple[Model, PrunedScores]:
-    """Cut the network and evaluate it before fine-tuning."""
+    """Cut the network, let it recover, and evaluate it before fine-tuning."""
     setup, index = session.setup, session.round.index
     show = partial(show_step, session.round_name)
-    device, calibration = setup.accelerator.device, setup.calibration
-    narrow, error = cut(wide, index, setup.config, device, calibration, show)
+    tools = setup.config, setup.accelerator.device, setup.calibration, show
+    narrow, plan = cut(wide, index, *tools)
+    assert plan.proof
     pruned = _evaluate(session, narrow.network)
-    session.log(SlimRecord(index, narrow.card.width, pruned.accuracy, pruned.loss, error))
-    return narrow, PrunedScores(pruned.accuracy)
+    record = SlimRecord(index, narrow.card.width, pruned.accuracy, pruned.loss, plan.proof.error)
+    if setup.config.recover:
+        recover_cut(wide, narrow, plan, *tools)
+        scores = _evaluate(session, narrow.network)
+        say(f"recovery: valid acc {pruned.accuracy:6.4f} before, {scores.accuracy:6.4f} after")
+        record = replace(
+            record, valid_acc_recovered=scores.accuracy, valid_loss_recovered=scores.loss
+        )
+    session.log(record)
+    return narrow, PrunedScores(pruned.accuracy, record.valid_acc_recovered)
 
 
 def _evaluate(session: Session, network: nn.Module) -> Evaluation:

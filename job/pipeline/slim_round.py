@@ -23,8 +23,10 @@ from job.slimming.importance.criteria import CRITERIA, score_channels
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.base import Base, layer_widths
 from job.slimming.planning.cost import example_image, network_cost
+from job.slimming.planning.plan import keep_of
 from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.target import Budget
+from job.slimming.recovery.recovery import recover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from job.slimming.importance.scores import Scores
     from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.plan import Plan
+    from job.slimming.recovery.recovery import Recovered
     from job.training.calibration import Calibration
     from job.training.position import Position
 
@@ -160,18 +163,14 @@ def cut(
     device: torch.device,
     calibration: Calibration,
     progress: Progress = no_progress,
-) -> tuple[Model, float]:
-    """Return the narrow network of a round, on the CPU, with its card, and its verification error.
+) -> tuple[Model, Plan]:
+    """Return the narrow network of a round, on the CPU, with its card, and its plan with the proof.
 
     ``progress`` is called before each step. Raises StopRequest on every process when a stop is
     requested.
     """
-
-    def step(name: str, number: int, count: int) -> None:
-        calibration.check()
-        progress(name, number, count)
-
-    network, card, method = model.network, model.card, method_of(config)
+    step, network = _interruptible(calibration, progress), model.network
+    card, method = model.card, method_of(config)
     image = example_image(card.preprocessing.size)
     network.to(device)
     step("tracing the network", 0, 0)
@@ -186,8 +185,46 @@ def cut(
         recalibrate_batchnorms(narrow, calibration.batches(images))
     lineage = replace(card.lineage, wide_sha256=digest(network.cpu().state_dict()))
     card = replace(card.cut(plan.layers, plan.width), lineage=lineage)
-    assert plan.proof
-    return Model(narrow.cpu(), card), plan.proof.error
+    return Model(narrow.cpu(), card), plan
+
+
+def recover_cut(
+    wide: Model,
+    narrow: Model,
+    plan: Plan,
+    config: PruneConfig,
+    device: torch.device,
+    calibration: Calibration,
+    progress: Progress = no_progress,
+) -> Recovered:
+    """Train the narrow network of a cut by the wide one, without labels, for --recover epochs.
+
+    Both networks are on the CPU afterwards. Raises StopRequest as `cut` does.
+    """
+    graph = on_main(lambda: wide.graph, interrupt=True)
+    recovered = recover(
+        wide.network.to(device),
+        narrow.network.to(device),
+        graph,
+        keep_of(graph, plan.groups),
+        calibration.batches,
+        config.recover,
+        config.seed,
+        _interruptible(calibration, progress),
+    )
+    wide.network.cpu()
+    narrow.network.cpu()
+    return recovered
+
+
+def _interruptible(calibration: Calibration, progress: Progress) -> Progress:
+    """Return ``progress`` that raises StopRequest on every process when a stop is requested."""
+
+    def step(name: str, number: int, count: int) -> None:
+        calibration.check()
+        progress(name, number, count)
+
+    return step
 
 
 def cut_before(model: Model, start: Position, run: Path) -> Model:

@@ -12,6 +12,7 @@ from job.report.drawing import (
     BLACK,
     BLUE,
     COLOURS,
+    GREEN,
     GREY,
     MARKERS,
     VERMILLION,
@@ -68,6 +69,11 @@ def draw_accuracy(axes: Axes, history: History, cost: str) -> None:
         style: dict[str, Any] = {"linestyle": "--", "marker": "s", "fillstyle": "none"}
         scores = [100 * (entry.valid_acc_pruned or 0) for _, entry in pruned]
         axes.plot([x for x, _ in pruned], scores, label="after surgery", color=VERMILLION, **style)
+    recovered = [(x, e) for x, e in zip(costs, rounds, strict=True) if e.valid_acc_recovered]
+    if recovered:
+        scores = [100 * (entry.valid_acc_recovered or 0) for _, entry in recovered]
+        style = {"linestyle": "-.", "marker": "^", "fillstyle": "none"}
+        axes.plot([x for x, _ in recovered], scores, label="after recovery", color=GREEN, **style)
     tuned = [100 * entry.valid_acc for entry in rounds]
     axes.plot(costs, tuned, marker="o", color=BLUE, label="after fine-tuning")
     if history.base:

@@ -120,8 +120,10 @@ def comparison_page(histories: Sequence[History], figures: Sequence[DrawnFigure]
 
 
 def _rounds_table(history: History) -> HtmlTable:
+    recovered = any(entry.valid_acc_recovered is not None for entry in history.rounds)
     header = (
         "round", "width", *COST_HEADINGS.values(), "channels", "accuracy after surgery",
+        *(("accuracy after recovery",) if recovered else ()),
         "accuracy after fine-tuning", "best epoch", "difference from the base, points", "seconds",
     )  # fmt: skip
     rows = tuple(
@@ -131,6 +133,7 @@ def _rounds_table(history: History) -> HtmlTable:
             *(_cost(history, entry, cost) for cost in COSTS),
             f"{entry.channels:,}",
             _percent(entry.valid_acc_pruned),
+            *((_percent(entry.valid_acc_recovered),) if recovered else ()),
             _percent(entry.valid_acc),
             "" if entry.best_epoch is None else str(entry.best_epoch),
             format_points(history.points(entry)) if entry.round else "",

@@ -35,10 +35,11 @@ def describe_position(round_index: int, epoch: int, step: int) -> str:
 
 def rounds_table(rounds: Sequence[PlannedRound]) -> str:
     """Return a table with a row per round: width and costs and, after training, accuracies."""
-    trained = any(isinstance(entry, RoundRecord) for entry in rounds)
-    scores = ("acc after cut", "acc tuned") if trained else ()
-    header = ("round", "width", "channels", "params", "MACs", "bytes", *scores)
-    return table(header, [(*_costs(entry), *_scores(entry)) for entry in rounds])
+    trained = [entry for entry in rounds if isinstance(entry, RoundRecord)]
+    recovered = any(entry.valid_acc_recovered is not None for entry in trained)
+    scores = ("acc after cut", *(("recovered",) if recovered else ()), "acc tuned")
+    header = ("round", "width", "channels", "params", "MACs", "bytes", *(scores if trained else ()))
+    return table(header, [(*_costs(entry), *_scores(entry, recovered)) for entry in rounds])
 
 
 def _costs(entry: PlannedRound) -> tuple[str, ...]:
@@ -46,11 +47,12 @@ def _costs(entry: PlannedRound) -> tuple[str, ...]:
     return entry.name, f"{entry.width:.4f}", *(f"{count:,}" for count in counts)
 
 
-def _scores(entry: PlannedRound) -> tuple[str, ...]:
+def _scores(entry: PlannedRound, recovered: bool) -> tuple[str, ...]:
     if not isinstance(entry, RoundRecord):
         return ()
-    pruned = entry.valid_acc_pruned
-    return "" if pruned is None else f"{pruned:.4f}", f"{entry.valid_acc:.4f}"
+    before = (entry.valid_acc_pruned, *((entry.valid_acc_recovered,) if recovered else ()))
+    texts = ("" if accuracy is None else f"{accuracy:.4f}" for accuracy in before)
+    return *texts, f"{entry.valid_acc:.4f}"
 
 
 def run_overview(history: History) -> str:

@@ -38,7 +38,9 @@ from job.slimming.graph.snapshot import preserve_state
 from job.slimming.importance.criteria import CRITERIA
 from job.slimming.inputs import strip_values
 from job.slimming.planning.allocation import Allocation
+from job.slimming.planning.plan import keep_of
 from job.slimming.planning.policies import POLICIES
+from job.slimming.recovery.recovery import recover as recover_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -62,6 +64,7 @@ def slim(
     compensate: str | None = None,
     allocate: str | None = None,
     recalibrate: int = 0,
+    recover: int = 0,
     calibration: Iterable[Any] | None = None,
     ignore: Iterable[str | nn.Module] = (),
 ) -> tuple[nn.Module, Plan]:
@@ -75,7 +78,8 @@ def slim(
     need it, the importances ``refit`` and ``taylor`` (which needs labels too), and ``recalibrate``,
     the number of batches that BatchNorm statistics are measured on after the cut. With None for
     ``importance`` and ``compensate`` the best choice is made, and logged by ``gammaslim``:
-    ``refit`` and ``regress`` with ``calibration``, else ``gamma`` and ``none``.
+    ``refit`` and ``regress`` with ``calibration``, else ``gamma`` and ``none``. For ``recover``
+    epochs the copy then learns the outputs and features of ``model`` on the calibration images.
 
     ``allocate`` says what the policy ``global`` compares channel groups by: the loss of the
     network's ``outputs`` when a group is cut, measured on a few calibration images, or the
@@ -107,6 +111,7 @@ def slim(
     check_number("round_to", round_to, 1)
     check_number("min_keep", min_keep, 0, 1)
     check_number("recalibrate", recalibrate, 0)
+    check_number("recover", recover, 0)
     allocation = Allocation(policy, budget_of(target), int(round_to), float(min_keep))
     inputs, names = example_of(model, example), ignored_layers(model, ignore)
     try:
@@ -114,8 +119,9 @@ def slim(
         images = None
         if calibration is not None:
             images = read_batches(model, inputs, calibration, recalibrate)
-        elif recalibrate:
-            raise UsageError("recalibrate needs calibration batches")
+        elif recalibrate or recover:
+            option = "recalibrate" if recalibrate else "recover"
+            raise UsageError(f"{option} needs calibration batches")
         method, reason = choose_method(
             importance, compensate, allocate, images=images is not None, policy=policy
         )
@@ -133,6 +139,8 @@ def slim(
         raise UsageError(in_python(str(error))) from error
     if recalibrate and images:
         recalibrate_batchnorms(narrow, images[:recalibrate])
+    if recover and batches:
+        recover_outputs(model, narrow, graph, keep_of(graph, plan.groups), batches, int(recover))
     return narrow, replace(plan, example=strip_values(inputs))
 
 

@@ -42,9 +42,13 @@ class CutRecord:
 
 @dataclass(frozen=True)
 class PrunedScores:
-    """Scores of a network between surgery and fine-tuning; empty for the base."""
+    """Scores of a network between surgery and fine-tuning; empty for the base.
+
+    ``valid_acc_recovered`` is None without recovery.
+    """
 
     valid_acc_pruned: float | None = None
+    valid_acc_recovered: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

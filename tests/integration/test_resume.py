@@ -100,6 +100,44 @@ def test_a_run_killed_in_sparse_epochs_or_a_distilled_round_resumes_to_the_same_
     assert_same_run(output, undisturbed_sparse)
 
 
+RECOVERED = ("--recover", 2, "--rounds", 1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_recovered(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("recovered") / "run"
+    done = gammaslim(*small_run(noise, output, *RECOVERED))
+    assert done.code == 0, done
+    assert "recovery: valid acc " in done.out
+    summary = json.loads((output / "summary.json").read_text())
+    (slim,) = [line for line in metrics(output) if line["event"] == "slim"]
+    (entry,) = summary["rounds"]
+    assert entry["valid_acc_recovered"] == slim["valid_acc_recovered"]
+    assert entry["valid_acc_pruned"] == slim["valid_acc_pruned"]
+    assert "valid_acc_recovered" not in summary["base"]
+    return output
+
+
+@pytest.mark.parametrize(
+    ("place", "passage"), [("recovery step", 1), ("recovery step", 2), ("step", 8)]
+)
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM"])
+def test_a_run_interrupted_in_or_after_recovery_resumes_to_the_same_weights(
+    noise: Path, undisturbed_recovered: Path, tmp_path: Path, place: str, passage: int,
+    signal_name: str,
+) -> None:  # fmt: skip
+    output, proof = tmp_path / "run", tmp_path / "proof"
+    args = small_run(noise, output, *RECOVERED)
+    stopped = run(
+        sys.executable, KILL_AT, place, passage, proof, *args, env={"KILL_SIGNAL": signal_name}
+    )
+    assert stopped.code == (-signal.SIGKILL if signal_name == "SIGKILL" else 75), stopped
+    assert proof.read_text() == place
+    again = gammaslim(*args)
+    assert again.code == 0, again
+    assert_same_run(output, undisturbed_recovered)
+
+
 @pytest.fixture(scope="module")
 def undisturbed_pair(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pair") / "run"

@@ -207,3 +207,19 @@ def test_contradictions_of_format_and_suffix_are_errors(
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_recovery_is_reported_and_needs_images(model: Path, images: Path, tmp_path: Path) -> None:
+    arguments = ("--target", "macs=0.5", "--recover", 2)
+    done = command("slim", model, "--output", tmp_path / "none", *arguments)
+    assert done.exit_code == 2
+    assert "Error: --recover needs images: add --data PATH" in done.stderr
+    done = command(
+        "slim", model, "--output", tmp_path / "slim", *arguments, "--data", images, "--workers", 0
+    )
+    assert done.exit_code == 0, done.output
+    *_, recovery, last = done.stdout.splitlines()
+    assert recovery.startswith("recovery: accuracy ")
+    after = accuracy(tmp_path / "slim", images, "validation")
+    assert recovery.endswith(f" before, {after:.4f} after")
+    assert f"{after:.4f} after (" in last

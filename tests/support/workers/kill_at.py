@@ -23,6 +23,7 @@ import job.files
 import job.pipeline.prune
 import job.pipeline.session
 import job.slimming.cut
+import job.slimming.recovery.recovery
 import job.training.evaluation
 import job.training.trainer
 from job.__main__ import main
@@ -124,6 +125,7 @@ PLACES = {
     "evaluation": in_evaluation,
     "surgery": lambda: before(job.slimming.cut, "apply_plan"),
     "proof of a cut": lambda: after(job.slimming.cut, "verify"),
+    "recovery step": lambda: after(job.slimming.recovery.recovery.Recovery, "step"),
     "file write": half_a_file,
     "fsync": lambda: before(job.files, "sync_path"),
     "rename": lambda: before(Path, "rename"),

@@ -51,6 +51,7 @@ def network() -> nn.Module:
         ({"min_keep": 1.5}, "min_keep must be a number from 0 to 1; got 1.5"),
         ({"recalibrate": -1}, "recalibrate must be a whole number of at least 0; got -1"),
         ({"recalibrate": 2}, "recalibrate needs calibration batches"),
+        ({"recover": 2}, "recover needs calibration batches"),
         ({"importance": "refit"}, "^importance refit: calibration "),
         ({"ignore": ["two.3"]}, "ignore: the network has no layer 'two.3'; did you mean two."),
         ({"ignore": [nn.ReLU()]}, "ignore: a ReLU that is not part of the network"),

@@ -1,0 +1,1 @@
+"""Recovery: the narrow network learns from the wide one on calibration images without labels."""

@@ -1,0 +1,164 @@
+"""Losses of a narrow network against the wide one: of its outputs, and of its features."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from job.distributed.collectives import total
+from job.slimming.calibration.consumers import consumers_of
+from job.slimming.inputs import call_network, tensors_in
+from job.slimming.sensitivity.output_loss import are_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.graph.union import Ids
+    from job.slimming.inputs import Example
+
+LEAST_VARIANCE = 1e-12
+
+
+class Values(NamedTuple):
+    """What a network computes from a batch: its outputs, and the inputs of the features' layers."""
+
+    outputs: list[torch.Tensor]
+    features: list[torch.Tensor]
+
+
+class Losses(NamedTuple):
+    """The loss of the outputs, and the mean loss of the features."""
+
+    outputs: torch.Tensor
+    features: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Feature:
+    """The input of ``layer``, a tensor whose axis ``axis`` holds its channels.
+
+    The narrow network has the ``channels`` of the wide one's; None stands for all of them.
+    """
+
+    layer: str
+    axis: int
+    channels: torch.Tensor | None
+
+    def kept(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the kept channels of the wide network's ``values``."""
+        if self.channels is None:
+            return values
+        return values.index_select(self.axis, self.channels.to(values.device))
+
+
+def features_of(
+    wide: nn.Module, narrow: nn.Module, graph: ChannelGraph, keep: Ids
+) -> list[Feature]:
+    """Return the inputs, in both networks, of the layers that sum over channels.
+
+    ``keep`` (count,) is the mask of the kept channels of ``graph``, the wide network's.
+    """
+    features, layers = [], dict(narrow.named_modules())
+    for consumer in consumers_of(wide, graph):
+        kept = keep[consumer.channels]
+        if consumer.layer not in layers or consumer.columns > 1 or not kept.any():
+            continue
+        channels = None if kept.all() else torch.from_numpy(kept.nonzero()[0])
+        axis = -1 if isinstance(layers[consumer.layer], nn.Linear) else 1
+        features.append(Feature(consumer.layer, axis, channels))
+    return features
+
+
+class Comparison:
+    """Compares the outputs and the features of a narrow network with those of the wide one.
+
+    Errors are relative to the variance of the wide network's values, which `measure` sets.
+    """
+
+    def __init__(self, wide: nn.Module, narrow: nn.Module, features: Sequence[Feature]) -> None:
+        self.wide, self.narrow, self.features = wide, narrow, features
+        self.variances = [1.0] * (len(features) + 1)  # of each feature, and of the outputs
+
+    def measure(self, batches: Iterable[Example], device: torch.device) -> None:
+        """Set the variances, those over the samples of all processes; collective."""
+        sums = torch.zeros(len(self.variances), 3, dtype=torch.float64, device=device)
+        for inputs in batches:
+            values = self.targets(inputs)
+            for row, tensors in zip(
+                sums, [*([v] for v in values.features), values.outputs], strict=True
+            ):
+                for tensor in tensors:
+                    double = tensor.double()
+                    row += torch.stack(
+                        [double.new_tensor(double.numel()), double.sum(), double.square().sum()]
+                    )
+        counts, first, second = total(sums).unbind(1)
+        counts = counts.clamp_min(1)
+        variances = second / counts - (first / counts).square()
+        self.variances = variances.clamp_min(LEAST_VARIANCE).tolist()
+
+    def targets(self, inputs: Example) -> Values:
+        """Return the outputs and the kept features of the wide network."""
+        with torch.no_grad():
+            values = self._run(self.wide, inputs)
+        pairs = zip(self.features, values.features, strict=True)
+        return Values(values.outputs, [feature.kept(v) for feature, v in pairs])
+
+    def losses(self, inputs: Example) -> Losses:
+        """Return the losses of the narrow network, as means over the samples of ``inputs``."""
+        targets = self.targets(inputs)
+        values = self._run(self.narrow, inputs)
+        *variances, of_outputs = self.variances
+        outputs = list(zip(values.outputs, targets.outputs, strict=True))
+        loss = torch.stack([F.mse_loss(a, b) for a, b in outputs]).sum() / (
+            len(outputs) * of_outputs
+        )
+        if are_logits(targets.outputs):
+            loss = loss + torch.stack([_divergence(a, b) for a, b in outputs]).mean()
+        features = [
+            F.mse_loss(a, b) / variance
+            for a, b, variance in zip(values.features, targets.features, variances, strict=True)
+        ]
+        return Losses(loss, torch.stack(features).mean() if features else torch.zeros_like(loss))
+
+    def _run(self, network: nn.Module, inputs: Example) -> Values:
+        with _inputs_kept(network, self.features) as kept:
+            outputs = call_network(network, inputs)
+        floats = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+        return Values(floats, [kept[feature.layer] for feature in self.features])
+
+
+def _divergence(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean KL(wide || narrow) of the softmax of logits (B, C)."""
+    narrow, wide = F.log_softmax(logits, 1), F.log_softmax(targets, 1)
+    return F.kl_div(narrow, wide, log_target=True, reduction="batchmean")
+
+
+@contextmanager
+def _inputs_kept(
+    network: nn.Module, features: Sequence[Feature]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Keep the input of each feature's layer in the dict, by the layer's name."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep_as(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            kept[name] = inputs[0]
+
+        return hook
+
+    hooks = [
+        network.get_submodule(feature.layer).register_forward_pre_hook(keep_as(feature.layer))
+        for feature in features
+    ]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
