@@ -150,7 +150,7 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
         return on_main(lambda: _interruptibly(work))
     if world_size() == 1:
         return work()
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # the result, the error
     failure: BaseException | None = None
     if is_main():
         with _heartbeats():
@@ -162,17 +162,7 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
         _broadcast_sign(_DONE)
     else:
         _wait_for_main()
-    try:
-        dist.broadcast_object_list(outcome, src=0, group=gloo_group())
-    except (AttributeError, TypeError, pickle.PicklingError) as error:
-        if not is_main():
-            raise
-        failure = UsageError(  # only a network contains the user's classes
-            f"several processes need a network that can be pickled: {error}; define its classes "
-            "and functions at the top level of a module, or use one process"
-        )
-        outcome = [None, (UsageError, str(failure))]  # nothing has been sent yet
-        dist.broadcast_object_list(outcome, src=0, group=gloo_group())
+    failure = _broadcast_outcome(outcome) or failure
     if failure is not None:
         raise failure
     if outcome[1] is not None:
@@ -182,6 +172,23 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
         raise copy
     result: T = outcome[0]
     return result
+
+
+def _broadcast_outcome(outcome: list[Any]) -> BaseException | None:
+    """Give every process the ``outcome`` of the main one; return an error if it cannot be sent."""
+    try:
+        dist.broadcast_object_list(outcome, src=0, group=gloo_group())
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        if not is_main():
+            raise
+        failure = UsageError(  # only a network contains the user's classes
+            f"several processes need a network that can be pickled: {error}; define its classes "
+            "and functions at the top level of a module, or use one process"
+        )
+        outcome[:] = [None, (UsageError, str(failure))]  # nothing has been sent yet
+        dist.broadcast_object_list(outcome, src=0, group=gloo_group())
+        return failure
+    return None
 
 
 def _interruptibly(work: Callable[[], T]) -> T:

@@ -202,19 +202,8 @@ def build_base_network(
         say(note)
     check_size(network, preprocessing.size)
     lineage = Lineage(seed=config.seed, listing=data.listing)
-    if config.weights and weights.state is not None:
-        state, source = weights.state, shown(config.weights)
-        loaded = load_state(network, state, source, replace_head=True)
-        for line in loaded.notes:
-            say(line)
-        if loaded.replaced_head and not config.first_epochs:
-            say("the classifier is not trained before the first cut: --base-epochs N trains it")
-        lineage = replace(
-            lineage,
-            base_sha256=digest(state),
-            base_weights=source,
-            fresh_classifier=loaded.replaced_head,
-        )
+    if weights.state is not None:
+        lineage = _load_base_weights(network, config, weights.state, lineage)
     unnamed = (str(number) for number in range(len(data.class_names), num_classes))
     card = ModelCard(
         model=config.model,
@@ -226,3 +215,21 @@ def build_base_network(
         lineage=lineage,
     )
     return network, replace(card, base=base_of(network, card))
+
+
+def _load_base_weights(
+    network: nn.Module, config: PruneConfig, state: dict[str, torch.Tensor], lineage: Lineage
+) -> Lineage:
+    """Load the weights of the file in ``--weights``; return the lineage with their origin."""
+    source = shown(str(config.weights))
+    loaded = load_state(network, state, source, replace_head=True)
+    for line in loaded.notes:
+        say(line)
+    if loaded.replaced_head and not config.first_epochs:
+        say("the classifier is not trained before the first cut: --base-epochs N trains it")
+    return replace(
+        lineage,
+        base_sha256=digest(state),
+        base_weights=source,
+        fresh_classifier=loaded.replaced_head,
+    )

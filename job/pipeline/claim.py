@@ -12,7 +12,7 @@ from job.artifacts.model_card import read_card
 from job.artifacts.records import ResumeRecord, StopRecord
 from job.artifacts.run_directory import Run
 from job.artifacts.run_folder import await_config, choose_run_folder
-from job.console import say
+from job.console import counted, say
 from job.distributed.collectives import on_main
 from job.errors import ConfigError, GammaslimError, OutputError, StopRequest, exit_code
 from job.files import check_writable
@@ -42,6 +42,19 @@ class Claim:
     place: Place  # where the run resumes
     resume: Position | None = None  # within a round
     state_before: str | None = None  # how the previous job ended
+
+    def describe(self) -> str:
+        """Return what is special about the run, as the end of a line; "" for a new run."""
+        notes = f"; {counted(self.saved, 'model')} of an earlier attempt" if self.saved else ""
+        if self.finished:
+            notes = "; the run is finished and only shown"
+        return f"{notes}; {self.reason}" if self.reason else notes
+
+    def describe_end(self) -> str:
+        """Return how the previous job ended, as the end of a line; "" without one."""
+        before = self.state_before or ""
+        how = {"stopped": "was stopped", "finished": "had finished"}.get(before, before)
+        return f"; the run {how} before" if how else ""
 
 
 def claim_run(setup: Setup) -> Claim:

@@ -85,16 +85,11 @@ class Session(TrainingSession):
 
     def begin(self) -> None:
         """Print the run and its resources, and start its W&B run."""
-        claim, setup = self.claim, self.setup
-        if not claim.finished:
+        if not self.claim.finished:
             self._status("running", None)
             on_main(self._track, interrupt=True)
-        notes = f"; {counted(claim.saved, 'model')} of an earlier attempt" if claim.saved else ""
-        if claim.finished:
-            notes = "; the run is finished and only shown"
-        if claim.reason:
-            notes += f"; {claim.reason}"
-        say(f"run: {shown(self.run.path)} on {accelerator_name(setup.accelerator)}{notes}")
+        resources = accelerator_name(self.setup.accelerator)
+        say(f"run: {shown(self.run.path)} on {resources}{self.claim.describe()}")
 
     def _track(self) -> None:
         config = self.setup.config
@@ -141,9 +136,8 @@ class Session(TrainingSession):
     def finish(self) -> None:
         """Write the final summary and show the table of rounds."""
         summary = on_main(self.run.finished_summary) or self.summarise("finished")
-        if (
-            on_main(lambda: self.run.state) != "finished"
-        ):  # a full disk may have prevented the write
+        # a full disk may have prevented the write
+        if on_main(lambda: self.run.state) != "finished":
             last = len(self.entries) - 1
             self._move(last, self.epochs_of(last), self.entries[last].step)
             self._status("finished", 0)
@@ -237,12 +231,7 @@ class Session(TrainingSession):
         self._move_to_batch(resume.epoch if resume else 0, resume.batch if resume else 0)
         state.forecast = state.forecast.begin(index)
         if (self.claim.saved or resume) and not state.resume_reported:
-            before = self.claim.state_before or ""
-            how = {"stopped": "was stopped", "finished": "had finished"}.get(before, before)
-            say(
-                f"resuming in {describe_position(*state.place)}"
-                + (f"; the run {how} before" if how else "")
-            )
+            say(f"resuming in {describe_position(*state.place)}{self.claim.describe_end()}")
             state.resume_reported = True
         self._status("running", None)
         return state.round

@@ -86,6 +86,11 @@ class Position:
         """Name of the checkpoint folder; names sort in the order of positions."""
         return f"{self.round:03d}-{self.epoch:04d}-{self.batch:07d}"
 
+    def part(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the tensors whose names begin with ``name`` and a dot, without these."""
+        prefix, tensors = f"{name}.", self.tensors.items()
+        return {k.removeprefix(prefix): v for k, v in tensors if k.startswith(prefix)}
+
     @property
     def progress(self) -> RoundProgress:
         """The progress of the run when this position was saved."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from job.config import PruneConfig, ScheduleName
+    from job.training.session import RoundSpec
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,14 @@ SCHEDULES: dict[ScheduleName, Schedule] = {
 def learning_rate(config: PruneConfig, step: int, steps: int) -> float:
     """Return the learning rate at ``step`` of ``steps``, by the schedule of ``config``."""
     return config.lr * SCHEDULES[config.schedule].factor(step / max(1, steps))
+
+
+def round_learning_rate(config: PruneConfig, spec: RoundSpec, epoch_steps: int, step: int) -> float:
+    """Return the learning rate at ``step`` of a round, whose sparse epochs have their own schedule.
+
+    An epoch has ``epoch_steps`` steps.
+    """
+    dense = spec.epochs * epoch_steps
+    if step < dense:
+        return learning_rate(config, step, dense)
+    return learning_rate(config, step - dense, spec.sparse_epochs * epoch_steps)

@@ -24,16 +24,11 @@ from job.models.outputs import Logits
 from job.models.weights import load_tensors
 from job.processes import is_main, rank, world_size
 from job.training.epoch import EpochResult
-from job.training.gamma import (
-    gamma_histogram,
-    gamma_layers,
-    gamma_parameters,
-    gamma_statistics,
-)
+from job.training.gamma import gamma_histogram, gamma_layers, gamma_parameters, gamma_statistics
 from job.training.loss import batch_loss
 from job.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from job.training.position import Position, TrainingProgress
-from job.training.schedule import learning_rate
+from job.training.schedule import round_learning_rate
 from job.training.session import RoundSpec, TrainingSession, Unattended
 from job.training.sparsity import apply_penalty
 from job.training.sync_batchnorm import average_running_statistics, synchronised
@@ -155,9 +150,8 @@ class TrainingRound:
             handler.find_unused_parameters = has_unused_parameters(self.trained, size)
         if shared:
             synchronised(self.trained, device)
-        fused = (
-            self.accelerator.mixed_precision != "fp16"
-        )  # the gradient scaler decides on each step
+        # with fp16 the gradient scaler decides on each step
+        fused = self.accelerator.mixed_precision != "fp16"
         self.prepared, self.optimizer = self.accelerator.prepare(
             Logits(self.trained), build_optimizer(self.trained, self.config, fused=fused)
         )
@@ -189,22 +183,16 @@ class TrainingRound:
 
     def _restore(self, position: Position) -> None:
         """Restore the state that the method ``position`` returned."""
-
-        def part(name: str) -> dict[str, torch.Tensor]:
-            prefix = f"{name}."
-            tensors = position.tensors.items()
-            return {k.removeprefix(prefix): v for k, v in tensors if k.startswith(prefix)}
-
         state, values = self.state, position.training
         state.epoch, state.batch, state.seconds = position.epoch, position.batch, values.seconds
-        load_tensors(self.trained, part("model"))
-        restore_optimizer(self.optimizer, part("optimizer"))
+        load_tensors(self.trained, position.part("model"))
+        restore_optimizer(self.optimizer, position.part("optimizer"))
         if is_main():  # the sums of all processes, counted once
             self.sums.copy_(position.tensors["sums"])
         torch.set_rng_state(position.tensors["rng"])
         if values.best:
             state.best = values.best
-            load_tensors(self.network, part("best"))
+            load_tensors(self.network, position.part("best"))
         if self.accelerator.scaler and values.scaler:
             self.accelerator.scaler.load_state_dict(values.scaler)
 
@@ -276,13 +264,8 @@ class TrainingRound:
         return self.learning_rate((state.epoch + 1) * len(sizes) - 1)
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate at ``step`` of the round; sparse epochs have their own."""
-        dense = self.spec.epochs * self.trainer.steps
-        if step < dense:
-            return learning_rate(self.config, step, dense)
-        return learning_rate(
-            self.config, step - dense, self.spec.sparse_epochs * self.trainer.steps
-        )
+        """Return the learning rate at ``step`` of the round."""
+        return round_learning_rate(self.config, self.spec, self.trainer.steps, step)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, size: int, number: int) -> None:
         """Take the round's optimizer step ``number`` on this process's part of a global batch.
