@@ -26,8 +26,9 @@ from job.errors import (
 
 if TYPE_CHECKING:
     from job.artifacts.saving import load, save
-    from job.slimming.api import slim
+    from job.slimming.api import sensitivity, slim
     from job.slimming.planning.plan import Plan
+    from job.slimming.sensitivity.record import Sensitivity
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
@@ -35,8 +36,10 @@ __version__ = "0.1.0"  # pyproject.toml reads it from here
 LAZY = {
     "load": "job.artifacts.saving",
     "save": "job.artifacts.saving",
+    "sensitivity": "job.slimming.api",
     "slim": "job.slimming.api",
     "Plan": "job.slimming.planning.plan",
+    "Sensitivity": "job.slimming.sensitivity.record",
 }
 __all__ = [
     "ConfigError",
@@ -45,12 +48,14 @@ __all__ = [
     "InputNotFound",
     "OutputError",
     "Plan",
+    "Sensitivity",
     "StopRequest",
     "StorageError",
     "UsageError",
     "__version__",
     "load",
     "save",
+    "sensitivity",
     "slim",
 ]
 

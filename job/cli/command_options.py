@@ -143,3 +143,25 @@ class SlimOptions(ImageOptions):
     seed: int = shared(
         PruneConfig, "seed", help="Seed of the image order and of --importance random."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityOptions(ImageOptions):
+    """Options of ``sensitivity``."""
+
+    data: str | None = shared(
+        PruneConfig,
+        "data",
+        help="Images to measure on; labels are not needed.",
+        default_text="the data of MODEL's run",
+    )
+    target: str | None = shared(
+        PruneConfig,
+        "target",
+        help="Size after a cut, of which the channels that it would keep are shown: channels, "
+        "params, macs or bytes, as a fraction of MODEL's base (at most 1) or an absolute number.",
+        default_text=None,
+    )
+    round_to: int = shared(PruneConfig, "round_to")
+    min_keep: float = shared(PruneConfig, "min_keep")
+    seed: int = shared(PruneConfig, "seed", help="Seed of the image order.")

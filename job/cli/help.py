@@ -19,6 +19,7 @@ FIRST = {
     "evaluate": "data split json",
     "predict": "data split output format",
     "inspect": "model json",
+    "sensitivity": "data target csv json",
     "slim": "output data target policy",
     "export": "output format model",
 }
@@ -39,6 +40,11 @@ EXAMPLES = {
     "slim": (
         ("gammaslim slim RUN --output half --target macs=0.5", "half of the MACs"),
         ("gammaslim slim w.pt --model resnet18 --output half --data D", "calibrated with images"),
+    ),
+    "sensitivity": (
+        ("gammaslim sensitivity RUN", "images of the run"),
+        ("gammaslim sensitivity w.pt --model resnet18 --data D --target macs=0.5", ""),
+        ("gammaslim sensitivity RUN --data D --csv groups.csv", ""),
     ),
     "export": (("gammaslim export RUN --format onnx --output model.onnx", ""),),
     "report": (("gammaslim report RUN", ""), ("gammaslim report RUN RUN", "compare two")),

@@ -11,7 +11,13 @@ import click
 from job import __version__
 from job.cli.click_options import click_options
 from job.cli.command import Command, Group
-from job.cli.command_options import EvaluateOptions, ModelOptions, PredictOptions, SlimOptions
+from job.cli.command_options import (
+    EvaluateOptions,
+    ModelOptions,
+    PredictOptions,
+    SensitivityOptions,
+    SlimOptions,
+)
 from job.cli.option_types import POSITIVE, ProcessCount
 from job.config import PruneConfig
 from job.console import counted, lines_on_stderr, warn
@@ -166,6 +172,28 @@ def inspect_command(json: bool, **options: Any) -> None:
 
     with lines_on_stderr(json):
         inspect(_model(options), json)
+
+
+@gammaslim.command("sensitivity", cls=Command)
+@model_options
+@click_options(SensitivityOptions)
+@click.option(
+    "--csv", metavar="FILE", help="CSV file to write as well, or - for CSV on standard output."
+)
+@json_option
+def sensitivity_command(csv: str | None, json: bool, **options: Any) -> None:
+    """Show what the outputs lose when each channel group is reduced.
+
+    Each group alone keeps 90, 75, 50, 25 and 0 % of its channels, the most important ones, and the
+    next layers are refitted, as in a cut. Nothing is cut. The loss is the KL divergence of the
+    softmax for a classifier, else the squared error relative to the squares of the outputs.
+    """
+    model = _model(options)
+    with starting():
+        from job.cli.sensitivity import print_sensitivity
+
+    with lines_on_stderr(json or csv == "-"):
+        print_sensitivity(model, SensitivityOptions(**options), csv, json)
 
 
 @gammaslim.command("slim", cls=Command)

@@ -23,9 +23,11 @@ from job import __all__ as __all__
 
 if TYPE_CHECKING:
     from job import Plan as Plan
+    from job import Sensitivity as Sensitivity
     from job import __version__ as __version__
     from job import load as load
     from job import save as save
+    from job import sensitivity as sensitivity
     from job import slim as slim
 
 

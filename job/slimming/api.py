@@ -1,4 +1,4 @@
-"""``job.slim``: cut a network in Python."""
+"""``job.slim`` and ``job.sensitivity``: cut a network in Python, or see what it can spare."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from job.slimming.cut import (
     plan_cut,
 )
 from job.slimming.graph.snapshot import preserve_state
+from job.slimming.group_sensitivity import Question, measure_sensitivity
 from job.slimming.importance.criteria import CRITERIA
 from job.slimming.inputs import strip_values
 from job.slimming.planning.allocation import Allocation
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.inputs import Example
     from job.slimming.planning.plan import Plan
+    from job.slimming.sensitivity.record import Sensitivity
 
 LOGGER = logging.getLogger("gammaslim")
 
@@ -142,6 +144,49 @@ def slim(
     if recover and batches:
         recover_outputs(model, narrow, graph, keep_of(graph, plan.groups), batches, int(recover))
     return narrow, replace(plan, example=strip_values(inputs))
+
+
+def sensitivity(
+    model: nn.Module,
+    example: Any,
+    *,
+    calibration: Iterable[Any],
+    ignore: Iterable[str | nn.Module] = (),
+    target: str | None = None,
+) -> Sensitivity:
+    """Return what the outputs of ``model`` lose when each channel group alone is reduced.
+
+    A row of the result is a channel group: its channels, its shares of the multiply-adds and the
+    parameters, and the loss with 90, 75, 50, 25 and 0 % of its channels kept, the most important
+    ones by ``refit``, and the next layers refitted. The loss is the KL divergence of the softmax,
+    in nats, for logits (B, C), else the squared error relative to the squares of the outputs.
+    ``print(result)`` shows a table, ``result.to_dict()`` is for JSON.
+
+    ``example``, ``calibration`` and ``ignore`` are those of ``slim``; labels are not used. With a
+    ``target``, e.g. "macs=0.5", each row has the number of channels that ``slim`` keeps with the
+    same ``calibration`` and otherwise its defaults. ``model`` is not changed.
+
+    Raises UsageError for invalid arguments, a network that does not run on ``example``, or a target
+    that is out of reach; DataError for weights or inputs of layers that are not finite.
+
+    >>> import torch, torchvision
+    >>> import job
+    >>> network = torchvision.models.resnet18(num_classes=10)
+    >>> images = torch.rand(16, 3, 64, 64)
+    >>> measured = job.sensitivity(network, images[:1], calibration=[images])
+    >>> [point.fraction for point in measured.rows[0].points]
+    [0.9, 0.75, 0.5, 0.25, 0.0]
+    """
+    check_network(model)
+    question = None if target is None else Question(budget_of(target))
+    inputs, names = example_of(model, example), ignored_layers(model, ignore)
+    try:
+        graph = _analyse_example(model, inputs, names)
+        images = read_batches(model, inputs, calibration)
+        with _preserve_weights(model, runs=True):
+            return measure_sensitivity(model, graph, lambda: images, inputs, question)
+    except UsageError as error:
+        raise UsageError(in_python(str(error))) from error
 
 
 def _analyse_example(model: nn.Module, inputs: Example, names: list[str]) -> ChannelGraph:

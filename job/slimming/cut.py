@@ -34,7 +34,7 @@ from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -186,11 +186,12 @@ def measure_losses(
     calibration: CalibrationData,
     example: Example,
     progress: Progress = no_progress,
+    more: Sequence[float] = (),
 ) -> dict[str, LossCurve]:
     """Return what the outputs lose when each channel group is cut, by its name.
 
-    Nothing is measured where the method allocates by importance. Measurements are over all
-    processes.
+    Losses at ``more`` fractions of a group are measured too, and do not change the curves. Nothing
+    is measured where the method allocates by importance. Measurements are over all processes.
     """
     if method.allocate != "outputs":
         return {}
@@ -201,6 +202,7 @@ def measure_losses(
         calibration,
         example,
         accumulated=CRITERIA[method.importance].accumulated,
+        more=more,
         progress=progress,
     )
 

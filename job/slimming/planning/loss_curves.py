@@ -20,12 +20,16 @@ class LossCurve:
     """The loss of the outputs by the number of units that a channel group keeps.
 
     ``counts`` (P,) are the measured numbers of units, rising, and ``losses`` (P,) the losses there.
-    ``by_count`` (units + 1,) is the loss for every number, interpolated; it never rises.
+    ``by_count`` (units + 1,) is the loss for every number, interpolated; it never rises. ``images``
+    is the number of images that were measured, ``kind`` the name of the loss: kl (of the softmax)
+    or squared_error.
     """
 
     counts: tuple[int, ...]
     losses: tuple[float, ...]
     by_count: Scores
+    images: int = 0
+    kind: str = ""
 
 
 def fit_curve(

@@ -8,6 +8,7 @@ curve costs one pass of some images from the first of these layers on.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +28,12 @@ from job.slimming.inputs import map_batched, sample_count
 from job.slimming.planning.layer_channels import LayerChannels
 from job.slimming.planning.loss_curves import fit_curve
 from job.slimming.planning.plan import keep_all
-from job.slimming.sensitivity.output_loss import loss_terms, mean_loss, reference_outputs
+from job.slimming.sensitivity.output_loss import (
+    are_logits,
+    loss_terms,
+    mean_loss,
+    reference_outputs,
+)
 from job.slimming.sensitivity.replay import Replay
 from job.slimming.surgery.surgery import apply_plan
 
@@ -60,13 +66,15 @@ def measure_curves(
     *,
     accumulated: bool = False,
     fractions: Sequence[float] = FRACTIONS,
+    more: Sequence[float] = (),
     progress: Progress = no_progress,
 ) -> dict[str, LossCurve]:
     """Return the loss curve of each of ``groups`` that a measured layer reads, by name.
 
     ``calibration`` holds batches, and statistics of layer inputs over them. As many of the first
     images are used, over all processes, as cost little. ``accumulated`` says that the scores of a
-    group are losses that add up, as those of refit.
+    group are losses that add up, as those of refit. Curves go through the points at ``fractions``;
+    those at ``more`` fractions are measured on the same images, and change no curve.
     """
     measured = {
         r.group.name: readers
@@ -74,20 +82,25 @@ def measure_curves(
         if (readers := _readers(network, graph, r, calibration.statistics))
     }
     chosen = [r for r in groups if r.group.name in measured]
-    points = [_points(len(r.units), fractions) for r in chosen]
-    evaluations = sum(map(len, points))
+    fitted = [_points(len(r.units), fractions) for r in chosen]
+    evaluations = sum(map(len, fitted))
     if not evaluations:
         return {}
     count = round(PASSES * calibration.count / (evaluations * 0.5))
     count = min(max(count, MIN_IMAGES), MAX_IMAGES, calibration.count)
+    points = [_points(len(r.units), (*fractions, *more)) for r in chosen]
     trial = _TrialNetwork(network, graph, example, calibration.statistics)
     batches = list(_first_images(calibration.images(), count))
     losses = iter(trial.losses(chosen, points, batches, measured, progress).tolist())
+    kind = "kl" if trial.logits else "squared_error"
     curves = {}
-    for r, counts in zip(chosen, points, strict=True):
+    for r, through, counts in zip(chosen, fitted, points, strict=True):
         local = r.scores if accumulated else None
-        own = [next(losses) for _ in counts]
-        curves[r.group.name] = fit_curve(counts, own, len(r.units), local)
+        own = {number: next(losses) for number in counts}
+        curve = fit_curve(through, [own[n] for n in through], len(r.units), local)
+        curves[r.group.name] = replace(
+            curve, counts=tuple(own), losses=tuple(own.values()), images=count, kind=kind
+        )
     return curves
 
 
@@ -107,7 +120,12 @@ def _readers(
 
 def _points(units: int, fractions: Sequence[float]) -> list[int]:
     """The rising numbers of units at which a group is measured: at least one of them is cut."""
-    return sorted({min(int(fraction * units), units - 1) for fraction in fractions})
+    return sorted({units_at(units, fraction) for fraction in fractions})
+
+
+def units_at(units: int, fraction: float) -> int:
+    """Return how many of ``units`` are kept where ``fraction`` of them is measured."""
+    return min(int(fraction * units), units - 1)
 
 
 def _first_images(batches: Iterable[CalibrationBatch], count: int) -> Iterator[Example]:
@@ -140,6 +158,7 @@ class _TrialNetwork:
         statistics: Mapping[str, InputStatistics],
     ) -> None:
         self.graph, self.statistics = graph, statistics
+        self.logits = False  # whether the outputs of the last batch were logits
         biases = {
             layer: LayerChannels(bias=True) for layer in layers_without_constant(network, graph)
         }
@@ -179,12 +198,13 @@ class _TrialNetwork:
                 if replay:
                     stacked = torch.stack(parts)
                     terms = stacked if terms is None else terms + stacked
-        tensors = torch.tensor([0.0, 0.0], dtype=torch.float64, device=device)
+        tensors = torch.zeros(3, dtype=torch.float64, device=device)
         if terms is not None:
-            tensors[0], tensors[1] = terms.shape[1], 1
+            tensors = tensors.new_tensor([terms.shape[1], 1.0, float(self.logits)])
         shape = total(tensors)
         if not shape[1]:
             return torch.zeros(evaluations, dtype=torch.float64)
+        self.logits = bool(shape[2])
         if terms is None:
             size = int(shape[0] / shape[1])
             terms = torch.zeros(evaluations, size, 2, dtype=torch.float64, device=device)
@@ -199,6 +219,7 @@ class _TrialNetwork:
     ) -> Iterator[torch.Tensor]:
         """The terms (tensors, 2) of the loss of one batch at each point of one group."""
         reference = reference_outputs(replay.outputs)
+        self.logits = are_logits(reference)
         place = replay.first_call({consumer.layer for consumer in readers})
         for count in counts:
             keep = keep_all(self.graph)

@@ -1,0 +1,108 @@
+"""``sensitivity``: what the outputs of MODEL lose when each channel group alone is reduced."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.artifacts.model_card import find_model, read_card
+from job.artifacts.provenance import find_run_data
+from job.artifacts.records import Lineage
+from job.cli.calibration_images import open_images
+from job.cli.model import open_model
+from job.console import phase, print_result, say, show_step, tick
+from job.data.loader import default_workers
+from job.data.preprocessing_options import PreprocessingOptions
+from job.distributed.collectives import start
+from job.errors import UsageError, shown
+from job.files import check_output, write_output
+from job.pipeline.slim_round import base_of
+from job.processes import local_world_size
+from job.slimming.analysis import analyse
+from job.slimming.group_sensitivity import Question, measure_sensitivity
+from job.slimming.planning.cost import example_image
+from job.slimming.planning.target import Budget
+from job.training.calibration import Calibration
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from job.artifacts.model_card import ModelCard
+    from job.cli.command_options import ModelOptions, SensitivityOptions
+    from job.slimming.sensitivity.record import Sensitivity
+
+STDOUT = "-"
+
+
+def print_sensitivity(
+    model: ModelOptions, options: SensitivityOptions, csv: str | None, as_json: bool
+) -> None:
+    """Measure MODEL, and print a table with a row for each channel group, JSON or CSV.
+
+    With a target, the table says how many channels ``slim`` keeps of each group. A ``csv`` file is
+    written next to what is printed; for ``-`` only CSV is printed.
+    """
+    if as_json and csv == STDOUT:
+        raise UsageError("--json and --csv - both print on standard output: give --csv a file")
+    budget = Budget.parse(options.target) if options.target else None
+    PreprocessingOptions.of(model).check()
+    file = None if csv in (None, STDOUT) else Path(csv)
+    if file is not None:
+        check_output(file)
+    accelerator = start(options.device, options.precision)
+    card, measured = _measure(model, options, budget, accelerator)
+    rows = measured.to_csv().encode("utf-8", "surrogateescape")
+    if file is not None:
+        write_output(file, rows)
+    if csv == STDOUT:
+        print_result(rows)
+    elif as_json:
+        print_result(json.dumps(_record(card, measured), indent=1))
+    else:
+        size = card.preprocessing.size
+        print_result(f"{card.model} at width {card.width:.4f}, {size} pixels\n{measured}")
+    if file is not None:
+        say(f"the table is saved in {shown(file)}")
+
+
+def _measure(
+    model: ModelOptions,
+    options: SensitivityOptions,
+    budget: Budget | None,
+    accelerator: Accelerator,
+) -> tuple[ModelCard, Sensitivity]:
+    images = open_images(_data(model, options), options.on_bad_image, model, options.seed)
+    network, card = open_model(model, images.largest)
+    network.to(accelerator.device)
+    workers = options.workers
+    if workers is None:
+        workers = default_workers(local_world_size(), accelerator.device.type == "cuda")
+    calibration = Calibration(
+        images.calibration, card.preprocessing, accelerator, workers, options.seed, progress=tick
+    )
+    image, question = example_image(card.preprocessing.size), None
+    if budget:
+        base = card.base or base_of(network, card)
+        question = Question(budget, base, options.round_to, options.min_keep)
+    graph, show = analyse(network, image), partial(show_step, "sensitivity")
+    measured = measure_sensitivity(network, graph, calibration.batches, image, question, show)
+    phase("")
+    return card, measured
+
+
+def _data(model: ModelOptions, options: SensitivityOptions) -> str:
+    """The path of the images: --data, or the data of MODEL's run."""
+    if options.data == "":  # e.g. a shell variable that is not set
+        raise UsageError("--data is empty: give a path, or leave the option out")
+    if options.data is not None:
+        return options.data
+    folder = Path(model.path)
+    lineage = Lineage() if folder.is_file() else read_card(find_model(folder)).lineage
+    return find_run_data(model.path, lineage)
+
+
+def _record(card: ModelCard, measured: Sensitivity) -> dict[str, Any]:
+    facts = {"model": card.model, "width": card.width, "image_size": card.preprocessing.size}
+    return {**facts, **measured.to_dict()}
