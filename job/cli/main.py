@@ -135,7 +135,7 @@ def launch_command(
 @click_options(EvaluateOptions)
 @json_option
 def evaluate_command(json: bool, **options: Any) -> None:
-    """Measure loss, accuracy and confusion matrix of MODEL on a split."""
+    """Measure loss, accuracy and confusion matrix of MODEL."""
     with starting():
         ensure_processes()
         from job.cli.evaluate import evaluate
