@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from job.errors import GammaslimError
 
@@ -30,10 +29,6 @@ class EpochResult:
     seconds: float
     gamma_mean: float | None = None
     gamma_small: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, without those that are None."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def check_finite(self) -> None:
         """Raise GammaslimError when a loss is not a number."""
