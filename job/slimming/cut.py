@@ -152,7 +152,8 @@ def _calibrate(
     calibration, missing = CalibrationData(batches), batches is None
     outputs = method.allocate == "outputs"
     if batches is not None and (criterion.statistics or compensation.statistics or outputs):
-        calibration = _measure_inputs(network, graph, batches)
+        # the means are what the compensation mean adds; a fit needs only enough rows
+        calibration = _measure_inputs(network, graph, batches, sparse=not compensation.statistics)
         # no process has an image
         missing = not calibration.statistics and bool(consumers_of(network, graph))
     importance = None if criterion.labels else method.importance  # it asks for labelled images
@@ -163,7 +164,10 @@ def _calibrate(
     return calibration
 
 
-def _measure_inputs(network: nn.Module, graph: ChannelGraph, batches: Batches) -> CalibrationData:
+def _measure_inputs(
+    network: nn.Module, graph: ChannelGraph, batches: Batches, *, sparse: bool
+) -> CalibrationData:
+    """The statistics of layer inputs; exact means, unless they are ``sparse``."""
     samples = 0
 
     def counted() -> Iterator[CalibrationBatch]:
@@ -172,7 +176,7 @@ def _measure_inputs(network: nn.Module, graph: ChannelGraph, batches: Batches) -
             samples += sample_count(inputs_of(batch))
             yield batch
 
-    statistics = measure_inputs(network, graph, counted())
+    statistics = measure_inputs(network, graph, counted(), sparse=sparse)
     device = next(network.parameters()).device
     count = total(torch.tensor(float(samples), dtype=torch.float64, device=device))
     return CalibrationData(batches, statistics, int(count))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MOST_VALUES = 2**24  # of one batch before one layer: 128 MiB in float64
 MOST_PRODUCTS = 2**33  # of one batch before one layer: about a second
+SPARSE_ROWS, SPARSE_PRODUCTS = 49, 2**24  # of one sample before one layer, in a sparse sample
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,16 @@ def _without_skipped(layer: Any, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def sample_rows(values: torch.Tensor, width: int) -> torch.Tensor:
+def sample_rows(values: torch.Tensor, width: int, *, sparse: bool = False) -> torch.Tensor:
     """Return rows (N, C) of ``values`` (B, C, P): all B * P of them, or an even sample.
 
-    The sample is as large as the products of ``width`` columns are cheap. It covers each of the P
-    places equally often.
+    The sample is as large as the products of ``width`` columns are cheap; a ``sparse`` one as large
+    as they are cheap compared with a pass. It covers each of the P places equally often.
     """
     size, channels, places = values.shape
     most = max(1, min(MOST_VALUES // width, MOST_PRODUCTS // width**2))
+    if sparse:
+        most = min(most, size * max(SPARSE_ROWS, SPARSE_PRODUCTS // width**2))
     step = -(-size * places // most)
     rows = values.transpose(1, 2)
     if step <= 1:

@@ -59,20 +59,26 @@ class CalibrationData:
 
 
 def measure_inputs(
-    network: nn.Module, graph: ChannelGraph, batches: Iterable[CalibrationBatch]
+    network: nn.Module,
+    graph: ChannelGraph,
+    batches: Iterable[CalibrationBatch],
+    *,
+    sparse: bool = False,
 ) -> dict[str, InputStatistics]:
     """Return the statistics of the inputs of every consumer that runs, by layer.
 
     They are over the batches of all processes; a process may have none. Large feature maps are
-    sampled evenly. Raises DataError where an input is not finite.
+    sampled evenly, and with ``sparse`` so that the statistics cost less than the passes. Raises
+    DataError where an input is not finite.
     """
     consumers = {consumer.layer: consumer for consumer in consumers_of(network, graph)}
-    running = {name: _running(network, consumer) for name, consumer in consumers.items()}
+    products = torch.float32 if sparse else torch.float64
+    running = {name: _running(network, consumer, products) for name, consumer in consumers.items()}
 
     def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], name: str) -> None:
         consumer = consumers[name]
         values = input_values(layer, inputs[0], consumer)
-        running[name].add(sample_rows(values, len(consumer.channels)))
+        running[name].add(sample_rows(values, len(consumer.channels), sparse=sparse))
 
     hooks = [(network.get_submodule(name), partial(hook, name=name)) for name in consumers]
     with eval_with_hooks(network, hooks):
@@ -82,23 +88,30 @@ def measure_inputs(
     return {name: measured for name, measured in statistics.items() if measured.count}
 
 
-def _running(network: nn.Module, consumer: Consumer) -> RunningStatistics:
+def _running(network: nn.Module, consumer: Consumer, products: torch.dtype) -> RunningStatistics:
     weight = network.get_submodule(consumer.layer).get_parameter("weight")
     size = len(consumer.channels)
-    return RunningStatistics(size, size, weight.device)
+    return RunningStatistics(size, size, weight.device, products)
 
 
 class RunningStatistics:
     """Mean and covariance of rows of ``size`` columns, accumulated in float64.
 
     Covariances are those of the first ``left`` columns with all columns. Sums are relative to the
-    running mean, which keeps them accurate.
+    running mean, which keeps them accurate. ``products`` is the type in which the products of one
+    batch are computed: in float32 the error of a covariance is about 1e-6 of the variances.
     """
 
-    def __init__(self, left: int, size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        left: int,
+        size: int,
+        device: torch.device,
+        products: torch.dtype = torch.float64,
+    ) -> None:
         self.mean = torch.zeros(size, dtype=torch.float64, device=device)
         self.scatter = self.mean.new_zeros(left, size)
-        self.left, self.count = left, 0
+        self.left, self.count, self.products = left, 0, products
 
     def add(self, rows: torch.Tensor) -> None:
         """Add ``rows`` (N, size)."""
@@ -108,7 +121,11 @@ class RunningStatistics:
         mean = rows.mean(0)
         centred, shift = rows - mean, mean - self.mean
         count = self.count + len(rows)
-        self.scatter.addmm_(centred[:, : self.left].T, centred)
+        if self.products == torch.float64:
+            self.scatter.addmm_(centred[:, : self.left].T, centred)
+        else:
+            narrow = centred.to(self.products)
+            self.scatter += narrow[:, : self.left].T @ narrow
         self.scatter.addr_(shift[: self.left], shift, alpha=self.count * len(rows) / count)
         self.mean.add_(shift, alpha=len(rows) / count)
         self.count = count

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from job.slimming.calibration.consumers import consumers_of
 from job.slimming.calibration.input_statistics import RIDGE
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from job.slimming.graph.union import Ids
     from job.slimming.importance.scores import Scores
 
-Matrix = np.ndarray[Any, np.dtype[np.float64]]
+Matrix = np.ndarray[Any, np.dtype[Any]]  # float64
 STEPS = 256  # of one group: larger groups lose several channels in each step
+REMOVED = -1  # in place of a channel's index
+COMPACT = 0.75  # of the columns of a part that are left when it is made smaller
 CANDIDATES = 4  # for each channel that a step removes
 
 
@@ -65,8 +68,9 @@ def refit_importance(
 class _Part:
     """What one consumer, or one group of a grouped convolution, computes from some channels.
 
-    ``members`` (n,) are the indices of the channels. ``inverse`` (n, n) is their part of C⁻¹.
-    ``gram`` (n, n) holds the products of their weights, relative to the variance of the outputs.
+    ``members`` (n,) are the indices of the channels, or ``REMOVED``. ``inverse`` (n, n) is their
+    part of C⁻¹. ``gram`` (n, n) holds the products of their weights, relative to the variance of
+    the outputs.
     """
 
     members: Ids
@@ -80,12 +84,14 @@ class _Part:
 
     def losses(self, size: int) -> Scores:
         """Return the loss (size,) of removing each channel alone; 0 for channels not read here."""
-        losses = np.zeros(size)
-        occurrences = np.bincount(self.members, minlength=size)
+        losses, present = np.zeros(size), np.flatnonzero(self.members != REMOVED)
+        members = self.members[present]
+        occurrences = np.bincount(members, minlength=size)
         if occurrences.max(initial=0) <= 1:
-            losses[self.members] = self.gram.diagonal() / self.inverse.diagonal()
+            single = self.gram.diagonal()[present] / self.inverse.diagonal()[present]
+            losses[members] = single
             return losses.clip(0)
-        order = np.argsort(self.members, kind="stable")
+        order = present[np.argsort(members, kind="stable")]
         for times in np.unique(occurrences[occurrences > 0]):  # all columns of a channel go
             columns = order[occurrences[self.members[order]] == times].reshape(-1, times)
             square = columns[:, :, None], columns[:, None, :]
@@ -94,19 +100,31 @@ class _Part:
         return losses.clip(0)
 
     def remove(self, removed: Ids) -> None:
-        """Refit the weights without the channels of the mask ``removed`` (size,)."""
-        gone = removed[self.members]
-        if not gone.any():
+        """Refit the weights without the channels of the mask ``removed`` (size,).
+
+        The matrices are updated in place, by products of torch. Their rows and columns of removed
+        channels become zero; they are dropped when they are many.
+        """
+        gone = np.flatnonzero((self.members != REMOVED) & removed[self.members])
+        if not len(gone):
             return
-        inverse, gram = self.inverse, self.gram
+        rows, square = self.inverse[gone], np.ix_(gone, gone)
         # the share of each removed weight that each kept weight takes over
-        share = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[gone]).T
-        mixed = share @ gram[gone]
-        gram -= mixed + mixed.T - share @ gram[np.ix_(gone, gone)] @ share.T
-        inverse -= share @ inverse[gone]
-        stay = np.flatnonzero(~gone)
-        square = np.ix_(stay, stay)
-        self.members, self.inverse, self.gram = self.members[stay], inverse[square], gram[square]
+        share = np.linalg.solve(self.inverse[square], rows).T
+        half = self.gram[gone] - 0.5 * self.gram[square] @ share.T
+        _subtract_product(self.gram, np.hstack([share, half.T]), np.vstack([half, share.T]))
+        _subtract_product(self.inverse, share, rows)
+        self.members[gone] = REMOVED
+        stay = np.flatnonzero(self.members != REMOVED)
+        if len(stay) <= COMPACT * len(self.members):
+            square = np.ix_(stay, stay)
+            self.inverse, self.gram = self.inverse[square], self.gram[square]
+            self.members = self.members[stay]
+
+
+def _subtract_product(matrix: Matrix, left: Matrix, right: Matrix) -> None:
+    """Subtract ``left @ right`` from ``matrix`` in place, without a copy of it."""
+    torch.from_numpy(matrix).addmm_(torch.from_numpy(left), torch.from_numpy(right), alpha=-1)
 
 
 def _parts_of(
@@ -177,7 +195,7 @@ def _least_important(parts: Sequence[_Part], left: Ids, count: int) -> Iterator[
     index_of[candidates] = np.arange(len(candidates))
     small = []
     for part in parts:
-        members = index_of[part.members]
+        members = np.where(part.members != REMOVED, index_of[part.members], REMOVED)
         small.append(part.select(np.flatnonzero(members >= 0), members[members >= 0]))
     candidates_left = np.ones(len(candidates), bool)
     for _ in range(count):

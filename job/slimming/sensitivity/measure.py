@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.ranked_groups import RankedGroup
 
-FRACTIONS = (0.75, 0.5, 0.25, 0.0)  # of a group's units, kept at the points of its curve
+FRACTIONS = (0.75, 0.5, 0.25)  # of a group's units, kept at the points of its curve
 PASSES = 1.3  # the measurement may cost about as much as so many passes of all images
 MIN_IMAGES, MAX_IMAGES = 16, 256
 
