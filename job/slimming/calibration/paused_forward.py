@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from job.slimming.graph.modes import eval_with_hooks
+from job.slimming.graph.pause_points import ADDITIONS
 from job.slimming.inputs import call_network, map_tensors, tensors_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from torch import nn
@@ -22,6 +27,18 @@ if TYPE_CHECKING:
 
 class _StopPassError(BaseException):
     """Ends a pass early: its remaining layers are not needed."""
+
+
+@dataclass(frozen=True)
+class Summands:
+    """The two summands of an addition: the output of a layer, possibly normalised, and another.
+
+    ``inputs`` are a copy of what the layer read.
+    """
+
+    output: torch.Tensor
+    other: torch.Tensor
+    inputs: torch.Tensor
 
 
 class ForwardPass(threading.Thread):
@@ -35,23 +52,44 @@ class ForwardPass(threading.Thread):
         super().__init__(daemon=True)
         self.network, self.example = network, example
         self._resume, self._paused = threading.Semaphore(0), threading.Semaphore(0)
-        self._target: nn.Module | None = None
-        self._input: torch.Tensor | None = None
+        self._target: tuple[str, nn.Module] | None = None
+        self._values: Any = None
         self._error: BaseException | None = None
         self._finished = self._cancelled = False
+        self._inputs: dict[nn.Module, torch.Tensor] = {}  # of layers before an addition
+        self._outputs: dict[nn.Module, torch.Tensor] = {}
+        self._replacement: torch.Tensor | None = None
 
     def run_until(self, layer: nn.Module) -> torch.Tensor | None:
         """Run until the next call of ``layer`` and return its input; None where none is left.
 
         The input is valid until the pass resumes. Raises what the network raises.
         """
-        self._target, self._input = layer, None
+        values: torch.Tensor | None = self._run_to("input", layer)
+        return values
+
+    def run_through(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Run the next call of ``layer`` too: its input and output; else like ``run_until``."""
+        values: tuple[torch.Tensor, torch.Tensor] | None = self._run_to("output", layer)
+        return values
+
+    def run_until_added(self, layer: nn.Module) -> Summands | None:
+        """Run until the output of ``layer`` is added to another; else like ``run_until``."""
+        values: Summands | None = self._run_to("added", layer)
+        return values
+
+    def replace_output(self, output: torch.Tensor) -> None:
+        """Add this in place of the output that ``run_until_added`` has returned."""
+        self._replacement = output
+
+    def _run_to(self, what: str, layer: nn.Module) -> Any:
+        self._target, self._values = (what, layer), None
         if not self._finished:
             self._resume.release()
             self._paused.acquire()
         if self._error:
             raise self._error
-        return self._input
+        return self._values
 
     def run(self) -> None:
         """Run the network's forward pass, in the thread."""
@@ -60,30 +98,71 @@ class ForwardPass(threading.Thread):
             # the current device and the gradient mode are kept for each thread separately
             device = next(tensors_in(self.example)).device
             cuda = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-            with cuda, torch.no_grad():
+            with cuda, torch.no_grad(), _Additions(self):
                 if not self._cancelled:
                     call_network(self.network, self.example)
         except _StopPassError:
             pass
         except BaseException as error:
             self._error = error
-        self._input, self._finished = None, True
+        self._values, self._finished = None, True
+        self._inputs, self._outputs = {}, {}
         self._paused.release()
 
-    def pause_before(self, layer: nn.Module, values: torch.Tensor) -> None:
-        """Pause if ``layer`` is the one to run until; ``values`` is its input."""
-        if self._target is layer and not self._cancelled:
-            self._input = values
+    def pause(self, what: str, layer: nn.Module, values: Any) -> None:
+        """Pause if this is what to run until, and hand over ``values``."""
+        if self._target == (what, layer) and not self._cancelled:
+            self._values = values
+            del values
             self._paused.release()
             self._resume.acquire()
+            self._values = None
         if self._cancelled:
             raise _StopPassError
+
+    def keep_input(self, layer: nn.Module, values: torch.Tensor) -> None:
+        """Keep a copy of the input of a layer until its output is added."""
+        self._inputs[layer] = values.clone()
+
+    def keep_output(self, layer: nn.Module, values: torch.Tensor) -> None:
+        """Recognise ``values`` as the output of a layer when they are added."""
+        self._outputs[layer] = values
+
+    def at_addition(self, summands: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Pause where one of two summands is known; returns the summands to add."""
+        for layer, output in list(self._outputs.items()):
+            place = next((n for n, value in enumerate(summands) if value is output), None)
+            if place is None or layer not in self._inputs:
+                continue
+            del self._outputs[layer]
+            values = Summands(output, summands[1 - place], self._inputs.pop(layer))
+            self.pause("added", layer, values)
+            if self._replacement is not None:
+                pair = [summands[1 - place]] * 2
+                pair[place], self._replacement = self._replacement, None
+                return tuple(pair)
+        return summands
 
     def cancel(self) -> None:
         """End the pass without its remaining layers."""
         self._cancelled = True
         self._resume.release()
         self.join()
+
+
+class _Additions(TorchFunctionMode):
+    """Shows a pass each addition of two values."""
+
+    def __init__(self, forward_pass: ForwardPass) -> None:
+        super().__init__()
+        self.forward_pass = forward_pass
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.__name__ in ADDITIONS and len(args) == 2:
+            args = self.forward_pass.at_addition(args)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -112,27 +191,56 @@ def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 @contextmanager
 def forward_passes(
-    network: nn.Module, layers: Iterable[nn.Module], batches: Sequence[Example]
-) -> Iterator[list[ForwardPass]]:
-    """Start one pass in eval mode for each of ``batches``; they can pause before ``layers``."""
+    network: nn.Module,
+    layers: Iterable[nn.Module],
+    summands: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
+) -> Iterator[Callable[[Example], ForwardPass]]:
+    """Yield a function that starts a pass over a batch in eval mode.
 
-    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        thread = threading.current_thread()
-        if isinstance(thread, ForwardPass):
-            thread.pause_before(layer, inputs[0])
-
-    hooks = [(layer, hook) for layer in layers]
+    Passes can pause before and after ``layers``, and where the outputs of ``summands`` are added:
+    pairs of a layer and the module whose output is added, itself or the BatchNorm after it.
+    """
+    passes: list[ForwardPass] = []
     # the values of buffers are not put back: a narrow network's statistics may change meanwhile
     layout: AbstractContextManager[None] = nullcontext()
-    if any(tensor.is_cuda for batch in batches for tensor in tensors_in(batch)):
+    on_gpu = any(parameter.is_cuda for parameter in network.parameters())
+    if on_gpu:
         layout = contiguous_weights(network)
-        batches = [map_tensors(batch, torch.Tensor.contiguous) for batch in batches]
-    passes = [ForwardPass(network, batch) for batch in batches]
+
+    def start(batch: Example) -> ForwardPass:
+        batch = map_tensors(batch, torch.Tensor.contiguous) if on_gpu else batch
+        passes.append(ForwardPass(network, batch))
+        passes[-1].start()
+        return passes[-1]
+
+    hooks = [(layer, partial(_before, keep=layer in summands)) for layer in layers]
     with layout, eval_with_hooks(network, hooks, values=False):
-        for forward_pass in passes:
-            forward_pass.start()
+        for layer, _ in hooks:
+            layer.register_forward_hook(_after)
+        for layer, module in summands.items():
+            module.register_forward_hook(partial(_before_addition, of=layer))
         try:
-            yield passes
+            yield start
         finally:
             for forward_pass in passes:
                 forward_pass.cancel()
+
+
+def _before(layer: nn.Module, inputs: tuple[torch.Tensor, ...], keep: bool) -> None:
+    thread = threading.current_thread()
+    if isinstance(thread, ForwardPass):
+        thread.pause("input", layer, inputs[0])
+        if keep:
+            thread.keep_input(layer, inputs[0])
+
+
+def _after(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    thread = threading.current_thread()
+    if isinstance(thread, ForwardPass):
+        thread.pause("output", layer, (inputs[0], output))
+
+
+def _before_addition(_: nn.Module, __: object, output: torch.Tensor, of: nn.Module) -> None:
+    thread = threading.current_thread()
+    if isinstance(thread, ForwardPass):
+        thread.keep_output(of, output)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from job.slimming.calibration.consumers import Consumer, consumers_of
+from job.slimming.graph.layers import BATCHNORM
 from job.slimming.graph.selection import unwrap_selection
 from job.slimming.planning.layer_channels import LayerChannels, Layers
 
@@ -56,8 +57,7 @@ class CutPair:
         ``fits``, one for each group, express its wide inputs by its narrow ones. The constant goes
         into the bias, or into the running means of the BatchNorms after the layer.
         """
-        weight, kept = consumer.weight(self.wide), self._kept(consumer.layer).out
-        rows = torch.arange(len(weight)) if kept is None else torch.tensor(kept)
+        weight, rows = consumer.weight(self.wide), self.kept_rows(consumer.layer)
         outputs = len(weight) // consumer.groups
         weights, constants = [], []
         for group, (slope, constant) in enumerate(fits):
@@ -67,9 +67,35 @@ class CutPair:
         with torch.no_grad():
             layer: Any = self.narrow.get_submodule(consumer.layer)
             layer.weight.copy_(torch.cat(weights).view(layer.weight.shape))
-            self._add_constant(consumer.layer, torch.cat(constants), rows)
+            self.add_constant(consumer.layer, torch.cat(constants))
 
-    def _add_constant(self, name: str, constant: torch.Tensor, rows: torch.Tensor) -> None:
+    def kept_rows(self, layer: str) -> torch.Tensor:
+        """Return the indices of the outputs that a layer keeps."""
+        kept = self._kept(layer).out
+        weight = self.wide.get_submodule(layer).get_parameter("weight")
+        return torch.arange(len(weight)) if kept is None else torch.tensor(kept)
+
+    def summand(self, layer: str) -> str | None:
+        """Return the module whose output alone is added to another where ``layer`` is fitted.
+
+        None where no addition alone reads it, or where its scale is unknown: a BatchNorm that
+        selects channels, or that uses the statistics of each batch.
+        """
+        name = self.graph.forward.pause_points[layer].summand
+        if name is None or name == layer:
+            return name
+        norm: Any = self.narrow.get_submodule(name)
+        known = isinstance(norm, BATCHNORM) and norm.running_var is not None
+        return name if known else None
+
+    def holds_constant(self, layer: str) -> bool:
+        """Return whether a constant can be added to the outputs of a narrow layer."""
+        narrow: Any = self.narrow.get_submodule(layer)
+        return narrow.bias is not None or bool(self._norms_after(layer))
+
+    def add_constant(self, name: str, constant: torch.Tensor) -> None:
+        """Add ``constant`` (O,) to the outputs of a narrow layer as the plain cut left it."""
+        rows = self.kept_rows(name)
         layer: Any = self.narrow.get_submodule(name)
         if layer.bias is not None:
             bias = getattr(self.wide.get_submodule(name), "bias", None)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from job.slimming.graph.layers import owner_of
+from job.slimming.graph.pause_points import consumer_of, pause_points
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from job.slimming.graph.pause_points import PausePoint
     from job.slimming.graph.trace import Trace
 
 Treatment = list[tuple[object, ...]]
-CONSUMERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 
 
 @dataclass(frozen=True)
@@ -21,28 +22,25 @@ class TraceSummary:
     """Facts of one forward pass in eval mode.
 
     ``norms_after`` gives, for a convolution or linear layer, the BatchNorms that alone read its
-    outputs. ``bytes_per_sample`` is about the most that a pass keeps in memory while it is paused
-    before a layer. ``keeps_activations`` says that the network stores activations of a batch, so
-    that another pass would see them. ``treatment`` is what the network does to images, whatever
-    their size: see ``treatment_of``.
+    outputs. ``keeps_activations`` says that the network stores activations of a batch, so that
+    another pass would see them. ``treatment`` is what the network does to images, whatever their
+    size: see ``treatment_of``. ``pause_points`` are those of each layer, in the order of the ops.
     """
 
     norms_after: Mapping[str, tuple[str, ...]]
-    bytes_per_sample: int
     keeps_activations: bool
     treatment: Treatment | None = None
+    pause_points: Mapping[str, PausePoint] = field(default_factory=dict)
 
 
-NOTHING_TRACED = TraceSummary({}, 1, keeps_activations=False)
+NOTHING_TRACED = TraceSummary({}, keeps_activations=False)
 
 
 def summarise_trace(trace: Trace) -> TraceSummary:
     """Return the facts of a forward pass."""
+    norms = _norms_after(trace)
     return TraceSummary(
-        _norms_after(trace),
-        _bytes_per_sample(trace),
-        _keeps_activations(trace),
-        treatment_of(trace),
+        norms, _keeps_activations(trace), treatment_of(trace), pause_points(trace, norms)
     )
 
 
@@ -79,9 +77,9 @@ def _norms_after(trace: Trace) -> dict[str, tuple[str, ...]]:
                 readers.add(owner_of(norm) if norm else None)
         for result in op.results:
             producers.pop(id(result), None)
-        weight = trace.name(op.argument(1, "weight"))
-        if op.name in CONSUMERS and weight:
-            producers[id(op.result)] = owner_of(weight)
+        layer = consumer_of(trace, op)
+        if layer:
+            producers[id(op.result)] = layer
     for output in trace.outputs:
         if id(output) in producers:
             norms.setdefault(producers[id(output)], set()).add(None)
@@ -90,18 +88,6 @@ def _norms_after(trace: Trace) -> dict[str, tuple[str, ...]]:
         for layer, after in norms.items()
         if None not in after and all(sources[norm or ""] == {layer} for norm in after)
     }
-
-
-def _bytes_per_sample(trace: Trace) -> int:
-    last = {id(t): n for n, op in enumerate(trace.ops) for t in op.inputs}
-    alive = {id(tensor): tensor.nbytes for tensor in trace.inputs}
-    most = sum(alive.values())
-    for number, op in enumerate(trace.ops):
-        if op.name in CONSUMERS:
-            most = max(most, sum(alive.values()))
-        alive |= {id(result): result.nbytes for result in op.results}
-        alive = {key: size for key, size in alive.items() if last.get(key, -1) > number}
-    return most // trace.sample_count
 
 
 def _keeps_activations(trace: Trace) -> bool:

@@ -16,12 +16,13 @@ from job.errors import StopRequest
 from job.slimming.analysis import analyse
 from job.slimming.calibration.paused_forward import contiguous_weights, forward_passes
 from job.slimming.calibration.progress import Progress, no_progress
-from job.slimming.compensation import reconstruction
+from job.slimming.compensation import paired_passes, reconstruction
 from support.cuts import randomise
 
 IMAGES = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
+BYTES = 4 * 2 * 8 * 16 * 16  # of a pass that is paused after the second convolution
 RAN = itertools.count()  # passes of all networks; what they count themselves is put back
 
 
@@ -63,7 +64,8 @@ def test_a_pass_pauses_where_it_is_asked_to_and_sees_what_has_changed() -> None:
     wide = network()
     layers = wide.second, wide.last
     before = wide(IMAGES)
-    with forward_passes(wide, layers, IMAGES.split(8)) as passes:
+    with forward_passes(wide, layers) as start:
+        passes = [start(batch) for batch in IMAGES.split(8)]
         read = [paused.run_until(wide.second) for paused in passes]
         assert [None if values is None else len(values) for values in read] == [8, 8, 4]
         with torch.no_grad():
@@ -94,29 +96,35 @@ def test_weights_are_in_the_default_format_meanwhile() -> None:
     assert bool((layers[1].weight == 2).all())
 
 
-def test_regress_passes_the_images_once_however_many_layers() -> None:
+def test_regress_passes_the_images_once_however_many_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     counts = []
-    for size in (4, 1):  # 5 batches, and 20: joined by three, 7
+    for parts in (1, 5):
+        monkeypatch.setattr(paired_passes, "MOST_BYTES", 10**8)
+        monkeypatch.setattr(paired_passes, "PARTS", 10**8 // (2 * BYTES) // (20 // parts))
         before = next(RAN)
-        slim(network(), list(IMAGES.split(size)))
+        slim(network(), list(IMAGES.split(1)))
         counts.append(next(RAN) - before)
-    assert counts[1] - counts[0] == 2 * 2  # in the narrow and in the wide network
+    assert counts[1] - counts[0] == 4 * 2  # in the narrow and in the wide network
 
 
-def test_only_as_many_images_count_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_join_where_they_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = network()
     whole, part = slim(wide, list(IMAGES.split(5))), slim(wide, [IMAGES[:10]])
-    assert not torch.equal(whole.last.weight, part.last.weight)
-    most = 2 * 6 * analyse(wide, IMAGES).forward.bytes_per_sample
-    monkeypatch.setattr(reconstruction, "MOST_BYTES", most)
+    assert not torch.allclose(whole.second.weight, part.second.weight)
+    # six images and a little before the second convolution, all of them before the last layer
+    monkeypatch.setattr(paired_passes, "MOST_BYTES", 6 * (2 * BYTES + IMAGES[0].nbytes))
     limited = slim(wide, list(IMAGES.split(5)))
-    torch.testing.assert_close(limited.last.weight, part.last.weight)
     torch.testing.assert_close(limited.second.weight, part.second.weight)
+    assert not torch.allclose(limited.last.weight, part.last.weight)
 
 
 def test_memory_of_a_paused_pass_is_counted() -> None:
-    # before the second convolution: the stream, which is added later; the image has gone
-    assert analyse(network(), IMAGES).forward.bytes_per_sample == 4 * 8 * 16 * 16
+    points = analyse(network(), IMAGES).forward.pause_points
+    sizes = {name: point.bytes_per_sample for name, point in points.items()}
+    # after the second convolution: the stream, which is added later, and its output
+    assert sizes == {"first": 4 * (3 + 8) * 16 * 16, "second": BYTES, "last": 4 * (8 + 4)}
 
 
 def _fail(wide: Network) -> Progress:

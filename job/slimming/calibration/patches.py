@@ -1,0 +1,67 @@
+"""Patches: the input values that a layer multiplies by its kernel for one output position."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def position_count(layer: nn.Module, outputs: torch.Tensor) -> tuple[int, int]:
+    """The numbers of samples and of positions each in ``outputs`` (B, O, …) of a layer."""
+    if isinstance(layer, nn.Linear):
+        return outputs[..., 0].numel(), 1
+    return len(outputs), outputs[0, 0].numel()
+
+
+def sample_positions(samples: int, positions: int, step: int, device: torch.device) -> torch.Tensor:
+    """Every ``step``-th of all positions of the samples, as flat indices (N,).
+
+    A larger step is taken where it would cover only some columns of the images.
+    """
+    while step > 1 and math.gcd(step, positions) > 1:
+        step += 1
+    return torch.arange(0, samples * positions, step, device=device)
+
+
+def values_at(layer: nn.Module, outputs: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Return ``outputs`` (B, O, …) of a layer at flat indices ``where`` (N,), as (N, O)."""
+    if isinstance(layer, nn.Linear):
+        return outputs.reshape(-1, outputs.shape[-1])[where]
+    flat = outputs.flatten(2)
+    positions = flat.shape[2]
+    return flat[where // positions, :, where % positions]
+
+
+def pad_inputs(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Pad ``inputs`` as the layer does."""
+    if isinstance(layer, nn.Linear) or not any(layer._reversed_padding_repeated_twice):
+        return inputs
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+def patches_at(
+    layer: Any, padded: torch.Tensor, where: torch.Tensor, sizes: Sequence[int]
+) -> torch.Tensor:
+    """Return the patches (N, C, K) of padded inputs (B, C, …) for output positions.
+
+    ``where`` (N,) are flat indices of output maps of ``sizes``. K is the size of the kernel, 1 for
+    a linear layer.
+    """
+    if isinstance(layer, nn.Linear):
+        return padded.reshape(-1, padded.shape[-1])[where][:, :, None]
+    sample, *places = torch.unravel_index(where, (len(padded), *sizes))
+    starts = [place * stride for place, stride in zip(places, layer.stride, strict=True)]
+    values, taps = padded.movedim(1, -1), []
+    for offsets in itertools.product(*map(range, layer.kernel_size)):
+        steps = zip(starts, offsets, layer.dilation, strict=True)
+        taps.append(values[(sample, *(start + o * dilation for start, o, dilation in steps))])
+    return torch.stack(taps, 2)

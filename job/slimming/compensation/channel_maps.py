@@ -1,0 +1,67 @@
+"""Channel maps: wide inputs of a layer as a linear map of its narrow ones, whatever the position.
+
+A map has fewer numbers than a kernel, so that few positions are enough to fit it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from job.slimming.calibration.consumers import input_values, sample_rows
+from job.slimming.calibration.input_statistics import RunningStatistics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from job.slimming.calibration.consumers import Consumer
+    from job.slimming.calibration.input_statistics import InputStatistics
+    from job.slimming.compensation.cut_pair import CutPair, Fit
+
+
+def fit_channel_map(
+    pair: CutPair,
+    consumer: Consumer,
+    inputs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    ridge: float,
+) -> bool:
+    """Fold M · x + b, fitted to wide ``inputs`` by the narrow ones x, into a narrow consumer.
+
+    ``inputs`` are pairs of narrow and wide inputs of this process. Padded borders are treated as if
+    b was added to the padding too. Returns whether any process has inputs.
+    """
+    kept = int(pair.keep[consumer.channels].sum())
+    width = kept + len(consumer.channels)
+    layer = pair.wide.get_submodule(consumer.layer)
+    running = RunningStatistics(kept, width, layer.get_parameter("weight").device)
+    for narrow_and_wide in inputs:
+        rows = [sample_rows(input_values(layer, v, consumer), width) for v in narrow_and_wide]
+        running.add(torch.cat(rows, 1))
+    statistics = running.result(consumer.layer)
+    if statistics.count:
+        pair.apply_fits(consumer, _solve_fits(pair, consumer, kept, statistics, ridge))
+    return bool(statistics.count)
+
+
+def _solve_fits(
+    pair: CutPair, consumer: Consumer, kept: int, statistics: InputStatistics, ridge: float
+) -> list[Fit]:
+    """M (C, K) and b (C,) for each group of a consumer.
+
+    The ridge pulls M to the plain cut: each kept channel is itself, removed channels are zero.
+    """
+    fits, start = [], 0
+    for part, stays in pair.kept_columns(consumer):
+        narrow = slice(start, start + int(stays.sum()))
+        wide = slice(kept + part.start, kept + part.stop)
+        start = narrow.stop
+        slope = torch.eye(len(stays)).double()[:, stays]
+        inner, cross = statistics.covariance[narrow, narrow], statistics.covariance[narrow, wide]
+        scale = inner.diagonal().mean()
+        if scale > 0:
+            missed = cross - inner @ slope.T
+            damped = inner + ridge * scale * torch.eye(len(inner)).double()
+            slope = slope + torch.linalg.solve(damped, missed).T
+        fits.append((slope, statistics.mean[wide] - slope @ statistics.mean[narrow]))
+    return fits

@@ -1,0 +1,126 @@
+"""The fit of a narrow layer's kernel and bias to the outputs of the wide layer."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from job.slimming.calibration.patches import (
+    pad_inputs,
+    patches_at,
+    position_count,
+    sample_positions,
+    values_at,
+)
+from job.slimming.compensation.normal_equations import NormalEquations
+from job.slimming.graph.layers import CONVOLUTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from job.slimming.compensation.cut_pair import CutPair
+    from job.slimming.compensation.paired_passes import PairedValues
+
+MOST_COLUMNS = 5000  # of the normal equations: 512 channels of a 3 x 3 kernel are 4608
+FEWEST_ROWS = 4  # for each column
+ENOUGH_ROWS = 100  # for each column, and LEAST_ROWS in addition
+LEAST_ROWS = 4000
+MOST_KERNEL_PRODUCTS = 2**36  # of one layer: about two seconds on two cores
+MOST_BLOCK_VALUES = 2**23  # in one block of rows
+SMALLEST_GAIN = 1e-6  # of a BatchNorm: channels below are not fitted to a sum
+
+
+def can_fit_kernel(layer: Any, rows: int) -> bool:
+    """Whether the kernel can be fitted to so many ``rows``: layers whose forward pass is torch's.
+
+    Where a kernel has several numbers for each channel, it needs a few rows for each number.
+    """
+    if "forward" in vars(layer):
+        return False
+    if isinstance(layer, nn.Linear):
+        standard = type(layer).forward is nn.Linear.forward
+    else:
+        kind: Any = next(kind for kind in CONVOLUTIONS if isinstance(layer, kind))
+        standard = type(layer).forward is kind.forward
+        standard = standard and type(layer)._conv_forward is kind._conv_forward
+    columns = layer.weight[0].numel()
+    return standard and columns <= MOST_COLUMNS and rows >= FEWEST_ROWS * columns
+
+
+def fit_kernel(
+    pair: CutPair, name: str, values: Sequence[PairedValues], available: int, ridge: float
+) -> bool:
+    """Fit the narrow layer ``name`` to the wide outputs in ``values``, those of this process.
+
+    ``available`` are the rows, i.e. output positions, of all processes; an even sample is used.
+    The ridge pulls the kernel to that of the plain cut. Returns whether any process has rows.
+    """
+    layer: Any = pair.narrow.get_submodule(name)
+    weight, groups = layer.weight, int(getattr(layer, "groups", 1))
+    columns, outputs = weight[0].numel(), len(weight) // groups
+    equations = NormalEquations(groups, columns, outputs, weight.device)
+    step = -(-available // _enough_rows(groups, columns, outputs))
+    for batch in values:
+        for patches, errors in _rows(pair, name, batch, step):
+            equations.add(patches.reshape(-1, groups, columns), errors.reshape(-1, groups, outputs))
+    solution = equations.solve(name, ridge, constant=pair.holds_constant(name))
+    if solution is None:
+        return False
+    slopes, constants = solution
+    with torch.no_grad():
+        change = slopes.transpose(1, 2).reshape(weight.shape)
+        weight.copy_(weight.cpu().double() + change)
+        pair.add_constant(name, constants.flatten())
+    return True
+
+
+def _enough_rows(groups: int, columns: int, outputs: int) -> int:
+    products = groups * columns * (columns + outputs)
+    cheap = max(FEWEST_ROWS * columns, MOST_KERNEL_PRODUCTS // products)
+    return min(LEAST_ROWS + ENOUGH_ROWS * columns, cheap)
+
+
+def _rows(
+    pair: CutPair, name: str, batch: PairedValues, step: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Blocks of patches (N, C, K) of narrow inputs, with the errors (N, O) of the outputs."""
+    layer: Any = pair.narrow.get_submodule(name)
+    kept = pair.kept_rows(name).to(batch.outputs.device)
+    padded = pad_inputs(layer, batch.inputs)
+    sizes = batch.outputs.shape[2:]
+    samples, positions = position_count(layer, batch.outputs)
+    where = sample_positions(samples, positions, step, padded.device)
+    block = max(
+        1, MOST_BLOCK_VALUES // (padded.shape[1] * math.prod(getattr(layer, "kernel_size", ())))
+    )
+    weight = layer.weight.flatten(1)
+    groups = int(getattr(layer, "groups", 1))
+    for part in torch.split(where, block):
+        patches = _at_least_float32(patches_at(layer, padded, part, sizes))
+        wanted = _at_least_float32(values_at(layer, batch.outputs, part)[:, kept])
+        if batch.narrow_sum is not None:
+            errors = wanted - values_at(layer, batch.narrow_sum, part)
+            errors = errors * _inverse_gain(pair, name).to(errors)
+        else:
+            grouped = patches.reshape(len(part), groups, -1).transpose(0, 1)
+            kernels = weight.to(patches.dtype).view(groups, -1, weight.shape[1])
+            outputs = (grouped @ kernels.transpose(1, 2)).transpose(0, 1).flatten(1)
+            errors = wanted - (outputs if layer.bias is None else outputs + layer.bias)
+        yield patches, errors
+
+
+def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _inverse_gain(pair: CutPair, name: str) -> torch.Tensor:
+    """By how much an output (O,) of a layer must change for a change of 1 in the sum."""
+    module: Any = pair.narrow.get_submodule(pair.summand(name) or name)
+    if module is pair.narrow.get_submodule(name):
+        return torch.ones(1)
+    gain = (module.running_var.double() + module.eps).rsqrt()
+    gain = gain if module.weight is None else gain * module.weight
+    return torch.where(gain.abs() > SMALLEST_GAIN, 1 / gain, 0)

@@ -1,0 +1,218 @@
+"""Forward passes of the same images through the narrow and the wide network, layer by layer.
+
+A pass keeps its activations while it is paused. Images join where all passes together fit into
+memory: few before the first layers, whose feature maps are large, and more and more further down.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from job.slimming.calibration.batch import inputs_of
+from job.slimming.calibration.paused_forward import ForwardPass, Summands, forward_passes
+from job.slimming.graph.modes import eval_with_hooks
+from job.slimming.graph.snapshot import Snapshot, preserve_state
+from job.slimming.inputs import (
+    batch_signature,
+    call_network,
+    concatenate,
+    sample_count,
+    tensors_in,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from torch import nn
+
+    from job.slimming.calibration.batch import CalibrationBatch
+    from job.slimming.compensation.cut_pair import CutPair
+    from job.slimming.inputs import Example
+
+MOST_BYTES = 2**31  # that all passes together keep while they are paused
+PARTS = 8  # of the images before the first layer: a running pass takes memory too
+
+
+@dataclass(frozen=True)
+class PairedValues:
+    """What a layer reads in both networks, and the outputs of the wide one, for one batch.
+
+    ``narrow_sum`` is None, or the sum that the outputs of the narrow layer are part of; ``outputs``
+    are then the sum in the wide network, and ``narrow`` is the pass that is paused there.
+    """
+
+    inputs: torch.Tensor
+    wide_inputs: torch.Tensor
+    outputs: torch.Tensor
+    narrow_sum: torch.Tensor | None = None
+    narrow: ForwardPass | None = None
+
+
+class PairedPasses:
+    """Passes over the images of this process, possibly none, that pause for each of ``layers``.
+
+    ``layers`` are in the order of their pause points. ``summands`` maps layers that are read by an
+    addition alone to the module whose output is added.
+    """
+
+    def __init__(
+        self,
+        pair: CutPair,
+        batches: Iterable[CalibrationBatch],
+        layers: Sequence[str],
+        summands: Mapping[str, str],
+    ) -> None:
+        facts = pair.graph.forward
+        self.networks, self.layers, self.summands = (pair.narrow, pair.wide), layers, summands
+        self.calls = Counter(call.weight for call in pair.graph.calls)
+        sizes = [facts.pause_points[layer].bytes_per_sample for layer in layers]
+        # the most that the passes will keep from each layer on
+        largest = list(itertools.accumulate(reversed(sizes), max))[::-1]
+        first = max(1, MOST_BYTES // max(1, 2 * largest[0]))  # samples
+        inputs, self.unpaused = map(inputs_of, batches), Snapshot(pair.wide).has_locks
+        if facts.keeps_activations:  # a paused pass may see activations that another one has stored
+            joined = list(_joined(_first_samples(inputs, first), first * PARTS))
+            self.unpaused = self.unpaused or len(joined) > 1
+            largest, self.batches = [0] * len(layers), _Batches(iter(joined))
+        else:
+            self.batches = _Batches(_joined(inputs, first // PARTS))
+        self.largest = dict(zip(layers, largest, strict=True))
+        self.inputs: list[Example] = []
+        self.passes: list[tuple[ForwardPass, ForwardPass]] = []
+        self.start: list[Callable[[Example], ForwardPass]] = []
+
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """Make both networks ready; passes end with the context."""
+        with ExitStack() as stack:
+            stack.enter_context(preserve_state(self.networks[1]))
+            for network in self.networks:
+                layers = map(network.get_submodule, self.layers)
+                summands = {
+                    network.get_submodule(layer): network.get_submodule(module)
+                    for layer, module in self.summands.items()
+                }
+                if self.unpaused:
+                    summands = {}
+                self.start.append(stack.enter_context(forward_passes(network, layers, summands)))
+            yield
+
+    def values(self, name: str) -> list[PairedValues]:
+        """Return what the layer ``name`` reads and should compute, for each batch and call."""
+        self._join(name)
+        once = self.calls[f"{name}.weight"] == 1 and not self.unpaused
+        values: list[PairedValues] = []
+        for batch, passes in zip(self.inputs, self.passes, strict=True):
+            if not once:  # its last call comes after layers that its first call feeds
+                values += self._from_whole_passes(name, batch)
+            elif name in self.summands:
+                values += self._from_addition(name, *passes)
+            else:
+                narrow, wide = (network.get_submodule(name) for network in self.networks)
+                inputs, called = passes[0].run_until(narrow), passes[1].run_through(wide)
+                if inputs is not None and called is not None:
+                    values.append(PairedValues(inputs, *called))
+        return values
+
+    def _from_addition(
+        self, name: str, narrow: ForwardPass, wide: ForwardPass
+    ) -> Iterator[PairedValues]:
+        ours, theirs = (
+            forward_pass.run_until_added(network.get_submodule(name))
+            for forward_pass, network in zip((narrow, wide), self.networks, strict=True)
+        )
+        if ours is not None and theirs is not None:
+            yield PairedValues(ours.inputs, theirs.inputs, _sum(theirs), _sum(ours), narrow)
+
+    def replace_outputs(self, name: str, values: Sequence[PairedValues]) -> None:
+        """Continue the passes that have gone through the layer with outputs of the fitted one."""
+        layer = self.networks[0].get_submodule(name)
+        module = self.networks[0].get_submodule(self.summands.get(name, name))
+        with torch.no_grad():
+            for batch in values:
+                if batch.narrow is not None:
+                    outputs = layer.forward(batch.inputs)
+                    outputs = outputs if module is layer else module.forward(outputs)
+                    batch.narrow.replace_output(outputs)
+
+    def _join(self, name: str) -> None:
+        """Start passes over more images where they fit from this layer on."""
+        for batch in self.batches.take(MOST_BYTES, 2 * self.largest[name]):
+            self.inputs.append(batch)
+            narrow, wide = (start(batch) for start in self.start)
+            self.passes.append((narrow, wide))
+
+    def _from_whole_passes(self, name: str, batch: Example) -> Iterator[PairedValues]:
+        """The values at each call of a layer, from passes that are not paused."""
+        ours, theirs = (_calls(network, name, batch) for network in self.networks)
+        for (inputs, _), called in zip(ours, theirs, strict=True):
+            yield PairedValues(inputs, *called)
+
+
+def _sum(summands: Summands) -> torch.Tensor:
+    return summands.output + summands.other
+
+
+def _calls(
+    network: nn.Module, name: str, batch: Example
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of the inputs and outputs of a layer at each of its calls."""
+    layer, calls = network.get_submodule(name), []
+    inputs: list[torch.Tensor] = []
+
+    def before(_: nn.Module, values: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(values[0].clone())  # the next layer may work in place
+
+    def after(_: nn.Module, __: object, outputs: torch.Tensor) -> None:
+        calls.append((inputs[-1], outputs.clone()))
+
+    with eval_with_hooks(network, [(layer, before)]):
+        layer.register_forward_hook(after)
+        call_network(network, batch)
+    return calls
+
+
+class _Batches:
+    """Batches that are read when they are needed."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.waiting = batches
+        self.samples = self.nbytes = 0
+
+    def take(self, most: int, bytes_per_sample: int) -> Iterator[Any]:
+        """Yield batches until they hold ``most`` bytes or more, with those taken before."""
+        while self.samples * bytes_per_sample + self.nbytes < most:
+            batch = next(self.waiting, None)
+            if batch is None:
+                return
+            self.samples += sample_count(batch)
+            self.nbytes += sum(tensor.nbytes for tensor in tensors_in(batch))
+            yield batch
+
+
+def _first_samples(batches: Iterable[Example], most: int) -> Iterator[Example]:
+    """The first batches, until they hold ``most`` samples or more."""
+    for batch in batches:
+        yield batch
+        most -= sample_count(batch)
+        if most <= 0:
+            return
+
+
+def _joined(batches: Iterable[Example], size: int) -> Iterator[Any]:
+    """Batches of the same shape, joined while they hold at most ``size`` samples."""
+    for _, alike in itertools.groupby(batches, key=batch_signature):
+        part: list[Example] = []
+        for batch in alike:
+            if part and sum(map(sample_count, part)) + sample_count(batch) > size:
+                yield concatenate(part)
+                part = []
+            part.append(batch)
+        if part:
+            yield concatenate(part)

@@ -1,0 +1,114 @@
+"""Pause points: where a forward pass can pause for a layer, and what it keeps in memory then.
+
+The outputs of a layer, possibly normalised, may be read by an addition alone, e.g. at the end of a
+residual block. The pause point of such a layer is the addition, for others it is the layer itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from job.slimming.graph.layers import owner_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from job.slimming.graph.trace import Op, Trace
+
+CONSUMERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
+ADDITIONS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
+
+
+@dataclass(frozen=True)
+class PausePoint:
+    """The op, given by number, at which a pass pauses for a layer, and what it keeps there.
+
+    ``bytes_per_sample`` is about the most. ``summand`` is the module whose output is added: the
+    layer or the BatchNorm after it; None where the pause point is the layer.
+    """
+
+    op: int
+    bytes_per_sample: int
+    summand: str | None = None
+
+
+def pause_points(trace: Trace, norms_after: Mapping[str, tuple[str, ...]]) -> dict[str, PausePoint]:
+    """Return the pause points of all convolution and linear layers, in the order of the ops."""
+    alive, summands = _alive_bytes(trace), _summands(trace, norms_after)
+    points: dict[str, PausePoint] = {}
+    for number, op in enumerate(trace.ops):
+        layer = consumer_of(trace, op)
+        if layer is None or layer in points:
+            continue
+        # the wide network pauses after the layer
+        size, place, summand = alive[number] + op.result.nbytes, number, None
+        if layer in summands:
+            place, summand = summands[layer]
+            size = max(size, alive[place] + op.inputs[0].nbytes)
+        points[layer] = PausePoint(place, size // trace.sample_count, summand)
+    return dict(sorted(points.items(), key=lambda item: item[1].op))
+
+
+def consumer_of(trace: Trace, op: Op) -> str | None:
+    """The convolution or linear layer that an op belongs to; None for any other op."""
+    weight = trace.name(op.argument(1, "weight")) if op.name in CONSUMERS else None
+    return owner_of(weight) if weight else None
+
+
+def _alive_bytes(trace: Trace) -> list[int]:
+    """The bytes of the activations that exist before each op and are read later."""
+    last = {id(t): n for n, op in enumerate(trace.ops) for t in op.inputs}
+    alive = {id(tensor): tensor.nbytes for tensor in trace.inputs}
+    sizes = []
+    for number, op in enumerate(trace.ops):
+        sizes.append(sum(alive.values()))
+        alive |= {id(result): result.nbytes for result in op.results}
+        alive = {key: size for key, size in alive.items() if last.get(key, -1) > number}
+    return sizes
+
+
+def _summands(
+    trace: Trace, norms_after: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[int, str]]:
+    """The layers whose outputs only an addition reads: its number, and the module before it.
+
+    Of two layers that are added, the later one counts.
+    """
+    normed = {norms[0]: layer for layer, norms in norms_after.items() if len(norms) == 1}
+    producers: dict[int, tuple[str, str]] = {}  # layer and module, by id of the activation
+    readers: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for number, op in enumerate(trace.ops):
+        for tensor in op.inputs:
+            if id(tensor) in producers:
+                readers[producers[id(tensor)]].append(number)
+        for result in op.results:
+            producers.pop(id(result), None)
+        layer = consumer_of(trace, op)
+        if layer and not norms_after.get(layer):
+            producers[id(op.result)] = layer, layer
+        elif op.name == "batch_norm":
+            norm = owner_of(trace.name(op.argument(1, "running_mean")) or "")
+            if norm in normed:
+                producers[id(op.result)] = normed[norm], norm
+    for output in trace.outputs:
+        if id(output) in producers:
+            readers[producers[id(output)]].append(-1)
+    of_op = {
+        numbers[0]: producer
+        for producer, numbers in readers.items()
+        if len(numbers) == 1 and numbers[0] >= 0 and _is_addition(trace.ops[numbers[0]])
+    }
+    return {layer: (number, module) for number, (layer, module) in of_op.items()}
+
+
+def _is_addition(op: Op) -> bool:
+    """Whether an op adds two activations of the same shape."""
+    if op.name not in ADDITIONS or op.kwargs or len(op.args) != 2:
+        return False
+    one, other = op.args
+    tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return tensors and one.shape == other.shape
