@@ -14,21 +14,30 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def position_count(layer: nn.Module, outputs: torch.Tensor) -> tuple[int, int]:
-    """The numbers of samples and of positions each in ``outputs`` (B, O, …) of a layer."""
-    if isinstance(layer, nn.Linear):
-        return outputs[..., 0].numel(), 1
-    return len(outputs), outputs[0, 0].numel()
+def row_count(layer: nn.Module, outputs: torch.Tensor) -> int:
+    """The number of output positions of all samples in ``outputs`` (B, O, …) of a layer."""
+    return outputs[..., 0].numel() if isinstance(layer, nn.Linear) else outputs[:, 0].numel()
 
 
-def sample_positions(samples: int, positions: int, step: int, device: torch.device) -> torch.Tensor:
-    """Every ``step``-th of all positions of the samples, as flat indices (N,).
+def sample_positions(
+    rows: int, step: int, sizes: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """Every ``step``-th of ``rows`` output positions, as flat indices (N,).
 
-    A larger step is taken where it would cover only some columns of the images.
+    ``sizes`` are the numbers of samples of the batches that are joined here: the sample is the same
+    for each batch however they are joined. A larger step is taken where it would cover only some
+    columns of the images.
     """
-    while step > 1 and math.gcd(step, positions) > 1:
+    each, rest = divmod(rows, sum(sizes))
+    if rest:
+        sizes, each = (1,), rows
+    while step > 1 and math.gcd(step, each) > 1:
         step += 1
-    return torch.arange(0, samples * positions, step, device=device)
+    starts = itertools.accumulate(sizes, initial=0)
+    return torch.cat([
+        torch.arange(start * each, (start + size) * each, step, device=device)
+        for start, size in zip(starts, sizes, strict=False)
+    ])  # fmt: skip
 
 
 def values_at(layer: nn.Module, outputs: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

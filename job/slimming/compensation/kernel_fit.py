@@ -11,7 +11,7 @@ from torch import nn
 from job.slimming.calibration.patches import (
     pad_inputs,
     patches_at,
-    position_count,
+    row_count,
     sample_positions,
     values_at,
 )
@@ -91,8 +91,8 @@ def _rows(
     kept = pair.kept_rows(name).to(batch.outputs.device)
     padded = pad_inputs(layer, batch.inputs)
     sizes = batch.outputs.shape[2:]
-    samples, positions = position_count(layer, batch.outputs)
-    where = sample_positions(samples, positions, step, padded.device)
+    rows = row_count(layer, batch.outputs)
+    where = sample_positions(rows, step, batch.sizes, padded.device)
     block = max(
         1, MOST_BLOCK_VALUES // (padded.shape[1] * math.prod(getattr(layer, "kernel_size", ())))
     )

@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -41,17 +41,27 @@ PARTS = 8  # of the images before the first layer: a running pass takes memory t
 
 @dataclass(frozen=True)
 class PairedValues:
-    """What a layer reads in both networks, and the outputs of the wide one, for one batch.
+    """What a layer reads in both networks, and the outputs of the wide one.
 
+    They are for batches of ``sizes`` samples, joined.
     ``narrow_sum`` is None, or the sum that the outputs of the narrow layer are part of; ``outputs``
     are then the sum in the wide network, and ``narrow`` is the pass that is paused there.
     """
 
+    sizes: Sequence[int]
     inputs: torch.Tensor
     wide_inputs: torch.Tensor
     outputs: torch.Tensor
     narrow_sum: torch.Tensor | None = None
     narrow: ForwardPass | None = None
+
+
+@dataclass(frozen=True)
+class JoinedBatch:
+    """Batches of ``sizes`` samples, joined."""
+
+    inputs: Example
+    sizes: tuple[int, ...]
 
 
 class PairedPasses:
@@ -83,7 +93,7 @@ class PairedPasses:
         else:
             self.batches = _Batches(_joined(inputs, first // PARTS))
         self.largest = dict(zip(layers, largest, strict=True))
-        self.inputs: list[Example] = []
+        self.joined: list[JoinedBatch] = []
         self.passes: list[tuple[ForwardPass, ForwardPass]] = []
         self.start: list[Callable[[Example], ForwardPass]] = []
 
@@ -108,27 +118,28 @@ class PairedPasses:
         self._join(name)
         once = self.calls[f"{name}.weight"] == 1 and not self.unpaused
         values: list[PairedValues] = []
-        for batch, passes in zip(self.inputs, self.passes, strict=True):
+        for batch, passes in zip(self.joined, self.passes, strict=True):
             if not once:  # its last call comes after layers that its first call feeds
                 values += self._from_whole_passes(name, batch)
             elif name in self.summands:
-                values += self._from_addition(name, *passes)
+                values += self._from_addition(name, batch.sizes, *passes)
             else:
                 narrow, wide = (network.get_submodule(name) for network in self.networks)
                 inputs, called = passes[0].run_until(narrow), passes[1].run_through(wide)
                 if inputs is not None and called is not None:
-                    values.append(PairedValues(inputs, *called))
+                    values.append(PairedValues(batch.sizes, inputs, *called))
         return values
 
     def _from_addition(
-        self, name: str, narrow: ForwardPass, wide: ForwardPass
+        self, name: str, sizes: Sequence[int], narrow: ForwardPass, wide: ForwardPass
     ) -> Iterator[PairedValues]:
         ours, theirs = (
             forward_pass.run_until_added(network.get_submodule(name))
             for forward_pass, network in zip((narrow, wide), self.networks, strict=True)
         )
         if ours is not None and theirs is not None:
-            yield PairedValues(ours.inputs, theirs.inputs, _sum(theirs), _sum(ours), narrow)
+            inputs = ours.inputs, theirs.inputs
+            yield PairedValues(sizes, *inputs, _sum(theirs), _sum(ours), narrow)
 
     def replace_outputs(self, name: str, values: Sequence[PairedValues]) -> None:
         """Continue the passes that have gone through the layer with outputs of the fitted one."""
@@ -144,15 +155,15 @@ class PairedPasses:
     def _join(self, name: str) -> None:
         """Start passes over more images where they fit from this layer on."""
         for batch in self.batches.take(MOST_BYTES, 2 * self.largest[name]):
-            self.inputs.append(batch)
-            narrow, wide = (start(batch) for start in self.start)
+            self.joined.append(batch)
+            narrow, wide = (start(batch.inputs) for start in self.start)
             self.passes.append((narrow, wide))
 
-    def _from_whole_passes(self, name: str, batch: Example) -> Iterator[PairedValues]:
+    def _from_whole_passes(self, name: str, batch: JoinedBatch) -> Iterator[PairedValues]:
         """The values at each call of a layer, from passes that are not paused."""
-        ours, theirs = (_calls(network, name, batch) for network in self.networks)
+        ours, theirs = (_calls(network, name, batch.inputs) for network in self.networks)
         for (inputs, _), called in zip(ours, theirs, strict=True):
-            yield PairedValues(inputs, *called)
+            yield PairedValues(batch.sizes, inputs, *called)
 
 
 def _sum(summands: Summands) -> torch.Tensor:
@@ -181,18 +192,18 @@ def _calls(
 class _Batches:
     """Batches that are read when they are needed."""
 
-    def __init__(self, batches: Iterator[Any]) -> None:
+    def __init__(self, batches: Iterator[JoinedBatch]) -> None:
         self.waiting = batches
         self.samples = self.nbytes = 0
 
-    def take(self, most: int, bytes_per_sample: int) -> Iterator[Any]:
+    def take(self, most: int, bytes_per_sample: int) -> Iterator[JoinedBatch]:
         """Yield batches until they hold ``most`` bytes or more, with those taken before."""
         while self.samples * bytes_per_sample + self.nbytes < most:
             batch = next(self.waiting, None)
             if batch is None:
                 return
-            self.samples += sample_count(batch)
-            self.nbytes += sum(tensor.nbytes for tensor in tensors_in(batch))
+            self.samples += sum(batch.sizes)
+            self.nbytes += sum(tensor.nbytes for tensor in tensors_in(batch.inputs))
             yield batch
 
 
@@ -205,14 +216,18 @@ def _first_samples(batches: Iterable[Example], most: int) -> Iterator[Example]:
             return
 
 
-def _joined(batches: Iterable[Example], size: int) -> Iterator[Any]:
+def _joined(batches: Iterable[Example], size: int) -> Iterator[JoinedBatch]:
     """Batches of the same shape, joined while they hold at most ``size`` samples."""
     for _, alike in itertools.groupby(batches, key=batch_signature):
         part: list[Example] = []
         for batch in alike:
             if part and sum(map(sample_count, part)) + sample_count(batch) > size:
-                yield concatenate(part)
+                yield _join(part)
                 part = []
             part.append(batch)
         if part:
-            yield concatenate(part)
+            yield _join(part)
+
+
+def _join(batches: Sequence[Example]) -> JoinedBatch:
+    return JoinedBatch(concatenate(batches), tuple(map(sample_count, batches)))

@@ -19,7 +19,7 @@ from torch import nn
 from job.distributed.collectives import total
 from job.errors import UsageError
 from job.slimming.calibration.input_statistics import RIDGE
-from job.slimming.calibration.patches import position_count
+from job.slimming.calibration.patches import row_count
 from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.channel_maps import fit_channel_map
 from job.slimming.compensation.kernel_fit import can_fit_kernel, fit_kernel
@@ -89,8 +89,7 @@ def _fit_layer(pair: CutPair, name: str, values: Sequence[PairedValues], ridge: 
     Where a kernel cannot be fitted, a map of its input channels is.
     """
     layer = pair.narrow.get_submodule(name)
-    counts = [position_count(layer, batch.outputs) for batch in values]
-    rows = sum(samples * positions for samples, positions in counts)
+    rows = sum(row_count(layer, batch.outputs) for batch in values)
     count = torch.tensor(
         float(rows), dtype=torch.float64, device=layer.get_parameter("weight").device
     )

@@ -14,11 +14,11 @@ from job.slimming.analysis import analyse
 from job.slimming.calibration.patches import (
     pad_inputs,
     patches_at,
-    position_count,
+    row_count,
     sample_positions,
     values_at,
 )
-from job.slimming.compensation import kernel_fit, reconstruction
+from job.slimming.compensation import kernel_fit, paired_passes, reconstruction
 from job.slimming.compensation.constants import add_biases, layers_without_constant
 from job.slimming.compensation.cut_pair import CutPair
 from job.slimming.compensation.normal_equations import NormalEquations
@@ -49,14 +49,14 @@ def test_patches_times_the_kernel_are_the_outputs(layer: nn.Module) -> None:
     inputs = torch.rand((2, 4, *(7, 6, 5)[:dims]) if dims else (2, 3, 4))
     with torch.no_grad():
         outputs = layer(inputs)
-    samples, positions = position_count(layer, outputs)
+    rows = row_count(layer, outputs)
     for step in (1, 4):
-        where = sample_positions(samples, positions, step, inputs.device)
+        where = sample_positions(rows, step, (1, 1), inputs.device)
         patches = patches_at(layer, pad_inputs(layer, inputs), where, outputs.shape[2:])
         groups = getattr(layer, "groups", 1)
-        rows = patches.reshape(len(where), groups, -1)
+        taps = patches.reshape(len(where), groups, -1)
         kernel = layer.weight.detach().reshape(groups, len(layer.weight) // groups, -1)
-        ours = torch.einsum("ngc,goc->ngo", rows, kernel).flatten(1) + layer.bias.detach()
+        ours = torch.einsum("ngc,goc->ngo", taps, kernel).flatten(1) + layer.bias.detach()
         torch.testing.assert_close(ours, values_at(layer, outputs, where))
 
 
@@ -234,4 +234,16 @@ def test_the_order_of_the_batches_and_their_sizes_do_not_matter() -> None:
         reconstruct(pair, images)
     first, *others = (pair.narrow.state_dict() for pair in pairs)
     for other, name in itertools.product(others, first):
+        torch.testing.assert_close(other[name], first[name], rtol=1e-7, atol=1e-9)
+
+
+def test_a_sample_is_the_same_however_batches_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LEAST_ROWS", "ENOUGH_ROWS"):
+        monkeypatch.setattr(kernel_fit, name, 8)
+    pairs = [pair_of(residual().double()) for _ in range(2)]
+    for pair, parts in zip(pairs, (1, 10**6), strict=True):
+        monkeypatch.setattr(paired_passes, "PARTS", parts)  # one pass, and one for each batch
+        reconstruct(pair, IMAGES.double().split(5))
+    first, other = (pair.narrow.state_dict() for pair in pairs)
+    for name in first:
         torch.testing.assert_close(other[name], first[name], rtol=1e-7, atol=1e-9)
