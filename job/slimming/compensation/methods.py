@@ -54,7 +54,7 @@ COMPENSATIONS: dict[str, Compensation] = {
         lambda pair, calibration, progress: reconstruct(
             pair, calibration.images(), progress=progress
         ),
-        "the next layers are fitted to their outputs before the cut, by least squares",
+        "the layers after the cut are fitted to their outputs before it, by least squares",
         images=True,
     ),
 }
