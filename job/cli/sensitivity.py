@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from job.cli.command_options import ModelOptions, SensitivityOptions
     from job.slimming.sensitivity.record import Sensitivity
 
-STDOUT = "-"
+_STDOUT = "-"
 
 
 def print_sensitivity(
@@ -44,11 +44,11 @@ def print_sensitivity(
     With a target, the table says how many channels ``slim`` keeps of each group. A ``csv`` file is
     written next to what is printed; for ``-`` only CSV is printed.
     """
-    if as_json and csv == STDOUT:
+    if as_json and csv == _STDOUT:
         raise UsageError("--json and --csv - both print on standard output: give --csv a file")
     budget = Budget.parse(options.target) if options.target else None
     PreprocessingOptions.of(model).check()
-    file = None if csv in (None, STDOUT) else Path(csv)
+    file = None if csv in (None, _STDOUT) else Path(csv)
     if file is not None:
         check_output(file)
     accelerator = start(options.device, options.precision)
@@ -56,7 +56,7 @@ def print_sensitivity(
     rows = measured.to_csv().encode("utf-8", "surrogateescape")
     if file is not None:
         write_output(file, rows)
-    if csv == STDOUT:
+    if csv == _STDOUT:
         print_result(rows)
     elif as_json:
         print_result(json.dumps(_record(card, measured), indent=1))
