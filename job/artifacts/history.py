@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from job.artifacts.records import EpochRecord, RoundRecord
+    from job.slimming.sensitivity.record import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,20 @@ class LayerWidth:
 
 
 @dataclass(frozen=True)
+class MeasuredRound:
+    """What the outputs of the network before the cut of ``round`` lost without some channels."""
+
+    round: int
+    sensitivity: Sensitivity
+
+
+@dataclass(frozen=True)
 class History:
     """Contents of a run folder. ``rounds`` begins with the base; ``time`` is in Unix seconds.
 
-    ``position`` is the round, epoch and step. ``layers`` describes the recommended model,
-    ``settings`` holds the tables of config.toml. ``problems`` names each unreadable file.
+    ``position`` is the round, epoch and step. ``layers`` describes the recommended model, and
+    ``measured`` the cut that made it, or else the last one that was measured. ``settings`` holds
+    the tables of config.toml. ``problems`` names each unreadable file.
     """
 
     path: Path
@@ -45,6 +55,7 @@ class History:
     cautions: tuple[str, ...] = ()
     seconds: float | None = None
     layers: tuple[LayerWidth, ...] = ()
+    measured: MeasuredRound | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 

@@ -12,6 +12,7 @@ file                   record
 ``position.json``      `TrainingProgress` and `RoundProgress`, in
                        `job.training.position`
 ``model.json``         `Lineage`; the rest is `job.artifacts.model_card`'s
+``sensitivity.json``   `Sensitivity`, in `job.slimming.sensitivity.record`
 ``config.toml``        `DatasetRecord`, `BaseRecord`
 =====================  =====================================================
 
@@ -26,6 +27,8 @@ from typing import Any, ClassVar
 
 from job.artifacts.json_records import to_json
 from job.training.epoch import EpochResult
+
+SENSITIVITY_FILE = "sensitivity.json"  # next to the model.json of a round that measured it
 
 
 @dataclass(frozen=True)

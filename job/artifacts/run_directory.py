@@ -13,7 +13,13 @@ from job.artifacts.compatibility import check_same_run
 from job.artifacts.json_records import from_json, to_json
 from job.artifacts.model_card import RECOMMENDED, ModelCard, load_model, save_model
 from job.artifacts.recommendation import recommend
-from job.artifacts.records import RoundRecord, StatusRecord, SummaryRecord, to_line
+from job.artifacts.records import (
+    SENSITIVITY_FILE,
+    RoundRecord,
+    StatusRecord,
+    SummaryRecord,
+    to_line,
+)
 from job.artifacts.run_config import (
     CONFIG_FILE,
     change_rounds,
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
 
     from job.artifacts.records import BaseRecord, DatasetRecord, EventRecord
     from job.config import PruneConfig
+    from job.slimming.sensitivity.record import Sensitivity
 
 RESERVE = 8192  # bytes kept so that a full disk still takes the last status
 
@@ -146,9 +153,19 @@ class Run:
         """Return the folder of the best model of a round."""
         return self.path / "rounds" / f"{round_index:02d}"
 
-    def save_round(self, round_index: int, network: nn.Module, card: ModelCard) -> None:
-        """Write the best model of a round atomically; raises StorageError."""
-        save_model(self.round_path(round_index), network, card)
+    def save_round(
+        self,
+        round_index: int,
+        network: nn.Module,
+        card: ModelCard,
+        sensitivity: Sensitivity | None = None,
+    ) -> None:
+        """Write the best model of a round, and what its cut measured; raises StorageError.
+
+        All files appear or none.
+        """
+        records = {SENSITIVITY_FILE: sensitivity.to_dict()} if sensitivity else {}
+        save_model(self.round_path(round_index), network, card, records)
 
     def load_round(self, round_index: int) -> tuple[nn.Module, ModelCard, RoundRecord]:
         """Load the best model of an earlier round; raises DataError when it is damaged."""

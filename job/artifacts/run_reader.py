@@ -8,15 +8,16 @@ from collections.abc import Mapping  # noqa: TC003  (from_json reads the types)
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from job.artifacts.history import History, LayerWidth
+from job.artifacts.history import History, LayerWidth, MeasuredRound
 from job.artifacts.json_records import from_json
 from job.artifacts.lock import current_state
-from job.artifacts.records import EpochRecord, RoundRecord, StatusRecord
+from job.artifacts.records import SENSITIVITY_FILE, EpochRecord, RoundRecord, StatusRecord
 from job.errors import InputNotFound, reason, shown
 from job.files import is_file, parse_toml, read_bytes, read_json
+from job.slimming.sensitivity.record import Sensitivity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from _typeshed import DataclassInstance
@@ -83,6 +84,7 @@ def read_run(path: Path) -> History:
         cautions=outcome.cautions,
         seconds=outcome.seconds,
         layers=() if recommended is None else _layers(path, recommended, problems),
+        measured=_measured(path, rounds, recommended, problems),
         settings={key: table for key, table in settings.items() if isinstance(table, dict)},
         problems=tuple(problems),
     )
@@ -171,6 +173,36 @@ def _layers(run: Path, round_index: int, problems: list[str]) -> tuple[LayerWidt
         for name, kept in card.widths.items()
         if 0 <= kept <= full.get(name, -1) <= LARGEST
     )
+
+
+def _measured(
+    run: Path, rounds: Sequence[RoundRecord], recommended: int | None, problems: list[str]
+) -> MeasuredRound | None:
+    """Return what was measured for the cut of the recommended model, or else of the last one."""
+    numbers = [entry.round for entry in reversed(rounds)]
+    if recommended is not None:
+        numbers.insert(0, recommended)
+    for number in dict.fromkeys(numbers):
+        path = run / "rounds" / f"{number:02d}" / SENSITIVITY_FILE
+        sensitivity = _read_file(path, _read_sensitivity, problems)
+        if sensitivity:
+            return MeasuredRound(number, sensitivity)
+    return None
+
+
+def _read_sensitivity(path: Path) -> Sensitivity:
+    """Read a file; raises ValueError for numbers that are out of range."""
+    found = from_json(Sensitivity, read_json(path))
+    points = [point for row in found.rows for point in row.points]
+    counts = [found.images, *(row.channels for row in found.rows), *(p.channels for p in points)]
+    counts += [row.kept for row in found.rows if row.kept is not None]
+    numbers = [*found.fractions, *(n for row in found.rows for n in (row.macs, row.params))]
+    numbers += [n for p in points for n in (p.fraction, p.loss) if n is not None]
+    if any(not 0 <= count <= LARGEST for count in counts) or not all(
+        math.isfinite(number) and abs(number) <= LARGEST for number in numbers
+    ):
+        raise ValueError("its numbers are out of range")
+    return found
 
 
 def _parse(kind: type[R], content: object) -> R | None:

@@ -14,14 +14,19 @@ if TYPE_CHECKING:
 
     from job.artifacts.model_card import ModelCard
     from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.sensitivity.record import Sensitivity
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A network and its card."""
+    """A network and its card.
+
+    ``sensitivity`` is what the cut that made the network measured, if it did.
+    """
 
     network: nn.Module
     card: ModelCard
+    sensitivity: Sensitivity | None = None
 
     @cached_property
     def graph(self) -> ChannelGraph:

@@ -152,7 +152,7 @@ def _train(session: Session, model: Model, spec: RoundSpec, pruned: PrunedScores
     """Train the network, which receives the weights of its best epoch; return its scores."""
     network, card = model.network, model.card
     cost = network_cost(network, session.image_size)
-    session.start_training(TrainedModel(card, cost, pruned))
+    session.start_training(TrainedModel(card, cost, pruned, model.sensitivity))
     best = session.setup.trainer.fit(network, spec, session)
     evaluate = partial(_evaluate, session, network)
     cautions = session.cautions.of_round(spec.round_index, best.valid_acc, evaluate)
@@ -189,7 +189,7 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
         base_sha256 = digest({k: v.cpu() for k, v in network.state_dict().items()})
         lineage = replace(lineage, base_sha256=lineage.base_sha256 or base_sha256)
     card = replace(card, metrics=to_json(entry), lineage=lineage)
-    session.write(lambda: run.save_round(current.index, network, card))
+    session.write(lambda: run.save_round(current.index, network, card, model.sensitivity))
     session.entries.append(entry)
     session.log(entry)
     session.summarise("running")

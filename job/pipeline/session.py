@@ -281,6 +281,7 @@ class Session(TrainingSession):
             run = RoundProgress(
                 step=self.place.step,
                 scores=model.scores,
+                sensitivity=model.sensitivity,
                 plan=cut,
                 metrics_size=self.run.metrics_size,
                 round_seconds=current.seconds,

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
     from job.pipeline.forecast import Forecast
     from job.slimming.planning.cost import Cost
+    from job.slimming.sensitivity.record import Sensitivity
     from job.tracking.tracker import Tracker
     from job.training.position import Position, PrunedScores
 
@@ -29,6 +30,7 @@ class TrainedModel:
     card: ModelCard
     cost: Cost
     scores: PrunedScores
+    sensitivity: Sensitivity | None = None
 
 
 @dataclass(frozen=True)

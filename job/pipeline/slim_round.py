@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from job.distributed.collectives import digest, on_main
@@ -27,6 +28,8 @@ from job.slimming.planning.plan import keep_of
 from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.target import Budget
 from job.slimming.recovery.recovery import recover
+from job.slimming.sensitivity.measure import FRACTIONS
+from job.slimming.sensitivity.summary import summarise_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -178,6 +181,10 @@ def cut(
     scores, data = measure_importance(network, graph, method, calibration.batches, step)
     curves = measure_losses(network, graph, scores, method, data, image, step)
     plan = on_main(lambda: _plan_by_scores(config, model, round_index, scores, curves))
+    sensitivity = None
+    if curves:
+        summarise = partial(summarise_losses, network, graph, curves, FRACTIONS, plan)
+        sensitivity = on_main(summarise)
     narrow, plan = make_cut(plan, network, graph, image, method.compensate, data, step)
     if config.recalibrate:
         step("recalibrating", 0, 0)
@@ -185,7 +192,7 @@ def cut(
         recalibrate_batchnorms(narrow, calibration.batches(images))
     lineage = replace(card.lineage, wide_sha256=digest(network.cpu().state_dict()))
     card = replace(card.cut(plan.layers, plan.width), lineage=lineage)
-    return Model(narrow.cpu(), card), plan
+    return Model(narrow.cpu(), card, sensitivity), plan
 
 
 def recover_cut(
@@ -240,4 +247,4 @@ def cut_before(model: Model, start: Position, run: Path) -> Model:
         )
     lineage = replace(model.card.lineage, wide_sha256=plan.wide)
     card = replace(model.card, layers=dict(plan.layers), width=plan.width, lineage=lineage)
-    return Model(card.build(), card)
+    return Model(card.build(), card, start.progress.sensitivity)

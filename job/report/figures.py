@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 NAMED_RUNS = 10  # most runs that a legend names; more runs are only numbered
 MOST_LABELS = 48  # most labels that remain readable
+NAMED_GROUPS = 5  # channel groups that a legend names
+LEAST_LOSS = 1e-9  # smaller losses are noise
+SHOWN_LOSSES = 1e-6  # of the highest: the range of the axis
 ACCURACY = "validation accuracy (%)"
 RING: dict[str, Any] = {"marker": "o", "markersize": 12, "fillstyle": "none"}
 
@@ -131,6 +136,35 @@ def draw_widths(axes: Axes, history: History) -> None:
     axes.legend(loc="upper left")
 
 
+def draw_sensitivity(axes: Axes, history: History) -> None:
+    """Draw the loss of the outputs against the kept channels: a line per group, the worst named."""
+    measured = history.measured
+    assert measured
+    lines = []
+    for row in measured.sensitivity.rows:
+        points = [(p.channels, p.loss) for p in row.points if p.loss is not None]
+        shares = [channels / max(1, row.channels) for channels, _ in points]
+        losses = [max(loss, LEAST_LOSS) for _, loss in points]
+        if losses:
+            lines.append((statistics.fmean(map(math.log, losses)), row.group, shares, losses))
+    lines.sort(key=lambda line: -line[0])
+    for number, (_, group, shares, losses) in reversed([*enumerate(lines)]):
+        style: dict[str, Any] = {"color": "#bbbbbb", "linewidth": 0.8}
+        if number < NAMED_GROUPS:
+            style = {"color": COLOURS[number], "marker": MARKERS[number], "label": group[-32:]}
+        axes.plot([100 * share for share in shares], losses, **style)
+    highest = max((max(losses) for *_, losses in lines), default=LEAST_LOSS)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=max(LEAST_LOSS, highest * SHOWN_LOSSES) / 2)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(f"channels kept of one group (%), before the cut of round {measured.round}")
+    axes.set_ylabel("loss of the outputs")
+    handles = [line for line in reversed(axes.get_lines()) if line.get_marker() != "None"]
+    legend = axes.legend(handles=handles, loc="lower left", title="the most sensitive groups")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
 def draw_pareto(axes: Axes, histories: Sequence[History], cost: str) -> None:
     """Draw accuracy against ``cost``: a line per run, and the Pareto front."""
     for number, history in enumerate(histories, start=1):
@@ -156,6 +190,11 @@ def draw_pareto(axes: Axes, histories: Sequence[History], cost: str) -> None:
     legend = axes.legend(handles=lines if len(histories) <= NAMED_RUNS else lines[-1:])
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name can hold dollars
+
+
+def _has_losses(history: History) -> bool:
+    rows = history.measured.sensitivity.rows if history.measured else ()
+    return any(point.loss is not None for row in rows for point in row.points)
 
 
 def _label_cost(axes: Axes, cost: str) -> None:
@@ -210,6 +249,13 @@ RUN_FIGURES: tuple[FigureSpec[History], ...] = (
         draw=draw_widths,
         applies=lambda history: bool(history.layers),
         bottom=0.3,
+    ),
+    FigureSpec(
+        name="sensitivity",
+        caption="Loss of the outputs when each channel group alone is reduced; the groups that "
+        "lose most are named",
+        draw=draw_sensitivity,
+        applies=_has_losses,
     ),
 )
 

@@ -102,7 +102,7 @@ def run_page(history: History, figures: Sequence[DrawnFigure]) -> Page:
         cautions=(*history.cautions, *history.problems),
         table=_rounds_table(history),
         figures=figures,
-        details=settings,
+        details=(*_sensitivity_tables(history), *settings),
     )
 
 
@@ -117,6 +117,16 @@ def comparison_page(histories: Sequence[History], figures: Sequence[DrawnFigure]
         table=_comparison_table(histories),
         figures=figures,
     )
+
+
+def _sensitivity_tables(history: History) -> tuple[HtmlTable, ...]:
+    """Return the table of the channel groups that a cut measured; nothing if none did."""
+    measured = history.measured
+    if measured is None:
+        return ()
+    found = measured.sensitivity
+    title = f"Channel groups before the cut of round {measured.round}: {found.describe()}"
+    return (HtmlTable(found.header(), tuple(found.cells()), title=title),)
 
 
 def _rounds_table(history: History) -> HtmlTable:

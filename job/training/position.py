@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from job.slimming.planning.layer_channels import LayerChannels  # noqa: TC001
+from job.slimming.sensitivity.record import Sensitivity  # noqa: TC001
 from job.training.epoch import EpochResult  # noqa: TC001
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class RoundProgress:
     """The progress of the run.
 
     ``step`` counts optimizer steps since the run began, ``metrics_size`` is the size of
-    metrics.jsonl in bytes. The seconds are spent on the round and on the run.
+    metrics.jsonl in bytes. The seconds are spent on the round and on the run. ``sensitivity`` is
+    what the cut of the round measured, if it did.
     """
 
     step: int = 0
@@ -65,6 +67,7 @@ class RoundProgress:
     metrics_size: int
     round_seconds: float
     run_seconds: float
+    sensitivity: Sensitivity | None = None
 
 
 @dataclass(frozen=True)

@@ -39,5 +39,10 @@ def assert_same_run(output: Path, undisturbed: Path) -> None:
     for round_name in rounds:
         name = Path("rounds") / round_name / "model.safetensors"
         assert (output / name).read_bytes() == (undisturbed / name).read_bytes(), round_name
+        measured = undisturbed / "rounds" / round_name / "sensitivity.json"
+        assert (output / "rounds" / round_name / measured.name).exists() == measured.exists()
+        if measured.exists():
+            again = output / "rounds" / round_name / measured.name
+            assert again.read_bytes() == measured.read_bytes(), round_name
     assert metrics(output) == metrics(undisturbed)
     assert not list(output.rglob("*.tmp"))

@@ -27,6 +27,7 @@ from job.artifacts.records import (
     to_line,
 )
 from job.slimming.planning.layer_channels import LayerChannels
+from job.slimming.sensitivity.record import Sensitivity
 from job.training.position import CutRecord, PrunedScores, RoundProgress, TrainingProgress
 
 ROUND = {
@@ -51,6 +52,17 @@ PROGRESS = {
     "plan": {"wide": "73a5", "width": 0.55, "layers": LAYERS},
     "metrics_size": 2048, "round_seconds": 3.5, "run_seconds": 4.5,
 }  # fmt: skip
+SENSITIVITY = {
+    "loss": "kl", "images": 16, "fractions": [0.5, 0.0], "target": None,
+    "groups": [
+        {"group": "cnn.0", "channels": 4, "macs": 0.5, "params": 0.25,
+         "points": [{"fraction": 0.5, "channels": 2, "loss": 1e-05},
+                    {"fraction": 0.0, "channels": 0, "loss": None}],
+         "kept": 3},
+        {"group": "cnn.1", "channels": 4, "macs": 0.5, "params": 0.25, "points": [], "kept": None},
+    ],
+    "blocked": [{"layer": "fc", "channels": 3, "reason": "the network's output"}],
+}  # fmt: skip
 TRAINING = {"processes": 2, "seconds": 1.5, "best": None}
 LINEAGE = {
     "base_sha256": "1", "seed": 0, "listing": 2, "fresh_classifier": True, "base_weights": "w",
@@ -69,6 +81,7 @@ FILES: list[tuple[type[Any], dict[str, Any]]] = [
     (RoundRecord, ROUND), (RoundRecord, BASE), (EpochRecord, EPOCH), (SummaryRecord, SUMMARY),
     (StatusRecord, STATUS), (LockRecord, LOCK),
     (RoundProgress, PROGRESS), (TrainingProgress, TRAINING),
+    (RoundProgress, PROGRESS | {"sensitivity": SENSITIVITY}), (Sensitivity, SENSITIVITY),
     (Lineage, LINEAGE), (Lineage, {}),
     (DatasetRecord, DATASET), (BaseRecord, {"weights_sha256": "", "epochs": 2}),
     (PrunedScores, {}), (CutRecord, {"wide": "", "width": 1.0, "layers": {}}),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -28,6 +30,82 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     assert [figure.png for figure in first] == [figure.png for figure in second]
     assert render(run_page(history, first)) == render(run_page(history, second))
     assert all(not Image.open(io.BytesIO(figure.png)).text for figure in first)  # type: ignore[attr-defined]
+
+
+def write_sensitivity(folder: Path, round_index: int, **more: Any) -> None:
+    """Put the file of a round that was measured, of seven groups, into a run."""
+    groups = [
+        {"group": f"layer {number} <$x^$>", "channels": 8, "macs": 0.125, "params": 0.25,
+         "points": [{"fraction": f, "channels": int(8 * f), "loss": 10.0**-number * (1 - f)}
+                    for f in (0.75, 0.5, 0.0)],
+         "kept": 5 + number % 2}
+        for number in range(7)
+    ]  # fmt: skip
+    record = {"loss": "kl", "images": 16, "fractions": [0.75, 0.5, 0.0], "target": None}
+    path = folder / "rounds" / f"{round_index:02d}" / "sensitivity.json"
+    path.write_text(json.dumps(record | {"groups": groups} | more))
+
+
+def test_what_the_cut_of_the_recommended_round_measured_is_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", best=2)
+    write_run_report(folder)
+    assert not (folder / "figures" / "sensitivity.png").exists()
+    for number in (1, 2, 3):
+        write_sensitivity(folder, number, images=10 + number)
+    write_run_report(folder)
+    found = page(folder / "report.html")
+    assert (folder / "figures" / "sensitivity.png").read_bytes() in found.images
+    assert any("Loss of the outputs" in alt for alt in found.alts)
+    text = "before the cut of round 2: loss of the outputs (KL divergence of the softmax, in nats)"
+    assert f"{text} on 12 images" in found.text
+    header = ["group", "channels", "MACs", "params", "75 %", "50 %", "0 %", "kept"]
+    place = found.rows.index(header)
+    row = ["layer 1 <$x^$>", "8", "12.5%", "25.0%", "0.025", "0.05", "0.1", "6"]
+    assert found.rows[place + 2] == row
+    (folder / "rounds" / "02" / "sensitivity.json").write_text("{")
+    history = read_run(folder)
+    assert history.measured
+    assert history.measured.round == 3  # the last one
+    assert len(history.problems) == 1
+    assert "02/sensitivity.json cannot be read" in history.problems[0]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"images": -1},
+        {"images": 10**30},
+        {"fractions": [float("nan")]},
+        {"groups": [{"group": "a", "channels": 2, "macs": 0.1, "params": float("inf"),
+                     "points": []}]},
+        {"groups": [{"group": "a", "channels": 2, "macs": 0.1, "params": 0.1,
+                     "points": [{"fraction": 1, "channels": 1, "loss": float("nan")}]}]},
+        {"groups": 3},
+    ],
+)  # fmt: skip
+def test_a_damaged_measurement_is_named_and_left_out(tmp_path: Path, more: dict[str, Any]) -> None:
+    folder = make_run(tmp_path / "run")
+    write_sensitivity(folder, 2, **more)
+    history = read_run(folder)
+    assert history.measured is None
+    assert len(history.problems) == 1
+    write_run_report(folder)
+    assert not (folder / "figures" / "sensitivity.png").exists()
+
+
+def test_groups_without_losses_are_not_drawn(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    group = {"channels": 2, "macs": 0.1, "params": 0.1}
+    unknown = {"fraction": 0.5, "channels": 1, "loss": None}
+    zero = {"fraction": 0.5, "channels": 1, "loss": 0.0}
+    rows = [{"group": "a", **group, "points": []}, {"group": "b", **group, "points": [unknown]}]
+    write_sensitivity(folder, 2, groups=rows)
+    write_run_report(folder)
+    assert not (folder / "figures" / "sensitivity.png").exists()
+    rows.append({"group": "c", **group, "points": [zero]})
+    write_sensitivity(folder, 2, groups=rows)
+    write_run_report(folder)
+    assert (folder / "figures" / "sensitivity.png").exists()
 
 
 def test_a_killed_run_without_summary_and_with_a_torn_line(tmp_path: Path) -> None:
