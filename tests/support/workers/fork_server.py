@@ -39,7 +39,7 @@ from job.slimming.planning.cost import network_cost
 PRELOADED = (
     "accelerate", "matplotlib.backends.backend_agg", "torch._dynamo", "torch.distributed.run",
     "matplotlib.figure", "job.cli.evaluate", "job.cli.export", "job.cli.inspect", "job.cli.predict",
-    "job.cli.slim", "job.pipeline.prune",
+    "job.cli.sensitivity", "job.cli.slim", "job.pipeline.prune",
 )  # fmt: skip
 GUARD = 12 << 30  # bytes of address space: saves the machine; what is judged is measured
 
