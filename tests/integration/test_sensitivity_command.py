@@ -17,6 +17,8 @@ import torch
 
 import job
 from job.artifacts.model_card import load_model
+from job.slimming.group_sensitivity import TABLE_FRACTIONS
+from job.slimming.sensitivity.measure import FRACTIONS
 from support.commands import Result, gammaslim, run
 from support.datasets import picture, write_noise_idx
 from support.interrupted_runs import KILL_AT, assert_same_run, small_run
@@ -74,11 +76,12 @@ def test_a_round_keeps_what_the_command_measures_on_the_network_before(
         measured = json.loads(done.out)
         assert (measured["model"], measured["target"]) == ("student", None)
         assert (measured["loss"], measured["images"]) == (kept["loss"], kept["images"])
-        assert measured["fractions"] == [0.9, *kept["fractions"]]
+        assert measured["fractions"] == list(TABLE_FRACTIONS)
+        assert kept["fractions"] == list(FRACTIONS)
         network, _ = load_model(after)
         widths = {name: len(t) for name, t in network.state_dict().items() if t.dim() == 4}
         for row, own in zip(measured["groups"], kept["groups"], strict=True):
-            assert own["points"] == row["points"][1:]
+            assert own["points"] == [p for p in row["points"] if p["fraction"] in FRACTIONS]
             assert own["kept"] == widths[f"{own['group']}.weight"]
             assert row["kept"] is None
             shared = ("group", "channels", "macs", "params")

@@ -83,7 +83,8 @@ def test_with_labelled_images_accuracy_is_measured_before_and_after(
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     first, *_, last = done.stdout.splitlines()
-    assert first == "importance refit, compensation regress: by the calibration images"
+    method = "importance refit, compensation regress, allocation outputs"
+    assert first == f"{method}: by the calibration images"
     count = 3 if held_out else 15
     before = accuracy(model, data, "validation")
     after = accuracy(tmp_path / "slim", data, "validation")
