@@ -17,8 +17,11 @@ from job.slimming.compensation.constants import add_biases, layers_without_const
 from job.slimming.compensation.cut_pair import CutPair
 from job.slimming.compensation.methods import compensate_cut
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
+from job.slimming.importance.refit import refit_importance
 from job.slimming.importance.taylor import taylor_importance
 from job.slimming.planning.plan import keep_all, layers_of
+from job.slimming.planning.ranked_groups import rank_groups
+from job.slimming.sensitivity.measure import measure_curves
 from job.slimming.surgery.surgery import apply_plan
 
 start("cpu", "fp32")
@@ -29,6 +32,7 @@ labels = torch.arange(12) % 3
 parts = [slice(0, 5), slice(5, 12), slice(0, 0)]
 mine = [(images[part], labels[part]) for part in parts[rank() : rank() + 1] if rank() < 2]
 both = [(images[part], labels[part]) for part in parts[:2]]
+recalibrate_batchnorms(network, both)  # else the outputs hardly depend on the images
 graph = analyse(network, images)
 together = measure_inputs(network, graph, mine)
 taylor = taylor_importance(network, graph, mine)
@@ -40,6 +44,9 @@ pair = CutPair(network, narrow, graph, keep, layers, images)
 compensate_cut("regress", pair, CalibrationData(lambda: mine, together))
 tuned = copy.deepcopy(narrow)
 recalibrate_batchnorms(tuned, mine)
+groups = rank_groups(graph, refit_importance(network, graph, together))
+sources = network, graph, groups
+curves = measure_curves(*sources, CalibrationData(lambda: mine, together, 12), images)
 dist.barrier()
 dist.destroy_process_group()
 single = measure_inputs(network, graph, both)
@@ -50,6 +57,17 @@ for name, measured in single.items():
     torch.testing.assert_close(measured.covariance, together[name].covariance)
 expected = torch.from_numpy(taylor_importance(network, graph, both))
 torch.testing.assert_close(torch.from_numpy(taylor), expected, equal_nan=True)
+# each process takes a third of the images, or as many as it has
+used = [(images[0:4], None), (images[5:9], None)]
+alone = measure_curves(*sources, CalibrationData(lambda: used, single, 8), images)
+assert curves.keys() == alone.keys() == {group.name for group in graph.groups}
+for name, curve in curves.items():
+    assert curve.counts == alone[name].counts
+    torch.testing.assert_close(
+        torch.tensor(curve.losses), torch.tensor(alone[name].losses), rtol=1e-6, atol=1e-12
+    )
+highest = max(max(curve.losses) for curve in curves.values())
+assert highest > 1e-4, highest
 other, again = apply_plan(network, layers), copy.deepcopy(narrow)
 pair = CutPair(network, other, graph, keep, layers, images)
 compensate_cut("regress", pair, CalibrationData(lambda: both, single))
