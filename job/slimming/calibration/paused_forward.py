@@ -48,9 +48,12 @@ class ForwardPass(threading.Thread):
     of the threads runs at a time.
     """
 
-    def __init__(self, network: nn.Module, example: Example) -> None:
+    def __init__(
+        self, network: nn.Module, example: Example, order: Mapping[nn.Module, int]
+    ) -> None:
         super().__init__(daemon=True)
-        self.network, self.example = network, example
+        self.network, self.example, self.order = network, example, order
+        self._reached: set[nn.Module] = set()
         self._resume, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._target: tuple[str, nn.Module] | None = None
         self._values: Any = None
@@ -83,7 +86,7 @@ class ForwardPass(threading.Thread):
         self._replacement = output
 
     def _run_to(self, what: str, layer: nn.Module) -> Any:
-        self._target, self._values = (what, layer), None
+        self._target = what, layer
         if not self._finished:
             self._resume.release()
             self._paused.acquire()
@@ -112,13 +115,30 @@ class ForwardPass(threading.Thread):
     def pause(self, what: str, layer: nn.Module, values: Any) -> None:
         """Pause if this is what to run until, and hand over ``values``."""
         if self._target == (what, layer) and not self._cancelled:
-            self._values = values
-            del values
-            self._paused.release()
-            self._resume.acquire()
-            self._values = None
+            self._hand_over(values)
         if self._cancelled:
             raise _StopPassError
+
+    def pause_before(self, layer: nn.Module, values: torch.Tensor) -> None:
+        """Pause before a layer if this is what to run until, or if that will not be reached.
+
+        The code may use the weight of a layer without a call of the layer.
+        """
+        self._reached.add(layer)
+        while not self._cancelled and self._has_missed_target(layer):
+            self._hand_over(None)
+        self.pause("input", layer, values)
+
+    def _has_missed_target(self, layer: nn.Module) -> bool:
+        target = self._target[1] if self._target else layer
+        return target not in self._reached and self.order[target] < self.order[layer]
+
+    def _hand_over(self, values: Any) -> None:
+        self._values = values
+        del values
+        self._paused.release()
+        self._resume.acquire()
+        self._values = None
 
     def keep_input(self, layer: nn.Module, values: torch.Tensor) -> None:
         """Keep a copy of the input of a layer until its output is added."""
@@ -197,8 +217,9 @@ def forward_passes(
 ) -> Iterator[Callable[[Example], ForwardPass]]:
     """Yield a function that starts a pass over a batch in eval mode.
 
-    Passes can pause before and after ``layers``, and where the outputs of ``summands`` are added:
-    pairs of a layer and the module whose output is added, itself or the BatchNorm after it.
+    Passes can pause before and after ``layers``, given in the order of their calls, and where the
+    outputs of ``summands`` are added: pairs of a layer and the module whose output is added, itself
+    or the BatchNorm after it.
     """
     passes: list[ForwardPass] = []
     # the values of buffers are not put back: a narrow network's statistics may change meanwhile
@@ -209,10 +230,12 @@ def forward_passes(
 
     def start(batch: Example) -> ForwardPass:
         batch = map_tensors(batch, torch.Tensor.contiguous) if on_gpu else batch
-        passes.append(ForwardPass(network, batch))
+        passes.append(ForwardPass(network, batch, order))
         passes[-1].start()
         return passes[-1]
 
+    layers = list(layers)
+    order = {layer: number for number, layer in enumerate(layers)}
     hooks = [(layer, partial(_before, keep=layer in summands)) for layer in layers]
     with layout, eval_with_hooks(network, hooks, values=False):
         for layer, _ in hooks:
@@ -229,7 +252,7 @@ def forward_passes(
 def _before(layer: nn.Module, inputs: tuple[torch.Tensor, ...], keep: bool) -> None:
     thread = threading.current_thread()
     if isinstance(thread, ForwardPass):
-        thread.pause("input", layer, inputs[0])
+        thread.pause_before(layer, inputs[0])
         if keep:
             thread.keep_input(layer, inputs[0])
 

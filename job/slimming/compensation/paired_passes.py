@@ -81,7 +81,9 @@ class PairedPasses:
         facts = pair.graph.forward
         self.networks, self.layers, self.summands = (pair.narrow, pair.wide), layers, summands
         self.calls = Counter(call.weight for call in pair.graph.calls)
-        sizes = [facts.pause_points[layer].bytes_per_sample for layer in layers]
+        points = facts.pause_points
+        self.in_order = sorted(layers, key=lambda layer: points[layer].call)
+        sizes = [points[layer].bytes_per_sample for layer in layers]
         # the most that the passes will keep from each layer on
         largest = list(itertools.accumulate(reversed(sizes), max))[::-1]
         first = max(1, MOST_BYTES // max(1, 2 * largest[0]))  # samples
@@ -103,7 +105,7 @@ class PairedPasses:
         with ExitStack() as stack:
             stack.enter_context(preserve_state(self.networks[1]))
             for network in self.networks:
-                layers = map(network.get_submodule, self.layers)
+                layers = map(network.get_submodule, self.in_order)
                 summands = {
                     network.get_submodule(layer): network.get_submodule(module)
                     for layer, module in self.summands.items()

@@ -27,11 +27,13 @@ ADDITIONS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 class PausePoint:
     """The op, given by number, at which a pass pauses for a layer, and what it keeps there.
 
-    ``bytes_per_sample`` is about the most. ``summand`` is the module whose output is added: the
-    layer or the BatchNorm after it; None where the pause point is the layer.
+    ``call`` is the op of the layer itself. ``bytes_per_sample`` is about the most. ``summand`` is
+    the module whose output is added: the layer or the BatchNorm after it; None where the pause
+    point is the layer.
     """
 
     op: int
+    call: int
     bytes_per_sample: int
     summand: str | None = None
 
@@ -49,7 +51,7 @@ def pause_points(trace: Trace, norms_after: Mapping[str, tuple[str, ...]]) -> di
         if layer in summands:
             place, summand = summands[layer]
             size = max(size, alive[place] + op.inputs[0].nbytes)
-        points[layer] = PausePoint(place, size // trace.sample_count, summand)
+        points[layer] = PausePoint(place, number, size // trace.sample_count, summand)
     return dict(sorted(points.items(), key=lambda item: item[1].op))
 
 

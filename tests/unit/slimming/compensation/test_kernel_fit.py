@@ -247,3 +247,29 @@ def test_a_sample_is_the_same_however_batches_are_joined(monkeypatch: pytest.Mon
     first, other = (pair.narrow.state_dict() for pair in pairs)
     for name in first:
         torch.testing.assert_close(other[name], first[name], rtol=1e-7, atol=1e-9)
+
+
+class Functional(nn.Module):
+    """Uses the weight of a layer in the middle without a call of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.second, self.middle = nn.Conv2d(8, 6, 3), nn.Conv2d(6, 6, 1)
+        self.third = nn.Conv2d(6, 4, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values = F.relu(self.second(F.relu(self.norm(self.first(images)))))
+        values = F.relu(F.conv2d(values, self.middle.weight, self.middle.bias))
+        found: torch.Tensor = self.third(values)
+        return found
+
+
+def test_layers_after_one_that_is_not_called_are_fitted() -> None:
+    torch.manual_seed(0)
+    pair = pair_of(randomise(Functional()), 0)
+    before = {name: layer.weight.clone() for name, layer in pair.narrow.named_children()}
+    reconstruct(pair, IMAGES.split(8))
+    after = {name: layer.weight for name, layer in pair.narrow.named_children()}
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"second", "third"}
