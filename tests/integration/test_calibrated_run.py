@@ -40,6 +40,15 @@ def test_refit_regress_and_recalibration_are_the_same_on_two_processes(tmp_path:
         pruned.append(next(d["valid_loss_pruned"] for d in lines if d["event"] == "slim"))
         assert job.load(tmp_path / name)(torch.rand(1, 3, 32, 32)).shape == (1, 4)
     assert cards[0]["layers"] == cards[1]["layers"]
+    one, two = (
+        json.loads((tmp_path / name / "rounds" / "01" / "sensitivity.json").read_text())
+        for name in ("one", "two")
+    )
+    assert (one["loss"], one["images"]) == (two["loss"], two["images"])
+    for mine, theirs in zip(one["groups"], two["groups"], strict=True):
+        losses = ([point["loss"] for point in group["points"]] for group in (mine, theirs))
+        assert next(losses) == pytest.approx(next(losses), rel=1e-3, abs=1e-9)
+        assert mine["kept"] == theirs["kept"]
     # recalibration goes by each process's own batches, so not to the last digit
     assert pruned[0] == pytest.approx(pruned[1], rel=0.02)
 
