@@ -133,8 +133,12 @@ def test_the_report_shows_the_measurement(cut_run: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("place", "passage"), [("proof of a cut", 1), ("step", 8), ("step", 14), ("round saved", 2)]
-)
+    ("place", "passage"),
+    [
+        ("output loss", 9), ("proof of a cut", 1), ("output loss", 40), ("step", 8), ("step", 14),
+        ("round saved", 2),
+    ],
+)  # fmt: skip
 @pytest.mark.sampled(2)
 def test_a_run_killed_around_its_cut_keeps_the_same_measurement(
     noise: Path, cut_run: Path, tmp_path: Path, place: str, passage: int

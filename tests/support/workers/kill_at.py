@@ -24,6 +24,7 @@ import job.pipeline.prune
 import job.pipeline.session
 import job.slimming.cut
 import job.slimming.recovery.recovery
+import job.slimming.sensitivity.replay
 import job.training.evaluation
 import job.training.trainer
 from job.__main__ import main
@@ -123,6 +124,7 @@ PLACES = {
     "W&B begins": lambda: before(job.pipeline.session, "Tracker"),
     "step": lambda: after(job.training.trainer.TrainingRound, "step"),
     "evaluation": in_evaluation,
+    "output loss": lambda: after(job.slimming.sensitivity.replay.Replay, "run_from"),
     "surgery": lambda: before(job.slimming.cut, "apply_plan"),
     "proof of a cut": lambda: after(job.slimming.cut, "verify"),
     "recovery step": lambda: after(job.slimming.recovery.recovery.Recovery, "step"),
