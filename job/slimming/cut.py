@@ -152,8 +152,9 @@ def _calibrate(
     calibration, missing = CalibrationData(batches), batches is None
     outputs = method.allocate == "outputs"
     if batches is not None and (criterion.statistics or compensation.statistics or outputs):
-        # the means are what the compensation mean adds; a fit needs only enough rows
-        calibration = _measure_inputs(network, graph, batches, sparse=not compensation.statistics)
+        # layers that are fitted to their images afterwards need no exact statistics
+        fitted = compensation.images and not compensation.statistics
+        calibration = _measure_inputs(network, graph, batches, sparse=fitted)
         # no process has an image
         missing = not calibration.statistics and bool(consumers_of(network, graph))
     importance = None if criterion.labels else method.importance  # it asks for labelled images
