@@ -29,7 +29,7 @@ LABELLED = [(images, torch.arange(8) % 5) for images in BATCHES]
 
 def test_the_example_in_its_docstring_runs() -> None:
     failed, tried = doctest.testmod(job.slimming.api)
-    assert (failed, tried) == (0, 6)
+    assert (failed, tried) == (0, 12)
 
 
 @pytest.mark.parametrize("training", [True, False])
