@@ -1,0 +1,161 @@
+"""Accuracy of pretrained networks right after one cut, and after fine-tuning, at equal MACs.
+
+Each cell of the table is one cut: a fraction of the multiply-adds, a method, a seed of the
+calibration sample. Cells are appended to a file of JSON lines; those that it holds are not
+measured again, so that a run can be stopped and continued.
+
+    python tests/benchmarks/accuracy.py --network resnet56 --weights resnet56-cifar10.pt \
+        --images cifar10 --output resnet56.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from images import IMAGENET, Data, Normalisation, accuracy, fine_tune, read_folder
+from networks import build, load_weights
+from torch import nn
+
+import job
+from job.slimming.planning.cost import network_cost
+
+METHODS: dict[str, dict[str, object]] = {
+    "gammaslim": {},
+    "allocate local": {"allocate": "local"},
+    "recover 2": {"recover": 2},
+    "gamma, no fit": {"importance": "gamma", "compensate": "none"},
+}
+PEERS = ("bnscale", "l2", "taylor")
+BATCH = 128
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--network", default="resnet56", help="as in networks.py")
+    parser.add_argument("--weights", type=Path, required=True, help="a state dict")
+    parser.add_argument("--images", type=Path, required=True, help="train/ and test/ by class")
+    parser.add_argument("--size", type=int, default=32, help="pixels")
+    parser.add_argument("--count", type=int, default=4096, help="calibration images")
+    parser.add_argument("--tested", type=int, default=None, help="test images; all by default")
+    parser.add_argument("--targets", default="0.7,0.5,0.44,0.3")
+    parser.add_argument("--methods", default=",".join(METHODS), help="and torch-pruning's: peers")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", default="1,5", help="of fine-tuning; 0 for none")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines")
+    return parser.parse_args()
+
+
+def cells(given: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Yield the cells in the order in which they are measured: what matters most first."""
+    methods = given.methods.split(",")
+    methods = [m for name in methods for m in (PEERS if name == "peers" else (name,))]
+    for seed in range(given.seeds):
+        for target in map(float, given.targets.split(",")):
+            for method in methods:
+                yield {"network": given.network, "target": target, "method": method, "seed": seed}
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Measure all cells that the output does not hold yet, and append them to it."""
+    splits = read_folder(given.images, given.size)
+    test = splits["test"].sample(given.tested, 1)
+    normalise = Normalisation(*IMAGENET)
+    wide = load_weights(build(given.network, int(test[1].max()) + 1), given.weights)
+    base = accuracy(wide, test, normalise)
+    known = [json.loads(line) for line in _lines(given.output)]
+    for cell in cells(given):
+        if any(cell.items() <= done.items() for done in known):
+            continue
+        sample = splits["train"].sample(given.count, int(str(cell["seed"])))
+        images = normalise(sample[0])
+        narrow, seconds, setting = cut(wide, cell, images, sample, normalise, splits)
+        score = partial(accuracy, data=test, normalise=normalise)
+        row = cell | {
+            "base": base, "after cut": score(narrow), "cpu seconds": round(seconds, 1),
+            "macs": network_cost(narrow, given.size).macs / network_cost(wide, given.size).macs,
+            "setting": setting,
+        }  # fmt: skip
+        for epochs in filter(None, map(int, given.epochs.split(","))):
+            everything = splits["train"].sample(None, 0)
+            tuned = fine_tune(copy.deepcopy(narrow), everything, epochs, normalise)
+            row[f"after {epochs} epochs"] = score(tuned)
+        with given.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+
+def cut(
+    wide: nn.Module,
+    cell: dict[str, object],
+    images: torch.Tensor,
+    sample: Data,
+    normalise: Normalisation,
+    splits: dict[str, object],
+) -> tuple[nn.Module, float, str]:
+    """Return the narrow network of a cell, the processor seconds of the cut, and the setting."""
+    example, method, target = images[:1], str(cell["method"]), float(str(cell["target"]))
+    if method in PEERS:
+        return _cut_by_peer(wide, method, target, images, sample, normalise, splits)
+    began = time.process_time()
+    narrow, _ = job.slim(
+        wide, example, target=f"macs={target}", policy="global",
+        calibration=list(images.split(BATCH)), **METHODS[method],
+    )  # fmt: skip
+    return narrow, time.process_time() - began, ""
+
+
+def _cut_by_peer(
+    wide: nn.Module,
+    method: str,
+    target: float,
+    images: torch.Tensor,
+    sample: Data,
+    normalise: Normalisation,
+    splits: dict[str, object],
+) -> tuple[nn.Module, float, str]:
+    from pruning_peer import cut_by_peer, measure_gradients
+
+    held_out = splits["train"].sample(1000, 10, skip=len(images))
+    score: Callable[[nn.Module], float] = partial(accuracy, data=held_out, normalise=normalise)
+    network, seconds = copy.deepcopy(wide), 0.0
+    if method == "taylor":
+        batches = zip(images.split(BATCH), sample[1].split(BATCH), strict=True)
+        seconds = measure_gradients(network, list(batches))
+    macs = target * network_cost(wide, images.shape[-1]).macs
+    best = cut_by_peer(method, network, images[:1], macs, score)
+    if best is None:
+        raise SystemExit(f"{method}: no setting reaches {target} of the multiply-adds")
+    return best.network, seconds + best.seconds, str(best.setting)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Return a Markdown table: medians over the seeds of points lost against the base."""
+    after = [key for key in rows[0] if key.startswith("after ")]
+    lines = [
+        f"| MACs left | method | {' | '.join(after)} | CPU seconds |",
+        "|---" * (3 + len(after)) + "|",
+    ]
+    for key in dict.fromkeys((row["target"], row["method"]) for row in rows):
+        same = [row for row in rows if (row["target"], row["method"]) == key]
+        values = [f"{statistics.median(float(str(r[name])) for r in same):.2f}" for name in after]
+        seconds = statistics.median(float(str(row["cpu seconds"])) for row in same)
+        lines.append(f"| {key[0]} | {key[1]} | {' | '.join(values)} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    ARGUMENTS = options()
+    measure(ARGUMENTS)
+    print(table([json.loads(line) for line in _lines(ARGUMENTS.output)]))
