@@ -68,7 +68,7 @@ def build_network(
 def build_with_note(
     name: str, num_classes: int, args: Mapping[str, Any], *, from_card: bool = False
 ) -> tuple[nn.Module, str]:
-    """As ``build_network``, with a line for the user if a classifier was replaced, or ""."""
+    """Build the network, and return it with a note if its classifier was replaced, else ""."""
     for key in sorted(OPTIONS_BY_ARG.keys() & args.keys()):
         raise UsageError(f"--model-arg {key} has its own option: {OPTIONS_BY_ARG[key]}")
     if ":" in name:

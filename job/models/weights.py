@@ -81,7 +81,7 @@ def count_classes(network: nn.Module, state: Mapping[str, torch.Tensor]) -> int 
 
 
 def _find_head(network: nn.Module) -> tuple[str | None, int]:
-    """As ``find_head``; (None, 0) for a network that cannot be run, e.g. after a wrong cut."""
+    """Return the name and classes of the head; (None, 0) for a network that cannot be run."""
     try:
         return find_head(network)
     except UsageError:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from job.training.calibration import Calibration
     from job.training.position import Position
 
-MOST_STEPS = 2**14  # of --rate in the search for a cut: 0.999 to this power is 8e-8
+MAX_STEPS = 2**14  # of --rate in the search for a cut: 0.999 to this power is 8e-8
 
 
 def allocation_of(
@@ -136,7 +136,7 @@ def _first_cut(plan_after: Callable[[int], Plan]) -> Plan:
         return plan is None or plan.after != plan.before
 
     low, high = 0, 1
-    while not cuts(attempt(high)) and high < MOST_STEPS:
+    while not cuts(attempt(high)) and high < MAX_STEPS:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

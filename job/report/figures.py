@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from job.artifacts.history import History
 
 NAMED_RUNS = 10  # most runs that a legend names; more runs are only numbered
-MOST_LABELS = 48  # most labels that remain readable
+MAX_LABELS = 48  # most labels that remain readable
 NAMED_GROUPS = 5  # channel groups that a legend names
-LEAST_LOSS = 1e-9  # smaller losses are noise
+MIN_LOSS = 1e-9  # smaller losses are noise
 SHOWN_LOSSES = 1e-6  # of the highest: the range of the axis
 ACCURACY = "validation accuracy (%)"
 RING: dict[str, Any] = {"marker": "o", "markersize": 12, "fillstyle": "none"}
@@ -86,7 +86,7 @@ def draw_accuracy(axes: Axes, history: History, cost: str) -> None:
     if best:
         point = [getattr(best, cost)], [100 * best.valid_acc]
         axes.plot(*point, color=BLACK, label="recommended", linestyle="none", **RING)
-    for x, y, entry in list(zip(costs, tuned, rounds, strict=True))[:MOST_LABELS]:
+    for x, y, entry in list(zip(costs, tuned, rounds, strict=True))[:MAX_LABELS]:
         _label_point(axes, x, y, entry.name)
     _label_cost(axes, cost)
     axes.set_ylabel(ACCURACY)
@@ -125,7 +125,7 @@ def draw_widths(axes: Axes, history: History) -> None:
     edges = [number - 0.5 for number in range(len(layers) + 1)]
     axes.stairs([la.full for la in layers], edges, fill=True, color="#cccccc", label="base")
     axes.stairs([la.kept for la in layers], edges, fill=True, color=BLUE, label="kept")
-    every = 1 + (len(layers) - 1) // MOST_LABELS
+    every = 1 + (len(layers) - 1) // MAX_LABELS
     ticks = range(0, len(layers), every)
     names = [printable(layers[tick].name)[-24:] for tick in ticks]
     axes.set_xticks(list(ticks), names, rotation=90, fontsize=7, parse_math=False)
@@ -144,7 +144,7 @@ def draw_sensitivity(axes: Axes, history: History) -> None:
     for row in measured.sensitivity.rows:
         points = [(p.channels, p.loss) for p in row.points if p.loss is not None]
         shares = [channels / max(1, row.channels) for channels, _ in points]
-        losses = [max(loss, LEAST_LOSS) for _, loss in points]
+        losses = [max(loss, MIN_LOSS) for _, loss in points]
         if losses:
             lines.append((statistics.fmean(map(math.log, losses)), row.group, shares, losses))
     lines.sort(key=lambda line: -line[0])
@@ -153,9 +153,9 @@ def draw_sensitivity(axes: Axes, history: History) -> None:
         if number < NAMED_GROUPS:
             style = {"color": COLOURS[number], "marker": MARKERS[number], "label": group[-32:]}
         axes.plot([100 * share for share in shares], losses, **style)
-    highest = max((max(losses) for *_, losses in lines), default=LEAST_LOSS)
+    highest = max((max(losses) for *_, losses in lines), default=MIN_LOSS)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=max(LEAST_LOSS, highest * SHOWN_LOSSES) / 2)
+    axes.set_ylim(bottom=max(MIN_LOSS, highest * SHOWN_LOSSES) / 2)
     axes.set_xlim(0, 100)
     axes.set_xlabel(f"channels kept of one group (%), before the cut of round {measured.round}")
     axes.set_ylabel("loss of the outputs")
@@ -217,7 +217,7 @@ def _mark_rounds(axes: Axes, history: History) -> None:
     ends = [(entry.step, entry.name) for entry in history.rounds]
     for step, _ in ends:
         axes.axvline(step, color=GREY, linewidth=0.7, zorder=0)
-    for step, text in ends[:: 1 + len(ends) // MOST_LABELS]:
+    for step, text in ends[:: 1 + len(ends) // MAX_LABELS]:
         axes.annotate(
             text, (step, 1), (0, 3), xycoords=("data", "axes fraction"),
             textcoords="offset points", ha="center", fontsize=8,

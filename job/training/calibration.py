@@ -9,7 +9,7 @@ import numpy as np
 from job.data.batches import PlainImages
 from job.data.loader import build_loader, iterate_batches
 from job.processes import rank, world_size
-from job.slimming.calibration.batch import MOST_IMAGES, image_limit
+from job.slimming.calibration.batch import MAX_IMAGES, image_limit
 from job.training.evaluation import batch_size_at
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class _FirstShare:
     def __init__(self, total: int, batch_size: int, seed: int) -> None:
         key = np.random.Generator(np.random.Philox(seed))
         self.order, self.batch_size = key.permutation(total), batch_size
-        self.count = MOST_IMAGES
+        self.count = MAX_IMAGES
 
     @property
     def common(self) -> int:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from job.data.splits import Split
     from job.distributed.stop import Watch
 
-MOST_CLASSES = 10_000  # the confusion matrix then takes 0.8 GB
+MAX_CLASSES = 10_000  # the confusion matrix then takes 0.8 GB
 PIXELS = 256 * 32 * 32  # of an evaluation batch per process, approximately
 
 
@@ -80,8 +80,8 @@ class Evaluator:
                 f"{counted(num_classes, 'class')}, "
                 "numbered from 0"
             )
-        if num_classes > MOST_CLASSES:
-            raise DataError(f"{num_classes:,} classes are too many: at most {MOST_CLASSES:,}")
+        if num_classes > MAX_CLASSES:
+            raise DataError(f"{num_classes:,} classes are too many: at most {MAX_CLASSES:,}")
         self.split, self.preprocessing, self.num_classes = split, preprocessing, num_classes
         self.accelerator = accelerator
         self.batch_size = batch_size_at(preprocessing.size)

@@ -13,13 +13,13 @@ CalibrationBatch = torch.Tensor | tuple[Example, torch.Tensor | None]
 # each call returns the calibration batches of this process, on the device of the network
 Batches = Callable[[], Iterable[CalibrationBatch]]
 
-MOST_IMAGES, LEAST_IMAGES = 4096, 512  # more images change the statistics little
-MOST_PIXELS = MOST_IMAGES * 64**2  # of one channel of all images together
+MAX_IMAGES, MIN_IMAGES = 4096, 512  # more images change the statistics little
+MAX_CALIBRATION_PIXELS = MAX_IMAGES * 64**2  # of one channel of all images together
 
 
 def image_limit(size: int) -> int:
     """Return how many images of ``size`` x ``size`` pixels are used at most."""
-    return max(LEAST_IMAGES, min(MOST_IMAGES, MOST_PIXELS // max(1, size) ** 2))
+    return max(MIN_IMAGES, min(MAX_IMAGES, MAX_CALIBRATION_PIXELS // max(1, size) ** 2))
 
 
 def inputs_of(batch: CalibrationBatch) -> Example:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
 
-MOST_VALUES = 2**24  # of one batch before one layer: 128 MiB in float64
-MOST_PRODUCTS = 2**33  # of one batch before one layer: about a second
+MAX_VALUES = 2**24  # of one batch before one layer: 128 MiB in float64
+MAX_PRODUCTS = 2**33  # of one batch before one layer: about a second
 SPARSE_ROWS, SPARSE_PRODUCTS = 49, 2**24  # of one sample before one layer, in a sparse sample
 
 
@@ -95,7 +95,7 @@ def sample_rows(values: torch.Tensor, width: int, *, sparse: bool = False) -> to
     as they are cheap compared with a pass. It covers each of the P places equally often.
     """
     size, channels, places = values.shape
-    most = max(1, min(MOST_VALUES // width, MOST_PRODUCTS // width**2))
+    most = max(1, min(MAX_VALUES // width, MAX_PRODUCTS // width**2))
     if sparse:
         most = min(most, size * max(SPARSE_ROWS, SPARSE_PRODUCTS // width**2))
     step = -(-size * places // most)

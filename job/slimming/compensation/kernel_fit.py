@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from job.slimming.compensation.cut_pair import CutPair
     from job.slimming.compensation.paired_passes import PairedValues
 
-MOST_COLUMNS = 5000  # of the normal equations: 512 channels of a 3 x 3 kernel are 4608
+MAX_COLUMNS = 5000  # of the normal equations: 512 channels of a 3 x 3 kernel are 4608
 FEWEST_ROWS = 4  # for each column
-ENOUGH_ROWS = 100  # for each column, and LEAST_ROWS in addition
-LEAST_ROWS = 4000
-MOST_KERNEL_PRODUCTS = 2**36  # of one layer: about two seconds on two cores
-MOST_BLOCK_VALUES = 2**23  # in one block of rows
+ENOUGH_ROWS = 100  # for each column, and MIN_ROWS in addition
+MIN_ROWS = 4000
+MAX_KERNEL_PRODUCTS = 2**36  # of one layer: about two seconds on two cores
+MAX_BLOCK_VALUES = 2**23  # in one block of rows
 SMALLEST_GAIN = 1e-6  # of a BatchNorm: channels below are not fitted to a sum
 
 
@@ -47,7 +47,7 @@ def can_fit_kernel(layer: Any, rows: int) -> bool:
         standard = type(layer).forward is kind.forward
         standard = standard and type(layer)._conv_forward is kind._conv_forward
     columns = layer.weight[0].numel()
-    return standard and columns <= MOST_COLUMNS and rows >= FEWEST_ROWS * columns
+    return standard and columns <= MAX_COLUMNS and rows >= FEWEST_ROWS * columns
 
 
 def fit_kernel(
@@ -79,8 +79,8 @@ def fit_kernel(
 
 def _enough_rows(groups: int, columns: int, outputs: int) -> int:
     products = groups * columns * (columns + outputs)
-    cheap = max(FEWEST_ROWS * columns, MOST_KERNEL_PRODUCTS // products)
-    return min(LEAST_ROWS + ENOUGH_ROWS * columns, cheap)
+    cheap = max(FEWEST_ROWS * columns, MAX_KERNEL_PRODUCTS // products)
+    return min(MIN_ROWS + ENOUGH_ROWS * columns, cheap)
 
 
 def _rows(
@@ -94,7 +94,7 @@ def _rows(
     rows = row_count(layer, batch.outputs)
     where = sample_positions(rows, step, batch.sizes, padded.device)
     block = max(
-        1, MOST_BLOCK_VALUES // (padded.shape[1] * math.prod(getattr(layer, "kernel_size", ())))
+        1, MAX_BLOCK_VALUES // (padded.shape[1] * math.prod(getattr(layer, "kernel_size", ())))
     )
     weight = layer.weight.flatten(1)
     groups = int(getattr(layer, "groups", 1))

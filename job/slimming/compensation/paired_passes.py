@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from job.slimming.compensation.cut_pair import CutPair
     from job.slimming.inputs import Example
 
-MOST_BYTES = 2**31  # that all passes together keep while they are paused
+MAX_PAUSED_BYTES = 2**31  # that all passes together keep while they are paused
 PARTS = 8  # of the images before the first layer: a running pass takes memory too
 
 
@@ -86,7 +86,7 @@ class PairedPasses:
         sizes = [points[layer].bytes_per_sample for layer in layers]
         # the most that the passes will keep from each layer on
         largest = list(itertools.accumulate(reversed(sizes), max))[::-1]
-        first = max(1, MOST_BYTES // max(1, 2 * largest[0]))  # samples
+        first = max(1, MAX_PAUSED_BYTES // max(1, 2 * largest[0]))  # samples
         inputs, self.unpaused = map(inputs_of, batches), Snapshot(pair.wide).has_locks
         if facts.keeps_activations:  # a paused pass may see activations that another one has stored
             joined = list(_joined(_first_samples(inputs, first), first * PARTS))
@@ -156,7 +156,7 @@ class PairedPasses:
 
     def _join(self, name: str) -> None:
         """Start passes over more images where they fit from this layer on."""
-        for batch in self.batches.take(MOST_BYTES, 2 * self.largest[name]):
+        for batch in self.batches.take(MAX_PAUSED_BYTES, 2 * self.largest[name]):
             self.joined.append(batch)
             narrow, wide = (start(batch.inputs) for start in self.start)
             self.passes.append((narrow, wide))

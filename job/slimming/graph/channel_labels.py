@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     LabelsOf = Callable[[torch.Tensor], torch.Tensor | None]
 
-MOST_ENTRIES = 1 << 25  # of labels that are expanded to the full shape
+MAX_ENTRIES = 1 << 25  # of labels that are expanded to the full shape
 
 
 def label_axes(labels: torch.Tensor) -> list[int]:
@@ -111,7 +111,7 @@ def run_on_labels(
             return type(value)(map(expanded, value))
         return value
 
-    if sum(result.numel() for result in op.results) > MOST_ENTRIES:
+    if sum(result.numel() for result in op.results) > MAX_ENTRIES:
         return None
     try:
         kwargs = {key: expanded(value) for key, value in op.kwargs.items()}

@@ -52,7 +52,7 @@ KEEPING = (  # classes of the standard library whose objects keep what they are 
 LOCKS = (
     type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore,
 )  # fmt: skip
-MOST_PARTS = 10_000  # of a container whose parts are visited
+MAX_PARTS = 10_000  # of a container whose parts are visited
 
 
 @contextmanager
@@ -131,10 +131,10 @@ class Snapshot:
             elif isinstance(value, (dict, list, deque, set)):
                 before = dict(value) if isinstance(value, dict) else list(value)
                 self._saved.append(SavedContainer(value, before))
-                if len(before) < MOST_PARTS:
+                if len(before) < MAX_PARTS:
                     waiting += before.values() if isinstance(before, dict) else before
             elif isinstance(value, (tuple, frozenset)):
-                waiting += value if len(value) < MOST_PARTS else ()
+                waiting += value if len(value) < MAX_PARTS else ()
             elif isinstance(value, nn.Module):
                 self._saved.append(SavedType(value, type(value)))
                 self._code.append(type(value))

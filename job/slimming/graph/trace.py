@@ -113,15 +113,15 @@ SCALARS = frozenset([int, float, str, slice, torch.device])
 def same_ops(one: Trace, other: Trace) -> bool:
     """Whether two traces have the same ops, apart from flags such as ``training``."""
 
-    def same(ours: Any, theirs: Any) -> bool:
-        kind = type(ours)
-        if kind is not type(theirs):
+    def same(first: Any, second: Any) -> bool:
+        kind = type(first)
+        if kind is not type(second):
             return False
-        if isinstance(ours, torch.Tensor):
-            return one.name(ours) == other.name(theirs)
-        if isinstance(ours, (list, tuple)):
-            return len(ours) == len(theirs) and all(map(same, ours, theirs))
-        return kind is bool or ours is theirs or (kind in SCALARS and bool(ours == theirs))
+        if isinstance(first, torch.Tensor):
+            return one.name(first) == other.name(second)
+        if isinstance(first, (list, tuple)):
+            return len(first) == len(second) and all(map(same, first, second))
+        return kind is bool or first is second or (kind in SCALARS and bool(first == second))
 
     def same_op(a: Op, b: Op) -> bool:
         if a.name != b.name:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from job.slimming.planning.layer_channels import Layers
 
 Sizes = tuple[int | None, int | None]  # inputs and outputs of a layer
-MOST_LAYERS = 24  # shown; of more layers, the first and the last ones
-MOST_REASONS = 4
-MOST_CHARACTERS = 60  # of a layer's name or of a reason
+MAX_LAYERS = 24  # shown; of more layers, the first and the last ones
+MAX_REASONS = 4
+MAX_CHARACTERS = 60  # of a layer's name or of a reason
 
 
 def plan_text(
@@ -30,9 +30,9 @@ def plan_text(
     blocked: Sequence[BlockedChannels],
 ) -> str:
     """Return at most 40 lines: layers and costs before and after, and what is not cut and why."""
-    half = MOST_LAYERS // 2
+    half = MAX_LAYERS // 2
     rows = [(_shortened(name), *_widths(layers, name, full)) for name, full in sizes.items()]
-    if len(rows) > MOST_LAYERS:
+    if len(rows) > MAX_LAYERS:
         left_out = len(rows) - 2 * half + 1
         rows[half : len(rows) - half + 1] = [(f"… {left_out} more layers …", "", "")]
     parts = [title]
@@ -67,11 +67,11 @@ def _blocked_lines(blocked: Sequence[BlockedChannels]) -> Iterator[str]:
     reasons: Counter[str] = Counter()
     for each in blocked:
         reasons[each.reason] += each.channels
-    for reason, channels in reasons.most_common(MOST_REASONS):
+    for reason, channels in reasons.most_common(MAX_REASONS):
         yield f"not cut: {channels:,} channels: {_shortened(reason)}"
-    if len(reasons) > MOST_REASONS:
-        yield f"not cut: {len(reasons) - MOST_REASONS} more reasons, in plan.blocked"
+    if len(reasons) > MAX_REASONS:
+        yield f"not cut: {len(reasons) - MAX_REASONS} more reasons, in plan.blocked"
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:28]} … {text[-28:]}"
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:28]} … {text[-28:]}"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.union import Ids
     from job.slimming.inputs import Example
 
-LEAST_VARIANCE = 1e-12
+MIN_VARIANCE = 1e-12
 
 
 class Values(NamedTuple):
@@ -101,7 +101,7 @@ class Comparison:
         counts, first, second = total(sums).unbind(1)
         counts = counts.clamp_min(1)
         variances = second / counts - (first / counts).square()
-        self.variances = variances.clamp_min(LEAST_VARIANCE).tolist()
+        self.variances = variances.clamp_min(MIN_VARIANCE).tolist()
 
     def targets(self, inputs: Example) -> Values:
         """Return the outputs and the kept features of the wide network."""

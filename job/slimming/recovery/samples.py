@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
 
 Order = np.ndarray[Any, np.dtype[np.int64]]
-LEAST_SIDE = 16  # pixels: smaller maps are not shifted
-MOST_COLOURS = 4  # more channels are not an image
+MIN_SIDE = 16  # pixels: smaller maps are not shifted
+MAX_COLOURS = 4  # more channels are not an image
 SHIFT = 8  # an image is shifted by up to this fraction of its side
 HELD_OUT = 10  # one in so many samples measures the loss
-MOST_INPUTS = 64 * 3 * 64**2  # inputs of one pass: its activations must fit into memory
-LEAST_CHUNK = 8
+MAX_INPUTS = 64 * 3 * 64**2  # inputs of one pass: its activations must fit into memory
+MIN_CHUNK = 8
 STREAM = "recovery"  # of random numbers
 
 
@@ -131,8 +131,8 @@ def _are_images(inputs: Example) -> bool:
         isinstance(inputs, torch.Tensor)
         and inputs.is_floating_point()
         and inputs.dim() == 4
-        and inputs.shape[1] <= MOST_COLOURS
-        and min(inputs.shape[2:]) >= LEAST_SIDE
+        and inputs.shape[1] <= MAX_COLOURS
+        and min(inputs.shape[2:]) >= MIN_SIDE
     )
 
 
@@ -154,9 +154,9 @@ def _shifted(size: int, draw: Any) -> Order:
 
 
 def chunk_size(samples: Samples) -> int:
-    """Return how many samples run in one pass: LEAST_CHUNK or more, of MOST_INPUTS inputs."""
+    """Return how many samples run in one pass: MIN_CHUNK or more, of MAX_INPUTS inputs."""
     sizes = [
         sum(tensor.numel() for tensor in tensors_in(part)) // max(1, sample_count(part))
         for part in samples.parts
     ]
-    return max(LEAST_CHUNK, MOST_INPUTS // max(1, *sizes, 1))
+    return max(MIN_CHUNK, MAX_INPUTS // max(1, *sizes, 1))

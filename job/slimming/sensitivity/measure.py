@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 FRACTIONS = (0.75, 0.5, 0.25)  # of a group's units, kept at the points of its curve
 PASSES = 1.3  # the measurement may cost about as much as so many passes of all images
-MIN_IMAGES, MAX_IMAGES = 16, 256
+MIN_MEASURED, MAX_MEASURED = 16, 256
 
 
 def measure_curves(
@@ -87,7 +87,7 @@ def measure_curves(
     if not evaluations:
         return {}
     count = round(PASSES * calibration.count / (evaluations * 0.5))
-    count = min(max(count, MIN_IMAGES), MAX_IMAGES, calibration.count)
+    count = min(max(count, MIN_MEASURED), MAX_MEASURED, calibration.count)
     points = [_points(len(r.units), (*fractions, *more)) for r in chosen]
     trial = _TrialNetwork(network, graph, example, calibration.statistics)
     batches = list(_first_images(calibration.images(), count))

@@ -32,32 +32,36 @@ RANDOM = frozenset(
 )
 
 
-def relative_difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+def relative_difference(
+    outputs: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
+) -> float:
     """The largest difference of two networks' outputs, relative to the largest value of each.
 
     Infinite where shapes, integers, booleans, or the places of non-finite values differ, and where
     no value is finite.
     """
-    if len(ours) != len(theirs) or not any(bool(tensor.isfinite().any()) for tensor in theirs):
+    if len(outputs) != len(reference) or not any(
+        bool(tensor.isfinite().any()) for tensor in reference
+    ):
         return math.inf
-    return max(map(_difference, ours, theirs))
+    return max(map(_difference, outputs, reference))
 
 
-def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+def _difference(outputs: torch.Tensor, reference: torch.Tensor) -> float:
+    if outputs.shape != reference.shape or outputs.dtype != reference.dtype:
         return math.inf
-    if not (theirs.is_floating_point() or theirs.is_complex()):
-        return 0.0 if torch.equal(ours, theirs) else math.inf
-    finite = theirs.isfinite()
+    if not (reference.is_floating_point() or reference.is_complex()):
+        return 0.0 if torch.equal(outputs, reference) else math.inf
+    finite = reference.isfinite()
     if not bool(finite.all()):
-        if not torch.equal(finite, ours.isfinite()) or not torch.equal(
-            ours[~finite].nan_to_num(), theirs[~finite].nan_to_num()
+        if not torch.equal(finite, outputs.isfinite()) or not torch.equal(
+            outputs[~finite].nan_to_num(), reference[~finite].nan_to_num()
         ):
             return math.inf
-        ours, theirs = ours[finite], theirs[finite]
-    if not theirs.numel():
+        outputs, reference = outputs[finite], reference[finite]
+    if not reference.numel():
         return 0.0
-    worst, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    worst, largest = float((outputs - reference).abs().max()), float(reference.abs().max())
     if worst == 0:
         return 0.0
     return worst / largest if largest and math.isfinite(worst) else math.inf

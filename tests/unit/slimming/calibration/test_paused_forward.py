@@ -101,7 +101,7 @@ def test_regress_passes_the_images_once_however_many_layers(
 ) -> None:
     counts = []
     for parts in (1, 5):
-        monkeypatch.setattr(paired_passes, "MOST_BYTES", 10**8)
+        monkeypatch.setattr(paired_passes, "MAX_PAUSED_BYTES", 10**8)
         monkeypatch.setattr(paired_passes, "PARTS", 10**8 // (2 * BYTES) // (20 // parts))
         before = next(RAN)
         slim(network(), list(IMAGES.split(1)))
@@ -114,7 +114,7 @@ def test_images_join_where_they_fit_into_memory(monkeypatch: pytest.MonkeyPatch)
     whole, part = slim(wide, list(IMAGES.split(5))), slim(wide, [IMAGES[:10]])
     assert not torch.allclose(whole.second.weight, part.second.weight)
     # six images and a little before the second convolution, all of them before the last layer
-    monkeypatch.setattr(paired_passes, "MOST_BYTES", 6 * (2 * BYTES + IMAGES[0].nbytes))
+    monkeypatch.setattr(paired_passes, "MAX_PAUSED_BYTES", 6 * (2 * BYTES + IMAGES[0].nbytes))
     limited = slim(wide, list(IMAGES.split(5)))
     torch.testing.assert_close(limited.second.weight, part.second.weight)
     assert not torch.allclose(limited.last.weight, part.last.weight)

@@ -320,7 +320,7 @@ def test_of_large_feature_maps_every_column_of_the_image_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     network = after_a_stem(nn.Conv2d(6, 4, 1))
-    monkeypatch.setattr("job.slimming.calibration.consumers.MOST_VALUES", 6 * 400)
+    monkeypatch.setattr("job.slimming.calibration.consumers.MAX_VALUES", 6 * 400)
     column = torch.arange(8.0, dtype=torch.float64).expand(24, 3, 8, 8)
     graph = analyse(network, IMAGES)
     few = measure_inputs(network, graph, [column])["3"]

@@ -218,9 +218,9 @@ def test_a_layer_with_its_own_forward_pass_gets_a_map_of_channels() -> None:
 def test_few_rows_are_an_even_sample(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     every, few = pair_of(residual()), pair_of(residual())
     reconstruct(every, IMAGES.split(8))
-    monkeypatch.setattr(kernel_fit, "LEAST_ROWS", 100)
+    monkeypatch.setattr(kernel_fit, "MIN_ROWS", 100)
     monkeypatch.setattr(kernel_fit, "ENOUGH_ROWS", 20)
-    monkeypatch.setattr(kernel_fit, "MOST_BLOCK_VALUES", 200)
+    monkeypatch.setattr(kernel_fit, "MAX_BLOCK_VALUES", 200)
     reconstruct(few, IMAGES.split(size))
     plain = pair_of(residual())
     ours, theirs, neither = (error(pair, "mixed") for pair in (every, few, plain))
@@ -238,7 +238,7 @@ def test_the_order_of_the_batches_and_their_sizes_do_not_matter() -> None:
 
 
 def test_a_sample_is_the_same_however_batches_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LEAST_ROWS", "ENOUGH_ROWS"):
+    for name in ("MIN_ROWS", "ENOUGH_ROWS"):
         monkeypatch.setattr(kernel_fit, name, 8)
     pairs = [pair_of(residual().double()) for _ in range(2)]
     for pair, parts in zip(pairs, (1, 10**6), strict=True):
