@@ -72,7 +72,7 @@ NETWORKS = {"student": lambda: StudentNet(num_classes=10), "resnet": resnet8}
 
 
 def load(folder: Path, split: str) -> Data:
-    """Pictures (N, 32, 32) uint8 and labels (N,)."""
+    """Images (N, 32, 32) uint8 and labels (N,)."""
     images = read_idx(next(folder.glob(f"{split}-images*")))
     labels = read_idx(next(folder.glob(f"{split}-labels*"))).astype(np.int64)
     return torch.from_numpy(np.pad(images, ((0, 0), (2, 2), (2, 2)))), torch.from_numpy(labels)
@@ -103,7 +103,7 @@ def trained(network: nn.Module, data: Data, epochs: int, seed: int) -> nn.Module
 
 @torch.inference_mode()
 def accuracy(network: nn.Module, data: Data) -> float:
-    """Percent of the pictures that are told right."""
+    """Percent of the images that are told right."""
     batches = zip(data[0].split(500), data[1].split(500), strict=True)
     right = sum((network(pictures(x)).argmax(1) == y).sum().item() for x, y in batches)
     return 100 * right / len(data[1])

@@ -1,4 +1,4 @@
-"""The main job with everything that looks at calibration pictures, on one process and on two."""
+"""The main job with everything that looks at calibration images, on one process and on two."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def test_weights_start_without_base_training(finished_run: Path, flat_data: Path
     assert base == weights.read_bytes()
 
 
-def test_evaluate_finds_the_pictures_that_the_run_held_out(tmp_path: Path) -> None:
+def test_evaluate_finds_the_images_that_the_run_held_out(tmp_path: Path) -> None:
     data = write_flat(tmp_path / "data", {"training": 20})
     done = gammaslim(
         "prune", "--data", data, "--base-epochs", 6, "--rounds", 0, "--seed", 5, "--wandb", "off",
@@ -267,7 +267,7 @@ def test_a_bug_ends_the_process_in_spite_of_loader_workers(tmp_path: Path) -> No
     assert time.monotonic() - began < 40
 
 
-def test_skipped_pictures_do_not_change_what_was_held_out(tmp_path: Path) -> None:
+def test_skipped_images_do_not_change_what_was_held_out(tmp_path: Path) -> None:
     data = write_flat(tmp_path / "data", {"training": 20})
     (data / "training" / "0_0.png").write_text("no picture")
     done = gammaslim(

@@ -153,7 +153,7 @@ def test_a_stop_request_to_the_launcher_saves_and_ends_with_75(job: Running, how
 
 
 def loaders(job: Running) -> list[int]:
-    """Processes that read pictures for the job's ranks, and the servers that they come from."""
+    """Processes that read images for the job's ranks, and the servers that they come from."""
     found, new = [], list(job.ranks().values())
     while new:
         paths = (Path(f"/proc/{pid}/task/{pid}/children") for pid in new)

@@ -18,7 +18,7 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
 
 def options(data: Path, output: Path) -> tuple[object, ...]:
-    # 90 pictures in batches of 16: the last has 10; 31 for validation: odd
+    # 90 images in batches of 16: the last has 10; 31 for validation: odd
     return (
         "prune", "--data", data, "--output", output, "--base-epochs", 2, "--rounds", 1,
         "--epochs", 1, "--batch-size", 16, "--optimizer", "sgd", "--lr", "0.001",
@@ -63,7 +63,7 @@ def test_the_same_accuracies_and_weights_as_one_process(
     """StudentNet with BatchNorm in synchronised mode (the default), float32, SGD.
 
     Compared are all 72 tensors after two epochs of base training and after one round more (surgery
-    and another epoch), to 1e-4, and the accuracies, exactly. Pictures are noise: on flat areas the
+    and another epoch), to 1e-4, and the accuracies, exactly. Images are noise: on flat areas the
     order of equal values decides max-pooling's gradient, and rounding decides that order. AdamW
     would not do: its first step is the sign of a gradient, and that of a bias in front of a
     BatchNorm is rounding noise.

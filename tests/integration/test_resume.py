@@ -23,7 +23,7 @@ from support.interrupted_runs import (
     small_run,
 )
 
-# 48 pictures in batches of 16: 3 steps an epoch; base and two rounds of 2 epochs: 18 steps, and
+# 48 images in batches of 16: 3 steps an epoch; base and two rounds of 2 epochs: 18 steps, and
 # 1 + 2 + 2 * (1 + 2) evaluations; a position after every step and every epoch: 24
 POINTS = [
     ("step", 1), ("step", 2), ("step", 5), ("step", 8), ("step", 12), ("step", 18),
@@ -245,7 +245,7 @@ def test_a_request_is_honoured_wherever_it_comes(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_request_is_honoured_while_pictures_are_checked(tmp_path: Path, processes: int) -> None:
+def test_a_request_is_honoured_while_images_are_checked(tmp_path: Path, processes: int) -> None:
     data = write_flat(
         tmp_path / "data", {"training": 60, "validation": 2}
     )  # minutes, a second each
@@ -341,7 +341,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 
 def recorded(path: Path) -> dict[tuple[int, int], list[str]]:
-    """Hashes of the pictures of each global batch, by round and step."""
+    """Hashes of the images of each global batch, by round and step."""
     batches: dict[tuple[int, int], list[str]] = {}
     for line in path.read_text().splitlines():
         round_, step, hashes = json.loads(line)
@@ -353,7 +353,7 @@ def recorded(path: Path) -> dict[tuple[int, int], list[str]]:
 def test_global_batches_do_not_depend_on_processes_workers_and_interruptions(
     tmp_path: Path, first: int, then: int
 ) -> None:
-    # 21 pictures in batches of 4: 6 steps an epoch, the last of one picture
+    # 21 images in batches of 4: 6 steps an epoch, the last of one image
     data = write_flat(tmp_path / "data", {"training": 7, "validation": 2})
     args = (
         "prune", "--data", data, "--base-epochs", 2, "--rounds", 1, "--epochs", 1,

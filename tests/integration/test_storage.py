@@ -312,11 +312,11 @@ def test_a_resumed_run_cannot_read(
 
 
 @pytest.mark.parametrize(
-    ("passage", "more"),  # when pictures are checked, and when they are trained on
+    ("passage", "more"),  # when images are checked, and when they are trained on
     [(1, ()), (1, ("--on-bad-image", "skip")), (2, ("--workers", 0)), (2, ("--workers", 1))],
 )
 @pytest.mark.sampled(2)
-def test_a_picture_on_a_failing_disk_is_neither_bad_nor_skipped(
+def test_a_image_on_a_failing_disk_is_neither_bad_nor_skipped(
     call: Call, tmp_path: Path, passage: int, more: tuple[object, ...]
 ) -> None:
     data = write_flat(tmp_path / "data", {"training": 4, "validation": 2})

@@ -19,7 +19,7 @@ def picture(rng: np.random.Generator, label: int, width: int, height: int) -> Im
 
 
 def write_flat(root: Path, counts: dict[str, int], classes: int = 3, size: int = 40) -> Path:
-    """Food-11 files: ``counts`` pictures a class in each split, ``CLASS_NUMBER.png``."""
+    """Food-11 files: ``counts`` images a class in each split, ``CLASS_NUMBER.png``."""
     rng = np.random.default_rng(7)
     for split, count in counts.items():
         (root / split).mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 
 def write_noise_idx(root: Path, train: int, valid: int, classes: int = 4, side: int = 32) -> Path:
-    """IDX files of noise pictures, without flat areas, whose mean tells the class."""
+    """IDX files of noise images, without flat areas, whose mean tells the class."""
     rng = np.random.default_rng(11)
     root.mkdir(parents=True)
     for split, count in (("train", train), ("validation", valid)):

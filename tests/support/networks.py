@@ -17,7 +17,7 @@ def block(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequ
 
 
 class Net(nn.Module):
-    """Stem and head around ``body``, which the others give; pictures of any size."""
+    """Stem and head around ``body``, which the others give; images of any size."""
 
     width = 12
     out = 12

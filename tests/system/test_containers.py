@@ -156,7 +156,7 @@ class Cluster:
         return Path(self.engine.must(*name))
 
     def provision(self) -> None:
-        """Make the volumes, of the pod's group as kubelet does it, and put pictures in."""
+        """Make the volumes, of the pod's group as kubelet does it, and put images in."""
         claims = [d for d in self.documents if d["kind"] == "PersistentVolumeClaim"]
         self.play(*claims)
         group = self.job["spec"]["template"]["spec"]["securityContext"]["fsGroup"]

@@ -123,7 +123,7 @@ def test_nodes_gpus_image_and_name_are_set_in_one_place_each(tmp_path: Path, ove
     assert container["image"] == "registry.example/slim:9.9.9"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
     assert {"name": "NNODES", "value": "5"} in container["env"]
-    # the storage is not the run's: it keeps its name, with all runs and pictures in it
+    # the storage is not the run's: it keeps its name, with all runs and images in it
     claims = {d["metadata"]["name"] for d in found if d["kind"] == "PersistentVolumeClaim"}
     assert claims == {"gammaslim-runs", "gammaslim-data"}
 

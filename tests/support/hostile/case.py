@@ -24,7 +24,7 @@ Args = Sequence[object]
 
 @dataclass(frozen=True)
 class Originals:
-    """What the cases spoil copies of. Pictures of three classes, a model, a finished run."""
+    """What the cases spoil copies of. Images of three classes, a model, a finished run."""
 
     flat: Path
     classes: Path

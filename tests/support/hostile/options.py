@@ -205,7 +205,7 @@ def command_lines(rng: random.Random, originals: Originals) -> Iterator[Case]:
 
 
 def names(rng: random.Random, originals: Originals) -> Iterator[Case]:
-    """Hostile names of pictures, classes, data sets, weights, outputs, models."""
+    """Hostile names of images, classes, data sets, weights, outputs, models."""
     picture, text = encoded(noise(), "PNG"), b"no picture"
     for number, name in enumerate(NAMES[:-2]):
 

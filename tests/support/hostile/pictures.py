@@ -1,4 +1,4 @@
-"""Pictures and data folders that are damaged, lie about themselves or are far too large."""
+"""Images and data folders that are damaged, lie about themselves or are far too large."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ LARGE = 9_000  # below it
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    """The bytes of a picture file."""
+    """The bytes of an image file."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
 def noise(seed: int = 5, mode: str = "RGB") -> Image.Image:
-    """A picture of 40 x 32 noise."""
+    """An image of 40 x 32 noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (32, 40, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
 
@@ -80,7 +80,7 @@ def giants() -> Iterator[tuple[str, str, bytes]]:
 
 
 def contents(rng: random.Random) -> Iterator[tuple[str, str, bytes, frozenset[int]]]:
-    """Damaged pictures of every format: (name, suffix, content, codes)."""
+    """Damaged images of every format: (name, suffix, content, codes)."""
     for format, suffix in FORMATS.items():
         whole = encoded(noise(), format)
         for number, part in enumerate(truncations(rng, whole, 8)):
@@ -111,7 +111,7 @@ def contents(rng: random.Random) -> Iterator[tuple[str, str, bytes, frozenset[in
 
 
 def odd_kinds(rng: random.Random) -> Iterator[tuple[str, str, bytes, frozenset[int]]]:
-    """Pictures of strange modes and sizes, and files of other kinds by a picture's name."""
+    """Images of strange modes and sizes, and files of other kinds by an image's name."""
     yield "1x1", ".png", encoded(noise().crop((0, 0, 1, 1)), "PNG"), MAYBE
     for mode in ("1", "L", "LA", "P", "RGBA", "I;16"):
         picture = noise(mode="L" if mode == "I;16" else mode)
@@ -145,7 +145,7 @@ def odd_kinds(rng: random.Random) -> Iterator[tuple[str, str, bytes, frozenset[i
 def spoil_folder(
     content: bytes, name: str, command: int, originals: Originals, classes: bool, folder: Path
 ) -> Args:
-    """A data set of which one picture has ``content``, in the split that the command reads."""
+    """A data set of which one image has ``content``, in the split that the command reads."""
     data = linked(originals.classes if classes else originals.flat, folder / "data")
     split = (("train", "val", "test") if classes else ("training", "validation", "testing"))[
         command
@@ -155,14 +155,14 @@ def spoil_folder(
 
 
 def damaged(rng: random.Random, originals: Originals) -> Iterator[Case]:
-    """One damaged picture among good ones, in both layouts of files, under three commands."""
+    """One damaged image among good ones, in both layouts of files, under three commands."""
     for number, (name, suffix, content, codes) in enumerate(contents(rng)):
         build = partial(spoil_folder, content, suffix, number % 3, originals, number % 2 == 1)
         yield Case("picture", name, build, codes)
 
 
 def large(rng: random.Random, originals: Originals) -> Iterator[Case]:
-    """Pictures just below the largest that is read, and very long ones, in every preset."""
+    """Images just below the largest that is read, and very long ones, in every preset."""
     side = LARGE
     pictures = {
         "RGB": png(side, side, 8, 2, side, bytes(side * 3)),
@@ -194,7 +194,7 @@ def large(rng: random.Random, originals: Originals) -> Iterator[Case]:
 
 
 def places(rng: random.Random, originals: Originals) -> Iterator[Case]:
-    """What lies where a picture, a split or a data set should: pipes, links, devices, folders."""
+    """What lies where an image, a split or a data set should: pipes, links, devices, folders."""
 
     def put(make: Callable[[Path], object], where: str) -> Callable[[int], Callable[[Path], Args]]:
         def of(command: int) -> Callable[[Path], Args]:

@@ -107,7 +107,7 @@ def half_deleted() -> None:
 
 
 def slow_check() -> None:
-    """Reading a picture takes long: there are as many as one wants."""
+    """Reading an image takes long: there are as many as one wants."""
     original = job.data.image_check.check_image
 
     def checking(path: Path) -> tuple[int, int]:

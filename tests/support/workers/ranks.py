@@ -185,7 +185,7 @@ def check_averages() -> None:
 
 
 def check_evaluation(accelerator: object) -> None:
-    """Each picture counts once, for sizes that do not divide, one picture included."""
+    """Each image counts once, for sizes that do not divide, one image included."""
     network = StudentNet(num_classes=5).eval()
     for count in (1, 2, 5, 600):
         images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)

@@ -1,8 +1,8 @@
-"""Run ``gammaslim`` and write down the hash of every picture that is trained on.
+"""Run ``gammaslim`` and write down the hash of every image that is trained on.
 
     python record_batches.py FILE LAST prune …
 
-FILE gets a line for each step and process: round, step of the round, hashes of pictures with their
+FILE gets a line for each step and process: round, step of the round, hashes of images with their
 labels, as this process got them. After LAST steps, if that is not 0, it kills itself.
 """
 

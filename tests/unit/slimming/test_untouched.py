@@ -195,7 +195,7 @@ def test_a_cut_leaves_no_trace(kind: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("kind", KEEPING)
-def test_nor_does_what_runs_calibration_pictures(kind: type[nn.Module]) -> None:
+def test_nor_does_what_runs_calibration_images(kind: type[nn.Module]) -> None:
     torch.manual_seed(1)
     network = randomise(kind())
     network(IMAGE)  # whatever it keeps of a pass is there

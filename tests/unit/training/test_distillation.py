@@ -31,7 +31,7 @@ def softmax(logits: list[float], temperature: float = 1) -> list[float]:
 
 
 def by_hand(student: Any, teacher: Any, labels: Any, alpha: float, temperature: float) -> float:
-    """The homework's formula, picture by picture and class by class."""
+    """The homework's formula, image by image and class by class."""
     loss = 0.0
     for ours, theirs, label in zip(student, teacher, labels, strict=True):
         p, q = softmax(theirs, temperature), softmax(ours, temperature)

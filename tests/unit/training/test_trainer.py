@@ -112,7 +112,7 @@ def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_the_loss_and_accuracy_of_an_epoch_are_means_over_every_picture(tmp_path: Path) -> None:
+def test_the_loss_and_accuracy_of_an_epoch_are_means_over_every_image(tmp_path: Path) -> None:
     training = trainer(tmp_path, lr=1e-30, batchnorm="local")
     torch.manual_seed(0)
     network = build_network("student", 4, {})

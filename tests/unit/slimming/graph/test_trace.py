@@ -57,7 +57,7 @@ def shapes(trace: Trace) -> list[tuple[object, ...]]:
         torchvision.models.densenet121,
     ],
 )
-def test_shapes_on_the_meta_device_are_those_of_real_pictures(make: type[nn.Module]) -> None:
+def test_shapes_on_the_meta_device_are_those_of_real_images(make: type[nn.Module]) -> None:
     network = make().eval()
     image = torch.rand(1, 3, 67, 64)
     traced = trace_network(network, image)

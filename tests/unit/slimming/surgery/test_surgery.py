@@ -95,7 +95,7 @@ def test_the_proof_fails_for_a_wrong_cut() -> None:
 
 
 class Halves(nn.Module):
-    """Halves its pictures ``times`` times; ``other`` changes what it does with large ones."""
+    """Halves its images ``times`` times; ``other`` changes what it does with large ones."""
 
     def __init__(self, times: int, other: str = "") -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Halves(nn.Module):
         (Halves(3), (100, 100), (100, 100)),
     ],
 )
-def test_proofs_take_smaller_pictures_only_where_they_are_as_good(
+def test_proofs_take_smaller_images_only_where_they_are_as_good(
     network: nn.Module, sides: tuple[int, int], proven: tuple[int, int]
 ) -> None:
     assert tuple(smallest_equivalent_input(network.eval(), torch.rand(1, 3, *sides)).shape) == (
