@@ -101,6 +101,8 @@ class _Cloner:
         return new
 
     def clone_attribute(self, owner: Any, name: str, value: Any) -> Any:
+        if name == "forward" and isinstance(value, types.FunctionType):
+            self.check_globals(owner, value)
         try:
             return self.clone(value)
         except (TypeError, AttributeError, RuntimeError) as error:  # e.g. of a generator
@@ -108,6 +110,17 @@ class _Cloner:
             raise UsageError(
                 f"the network cannot be copied, for its attribute {where}: {reason(error)}"
             ) from error
+
+    def check_globals(self, owner: Any, forward: types.FunctionType) -> None:
+        """Raise UsageError for a forward function whose global names hold parts of the network."""
+        for name in forward.__code__.co_names:
+            if self.refers(forward.__globals__.get(name), set()):
+                layer = next((n for n, m in modules_of(self.root).items() if m is owner), "")
+                raise UsageError(
+                    f"the forward function of {layer or 'the network'} uses the global name "
+                    f"{name!r}, which holds a part of the network and would still be the wide one "
+                    f"in a copy: give it to the function as a default argument, {name}={name}"
+                )
 
     def clone_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_leaf:

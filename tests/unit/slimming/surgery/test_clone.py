@@ -289,3 +289,16 @@ class Generating(Net):
 def test_what_cannot_be_copied_is_named() -> None:
     with pytest.raises(UsageError, match=r"Generating\.numbers: cannot pickle 'generator'"):
         job.slim(Generating(), IMAGE)
+
+
+def test_a_forward_function_that_reaches_the_network_by_a_global_name_is_refused() -> None:
+    network = Keeping()
+    names = {"before": network.stem[0].forward}
+    network.stem[0].forward = eval("lambda x: before(x)", names)
+    with pytest.raises(
+        UsageError, match=r"of stem\.0 uses the global name 'before'.*before=before"
+    ):
+        job.slim(network, IMAGE)
+    network.stem[0].forward = eval("lambda x, before=before: before(x)", names)
+    narrow, _ = job.slim(network, IMAGE)
+    assert narrow(IMAGE).isfinite().all()
