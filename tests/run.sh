@@ -3,8 +3,6 @@
 #   bash tests/run.sh                    everything; as root on Debian or Ubuntu, missing Debian
 #                                        packages are installed too
 #   bash tests/run.sh unit               lint, format, types, tests/unit: no root, no package, minutes
-#   bash tests/run.sh coverage           everything but what measures time, with the coverage of job/:
-#                                        more than twice as long
 #   bash tests/run.sh PYTEST-OPTIONS     e.g. --all: every case of tests that else run a sample
 # VENV=… uses another virtual environment.
 set -euo pipefail
@@ -52,12 +50,17 @@ export WANDB_MODE=${WANDB_MODE:-offline}
 pytest=("$venv/bin/python" -m pytest)
 one_thread=(env OMP_NUM_THREADS=1 "${pytest[@]}" -n 2)
 if [ "${1:-}" = unit ]; then exec "${one_thread[@]}" --dist worksteal tests/unit "${@:2}"; fi
-most=("${one_thread[@]}" --dist loadgroup -m 'not alone')
-if [ "${1:-}" = coverage ]; then exec "${most[@]}" --cov "${@:2}"; fi
 if [ $# -gt 0 ]; then exec "${pytest[@]}" "$@"; fi
-# two at a time on one thread each, groups first: containers and the cluster wait for much; then
-# those that measure time or need the machine to themselves
+# two at a time on one thread each: first those that measure the coverage of job/ (90 % at least),
+# whose tracer costs time, so that they are the fast ones; then the others, groups first, because
+# containers and the cluster wait for much; then those that need the machine to themselves
+most=("${one_thread[@]}" --dist loadgroup -m 'not alone')
+covering=(tests/unit)
+for commands in commands launch predictions sensitivity_command slim_command tracking; do
+  covering+=("tests/integration/test_$commands.py")
+done
 failed=0
-"${most[@]}" || failed=$?
+"${most[@]}" --cov "${covering[@]}" || failed=$?
+"${most[@]}" "${covering[@]/#/--ignore=}" || failed=$?
 "${pytest[@]}" -m alone || failed=$?
 exit "$failed"
