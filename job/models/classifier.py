@@ -56,7 +56,7 @@ def replace_classifier(network: nn.Module, num_classes: int) -> str:
     logits = f"{counted(count, 'logit')} for {counted(num_classes, 'class')}"
     if name is None:
         raise UsageError(
-            f"{kind} gives {logits}, and ends in no linear layer that could be replaced: {advice}"
+            f"{kind} returns {logits}, and ends in no linear layer that could be replaced: {advice}"
         )
     parent, _, leaf = name.rpartition(".")
     head = _with_outputs(network.get_submodule(name), num_classes)
@@ -65,7 +65,7 @@ def replace_classifier(network: nn.Module, num_classes: int) -> str:
         raise UsageError(
             f"{kind} does not give {counted(num_classes, 'logit')} with another {name}: {advice}"
         )
-    return f"{kind} gives {logits}: its classifier, layer {name}, is replaced by a new one"
+    return f"{kind} returns {logits}: its classifier, layer {name}, is replaced by a new one"
 
 
 def _run(shadow: nn.Module) -> torch.Tensor:
@@ -80,7 +80,7 @@ def _run(shadow: nn.Module) -> torch.Tensor:
             continue
         if isinstance(logits, torch.Tensor) and logits.dim() == 2:
             return logits
-        why = f"it gives {getattr(logits, 'shape', type(logits).__name__)}"
+        why = f"it returns {getattr(logits, 'shape', type(logits).__name__)}"
     kind = type(shadow).__name__
     raise UsageError(f"{kind} must take images (B, 3, H, W) and give logits (B, N): {why}")
 

@@ -69,7 +69,7 @@ def find_misfit(shadow: nn.Module, size: int, modes: tuple[bool, ...]) -> str | 
         except Exception as error:  # code of the user, which may raise anything
             return reason(error)
         if not isinstance(logits, torch.Tensor):
-            return f"it gives a {type(logits).__name__}, not a tensor of logits"
+            return f"it returns a {type(logits).__name__}, not a tensor of logits"
         if logits.dim() != 2:
-            return f"it gives {tuple(logits.shape)}, not one row of logits an image"
+            return f"it returns {tuple(logits.shape)}, not one row of logits an image"
     return None

@@ -32,7 +32,7 @@ def all_logits(output: Any) -> list[torch.Tensor]:
     tensors = [part for part in parts if isinstance(part, torch.Tensor)]
     if not tensors or tensors[0].dim() != 2:
         what = tuple(tensors[0].shape) if tensors else type(output).__name__
-        raise DataError(f"the network gives {what}: logits of shape (images, classes) are needed")
+        raise DataError(f"the network returns {what}: logits of shape (images, classes) are needed")
     return [tensor for tensor in tensors if tensor.shape == tensors[0].shape]
 
 

@@ -167,9 +167,9 @@ def _distribute(
 def _elimination_losses(parts: Sequence[_Part], size: int) -> Scores:
     """The accumulated loss at the removal of each of ``size`` channels, until none is left."""
     scores, total_loss, left = np.zeros(size), 0.0, np.ones(size, bool)
-    at_once = -(-size // STEPS)
+    step = -(-size // STEPS)
     while left.any():
-        count = min(at_once, int(left.sum()))
+        count = min(step, int(left.sum()))
         removed = np.zeros(size, bool)
         for channel, loss in _least_important(parts, left, count):
             total_loss += loss

@@ -83,7 +83,7 @@ def _class_logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     count, highest = len(labels), int(labels.max())
     logits = next((t for t in tensors_in(outputs) if t.dim() == 2 and len(t) == count), None)
     if logits is None:
-        raise UsageError("--importance taylor needs a network that gives logits (B, classes)")
+        raise UsageError("--importance taylor needs a network that returns logits (B, classes)")
     if highest >= logits.shape[1]:
         raise UsageError(
             f"--importance taylor: there is a label {highest}, the network has "

@@ -77,10 +77,10 @@ def explain_mismatch(network: nn.Module, noise: Example) -> None:
     outputs = _pass(network, noise, seed=0)
     if not any(bool(tensor.isfinite().any()) for tensor in outputs):
         raise UsageError(
-            "the network gives no finite number for noise from 0 to 1, so that a cut cannot be "
+            "the network returns no finite number for noise from 0 to 1, so that a cut cannot be "
             "proven: look for a division by zero, or a root or logarithm of negative values"
             if any(tensor.numel() for tensor in outputs)
-            else "the network gives no tensor with values, so that a cut cannot be proven"
+            else "the network returns no tensor with values, so that a cut cannot be proven"
         )
     if relative_difference(_pass(network, noise, seed=1), outputs) > 0:
         raise UsageError(

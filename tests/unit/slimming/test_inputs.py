@@ -166,8 +166,8 @@ def test_differences_are_told_apart(ours: Any, theirs: Any, apart: float) -> Non
 UNSURE = {
     "dropout is always on": lambda y: F.dropout(y, 0.5, training=True),
     "its forward pass calls randn_like": lambda y: y + torch.randn_like(y),
-    "gives no finite number": lambda y: y * NAN,
-    "gives no tensor with values": lambda _: None,
+    "returns no finite number": lambda y: y * NAN,
+    "returns no tensor with values": lambda _: None,
 }
 
 
@@ -185,7 +185,7 @@ def test_taylor_takes_the_logits_among_the_outputs() -> None:
     assert plan.method == "importance taylor, compensation none"
     for finish, label, message in (
         (lambda y: y, 3, "a label 3, the network has 3 classes"),
-        (lambda y: y[:, 0], 0, "needs a network that gives logits"),
+        (lambda y: y[:, 0], 0, "needs a network that returns logits"),
     ):
         other = network(partial(Trunk, finish))
         batches = [(images, torch.full((4,), label))]

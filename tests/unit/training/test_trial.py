@@ -151,7 +151,7 @@ def test_the_logits_are_found_among_several_outputs() -> None:
         assert logits_of(output) is logits
     assert [o is other for o in all_logits({"aux": other, "logits": logits})] == [False, True]
     for wrong in (map_, None, [], {"loss": torch.zeros(())}):
-        with pytest.raises(DataError, match="the network gives"):
+        with pytest.raises(DataError, match="the network returns"):
             logits_of(wrong)
 
 
