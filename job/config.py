@@ -377,6 +377,8 @@ class PruneConfig(  # Python orders the fields of the last base first
                 f"--compensate {self.compensate} the accuracy right after a cut is far lower than "
                 "with --importance gamma"
             )
+        if self.allocate and self.policy == "uniform":
+            return f"--allocate {self.allocate} has no effect without --policy global"
         return None
 
     @property

@@ -178,3 +178,19 @@ def test_trained_networks_are_evaluated_again_only_in_doubt() -> None:
         "round 1 scores 10.0%, near chance for 10 classes",
         "the class 3 is predicted for every image",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, None),
+        ({"compensate": "beta"}, "--importance refit assumes --compensate regress"),
+        ({"allocate": "local"}, "--allocate local has no effect without --policy global"),
+        ({"allocate": "outputs", "policy": "global"}, None),
+    ],
+)
+def test_options_that_do_not_fit_each_other_are_cautioned_about(
+    options: dict[str, Any], said: str | None
+) -> None:
+    caution = PruneConfig(**options).caution
+    assert caution is None if said is None else said in str(caution)
