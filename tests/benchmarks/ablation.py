@@ -22,8 +22,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).parent))
+from networks import TRAINED_HERE
+
 from job.data.idx import read_idx
-from job.models.student import StudentNet
 from job.slimming.analysis import analyse
 from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
 from job.slimming.compensation.constants import add_biases, layers_without_constant
@@ -40,35 +42,6 @@ from job.slimming.surgery.verification import verify
 IMPORTANCES = ("gamma", "taylor", "refit")
 BATCH = 256
 Data = tuple[torch.Tensor, torch.Tensor]
-
-
-class Residual(nn.Module):
-    """relu(BN(conv(relu(BN(conv(x))))) + shortcut), He et al. 2016."""
-
-    def __init__(self, read: int, written: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(read, written, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(written)
-        self.conv2 = nn.Conv2d(written, written, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(written)
-        self.shortcut = nn.Sequential()
-        if stride > 1:
-            conv = nn.Conv2d(read, written, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(written))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
-
-
-def resnet8() -> nn.Module:
-    """The CIFAR ResNet of 8 layers, behind a strided stem: a quarter of its multiply-adds."""
-    stem = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-    blocks = Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
-NETWORKS = {"student": lambda: StudentNet(num_classes=10), "resnet": resnet8}
 
 
 def load(folder: Path, split: str) -> Data:
@@ -112,7 +85,7 @@ def accuracy(network: nn.Module, data: Data) -> float:
 def base(args: argparse.Namespace, seed: int, train: Data) -> nn.Module:
     """The trained network, from ``--bases`` where it lies there."""
     torch.manual_seed(seed)
-    network = NETWORKS[args.network]().to(memory_format=torch.channels_last)
+    network = TRAINED_HERE[args.network]().to(memory_format=torch.channels_last)
     path = args.bases and args.bases / f"{args.network}{seed}.pt"
     if path and path.exists():
         network.load_state_dict(torch.load(path))
@@ -167,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with IDX files")
     parser.add_argument("--bases", type=Path, help="folder that keeps trained networks")
-    parser.add_argument("--network", choices=NETWORKS, default="student")
+    parser.add_argument("--network", choices=TRAINED_HERE, default="student")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--calibration", type=int, default=4096, help="pictures")
