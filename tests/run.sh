@@ -60,7 +60,7 @@ for commands in commands launch predictions sensitivity_command slim_command tra
   covering+=("tests/integration/test_$commands.py")
 done
 failed=0
-"${most[@]}" --cov "${covering[@]}" || failed=$?
+"${most[@]}" "${covering[@]}" --cov || failed=$?
 "${most[@]}" "${covering[@]/#/--ignore=}" || failed=$?
 "${pytest[@]}" -m alone || failed=$?
 exit "$failed"
