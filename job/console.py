@@ -238,10 +238,10 @@ def progress(name: str, detail: str = "") -> Callable[[Iterable[Any], int], Iter
     return shown
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: 1 epoch, 2 epochs, 2 classes."""
-    ending = "es" if noun.endswith("s") else "s"
-    return f"{number:,} {noun}" + ("" if number == 1 else ending)
+def counted(number: float, noun: str) -> str:
+    """Return a number, rounded, with its noun: 1 epoch, 2 epochs, 2 classes, nan seconds."""
+    rounded, ending = f"{number:,.0f}", "es" if noun.endswith("s") else "s"
+    return f"{rounded} {noun}" + ("" if rounded == "1" else ending)
 
 
 def span(seconds: float) -> str:

@@ -146,7 +146,7 @@ class Session(TrainingSession):
         say(rounds_table(self.entries))
         say(f"\nrecommended: {summary.recommended} ({summary.reason})")
         say_cautions(summary.cautions)
-        say(f"{counted(round(summary.seconds), 'second')}; all files are in {shown(self.run.path)}")
+        say(f"{counted(summary.seconds, 'second')}; all files are in {shown(self.run.path)}")
         if self.tracker:
             self.tracker.finish(summary_values(summary))
 

@@ -88,7 +88,7 @@ def run_page(history: History, figures: Sequence[DrawnFigure]) -> Page:
     if history.best:
         facts.append(f"Recommended: ★ rounds/{history.best.round:02d}, {history.reason}.")
     if history.seconds is not None:
-        facts.append(f"The run has taken {counted(round(history.seconds), 'second')} so far.")
+        facts.append(f"The run has taken {counted(history.seconds, 'second')} so far.")
     if not history.rounds:
         facts.append("No round is finished yet.")
     settings = tuple(

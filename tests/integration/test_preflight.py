@@ -60,7 +60,7 @@ def test_what_the_data_is_needed_for_is_found_too(tmp_path: Path) -> None:
     assert target.code == 2, target
     assert len(errors(target.err)) == 1
     for done in (wrong, target):
-        assert "with 200 loader processes each want 201" in done.err
+        assert "with 200 loader processes each, 201 are recommended" in done.err
         assert "the last batch of an epoch has only 1 of 32 images" in done.err
 
 

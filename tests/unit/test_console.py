@@ -201,7 +201,8 @@ def test_a_cut_tells_its_steps_to_a_callback_and_the_library_prints_nothing(
 @pytest.mark.parametrize(
     ("number", "noun", "text"),
     [(1, "image", "1 image"), (0, "image", "0 images"), (1, "class", "1 class"),
-     (1200, "class", "1,200 classes"), (2, "loader process", "2 loader processes")],
+     (1200, "class", "1,200 classes"), (2, "loader process", "2 loader processes"),
+     (0.9, "second", "1 second"), (float("nan"), "second", "nan seconds")],
 )  # fmt: skip
-def test_a_number_has_its_noun(number: int, noun: str, text: str) -> None:
+def test_a_number_has_its_noun(number: float, noun: str, text: str) -> None:
     assert console.counted(number, noun) == text
