@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.cli.class_matching import in_classes_of
-from job.cli.evaluation_images import evaluation_workers, open_evaluation_images
+from job.cli.evaluation_images import loader_workers, open_evaluation_images
 from job.cli.model import open_model
 from job.console import counted, print_result, progress, say_cautions, table
 from job.distributed.collectives import on_main, start
@@ -29,7 +29,7 @@ def evaluate(model: ModelOptions, options: EvaluateOptions, as_json: bool) -> No
     images = on_main(lambda: open_evaluation_images(model, options, labelled=True))
     network, card = on_main(lambda: open_model(model, images.largest))
     split = in_classes_of(card, images.data, images.split)
-    workers = evaluation_workers(options, accelerator.device)
+    workers = loader_workers(options, accelerator.device)
     evaluator = Evaluator(split, card.num_classes, card.preprocessing, accelerator, workers)
     bar = progress("evaluating")
     result = evaluator(network, lambda batches: bar(batches, len(evaluator.batches)))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from job.artifacts.model_card import ModelCard
-    from job.cli.command_options import ModelOptions, ScoringOptions
+    from job.cli.command_options import ImageOptions, ModelOptions, ScoringOptions
     from job.data.splits import Split
 
 
@@ -73,7 +73,7 @@ class EvaluationImages:
         return [indices[self.split.name(index)] for index in range(len(self.split))]
 
 
-def evaluation_workers(options: ScoringOptions, device: torch.device) -> int:
+def loader_workers(options: ImageOptions, device: torch.device) -> int:
     """Return the number of loader processes of each process: --workers, or by the cores."""
     if options.workers is not None:
         return options.workers

@@ -12,7 +12,7 @@ import numpy as np
 
 from job.cli.evaluation_images import (
     EvaluationImages,
-    evaluation_workers,
+    loader_workers,
     open_evaluation_images,
 )
 from job.cli.model import open_model
@@ -47,7 +47,7 @@ def predict(model: ModelOptions, options: PredictOptions, output: str) -> None:
     network, card = on_main(lambda: open_model(model, images.largest))
     zeros = np.zeros_like(images.split.labels)  # a label that every network has
     split = images.split.select(np.arange(len(images.split)), zeros)
-    workers = evaluation_workers(options, accelerator.device)
+    workers = loader_workers(options, accelerator.device)
     evaluator = Evaluator(split, card.num_classes, card.preprocessing, accelerator, workers)
     bar = progress("predicting")
     classes, probabilities = evaluator.predict(

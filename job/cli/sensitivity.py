@@ -11,17 +11,17 @@ from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import find_run_data
 from job.artifacts.records import Lineage
 from job.cli.calibration_images import open_images
+from job.cli.evaluation_images import loader_workers
 from job.cli.model import open_model
 from job.console import phase, print_result, say, show_step, tick
-from job.data.loader import default_workers
 from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import start
 from job.errors import UsageError, shown
 from job.files import check_output, write_output
 from job.pipeline.slim_round import base_of
-from job.processes import local_world_size
 from job.slimming.analysis import analyse
-from job.slimming.group_sensitivity import Question, measure_sensitivity
+from job.slimming.group_sensitivity import measure_sensitivity
+from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.cost import example_image
 from job.slimming.planning.target import Budget
 from job.training.calibration import Calibration
@@ -76,18 +76,17 @@ def _measure(
     images = open_images(_data(model, options), options.on_bad_image, model, options.seed)
     network, card = open_model(model, images.largest)
     network.to(accelerator.device)
-    workers = options.workers
-    if workers is None:
-        workers = default_workers(local_world_size(), accelerator.device.type == "cuda")
+    workers = loader_workers(options, accelerator.device)
     calibration = Calibration(
         images.calibration, card.preprocessing, accelerator, workers, options.seed, progress=tick
     )
-    image, question = example_image(card.preprocessing.size), None
+    image, allocation, base = example_image(card.preprocessing.size), None, None
     if budget:
         base = card.base or base_of(network, card)
-        question = Question(budget, base, options.round_to, options.min_keep)
+        allocation = Allocation("global", budget, options.round_to, options.min_keep)
     graph, show = analyse(network, image), partial(show_step, "sensitivity")
-    measured = measure_sensitivity(network, graph, calibration.batches, image, question, show)
+    batches = calibration.batches
+    measured = measure_sensitivity(network, graph, batches, image, allocation, base, progress=show)
     phase("")
     return card, measured
 

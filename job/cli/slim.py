@@ -11,17 +11,16 @@ import numpy as np
 
 from job.artifacts.model_card import save_model
 from job.cli.calibration_images import SlimImages, open_images
+from job.cli.evaluation_images import loader_workers
 from job.cli.model import open_model
 from job.config import PruneConfig
 from job.console import phase, progress, say, say_cautions, show_step
-from job.data.loader import default_workers
 from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import start
 from job.errors import OutputError, UsageError, shown
 from job.files import check_writable
 from job.pipeline.cautions import model_caution
 from job.pipeline.slim_round import base_of
-from job.processes import local_world_size
 from job.slimming.analysis import analyse
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
 from job.slimming.cut import (
@@ -147,9 +146,7 @@ class _Tools:
     def __init__(
         self, images: SlimImages, card: ModelCard, accelerator: Accelerator, options: SlimOptions
     ) -> None:
-        workers = options.workers
-        if workers is None:
-            workers = default_workers(local_world_size(), accelerator.device.type == "cuda")
+        workers = loader_workers(options, accelerator.device)
         images.fit(card)
         self.calibration = Calibration(
             images.calibration, card.preprocessing, accelerator, workers, options.seed

@@ -35,7 +35,7 @@ from job.slimming.cut import (
     plan_cut,
 )
 from job.slimming.graph.snapshot import preserve_state
-from job.slimming.group_sensitivity import Question, measure_sensitivity
+from job.slimming.group_sensitivity import measure_sensitivity
 from job.slimming.importance.criteria import CRITERIA
 from job.slimming.inputs import strip_values
 from job.slimming.planning.allocation import Allocation
@@ -178,13 +178,13 @@ def sensitivity(
     [0.9, 0.75, 0.5, 0.25, 0.0]
     """
     check_network(model)
-    question = None if target is None else Question(budget_of(target))
+    allocation = None if target is None else Allocation("global", budget_of(target))
     inputs, names = example_of(model, example), ignored_layers(model, ignore)
     try:
         graph = _analyse_example(model, inputs, names)
         images = read_batches(model, inputs, calibration)
         with _preserve_weights(model, runs=True):
-            return measure_sensitivity(model, graph, lambda: images, inputs, question)
+            return measure_sensitivity(model, graph, lambda: images, inputs, allocation)
     except UsageError as error:
         raise UsageError(in_python(str(error))) from error
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from job.distributed.collectives import on_main
 from job.slimming.calibration.progress import no_progress
 from job.slimming.cut import Method, measure_importance, measure_losses, plan_cut
-from job.slimming.planning.allocation import Allocation
 from job.slimming.sensitivity.summary import summarise_losses
 
 if TYPE_CHECKING:
@@ -18,25 +16,12 @@ if TYPE_CHECKING:
     from job.slimming.calibration.progress import Progress
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.inputs import Example
+    from job.slimming.planning.allocation import Allocation
     from job.slimming.planning.base import Base
-    from job.slimming.planning.target import Budget
     from job.slimming.sensitivity.record import Sensitivity
 
 TABLE_FRACTIONS = (0.9, 0.75, 0.5, 0.25, 0.0)  # of a group's channels, kept at a point of its row
 METHOD = Method("refit", "regress", allocate="outputs")  # that of a cut with calibration images
-
-
-@dataclass(frozen=True)
-class Question:
-    """A cut by the policy ``global`` of which only the plan is made.
-
-    ``budget`` is relative to ``base``, by default the network itself.
-    """
-
-    budget: Budget
-    base: Base | None = None
-    round_to: int = 1
-    min_keep: float = 0.1
 
 
 def measure_sensitivity(
@@ -44,10 +29,15 @@ def measure_sensitivity(
     graph: ChannelGraph,
     batches: Batches,
     example: Example,
-    question: Question | None = None,
+    allocation: Allocation | None = None,
+    base: Base | None = None,
+    *,
     progress: Progress = no_progress,
 ) -> Sensitivity:
-    """Return the losses of all channel groups at ``TABLE_FRACTIONS``, and what ``question`` keeps.
+    """Return the losses of all channel groups at ``TABLE_FRACTIONS``, and what a cut keeps.
+
+    The plan of the cut is made by ``allocation``, by the policy ``global`` and relative to
+    ``base``, by default the network itself; without one there is no cut.
 
     ``batches`` returns the calibration batches of this process; measurements are over all
     processes. A cut with the same images measures the same losses. Raises UsageError without
@@ -57,11 +47,7 @@ def measure_sensitivity(
     parts = network, graph, scores, METHOD, data, example, progress
     curves = measure_losses(*parts, more=TABLE_FRACTIONS)
     plan = target = None
-    if question:
-        budget = question.budget
-        allocation = Allocation("global", budget, question.round_to, question.min_keep)
-        plan = on_main(
-            lambda: plan_cut(network, graph, scores, allocation, METHOD, question.base, curves)
-        )
-        target = f"{budget.metric}={budget.value:g}"
+    if allocation:
+        plan = on_main(lambda: plan_cut(network, graph, scores, allocation, METHOD, base, curves))
+        target = f"{allocation.budget.metric}={allocation.budget.value:g}"
     return summarise_losses(network, graph, curves, TABLE_FRACTIONS, plan, target)

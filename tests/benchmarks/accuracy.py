@@ -103,7 +103,8 @@ def cut(
     """Return the narrow network of a cell, the processor seconds of the cut, and the setting."""
     example, method, target = images[:1], str(cell["method"]), float(str(cell["target"]))
     if method in PEERS:
-        return _cut_by_peer(wide, method, target, images, sample, normalise, splits)
+        held_out = splits["train"].sample(1000, int(str(cell["seed"])), skip=len(images))
+        return _cut_by_peer(wide, method, target, images, sample, normalise, held_out)
     began = time.process_time()
     narrow, _ = job.slim(
         wide, example, target=f"macs={target}", policy="global",
@@ -119,11 +120,10 @@ def _cut_by_peer(
     images: torch.Tensor,
     sample: Data,
     normalise: Normalisation,
-    splits: dict[str, object],
+    held_out: Data,
 ) -> tuple[nn.Module, float, str]:
     from pruning_peer import cut_by_peer, measure_gradients
 
-    held_out = splits["train"].sample(1000, 10, skip=len(images))
     score: Callable[[nn.Module], float] = partial(accuracy, data=held_out, normalise=normalise)
     network, seconds = copy.deepcopy(wide), 0.0
     if method == "taylor":

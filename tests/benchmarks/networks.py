@@ -14,16 +14,21 @@ from job.models.student import StudentNet
 
 
 class Residual(nn.Module):
-    """relu(BN(conv(relu(BN(conv(x))))) + shortcut), He et al. 2016."""
+    """relu(BN(conv(relu(BN(conv(x))))) + shortcut), He et al. 2016.
 
-    def __init__(self, read: int, written: int, stride: int) -> None:
+    By default the shortcut of a block that halves the size is a convolution and a BatchNorm.
+    """
+
+    def __init__(
+        self, read: int, written: int, stride: int, shortcut: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(read, written, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(written)
         self.conv2 = nn.Conv2d(written, written, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(written)
-        self.shortcut = nn.Sequential()
-        if stride > 1:
+        self.shortcut = shortcut or nn.Sequential()
+        if stride > 1 and shortcut is None:
             conv = nn.Conv2d(read, written, 1, stride, bias=False)
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(written))
 
@@ -39,26 +44,18 @@ def resnet8() -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-class PaddedResidual(nn.Module):
-    """A residual block whose shortcut has no parameters (option A of He et al. 2016).
+class PaddedShortcut(nn.Module):
+    """A shortcut without parameters that halves the size (option A of He et al. 2016).
 
-    Where the block halves the size, the shortcut takes every second row and column, and zeros pad
-    its channels on both sides.
+    It takes every second row and column, and zeros pad its channels on both sides.
     """
 
-    def __init__(self, read: int, written: int, stride: int) -> None:
+    def __init__(self, read: int, written: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(read, written, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(written)
-        self.conv2 = nn.Conv2d(written, written, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(written)
         self.padding = (written - read) // 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.padding:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
-        return F.relu(y + x)
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
 
 
 class CifarResNet(nn.Module):
@@ -73,7 +70,8 @@ class CifarResNet(nn.Module):
             blocks = []
             for number in range((depth - 2) // 6):
                 stride = 2 if stage > 1 and number == 0 else 1
-                blocks.append(PaddedResidual(read, written, stride))
+                shortcut = PaddedShortcut(read, written) if stride > 1 else None
+                blocks.append(Residual(read, written, stride, shortcut))
                 read = written
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.linear = nn.Linear(64, num_classes)

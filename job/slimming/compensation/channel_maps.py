@@ -47,21 +47,30 @@ def fit_channel_map(
 def _solve_fits(
     pair: CutPair, consumer: Consumer, kept: int, statistics: InputStatistics, ridge: float
 ) -> list[Fit]:
-    """M (C, K) and b (C,) for each group of a consumer.
-
-    The ridge pulls M to the plain cut: each kept channel is itself, removed channels are zero.
-    """
+    """M (C, K) and b (C,) for each group of a consumer."""
     fits, start = [], 0
     for part, stays in pair.kept_columns(consumer):
         narrow = slice(start, start + int(stays.sum()))
         wide = slice(kept + part.start, kept + part.stop)
         start = narrow.stop
-        slope = torch.eye(len(stays)).double()[:, stays]
         inner, cross = statistics.covariance[narrow, narrow], statistics.covariance[narrow, wide]
-        scale = inner.diagonal().mean()
-        if scale > 0:
-            missed = cross - inner @ slope.T
-            damped = inner + ridge * scale * torch.eye(len(inner)).double()
-            slope = slope + torch.linalg.solve(damped, missed).T
+        slope = ridge_slope(inner, cross, stays, ridge)
         fits.append((slope, statistics.mean[wide] - slope @ statistics.mean[narrow]))
     return fits
+
+
+def ridge_slope(
+    inner: torch.Tensor, cross: torch.Tensor, stays: torch.Tensor, ridge: float
+) -> torch.Tensor:
+    """Return M (C, K) that predicts C wide inputs from the K narrow ones of the mask ``stays``.
+
+    ``inner`` (K, K) and ``cross`` (K, C) are covariances, float64. The ridge, relative to the mean
+    variance, pulls M to the plain cut: each kept channel is itself, removed channels are zero.
+    """
+    slope = torch.eye(len(stays)).double()[:, stays]
+    scale = inner.diagonal().mean()
+    if scale > 0:
+        missed = cross - inner @ slope.T
+        damped = inner + ridge * scale * torch.eye(len(inner)).double()
+        slope = slope + torch.linalg.solve(damped, missed).T
+    return slope

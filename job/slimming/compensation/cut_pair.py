@@ -14,7 +14,7 @@ from job.slimming.graph.selection import unwrap_selection
 from job.slimming.planning.layer_channels import LayerChannels, Layers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
@@ -51,7 +51,7 @@ class CutPair:
             part = slice(group * size, (group + 1) * size)
             yield part, torch.from_numpy(self.keep[consumer.channels[part]])
 
-    def apply_fits(self, consumer: Consumer, fits: Sequence[Fit]) -> None:
+    def apply_fits(self, consumer: Consumer, fits: Iterable[Fit]) -> None:
         """Set the weights of a narrow consumer so that it computes what the wide one does.
 
         ``fits``, one for each group, express its wide inputs by its narrow ones. The constant goes

@@ -20,6 +20,7 @@ from job.slimming.calibration.batch import inputs_of
 from job.slimming.calibration.consumers import consumers_of
 from job.slimming.calibration.input_statistics import RIDGE
 from job.slimming.calibration.progress import no_progress
+from job.slimming.compensation.channel_maps import ridge_slope
 from job.slimming.compensation.constants import layers_without_constant
 from job.slimming.compensation.cut_pair import CutPair
 from job.slimming.graph.modes import eval_with_hooks
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from job.slimming.calibration.consumers import Consumer
     from job.slimming.calibration.input_statistics import CalibrationData, InputStatistics
     from job.slimming.calibration.progress import Progress
+    from job.slimming.compensation.cut_pair import Fit
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
     from job.slimming.inputs import Example
@@ -65,7 +67,6 @@ def measure_curves(
     example: Example,
     *,
     accumulated: bool = False,
-    fractions: Sequence[float] = FRACTIONS,
     more: Sequence[float] = (),
     progress: Progress = no_progress,
 ) -> dict[str, LossCurve]:
@@ -73,22 +74,18 @@ def measure_curves(
 
     ``calibration`` holds batches, and statistics of layer inputs over them. As many of the first
     images are used, over all processes, as cost little. ``accumulated`` says that the scores of a
-    group are losses that add up, as those of refit. Curves go through the points at ``fractions``;
-    those at ``more`` fractions are measured on the same images, and change no curve.
+    group are losses that add up, as those of refit. Curves go through the points at
+    ``FRACTIONS``; those at ``more`` fractions are measured on the same images, and change no curve.
     """
-    measured = {
-        r.group.name: readers
-        for r in groups
-        if (readers := _readers(network, graph, r, calibration.statistics))
-    }
+    measured = _readers(network, graph, groups, calibration.statistics)
     chosen = [r for r in groups if r.group.name in measured]
-    fitted = [_points(len(r.units), fractions) for r in chosen]
+    fitted = [_points(len(r.units), FRACTIONS) for r in chosen]
     evaluations = sum(map(len, fitted))
     if not evaluations:
         return {}
     count = round(PASSES * calibration.count / (evaluations * 0.5))
     count = min(max(count, MIN_MEASURED), MAX_MEASURED, calibration.count)
-    points = [_points(len(r.units), (*fractions, *more)) for r in chosen]
+    points = [_points(len(r.units), (*FRACTIONS, *more)) for r in chosen]
     trial = _TrialNetwork(network, graph, example, calibration.statistics)
     batches = list(_first_images(calibration.images(), count))
     losses = iter(trial.losses(chosen, points, batches, measured, progress).tolist())
@@ -107,15 +104,16 @@ def measure_curves(
 def _readers(
     network: nn.Module,
     graph: ChannelGraph,
-    ranked: RankedGroup,
+    groups: Sequence[RankedGroup],
     statistics: Mapping[str, InputStatistics],
-) -> list[Consumer]:
-    """The measured layers that read channels of a group."""
-    return [
-        consumer
-        for consumer in consumers_of(network, graph)
-        if consumer.layer in statistics and np.isin(consumer.channels, ranked.group.channels).any()
-    ]
+) -> dict[str, list[Consumer]]:
+    """The measured layers that read channels of a group, by its name, if there are any."""
+    consumers = [c for c in consumers_of(network, graph) if c.layer in statistics]
+    readers = {
+        r.group.name: [c for c in consumers if np.isin(c.channels, r.group.channels).any()]
+        for r in groups
+    }
+    return {name: layers for name, layers in readers.items() if layers}
 
 
 def _points(units: int, fractions: Sequence[float]) -> list[int]:
@@ -185,8 +183,11 @@ class _TrialNetwork:
         terms: torch.Tensor | None = None
         with eval_with_hooks(self.network, []):
             for number in range(rounds):
-                replay = Replay(self.network, batches[number]) if number < len(batches) else None
-                parts: list[torch.Tensor] = []
+                replay, reference, parts = None, list[torch.Tensor](), list[torch.Tensor]()
+                if number < len(batches):
+                    replay = Replay(self.network, batches[number])
+                    reference = reference_outputs(replay.outputs)
+                    self.logits = are_logits(reference)
                 for place, (ranked, counts) in enumerate(zip(groups, points, strict=True)):
                     progress(
                         "measuring output losses",
@@ -194,7 +195,8 @@ class _TrialNetwork:
                         rounds * len(groups),
                     )
                     if replay:
-                        parts += self._terms(replay, ranked, counts, readers[ranked.group.name])
+                        layers = readers[ranked.group.name]
+                        parts += self._terms(replay, reference, ranked, counts, layers)
                 if replay:
                     stacked = torch.stack(parts)
                     terms = stacked if terms is None else terms + stacked
@@ -213,13 +215,12 @@ class _TrialNetwork:
     def _terms(
         self,
         replay: Replay,
+        reference: Sequence[torch.Tensor],
         ranked: RankedGroup,
         counts: Sequence[int],
         readers: Sequence[Consumer],
     ) -> Iterator[torch.Tensor]:
         """The terms (tensors, 2) of the loss of one batch at each point of one group."""
-        reference = reference_outputs(replay.outputs)
-        self.logits = are_logits(reference)
         place = replay.first_call({consumer.layer for consumer in readers})
         for count in counts:
             keep = keep_all(self.graph)
@@ -234,21 +235,22 @@ class _TrialNetwork:
         saved = [tensor.detach().clone() for tensor in changed]
         try:
             for consumer in readers:
-                measured = self.statistics[consumer.layer]
-                size = len(consumer.channels) // consumer.groups
-                fits = []
-                for group in range(consumer.groups):
-                    part = slice(group * size, (group + 1) * size)
-                    stays = torch.from_numpy(keep[consumer.channels[part]])
-                    fits.append(
-                        _project(measured.mean[part], measured.covariance[part, part], stays)
-                    )
-                self.pair.apply_fits(consumer, fits)
+                self.pair.apply_fits(consumer, self._fits(consumer, keep))
             yield
         finally:
             with torch.no_grad():
                 for tensor, values in zip(changed, saved, strict=True):
                     tensor.copy_(values)
+
+    def _fits(self, consumer: Consumer, keep: Ids) -> Iterator[Fit]:
+        """Yield the fit of all inputs of each group by those that are kept, as (C, C) and (C,)."""
+        measured = self.statistics[consumer.layer]
+        for part, stays in replace(self.pair, keep=keep).kept_columns(consumer):
+            mean, covariance = measured.mean[part], measured.covariance[part, part]
+            slope = torch.zeros_like(covariance)
+            inner = covariance[stays][:, stays]
+            slope[:, stays] = ridge_slope(inner, covariance[stays], stays, RIDGE)
+            yield slope, mean - slope @ mean
 
     def _tensors(self, name: str) -> Iterator[torch.Tensor]:
         """What a fit of the layer ``name`` may change."""
@@ -260,18 +262,3 @@ class _TrialNetwork:
             module = unwrap_selection(self.network.get_submodule(norm))
             if module.running_mean is not None:
                 yield module.get_buffer("running_mean")
-
-
-def _project(
-    mean: torch.Tensor, covariance: torch.Tensor, stays: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fit of all inputs (C,) by those of the mask ``stays``: slope (C, C), constant (C,)."""
-    slope = torch.zeros_like(covariance)
-    slope[:, stays] = torch.eye(len(stays), dtype=covariance.dtype)[:, stays]
-    inner, cross = covariance[stays][:, stays], covariance[stays]
-    scale = inner.diagonal().mean()
-    if scale > 0:
-        damped = inner + RIDGE * scale * torch.eye(len(inner), dtype=covariance.dtype)
-        missed = cross - inner @ slope[:, stays].T
-        slope[:, stays] += torch.linalg.solve(damped, missed).T
-    return slope, mean - slope @ mean

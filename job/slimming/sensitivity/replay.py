@@ -37,12 +37,12 @@ class Replay:
             if _is_leaf(module)
         }
         self.order: list[str] = []  # of the calls
-        self.recorded: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self.outputs = self._record()
 
     def _record(self) -> Any:
         """Run the network once and keep the outputs of its layers, up to ``MAX_RECORDED_BYTES``."""
         left = MAX_RECORDED_BYTES
+        recorded: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
         def recording(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             def record(*args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ class Replay:
                 self.order.append(name)
                 if isinstance(output, torch.Tensor) and output.nbytes <= left:
                     left -= output.nbytes
-                    self.recorded[name] = output, output.clone(), output._version
+                    recorded[name] = output, output.clone(), output._version
                 return output
 
             return record
@@ -61,13 +61,12 @@ class Replay:
         ):
             outputs = call_network(self.network, self.example)
         calls = Counter(self.order)
-        self.recorded = {name: kept for name, kept in self.recorded.items() if calls[name] == 1}
+        recorded = {name: kept for name, kept in recorded.items() if calls[name] == 1}
         # a tensor that an op after the layer has changed in place is copied for each pass
         self.changed = {
-            name for name, (live, _, version) in self.recorded.items() if live._version != version
+            name for name, (live, _, version) in recorded.items() if live._version != version
         }
-        self.kept = {name: copy for name, (_, copy, _) in self.recorded.items()}
-        self.recorded = {}
+        self.kept = {name: copy for name, (_, copy, _) in recorded.items()}
         return outputs
 
     def first_call(self, layers: set[str]) -> int:
