@@ -1,9 +1,9 @@
 """The networks of Network Slimming for 32 x 32 images (Liu et al. 2017, section 4.2).
 
 VGG-19 with BatchNorm (Simonyan & Zisserman 2015), the pre-activation ResNet-164 of bottlenecks (He
-et al. 2016) and DenseNet-40 of growth 12 (Huang et al. 2017). Every γ is 0.5 at first, convolutions
-are initialised as in He et al. 2015 and have no bias. State-dict keys are those of the authors'
-code, https://github.com/Eric-mingjie/network-slimming, without its selection layers.
+et al. 2016), and DenseNet-40 with growth rate 12 (Huang et al. 2017). γ starts at 0.5.
+Convolutions have no bias and are initialised as in He et al. 2015. State-dict keys are those of the
+authors' code, https://github.com/Eric-mingjie/network-slimming, without its selection layers.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from torch.nn import functional as F
 
 GAMMA = 0.5  # Liu et al. 2017, section 4.3
 VGG19 = (64, 64, 0, 128, 128, 0, *4 * (256,), 0, *4 * (512,), 0, *4 * (512,))  # 0: max pooling
-STAGES = (16, 32, 64)  # planes of ResNet-164's bottlenecks
-BLOCKS = 18  # bottlenecks a stage: 3 * 18 * 3 + 2 = 164 layers
+STAGES = (16, 32, 64)  # planes of the bottlenecks of each stage of ResNet-164
+BLOCKS = 18  # bottlenecks per stage: 3 * 18 * 3 + 2 = 164 layers
 EXPANSION = 4
 GROWTH = 12
-BLOCK_LAYERS = 12  # of each of DenseNet-40's three blocks: 3 * 12 + 4 = 40 layers
+BLOCK_LAYERS = 12  # layers of each of the three blocks of DenseNet-40: 3 * 12 + 4 = 40 layers
 
 
 class Vgg19Cifar(nn.Module):
-    """Sixteen 3x3 convolutions in five stages, global average pooling, one linear layer.
+    """VGG-19: 16 3x3 convolutions in five stages, global average pooling, one linear layer.
 
-    20.04 million parameters with 10 classes. At 32 pixels the pooling is the paper's, 2 x 2.
+    It has 20.04 million parameters with 10 classes. For images of 32 pixels the pooling is the
+    paper's, 2 x 2.
     """
 
     def __init__(self, num_classes: int = 10) -> None:
@@ -45,15 +46,15 @@ class Vgg19Cifar(nn.Module):
         _initialise(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W) -> logits (B, num_classes)."""
-        logits: torch.Tensor = self.classifier(_pooled(self.feature(images)))
+        """Map images (B, 3, H, W) to logits (B, num_classes)."""
+        logits: torch.Tensor = self.classifier(_global_average_pool(self.feature(images)))
         return logits
 
 
 class Bottleneck(nn.Module):
-    """BatchNorm, ReLU and convolution, three times, added to the block's input.
+    """Pre-activation bottleneck: BatchNorm, ReLU and convolution three times, plus a shortcut.
 
-    The shortcut of a stage's first block is a 1x1 convolution.
+    The shortcut is the identity, or a 1x1 convolution in the first block of a stage.
     """
 
     def __init__(self, in_channels: int, planes: int, stride: int) -> None:
@@ -72,17 +73,17 @@ class Bottleneck(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, C, H, W) -> (B, 4 * planes, H / stride, W / stride)."""
+        """Map x (B, C, H, W) to (B, 4 * planes, H / stride, W / stride)."""
         branch = self.conv1(F.relu(self.bn1(x)))
         branch = self.conv2(F.relu(self.bn2(branch)))
         branch = self.conv3(F.relu(self.bn3(branch)))
         shortcut = x if self.downsample is None else self.downsample(x)
-        added: torch.Tensor = shortcut + branch
-        return added
+        total: torch.Tensor = shortcut + branch
+        return total
 
 
 class ResNet164Cifar(nn.Module):
-    """Three stages of 18 pre-activation bottlenecks; 1.70 million parameters with 10 classes."""
+    """ResNet-164: three stages of 18 bottlenecks; 1.70 million parameters with 10 classes."""
 
     layer1: nn.Sequential
     layer2: nn.Sequential
@@ -104,14 +105,14 @@ class ResNet164Cifar(nn.Module):
         _initialise(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W) -> logits (B, num_classes)."""
+        """Map images (B, 3, H, W) to logits (B, num_classes)."""
         x = self.layer3(self.layer2(self.layer1(self.conv1(images))))
-        logits: torch.Tensor = self.fc(_pooled(F.relu(self.bn(x))))
+        logits: torch.Tensor = self.fc(_global_average_pool(F.relu(self.bn(x))))
         return logits
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU, 3x3 convolution, concatenated with the input."""
+    """Dense layer: BatchNorm, ReLU and 3x3 convolution, concatenated with the input."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -119,12 +120,12 @@ class DenseLayer(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, GROWTH, 3, padding=1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, C, H, W) -> (B, C + 12, H, W)."""
+        """Map x (B, C, H, W) to (B, C + 12, H, W)."""
         return torch.cat([x, self.conv1(F.relu(self.bn1(x)))], 1)
 
 
 class Transition(nn.Module):
-    """BatchNorm, ReLU, 1x1 convolution of as many channels, average pooling that halves."""
+    """Transition: BatchNorm, ReLU, 1x1 convolution of the same width, 2x2 average pooling."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -132,15 +133,15 @@ class Transition(nn.Module):
         self.conv1 = nn.Conv2d(width, width, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, C, H, W) -> (B, C, H / 2, W / 2)."""
+        """Map x (B, C, H, W) to (B, C, H / 2, W / 2)."""
         return F.avg_pool2d(self.conv1(F.relu(self.bn1(x))), 2)
 
 
 class DenseNet40Cifar(nn.Module):
-    """Three dense blocks of 12 layers; 1.02 million parameters with 10 classes.
+    """DenseNet-40: three dense blocks of 12 layers; 1.02 million parameters with 10 classes.
 
-    ``first`` is the width of the first convolution. The paper's counts are those of 16, the width
-    of Huang et al.'s DenseNet without bottlenecks; the authors' PyTorch code has 24.
+    ``first`` is the width of the first convolution. The counts in the paper hold for 16, the width
+    in Huang et al. without bottlenecks; the authors' PyTorch code uses 24.
     """
 
     dense1: nn.Sequential
@@ -164,19 +165,23 @@ class DenseNet40Cifar(nn.Module):
         _initialise(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W) -> logits (B, num_classes)."""
+        """Map images (B, 3, H, W) to logits (B, num_classes)."""
         x = self.trans1(self.dense1(self.conv1(images)))
         x = self.dense3(self.trans2(self.dense2(x)))
-        logits: torch.Tensor = self.fc(_pooled(F.relu(self.bn(x))))
+        logits: torch.Tensor = self.fc(_global_average_pool(F.relu(self.bn(x))))
         return logits
 
 
-def _pooled(x: torch.Tensor) -> torch.Tensor:
+def _global_average_pool(x: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 def _initialise(network: nn.Module) -> None:
-    """Convolutions as of He et al. 2015 by what they write, γ 0.5, the classifier small."""
+    """Initialise the weights as the authors' code does.
+
+    Convolutions follow He et al. 2015 with ``fan_out``, γ is 0.5, and the weights of the classifier
+    have standard deviation 0.01.
+    """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             fan_out = layer.out_channels * math.prod(layer.kernel_size)

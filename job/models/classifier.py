@@ -1,4 +1,4 @@
-"""The classifier of a network: the layer that computes the logits, found by running the network."""
+"""Classifier of a network: the layer that computes the logits, found by running the network."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from job.console import counted
 from job.errors import UsageError, reason
 from job.models.input_size import TYPICAL_SIZES, copy_to_meta
 
-AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # of torchvision's GoogLeNet and Inception v3
+# key prefixes of the auxiliary classifiers of torchvision's GoogLeNet and Inception v3
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
 def find_head(network: nn.Module) -> tuple[str | None, int]:
-    """Find the layer that computes the logits; returns its name and the number of logits.
+    """Return the name of the layer that computes the logits, and the number of logits.
 
-    It is the last linear layer or 1x1 convolution to run that has as many outputs as there are
-    logits; the name is None when there is no such layer. Raises UsageError for a network that does
-    not return logits (B, N).
+    This is the last linear layer or 1x1 convolution to run that has as many outputs as there are
+    logits. The name is None if there is no such layer. Raises UsageError if the network does not
+    return logits (B, N).
     """
     shadow = copy_to_meta(network).eval()
     calls: list[str] = []
@@ -34,7 +35,7 @@ def find_head(network: nn.Module) -> tuple[str | None, int]:
 
 
 def auxiliary_heads(network: nn.Module, count: int) -> list[str]:
-    """The layers with ``count`` outputs of auxiliary classifiers, which run only in training."""
+    """Return the names of the output layers, with ``count`` outputs, of auxiliary classifiers."""
     return [
         name
         for name, layer in network.named_modules()
@@ -43,10 +44,10 @@ def auxiliary_heads(network: nn.Module, count: int) -> list[str]:
 
 
 def replace_classifier(network: nn.Module, num_classes: int) -> str:
-    """Give ``network`` a classifier of ``num_classes`` logits, unless it has as many.
+    """Replace the classifier of ``network`` unless it already returns ``num_classes`` logits.
 
-    The new layer draws its weights from torch's random state. Returns a line that tells the user
-    what was replaced, or "". Raises UsageError when no layer can be replaced.
+    The weights of the new layer are drawn from torch's global generator. Returns a message that
+    tells the user what was replaced, or "". Raises UsageError if no layer can be replaced.
     """
     name, count = find_head(network)
     if count == num_classes:
@@ -56,37 +57,38 @@ def replace_classifier(network: nn.Module, num_classes: int) -> str:
     logits = f"{counted(count, 'logit')} for {counted(num_classes, 'class')}"
     if name is None:
         raise UsageError(
-            f"{kind} returns {logits}, and ends in no linear layer that could be replaced: {advice}"
+            f"{kind} returns {logits}, and has no final linear layer to replace: {advice}"
         )
     parent, _, leaf = name.rpartition(".")
     head = _with_outputs(network.get_submodule(name), num_classes)
     setattr(network.get_submodule(parent), leaf, head)
     if find_head(network)[1] != num_classes:
         raise UsageError(
-            f"{kind} does not give {counted(num_classes, 'logit')} with another {name}: {advice}"
+            f"{kind} does not return {counted(num_classes, 'logit')} after its layer {name} is "
+            f"replaced: {advice}"
         )
     return f"{kind} returns {logits}: its classifier, layer {name}, is replaced by a new one"
 
 
 def _run(shadow: nn.Module) -> torch.Tensor:
-    """The logits (2, N) on the meta device, for the first size of images that fits."""
+    """Return the logits (2, N), on the meta device, for the first image size that works."""
     why = ""
     for size in TYPICAL_SIZES:
         try:
             with torch.no_grad():
                 logits = shadow(torch.empty(2, 3, size, size, device="meta"))
-        except Exception as error:  # code of the user, which may raise anything
+        except Exception as error:  # user code may raise anything
             why = why or reason(error)
             continue
         if isinstance(logits, torch.Tensor) and logits.dim() == 2:
             return logits
         why = f"it returns {getattr(logits, 'shape', type(logits).__name__)}"
     kind = type(shadow).__name__
-    raise UsageError(f"{kind} must take images (B, 3, H, W) and give logits (B, N): {why}")
+    raise UsageError(f"{kind} must take images (B, 3, H, W) and return logits (B, N): {why}")
 
 
 def _outputs(layer: nn.Module) -> int:
-    """The number of outputs of a linear layer or a 1x1 convolution; 0 for other layers."""
+    """Return the number of outputs of a linear layer or 1x1 convolution; 0 for other layers."""
     if isinstance(layer, nn.Linear):
         return layer.out_features
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:

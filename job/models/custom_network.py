@@ -1,4 +1,4 @@
-"""Networks of the user, named as ``module:factory``: imported, trusted, called."""
+"""User networks named ``module:factory``: import, trust check, and call of the factory."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from job.errors import UsageError, did_you_mean, reason
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_trusted: set[str] = set()  # factories that the user of this process has named
+_trusted: set[str] = set()  # factories that the user named in this process
 
 
 def trust_factory(name: str) -> None:
-    """Remember that the user named this ``module:factory``: a model card may then name it too."""
+    """Trust the factory ``name``, which the user gave: a model card may name it as well."""
     _trusted.add(name)
 
 
 def call_factory(
     name: str, num_classes: int, args: Mapping[str, Any], *, from_card: bool
 ) -> nn.Module:
-    """Import ``module:factory`` and call it, with ``num_classes`` if it takes them.
+    """Import ``module:factory`` and call it, with ``num_classes`` if it accepts that argument.
 
-    Raises UsageError when there is no such factory, it fails, or ``from_card`` a file names a
-    function that is not trusted.
+    ``from_card`` tells that the name comes from a model card. Raises UsageError if there is no such
+    factory, if it fails, or if a card names a function that is not trusted.
     """
     if not from_card:
         trust_factory(name)
     factory = import_factory(name)
     if name not in _trusted and not _declares_network(factory):
         raise UsageError(
-            f"{name} is a function of an installed package that does not say it returns a network "
-            f"(-> nn.Module): if you trust it, name it too, --model {name}"
+            f"{name} is a function of an installed package and is not annotated to return a "
+            f"network (-> nn.Module); if you trust it, pass --model {name}"
         )
     try:
         parameters = [*inspect.signature(factory).parameters.values()]
@@ -51,13 +51,13 @@ def call_factory(
 
 
 def call_builder(name: str, build: Callable[..., Any], args: Mapping[str, Any]) -> nn.Module:
-    """Call what builds the network ``name``; raises UsageError if it fails or returns another type.
+    """Call ``build(**args)`` and return the network ``name``.
 
-    ``args`` are its keyword arguments.
+    Raises UsageError if the call fails or does not return an ``nn.Module``.
     """
     try:
         network = build(**args)
-    except Exception as error:  # code of the user, which may raise anything
+    except Exception as error:  # user code may raise anything
         options = " ".join(
             f"--model-arg {key}={value}" for key, value in args.items() if key != "num_classes"
         )
@@ -86,7 +86,7 @@ def import_factory(name: str) -> Any:
         if not hasattr(factory, part):
             callables = [key for key, value in vars(factory).items() if callable(value)]
             near = did_you_mean(part, callables)
-            if module_name == "timm":  # the form that --transform takes
+            if module_name == "timm":  # the user may think of --transform timm:NAME
                 near = f"; type --model timm:create_model --model-arg model_name={part}"
             raise UsageError(f"--model {name}: no {part} in {module_name}{near}")
         factory = getattr(factory, part)
@@ -98,7 +98,7 @@ def import_factory(name: str) -> Any:
 def _import_module(name: str, module_name: str) -> Any:
     try:
         return importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # code of the user, which may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         missing = isinstance(error, ModuleNotFoundError) and error.name
         if missing and f"{module_name}.".startswith(f"{missing}."):
             raise UsageError(
@@ -110,10 +110,11 @@ def _import_module(name: str, module_name: str) -> Any:
 
 
 def _declares_network(factory: Any) -> bool:
-    """Whether a name in a file may lead to a call of ``factory`` with arguments of that file.
+    """Return whether a model card may have ``factory`` called with the arguments in the card.
 
-    True for a class of networks, a function that declares that it returns one, and code that is not
-    installed, which is the user's. A function of some package could delete files.
+    This holds for a subclass of ``nn.Module``, for a function that is annotated to return one, and
+    for code outside of installed packages, which is the user's own. Any other function, e.g. one
+    that deletes files, is refused.
     """
     if inspect.isclass(factory):
         return issubclass(factory, nn.Module)
@@ -122,7 +123,7 @@ def _declares_network(factory: Any) -> bool:
         if inspect.isclass(returned) and issubclass(returned, nn.Module):
             return True
         source = inspect.getfile(inspect.unwrap(factory))
-    except Exception:  # annotations that cannot be resolved; a callable without a source
+    except Exception:  # annotations cannot be resolved, or the callable has no source file
         return False
     installed = {"site-packages", "dist-packages"} & set(Path(source).parts)
     return not installed and not source.startswith(sysconfig.get_path("stdlib"))

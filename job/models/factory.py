@@ -1,4 +1,4 @@
-"""Networks by name: the built-in ones, torchvision's, and your own as ``module:factory``.
+"""Networks by name: built-in ones, those of torchvision, and the user's as ``module:factory``.
 
 A new built-in network is a class in a module of this folder and an entry in ``NETWORKS``.
 """
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuiltInNetwork:
-    """A network of this package. ``build`` takes ``num_classes`` and the values of --model-arg."""
+    """Built-in network. ``build`` takes ``num_classes`` and the values of --model-arg."""
 
     build: Callable[..., nn.Module]
-    image_size: int  # pixels: the side of the images that it is made for
+    image_size: int  # side of its images, in pixels
     help: str
-    width_arg: str | None = None  # the argument that scales its width
+    width_arg: str | None = None  # argument that scales its width
 
 
 NETWORKS = {
@@ -42,14 +42,14 @@ NETWORKS = {
         DenseNet40Cifar, 32, "DenseNet-40 of growth 12, for 32 x 32 images"
     ),
 }
-# Arguments of torchvision's constructors, unless others are given. Auxiliary classifiers help only
-# in training from scratch; without init_weights, torchvision prints a warning.
+# Default arguments of torchvision's constructors. Auxiliary classifiers help only in training from
+# scratch; torchvision prints a warning if init_weights is missing.
 TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
 TORCHVISION_SIZES = {"inception_v3": 299}  # pixels
-TORCHVISION_SIZE = 224
+TORCHVISION_SIZE = 224  # pixels, for other networks
 OPTIONS_BY_ARG = {"num_classes": "--num-classes", "weights": "--weights"}
 
 
@@ -58,9 +58,9 @@ def build_network(
 ) -> nn.Module:
     """Build the network ``name`` with new weights and ``num_classes`` logits.
 
-    ``from_card`` says that a file, not the user, gives the name: the function of an installed
-    package is then called only if it declares that it returns a network. Raises UsageError for an
-    unknown name, or arguments that the network does not take.
+    ``from_card`` tells that the name comes from a model card and not from the user. A function of
+    an installed package is then called only if it is annotated to return a network. Raises
+    UsageError for an unknown name or arguments that the network does not accept.
     """
     return build_with_note(name, num_classes, args, from_card=from_card)[0]
 
@@ -68,7 +68,7 @@ def build_network(
 def build_with_note(
     name: str, num_classes: int, args: Mapping[str, Any], *, from_card: bool = False
 ) -> tuple[nn.Module, str]:
-    """Build the network, and return it with a note if its classifier was replaced, else ""."""
+    """Build a network; returns it and a message if its classifier was replaced, else ""."""
     for key in sorted(OPTIONS_BY_ARG.keys() & args.keys()):
         raise UsageError(f"--model-arg {key} has its own option: {OPTIONS_BY_ARG[key]}")
     if ":" in name:
@@ -79,18 +79,18 @@ def build_with_note(
 
 
 def builtin_name(kind: object) -> str | None:
-    """The name of the built-in network that the class ``kind`` is; None for others."""
+    """Return the name of the built-in network of class ``kind``; None for other classes."""
     return next((name for name, network in NETWORKS.items() if network.build is kind), None)
 
 
 def nominal_width(name: str, args: Mapping[str, Any]) -> float:
-    """The width of a network before any cut, relative to its base: StudentNet's width_mult."""
+    """Return the width of a network before any cut: ``width_mult`` of StudentNet, else 1."""
     argument = NETWORKS[name].width_arg if name in NETWORKS else None
     return float(args.get(argument, 1)) if argument else 1.0
 
 
 def nominal_size(name: str) -> int | None:
-    """The side in pixels of the images that a network is made for; None for ``module:factory``."""
+    """Return the usual image size of a network, in pixels; None for ``module:factory``."""
     if ":" in name:
         return None
     if name in NETWORKS:
@@ -99,12 +99,12 @@ def nominal_size(name: str) -> int | None:
 
 
 def nominal_classes(name: str) -> int:
-    """The number of classes that a network is made for: the homework's, or ImageNet's."""
+    """Return the usual number of classes of a network: that of the homework or of ImageNet."""
     return 11 if name in NETWORKS else 1000
 
 
 def torchvision_names() -> list[str]:
-    """The classification networks of torchvision."""
+    """Return the names of the classification networks of torchvision."""
     import torchvision.models as models
 
     names: list[str] = models.list_models(module=models)

@@ -1,4 +1,4 @@
-"""The outputs of a network: the logits to learn from, and those of auxiliary classifiers."""
+"""Outputs of a network: its logits, and those of auxiliary classifiers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 from job.errors import DataError
 
-AUXILIARY_WEIGHT = 0.3  # weight of an auxiliary classifier's loss: Szegedy et al. 2014, section 5
+AUXILIARY_WEIGHT = 0.3  # of an auxiliary classifier's loss (Szegedy et al. 2014, section 5)
 MAIN_OUTPUTS = ("logits", "out", "output", "prediction", "predictions")  # keys, by preference
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """The logits (B, C): the output itself, the part with a name of MAIN_OUTPUTS, or the first.
+    """Return the logits (B, C): the output, its part named in MAIN_OUTPUTS, or its first part.
 
     Raises DataError for an output without logits.
     """
@@ -24,7 +24,7 @@ def logits_of(output: Any) -> torch.Tensor:
 
 
 def all_logits(output: Any) -> list[torch.Tensor]:
-    """The logits (B, C), then those of the same shape from auxiliary classifiers.
+    """Return the logits (B, C), then those of auxiliary classifiers, of the same shape.
 
     Raises DataError for an output without logits.
     """
@@ -37,7 +37,7 @@ def all_logits(output: Any) -> list[torch.Tensor]:
 
 
 def _parts(output: Any) -> list[Any]:
-    """The parts of an output, the main one first."""
+    """Return the parts of an output, the main one first."""
     if is_dataclass(output) and not isinstance(output, Mapping):
         output = {field.name: getattr(output, field.name) for field in fields(output)}
     elif hasattr(output, "_asdict"):
@@ -49,12 +49,12 @@ def _parts(output: Any) -> list[Any]:
 
 
 class Logits(nn.Module):
-    """A network that returns a list: its logits, then those of its auxiliary classifiers."""
+    """Network that returns a list: its logits, then those of its auxiliary classifiers."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, inputs: torch.Tensor) -> list[torch.Tensor]:
-        """inputs (B, 3, S, S) -> logits (B, C), then those of auxiliary classifiers."""
+        """Map inputs (B, 3, S, S) to logits (B, C), then those of auxiliary classifiers."""
         return all_logits(self.network(inputs))

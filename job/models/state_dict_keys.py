@@ -1,6 +1,6 @@
-"""State dicts as others save them: inside a checkpoint, with prefixed names, with older names.
+"""Keys of state dicts: nested in checkpoints, prefixed by wrappers, or of older versions.
 
-Names are matched to those of the network: nothing is renamed unless the result fits it better.
+Keys are matched to those of the network. A key is renamed only if the result fits the network.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 State = dict[str, torch.Tensor]
 
-# keys under which a checkpoint holds its state dict, by preference; an average only if it is alone
+# keys of the state dict in a checkpoint, by preference; averaged weights are the last choice
 STATE_DICT_KEYS = (
     *("state_dict", "model", "model_state_dict", "net", "network", "module", "model_state"),
     *("ema", "model_ema", "ema_state_dict", "state_dict_ema", "ema_model", "weights"),
 )
-# parts of names, anywhere, from DataParallel, torch.compile, FSDP and activation checkpointing
+# parts of keys that DataParallel, torch.compile, FSDP and activation checkpointing insert
 WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 OWNER_PARTS = {"model", "net", "network"}  # attributes that hold the network, e.g. in Lightning
 AVERAGED = "n_averaged"  # counter of torch's AveragedModel
 PROFILED = ("total_ops", "total_params")  # counters that thop adds to every module
-MAX_PREFIXES = 64  # that are tried
+MAX_PREFIXES = 64  # limit of the prefixes that are tried
 COUNTER = "num_batches_tracked"  # of BatchNorm; missing in files from before torch 0.4.1
 # torchvision's DenseNets from before 2018: denselayer1.norm.1.weight
 OLD_DENSENET = re.compile(
@@ -41,7 +41,7 @@ OLD_DENSENET = re.compile(
 
 
 class Inert:
-    """A stand-in for an object in a checkpoint that is neither imported nor looked at."""
+    """Stand-in for an object in a checkpoint that is neither imported nor read."""
 
     def __init__(self, *_: object) -> None:
         """Ignore the arguments of the object."""
@@ -55,9 +55,9 @@ class Inert:
 
 
 def find_state_dict(loaded: Any) -> Any:
-    """The state dict in a checkpoint, at most two levels deep, or ``loaded`` when there is none.
+    """Return the state dict in a checkpoint, at most two levels deep, or ``loaded`` without one.
 
-    Numbers and strings between the tensors of a state dict are left out.
+    Numbers and strings among the tensors of a state dict are left out.
     """
     for _ in range(2):
         if not isinstance(loaded, dict) or _is_state_dict(loaded):
@@ -73,11 +73,11 @@ def find_state_dict(loaded: Any) -> Any:
 
 
 def match_keys(state: Tensors, network: Tensors) -> tuple[State, tuple[str, ...]]:
-    """Rename ``state`` to the keys of ``network``'s state dict, as far as they can be matched.
+    """Rename the keys of ``state`` to those of ``network``'s state dict where they match.
 
-    Parts that wrappers add to names are removed. Any other prefix is removed, and the tensors
-    without it are left out, only when all of the network's keys then fit. Returns the tensors and a
-    line about each kind of tensors that is left out. Raises DataError when several prefixes fit.
+    Parts of keys that wrappers insert are removed. Any other prefix is removed only if all keys of
+    the network then match; tensors without the prefix are left out. Returns the tensors, and a
+    message for each kind of tensors left out. Raises DataError if several prefixes match.
     """
     weights, prefix = _strip(state, network)
     inside = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
@@ -96,9 +96,9 @@ def match_keys(state: Tensors, network: Tensors) -> tuple[State, tuple[str, ...]
 
 
 def _strip(state: Tensors, network: Tensors) -> tuple[State, str]:
-    """The tensors without wrappers' parts and counters, and the prefix with which they fit."""
+    """Return the tensors without wrapper parts and counters, and the prefix that matches."""
     unwrapped = _remove_wrapper_parts(state, network)
-    for names in (unwrapped, dict(state)):  # a network may have a module of a wrapper's name
+    for names in (unwrapped, dict(state)):  # the network may have such names itself
         weights = {k: v for k, v in names.items() if k in network or not _is_counter(k)}
         if _fits(_rename(weights, network), network):
             return weights, ""
@@ -108,7 +108,7 @@ def _strip(state: Tensors, network: Tensors) -> tuple[State, str]:
 
 
 def _remove_wrapper_parts(state: Tensors, network: Tensors) -> State:
-    """Remove wrappers' parts from the names, unless two names become equal."""
+    """Remove wrapper parts from the keys, unless two keys become equal."""
 
     def remove(key: str) -> str:
         if key in network:
@@ -126,7 +126,7 @@ def _is_counter(key: str) -> bool:
 
 
 def _find_prefix(state: Tensors, network: Tensors) -> str:
-    """The prefix that all of the network's keys have in ``state``, or ""."""
+    """Return the prefix that all keys of the network have in ``state``, or ""."""
     first = next((key for key in network if not key.endswith(COUNTER)), "")
     prefixes = {key[: -len(first)] for key in state if first and key.endswith(f".{first}")}
     shortest = sorted(sorted(prefixes), key=len)[:MAX_PREFIXES]
@@ -146,7 +146,7 @@ def _under(prefix: str, state: Tensors, network: Tensors) -> State:
 
 
 def _rename(state: Tensors, network: Tensors) -> State:
-    """Replace older names; leave out auxiliary classifiers that the network does not have."""
+    """Replace older keys; leave out auxiliary classifiers that the network does not have."""
     names = {key: key if key in network else OLD_DENSENET.sub(r"\1\2", key) for key in state}
     keep = any(key.startswith(AUXILIARY) for key in network)
     return {

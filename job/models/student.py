@@ -1,4 +1,4 @@
-"""StudentNet, the network of homework 7 of Hung-yi Lee's ML2020 (architecture by Arvin Liu)."""
+"""StudentNet: the network of homework 7 of Hung-yi Lee's ML2020, designed by Arvin Liu."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import nn
 MULTIPLIERS = (1, 2, 4, 8, 16, 16, 16, 16)
 SCALED = range(3, 7)  # blocks whose output width follows width_mult
 POOLED = range(4)  # blocks that halve the resolution
-MAX_PARAMS = 2**26  # 67 million, 260 times the homework's: more is a typing error
+MAX_PARAMS = 2**26  # 67 million, 260 times the homework's: more must be a typing error
 
 
 class StudentNet(nn.Module):
-    """Eight depthwise-separable blocks, global average pooling, one linear layer.
+    """StudentNet: eight depthwise-separable blocks, global average pooling, one linear layer.
 
-    Block i has ``base * MULTIPLIERS[i]`` output channels; those of blocks 3 to 6 are multiplied by
-    ``width_mult`` and rounded down. It has 256,779 parameters at base 16, width 1 and 11 classes.
-    State-dict keys are the homework's: ``cnn.{block}.{layer}.*`` and ``fc.0.*``. Raises ValueError
-    when a block would have no channels, or the network more than 67 million parameters.
+    Block i has ``base * MULTIPLIERS[i]`` output channels, which blocks 3 to 6 multiply by
+    ``width_mult`` and round down. With base 16, width 1 and 11 classes the network has 256,779
+    parameters. State-dict keys are the homework's: ``cnn.{block}.{layer}.*`` and ``fc.0.*``. Raises
+    ValueError if a block would have no channels, or the network more than 67 million parameters.
     """
 
     def __init__(self, base: int = 16, width_mult: float = 1, num_classes: int = 11) -> None:
@@ -40,11 +40,11 @@ class StudentNet(nn.Module):
 
     @property
     def uniform_widths(self) -> dict[str, int]:
-        """The layers whose outputs the homework scales by the width, and their full widths."""
+        """Layers whose outputs the homework scales by the width, and their full widths."""
         return {f"cnn.{block}.3": self.base * MULTIPLIERS[block] for block in SCALED}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W) in [0, 1] -> logits (B, num_classes)."""
+        """Map images (B, 3, H, W) in [0, 1] to logits (B, num_classes)."""
         logits: torch.Tensor = self.fc(self.cnn(images).flatten(1))
         return logits
 

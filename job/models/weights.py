@@ -1,4 +1,4 @@
-"""Load a state dict into a network, or say what does not fit."""
+"""Load a state dict into a network, or report what does not fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class LoadedWeights(NamedTuple):
-    """The result of ``load_state``. ``notes`` are lines for the user about what was left out."""
+    """Result of ``load_state``. ``notes`` are messages for the user about what was left out."""
 
     replaced_head: bool
     notes: tuple[str, ...]
@@ -33,10 +33,10 @@ def load_state(
     *,
     replace_head: bool = False,
 ) -> LoadedWeights:
-    """Load ``state`` into ``network``; raises DataError that says what does not fit.
+    """Load ``state`` into ``network``; raises DataError with what does not fit.
 
-    Messages call the weights ``source``. With ``replace_head``, a classifier of another number of
-    classes is left out, and the network keeps its own.
+    ``source`` names the weights in messages. With ``replace_head``, a classifier of another number
+    of classes is left out, and the network keeps its own.
     """
     expected = network.state_dict()
     state, notes = match_keys(state, expected)
@@ -57,10 +57,10 @@ def load_state(
 
 
 def load_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Load ``tensors``, named as in ``network``'s state dict, as if they were one.
+    """Load ``tensors``, by the keys of the state dict of ``network``, as a state dict.
 
-    Files of tensors lack the module versions that a state dict carries, and some modules, e.g.
-    torchvision's MNASNet, cannot be loaded without them.
+    A weights file lacks the version numbers of modules that a state dict contains. Some modules,
+    e.g. torchvision's MNASNet, cannot be loaded without them.
     """
     state: Any = OrderedDict(tensors)
     state._metadata = getattr(network.state_dict(), "_metadata", {})
@@ -68,7 +68,7 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Non
 
 
 def count_classes(network: nn.Module, state: Mapping[str, torch.Tensor]) -> int | None:
-    """The number of classes in ``state``, by the classifier of ``network``; None if unclear."""
+    """Return the number of classes in ``state``, by the classifier of ``network``, or None."""
     expected = network.state_dict()
     state, _ = match_keys(state, expected)
     name, _ = _find_head(network)
@@ -81,7 +81,7 @@ def count_classes(network: nn.Module, state: Mapping[str, torch.Tensor]) -> int 
 
 
 def _find_head(network: nn.Module) -> tuple[str | None, int]:
-    """Return the name and classes of the head; (None, 0) for a network that cannot be run."""
+    """Return the name of the head and its classes; (None, 0) if the network cannot run."""
     try:
         return find_head(network)
     except UsageError:
@@ -89,7 +89,7 @@ def _find_head(network: nn.Module) -> tuple[str | None, int]:
 
 
 def _lacks_counter(key: str, value: torch.Tensor | None) -> bool:
-    """Whether a BatchNorm's counter is missing, or was converted to float with the weights."""
+    """Return whether a BatchNorm counter is missing, or was converted to float."""
     return key.endswith(COUNTER) and (value is None or value.is_floating_point())
 
 
@@ -105,53 +105,54 @@ def _check_keys(expected: State, state: State, source: str) -> None:
 def _check_values(expected: State, state: State, source: str) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not value.double().isfinite().all():
-            raise DataError(f"weights {source} hold values that are not finite, in {key}")
+            raise DataError(f"weights {source} contain values that are not finite, in {key}")
         if key.endswith("running_var") and (value.double() < 0).any():
-            raise DataError(f"weights {source} hold a negative variance, in {key}")
+            raise DataError(f"weights {source} contain a negative variance, in {key}")
         dtype = expected[key].dtype
         if value.is_floating_point() != dtype.is_floating_point:
-            raise DataError(f"weights {source} hold {key} as {value.dtype}, not {dtype}")
+            raise DataError(f"weights {source} have {key} in {value.dtype}, not {dtype}")
 
 
 @dataclass(frozen=True)
 class _OtherClasses:
-    """Weights that differ from the network in nothing but the number of classes."""
+    """Weights that differ from the network only in the number of classes."""
 
     layer: str
-    theirs: int
-    ours: int
+    weights_classes: int
+    network_classes: int
 
     @property
     def refusal(self) -> str:
-        return f"they have {counted(self.theirs, 'class')}, the data or --num-classes {self.ours}"
+        classes = counted(self.weights_classes, "class")
+        return f"they have {classes} instead of {self.network_classes} (the data or --num-classes)"
 
     @property
     def replacement(self) -> str:
         return (
-            f"{self.refusal}: all weights are used but those of the classifier {self.layer}, "
+            f"{self.refusal}: all weights are used except those of the classifier {self.layer}, "
             "which starts from random weights"
         )
 
 
 def _other_classes(network: nn.Module, state: State, misshapen: list[str]) -> _OtherClasses | None:
-    """The difference, when only classifiers differ and only in their number of classes."""
+    """Return the difference if it is only the number of classes of classifiers, else None."""
     expected = network.state_dict()
-    name, ours = _find_head(network)
-    heads = [str(name), *auxiliary_heads(network, ours)]
-    theirs = {tuple(state[key].shape[:1]) for key in misshapen}
+    name, network_classes = _find_head(network)
+    heads = [str(name), *auxiliary_heads(network, network_classes)]
+    weights_classes = {tuple(state[key].shape[:1]) for key in misshapen}
     if (
         f"{name}.weight" in misshapen
-        and len(theirs) == 1
+        and len(weights_classes) == 1
         and all(key.rpartition(".")[0] in heads for key in misshapen)
         and all(state[key].dim() == expected[key].dim() for key in misshapen)
         and all(state[key].shape[1:] == expected[key].shape[1:] for key in misshapen)
     ):
-        return _OtherClasses(str(name), theirs.pop()[0], ours)
+        return _OtherClasses(str(name), weights_classes.pop()[0], network_classes)
     return None
 
 
 def _other_shape(network: nn.Module, expected: State, state: State, misshapen: list[str]) -> str:
-    """The first layer of another shape, and what to type when its width may differ."""
+    """Describe the first tensor of another shape, and what to type if its width may differ."""
     head = f"{_find_head(network)[0]}."
     key = next((key for key in misshapen if not key.startswith(head)), misshapen[0])
     difference = f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
@@ -159,7 +160,7 @@ def _other_shape(network: nn.Module, expected: State, state: State, misshapen: l
         return difference
     args = "width_mult=… (or base=…)" if isinstance(network, StudentNet) else "K=V"
     return (
-        f"{difference}: another width? pass --model-arg {args} as it was trained; "
+        f"{difference}; if it was trained with another width, pass --model-arg {args}; "
         "a slim model is given by its run or model folder, not by a weights file"
     )
 

@@ -1,4 +1,4 @@
-"""Weights files: safetensors and torch files of any age, read without executing a pickle."""
+"""Weights files: safetensors and torch files of any version, read without executing a pickle."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from safetensors.torch import load_file as load_safetensors
 from job.errors import DataError, InputNotFound, StorageError, reading, reason, shown
 from job.models.state_dict_keys import STATE_DICT_KEYS, Inert, State, find_state_dict
 
-# packages whose objects hold a checkpoint's scores, counters and times, which are not looked at
+# packages whose objects hold scores, counters and times in checkpoints; they are not read
 DATA_PACKAGES = {"numpy", "collections", "datetime", "pathlib", "decimal", "uuid"}
-MAX_INERT = 64  # classes and functions of these packages in one file
+MAX_INERT = 64  # limit of classes and functions of these packages in one file
 CHUNK = 16 << 20  # bytes read at a time
 
 
 def read_state(path: str | Path) -> State:
     """Read the state dict in ``path`` to the CPU; raises InputNotFound, DataError or StorageError.
 
-    Reads .safetensors files and, with ``weights_only=True``, torch files (zipped or legacy, saved
-    on any device). Of a checkpoint, only the state dict in it is returned.
+    Reads .safetensors files and, with ``weights_only=True``, torch files, zipped or legacy, saved
+    on any device. Only the state dict of a checkpoint is returned.
     """
     path = Path(path)
     if not path.is_file():
@@ -35,7 +35,7 @@ def read_state(path: str | Path) -> State:
         loaded = _load(path)
     except StorageError:
         raise
-    except Exception as error:  # torch's unpickler raises nearly anything on a damaged file
+    except Exception as error:  # torch's unpickler may raise anything on a damaged file
         raise DataError(f"weights {shown(path)} refused: {_refusal(path, error)}") from error
     loaded = find_state_dict(loaded)
     if not isinstance(loaded, dict) or not loaded:
@@ -43,46 +43,46 @@ def read_state(path: str | Path) -> State:
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise DataError(
-                f"weights {shown(path)} are not a state dict, nor hold one under "
+                f"weights {shown(path)} are not a state dict, and contain none under "
                 f"{', '.join(STATE_DICT_KEYS)}: {key!r} is a {type(value).__name__}"
             )
         if value.is_meta or value.layout is not torch.strided or value.is_quantized:
-            raise DataError(f"weights {shown(path)} hold {key} without plain numbers")
+            raise DataError(f"weights {shown(path)}: {key} is on meta, sparse or quantised")
     return dict(loaded)
 
 
 def _load(path: Path) -> object:
     with reading(path), path.open("rb") as file:
         head = file.read(9)
-        while file.read(CHUNK):  # a failing disk would kill a process that has the file mapped
+        while file.read(CHUNK):  # a disk error would kill the process if the file were mapped
             continue
     if path.suffix.lower() == ".safetensors" or head[8:] == b"{":
         return load_safetensors(path)
     zipped = head.startswith(b"PK") and _unpacks_to_its_size(path)
-    stand_ins: list[Any] = []  # (class, qualified name of what it replaces)
+    stand_ins: list[Any] = []  # (class, qualified name of the object that it replaces)
     while True:
         try:
             with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
                 warnings.simplefilter("ignore", UserWarning)
-                # mapped, as safetensors files are: one that is too large does not fill the memory
+                # memory-mapped, like safetensors files: a file that is too large fits
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             unsupported = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
             name = unsupported[1] if unsupported else ""
             if name.partition(".")[0] not in DATA_PACKAGES or len(stand_ins) == MAX_INERT:
                 raise
-            # nothing of that name is imported or called; only plain dicts can be filled
+            # nothing of that name is imported or called; a stand-in for a dict must be a dict
             stand_in = OrderedDict if name.endswith(("Dict", "CfgNode")) else Inert
             stand_ins.append((stand_in, name))
 
 
 def _unpacks_to_its_size(path: Path) -> bool:
-    """Return True, or raise ValueError for a compressed file: torch does not compress."""
+    """Return True; raises ValueError for a compressed file, since torch never compresses."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     size = path.stat().st_size
     if unpacked > size:
-        raise ValueError(f"it unpacks to {unpacked:,} bytes from {size:,}: torch packs nothing")
+        raise ValueError(f"its {size:,} bytes unpack to {unpacked:,}: torch never compresses")
     return True
 
 

@@ -292,7 +292,7 @@ def test_a_weights_file_needs_the_network_named(finished_run: Path, tmp_path: Pa
         (["slim", "missing", "--output", "x", "--target", "width=nan"], 2, "is not a target"),
         (["prune", "--resume", "require", "--dry-run"], 66, "no run in"),
         (["prune", "--model-arg", "width_mult"], 2, "K=V"),
-        (["prune", "--image-size", "8"], 2, "32 pixels do"),
+        (["prune", "--image-size", "8"], 2, "32 pixels fit"),
         (["prune", "--rate", "0.01"], 2, "leaves no channel"),
         (["prune", "--num-classes", "3"], 2, "less than the 10"),
         (["prune", "--device", "cuda"], 2, "no CUDA GPU"),

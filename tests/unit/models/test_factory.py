@@ -194,7 +194,7 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("gammaslim_nets:number", "must return a torch.nn.Module"),
         ("gammaslim_nets:crash", "RuntimeError: first line$"),
         ("gammaslim_nets:headless", "7 logits for 3 classes.*let the factory take num_classes"),
-        ("gammaslim_nets:maps", r"give logits \(B, N\)"),
+        ("gammaslim_nets:maps", r"return logits \(B, N\)"),
         ("os:system", "module of Python itself"),
     ],
 )
@@ -337,7 +337,7 @@ def test_a_classifier_of_other_classes_is_replaced_and_nothing_else(name: str) -
     torch.manual_seed(3)
     network = build_network(name, 4, args)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    with pytest.raises(DataError, match="they have 9 classes, the data or --num-classes 4"):
+    with pytest.raises(DataError, match="they have 9 classes instead of 4"):
         load_state(network, state, "w")
     replaced_head, notes = load_state(network, state, "w", replace_head=True)
     assert replaced_head
@@ -359,7 +359,7 @@ def test_auxiliary_classifiers_are_left_out_where_the_network_has_none() -> None
 
 def test_another_width_is_no_other_classifier() -> None:
     state = build_network("mobilenet_v2", 9, {"width_mult": 0.5}).state_dict()
-    with pytest.raises(DataError, match=r"is \(16, 3, 3, 3\), expected \(32.*another width"):
+    with pytest.raises(DataError, match=r"is \(16, 3, 3, 3\), expected \(32.*with another width"):
         load_state(build_network("mobilenet_v2", 4, {}), state, "w", replace_head=True)
 
 
@@ -376,16 +376,16 @@ def test_a_weights_file_tells_its_own_number_of_classes(
         assert card.num_classes == count
         assert network(torch.rand(2, 3, 32, 32)).shape == (2, count)
     assert capsys.readouterr().out == ""
-    with pytest.raises(DataError, match="they have 5 classes, the data or --num-classes 7"):
+    with pytest.raises(DataError, match="they have 5 classes instead of 7"):
         open_model(ModelOptions(str(file), name, tuple(args.items()), 7, image_size=32))
 
 
 @pytest.mark.parametrize(
     ("name", "args", "size", "message"),
     [
-        ("student", {}, 8, "8 is too small for StudentNet: 32 pixels do"),
-        ("inception_v3", {"init_weights": False}, 32, "too small for Inception3: 96 pixels do"),
-        ("vit_b_32", {}, 256, r"256 does not fit VisionTransformer \(.*\): 224 pixels do"),
+        ("student", {}, 8, "8 is too small for StudentNet; 32 pixels fit"),
+        ("inception_v3", {"init_weights": False}, 32, "too small for Inception3; 96 pixels fit"),
+        ("vit_b_32", {}, 256, r"256 does not fit VisionTransformer \(.*\); 224 pixels fit"),
         ("student", {}, 5000, "at most 4096"),
     ],
 )

@@ -128,7 +128,7 @@ def other(change: str) -> State:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("classes", "they have 10 classes, the data or --num-classes 11"),
+        ("classes", "they have 10 classes instead of 11"),
         (
             "width",
             r"cnn\.3\.3\.weight is \(121, 64, 1, 1\), expected \(128, 64, 1, 1\).*width_mult",
