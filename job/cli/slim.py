@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,14 +23,7 @@ from job.pipeline.cautions import model_caution
 from job.pipeline.slim_round import base_of
 from job.slimming.analysis import analyse
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
-from job.slimming.cut import (
-    choose_method,
-    make_cut,
-    measure_importance,
-    measure_losses,
-    options_needing_images,
-    plan_cut,
-)
+from job.slimming.cut import choose_method, cut_network, options_needing_images
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.cost import example_image
 from job.slimming.planning.overview import costs_table
@@ -41,11 +34,15 @@ from job.training.calibration import Calibration
 from job.training.evaluation import Evaluator
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
     from job.cli.command_options import ModelOptions, SlimOptions
+    from job.slimming.cut import Method
+    from job.slimming.planning.plan import Plan
+
+
+SHOW = partial(show_step, "slimming")
 
 
 def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
@@ -53,63 +50,28 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     _check_images_given(options)
     PreprocessingOptions.of(model).check()
     folder = _new_folder(output)
-    images, accelerator = None, None
-    if options.data:
-        accelerator = start(options.device, options.precision)
-        images = open_images(options.data, options.on_bad_image, model, options.seed)
-    network, card = open_model(model, images.largest if images else 0)
-    tools = None
-    if images and accelerator:
-        network.to(accelerator.device)
-        tools = _Tools(images, card, accelerator, options)
+    wide, card, tools = _open(model, options)
     allocation = _allocation(options)
-    method, line = choose_method(
-        options.importance,
-        options.compensate,
-        options.allocate,
-        images=bool(images),
-        policy=allocation.policy,
-        seed=options.seed,
-    )
-    if line:
-        say(line)
-    before = tools.accuracy(network) if tools else None
-    if images and images.scoring is not None and before is not None:
-        counts = np.bincount(images.scoring.labels).tolist()
-        say_cautions([model_caution(before, counts, weights=Path(model.path).is_file())])
+    method = _method(options, allocation.policy, tools)
+    accuracies = [tools.accuracy(wide)]
+    _say_caution(model, tools, accuracies[0])
     image = example_image(card.preprocessing.size)
-    graph, base = analyse(network, image), card.base or base_of(network, card)
-    show = partial(show_step, "slimming")
-    scores, data = measure_importance(
-        network, graph, method, tools.calibration.batches if tools else None, show
-    )
-    curves = measure_losses(network, graph, scores, method, data, image, show)
-    plan = plan_cut(network, graph, scores, allocation, method, base, curves)
-    narrow, plan = make_cut(plan, network, graph, image, method.compensate, data, show)
+    graph, base = analyse(wide, image), card.base or base_of(wide, card)
+    batches = tools.calibration.batches if tools.calibration else None
+    narrow, plan = cut_network(wide, graph, image, allocation, method, batches, base, SHOW)
     phase("")
-    if tools and options.recalibrate:
-        count = options.recalibrate * PruneConfig.batch_size
-        recalibrate_batchnorms(narrow, tools.calibration.batches(count))
-    after = cut_only = tools.accuracy(narrow) if tools else None
-    if tools and options.recover:
+    if options.recalibrate and batches:
+        recalibrate_batchnorms(narrow, batches(options.recalibrate * PruneConfig.batch_size))
+    accuracies.append(tools.accuracy(narrow))
+    if options.recover and batches:
         keep = keep_of(graph, plan.groups)
-        batches = tools.calibration.batches
-        recover(network, narrow, graph, keep, batches, options.recover, options.seed, show)
+        recover(wide, narrow, graph, keep, batches, options.recover, options.seed, SHOW)
         phase("")
-        after = tools.accuracy(narrow)
+        accuracies.append(tools.accuracy(narrow))
     lineage = replace(card.lineage, slimmed_from=shown(Path(model.path).absolute()))
-    slimmed = card.cut(plan.layers, plan.width)
-    metrics = {} if after is None or not images else {images.scored: after}
-    save_model(folder, narrow.cpu(), replace(slimmed, metrics=metrics, lineage=lineage, base=base))
-    assert plan.before
-    assert plan.after
-    assert plan.proof
-    say(costs_table(plan.before, plan.after))
-    exact = f"relative error {plan.proof.error:.1e}"
-    say(f"the cut is verified in float64: {exact}; saved in {shown(output)}")
-    if options.recover and cut_only is not None and after is not None:
-        say(f"recovery: accuracy {cut_only:.4f} before, {after:.4f} after")
-    say(_accuracies(images, before, after))
+    slimmed = replace(card.cut(plan.layers, plan.width), lineage=lineage, base=base)
+    save_model(folder, narrow.cpu(), replace(slimmed, metrics=tools.metrics(accuracies[-1])))
+    _say_result(plan, output, tools.images, accuracies)
 
 
 def _check_images_given(options: SlimOptions) -> None:
@@ -140,22 +102,13 @@ def _new_folder(output: str) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
 class _Tools:
-    """Calibration and scoring of networks with the images."""
+    """Calibration and scoring of networks; without ``images`` there is neither."""
 
-    def __init__(
-        self, images: SlimImages, card: ModelCard, accelerator: Accelerator, options: SlimOptions
-    ) -> None:
-        workers = loader_workers(options, accelerator.device)
-        images.fit(card)
-        self.calibration = Calibration(
-            images.calibration, card.preprocessing, accelerator, workers, options.seed
-        )
-        self.evaluator = None
-        if images.scoring is not None:
-            self.evaluator = Evaluator(
-                images.scoring, card.num_classes, card.preprocessing, accelerator, workers
-            )
+    images: SlimImages | None = None
+    calibration: Calibration | None = None
+    evaluator: Evaluator | None = None
 
     def accuracy(self, network: nn.Module) -> float | None:
         """Measure the accuracy on the scoring split; None if there is none."""
@@ -164,8 +117,71 @@ class _Tools:
         count, bar = len(self.evaluator.batches), progress("evaluating")
         return self.evaluator(network, lambda batches: bar(batches, count)).accuracy
 
+    def metrics(self, accuracy: float | None) -> dict[str, float]:
+        """Return the metrics of a model card: an accuracy by the name of the scoring split."""
+        return {} if accuracy is None or not self.images else {self.images.scored: accuracy}
 
-def _accuracies(images: SlimImages | None, before: float | None, after: float | None) -> str:
+
+def _open(model: ModelOptions, options: SlimOptions) -> tuple[nn.Module, ModelCard, _Tools]:
+    """Open MODEL and its card, and the images of --data, if any."""
+    if not options.data:
+        return *open_model(model), _Tools()
+    accelerator = start(options.device, options.precision)
+    images = open_images(options.data, options.on_bad_image, model, options.seed)
+    network, card = open_model(model, images.largest)
+    network.to(accelerator.device)
+    workers = loader_workers(options, accelerator.device)
+    images.fit(card)
+    calibration = Calibration(
+        images.calibration, card.preprocessing, accelerator, workers, options.seed
+    )
+    if images.scoring is None:
+        return network, card, _Tools(images, calibration)
+    evaluator = Evaluator(
+        images.scoring, card.num_classes, card.preprocessing, accelerator, workers
+    )
+    return network, card, _Tools(images, calibration, evaluator)
+
+
+def _method(options: SlimOptions, policy: str, tools: _Tools) -> Method:
+    """Choose the method, and print what was chosen by default."""
+    method, line = choose_method(
+        options.importance,
+        options.compensate,
+        options.allocate,
+        images=tools.images is not None,
+        policy=policy,
+        seed=options.seed,
+    )
+    if line:
+        say(line)
+    return method
+
+
+def _say_caution(model: ModelOptions, tools: _Tools, accuracy: float | None) -> None:
+    """Print a caution if the accuracy before the cut is near chance."""
+    if accuracy is not None and tools.images and tools.images.scoring is not None:
+        counts = np.bincount(tools.images.scoring.labels).tolist()
+        say_cautions([model_caution(accuracy, counts, weights=Path(model.path).is_file())])
+
+
+def _say_result(
+    plan: Plan, output: str, images: SlimImages | None, accuracies: list[float | None]
+) -> None:
+    """Print costs, proof and accuracies: before the cut, after it, and after any recovery."""
+    assert plan.before
+    assert plan.after
+    assert plan.proof
+    say(costs_table(plan.before, plan.after))
+    proof = f"{plan.proof.precision}: relative error {plan.proof.error:.1e}"
+    say(f"the cut is verified in {proof}; saved in {shown(output)}")
+    before, cut, after = accuracies[0], accuracies[1], accuracies[-1]
+    if len(accuracies) > 2 and cut is not None and after is not None:
+        say(f"recovery: accuracy {cut:.4f} before, {after:.4f} after")
+    say(_accuracy_line(images, before, after))
+
+
+def _accuracy_line(images: SlimImages | None, before: float | None, after: float | None) -> str:
     if images is None:
         return (
             "accuracy was not measured: --data PATH calibrates the cut with images and measures it"

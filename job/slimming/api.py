@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from job.distributed.collectives import on_main
 from job.errors import UsageError
 from job.slimming.analysis import analyse
 from job.slimming.arguments import (
@@ -26,14 +25,7 @@ from job.slimming.arguments import (
 from job.slimming.calibration.user_batches import read_batches
 from job.slimming.compensation.methods import COMPENSATIONS
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
-from job.slimming.cut import (
-    ALLOCATIONS,
-    choose_method,
-    make_cut,
-    measure_importance,
-    measure_losses,
-    plan_cut,
-)
+from job.slimming.cut import ALLOCATIONS, choose_method, cut_network
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.group_sensitivity import measure_sensitivity
 from job.slimming.importance.criteria import CRITERIA
@@ -46,6 +38,7 @@ from job.slimming.recovery.recovery import recover as recover_outputs
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from job.slimming.calibration.batch import CalibrationBatch
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.inputs import Example
     from job.slimming.planning.plan import Plan
@@ -106,40 +99,22 @@ def slim(
     torch.Size([2, 10])
     """
     check_network(model)
-    check_choice("policy", policy, tuple(POLICIES))
-    check_choice("importance", importance, tuple(CRITERIA), none=True)
-    check_choice("compensate", compensate, tuple(COMPENSATIONS), none=True)
-    check_choice("allocate", allocate, ALLOCATIONS, none=True)
-    check_number("round_to", round_to, 1)
-    check_number("min_keep", min_keep, 0, 1)
+    _check_choices(policy, importance, compensate, allocate)
     check_number("recalibrate", recalibrate, 0)
     check_number("recover", recover, 0)
-    allocation = Allocation(policy, budget_of(target), int(round_to), float(min_keep))
+    allocation = _allocation(policy, target, round_to, min_keep)
     inputs, names = example_of(model, example), ignored_layers(model, ignore)
-    try:
+    with _naming_arguments():
         graph = _analyse_example(model, inputs, names)
-        images = None
-        if calibration is not None:
-            images = read_batches(model, inputs, calibration, recalibrate)
-        elif recalibrate or recover:
-            option = "recalibrate" if recalibrate else "recover"
-            raise UsageError(f"{option} needs calibration batches")
+        images = _read_images(model, inputs, calibration, recalibrate, recover)
+        batches = (lambda: images) if images else None
         method, reason = choose_method(
-            importance, compensate, allocate, images=images is not None, policy=policy
+            importance, compensate, allocate, images=bool(images), policy=policy
         )
-        if reason:
-            _log(reason)
-        batches = None if images is None else lambda: images
-        with _preserve_weights(model, images is not None):
-            scores, data = measure_importance(model, graph, method, batches)
-            curves = measure_losses(model, graph, scores, method, data, inputs)
-            plan = on_main(
-                lambda: plan_cut(model, graph, scores, allocation, method, curves=curves)
-            )
-            narrow, plan = make_cut(plan, model, graph, inputs, method.compensate, data)
-    except UsageError as error:
-        raise UsageError(in_python(str(error))) from error
-    if recalibrate and images:
+        _log(reason)
+        with _preserve_weights(model, runs=bool(images)):
+            narrow, plan = cut_network(model, graph, inputs, allocation, method, batches)
+    if recalibrate:
         recalibrate_batchnorms(narrow, images[:recalibrate])
     if recover and batches:
         recover_outputs(model, narrow, graph, keep_of(graph, plan.groups), batches, int(recover))
@@ -180,11 +155,49 @@ def sensitivity(
     check_network(model)
     allocation = None if target is None else Allocation("global", budget_of(target))
     inputs, names = example_of(model, example), ignored_layers(model, ignore)
-    try:
+    with _naming_arguments():
         graph = _analyse_example(model, inputs, names)
         images = read_batches(model, inputs, calibration)
         with _preserve_weights(model, runs=True):
             return measure_sensitivity(model, graph, lambda: images, inputs, allocation)
+
+
+def _check_choices(
+    policy: str, importance: str | None, compensate: str | None, allocate: str | None
+) -> None:
+    check_choice("policy", policy, tuple(POLICIES))
+    check_choice("importance", importance, tuple(CRITERIA), none=True)
+    check_choice("compensate", compensate, tuple(COMPENSATIONS), none=True)
+    check_choice("allocate", allocate, ALLOCATIONS, none=True)
+
+
+def _allocation(policy: str, target: str, round_to: int, min_keep: float) -> Allocation:
+    check_number("round_to", round_to, 1)
+    check_number("min_keep", min_keep, 0, 1)
+    return Allocation(policy, budget_of(target), int(round_to), float(min_keep))
+
+
+def _read_images(
+    model: nn.Module,
+    inputs: Example,
+    calibration: Iterable[Any] | None,
+    recalibrate: int,
+    recover: int,
+) -> list[CalibrationBatch]:
+    """Return the batches of ``calibration``; none without it, where no option needs them."""
+    if calibration is not None:
+        return read_batches(model, inputs, calibration, recalibrate)
+    if recalibrate or recover:
+        option = "recalibrate" if recalibrate else "recover"
+        raise UsageError(f"{option} needs calibration batches")
+    return []
+
+
+@contextmanager
+def _naming_arguments() -> Iterator[None]:
+    """Name Python's arguments in a UsageError that speaks of command-line options."""
+    try:
+        yield
     except UsageError as error:
         raise UsageError(in_python(str(error))) from error
 
@@ -208,7 +221,9 @@ def _preserve_weights(model: nn.Module, runs: bool) -> Iterator[None]:
 
 
 def _log(line: str) -> None:
-    """Log a line, or print it to stderr where logging is not configured."""
+    """Log a line, if it says anything, or print it to stderr where logging is not configured."""
+    if not line:
+        return
     if LOGGER.hasHandlers():
         LOGGER.info(line)
     elif LOGGER.level <= logging.INFO:

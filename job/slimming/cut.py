@@ -1,7 +1,8 @@
 """A cut from end to end: measure channels and channel groups, plan, cut, prove, compensate.
 
 ``measure_importance`` -> scores -> ``measure_losses`` -> loss curves -> ``plan_cut`` -> plan ->
-``make_cut`` -> narrow network. The main job, ``job.slim`` and the command ``slim`` all go this way.
+``make_cut`` -> narrow network. ``cut_network`` does all of it, for ``job.slim`` and the command
+``slim``; the main job takes the same steps.
 """
 
 from __future__ import annotations
@@ -259,3 +260,23 @@ def make_cut(
     pair = CutPair(network, narrow, graph, keep, plan.layers, example)
     compensate_cut(compensate, pair, calibration, progress)
     return narrow, replace(plan, proof=proof)
+
+
+def cut_network(
+    network: nn.Module,
+    graph: ChannelGraph,
+    example: Example,
+    allocation: Allocation,
+    method: Method,
+    batches: Batches | None = None,
+    base: Base | None = None,
+    progress: Progress = no_progress,
+) -> tuple[nn.Module, Plan]:
+    """Return the narrow network of ``allocation`` and the plan with its proof: all steps of a cut.
+
+    See the functions of the steps for the arguments and errors.
+    """
+    scores, data = measure_importance(network, graph, method, batches, progress)
+    curves = measure_losses(network, graph, scores, method, data, example, progress)
+    plan = on_main(lambda: plan_cut(network, graph, scores, allocation, method, base, curves))
+    return make_cut(plan, network, graph, example, method.compensate, data, progress)

@@ -63,6 +63,35 @@ def test_without_images_accuracy_is_said_to_be_unmeasured(model: Path, tmp_path:
         assert done.stderr.count("\n") == 1
 
 
+FLOAT32_ONLY = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes=3):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.head(self.conv(x.float()).relu().mean((2, 3)))
+"""
+
+
+def test_the_precision_of_the_proof_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "float32_nets.py").write_text(FLOAT32_ONLY)
+    monkeypatch.syspath_prepend(tmp_path)
+    network = build_network("float32_nets:Net", 3, {})
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    args = ("--model", "float32_nets:Net", "--image-size", 16, "--importance", "l2")
+    done = command("slim", tmp_path / "w.pt", "--output", tmp_path / "slim", *args)
+    assert done.exit_code == 0, done.output
+    assert "the cut is verified in float32: relative error " in done.stdout
+
+
 def accuracy(folder: Path, data: Path, split: str) -> float:
     args = ("evaluate", folder, "--data", data, "--split", split, "--json", "--workers", 0)
     record = json.loads(command(*args).stdout)

@@ -57,16 +57,11 @@ def verify(
     if not auxiliary:  # auxiliary heads need images of the full size
         small = smallest_equivalent_input(wide, example, graph.forward.treatment if graph else None)
     masked, expected, precision = _expected(wide, layers, small, auxiliary)
-    try:
-        copy = clone_to(narrow, "cpu", precision).cpu()
-        # another seed: outputs that depend on random numbers prove nothing
-        found = _probe_outputs(copy, small, auxiliary, seed=1)
-    except Exception as failure:  # whatever a network raises
-        raise GammaslimError(f"the narrow network does not run: {reason(failure)}") from failure
+    actual = _narrow_outputs(narrow, small, auxiliary, precision)
     tolerance = PROOF_TOLERANCE
     if precision != torch.float64:
         tolerance = _rounding_tolerance(masked, expected, small, auxiliary)
-    error = relative_difference(found, expected)
+    error = relative_difference(actual, expected)
     proof = Proof(error, str(precision).removeprefix("torch."), tolerance)
     if not proof.error <= tolerance:
         explain_mismatch(masked, _noise_for(masked, small))
@@ -77,6 +72,18 @@ def verify(
     if (why := _training_error(narrow, example, odd)) and not _training_error(wide, example, odd):
         raise GammaslimError(f"the narrow network does not train, as the wide one does: {why}")
     return proof
+
+
+def _narrow_outputs(
+    narrow: nn.Module, example: Example, auxiliary: bool, precision: torch.dtype
+) -> list[torch.Tensor]:
+    """The outputs of the narrow network; raises GammaslimError where it does not run."""
+    try:
+        copy = clone_to(narrow, "cpu", precision).cpu()
+        # another seed: outputs that depend on random numbers prove nothing
+        return _probe_outputs(copy, example, auxiliary, seed=1)
+    except Exception as failure:  # whatever a network raises
+        raise GammaslimError(f"the narrow network does not run: {reason(failure)}") from failure
 
 
 def _expected(
