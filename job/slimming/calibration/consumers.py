@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from job.slimming.graph.layers import CONVOLUTIONS, modules_of
+from job.slimming.graph.layers import SUMMING, TRANSPOSED, modules_of, weight_rows
 
 if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
@@ -37,9 +37,8 @@ class Consumer:
 
     def weight(self, network: nn.Module) -> torch.Tensor:
         """Return the weight as (outputs, C / groups, kernel or columns), float64 on the CPU."""
-        weight = network.get_submodule(self.layer).get_parameter("weight").detach()
-        wide: torch.Tensor = weight.cpu().double()
-        return wide.reshape(len(wide), len(self.channels) // self.groups, -1)
+        rows = weight_rows(network.get_submodule(self.layer)).detach().cpu().double()
+        return rows.reshape(len(rows), len(self.channels) // self.groups, -1)
 
 
 def consumers_of(network: nn.Module, graph: ChannelGraph) -> list[Consumer]:
@@ -48,7 +47,7 @@ def consumers_of(network: nn.Module, graph: ChannelGraph) -> list[Consumer]:
     Parameters that no known layer owns are left out, and weights that several layers share.
     """
     layers = modules_of(network, once=True).values()
-    uses = Counter(id(m.weight) for m in layers if isinstance(m, (*CONVOLUTIONS, nn.Linear)))
+    uses = Counter(id(m.weight) for m in layers if isinstance(m, SUMMING))
     consumers = []
     for slot in graph.slots:
         if slot.side != "in" or not slot.ids.any():
@@ -80,7 +79,11 @@ def input_values(layer: nn.Module, values: torch.Tensor, consumer: Consumer) -> 
 
 def _without_skipped(layer: Any, values: torch.Tensor) -> torch.Tensor:
     """(B, C, …) without the places that a strided 1 x 1 convolution skips."""
-    if set(layer.kernel_size) != {1} or layer.padding not in ("valid", (0,) * (values.dim() - 2)):
+    if (
+        isinstance(layer, TRANSPOSED)
+        or set(layer.kernel_size) != {1}
+        or layer.padding not in ("valid", (0,) * (values.dim() - 2))
+    ):
         return values
     for axis, stride in enumerate(layer.stride, 2):
         places = torch.arange(0, values.shape[axis], stride, device=values.device)

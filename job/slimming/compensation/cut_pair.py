@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from job.slimming.calibration.consumers import Consumer, consumers_of
-from job.slimming.graph.layers import BATCHNORM
+from job.slimming.graph.layers import (
+    BATCHNORM,
+    taps_of_output,
+    weight_from_rows,
+    weight_rows,
+)
 from job.slimming.graph.selection import unwrap_selection
 from job.slimming.planning.layer_channels import LayerChannels, Layers
 
@@ -60,20 +65,21 @@ class CutPair:
         weight, rows = consumer.weight(self.wide), self.kept_rows(consumer.layer)
         outputs = len(weight) // consumer.groups
         weights, constants = [], []
+        taps = taps_of_output(self.wide.get_submodule(consumer.layer))
         for group, (slope, constant) in enumerate(fits):
             group_rows = weight[rows[rows // outputs == group]]
             weights.append(torch.einsum("ocp,ck->okp", group_rows, slope))
-            constants.append(group_rows.sum(2) @ constant)
+            constants.append(group_rows.sum(2) @ constant * taps)
         with torch.no_grad():
             layer: Any = self.narrow.get_submodule(consumer.layer)
-            layer.weight.copy_(torch.cat(weights).view(layer.weight.shape))
+            layer.weight.copy_(weight_from_rows(layer, torch.cat(weights)))
             self.add_constant(consumer.layer, torch.cat(constants))
 
     def kept_rows(self, layer: str) -> torch.Tensor:
         """Return the indices of the outputs that a layer keeps."""
         kept = self._kept(layer).out
-        weight = self.wide.get_submodule(layer).get_parameter("weight")
-        return torch.arange(len(weight)) if kept is None else torch.tensor(kept)
+        rows = len(weight_rows(self.wide.get_submodule(layer)))
+        return torch.arange(rows) if kept is None else torch.tensor(kept)
 
     def summand(self, layer: str) -> str | None:
         """Return the module whose output alone is added to another where ``layer`` is fitted.

@@ -16,7 +16,7 @@ from job.slimming.calibration.patches import (
     values_at,
 )
 from job.slimming.compensation.normal_equations import NormalEquations
-from job.slimming.graph.layers import CONVOLUTIONS
+from job.slimming.graph.layers import CONVOLUTIONS, TRANSPOSED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ def can_fit_kernel(layer: Any, rows: int) -> bool:
 
     Where a kernel has several numbers for each channel, it needs a few rows for each number.
     """
-    if "forward" in vars(layer):
+    if "forward" in vars(layer) or isinstance(layer, TRANSPOSED):
         return False
     if isinstance(layer, nn.Linear):
         standard = type(layer).forward is nn.Linear.forward

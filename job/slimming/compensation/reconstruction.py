@@ -24,7 +24,7 @@ from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.channel_maps import fit_channel_map
 from job.slimming.compensation.kernel_fit import can_fit_kernel, fit_kernel
 from job.slimming.compensation.paired_passes import PairedPasses
-from job.slimming.graph.layers import CONVOLUTIONS, modules_of
+from job.slimming.graph.layers import SUMMING, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -80,7 +80,7 @@ def _layers_to_fit(pair: CutPair) -> list[str]:
 
 
 def _is_layer(module: nn.Module | None) -> bool:
-    return isinstance(module, (*CONVOLUTIONS, nn.Linear))
+    return isinstance(module, SUMMING)
 
 
 def _fit_layer(pair: CutPair, name: str, values: Sequence[PairedValues], ridge: float) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, owner_of
+from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, TRANSPOSED, owner_of
 from job.slimming.graph.selection import SelectedChannels
 from job.slimming.graph.union import ChannelSlot, Ids, Side
 
@@ -58,6 +58,29 @@ def convolution(state: PropagationState, op: Op) -> None:
         return state.set_ids(op.result, passed, 1)
     state.add_slot(name, "in", ids)
     produced = state.produce(op, name, outputs)
+    if groups > 1:
+        state.union.blocks += [ids.reshape(groups, -1), produced.reshape(groups, -1)]
+    return state.set_ids(op.result, produced, 1)
+
+
+def transposed_convolution(state: PropagationState, op: Op) -> None:
+    """Transposed convolutions, whose weight is (inputs, outputs of a group, …)."""
+    image, weight = op.argument(0, "input"), op.argument(1, "weight")
+    groups = int(op.argument(6, "groups", 1))
+    ids = state.ids_along(image, 1) if image.dim() == weight.dim() else None
+    name = state.trace.name(weight)
+    state.count_call(op, name)
+    if ids is None or name is None or owner_of(name) not in state.layers:
+        return state.give_up(
+            op, "a transposed convolution with a computed weight or mixed channels"
+        )
+    if groups == len(ids) and groups > 1:
+        passed = np.repeat(ids, weight.shape[1])
+        state.add_slot(name, "through", passed, weight.shape[1])
+        state.add_bias(op, name, passed)
+        return state.set_ids(op.result, passed, 1)
+    state.add_slot(name, "in", ids)
+    produced = state.produce(op, name, weight.shape[1] * groups)
     if groups > 1:
         state.union.blocks += [ids.reshape(groups, -1), produced.reshape(groups, -1)]
     return state.set_ids(op.result, produced, 1)
@@ -122,6 +145,13 @@ LAYER_RULES: list[LayerRule] = [
         ops=("conv1d", "conv2d", "conv3d"),
         propagate=convolution,
         tensors={"weight": ("out", "in"), "bias": ("out",)},
+        sizes={"in_channels": "in", "out_channels": "out"},
+    ),
+    LayerRule(
+        types=TRANSPOSED,
+        ops=("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        propagate=transposed_convolution,
+        tensors={"weight": ("in", "out"), "bias": ("out",)},
         sizes={"in_channels": "in", "out_channels": "out"},
     ),
     LayerRule(

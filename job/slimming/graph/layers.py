@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SUMMING = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)  # layers that sum over channels
 BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -39,3 +42,34 @@ def tensors_of(
             for key, tensor in store.items():
                 if tensor is not None:
                     yield prefix + key, store, key, tensor
+
+
+def is_depthwise(layer: Any) -> bool:
+    """Whether a layer passes each channel to outputs of its own, and sums over none."""
+    groups = getattr(layer, "groups", 1)
+    return bool(groups > 1 and groups == layer.in_channels)
+
+
+def weight_rows(layer: Any) -> torch.Tensor:
+    """The weight of a layer that sums over channels, as (outputs, inputs of a group, kernel).
+
+    Transposed convolutions hold theirs as (inputs, outputs of a group, …).
+    """
+    weight: torch.Tensor = layer.weight
+    if not isinstance(layer, TRANSPOSED):
+        return weight.reshape(*weight.shape[:2], -1)
+    groups, (inputs, outputs) = layer.groups, weight.shape[:2]
+    parts = weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2)
+    return parts.reshape(groups * outputs, inputs // groups, -1)
+
+
+def weight_from_rows(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` (outputs, inputs of a group, kernel) in the layout of the layer's weight."""
+    if isinstance(layer, TRANSPOSED):
+        rows = rows.reshape(layer.groups, -1, *rows.shape[1:]).transpose(1, 2)
+    return rows.reshape(layer.weight.shape)
+
+
+def taps_of_output(layer: Any) -> float:
+    """The share of a kernel that one output reads: below 1 for transposed convolutions."""
+    return 1 / math.prod(layer.stride) if isinstance(layer, TRANSPOSED) else 1.0

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from job.slimming.graph.trace import Op, Trace
 
-CONSUMERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
+CONSUMERS = frozenset(
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear".split()
+)
 ADDITIONS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 
 

@@ -155,7 +155,8 @@ class PropagationState:
         """Note the multiply-adds of a convolution or linear layer."""
         if self.main:
             tensor = op.argument(1, "weight")
-            places = op.result.numel() // (len(tensor) * self.trace.sample_count)
+            uses = op.inputs[0] if op.name.startswith("conv_transpose") else op.result
+            places = uses.numel() // (len(tensor) * self.trace.sample_count)
             places = places if weight else places * tensor.numel()
             self.union.calls.append(LayerCall(weight, places))
 

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from job.errors import UsageError
+from job.slimming.graph.layers import weight_rows
 from job.slimming.graph.selection import batchnorms
 from job.slimming.importance.refit import refit_importance
 from job.slimming.importance.scores import NO_LABELS, Criterion, ScoreInputs
@@ -48,8 +49,8 @@ def l2_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
     slots = [slot for slot in graph.slots if slot.side == "out"]
     norms = [np.zeros(0)]
     for slot in slots:
-        weight = _weight(network, slot.layer).detach().double().cpu()
-        norms.append(weight.flatten(1).norm(dim=1).numpy())
+        rows = _rows(network, slot.layer).detach().double().cpu()
+        norms.append(rows.flatten(1).norm(dim=1).numpy())
     return _mean_scores(graph, [s.ids for s in slots], np.concatenate(norms))
 
 
@@ -59,11 +60,12 @@ def random_importance(graph: ChannelGraph, seed: int) -> Scores:
     return scores
 
 
-def _weight(network: nn.Module, name: str) -> Any:
+def _rows(network: nn.Module, name: str) -> torch.Tensor:
+    """The weight of a layer, or the parameter ``name``, with its outputs along the first axis."""
     try:
         return network.get_parameter(name)
     except AttributeError:
-        return network.get_submodule(name).weight
+        return weight_rows(network.get_submodule(name))
 
 
 def _mean_scores(graph: ChannelGraph, ids: Sequence[Ids], values: Scores) -> Scores:

@@ -10,13 +10,13 @@ from torch import nn
 
 from job.slimming.graph.layer_rules import is_layer, layer_sizes
 from job.slimming.graph.layers import BATCHNORM, owner_of
+from job.slimming.graph.pause_points import CONSUMERS
 from job.slimming.graph.trace import trace_network
 
 if TYPE_CHECKING:
     from job.slimming.graph.trace import Op, Trace
 
 COST_METRICS = ("channels", "params", "macs", "bytes")
-_CALLS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,12 @@ def _layer_cost(network: nn.Module, name: str, op: Op, trace: Trace) -> LayerCos
 
 
 def _macs(op: Op, trace: Trace) -> int:
-    if op.name not in _CALLS:
+    if op.name not in CONSUMERS:
         return 0
     weight = op.argument(1, "weight")
-    return int(op.result.numel() // trace.sample_count * weight[0].numel())
+    # each value of a transposed convolution's input is multiplied by a part of the kernel
+    values = op.inputs[0] if op.name.startswith("conv_transpose") else op.result
+    return int(values.numel() // trace.sample_count * weight[0].numel())
 
 
 def network_cost(network: nn.Module, size: int) -> Cost:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from job.slimming.graph.layers import tensors_of
+from job.slimming.graph.layers import tensors_of, weight_rows
 from job.slimming.graph.selection import batchnorms
 from job.slimming.planning.cost import COST_METRICS, Cost
 
@@ -79,7 +79,7 @@ class CostModel:
         self, network: nn.Module, gains_bias: frozenset[str], numbers: SlotNumbers
     ) -> None:
         layers = [layer for layer in sorted(gains_bias) if (layer, "in") in numbers]
-        weights = [network.get_submodule(layer).get_parameter("weight") for layer in layers]
+        weights = [weight_rows(network.get_submodule(layer)) for layer in layers]
         self.bias_inputs = np.array([numbers[layer, "in"] for layer in layers], np.int64)
         outputs = [numbers.get((layer, "out"), 0) for layer in layers]
         self.bias_outputs = np.array(outputs, np.int64)

@@ -9,7 +9,7 @@ from torch import nn
 
 from job.errors import GammaslimError
 from job.slimming.graph.layer_rules import layer_rule
-from job.slimming.graph.layers import modules_of, owner_of
+from job.slimming.graph.layers import is_depthwise, modules_of, owner_of, weight_rows
 from job.slimming.graph.selection import SelectedChannels, unwrap_selection
 from job.slimming.surgery.clone import clone_module
 
@@ -51,7 +51,8 @@ def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
         layer: Any = memo[id(modules[name])] if channels.bias else None
         if channels.bias and layer.bias is None:
             weight = layer.weight
-            layer.bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
+            rows = len(weight_rows(layer))
+            layer.bias = nn.Parameter(weight.new_zeros(rows), weight.requires_grad)
     return narrow
 
 
@@ -99,8 +100,8 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
         tensor = getattr(holder, attribute, None)
         if tensor is None:
             continue
-        if groups > 1 and sides == ("out", "in"):
-            tensors[attribute] = _cut_grouped(holder, tensor, groups, channels)
+        if groups > 1 and len(sides) > 1:
+            tensors[attribute] = _cut_grouped(holder, tensor, *(kept[side] for side in sides))
             continue
         for axis, side in enumerate(sides):
             tensor = _keep_indices(tensor, kept[side], axis)
@@ -109,20 +110,23 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
 
 
 def _cut_grouped(
-    layer: nn.Module, weight: torch.Tensor, groups: int, channels: LayerChannels
+    layer: Any, weight: torch.Tensor, kept_rows: Kept | None, kept_columns: Kept | None
 ) -> torch.Tensor:
-    """A grouped convolution's weight (O, I / G, …): each group's rows with its own columns."""
-    if weight.shape[1] == 1:  # depthwise
-        return _keep_indices(weight, channels.out, 0)
-    outputs, inputs = weight.shape[0], weight.shape[1] * groups
-    kept_out = range(outputs) if channels.out is None else channels.out
-    kept_in = range(inputs) if channels.in_ is None else channels.in_
-    rows = torch.tensor(kept_out).view(groups, -1)
-    columns = torch.tensor(kept_in).view(groups, -1)
+    """A grouped convolution's weight (O, I / G, …): each group's rows with its own columns.
+
+    A transposed one's is (I, O / G, …).
+    """
+    if is_depthwise(layer):
+        return _keep_indices(weight, kept_rows, 0)
+    groups = layer.groups
+    high, wide = len(weight) // groups, weight.shape[1]
+    rows = torch.tensor(range(len(weight)) if kept_rows is None else kept_rows)
+    columns = torch.tensor(range(wide * groups) if kept_columns is None else kept_columns)
+    rows, columns = rows.view(groups, -1), columns.view(groups, -1)
     part = torch.arange(groups)[:, None]
-    if (rows // (outputs // groups) != part).any() or (columns // (inputs // groups) != part).any():
+    if (rows // high != part).any() or (columns // wide != part).any():
         raise GammaslimError(f"a cut of {type(layer).__name__} leaves its groups unequal")
-    columns = (columns - part * (inputs // groups)).repeat_interleave(rows.shape[1], 0)
+    columns = (columns - part * wide).repeat_interleave(rows.shape[1], 0)
     narrow = _keep_indices(weight, tuple(rows.reshape(-1).tolist()), 0)
     columns = columns.reshape(len(narrow), -1, *[1] * (weight.dim() - 2)).to(weight.device)
     return narrow.gather(1, columns.expand(-1, -1, *weight.shape[2:]))
@@ -134,13 +138,12 @@ def _set_sizes(wide: Any, memo: Mapping[int, Any]) -> None:
     if rule is None or id(wide) not in memo:
         return
     layer: Any = unwrap_selection(memo[id(wide)])
-    groups = getattr(wide, "groups", 1)
-    if groups > 1 and wide.weight.shape[1] == 1:  # depthwise
-        layer.groups = groups * len(layer.weight) // len(wide.weight)
+    if is_depthwise(wide):
+        layer.groups = wide.groups * len(layer.weight) // len(wide.weight)
     for attribute, side in rule.sizes.items():
         size = _size_along(layer, rule, side)
         if size is not None:
-            setattr(layer, attribute, size * getattr(layer, "groups", 1) if side == "in" else size)
+            setattr(layer, attribute, size)
 
 
 def _size_along(layer: nn.Module, rule: LayerRule, side: str) -> int | None:
@@ -148,7 +151,9 @@ def _size_along(layer: nn.Module, rule: LayerRule, side: str) -> int | None:
     for attribute, sides in rule.tensors.items():
         tensor = getattr(layer, attribute, None)
         if tensor is not None and side in sides:
-            return int(tensor.shape[sides.index(side)])
+            axis = sides.index(side)
+            groups = getattr(layer, "groups", 1) if axis else 1  # of which a column is one's
+            return int(tensor.shape[axis] * groups)
     return None
 
 

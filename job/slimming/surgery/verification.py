@@ -13,6 +13,7 @@ from torch import nn
 
 from job.errors import GammaslimError, UsageError, reason
 from job.slimming.graph.layer_rules import layer_rule
+from job.slimming.graph.layers import is_depthwise
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.trace import trace_network
@@ -206,8 +207,10 @@ def _zero_inputs(network: nn.Module, name: str, channels: LayerChannels) -> None
         weight, groups = layer.get_parameter("weight"), int(getattr(layer, "groups", 1))
         rule = layer_rule(layer)
         axis = rule.tensors["weight"].index("in") if rule else axis
-    if groups > 1 and weight.shape[1] == 1:
-        return  # depthwise: channels pass, and none are summed over
+        if is_depthwise(layer):
+            return  # channels pass, and none are summed over
+    if axis == 0:
+        groups = 1  # all inputs are along this axis
     used = torch.zeros(weight.shape[axis] * groups, dtype=weight.dtype)
     used[list(channels.in_ or ())] = 1
     if groups > 1:

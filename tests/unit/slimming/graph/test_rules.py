@@ -31,30 +31,43 @@ class Sinc(Net):
         return torch.sinc(x)
 
 
-class Upsampling(Net):
+class Projection(nn.Module):
+    """A matrix (inputs, outputs) that is multiplied with the channels."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) * 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tensordot(x, self.weight, ([1], [0])).movedim(-1, 1)
+
+
+class Projected(Net):
     def build(self) -> None:
-        self.up = nn.ConvTranspose2d(12, 10, 2, stride=2)
-        self.after = block(10, 12)
+        self.project, self.after = Projection(12, 10), block(10, 12)
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
-        return self.after(self.up(x))
+        return self.after(self.project(x))
 
 
-def transposed_convolution(state: PropagationState, op: Op) -> None:
-    image, weight = op.argument(0, "input"), op.argument(1, "weight")
+def projection(state: PropagationState, op: Op) -> None:
+    image, weight = op.args[:2]
     ids, name = state.ids_along(image, 1), state.trace.name(weight)
     assert ids is not None
     assert name is not None
     state.add_slot(name, "in", ids)
-    state.set_ids(op.result, state.produce(op, name, weight.shape[1]), 1)
+    produced = state.union.produce(name.removesuffix(".weight"), weight.shape[1])
+    state.add_slot(name, "out", produced)
+    state.set_ids(op.result, produced, op.result.dim() - 1)
 
 
-TRANSPOSED = LayerRule(
-    types=(nn.ConvTranspose2d,),
-    ops=("conv_transpose2d",),
-    propagate=transposed_convolution,
-    tensors={"weight": ("in", "out"), "bias": ("out",)},
-    sizes={"in_channels": "in", "out_channels": "out"},
+PROJECTION = LayerRule(
+    types=(Projection,),
+    ops=("tensordot",),
+    propagate=projection,
+    tensors={"weight": ("in", "out")},
+    sizes={"inputs": "in", "outputs": "out"},
 )
 
 
@@ -84,15 +97,14 @@ def test_an_op_is_added_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kind_of_layer_is_added_by_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = randomise(Upsampling())
-    assert blocked(network)["stem.0"] == "conv_transpose2d is not understood"
-    monkeypatch.setattr("job.slimming.graph.layer_rules.LAYER_RULES", [*LAYER_RULES, TRANSPOSED])
-    monkeypatch.setattr("job.slimming.graph.propagation.LAYER_RULES", [*LAYER_RULES, TRANSPOSED])
+    network = randomise(Projected())
+    assert blocked(network)["stem.0"] == "tensordot is not understood"
+    monkeypatch.setattr("job.slimming.graph.layer_rules.LAYER_RULES", [*LAYER_RULES, PROJECTION])
+    monkeypatch.setattr("job.slimming.graph.propagation.LAYER_RULES", [*LAYER_RULES, PROJECTION])
     narrow, layers = cut(network)
-    assert (narrow.up.in_channels, narrow.up.out_channels) == (8, 6)
-    assert narrow.up.weight.shape == (8, 6, 2, 2)
-    assert narrow.up.bias.shape == (6,)
-    assert {"up", "after.0"} <= layers.keys()
+    assert (narrow.project.inputs, narrow.project.outputs) == (8, 6)
+    assert narrow.project.weight.shape == (8, 6)
+    assert {"project", "after.0"} <= layers.keys()
 
 
 class Flipped(Net):

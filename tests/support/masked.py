@@ -1,0 +1,59 @@
+"""The wide network of a cut, whose layers see zeros for the channels that the cut removes.
+
+Written with forward hooks and float64 copies alone, to check the proof of the project.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from job.slimming.inputs import tensors_in
+
+if TYPE_CHECKING:
+    from job.slimming.planning.layer_channels import Layers
+
+
+def outputs64(network: nn.Module, example: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs of a copy in float64."""
+    twin = copy.deepcopy(network).double().eval()
+    values = example.double() if example.is_floating_point() else example
+    with torch.no_grad():
+        return list(tensors_in(twin(values)))
+
+
+def masked_network(network: nn.Module, layers: Layers) -> nn.Module:
+    """A copy whose layers that sum over channels see zeros for those that are removed."""
+    wide = copy.deepcopy(network)
+    modules = dict(wide.named_modules())
+    for name, channels in layers.items():
+        module = modules.get(name)
+        if module is None or channels.in_ is None or _is_depthwise(module):
+            continue
+
+        def hook(layer: nn.Module, args: Any, kept: Any = channels.in_) -> Any:
+            values = args[0]
+            axis = 1 if hasattr(layer, "kernel_size") else values.dim() - 1
+            mask = torch.zeros(values.shape[axis], dtype=values.dtype)
+            mask[list(kept)] = 1
+            return (values * mask.view([-1 if a == axis else 1 for a in range(values.dim())]),)
+
+        module.register_forward_pre_hook(hook)
+    return wide
+
+
+def _is_depthwise(module: Any) -> bool:
+    groups = getattr(module, "groups", 1)
+    return groups > 1 and groups == module.in_channels
+
+
+def assert_equal_to_masked(
+    wide: nn.Module, narrow: nn.Module, layers: Layers, example: torch.Tensor
+) -> None:
+    """The narrow network computes what the wide one does without the removed channels."""
+    masked = outputs64(masked_network(wide, layers), example)
+    for ours, expected in zip(outputs64(narrow, example), masked, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)

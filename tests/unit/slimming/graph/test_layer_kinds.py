@@ -1,0 +1,129 @@
+"""Layers beyond convolutions and BatchNorm: each kind is cut and equals the masked network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import job
+from support.cuts import randomise
+from support.masked import assert_equal_to_masked
+from support.networks import Net, block
+
+
+def halve(network: nn.Module, example: torch.Tensor, **options: Any) -> tuple[Any, Any]:
+    """Cut every group to half, check the proof by other means, and train a step."""
+    options = {"policy": "uniform", "target": "width=0.5", "importance": "l2"} | options
+    narrow, plan = job.slim(network, example, **options)
+    assert plan.proof.error <= 1e-9
+    assert_equal_to_masked(network, narrow, plan.layers, example)
+    assert plan.after.params == sum(p.numel() for p in narrow.parameters())
+    outputs = narrow.train()(torch.cat([example, example]) if len(example) == 1 else example)
+    outputs.square().mean().backward()
+    for name, parameter in narrow.named_parameters():
+        assert parameter.grad is not None, name
+    narrow.eval()
+    return narrow, plan
+
+
+class Stage(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.one, self.two = block(inputs, outputs), block(outputs, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x))
+
+
+class UNet(nn.Module):
+    """Three levels; the decoder's maps are padded to the size of the encoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([Stage(3, 8), Stage(8, 12), Stage(12, 16)])
+        self.ups = nn.ModuleList(
+            [nn.ConvTranspose2d(16, 12, 2, stride=2), nn.ConvTranspose2d(12, 8, 2, stride=2)]
+        )
+        self.joined = nn.ModuleList([Stage(24, 12), Stage(16, 8)])
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skips = []
+        for number, stage in enumerate(self.down):
+            x = stage(F.max_pool2d(x, 2) if number else x)
+            skips.append(x)
+        for up, stage, skip in zip(self.ups, self.joined, skips[1::-1], strict=True):
+            x = up(x)
+            high, wide = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+            x = stage(torch.cat([skip, F.pad(x, [wide // 2, wide - wide // 2, 0, high])], 1))
+        return self.head(x)
+
+
+def test_a_unet_with_transposed_convolutions_is_cut() -> None:
+    torch.manual_seed(0)
+    network, image = randomise(UNet()), torch.rand(1, 3, 21, 27)
+    narrow, plan = halve(network, image)
+    assert [(up.in_channels, up.out_channels) for up in narrow.ups] == [(8, 6), (6, 4)]
+    assert plan.after.params < 0.28 * plan.before.params
+    assert {blocked.layer for blocked in plan.blocked} == {"head"}
+
+
+class Upsampled(Net):
+    """A transposed convolution of ``dims`` dimensions between two blocks."""
+
+    def __init__(self, dims: int, **options: Any) -> None:
+        self.dims, self.options = dims, {"kernel_size": 3, "stride": 2, **options}
+        super().__init__()
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.stem = nn.Sequential(kind(3, 12, 3), nn.ReLU())
+
+    def build(self) -> None:
+        kinds = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+        outputs = self.options.pop("outputs", 18)
+        self.up = kinds[self.dims - 1](12, outputs, **self.options)
+        self.after = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.dims - 1](outputs, 12, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.after(self.up(self.stem(x)).relu()).relu().flatten(2).mean(2))
+
+
+UPSAMPLED = [
+    (1, {}, (6, 9, 1)),
+    (2, {"output_padding": 1, "padding": 1}, (6, 9, 1)),
+    (3, {"bias": False}, (6, 9, 1)),
+    (2, {"groups": 3}, (6, 9, 3)),
+    (2, {"dilation": 2, "groups": 2, "outputs": 12}, (6, 6, 2)),
+    (2, {"groups": 12, "outputs": 12}, (6, 6, 6)),  # depthwise
+    (1, {"groups": 12, "outputs": 24}, (6, 12, 6)),
+]
+
+
+@pytest.mark.parametrize(("dims", "options", "sizes"), UPSAMPLED)
+def test_transposed_convolutions_of_every_shape_are_cut(
+    dims: int, options: dict[str, Any], sizes: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    example = torch.rand(2, 3, *(9, 7, 8)[:dims])
+    narrow, _ = halve(Upsampled(dims, **options).eval(), example)
+    up = narrow.up
+    assert (up.in_channels, up.out_channels, up.groups) == sizes
+    assert up.weight.shape[:2] == (sizes[0], sizes[1] // sizes[2])
+
+
+@pytest.mark.parametrize("compensate", ["mean", "regress"])
+def test_a_cut_before_a_transposed_convolution_is_compensated(compensate: str) -> None:
+    torch.manual_seed(0)
+    network, images = randomise(UNet()), torch.rand(24, 3, 16, 16)
+    with torch.no_grad():
+        wanted = network(images)
+        errors = []
+        for how in ("none", compensate):
+            narrow, _ = job.slim(
+                network, images[:1], target="channels=0.7", compensate=how, calibration=[images]
+            )
+            errors.append(float((narrow(images) - wanted).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
