@@ -89,11 +89,11 @@ def save_model(
     folder: Path,
     network: nn.Module,
     card: ModelCard,
-    records: Mapping[str, dict[str, Any]] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write the two files of a model into ``folder``, all or none; raises StorageError.
 
-    ``records`` are further JSON files, by name.
+    ``texts`` are further files, by name.
     """
     state = unshare_tensors(network.state_dict())
     widths = {key[:-7]: len(value) for key, value in state.items() if key.endswith(".weight")}
@@ -103,8 +103,8 @@ def save_model(
         (temporary / "model.safetensors").write_bytes(safetensors_bytes(state, {"format": "pt"}))
         lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
         (temporary / "model.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
-        for name, record in (records or {}).items():
-            (temporary / name).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        for name, text in (texts or {}).items():
+            (temporary / name).write_text(text, "utf-8")
 
 
 def unshare_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

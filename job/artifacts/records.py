@@ -13,6 +13,8 @@ file                   record
                        `job.training.position`
 ``model.json``         `Lineage`; the rest is `job.artifacts.model_card`'s
 ``sensitivity.json``   `Sensitivity`, in `job.slimming.sensitivity.record`
+``evaluation.json``    `RoundEvaluation`, in
+                       `job.artifacts.evaluation_record`
 ``config.toml``        `DatasetRecord`, `BaseRecord`
 =====================  =====================================================
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from job.artifacts.compatibility import check_same_run
+from job.artifacts.evaluation_record import EVALUATION_FILE, read_evaluation
 from job.artifacts.json_records import from_json, to_json
 from job.artifacts.model_card import RECOMMENDED, ModelCard, load_model, save_model
 from job.artifacts.recommendation import recommend
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from job.artifacts.evaluation_record import RoundEvaluation
     from job.artifacts.records import BaseRecord, DatasetRecord, EventRecord
     from job.config import PruneConfig
     from job.slimming.sensitivity.record import Sensitivity
@@ -159,13 +161,25 @@ class Run:
         network: nn.Module,
         card: ModelCard,
         sensitivity: Sensitivity | None = None,
+        evaluation: RoundEvaluation | None = None,
     ) -> None:
-        """Write the best model of a round, and what its cut measured; raises StorageError.
+        """Write the best model of a round, what its cut measured, and how it was evaluated.
 
-        All files appear or none.
+        All files appear or none. Raises StorageError.
         """
-        records = {SENSITIVITY_FILE: sensitivity.to_dict()} if sensitivity else {}
-        save_model(self.round_path(round_index), network, card, records)
+        texts = {}
+        if sensitivity:
+            texts[SENSITIVITY_FILE] = json.dumps(sensitivity.to_dict(), indent=1) + "\n"
+        if evaluation:
+            texts[EVALUATION_FILE] = evaluation.to_text()
+        save_model(self.round_path(round_index), network, card, texts)
+
+    def base_evaluation(self) -> RoundEvaluation | None:
+        """Return the evaluation of the base; None where there is none or it is damaged."""
+        try:
+            return read_evaluation(self.round_path(0) / EVALUATION_FILE)
+        except (OSError, ValueError):
+            return None
 
     def load_round(self, round_index: int) -> tuple[nn.Module, ModelCard, RoundRecord]:
         """Load the best model of an earlier round; raises DataError when it is damaged."""

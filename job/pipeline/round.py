@@ -16,6 +16,7 @@ from job.distributed.collectives import digest, on_main
 from job.errors import DataError, shown
 from job.pipeline.cautions import sample_caution
 from job.pipeline.model import Model
+from job.pipeline.round_evaluation import evaluate_round
 from job.pipeline.session_state import TrainedModel
 from job.pipeline.slim_round import (
     can_cut,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from job.artifacts.evaluation_record import RoundEvaluation
     from job.pipeline.session import Session
     from job.pipeline.setup import Setup
     from job.training.distillation import Distillation
@@ -168,6 +170,7 @@ def _score_weights(session: Session, network: nn.Module) -> BestScores:
     say(f"base: valid loss: {valid.loss:6.4f}, acc {valid.accuracy:6.4f}")
     cautions = session.cautions.of_base(valid)
     say_cautions(cautions)
+    session.best_evaluated(valid.predictions)
     return BestScores(valid.accuracy, valid.loss, cautions=tuple(cautions))
 
 
@@ -189,7 +192,10 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
         base_sha256 = digest({k: v.cpu() for k, v in network.state_dict().items()})
         lineage = replace(lineage, base_sha256=lineage.base_sha256 or base_sha256)
     card = replace(card, metrics=to_json(entry), lineage=lineage)
-    session.write(lambda: run.save_round(current.index, network, card, model.sensitivity))
+    evaluation = on_main(lambda: _evaluation_record(session, network))
+    session.write(
+        lambda: run.save_round(current.index, network, card, model.sensitivity, evaluation)
+    )
     session.entries.append(entry)
     session.log(entry)
     session.summarise("running")
@@ -200,6 +206,16 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
     if current.index != session.setup.config.last_round:  # finish() writes the report of the last
         session.report()
     return Model(network, card)
+
+
+def _evaluation_record(session: Session, network: nn.Module) -> RoundEvaluation | None:
+    """Return the record of the round's evaluation; None where its predictions are not known."""
+    setup, current = session.setup, session.round
+    if current.predictions is None:
+        return None
+    base = session.run.base_evaluation() if current.index else None
+    images = setup.evaluator.split, setup.preprocessing, setup.card.num_classes
+    return evaluate_round(network, current.predictions, *images, base)
 
 
 def restored_round(session: Session) -> Model:

@@ -31,6 +31,8 @@ from job.training.session import TrainingSession
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    import torch
+
     from job.artifacts.records import EventRecord, SummaryRecord
     from job.distributed.stop import Watch
     from job.pipeline.claim import Claim
@@ -268,6 +270,10 @@ class Session(TrainingSession):
     def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         """Log a histogram of γ."""
         self.log(GammaRecord(round=self.round.index, epoch=epoch, when=when, **asdict(histogram)))
+
+    def best_evaluated(self, predictions: torch.Tensor | None) -> None:
+        """Keep the predictions of the round's best model, for the record of its evaluation."""
+        self.state.round = replace(self.round, predictions=predictions)
 
     def save(self, position: Position) -> None:
         """Save the position with the progress of the run, and the status."""

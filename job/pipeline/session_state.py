@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
+
     from job.artifacts.model_card import ModelCard
     from job.pipeline.forecast import Forecast
     from job.slimming.planning.cost import Cost
@@ -42,6 +44,7 @@ class RoundInProgress:
     began: float
     resume: Position | None  # where the round resumes
     model: TrainedModel | None = None  # None until training starts
+    predictions: torch.Tensor | None = None  # (N,), of the best epoch on the validation split
 
     @property
     def seconds(self) -> float:

@@ -39,10 +39,15 @@ def batch_size_at(size: int) -> int:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss and confusion: (C, C) int64, images by true class (row) and predicted class."""
+    """Loss and confusion: (C, C) int64, images by true class (row) and predicted class.
+
+    ``predictions`` (N,) int64 are the predicted classes in the order of the split; -1 for an image
+    that could not be read.
+    """
 
     loss: float
     confusion: torch.Tensor
+    predictions: torch.Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -127,21 +132,25 @@ class Evaluator:
         confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
         # batches that every process has
         common = len(self.split) // world_size() // self.batch_size
+        predicted = []
         for number, (logits, labels) in enumerate(self._outputs(network, progress)):
             if watch and number < common:
                 watch.check()
-            readable = labels != UNLABELLED
+            readable, classes_of = labels != UNLABELLED, logits.argmax(1)
+            predicted.append(torch.where(readable, classes_of, UNLABELLED))
             if self.split.lenient and not readable.all():
                 sums[1] += len(labels) - int(readable.sum())
                 logits, labels = logits[readable], labels[readable]
+                classes_of = classes_of[readable]
             sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-            confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
+            confusion += torch.bincount(labels * classes + classes_of, minlength=classes**2)
         total(sums), total(confusion)
         loss, left_out = sums.tolist()
         count = len(self.split) - int(left_out)
         if not count:
             raise DataError("no image of the split can be read now")
-        result = Evaluation(loss / count, confusion.view(classes, classes).cpu())
+        predictions = self._gathered(predicted, torch.int64).cpu()
+        result = Evaluation(loss / count, confusion.view(classes, classes).cpu(), predictions)
         if result.count != count:
             raise GammaslimError(f"{result.count} of {count} images were evaluated")
         return result
@@ -159,11 +168,16 @@ class Evaluator:
         for logits, labels in self._outputs(network, progress):
             predictions.append(logits.double().softmax(1).max(1))
             readable.append(labels != UNLABELLED)
-        device = self.accelerator.device
-        classes = torch.zeros(len(self.split), dtype=torch.int64, device=device)
-        probabilities = torch.zeros(len(self.split), dtype=torch.float64, device=device)
-        if predictions:
-            classes[rank() :: world_size()] = torch.cat([best.indices for best in predictions])
-            classes[rank() :: world_size()][~torch.cat(readable)] = UNLABELLED
-            probabilities[rank() :: world_size()] = torch.cat([best.values for best in predictions])
-        return total(classes).tolist(), total(probabilities).tolist()
+        classes = [
+            torch.where(known, best.indices, UNLABELLED)
+            for best, known in zip(predictions, readable, strict=True)
+        ]
+        probabilities = self._gathered([best.values for best in predictions], torch.float64)
+        return self._gathered(classes, torch.int64).tolist(), probabilities.tolist()
+
+    def _gathered(self, batches: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Return the values (N,) of all images in the order of the split; collective."""
+        values = torch.zeros(len(self.split), dtype=dtype, device=self.accelerator.device)
+        if batches:
+            values[rank() :: world_size()] = torch.cat(batches)
+        return total(values)

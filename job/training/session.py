@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
+
     from job.distributed.stop import Watch
     from job.training.distillation import Distillation
     from job.training.epoch import EpochResult
@@ -62,6 +64,12 @@ class TrainingSession(Protocol):
     def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         """Log the distribution of γ ``before`` or ``after`` the sparse epochs."""
 
+    def best_evaluated(self, predictions: torch.Tensor | None) -> None:
+        """Record the predicted classes (N,) of the best epoch on the validation split.
+
+        They are None if an earlier version of the program saved the position that was resumed.
+        """
+
     def save(self, position: Position) -> None:
         """Save the position, from which the round can resume."""
 
@@ -86,6 +94,9 @@ class Unattended(TrainingSession):
         """Do nothing."""
 
     def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
+        """Do nothing."""
+
+    def best_evaluated(self, predictions: torch.Tensor | None) -> None:
         """Do nothing."""
 
     def save(self, position: Position) -> None:

@@ -102,6 +102,7 @@ class Trainer:
         if spec.sparse_epochs:
             session.gamma_measured("after", spec.all_epochs, gamma_histogram(training.gammas))
         assert state.best is not None
+        session.best_evaluated(state.predictions)
         check_same(digest(training.trained.state_dict()), "the trained network")
         self.accelerator.free_memory()
         return state.best
@@ -125,6 +126,7 @@ class RoundState:
     batch: int = 0
     seconds: float = 0.0  # spent on this epoch so far
     best: EpochResult | None = None
+    predictions: torch.Tensor | None = None  # of the best epoch, on the validation split
     outputs_reported: bool = False
 
 
@@ -173,6 +175,8 @@ class TrainingRound:
         tensors |= {"sums": total(self.sums.clone()), "rng": torch.get_rng_state()}
         if state.best:
             tensors |= {f"best.{k}": v for k, v in self.network.state_dict().items()}
+            if state.predictions is not None:
+                tensors["predictions"] = state.predictions
         progress = TrainingProgress(
             processes=world_size(),
             seconds=state.seconds,
@@ -193,6 +197,7 @@ class TrainingRound:
         if values.best:
             state.best = values.best
             load_tensors(self.network, position.part("best"))
+            state.predictions = position.tensors.get("predictions")  # earlier versions save none
         if self.accelerator.scaler and values.scaler:
             self.accelerator.scaler.load_state_dict(values.scaler)
 
@@ -219,7 +224,7 @@ class TrainingRound:
         )
         result.check_finite()
         if state.best is None or self.sparse or result.valid_acc > state.best.valid_acc:
-            state.best = result
+            state.best, state.predictions = result, valid.predictions
             self.network.load_state_dict(self.trained.state_dict())
         state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
         self.sums.zero_()

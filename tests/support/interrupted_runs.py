@@ -33,16 +33,17 @@ def metrics(output: Path) -> list[dict[str, object]]:
 
 
 def assert_same_run(output: Path, undisturbed: Path) -> None:
-    """The same weights in every round, the same lines of metrics, and no temporary files."""
+    """The same weights and records in every round, the same metrics, and no temporary files."""
     rounds = sorted(path.name for path in (undisturbed / "rounds").iterdir())
     assert sorted(path.name for path in (output / "rounds").iterdir()) == rounds
     for round_name in rounds:
         name = Path("rounds") / round_name / "model.safetensors"
         assert (output / name).read_bytes() == (undisturbed / name).read_bytes(), round_name
-        measured = undisturbed / "rounds" / round_name / "sensitivity.json"
-        assert (output / "rounds" / round_name / measured.name).exists() == measured.exists()
-        if measured.exists():
-            again = output / "rounds" / round_name / measured.name
-            assert again.read_bytes() == measured.read_bytes(), round_name
+        for file in ("sensitivity.json", "evaluation.json"):
+            measured = undisturbed / "rounds" / round_name / file
+            again = output / "rounds" / round_name / file
+            assert again.exists() == measured.exists(), (round_name, file)
+            if measured.exists():
+                assert again.read_bytes() == measured.read_bytes(), (round_name, file)
     assert metrics(output) == metrics(undisturbed)
     assert not list(output.rglob("*.tmp"))
