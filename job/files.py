@@ -22,6 +22,8 @@ from job.errors import OutputError, cannot_begin, reading, shown, writing
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+JsonObject = dict[str, object]  # values to write, or to check after reading JSON or TOML
+
 MAX_BYTES = 64 << 20  # far more than any configuration, model card or history of epochs
 _LEFT = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
 
@@ -68,7 +70,7 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def parse_toml(text: str) -> dict[str, Any]:
+def parse_toml(text: str) -> JsonObject:
     """Return the tables of ``text``; raises ValueError if it is not TOML."""
     try:
         return tomllib.loads(text)
@@ -76,7 +78,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
 
 
-def toml_text(tables: Mapping[str, Mapping[str, Any]]) -> str:
+def toml_text(tables: Mapping[str, Mapping[str, object]]) -> str:
     """Format tables of strings, numbers, booleans and lists of strings as TOML."""
     lines = []
     for table, values in tables.items():
@@ -84,7 +86,7 @@ def toml_text(tables: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
@@ -111,7 +113,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         sync_path(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write ``value`` as indented JSON, atomically."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.artifacts.json_records import to_json
 from job.artifacts.run_config import CONFIG_FILE, read_run_config
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from job.artifacts.records import BaseRecord, DatasetRecord
+    from job.artifacts.run_config import Tables
 
 
 def check_same_run(
@@ -38,8 +39,6 @@ def check_same_run(
         tables = read_run_config(run)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{shown(path)} cannot be read: {error}") from error
-    if not all(isinstance(tables.get(name, {}), dict) for name in ("prune", "dataset")):
-        raise ConfigError(f"{shown(path)} is not the config.toml of a run: a table is missing")
     if base is not None and (other := _other_weights(shown(run), tables, config, base)):
         raise other
     origin = _other_origin(shown(run), tables, config, dataset, base)
@@ -54,11 +53,11 @@ def check_same_run(
 
 
 def _other_weights(
-    run: str, tables: Mapping[str, Any], config: PruneConfig, base: BaseRecord
+    run: str, tables: Tables, config: PruneConfig, base: BaseRecord
 ) -> OtherRunError | None:
     """Return the error for a run that was begun from other weights, or None."""
     stored = tables.get("base")
-    if not isinstance(stored, dict) or stored.get("weights_sha256") == base.weights_sha256:
+    if stored is None or stored.get("weights_sha256") == base.weights_sha256:
         return None
     began = tables.get("prune", {}).get("weights")
     if began == config.weights:
@@ -75,7 +74,7 @@ def _other_weights(
 
 def _other_origin(
     run: str,
-    tables: Mapping[str, Any],
+    tables: Tables,
     config: PruneConfig,
     dataset: DatasetRecord | None,
     base: BaseRecord | None,
@@ -89,19 +88,19 @@ def _other_origin(
     if base is None:
         return None
     stored, present = tables.get("base"), to_json(base)
-    if config.base_epochs is None and isinstance(stored, dict):
+    if config.base_epochs is None and stored is not None:
         present["epochs"] = stored.get("epochs")  # the default when the run was begun
     if stored == present:
         return None
     options = {
         "weights_sha256": "--weights", "epochs": "--base-epochs", "teacher_sha256": "--teacher",
     }  # fmt: skip
-    begun = stored if isinstance(stored, dict) else {}
+    begun = stored or {}
     other = _list([text for name, text in options.items() if begun.get(name) != present.get(name)])
     return other_run_error(f"{run} was begun with another {other}", ": type the same to resume it")
 
 
-def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str, done: int) -> None:
+def check_unchanged(stored: Mapping[str, object], now: PruneConfig, run: str, done: int) -> None:
     """Check that the options in ``now`` that change the result are those of the run.
 
     ``stored`` holds the options of the run, ``done`` counts its complete rounds. The number of
@@ -141,7 +140,7 @@ def other_run_error(difference: str, advice: str) -> OtherRunError:
     )
 
 
-def _changed(stored: Mapping[str, Any], now: PruneConfig) -> list[str]:
+def _changed(stored: Mapping[str, object], now: PruneConfig) -> list[str]:
     present = now.to_dict()
     return [
         name
@@ -150,14 +149,14 @@ def _changed(stored: Mapping[str, Any], now: PruneConfig) -> list[str]:
     ]
 
 
-def _stored_value(stored: Mapping[str, Any], name: str) -> Any:
+def _stored_value(stored: Mapping[str, object], name: str) -> object:
     """Return an option of the run; the default if its version did not have the option."""
     (field,) = (field for field in fields(PruneConfig) if field.name == name)
     default = [] if field.default is MISSING or field.default == () else field.default
     return stored.get(name, default)
 
 
-def option_text(name: str, value: Any) -> str:
+def option_text(name: str, value: object) -> str:
     """Return an option as it is typed: ``--target macs=0.5``; ``no --target`` without a value."""
     option = "--" + name.replace("_", "-")
     if value is None or value is False or value == []:

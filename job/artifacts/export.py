@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -22,12 +22,13 @@ from job.artifacts.versions import package_versions
 from job.errors import GammaslimError, UsageError, reason, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
+    from job.data.preprocessing import PreprocessingRecord
 
 EXPORT_FORMATS = ("state-dict", "onnx", "torch-export")
 FORMAT_BY_SUFFIX = {
@@ -39,6 +40,18 @@ INPUT_NAME, OUTPUT_NAME = "images", "logits"
 TOLERANCE = 1e-4  # relative to the largest logit, between runtimes in float32
 BATCHES = (1, 3)  # sizes for comparing an exported network; it is traced with 2 images
 EXTRA_FILE = "gammaslim.json"  # in a .pt2; ONNX has metadata_props
+
+
+class ExportMetadata(TypedDict):
+    """Metadata of an exported file: preprocessing of images, names of classes."""
+
+    model: str
+    args: Mapping[str, Any]
+    width: float
+    num_classes: int
+    class_names: list[str]
+    input: PreprocessingRecord
+    versions: dict[str, str]
 
 
 def format_of(path: Path, asked: str | None) -> str:
@@ -128,8 +141,8 @@ def torch_export_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]
     return buffer.getvalue(), _compare("torch.export.load", network, card, loaded)
 
 
-def export_metadata(card: ModelCard) -> dict[str, Any]:
-    """Return the metadata of an exported file: preprocessing of images, names of classes."""
+def export_metadata(card: ModelCard) -> ExportMetadata:
+    """Return what an exported file tells about its network."""
     return {
         "model": card.model,
         "args": card.args,
@@ -141,7 +154,7 @@ def export_metadata(card: ModelCard) -> dict[str, Any]:
     }
 
 
-def _strings(values: dict[str, Any]) -> dict[str, str]:
+def _strings(values: Mapping[str, object]) -> dict[str, str]:
     return {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()
     }

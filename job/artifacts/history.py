@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.artifacts.accuracy import accuracy_change
 from job.errors import shown
@@ -56,7 +56,7 @@ class History:
     seconds: float | None = None
     layers: tuple[LayerWidth, ...] = ()
     measured: MeasuredRound | None = None
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     @property
@@ -74,7 +74,7 @@ class History:
         """Round of the recommended model."""
         return next((entry for entry in self.rounds if entry.round == self.recommended), None)
 
-    def setting(self, table: str, key: str) -> Any:
+    def setting(self, table: str, key: str) -> object:
         """Return a value of config.toml, or None."""
         return self.settings.get(table, {}).get(key)
 

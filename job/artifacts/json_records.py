@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from job.files import JsonObject
+
 R = TypeVar("R", bound="DataclassInstance")
 
 
-def to_json(record: DataclassInstance) -> dict[str, Any]:
+def to_json(record: DataclassInstance) -> JsonObject:
     """Return ``record`` as a new dict of plain values, for JSON."""
-    content, everything = {}, getattr(record, "WRITE_DEFAULTS", False)
+    content: JsonObject = {}
+    everything = getattr(record, "WRITE_DEFAULTS", False)
     for field in fields(record):
         value = getattr(record, field.name)
         if everything or value != _default_of(field):
@@ -66,7 +69,7 @@ def _key(field: Field[Any]) -> str:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: type) -> dict[str, object]:
     return get_type_hints(kind)
 
 

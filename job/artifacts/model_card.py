@@ -48,7 +48,7 @@ class ModelCard:
     WRITE_DEFAULTS: ClassVar[bool] = True
 
     model: str
-    args: dict[str, Any]
+    args: Mapping[str, Any]
     num_classes: int
     _: KW_ONLY
     class_names: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class ModelCard:
     layers: Layers = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)
     preprocessing: Preprocessing = field(metadata={"key": "input"})
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
     base: Base | None = None
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from job.artifacts.run_config import read_run_config
 from job.data.folders import CURRENT_LISTING
 from job.data.layout import BUILT_IN
 from job.errors import InputNotFound, UsageError, shown
-from job.files import is_file, parse_toml, read_bytes
 
 if TYPE_CHECKING:
     from job.artifacts.records import Lineage
+    from job.files import JsonObject
 
 
-def _dataset_table(run: Path) -> dict[str, Any] | None:
+def _dataset_table(run: Path) -> JsonObject | None:
     """Return the table [dataset] of a run; None where there is no such table."""
-    path = run / "config.toml"
-    if not is_file(path):
-        return None
     try:
-        table = parse_toml(read_bytes(path).decode()).get("dataset")
+        return read_run_config(run).get("dataset") or None
     except (OSError, ValueError):
-        return None  # reported when the run is resumed
-    return table if isinstance(table, dict) and table else None
+        return None  # no file, or a damaged one: reported when the run is resumed
 
 
 def stored_listing(run: Path) -> int:

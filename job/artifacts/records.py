@@ -25,10 +25,13 @@ a default, because older files lack it. Keys keep their names and order: scripts
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from job.artifacts.json_records import to_json
 from job.training.epoch import EpochResult
+
+if TYPE_CHECKING:
+    from job.files import JsonObject
 
 SENSITIVITY_FILE = "sensitivity.json"  # next to the model.json of a round that measured it
 
@@ -149,7 +152,7 @@ class ResumeRecord:
 EventRecord = EpochRecord | RoundRecord | SlimRecord | GammaRecord | StopRecord | ResumeRecord
 
 
-def to_line(record: EventRecord) -> dict[str, Any]:
+def to_line(record: EventRecord) -> JsonObject:
     """Return the line of metrics.jsonl for ``record``: the name of the event comes first."""
     return {"event": record.EVENT, **to_json(record)}
 

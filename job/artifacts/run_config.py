@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.artifacts.json_records import to_json
 from job.artifacts.versions import package_versions
 from job.config import PruneConfig
-from job.files import parse_toml, read_bytes, toml_text, write_bytes
+from job.files import JsonObject, parse_toml, read_bytes, toml_text, write_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from job.artifacts.records import BaseRecord, DatasetRecord
 
 CONFIG_FILE = "config.toml"
+Tables = dict[str, JsonObject]  # by name; the values are not checked yet
 
 
 def write_run_config(
@@ -27,12 +29,17 @@ def write_run_config(
     })  # fmt: skip
 
 
-def read_run_config(run: Path) -> dict[str, Any]:
-    """Read the tables; raises OSError or ValueError."""
-    return parse_toml(read_bytes(run / CONFIG_FILE).decode())
+def read_run_config(run: Path) -> Tables:
+    """Read the tables; raises OSError, or ValueError if the file holds anything else."""
+    tables: Tables = {}
+    for name, table in parse_toml(read_bytes(run / CONFIG_FILE).decode()).items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{name} is not a table")
+        tables[name] = table
+    return tables
 
 
-def stored_rounds(run: Path) -> Any:
+def stored_rounds(run: Path) -> object:
     """Return the present ``--rounds`` of the run; None if the file cannot be read."""
     return _stored(run, "prune", "rounds", PruneConfig.rounds)
 
@@ -50,13 +57,13 @@ def change_rounds(run: Path, rounds: object) -> None:
     _write_tables(run, tables)
 
 
-def _stored(run: Path, table: str, key: str, default: Any) -> Any:
+def _stored(run: Path, table: str, key: str, default: object) -> object:
     """Return a value; None where the file cannot be read or has no such table."""
     try:
         return read_run_config(run)[table].get(key, default)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError):
         return None
 
 
-def _write_tables(run: Path, tables: dict[str, Any]) -> None:
+def _write_tables(run: Path, tables: Mapping[str, Mapping[str, object]]) -> None:
     write_bytes(run / CONFIG_FILE, toml_text(tables).encode())

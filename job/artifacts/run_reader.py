@@ -6,14 +6,15 @@ import json
 import math
 from collections.abc import Mapping  # noqa: TC003  (from_json reads the types)
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from job.artifacts.history import History, LayerWidth, MeasuredRound
 from job.artifacts.json_records import from_json
 from job.artifacts.lock import current_state
 from job.artifacts.records import SENSITIVITY_FILE, EpochRecord, RoundRecord, StatusRecord
+from job.artifacts.run_config import CONFIG_FILE, read_run_config
 from job.errors import InputNotFound, reason, shown
-from job.files import is_file, parse_toml, read_bytes, read_json
+from job.files import is_file, read_bytes, read_json
 from job.slimming.sensitivity.record import Sensitivity
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from _typeshed import DataclassInstance
+
+    from job.files import JsonObject
 
     R = TypeVar("R", bound=DataclassInstance)
 
@@ -65,7 +68,7 @@ def read_run(path: Path) -> History:
     problems: list[str] = []
     status = _read_file(path / "status.json", _read_status, problems)
     summary = _table(_read_file(path / "summary.json", read_json, problems))
-    settings = _table(_read_file(path / "config.toml", _read_tables, problems))
+    settings = _read_file(path / CONFIG_FILE, lambda p: read_run_config(p.parent), problems)
     events = _read_file(path / "metrics.jsonl", lambda p: _read_events(p, problems), problems) or []
     rounds = _rounds(events, summary, problems)
     outcome = _plausible(from_json(_Outcome, summary, lenient=True)) or _Outcome()
@@ -85,7 +88,7 @@ def read_run(path: Path) -> History:
         seconds=outcome.seconds,
         layers=() if recommended is None else _layers(path, recommended, problems),
         measured=_measured(path, rounds, recommended, problems),
-        settings={key: table for key, table in settings.items() if isinstance(table, dict)},
+        settings=settings or {},
         problems=tuple(problems),
     )
 
@@ -108,11 +111,7 @@ def _read_status(path: Path) -> StatusRecord:
     return status
 
 
-def _read_tables(path: Path) -> dict[str, Any]:
-    return parse_toml(read_bytes(path).decode())
-
-
-def _read_events(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _read_events(path: Path, problems: list[str]) -> list[JsonObject]:
     """Return the complete lines; the last one may be incomplete, e.g. after a power failure."""
     *lines, _torn = read_bytes(path).split(b"\n")
     events, damaged = [], []
@@ -133,11 +132,11 @@ def _read_events(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _rounds(
-    events: list[dict[str, Any]], summary: dict[str, Any], problems: list[str]
+    events: list[JsonObject], summary: JsonObject, problems: list[str]
 ) -> tuple[RoundRecord, ...]:
     """Return the summary's rounds, and those that only metrics.jsonl has."""
     summarised = summary.get("rounds", [])
-    entries: list[Any] = [event for event in events if event.get("event") == RoundRecord.EVENT]
+    entries: list[object] = [event for event in events if event.get("event") == RoundRecord.EVENT]
     entries += [summary[key] for key in ("base",) if key in summary]
     entries += summarised if isinstance(summarised, list) else [summarised]
     by_round = {}
@@ -150,7 +149,7 @@ def _rounds(
     return tuple(by_round[number] for number in sorted(by_round))
 
 
-def _epochs(events: list[dict[str, Any]]) -> tuple[EpochRecord, ...]:
+def _epochs(events: list[JsonObject]) -> tuple[EpochRecord, ...]:
     """Return the epochs by round and epoch; the last one where an interruption repeated it."""
     lines = (event for event in events if event.get("event") == EpochRecord.EVENT)
     records = (_parse(EpochRecord, line) for line in lines)
@@ -230,5 +229,5 @@ def _plausible(record: R) -> R | None:
     return replace(record, **changes)
 
 
-def _table(value: Any) -> dict[str, Any]:
+def _table(value: object) -> JsonObject:
     return value if isinstance(value, dict) else {}

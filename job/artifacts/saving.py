@@ -36,7 +36,7 @@ from job.slimming.surgery.probe import probe_batch
 from job.slimming.surgery.surgery import apply_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -52,7 +52,7 @@ def save(
     *,
     plan: Plan | Sequence[Plan] | None = None,
     model: Any = None,
-    model_args: dict[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
     class_names: Sequence[str] = (),
     image_size: int | None = None,
 ) -> None:
@@ -167,7 +167,7 @@ def _default_preprocessing(example: Any, size: int | None) -> Any:
 
 
 def _card_with_model(
-    network: nn.Module, card: ModelCard, model: Any, args: dict[str, Any], example: Any
+    network: nn.Module, card: ModelCard, model: Any, args: Mapping[str, Any], example: Any
 ) -> ModelCard | None:
     """Return the card with the verified name of the network's builder; None if unknown.
 

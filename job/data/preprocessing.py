@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from PIL import Image
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from job.data.sample_order import Draw
+
+
+class PreprocessingRecord(TypedDict):
+    """Preprocessing in model.json; ``resize`` is None without resizing."""
+
+    preset: str
+    size: int
+    mean: Channels
+    std: Channels
+    resize: int | None
+    fit: str
+    interpolation: str
 
 
 @dataclass(frozen=True)
@@ -74,8 +86,8 @@ class Preprocessing:
             raise DataError(f"unknown preprocessing {dict(values)}: {error}") from error
         return cls(preset, size, resize, interpolation, mean, std)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record stored in model.json; ``resize`` is None without resizing."""
+    def to_dict(self) -> PreprocessingRecord:
+        """Return the record stored in model.json."""
         return {
             "preset": self.preset,
             "size": self.size,
