@@ -21,6 +21,7 @@ OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine", "step"]
 PolicyName = Literal["uniform", "global"]
 AllocationName = Literal["outputs", "local"]
+DepthName = Literal["auto", "off"]
 ImportanceName = Literal["gamma", "l2", "random", "refit", "taylor"]
 CompensationName = Literal["none", "beta", "mean", "regress"]
 BatchNormMode = Literal["sync", "local"]
@@ -177,6 +178,11 @@ class SlimmingConfig:
         "a group is cut, measured on calibration images (outputs), or the importance of channels "
         "alone (local).",
         default_text="outputs with --compensate regress, else local",
+    )
+    depth: DepthName = option(
+        "auto",
+        "Removal of whole residual branches, where --allocate outputs finds that the outputs lose "
+        "least by it (auto), or never (off).",
     )
     compensate: CompensationName = option(
         "regress",

@@ -9,6 +9,7 @@ from job.config import (
     AllocationName,
     BadImageMode,
     CompensationName,
+    DepthName,
     DeviceName,
     ImportanceName,
     PolicyName,
@@ -128,6 +129,7 @@ class SlimOptions(ImageOptions):
         "allocate",
         default_text="outputs with --data and --compensate regress, else local",
     )
+    depth: DepthName = shared(PruneConfig, "depth")
     compensate: CompensationName | None = shared(
         PruneConfig, "compensate", default=None, default_text="regress with --data, else none"
     )

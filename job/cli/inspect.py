@@ -16,6 +16,7 @@ from job.slimming.analysis import analyse
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.base import full_group_sizes
 from job.slimming.planning.cost import example_image, layer_costs, network_cost
+from job.slimming.planning.layer_channels import removed_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +59,7 @@ def _record(network: nn.Module, card: ModelCard) -> dict[str, Any]:
         "cost": network_cost(network, size).to_dict(),
         "groups": groups,
         "blocked": [asdict(blocked) for blocked in graph.blocked],
+        "removed": removed_layers(card.layers),
         "layers": [asdict(layer) for layer in layer_costs(network, size)],
         "metrics": card.metrics,
         "lineage": to_json(card.lineage),
@@ -98,4 +100,6 @@ def _text(record: dict[str, Any], network: nn.Module, card: ModelCard) -> str:
         + table(("group", "channels", *QUARTILES), groups),
         "channels that are not cut\n" + table(("layer", "channels", "why"), blocked, left=3),
     ]
+    if record["removed"]:
+        parts.append("layers that were removed whole\n" + "\n".join(record["removed"]))
     return "\n\n".join(parts)

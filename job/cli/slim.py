@@ -26,7 +26,7 @@ from job.slimming.compensation.recalibration import recalibrate_batchnorms
 from job.slimming.cut import choose_method, cut_network, options_needing_images
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.cost import example_image
-from job.slimming.planning.overview import costs_table
+from job.slimming.planning.overview import costs_table, removed_lines
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.target import Budget
 from job.slimming.recovery.recovery import recover
@@ -150,6 +150,7 @@ def _method(options: SlimOptions, policy: str, tools: _Tools) -> Method:
         options.compensate,
         options.allocate,
         images=tools.images is not None,
+        depth=options.depth,
         policy=policy,
         seed=options.seed,
     )
@@ -172,7 +173,7 @@ def _say_result(
     assert plan.before
     assert plan.after
     assert plan.proof
-    say(costs_table(plan.before, plan.after))
+    say("\n".join([costs_table(plan.before, plan.after), *removed_lines(plan.layers)]))
     proof = f"{plan.proof.precision}: relative error {plan.proof.error:.1e}"
     say(f"the cut is verified in {proof}; saved in {shown(output)}")
     before, cut, after = accuracies[0], accuracies[1], accuracies[-1]

@@ -26,6 +26,7 @@ from job.pipeline.slim_round import (
     recover_cut,
 )
 from job.slimming.planning.cost import network_cost
+from job.slimming.planning.overview import removed_lines
 from job.tracking.wandb_events import round_event
 from job.training.distillation import distillation
 from job.training.position import PrunedScores
@@ -127,6 +128,8 @@ def _slim(session: Session, wide: Model) -> tuple[Model, PrunedScores]:
     tools = setup.config, setup.accelerator.device, setup.calibration, show
     narrow, plan = cut(wide, index, *tools)
     assert plan.proof
+    for line in removed_lines(plan.layers):
+        say(line)
     pruned = _evaluate(session, narrow.network)
     record = SlimRecord(index, narrow.card.width, pruned.accuracy, pruned.loss, plan.proof.error)
     if setup.config.recover:

@@ -15,6 +15,7 @@ from job.slimming.compensation.recalibration import recalibrate_batchnorms
 from job.slimming.cut import (
     Method,
     choose_allocation,
+    choose_depth,
     make_cut,
     measure_importance,
     measure_losses,
@@ -88,7 +89,8 @@ def ranking_norms(model: Model, sparse_epochs: int) -> list[str] | None:
 def method_of(config: PruneConfig) -> Method:
     """Return the importance, compensation and allocation of a run."""
     allocate = choose_allocation(config.allocate, config.compensate, config.policy)
-    return Method(config.importance, config.compensate, config.seed, allocate)
+    depth = choose_depth(config.depth, allocate)
+    return Method(config.importance, config.compensate, config.seed, allocate, depth)
 
 
 def plan_round(config: PruneConfig, model: Model, round_index: int) -> Plan:

@@ -25,7 +25,7 @@ from job.slimming.arguments import (
 from job.slimming.calibration.user_batches import read_batches
 from job.slimming.compensation.methods import COMPENSATIONS
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
-from job.slimming.cut import ALLOCATIONS, choose_method, cut_network
+from job.slimming.cut import ALLOCATIONS, DEPTHS, choose_method, cut_network
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.group_sensitivity import measure_sensitivity
 from job.slimming.importance.criteria import CRITERIA
@@ -58,6 +58,7 @@ def slim(
     importance: str | None = None,
     compensate: str | None = None,
     allocate: str | None = None,
+    depth: str = "auto",
     recalibrate: int = 0,
     recover: int = 0,
     calibration: Iterable[Any] | None = None,
@@ -79,7 +80,9 @@ def slim(
     ``allocate`` says what the policy ``global`` compares channel groups by: the loss of the
     network's ``outputs`` when a group is cut, measured on a few calibration images, or the
     ``local`` importance of channels. With None it is ``outputs`` where ``compensate`` is
-    ``regress``.
+    ``regress``. Then, with the ``depth`` ``auto``, whole residual branches are removed where the
+    outputs lose least by it, and what they add on average stays as a constant; with ``off`` none
+    is.
 
     Neither inputs nor outputs of the layers in ``ignore``, given by name or as modules, are cut.
     ``model`` is not changed. The copy has its device, mode and requires_grad. ``print(plan)`` shows
@@ -99,7 +102,7 @@ def slim(
     torch.Size([2, 10])
     """
     check_network(model)
-    _check_choices(policy, importance, compensate, allocate)
+    _check_choices(policy, importance, compensate, allocate, depth)
     check_number("recalibrate", recalibrate, 0)
     check_number("recover", recover, 0)
     allocation = _allocation(policy, target, round_to, min_keep)
@@ -109,7 +112,7 @@ def slim(
         images = _read_images(model, inputs, calibration, recalibrate, recover)
         batches = (lambda: images) if images else None
         method, reason = choose_method(
-            importance, compensate, allocate, images=bool(images), policy=policy
+            importance, compensate, allocate, images=bool(images), depth=depth, policy=policy
         )
         _log(reason)
         with _preserve_weights(model, runs=bool(images)):
@@ -163,12 +166,17 @@ def sensitivity(
 
 
 def _check_choices(
-    policy: str, importance: str | None, compensate: str | None, allocate: str | None
+    policy: str,
+    importance: str | None,
+    compensate: str | None,
+    allocate: str | None,
+    depth: str,
 ) -> None:
     check_choice("policy", policy, tuple(POLICIES))
     check_choice("importance", importance, tuple(CRITERIA), none=True)
     check_choice("compensate", compensate, tuple(COMPENSATIONS), none=True)
     check_choice("allocate", allocate, ALLOCATIONS, none=True)
+    check_choice("depth", depth, DEPTHS)
 
 
 def _allocation(policy: str, target: str, round_to: int, min_keep: float) -> Allocation:

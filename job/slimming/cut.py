@@ -31,6 +31,7 @@ from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.ranked_groups import rank_groups
 from job.slimming.sensitivity.measure import measure_curves
 from job.slimming.surgery.comparison import check_finite_weights
+from job.slimming.surgery.removable import removable_groups
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 
 ALLOCATIONS = ("outputs", "local")
+DEPTHS = ("auto", "off")
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,16 @@ class Method:
     """The importance that ranks channels, the compensation for removed ones, and a seed.
 
     ``allocate`` says what the groups of a global cut are compared by: the loss of the network's
-    ``outputs`` when each is cut, or the ``local`` importance of the channels.
+    ``outputs`` when each is cut, or the ``local`` importance of the channels. ``depth`` says
+    whether whole branches of the network may be removed where the outputs lose least (``auto``) or
+    not (``off``).
     """
 
     importance: str = "gamma"
     compensate: str = "none"
     seed: int = 0
     allocate: str = "local"
+    depth: str = "off"
 
     def __str__(self) -> str:
         outputs = ", allocation outputs" if self.allocate == "outputs" else ""
@@ -77,6 +82,7 @@ def choose_method(
     allocate: str | None = None,
     *,
     images: bool,
+    depth: str = "auto",
     policy: str = "global",
     seed: int = 0,
 ) -> tuple[Method, str]:
@@ -88,11 +94,13 @@ def choose_method(
     """
     best_compensation = compensate or ("regress" if images else "none")
     refits = images and best_compensation == "regress"
+    allocate = choose_allocation(allocate, best_compensation if images else "none", policy)
     method = Method(
         importance or ("refit" if refits else "gamma"),
         best_compensation,
         seed,
-        choose_allocation(allocate, best_compensation if images else "none", policy),
+        allocate,
+        choose_depth(depth, allocate),
     )
     if importance and compensate:
         return method, ""
@@ -109,6 +117,11 @@ def choose_allocation(allocate: str | None, compensate: str, policy: str) -> str
     if not POLICIES[policy].compares_groups:
         return "local"
     return allocate or ("outputs" if compensate == "regress" else "local")
+
+
+def choose_depth(depth: str, allocate: str) -> str:
+    """Return the depth: only the loss of the outputs tells where a branch can be removed."""
+    return depth if allocate == "outputs" else "off"
 
 
 def options_needing_images(
@@ -201,6 +214,9 @@ def measure_losses(
     """
     if method.allocate != "outputs":
         return {}
+    removable: frozenset[str] = frozenset()
+    if method.depth == "auto":
+        removable = on_main(lambda: removable_groups(network, graph, example), interrupt=True)
     return measure_curves(
         network,
         graph,
@@ -209,6 +225,7 @@ def measure_losses(
         example,
         accumulated=CRITERIA[method.importance].accumulated,
         more=more,
+        removable=removable,
         progress=progress,
     )
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from job.slimming.sensitivity.record import Sensitivity
 
 TABLE_FRACTIONS = (0.9, 0.75, 0.5, 0.25, 0.0)  # of a group's channels, kept at a point of its row
-METHOD = Method("refit", "regress", allocate="outputs")  # that of a cut with calibration images
+# the default with calibration images
+METHOD = Method("refit", "regress", allocate="outputs", depth="auto")
 
 
 def measure_sensitivity(

@@ -11,12 +11,15 @@ from torch import nn
 from job.slimming.calibration.consumers import Consumer, consumers_of
 from job.slimming.graph.layers import (
     BATCHNORM,
+    modules_of,
     taps_of_output,
     weight_from_rows,
     weight_rows,
 )
+from job.slimming.graph.removed_layers import ConstantOutput, NoOutput
 from job.slimming.graph.selection import unwrap_selection
 from job.slimming.planning.layer_channels import LayerChannels, Layers
+from job.slimming.surgery.removal import constant_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -62,6 +65,9 @@ class CutPair:
         ``fits``, one for each group, express its wide inputs by its narrow ones. The constant goes
         into the bias, or into the running means of the BatchNorms after the layer.
         """
+        layer: Any = self.narrow.get_submodule(consumer.layer)
+        if isinstance(layer, NoOutput):
+            return
         weight, rows = consumer.weight(self.wide), self.kept_rows(consumer.layer)
         outputs = len(weight) // consumer.groups
         weights, constants = [], []
@@ -71,8 +77,8 @@ class CutPair:
             weights.append(torch.einsum("ocp,ck->okp", group_rows, slope))
             constants.append(group_rows.sum(2) @ constant * taps)
         with torch.no_grad():
-            layer: Any = self.narrow.get_submodule(consumer.layer)
-            layer.weight.copy_(weight_from_rows(layer, torch.cat(weights)))
+            if not isinstance(layer, ConstantOutput):
+                layer.weight.copy_(weight_from_rows(layer, torch.cat(weights)))
             self.add_constant(consumer.layer, torch.cat(constants))
 
     def kept_rows(self, layer: str) -> torch.Tensor:
@@ -103,6 +109,10 @@ class CutPair:
         """Add ``constant`` (O,) to the outputs of a narrow layer as the plain cut left it."""
         rows = self.kept_rows(name)
         layer: Any = self.narrow.get_submodule(name)
+        if isinstance(layer, ConstantOutput):
+            modules = modules_of(self.wide)
+            layer.bias.copy_(constant_of(modules, name, self._kept(name), constant))
+            return
         if layer.bias is not None:
             bias = getattr(self.wide.get_submodule(name), "bias", None)
             wide_bias = 0 if bias is None else bias.detach().cpu().double()[rows]

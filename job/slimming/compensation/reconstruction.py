@@ -22,9 +22,11 @@ from job.slimming.calibration.input_statistics import RIDGE
 from job.slimming.calibration.patches import row_count
 from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.channel_maps import fit_channel_map
+from job.slimming.compensation.constant_fit import fit_constant
 from job.slimming.compensation.kernel_fit import can_fit_kernel, fit_kernel
 from job.slimming.compensation.paired_passes import PairedPasses
 from job.slimming.graph.layers import SUMMING, modules_of
+from job.slimming.graph.removed_layers import ConstantOutput, NoOutput
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -76,7 +78,13 @@ def _layers_to_fit(pair: CutPair) -> list[str]:
         lambda name: name not in pair.layers or pair.layers[name].in_ is None,
         pair.graph.forward.pause_points,
     )
-    return [n for n in names if _is_layer(modules.get(n)) and uses[id(modules[n].weight)] == 1]
+    return [
+        name
+        for name in names
+        if _is_layer(modules.get(name))
+        and uses[id(modules[name].weight)] == 1
+        and not isinstance(pair.narrow.get_submodule(name), NoOutput)
+    ]
 
 
 def _is_layer(module: nn.Module | None) -> bool:
@@ -89,6 +97,8 @@ def _fit_layer(pair: CutPair, name: str, values: Sequence[PairedValues], ridge: 
     Where a kernel cannot be fitted, a map of its input channels is.
     """
     layer = pair.narrow.get_submodule(name)
+    if isinstance(layer, ConstantOutput):
+        return fit_constant(pair, name, values)
     rows = sum(row_count(layer, batch.outputs) for batch in values)
     count = torch.tensor(
         float(rows), dtype=torch.float64, device=layer.get_parameter("weight").device

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.slimming.graph.groups import BlockedChannels, ChannelGraph, ChannelGroup, renumber_slots
-from job.slimming.graph.layer_rules import is_layer
+from job.slimming.graph.layer_rules import layer_rule
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.propagation import propagate_channels
 from job.slimming.graph.selection import batchnorms
@@ -76,12 +76,15 @@ def _unused_layers(network: nn.Module, trace: Trace) -> set[str]:
     """The layers that a pass does not use."""
     used = {id(tensor) for op in trace.ops for tensor in op.inputs}
     names = {name for key, name in trace.names.items() if key in used}
-    return {
-        name
-        for name, layer in modules_of(network, once=True).items()
-        if is_layer(layer)
-        and not any(f"{name}.{tensor}" in names for tensor in ("weight", "running_mean"))
-    }
+    unused = set()
+    for name, layer in modules_of(network, once=True).items():
+        rule = layer_rule(layer)
+        if rule is None:
+            continue
+        tensors = ("weight", "running_mean") if "weight" in rule.tensors else tuple(rule.tensors)
+        if not any(f"{name}.{tensor}" in names for tensor in tensors):
+            unused.add(name)
+    return unused
 
 
 def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:

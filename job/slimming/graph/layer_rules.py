@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, TRANSPOSED, owner_of
+from job.slimming.graph.removed_layers import ConstantOutput
 from job.slimming.graph.selection import SelectedChannels
 from job.slimming.graph.union import ChannelSlot, Ids, Side
 
@@ -101,6 +102,16 @@ def linear(state: PropagationState, op: Op) -> None:
     return state.set_ids(op.result, produced, op.result.dim() - 1)
 
 
+def constant(state: PropagationState, op: Op) -> None:
+    """A layer without inputs, whose bias is its output."""
+    name = state.trace.name(op.argument(2, "bias"))
+    if name is None:
+        return state.give_up(op, "a constant that is no parameter")
+    produced = state.produce(op, f"{owner_of(name)}.weight", len(op.argument(2, "bias")))
+    axis = op.result.dim() - 1 if op.argument(1, "geometry") is None else 1
+    return state.set_ids(op.result, produced, axis)
+
+
 def batch_norm(state: PropagationState, op: Op) -> None:
     """BatchNorm: channels pass, or are selected from a stream that other ops use too."""
     image = op.argument(0, "input")
@@ -167,6 +178,13 @@ LAYER_RULES: list[LayerRule] = [
         propagate=batch_norm,
         tensors=dict.fromkeys(STATISTICS, ("through",)),
         sizes={"num_features": "through"},
+    ),
+    LayerRule(
+        types=(ConstantOutput,),
+        ops=("constant_output",),
+        propagate=constant,
+        tensors={"bias": ("out",)},
+        sizes={"out_channels": "out"},
     ),
 ]
 

@@ -308,7 +308,7 @@ OP_RULES: dict[str, Rule] = {
     ),
     **_for_each("chunk split tensor_split", partial(rearrange, splits=True)),
     **_for_each("matmul __matmul__ mm", partial(matrix_of_train_mode, side="through")),
-    **_for_each("new_empty new_zeros new_ones new_full new_tensor", new_tensor),
+    **_for_each("new_empty new_zeros new_ones new_full new_tensor no_output", new_tensor),
     "cdist": partial(matrix_of_train_mode, side="in"),
     "glu": glu,
     "pad": pad,

@@ -185,8 +185,9 @@ def _twins(network: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:
     first: dict[int, str] = {}
     twins: dict[str, list[str]] = {}
     for name, layer in modules_of(network, once=True).items():
-        if name in layers and not isinstance(layer, BATCHNORM):
-            earlier = first.setdefault(id(layer.weight), name)
+        weight = getattr(layer, "weight", None)
+        if name in layers and not isinstance(layer, BATCHNORM) and weight is not None:
+            earlier = first.setdefault(id(weight), name)
             if earlier != name:
                 twins.setdefault(earlier, []).append(name)
     return twins

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from job.slimming.graph.layers import owner_of
-from job.slimming.graph.pause_points import consumer_of, pause_points
+from job.slimming.graph.pause_points import CONSUMERS, consumer_of, pause_points
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,6 +15,30 @@ if TYPE_CHECKING:
     from job.slimming.graph.trace import Trace
 
 Treatment = list[tuple[object, ...]]
+LAYER_CALLS = {  # the argument, by place and name, that names the layer
+    **dict.fromkeys(CONSUMERS, (1, "weight")),
+    "batch_norm": (1, "running_mean"),
+    "constant_output": (2, "bias"),
+}
+NO_VALUES = frozenset(  # ops that use the shape of their input, not its values
+    """no_output constant_output new_empty new_zeros new_ones new_full zeros_like ones_like
+    empty_like full_like rand_like randn_like""".split()
+)
+
+
+NETWORK_INPUT = -1  # as the source of a step
+
+
+class FlowStep(NamedTuple):
+    """One op in the data flow: the steps whose results it reads, -1 for an input of the network.
+
+    ``layer`` is the name of the convolution, linear layer or BatchNorm that it is. ``constant``
+    says that it reads no values of its sources.
+    """
+
+    sources: tuple[int, ...]
+    layer: str | None = None
+    constant: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,12 +49,15 @@ class TraceSummary:
     outputs. ``keeps_activations`` says that the network stores activations of a batch, so that
     another pass would see them. ``treatment`` is what the network does to images, whatever their
     size: see ``treatment_of``. ``pause_points`` are those of each layer, in the order of the ops.
+    ``steps`` are the data flow, ``outputs`` the steps whose results the network returns.
     """
 
     norms_after: Mapping[str, tuple[str, ...]]
     keeps_activations: bool
     treatment: Treatment | None = None
     pause_points: Mapping[str, PausePoint] = field(default_factory=dict)
+    steps: tuple[FlowStep, ...] = ()
+    outputs: tuple[int, ...] = ()
 
 
 NOTHING_TRACED = TraceSummary({}, keeps_activations=False)
@@ -40,7 +67,11 @@ def summarise_trace(trace: Trace) -> TraceSummary:
     """Return the facts of a forward pass."""
     norms = _norms_after(trace)
     return TraceSummary(
-        norms, _keeps_activations(trace), treatment_of(trace), pause_points(trace, norms)
+        norms,
+        _keeps_activations(trace),
+        treatment_of(trace),
+        pause_points(trace, norms),
+        *_data_flow(trace),
     )
 
 
@@ -54,6 +85,21 @@ def treatment_of(trace: Trace) -> Treatment:
         )
         for op in trace.ops
     ]
+
+
+def _data_flow(trace: Trace) -> tuple[tuple[FlowStep, ...], tuple[int, ...]]:
+    """The steps of a trace, and those whose results are the outputs."""
+    makers = {id(tensor): NETWORK_INPUT for tensor in trace.inputs}
+    steps: list[FlowStep] = []
+    for number, op in enumerate(trace.ops):
+        sources = dict.fromkeys(makers[id(t)] for t in op.inputs if id(t) in makers)
+        name = trace.name(op.argument(*LAYER_CALLS.get(op.name, (0, ""))))
+        layer = owner_of(name) if name and op.name in LAYER_CALLS else None
+        steps.append(FlowStep(tuple(sources), layer, op.name in NO_VALUES))
+        # a tensor that is written to counts as a new one
+        changed = op.results or op.inputs[:1]
+        makers |= {id(result): number for result in changed}
+    return tuple(steps), tuple(makers.get(id(t), NETWORK_INPUT) for t in trace.outputs)
 
 
 def _norms_after(trace: Trace) -> dict[str, tuple[str, ...]]:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from job.errors import UsageError
-from job.slimming.graph.layers import weight_rows
+from job.slimming.graph.layers import modules_of, weight_rows
+from job.slimming.graph.removed_layers import ConstantOutput
 from job.slimming.graph.selection import batchnorms
 from job.slimming.importance.refit import refit_importance
 from job.slimming.importance.scores import NO_LABELS, Criterion, ScoreInputs
@@ -46,7 +47,12 @@ def l2_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
 
     Li et al. 2017.
     """
-    slots = [slot for slot in graph.slots if slot.side == "out"]
+    modules = modules_of(network)
+    slots = [
+        slot
+        for slot in graph.slots
+        if slot.side == "out" and not isinstance(modules.get(slot.layer), ConstantOutput)
+    ]
     norms = [np.zeros(0)]
     for slot in slots:
         rows = _rows(network, slot.layer).detach().double().cpu()

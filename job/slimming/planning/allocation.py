@@ -32,7 +32,7 @@ class Allocation:
     """A ``policy`` of the table, the ``budget`` that it meets, and bounds for each group.
 
     A group keeps at least the fraction ``min_keep`` of its channels, and a multiple of
-    ``round_to`` of them where it is large enough.
+    ``round_to`` of them where it is large enough; or none, where its curve is ``removable``.
     """
 
     policy: str
@@ -60,7 +60,11 @@ def make_plan(
     policy, sizes = POLICIES[allocation.policy], full_group_sizes(network, graph, base)
     floors = {n: _ceil(allocation.min_keep * size) for n, size in sizes.items()}
     groups = rank_groups(
-        graph, scores, floors=floors if policy.min_keep else None, round_to=allocation.round_to
+        graph,
+        scores,
+        floors=floors if policy.min_keep else None,
+        round_to=allocation.round_to,
+        removable=[name for name, curve in (curves or {}).items() if curve.removable],
     )
     graph = _block_unranked(graph, groups)
     own: Mapping[str, int] | None = None

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from job.slimming.graph.layers import tensors_of, weight_rows
+from job.slimming.graph.layers import modules_of, owner_of, tensors_of, weight_rows
 from job.slimming.graph.selection import batchnorms
 from job.slimming.planning.cost import COST_METRICS, Cost
+from job.slimming.planning.plan import folded_norm
 
 if TYPE_CHECKING:
     import torch
@@ -25,20 +26,32 @@ class CostModel:
     """Costs of ``network`` as functions of the channels kept; the narrow network is not built.
 
     The size of a tensor is proportional to the product of the channels in its two channel slots.
-    Slot 0 is for axes that are never cut. Layers in ``gains_bias`` get a bias as soon as one
-    of their inputs is cut. Arrays are indexed by slot (slots,) or by tensor (tensors,).
+    Slot 0 is for axes that are never cut. Layers in ``gains_bias`` get a bias as soon as one of
+    their inputs is cut, other layers when all of them are. Arrays are indexed by slot (slots,) or
+    by tensor (tensors,). Without ``removals`` costs at no channel are those of the channels alone:
+    layers without inputs or outputs are not replaced.
     """
 
     def __init__(
-        self, network: nn.Module, graph: ChannelGraph, gains_bias: frozenset[str] = frozenset()
+        self,
+        network: nn.Module,
+        graph: ChannelGraph,
+        gains_bias: frozenset[str] = frozenset(),
+        *,
+        removals: bool = True,
     ) -> None:
         numbers: SlotNumbers = {
             (slot.layer, slot.side): n for n, slot in enumerate(graph.slots, start=1)
         }
         self._collect_slots(graph)
         self._size_tensors(network, graph, numbers)
+        self._find_owners(network, graph, numbers)
         self._count_channels(network, numbers)
         self._count_biases(network, gains_bias, numbers)
+        if not removals:  # slot 0 always has a channel
+            for slots in (self.through_owner, self.folding_owner, self.folding_norms):
+                slots[:] = 0
+            self.bias_below[~self.gains] = 0
 
     def _collect_slots(self, graph: ChannelGraph) -> None:
         slots = [np.zeros(1, np.int64), *(slot.ids for slot in graph.slots)]
@@ -65,11 +78,35 @@ class CostModel:
             if call.weight is not None:
                 self.macs[order[call.weight]] += call.places
 
+    def _find_owners(self, network: nn.Module, graph: ChannelGraph, numbers: SlotNumbers) -> None:
+        """Two slots for each tensor, whose layer is gone when one of them has no channel.
+
+        The channels of a BatchNorm, and the inputs of the layer that it is folded into.
+        """
+        self.folded = {
+            norm: numbers[layer, "in"]
+            for layer, side in numbers
+            if side == "in" and (norm := folded_norm(graph, layer))
+        }
+        norms = batchnorms(network)
+        owners = np.zeros((len(self.numel), 2), np.int64)
+        for place, name in enumerate(_named_tensors(network)[0]):
+            norm = owner_of(name)
+            if norm in norms:
+                through = _passed(norm.removesuffix(".norm"), numbers) or _passed(norm, numbers)
+                owners[place] = through, self.folded.get(norm, 0)
+        self.through_owner, self.folding_owner = owners.T
+
     def _count_channels(self, network: nn.Module, numbers: SlotNumbers) -> None:
         passed = [(s, n) for s, n in numbers.items() if s[1] in ("through", "select")]
         norms = batchnorms(network)
         cut = {name: n for (name, _), n in passed if name in norms}
-        self.norms = np.array(sorted(cut.values()), np.int64)
+        by_slot = sorted((n, self.folded.get(name, 0)) for name, n in cut.items())
+        self.norms = np.array([n for n, _ in by_slot], np.int64)
+        uncut = {name: slot for name, slot in self.folded.items() if name not in cut}
+        self.uncut_norms = np.array([norms[name].num_features for name in uncut], np.int64)
+        folding = [slot for _, slot in by_slot] + list(uncut.values())
+        self.folding_norms = np.array(folding, np.int64)  # of norms, then of uncut_norms
         total = sum(norm.num_features for norm in set(norms.values()))
         self.other_channels = total - int(self.lengths[self.norms].sum())
         new = [n for (name, side), n in passed if side == "select" and f"{name}.norm" not in norms]
@@ -78,14 +115,23 @@ class CostModel:
     def _count_biases(
         self, network: nn.Module, gains_bias: frozenset[str], numbers: SlotNumbers
     ) -> None:
-        layers = [layer for layer in sorted(gains_bias) if (layer, "in") in numbers]
-        weights = [weight_rows(network.get_submodule(layer)) for layer in layers]
+        modules = modules_of(network)
+        layers = sorted(
+            layer
+            for layer, side in numbers
+            if side == "in" and layer in modules and modules[layer].bias is None
+        )
+        weights = [weight_rows(modules[layer]) for layer in layers]
         self.bias_inputs = np.array([numbers[layer, "in"] for layer in layers], np.int64)
         outputs = [numbers.get((layer, "out"), 0) for layer in layers]
         self.bias_outputs = np.array(outputs, np.int64)
         rows = [1 if slot else len(w) for slot, w in zip(outputs, weights, strict=True)]
         self.bias_rows = np.array(rows, np.int64)
         self.bias_bytes = np.array([w.element_size() for w in weights], np.int64)
+        # with fewer inputs than these the layer has a bias
+        full = self.lengths[self.bias_inputs]
+        self.gains = np.array([layer in gains_bias for layer in layers], bool)
+        self.bias_below = np.where(self.gains, full, 1)
 
     def cost(self, keep: Ids) -> Cost:
         """Return the cost with the channels of the mask ``keep`` (count,); keep[0] is true."""
@@ -100,11 +146,14 @@ class CostModel:
     def metric(self, metric: str, counts: Ids) -> int:
         """Return one of ``COST_METRICS`` with ``counts`` (slots,) channels in each slot."""
         if metric == "channels":
-            return self.other_channels + int(counts[self.norms].sum())
+            there = counts[self.folding_norms] > 0
+            cut = int((counts[self.norms] * there[: len(self.norms)]).sum())
+            return cut + self.other_channels - int(self.uncut_norms @ ~there[len(self.norms) :])
         numel = self.numel * (counts[self.first] * counts[self.second]) // self.full
+        numel *= (counts[self.through_owner] > 0) & (counts[self.folding_owner] > 0)
         if metric == "macs":
             return int(numel @ self.macs) + self.other_macs
-        is_cut = counts[self.bias_inputs] < self.lengths[self.bias_inputs]
+        is_cut = counts[self.bias_inputs] < self.bias_below
         biases = self.bias_rows * counts[self.bias_outputs] * is_cut
         if metric == "params":
             return int(numel @ self.is_param + biases.sum())
@@ -126,6 +175,11 @@ def _named_tensors(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[st
     return tensors, keys
 
 
+def _passed(layer: str, numbers: SlotNumbers) -> int:
+    """The slot of the channels that pass through a layer, or are selected by it; 0 for none."""
+    return next((n for s in ("through", "select") if (n := numbers.get((layer, s), 0))), 0)
+
+
 def _slots_of_tensor(
     name: str, tensor: torch.Tensor, numbers: SlotNumbers, layers: set[str]
 ) -> tuple[int, int]:
@@ -139,7 +193,7 @@ def _slots_of_tensor(
         if name not in layers:
             return 0, 0
         layer, own_name = name, "weight"  # a parameter that no known layer owns
-    through = next((n for s in ("through", "select") if (n := numbers.get((layer, s), 0))), 0)
+    through = _passed(layer, numbers)
     if through:
         return through, 0
     is_weight = own_name == "weight" and isinstance(tensor, nn.Parameter)

@@ -18,13 +18,20 @@ class LayerChannels:
 
     ``out`` are its outputs and ``in_`` its inputs; a BatchNorm has only ``out``. ``select`` are the
     channels that a BatchNorm selects from an input that is not cut. With ``bias`` the layer gets a
-    bias, which holds the constant that removed channels added.
+    bias, which holds the constant that removed channels added. A layer without any input is a
+    constant, into which the BatchNorm ``norm`` after it is folded.
     """
 
     out: Kept | None = None
     in_: Kept | None = None
     select: Kept | None = None
     bias: bool = False
+    norm: str | None = None
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the layer has outputs and no input."""
+        return self.in_ == () and self.out != ()
 
     def after(self, later: LayerChannels) -> LayerChannels:
         """Return the indices that are kept after this cut and a ``later`` one of its result."""
@@ -33,33 +40,53 @@ class LayerChannels:
             _chain(self.in_, later.in_),
             _chain(self.select, later.select),
             self.bias or later.bias,
+            later.norm or self.norm,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record stored in model.json."""
         sides = {side: getattr(self, name) for side, name in SIDES.items()}
         record: dict[str, Any] = {side: list(kept) for side, kept in sides.items() if kept}
-        return record | ({"bias": True} if self.bias else {})
+        record |= {"bias": True} if self.bias else {}
+        empty = [side for side, kept in sides.items() if kept == ()]
+        record |= {"empty": empty} if empty else {}
+        return record | ({"norm": self.norm} if self.norm else {})
 
     @classmethod
     def from_dict(cls, values: Any) -> LayerChannels:
         """Read the record of model.json; raises DataError."""
+        error = DataError("a layer's kept channels are not lists of rising indices")
         if not isinstance(values, dict) or type(values.get("bias", False)) is not bool:
-            raise DataError("a layer's kept channels are not lists of rising indices")
-        sides = {name: values.get(side) for side, name in SIDES.items()}
-        for kept in sides.values():
-            if kept is not None and not (
-                isinstance(kept, list)
-                and kept
-                and all(type(i) is int and 0 <= i < 2**31 for i in kept)
-                and all(before < i for before, i in pairwise(kept))
-            ):
-                raise DataError("a layer's kept channels are not lists of rising indices")
-        indices = {name: None if kept is None else tuple(kept) for name, kept in sides.items()}
-        return cls(**indices, bias=values.get("bias", False))
+            raise error
+        norm, empty = values.get("norm"), values.get("empty", [])
+        if not isinstance(norm, str | None) or not isinstance(empty, list):
+            raise error
+        kept: dict[str, Any] = {name: values.get(side) for side, name in SIDES.items()}
+        if not all(indices is None or _are_rising(indices) for indices in kept.values()):
+            raise error
+        for side in empty:
+            if side not in list(SIDES) or kept[SIDES[side]] is not None:
+                raise DataError(f"a layer keeps none and some of its channels on the side {side!r}")
+            kept[SIDES[side]] = ()
+        indices = {name: None if each is None else tuple(each) for name, each in kept.items()}
+        return cls(**indices, bias=values.get("bias", False), norm=norm)
+
+
+def _are_rising(kept: Any) -> bool:
+    return (
+        isinstance(kept, list)
+        and bool(kept)
+        and all(type(i) is int and 0 <= i < 2**31 for i in kept)
+        and all(before < i for before, i in pairwise(kept))
+    )
 
 
 Layers = dict[str, LayerChannels]
+
+
+def removed_layers(layers: Layers) -> list[str]:
+    """Return the names of the layers that were removed: without outputs, or constant."""
+    return [n for n, kept in layers.items() if kept.out == () or kept.is_constant]
 
 
 def compose(first: Layers, then: Layers) -> Layers:

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from job.slimming.planning.loss_curves import SMALLEST_LOSS
 from job.slimming.planning.search import check_reachable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from job.slimming.planning.planner import Planner
     from job.slimming.planning.target import Budget
 
@@ -28,31 +31,59 @@ def counts_by_loss(planner: Planner, budget: Budget, limit: float) -> list[int]:
     """Return the numbers of units that meet ``limit`` at the least sum of the groups' losses.
 
     The cost of a step is what it saves when it is taken, with the other groups as they are then.
-    Raises UsageError where the limit is out of reach.
+    A removable group keeps no unit where that is the cheapest step, if no more is lost in all
+    than with some units of every group. Raises UsageError where the limit is out of reach.
     """
-    search = _Search(planner, budget.metric)
-    check_reachable(planner, budget, limit, search.floors)
-    search.cut(limit)
-    search.restore(limit)
-    return search.counts
+    removals = {
+        number: frozenset(planner.removed_with(r))
+        for number, r in enumerate(planner.groups)
+        if r.removable
+    }
+    narrow = _Search(planner, budget.metric, {})
+    if removals:
+        shallow = _Search(planner, budget.metric, removals)
+        check_reachable(planner, budget, limit, shallow.floors)
+        shallow.meet(limit)
+        if planner.metric(budget.metric, narrow.floors) > limit:
+            return shallow.counts
+    else:
+        check_reachable(planner, budget, limit, narrow.floors)
+    narrow.meet(limit)
+    noise = SMALLEST_LOSS * len(planner.groups)
+    if removals and shallow.loss() <= narrow.loss() + noise:
+        return shallow.counts
+    return narrow.counts
 
 
 class _Search:
-    def __init__(self, planner: Planner, metric: str) -> None:
-        self.planner, self.metric = planner, metric
+    """A search in which the groups ``removals`` may keep no unit, and those that go with each."""
+
+    def __init__(self, planner: Planner, metric: str, removals: dict[int, frozenset[int]]) -> None:
+        self.planner, self.metric, self.removals = planner, metric, removals
         self.losses = [planner.losses_of(r) for r in planner.groups]
         self.allowed = [_allowed_counts(r.floor, r.step, len(r.units)) for r in planner.groups]
-        self.floors = [int(allowed[0]) for allowed in self.allowed]
+        self.floors = [0 if n in removals else int(a[0]) for n, a in enumerate(self.allowed)]
         self.counts = [len(r.units) for r in planner.groups]
         self.cost = planner.metric(metric, self.counts)
+        # groups that go together lose the same: what is measured behind the last of them
+        self.removal_losses = {
+            number: min(self.losses[n][0] for n, other in removals.items() if other == removed)
+            for number, removed in removals.items()
+        }
+
+    def meet(self, limit: float) -> None:
+        """Take the cheapest steps to ``limit``, and restore what still fits."""
+        self.cut(limit)
+        self.restore(limit)
 
     def cut(self, limit: float) -> None:
         """Take the cheapest steps until the cost is within ``limit``.
 
         The saving of a step only shrinks while other groups are cut: the rate of the first step in
-        the queue is computed again, and it is taken if it is still the lowest.
+        the queue is computed again, and it is taken if it is still the lowest. Groups that can be
+        removed together are queued again when one of them is cut.
         """
-        queue = [step for step in map(self._next_step, range(len(self.counts))) if step]
+        queue = list(self._steps(range(len(self.counts))))
         heapq.heapify(queue)
         while self.cost > limit and queue:
             step = self._next_step(heapq.heappop(queue).group)
@@ -61,10 +92,8 @@ class _Search:
             if queue and step.rate > queue[0].rate * (1 + 1e-9):
                 heapq.heappush(queue, step)
                 continue
-            self.counts[step.group] = step.units
-            self.cost = self.planner.metric(self.metric, self.counts)
-            following = self._next_step(step.group)
-            if following:
+            self._take(step)
+            for following in self._steps({step.group, *self.removals.get(step.group, ())}):
                 heapq.heappush(queue, following)
 
     def restore(self, limit: float) -> None:
@@ -80,7 +109,48 @@ class _Search:
             if following:
                 heapq.heappush(queue, following)
 
+    def loss(self) -> float:
+        """Return the sum of the losses of all groups; those that go together count once."""
+        removed = {n: self.removals[n] for n, count in enumerate(self.counts) if not count}
+        largest = {
+            groups: self.removal_losses[n]
+            for n, groups in removed.items()
+            if not any(groups < other for other in removed.values())
+        }
+        kept = (float(loss[n]) for loss, n in zip(self.losses, self.counts, strict=True) if n)
+        return float(sum(kept) + sum(largest.values()))
+
+    def _steps(self, groups: Iterable[int]) -> Iterable[_Step]:
+        for group in sorted(groups):
+            step = self._next_step(group)
+            if step:
+                yield step
+
+    def _take(self, step: _Step) -> None:
+        self.counts[step.group] = step.units
+        if not step.units:
+            for group in self.removals[step.group] & self.removals.keys():
+                self.counts[group] = 0
+        self.cost = self.planner.metric(self.metric, self.counts)
+
     def _next_step(self, group: int) -> _Step | None:
+        """The step of ``group`` that loses least for what it saves; None for a removed group."""
+        if not self.counts[group]:
+            return None
+        steps = [self._narrower(group), self._removal(group)]
+        return min((step for step in steps if step), default=None)
+
+    def _removal(self, group: int) -> _Step | None:
+        """The step to no unit of ``group``, and of those that go with it."""
+        removed = self.removals.get(group)
+        if removed is None:
+            return None
+        lost = self.removal_losses[group] - sum(
+            float(self.losses[n][self.counts[n]]) for n in removed if self.counts[n]
+        )
+        return self._step(max(0.0, lost - SMALLEST_LOSS), group, 0)
+
+    def _narrower(self, group: int) -> _Step | None:
         """The step of ``group`` along the lower convex hull of its losses, at most one chunk."""
         count, losses, allowed = self.counts[group], self.losses[group], self.allowed[group]
         fewer = allowed[allowed < count]
@@ -92,14 +162,16 @@ class _Search:
         chunk = max(1, len(losses) // CHUNKS)
         near = fewer[fewer >= max(corner, count - chunk)]
         target = int(near[0]) if len(near) else int(fewer[-1])
+        return self._step(lowest * (count - target), group, target)
+
+    def _step(self, lost: float, group: int, target: int) -> _Step:
         saved = self.cost - self._cost_with(group, target)
-        lost = lowest * (count - target)
         return _Step(lost / saved if saved > 0 else np.inf, group, target)
 
     def _next_restored(self, group: int) -> _Step | None:
         count, losses, allowed = self.counts[group], self.losses[group], self.allowed[group]
         more = allowed[allowed > count]
-        if not len(more):
+        if not len(more) or not count:
             return None
         return _Step(-float(losses[count] - losses[more[0]]), group, int(more[0]))
 

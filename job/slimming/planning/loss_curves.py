@@ -22,7 +22,7 @@ class LossCurve:
     ``counts`` (P,) are the measured numbers of units, rising, and ``losses`` (P,) the losses there.
     ``by_count`` (units + 1,) is the loss for every number, interpolated; it never rises. ``images``
     is the number of images that were measured, ``kind`` the name of the loss: kl (of the softmax)
-    or squared_error.
+    or squared_error. A ``removable`` group may keep no unit.
     """
 
     counts: tuple[int, ...]
@@ -30,6 +30,7 @@ class LossCurve:
     by_count: Scores
     images: int = 0
     kind: str = ""
+    removable: bool = False
 
 
 def fit_curve(

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from job.console import table
-from job.slimming.planning.layer_channels import LayerChannels
+from job.slimming.planning.layer_channels import LayerChannels, removed_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ def plan_text(
         parts.append(table(("layer", "inputs", "outputs"), rows))
     if before and after:
         parts.append(costs_table(before, after))
-    return "\n".join([*parts, *_blocked_lines(blocked)])
+    return "\n".join([*parts, *removed_lines(layers), *_blocked_lines(blocked)])
 
 
 def costs_table(before: Cost, after: Cost) -> str:
@@ -53,12 +53,19 @@ def costs_table(before: Cost, after: Cost) -> str:
     return table(("", "before", "after", "left"), costs)
 
 
+def removed_lines(layers: Layers) -> list[str]:
+    """Return a line that names the layers that were removed whole; nothing where none was."""
+    removed = removed_layers(layers)
+    return [f"removed whole: {', '.join(map(_shortened, removed))}"] if removed else []
+
+
 def _widths(layers: Layers, name: str, full: Sizes) -> tuple[str, str]:
     """Inputs and outputs of a layer, as ``64 -> 32`` where some are cut."""
     kept = layers.get(name, LayerChannels())
+    input_indices = kept.in_ if kept.select is None else kept.select
     inputs, outputs = (
-        "" if size is None else f"{size:,} -> {len(indices):,}" if indices else f"{size:,}"
-        for size, indices in zip(full, (kept.select or kept.in_, kept.out), strict=True)
+        "" if size is None else f"{size:,}" if indices is None else f"{size:,} -> {len(indices):,}"
+        for size, indices in zip(full, (input_indices, kept.out), strict=True)
     )
     return inputs, outputs
 

@@ -5,7 +5,7 @@ The main process makes it, every process applies it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,7 +111,18 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
                 sides["in_"] = _indices(kept[:: slot.times])
         else:
             sides[SIDES[slot.side]] = _indices(kept)
-    return {layer: LayerChannels(**sides) for layer, sides in layers.items()}
+    plan = {layer: LayerChannels(**sides) for layer, sides in layers.items()}
+    for layer, channels in plan.items():
+        if channels.is_constant and (norm := folded_norm(graph, layer)):
+            plan[layer] = replace(channels, norm=norm)
+    return plan
+
+
+def folded_norm(graph: ChannelGraph, layer: str) -> str | None:
+    """Return the BatchNorm that is folded into ``layer`` when it has no input; None for none."""
+    norms = graph.forward.norms_after.get(layer, ())
+    selecting = (slot.layer for slot in graph.slots if slot.side == "select")
+    return norms[0] if len(norms) == 1 and norms[0] not in selecting else None
 
 
 def groups_of(graph: ChannelGraph, keep: Ids) -> dict[str, Kept]:

@@ -61,6 +61,11 @@ class Planner:
         """Return one metric of the network that keeps ``counts`` (groups,) units."""
         return self.costs.metric(metric, self.costs.slot_counts(self.kept_channels(counts)))
 
+    def removed_with(self, ranked: RankedGroup) -> list[int]:
+        """Return the numbers of the ranked groups that go when a group keeps no unit, it too."""
+        removed = self.kept_channels.flow.closure([ranked.group.name])
+        return [n for n, other in enumerate(self.groups) if other.group.name in removed]
+
     def losses_of(self, ranked: RankedGroup) -> Scores:
         """Return the loss of the outputs with 0, 1, … units of a group kept, as (units + 1,).
 

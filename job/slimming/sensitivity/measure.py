@@ -39,7 +39,7 @@ from job.slimming.sensitivity.replay import Replay
 from job.slimming.surgery.surgery import apply_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -68,6 +68,7 @@ def measure_curves(
     *,
     accumulated: bool = False,
     more: Sequence[float] = (),
+    removable: Collection[str] = (),
     progress: Progress = no_progress,
 ) -> dict[str, LossCurve]:
     """Return the loss curve of each of ``groups`` that a measured layer reads, by name.
@@ -76,16 +77,21 @@ def measure_curves(
     images are used, over all processes, as cost little. ``accumulated`` says that the scores of a
     group are losses that add up, as those of refit. Curves go through the points at
     ``FRACTIONS``; those at ``more`` fractions are measured on the same images, and change no curve.
+    Curves of the groups ``removable``, by name, go through the loss without any unit too.
     """
     measured = _readers(network, graph, groups, calibration.statistics)
     chosen = [r for r in groups if r.group.name in measured]
-    fitted = [_points(len(r.units), FRACTIONS) for r in chosen]
+    fractions = [(*FRACTIONS, 0.0) if r.group.name in removable else FRACTIONS for r in chosen]
+    fitted = [_points(len(r.units), through) for r, through in zip(chosen, fractions, strict=True)]
     evaluations = sum(map(len, fitted))
     if not evaluations:
         return {}
     count = round(PASSES * calibration.count / (evaluations * 0.5))
     count = min(max(count, MIN_MEASURED), MAX_MEASURED, calibration.count)
-    points = [_points(len(r.units), (*FRACTIONS, *more)) for r in chosen]
+    points = [
+        _points(len(r.units), (*through, *more))
+        for r, through in zip(chosen, fractions, strict=True)
+    ]
     trial = _TrialNetwork(network, graph, example, calibration.statistics)
     batches = list(_first_images(calibration.images(), count))
     losses = iter(trial.losses(chosen, points, batches, measured, progress).tolist())
@@ -96,7 +102,12 @@ def measure_curves(
         own = {number: next(losses) for number in counts}
         curve = fit_curve(through, [own[n] for n in through], len(r.units), local)
         curves[r.group.name] = replace(
-            curve, counts=tuple(own), losses=tuple(own.values()), images=count, kind=kind
+            curve,
+            counts=tuple(own),
+            losses=tuple(own.values()),
+            images=count,
+            kind=kind,
+            removable=r.group.name in removable,
         )
     return curves
 

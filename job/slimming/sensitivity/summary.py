@@ -69,7 +69,7 @@ def summarise_losses(
 
 def _cost_shares(network: nn.Module, graph: ChannelGraph) -> dict[str, tuple[float, float]]:
     """The shares of MACs and parameters that are saved when a group has no channels, by name."""
-    costs, shares = CostModel(network, graph), {}
+    costs, shares = CostModel(network, graph, removals=False), {}
     whole = costs.cost(keep_all(graph))
     for group in graph.groups:
         keep = keep_all(graph)

@@ -12,6 +12,7 @@ from job.slimming.graph.layer_rules import layer_rule
 from job.slimming.graph.layers import is_depthwise, modules_of, owner_of, weight_rows
 from job.slimming.graph.selection import SelectedChannels, unwrap_selection
 from job.slimming.surgery.clone import clone_module
+from job.slimming.surgery.removal import Modules, replacements
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from job.slimming.planning.layer_channels import Kept, LayerChannels, Layers
 
 Tensors = dict[str, torch.Tensor]
-Modules = dict[str, nn.Module]
 
 
 def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
@@ -30,8 +30,12 @@ def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
     GammaslimError or IndexError for layers that are not this network's.
     """
     modules = modules_of(network)
-    memo: dict[int, Any] = {}  # narrow tensors by id of the wide one, which is not copied
+    replaced = replacements(modules, layers)
+    # narrow tensors and layers by id of the wide one, which is not copied
+    memo: dict[int, Any] = {id(modules[name]): layer for name, layer in replaced.items()}
     for name, channels in layers.items():
+        if name in replaced:
+            continue
         holder = _holder(modules, name)
         for attribute, tensor in _cut_tensors(modules, name, channels).items():
             wide = getattr(holder, attribute)
@@ -41,15 +45,16 @@ def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
                     nn.Parameter(tensor, wide.requires_grad) if is_parameter else tensor
                 )
     for name, channels in layers.items():
-        if channels.select is not None:
+        if channels.select:
             _select_inputs(modules[name], channels.select, memo)
     narrow = clone_module(network, memo)
     if layers:
-        for module in modules_of(network, once=True).values():
-            _set_sizes(module, memo)
+        for name, module in modules_of(network, once=True).items():
+            if name not in replaced:
+                _set_sizes(module, memo)
     for name, channels in layers.items():
         layer: Any = memo[id(modules[name])] if channels.bias else None
-        if channels.bias and layer.bias is None:
+        if channels.bias and name not in replaced and layer.bias is None:
             weight = layer.weight
             rows = len(weight_rows(layer))
             layer.bias = nn.Parameter(weight.new_zeros(rows), weight.requires_grad)
@@ -69,7 +74,7 @@ def _keep_indices(tensor: torch.Tensor, kept: Kept | None, axis: int) -> torch.T
     """Keep some indices along an axis, in the tensor's memory format; None keeps all."""
     if kept is None:
         return tensor
-    index = torch.tensor(kept, device=tensor.device)
+    index = torch.tensor(kept, dtype=torch.long, device=tensor.device)
     return _in_format_of(tensor, tensor.detach().index_select(axis, index))
 
 

@@ -22,6 +22,7 @@ from job.slimming.planning.plan import Proof
 from job.slimming.surgery.clone import clone_module, clone_to
 from job.slimming.surgery.comparison import explain_mismatch, relative_difference
 from job.slimming.surgery.probe import probe_batch, smallest_equivalent_input
+from job.slimming.surgery.removal import set_exact_constants
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +59,7 @@ def verify(
     if not auxiliary:  # auxiliary heads need images of the full size
         small = smallest_equivalent_input(wide, example, graph.forward.treatment if graph else None)
     masked, expected, precision = _expected(wide, layers, small, auxiliary)
-    actual = _narrow_outputs(narrow, small, auxiliary, precision)
+    actual = _narrow_outputs(narrow, wide, layers, small, auxiliary, precision)
     tolerance = PROOF_TOLERANCE
     if precision != torch.float64:
         tolerance = _rounding_tolerance(masked, expected, small, auxiliary)
@@ -76,11 +77,17 @@ def verify(
 
 
 def _narrow_outputs(
-    narrow: nn.Module, example: Example, auxiliary: bool, precision: torch.dtype
+    narrow: nn.Module,
+    wide: nn.Module,
+    layers: Layers,
+    example: Example,
+    auxiliary: bool,
+    precision: torch.dtype,
 ) -> list[torch.Tensor]:
     """The outputs of the narrow network; raises GammaslimError where it does not run."""
     try:
         copy = clone_to(narrow, "cpu", precision).cpu()
+        set_exact_constants(copy, wide, layers)
         # another seed: outputs that depend on random numbers prove nothing
         return _probe_outputs(copy, example, auxiliary, seed=1)
     except Exception as failure:  # whatever a network raises

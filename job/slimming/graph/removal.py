@@ -1,0 +1,114 @@
+"""Removal of whole branches: what else goes with channel groups that keep no channel.
+
+Without any channel of its input a layer is a constant. Groups whose channels are then constant, or
+are read by nothing that matters, go too: the bottleneck before the layer, the gate on the channels.
+Everything is decided on the data flow of a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from job.slimming.graph.trace_summary import NETWORK_INPUT
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from job.slimming.graph.groups import ChannelGraph, ChannelGroup
+    from job.slimming.graph.union import Ids
+
+
+class DataFlow:
+    """What depends on the input of a network, and what its outputs depend on, after a removal."""
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self.graph = graph
+        self.steps, self.outputs = graph.forward.steps, graph.forward.outputs
+        self.calls: dict[str, list[int]] = defaultdict(list)  # steps by layer
+        for number, step in enumerate(self.steps):
+            if step.layer:
+                self.calls[step.layer.removesuffix(".norm")].append(number)
+        self.inputs = [slot for slot in graph.slots if slot.side == "in"]
+        self.idle = self._idle_groups(frozenset())
+        self._closures: dict[frozenset[str], frozenset[str]] = {frozenset(): frozenset()}
+
+    def closure(self, names: Iterable[str]) -> frozenset[str]:
+        """Return all groups that go when the groups ``names`` keep no channel."""
+        asked = frozenset(names)
+        if asked not in self._closures:
+            removed = asked
+            while not (idle := self._idle_groups(removed) - self.idle) <= removed:
+                removed |= idle
+            self._closures[asked] = removed
+        return self._closures[asked]
+
+    def outputs_depend(self, removed: frozenset[str]) -> bool:
+        """Return whether all outputs still depend on the input of the network."""
+        before, after = self._dependent(set()), self._dependent(self._constants(removed))
+        return all(after[n] or not before[n] for n in self.outputs if n >= 0)
+
+    def channels_of(self, names: Collection[str]) -> Ids:
+        """Return the mask (count,) of the channels of some groups."""
+        mask: Ids = np.zeros(self.graph.count, bool)
+        for group in self.graph.groups:
+            if group.name in names:
+                mask[group.channels] = True
+        return mask
+
+    def _constants(self, removed: frozenset[str]) -> set[str]:
+        """The layers of whose input no channel is left."""
+        gone = self.channels_of(removed)
+        return {slot.layer for slot in self.inputs if gone[slot.ids].all()}
+
+    def _dependent(self, constants: set[str]) -> list[bool]:
+        """Whether the result of each step depends on the input of the network."""
+        depends: list[bool] = []
+        for step in self.steps:
+            passes = not step.constant and step.layer not in constants
+            depends.append(passes and any(n == NETWORK_INPUT or depends[n] for n in step.sources))
+        return depends
+
+    def _used(self, constants: set[str]) -> list[bool]:
+        """Whether an output needs the result of each step."""
+        used = [False] * len(self.steps)
+        for n in self.outputs:
+            if n >= 0:
+                used[n] = True
+        for number in range(len(used) - 1, -1, -1):
+            step = self.steps[number]
+            if used[number] and not step.constant and step.layer not in constants:
+                for n in step.sources:
+                    if n >= 0:
+                        used[n] = True
+        return used
+
+    def _idle_groups(self, removed: frozenset[str]) -> frozenset[str]:
+        """The groups whose channels are constant or unused when ``removed`` keep no channel."""
+        constants = self._constants(removed)
+        depends, used = self._dependent(constants), self._used(constants)
+        readers: dict[str, list[int]] = defaultdict(list)
+        unseen = set()  # groups with a reader that only train mode runs
+        for group in self.graph.groups:
+            for layer, side in group.slots:
+                if side == "in":
+                    readers[group.name] += self.calls.get(layer, ())
+                    if layer not in self.calls:
+                        unseen.add(group.name)
+        return frozenset(
+            group.name
+            for group in self.graph.groups
+            if group.name not in unseen
+            and (
+                self._is_constant(group, depends)
+                or not any(
+                    used[n] and self.steps[n].layer not in constants for n in readers[group.name]
+                )
+            )
+        )
+
+    def _is_constant(self, group: ChannelGroup, depends: list[bool]) -> bool:
+        calls = [n for layer in group.layers for n in self.calls.get(layer, ())]
+        return bool(calls) and not any(depends[n] for n in calls)
