@@ -16,6 +16,7 @@ file                   record
 ``evaluation.json``    `RoundEvaluation`, in
                        `job.artifacts.evaluation_record`
 ``config.toml``        `DatasetRecord`, `BaseRecord`
+``wandb.json``         `WandbRecord`
 =====================  =====================================================
 
 To add a summary metric, add a field to `RoundRecord` and the line that computes it. The field needs
@@ -255,3 +256,14 @@ class BaseRecord:
     weights_sha256: str
     epochs: int
     teacher_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class WandbRecord:
+    """Id of the W&B run, attempts so far, and the folders of W&B that are not synced yet."""
+
+    WRITE_DEFAULTS: ClassVar[bool] = True
+
+    id: str = ""
+    attempts: int = 0
+    unsent: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """The W&B process: isolates the job from W&B's waits, output and hooks.
 
 `job.tracking.tracker` starts it as a file; it imports nothing from the package. It reads JSON
-lines: the settings, then ``log``, ``round`` and ``finish`` events. It writes JSON lines: a
+lines: `Settings`, then `LogEvent` and at last `FinishEvent`. It writes JSON lines, `Reply`: a
 ``folder`` or ``failed``, then warnings. W&B itself is configured by its environment variables.
 """
 
@@ -16,33 +16,95 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    Histogram = tuple[list[int], list[float]]  # counts, edges of the bins
+    Table = tuple[Sequence[str], Sequence[Sequence[object]]]  # columns, rows
 
 FINAL_SYNC = 45.0  # seconds after the last event; then the process exits, whatever W&B does
 UPLOAD_WAIT = 3.0  # seconds of FINAL_SYNC to wait for artifact uploads
 
 
+class OfflineNames(TypedDict, total=False):
+    """Arguments of ``wandb.init`` for an offline run."""
+
+    id: str
+    name: str
+    group: str
+
+
+class Settings(TypedDict):
+    """How a W&B run starts: ``axes`` maps keys to the key of their x axis."""
+
+    mode: str
+    config: dict[str, object]
+    axes: Mapping[str, str]
+    offline: OfflineNames
+    argv: list[str]
+
+
+class ModelUpload(TypedDict):
+    """A model to upload as the artifact ``name``: the files of ``folder``."""
+
+    name: str
+    folder: str
+    alias: str
+    metadata: Mapping[str, object]
+
+
+class LogEvent(TypedDict):
+    """Values that W&B logs together, and what belongs to a round: see `WandbEvent`."""
+
+    event: Literal["log"]
+    values: Mapping[str, object]
+    histograms: Mapping[str, Histogram]
+    tables: Mapping[str, Table]
+    model: ModelUpload | None
+
+
+class FinishEvent(TypedDict):
+    """End of the job; with ``preempted`` W&B expects that it runs again."""
+
+    event: Literal["finish"]
+    summary: Mapping[str, object]
+    exit_code: int
+    preempted: bool
+
+
+class Reply(TypedDict, total=False):
+    """The folder, mode and URL of the W&B run, or why there is none, or a warning."""
+
+    mode: str
+    folder: str
+    url: str
+    failed: str
+    warning: str
+
+
 def main() -> None:
     """Start a W&B run, log the job's events to it, and end it when the job ends."""
     events, replies = _take_pipes()
-    settings = json.loads(events.readline())
+    settings: Settings = json.loads(events.readline())
     sys.argv = settings["argv"]  # W&B shows it as the run's command
     try:
         run = _start_run(settings)
     except Exception as error:  # wandb raises its own, requests' and protobuf's errors
-        _reply(replies, failed=_reason(error), mode=settings["mode"])
+        _reply(replies, {"failed": _reason(error), "mode": settings["mode"]})
         os._exit(1)
     folder = os.path.dirname(run.dir)  # noqa: PTH120  (keeps "." in the path)
-    _reply(replies, folder=folder, mode=settings["mode"], url=run.url or "")
+    _reply(replies, {"folder": folder, "mode": settings["mode"], "url": run.url or ""})
     run_logger = RunLogger(run, replies)
     for line in events:
-        event = json.loads(line)
-        if event.pop("event") == "finish":
-            run_logger.finish(**event)
+        event: LogEvent | FinishEvent = json.loads(line)
+        if event["event"] == "finish":
+            run_logger.finish(event)
             break
-        run_logger.log(**event)
+        run_logger.log(event)
     else:  # the job was killed
-        run_logger.finish({}, exit_code=1, preempted=False)
+        run_logger.finish({"event": "finish", "summary": {}, "exit_code": 1, "preempted": False})
 
 
 class RunLogger:
@@ -54,59 +116,63 @@ class RunLogger:
         # W&B waits for its server at each artifact or table; scalar values must not wait with it
         self.uploads = ThreadPoolExecutor(1)
 
-    def log(self, values: dict[str, Any], **media: Any) -> None:
-        """Log ``values``, and for a round its histograms (counts, edges), table and model."""
-        histograms = media.get("histograms", {})
-        self._try(lambda: self.run.log(values | {k: _histogram(*h) for k, h in histograms.items()}))
-        for name, table in media.get("tables", {}).items():
-            self.uploads.submit(self._try, partial(self._log_table, name, *table))
-        if model := media.get("model"):
-            self.uploads.submit(self._try, partial(self._upload, **model))
+    def log(self, event: LogEvent) -> None:
+        """Log the values and histograms of ``event``; its tables and model follow in a thread."""
+        counts = event["histograms"].items()
+        self._try(
+            lambda: self.run.log({**event["values"], **{k: _histogram(*h) for k, h in counts}})
+        )
+        for name, table in event["tables"].items():
+            self.uploads.submit(self._try, partial(self._log_table, name, table))
+        if model := event["model"]:
+            self.uploads.submit(self._try, partial(self._upload, model))
 
-    def finish(self, summary: dict[str, Any], exit_code: int, preempted: bool) -> None:
-        """End the W&B run; with ``preempted`` W&B expects that the job runs again."""
+    def finish(self, event: FinishEvent) -> None:
+        """End the W&B run."""
         deadline = threading.Timer(FINAL_SYNC, os._exit, (1,))
         deadline.daemon = True
         deadline.start()
         with suppress(TimeoutError):
             timeout = FINAL_SYNC if self.run.offline else UPLOAD_WAIT
             self.uploads.submit(lambda: None).result(timeout)
-        self._try(lambda: self.run.summary.update(summary))
-        if preempted:
+        self._try(lambda: self.run.summary.update(event["summary"]))
+        if event["preempted"]:
             self._try(self.run.mark_preempting)
-        self._try(lambda: self.run.finish(exit_code=exit_code))
+        self._try(lambda: self.run.finish(exit_code=event["exit_code"]))
 
-    def _log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    def _log_table(self, name: str, table: Table) -> None:
         import wandb
 
-        self.run.log({name: wandb.Table(columns=columns, data=rows)})
+        columns, rows = table
+        self.run.log({name: wandb.Table(columns=list(columns), data=list(rows))})
 
-    def _upload(self, name: str, folder: str, alias: str, metadata: dict[str, Any]) -> None:
+    def _upload(self, model: ModelUpload) -> None:
         import wandb
 
-        artifact = wandb.Artifact(name, "model", metadata=metadata)
-        for file in sorted(Path(folder).iterdir()):
+        artifact = wandb.Artifact(model["name"], "model", metadata=dict(model["metadata"]))
+        for file in sorted(Path(model["folder"]).iterdir()):
             artifact.add_file(str(file))
-        self.run.log_artifact(artifact, aliases=[alias])
+        self.run.log_artifact(artifact, aliases=[model["alias"]])
 
-    def _try(self, call: Any) -> None:
+    def _try(self, call: Callable[[], object]) -> None:
         try:
             call()
         except Exception as error:  # see main
             if not self.warned:
-                _reply(self.replies, warning=_reason(error))
+                _reply(self.replies, {"warning": _reason(error)})
             self.warned = True
 
 
-def _start_run(settings: dict[str, Any]) -> Any:
+def _start_run(settings: Settings) -> Any:
     """Start the W&B run; replace the mode ``auto`` in ``settings`` by the mode it selects."""
     import wandb
 
     if settings["mode"] == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-        settings["mode"] = {"dryrun": "offline", "run": "online"}.get(mode, mode)
-    offline = settings["offline"] if settings["mode"] == "offline" else {}
-    run = wandb.init(mode=settings["mode"], config=settings["config"], **offline)
+        asked = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        settings["mode"] = {"dryrun": "offline", "run": "online"}.get(asked, asked)
+    names: OfflineNames = settings["offline"] if settings["mode"] == "offline" else {}
+    mode: Any = settings["mode"]  # W&B refuses unknown ones
+    run = wandb.init(mode=mode, config=settings["config"], **names)
     for metrics, axis in settings["axes"].items():
         # separate x axes: W&B drops values whose step is below the last one
         run.define_metric(axis)
@@ -140,9 +206,9 @@ def _take_pipes() -> tuple[IO[str], IO[str]]:
     return events, replies
 
 
-def _reply(replies: IO[str], **content: Any) -> None:
+def _reply(replies: IO[str], reply: Reply) -> None:
     try:
-        replies.write(json.dumps(content) + "\n")
+        replies.write(json.dumps(reply) + "\n")
     except (OSError, ValueError):  # the job has ended
         return
 

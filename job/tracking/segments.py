@@ -7,10 +7,15 @@ import secrets
 import shlex
 import string
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from job.artifacts.json_records import from_json, to_json
+from job.artifacts.records import WandbRecord
 from job.errors import GammaslimError
 from job.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from job.tracking.process import OfflineNames
 
 ALPHABET = string.ascii_lowercase + string.digits
 
@@ -26,12 +31,12 @@ class Segments:
         self.run, self.path = run, run / "wandb.json"
         stored = self._read()
         given = os.environ.get("WANDB_RUN_ID")
-        self.id = given or str(stored.get("id") or "".join(map(secrets.choice, [ALPHABET] * 8)))
-        self.attempt = int(stored.get("attempts", 0)) + 1
-        self.unsent = [str(folder) for folder in stored.get("unsent", [])]
+        self.id = given or stored.id or "".join(map(secrets.choice, [ALPHABET] * 8))
+        self.attempt = stored.attempts + 1
+        self.unsent = list(stored.unsent)
         self._write()
 
-    def offline(self, name: str, *, instead: bool) -> dict[str, str]:
+    def offline(self, name: str, *, instead: bool) -> OfflineNames:
         """Return the arguments of ``wandb.init`` for an offline run of this attempt.
 
         The user's environment variables take precedence. With ``instead`` the run replaces an
@@ -67,14 +72,12 @@ class Segments:
         online = [] if all(f.name.startswith("offline") for f in unsynced) else ["--include-online"]
         return shlex.join(["wandb", "sync", *online, *map(str, unsynced)])
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> WandbRecord:
         try:
-            stored = read_json(self.path)
-            int(stored.get("attempts", 0)), list(stored.get("unsent", []))
-        except (OSError, ValueError, TypeError, AttributeError, GammaslimError):
-            return {}
-        return dict(stored)
+            return from_json(WandbRecord, read_json(self.path), lenient=True)
+        except (OSError, ValueError, GammaslimError):
+            return WandbRecord()
 
     def _write(self) -> None:
-        content = {"id": self.id, "attempts": self.attempt, "unsent": self.unsent}
-        write_json(self.path, content)
+        record = WandbRecord(self.id, self.attempt, tuple(self.unsent))
+        write_json(self.path, to_json(record))

@@ -14,10 +14,9 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.config import PruneConfig
 from job.console import say, warn
@@ -28,7 +27,8 @@ from job.tracking.wandb_events import AXES
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from job.tracking.wandb_events import WandbEvent
+    from job.tracking.process import FinishEvent, LogEvent, ModelUpload, Reply, Settings
+    from job.tracking.wandb_events import WandbEvent, WandbModel
 
 INIT_TIMEOUT = 30  # seconds; training does not wait for it
 SYNC_SHARE = 0.03  # fraction of the job's time that the final sync may take
@@ -41,11 +41,11 @@ LINGER = 30  # seconds that W&B may continue to send after a finished job
 class Tracker:
     """The W&B run of the main process. No method raises; with mode ``off`` none does anything."""
 
-    def __init__(self, mode: str, project: str, run: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, mode: str, project: str, run: Path, config: Mapping[str, object]) -> None:
         self.project, self.run, self.config = project, run, dict(config)
         self.start_time = time.monotonic()
         self.mode = mode  # the requested mode, then the mode that W&B started in
-        self._events: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._events: SimpleQueue[LogEvent | FinishEvent] = SimpleQueue()
         self._process: subprocess.Popen[str] | None = None
         self._started = False
         self._thread: threading.Thread | None = None
@@ -71,17 +71,21 @@ class Tracker:
         if not self._thread or not self._thread.is_alive():
             return
         event = build()
-        content: dict[str, Any] = {
-            "values": dict(event.values),
-            "histograms": dict(event.histograms),
-            "tables": dict(event.tables),
-        }
-        if event.model:
-            name = re.sub(r"[^\w.-]", "_", f"model-{self.segments.id}")
-            content["model"] = {"name": name, **asdict(event.model)}
-        self._events.put({"event": "log", **content})
+        self._events.put({
+            "event": "log",
+            "values": event.values,
+            "histograms": event.histograms,
+            "tables": event.tables,
+            "model": self._upload(event.model) if event.model else None,
+        })  # fmt: skip
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def _upload(self, model: WandbModel) -> ModelUpload:
+        name = re.sub(r"[^\w.-]", "_", f"model-{self.segments.id}")
+        return {
+            "name": name, "folder": model.folder, "alias": model.alias, "metadata": model.metadata,
+        }  # fmt: skip
+
+    def finish(self, summary: Mapping[str, object]) -> None:
         """Send the summary and end the W&B run.
 
         Waits for the server for SYNC_SHARE of the job's time so far. Prints the command that
@@ -97,13 +101,16 @@ class Tracker:
         """
         self._end({}, exit_code, STOP_SYNC, 0)
 
-    def _end(self, summary: Mapping[str, Any], exit_code: int, limit: float, linger: int) -> None:
+    def _end(
+        self, summary: Mapping[str, object], exit_code: int, limit: float, linger: int
+    ) -> None:
         thread, self._thread = self._thread, None
         if not thread:
             return
         preempted = exit_code == StopRequest.exit_code
-        finish = {"summary": dict(summary), "exit_code": exit_code, "preempted": preempted}
-        self._events.put({"event": "finish", **finish})
+        self._events.put({
+            "event": "finish", "summary": summary, "exit_code": exit_code, "preempted": preempted,
+        })  # fmt: skip
         thread.join(OFFLINE_FLUSH if self.mode == "offline" else limit)
         if thread.is_alive() and not self._started:  # no event is on the disk yet
             process = self._process
@@ -133,7 +140,7 @@ class Tracker:
         self.mode = mode
         self._process = process = _start_process(self._variables(mode))
         assert process.stdin
-        settings = {
+        settings: Settings = {
             "mode": mode,
             "config": self.config,
             "axes": AXES,
@@ -173,12 +180,13 @@ class Tracker:
         elif self.mode == "online" and exit_status == 0:
             self.segments.mark_sent()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Reply:
         """Return the next answer of the W&B process; empty when the process has ended."""
         assert self._process
         assert self._process.stdout
         line = self._process.stdout.readline()
-        return dict(json.loads(line)) if line else {}
+        reply: Reply = json.loads(line) if line else {}
+        return reply
 
     def _variables(self, mode: str) -> dict[str, str]:
         """Return the environment of the W&B process.

@@ -17,7 +17,7 @@ A new value is a field of one of the records, or an entry in the function here t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import nn
@@ -26,10 +26,14 @@ from job.artifacts.json_records import to_json
 from job.slimming.planning.cost import layer_costs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from job.artifacts.records import EpochRecord, RoundRecord, SummaryRecord
+    from job.files import JsonObject
+    from job.tracking.process import Histogram, Table
+
+T = TypeVar("T")
 
 AXES = {"epoch/*": "epoch/step", "round/*": "round/round"}  # keys -> the key of their x axis
 LAYER_COLUMNS = ("layer", "kind", "in", "out", "params", "macs")
@@ -42,7 +46,7 @@ class WandbModel:
 
     folder: str
     alias: str
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ class WandbEvent:
     ``histograms`` are (counts, edges of bins), ``tables`` are (columns, rows).
     """
 
-    values: Mapping[str, Any]
-    histograms: Mapping[str, tuple[list[int], list[float]]] = field(default_factory=dict)
-    tables: Mapping[str, tuple[Sequence[str], list[list[Any]]]] = field(default_factory=dict)
+    values: Mapping[str, object]
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
     model: WandbModel | None = None
 
 
@@ -76,7 +80,7 @@ def round_event(
     pixels, and ``folder`` holds its model.
     """
     content, layers = to_json(record), layer_costs(after, image_size)
-    rows = [[c.name, c.kind, c.channels_in, c.channels_out, c.params, c.macs] for c in layers]
+    rows = [(c.name, c.kind, c.channels_in, c.channels_out, c.params, c.macs) for c in layers]
     return WandbEvent(
         values=_keyed("round", {k: v for k, v in content.items() if k != "cautions"}),
         histograms=_keyed("round/gamma_before", gamma_histograms(before))
@@ -86,13 +90,13 @@ def round_event(
     )
 
 
-def summary_values(summary: SummaryRecord) -> dict[str, Any]:
+def summary_values(summary: SummaryRecord) -> JsonObject:
     """Return W&B's summary of a run: the recommended round and its record."""
     recommended = summary.entries[summary.recommended_round]
     return {"recommended": summary.recommended, **to_json(recommended)}
 
 
-def gamma_histograms(network: nn.Module) -> dict[str, tuple[list[int], list[float]]]:
+def gamma_histograms(network: nn.Module) -> dict[str, Histogram]:
     """Return the histogram of γ of each affine BatchNorm2d, by layer name without dots."""
     return {
         name.replace(".", "_"): _histogram(layer.weight.detach().double().cpu().numpy())
@@ -102,10 +106,10 @@ def gamma_histograms(network: nn.Module) -> dict[str, tuple[list[int], list[floa
 
 
 # float64: NumPy refuses bins narrower than the spacing of values, and γ may be nearly equal
-def _histogram(values: Any) -> tuple[list[int], list[float]]:
+def _histogram(values: Any) -> Histogram:
     counts, edges = np.histogram(values[np.isfinite(values)], bins=HISTOGRAM_BINS)
     return counts.tolist(), edges.tolist()
 
 
-def _keyed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _keyed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
     return {f"{prefix}/{name}": value for name, value in values.items()}
