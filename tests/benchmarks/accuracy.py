@@ -29,9 +29,10 @@ from job.slimming.planning.cost import network_cost
 
 METHODS: dict[str, dict[str, object]] = {
     "gammaslim": {},
+    "depth off": {"depth": "off"},
     "allocate local": {"allocate": "local"},
     "recover 2": {"recover": 2},
-    "gamma, no fit": {"importance": "gamma", "compensate": "none"},
+    "gamma alone": {"importance": "gamma", "compensate": "none"},
 }
 PEERS = ("bnscale", "l2", "taylor")
 BATCH = 128
@@ -49,6 +50,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(METHODS), help="and torch-pruning's: peers")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", default="1,5", help="of fine-tuning; 0 for none")
+    parser.add_argument("--tuned", type=int, default=None, help="images an epoch")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines")
     return parser.parse_args()
 
@@ -84,7 +86,7 @@ def measure(given: argparse.Namespace) -> None:
             "setting": setting,
         }  # fmt: skip
         for epochs in filter(None, map(int, given.epochs.split(","))):
-            everything = splits["train"].sample(None, 0)
+            everything = splits["train"].sample(given.tuned, 0)
             tuned = fine_tune(copy.deepcopy(narrow), everything, epochs, normalise)
             row[f"after {epochs} epochs"] = score(tuned)
         with given.output.open("a") as file:
@@ -141,18 +143,28 @@ def _lines(path: Path) -> list[str]:
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Return a Markdown table: medians over the seeds of points lost against the base."""
-    after = [key for key in rows[0] if key.startswith("after ")]
+    """Return a Markdown table: medians over the seeds of the accuracies, in percent."""
+    after = sorted({key for row in rows for key in row if key.startswith("after ")}, key=_stage)
     lines = [
         f"| MACs left | method | {' | '.join(after)} | CPU seconds |",
         "|---" * (3 + len(after)) + "|",
     ]
     for key in dict.fromkeys((row["target"], row["method"]) for row in rows):
         same = [row for row in rows if (row["target"], row["method"]) == key]
-        values = [f"{statistics.median(float(str(r[name])) for r in same):.2f}" for name in after]
+        values = [_median(same, name) for name in after]
         seconds = statistics.median(float(str(row["cpu seconds"])) for row in same)
         lines.append(f"| {key[0]} | {key[1]} | {' | '.join(values)} | {seconds:.0f} |")
     return "\n".join(lines)
+
+
+def _stage(name: str) -> int:
+    """Epochs of fine-tuning; 0 for "after cut"."""
+    return int("".join(filter(str.isdigit, name)) or 0)
+
+
+def _median(rows: list[dict[str, object]], name: str) -> str:
+    values = [float(str(row[name])) for row in rows if name in row]
+    return f"{statistics.median(values):.2f}" if values else ""
 
 
 if __name__ == "__main__":
