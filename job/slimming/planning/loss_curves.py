@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +31,16 @@ class LossCurve:
     images: int = 0
     kind: str = ""
     removable: bool = False
+
+    def with_removal(self, loss: float) -> LossCurve:
+        """Return the curve of a group that may keep no unit, at the measured ``loss``.
+
+        No number of units loses more than none.
+        """
+        loss = max(loss, SMALLEST_LOSS)
+        by_count = np.minimum(self.by_count, loss)
+        by_count[0] = loss
+        return replace(self, by_count=by_count, removable=True)
 
 
 def fit_curve(

@@ -77,20 +77,20 @@ def measure_curves(
     images are used, over all processes, as cost little. ``accumulated`` says that the scores of a
     group are losses that add up, as those of refit. Curves go through the points at
     ``FRACTIONS``; those at ``more`` fractions are measured on the same images, and change no curve.
-    Curves of the groups ``removable``, by name, go through the loss without any unit too.
+    The groups ``removable``, by name, are measured without any unit too: a loss of its own, which
+    bounds the curve, and changes it nowhere else.
     """
     measured = _readers(network, graph, groups, calibration.statistics)
     chosen = [r for r in groups if r.group.name in measured]
-    fractions = [(*FRACTIONS, 0.0) if r.group.name in removable else FRACTIONS for r in chosen]
-    fitted = [_points(len(r.units), through) for r, through in zip(chosen, fractions, strict=True)]
+    fitted = [_points(len(r.units), FRACTIONS) for r in chosen]
     evaluations = sum(map(len, fitted))
     if not evaluations:
         return {}
     count = round(PASSES * calibration.count / (evaluations * 0.5))
     count = min(max(count, MIN_MEASURED), MAX_MEASURED, calibration.count)
     points = [
-        _points(len(r.units), (*through, *more))
-        for r, through in zip(chosen, fractions, strict=True)
+        _points(len(r.units), (*FRACTIONS, *more, *(0.0,) * (r.group.name in removable)))
+        for r in chosen
     ]
     trial = _TrialNetwork(network, graph, example, calibration.statistics)
     batches = list(_first_images(calibration.images(), count))
@@ -101,13 +101,10 @@ def measure_curves(
         local = r.scores if accumulated else None
         own = {number: next(losses) for number in counts}
         curve = fit_curve(through, [own[n] for n in through], len(r.units), local)
+        if r.group.name in removable:
+            curve = curve.with_removal(own[0])
         curves[r.group.name] = replace(
-            curve,
-            counts=tuple(own),
-            losses=tuple(own.values()),
-            images=count,
-            kind=kind,
-            removable=r.group.name in removable,
+            curve, counts=tuple(own), losses=tuple(own.values()), images=count, kind=kind
         )
     return curves
 

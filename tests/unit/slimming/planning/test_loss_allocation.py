@@ -58,10 +58,8 @@ def curves(
     for group in graph.groups:
         half, lost = group.size // 2, losses.get(group.name, 9.0)
         curve = fit_curve([0, half], [max(lost, steep), steep], group.size)
-        by_count = curve.by_count.copy()
-        by_count[0] = lost
         removed = group.name in removable
-        result[group.name] = replace(curve, by_count=by_count, removable=removed)
+        result[group.name] = curve.with_removal(lost) if removed else curve
     return result
 
 

@@ -188,3 +188,18 @@ def test_squared_errors_are_relative_and_averaged_over_the_outputs() -> None:
     changed = torch.tensor([[np.log(3.0), 0.0]])
     divergence = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
     assert float(mean_loss(loss_terms(logits, changed))) == pytest.approx(divergence)
+
+
+def test_a_removable_group_has_one_more_point_that_changes_no_other() -> None:
+    torch.manual_seed(0)
+    wide = randomise(Residual())
+    graph, calibration = calibrated(wide)
+    groups = rank_groups(graph, score_channels("refit", wide, graph, calibration))
+    without = measure_curves(wide, graph, groups, calibration, IMAGES[:1])
+    name = next(iter(without))
+    within = measure_curves(wide, graph, groups, calibration, IMAGES[:1], removable=[name])
+    assert [n for n, curve in within.items() if curve.removable] == [name]
+    assert within[name].counts == (0, *without[name].counts)
+    assert within[name].by_count[0] == within[name].losses[0]
+    bounded = np.minimum(without[name].by_count, within[name].losses[0])
+    np.testing.assert_array_equal(within[name].by_count[1:], bounded[1:])
