@@ -148,6 +148,42 @@ class SlimOptions(ImageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Options of ``bench``."""
+
+    batch_sizes: tuple[int, ...] = option(
+        (1, 32), "Batch sizes to measure, e.g. 1,32.", metavar="N,N,…"
+    )
+    threads: int | None = option(
+        None,
+        "Number of threads on a CPU.",
+        at_least=1,
+        default_text="the cores of this process, or OMP_NUM_THREADS",
+    )
+    device: DeviceName = shared(PruneConfig, "device")
+    precision: PrecisionName = shared(
+        PruneConfig,
+        "precision",
+        help="Precision of weights and images. auto: fp32 on a CPU, "
+        "bf16 on a GPU that supports it, else fp16.",
+    )
+    memory_format: Literal["contiguous", "channels-last"] = option(
+        "contiguous", "Memory format of weights and images."
+    )
+    compile: bool = option(False, "Measure the networks compiled by torch.compile too.")
+    onnx: Literal["auto", "off"] = option(
+        "auto",
+        "auto: on a CPU in fp32 measure the networks in onnxruntime too, if it is installed.",
+    )
+    seconds: float = option(
+        2.0,
+        "Time to measure each network at each batch size in each runtime.",
+        metavar="SECONDS",
+        above=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SensitivityOptions(ImageOptions):
     """Options of ``sensitivity``."""
 

@@ -21,6 +21,7 @@ FIRST = {
     "inspect": "model json",
     "sensitivity": "data target csv json",
     "slim": "output data target policy",
+    "bench": "batch-sizes threads precision memory-format compile json",
     "export": "output format model",
 }
 EXAMPLES = {
@@ -45,6 +46,11 @@ EXAMPLES = {
         ("gammaslim sensitivity RUN", "images of the run"),
         ("gammaslim sensitivity w.pt --model resnet18 --data D --target macs=0.5", ""),
         ("gammaslim sensitivity RUN --data D --csv groups.csv", ""),
+    ),
+    "bench": (
+        ("gammaslim bench RUN", "its base and its recommended model"),
+        ("gammaslim bench RUN/rounds/01 RUN/rounds/02 --batch-sizes 1,64", ""),
+        ("gammaslim bench wide.onnx slim.onnx --threads 1", "in onnxruntime"),
     ),
     "export": (("gammaslim export RUN --format onnx --output model.onnx", ""),),
     "report": (("gammaslim report RUN", ""), ("gammaslim report RUN RUN", "compare two")),

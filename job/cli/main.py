@@ -12,6 +12,7 @@ from job import __version__
 from job.cli.click_options import click_options
 from job.cli.command import Command, Group
 from job.cli.command_options import (
+    BenchOptions,
     EvaluateOptions,
     ModelOptions,
     PredictOptions,
@@ -212,6 +213,28 @@ def slim_command(output: str, **options: Any) -> None:
         from job.cli.slim import slim_model
 
     slim_model(model, output, SlimOptions(**options))
+
+
+@gammaslim.command("bench", cls=Command)
+@click.argument("paths", metavar="MODEL…", nargs=-1, required=True)
+@click_options(ModelOptions)
+@click_options(BenchOptions)
+@json_option
+def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
+    """Measure latency and throughput of each MODEL and its base.
+
+    The networks are timed in turn, and each is compared with the first one: the base of the first
+    MODEL, or that MODEL itself. MODEL can also be an ONNX file. For a network that is not faster,
+    the layers that are why are named.
+    """
+    model = _model({"path": paths[0], **options})
+    for name in (field.name for field in fields(ModelOptions)):
+        options.pop(name, None)
+    with starting():
+        from job.cli.bench import bench
+
+    with lines_on_stderr(json):
+        bench(model, paths, BenchOptions(**options), json)
 
 
 @gammaslim.command("export", cls=Command)

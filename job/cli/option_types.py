@@ -90,6 +90,23 @@ class KeyValue(click.ParamType):  # type: ignore[type-arg]
         return key, {"true": True, "false": False}.get(text.lower(), text)
 
 
+class BatchSizes(click.ParamType):  # type: ignore[type-arg]
+    """Whole numbers of at least 1, separated by commas."""
+
+    name = "N,N,…"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        """Return the numbers, each once; fail below 1."""
+        words = value if isinstance(value, (tuple, list)) else str(value).split(",")
+        try:
+            sizes = tuple(dict.fromkeys(int(str(word)) for word in words))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers, e.g. 1,32", param, ctx)
+        if not sizes or min(sizes) < 1:
+            self.fail(f"{value!r}: a batch size is at least 1", param, ctx)
+        return sizes
+
+
 class Target(click.ParamType):  # type: ignore[type-arg]
     """``METRIC=VALUE``, as job.slimming.planning.target parses it."""
 
@@ -194,4 +211,5 @@ OPTION_TYPES: dict[str, click.ParamType[Any]] = {
     "model_arg": KeyValue(),
     "rounds": RoundCount(),
     "target": Target(),
+    "batch_sizes": BatchSizes(),
 }

@@ -11,9 +11,9 @@ from support.commands import ROOT
 # lowest first: a module imports from its own folder and from those before it
 LAYERS = [
     "job", "distributed", "data", "models", "slimming.inputs", "slimming.graph",
-    "slimming.calibration", "slimming.importance", "slimming.planning", "slimming.surgery",
-    "slimming.compensation", "slimming.sensitivity", "slimming.recovery", "slimming", "training",
-    "artifacts", "tracking", "report", "pipeline", "cli",
+    "slimming.calibration", "slimming.importance", "slimming.latency", "slimming.planning",
+    "slimming.surgery", "slimming.compensation", "slimming.sensitivity", "slimming.recovery",
+    "slimming", "training", "artifacts", "tracking", "report", "pipeline", "cli",
 ]  # fmt: skip
 ENTRIES = {"job", "job.__main__", "job.gammaslim", "job.gammaslim.__main__"}  # above everything
 MODULES = {

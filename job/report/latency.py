@@ -1,0 +1,157 @@
+"""Tables of measured latency, and sentences that say what became faster and what did not."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from job.console import counted, table
+from job.slimming.latency.explanation import obstacles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from job.slimming.latency.benchmark import BenchmarkResult, LayerComparison, Measurement
+    from job.slimming.latency.explanation import LayerChange
+    from job.slimming.planning.cost import Cost
+
+MAX_LAYER_ROWS = 12  # rows of a table of layers; the others are added up
+DRIFTED = 0.1  # relative change of the median that is reported
+PROMISED = 0.75  # of the ratio of MACs: a smaller speed-up is explained
+
+
+def benchmark_text(
+    facts: Mapping[str, Any], costs: Mapping[str, Cost | None], result: BenchmarkResult
+) -> str:
+    """Return the conditions, a table for each runtime and batch size, and what it says."""
+    parts = [_conditions(facts)]
+    for (runtime, size), group in groupby(
+        result.measurements, key=lambda each: (each.runtime, each.batch_size)
+    ):
+        rows = list(group)
+        parts.append(f"{runtime}, batch {size}\n{_latency_table(rows, costs)}")
+        parts += ["\n".join(notes)] if (notes := list(_notes(rows))) else []
+        compared = {c.network: c for c in result.comparisons if c.batch_size == size}
+        for row in rows[1:]:
+            comparison = compared.get(row.network)
+            if row.speedup:
+                parts.append(_verdict(row, rows[0], costs, comparison))
+            if comparison and runtime == "eager":
+                parts.append(_layers_table(comparison))
+    parts += [f"not measured: {reason}" for reason in result.not_measured]
+    return "\n\n".join(parts)
+
+
+def _conditions(facts: Mapping[str, Any]) -> str:
+    text = (
+        f"{facts['device_name']}, {counted(facts['threads'], 'thread')}, {facts['precision']}, "
+        f"{facts['memory_format']}, torch {facts['versions']['torch']}"
+    )
+    return text if facts["device"] == "cuda" else f"{text}; not measured on a GPU"
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time with three significant digits, in milliseconds."""
+    number = seconds * 1000
+    return f"{number:.0f} ms" if number >= 100 else f"{number:.3g} ms"
+
+
+def _latency_table(rows: Sequence[Measurement], costs: Mapping[str, Cost | None]) -> str:
+    header = ("network", "median", "p90", "p99", "images/s", "speed-up", "MACs", "params")
+    base = costs.get(rows[0].network)
+    return table(header, [(*_times(row), *_ratios(base, costs.get(row.network))) for row in rows])
+
+
+def _times(row: Measurement) -> tuple[str, ...]:
+    times = row.latency.median, row.latency.p90, row.latency.p99
+    gain = f"{row.speedup.value:.2f}x" if row.speedup else ""
+    return (
+        row.network, *map(milliseconds, times), f"{row.latency.images_per_second:,.4g}", gain
+    )  # fmt: skip
+
+
+def _ratios(base: Cost | None, cost: Cost | None) -> tuple[str, str]:
+    """How many times fewer multiply-adds and parameters a network has than the reference."""
+    if base is None or cost is None or base is cost:
+        return "", ""
+    pairs = (base.macs, cost.macs), (base.params, cost.params)
+    macs, params = (f"{whole / left:.2f}x" if left else "" for whole, left in pairs)
+    return macs, params
+
+
+def _notes(rows: Sequence[Measurement]) -> Iterator[str]:
+    """Lines about drift and outliers, where there were many."""
+    drifted = [row for row in rows if abs(row.latency.drift) > DRIFTED]
+    if drifted:
+        most = max(drifted, key=lambda row: abs(row.latency.drift)).latency.drift
+        yield (
+            f"the machine became {abs(most):.0%} {'slower' if most > 0 else 'faster'} meanwhile; "
+            "speed-ups compare calls made one after the other"
+        )
+    disturbed = [row for row in rows if row.latency.outliers > 0.05 * row.latency.samples]
+    if disturbed:
+        share = max(row.latency.outliers / row.latency.samples for row in disturbed)
+        yield (
+            f"up to {share:.0%} of the calls took far longer than the median: other programs "
+            "run here"
+        )
+
+
+def _verdict(
+    row: Measurement,
+    reference: Measurement,
+    costs: Mapping[str, Cost | None],
+    comparison: LayerComparison | None,
+) -> str:
+    """Say whether a network is faster than the reference, and which layers are why it is not."""
+    assert row.speedup
+    base, cost = costs.get(reference.network), costs.get(row.network)
+    fewer = base.macs / cost.macs if base and cost and cost.macs else None
+    macs = "" if fewer is None else f", with {fewer:.2f}x fewer MACs"
+    if not row.speedup.faster:
+        word = "slower" if row.speedup.high < 1 else "not faster"
+        text = f"{row.network} is {word} than {reference.network}: {row.speedup}{macs}"
+    else:
+        text = f"{row.network} is faster than {reference.network}: {row.speedup}{macs}"
+        if fewer is None or row.speedup.value >= PROMISED * fewer:
+            return text
+    reasons = obstacles(comparison.layers) if comparison else []
+    if not reasons:
+        return text
+    where = "" if row.runtime == "eager" else ", timed in eager mode"
+    return f"{text}\nlayers that are why{where}:\n" + "\n".join(f"  {layer}" for layer in reasons)
+
+
+def _layers_table(comparison: LayerComparison) -> str:
+    """A row for each of the layers that take most of the time after the cut."""
+    header = ("layer", "kind", "before", "after", "share before", "share after", "speed-up", "work")
+    changes = sorted(comparison.layers, key=lambda change: -change.after)
+    first = sorted(changes[:MAX_LAYER_ROWS], key=comparison.layers.index)
+    rows = [
+        (change.layer, change.kind, *_layer_times(change), _times_less(change.work))
+        for change in first
+    ]
+    others = changes[MAX_LAYER_ROWS:]
+    if others:
+        sums = (sum(getattr(c, name) for c in others) for name in
+                ("before", "after", "share_before", "share_after"))  # fmt: skip
+        before, after, *shares = sums
+        gain = f"{before / after:.2f}x" if after else ""
+        rows.append(
+            (f"{len(others)} others", "", milliseconds(before), milliseconds(after),
+             *(f"{share:.1%}" for share in shares), gain, "")
+        )  # fmt: skip
+    title = f"layers of {comparison.network}, batch {comparison.batch_size}, eager"
+    return f"{title}\n{table(header, rows, left=2)}"
+
+
+def _layer_times(change: LayerChange) -> tuple[str, ...]:
+    gain = f"{change.before / change.after:.2f}x" if change.after and change.before else ""
+    return (
+        milliseconds(change.before), milliseconds(change.after),
+        f"{change.share_before:.1%}", f"{change.share_after:.1%}", gain,
+    )  # fmt: skip
+
+
+def _times_less(work: float | None) -> str:
+    return f"{1 / work:.2f}x less" if work else ""

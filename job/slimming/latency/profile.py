@@ -1,0 +1,144 @@
+"""The time of each layer within a network, by hooks around its modules."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from job.slimming.graph.layers import modules_of
+from job.slimming.inputs import call_network, tensors_in
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from job.slimming.inputs import Example
+    from job.slimming.latency.clock import Clock
+
+MIN_PASSES, MAX_PASSES = 5, 200
+WARM_PASSES = 2
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """The ``seconds`` of one module in a pass, without those of the modules within it.
+
+    ``elements`` is the number of values in its outputs for one sample.
+    """
+
+    name: str
+    kind: str
+    seconds: float
+    elements: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The times of all modules of a network, by name, in the order of their first calls.
+
+    What a network computes outside layers, e.g. the sum of a residual block, counts for the module
+    whose code computes it. The whole network has the name "".
+    """
+
+    layers: Mapping[str, LayerTime]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of one pass."""
+        return sum(layer.seconds for layer in self.layers.values())
+
+
+def profile_alternately(
+    networks: Sequence[tuple[nn.Module, Example]], clock: Clock, seconds: float
+) -> list[Profile]:
+    """Return the profile of each network on its inputs, measured in turn for ``seconds`` each.
+
+    The networks are used as they are, e.g. in eval mode; the caller disables gradients.
+    """
+    probes = [_Probe(network, inputs, clock) for network, inputs in networks]
+    end = clock.now() + seconds * len(probes)
+    for number in range(MAX_PASSES):
+        if number >= MIN_PASSES and clock.now() >= end:
+            break
+        for probe in probes:
+            probe.run()
+    return [probe.profile() for probe in probes]
+
+
+class _Probe:
+    """One network and the times of its modules in each pass."""
+
+    def __init__(self, network: nn.Module, inputs: Example, clock: Clock) -> None:
+        self.network, self.inputs, self.clock = network, inputs, clock
+        self.names = {module: name for name, module in modules_of(network, once=True).items()}
+        self.passes: list[Counter[str]] = []
+        self.elements: Counter[str] = Counter()
+        self.order: dict[str, None] = {}
+        self.marks: list[Any] = []
+        self.owners: list[str] = []  # of the time after each mark
+        self.stack: list[str] = []
+
+    def run(self) -> None:
+        """Run the network once; the first passes after each other warm it up."""
+        for _ in range(0 if self.passes else WARM_PASSES):
+            call_network(self.network, self.inputs)
+        self.marks, self.owners, self.stack = [], [], []
+        self.elements = Counter()
+        hooks = [module.register_forward_pre_hook(self._enter) for module in self.names]
+        hooks += [module.register_forward_hook(self._leave) for module in self.names]
+        try:
+            call_network(self.network, self.inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        times: Counter[str] = Counter()
+        for owner, span in zip(self.owners, self.clock.spans(self.marks), strict=False):
+            times[owner] += span  # type: ignore[assignment]
+        self.passes.append(times)
+
+    def _enter(self, module: nn.Module, _inputs: Any) -> None:
+        name = self.names[module]
+        self.order.setdefault(name)
+        self.stack.append(name)
+        self.owners.append(name)
+        self.marks.append(self.clock.mark())
+
+    def _leave(self, module: nn.Module, _inputs: Any, outputs: Any) -> None:
+        self.marks.append(self.clock.mark())
+        name = self.stack.pop()
+        self.owners.append(self.stack[-1] if self.stack else "")
+        self.elements[name] += sum(
+            tensor.numel() // max(1, len(tensor)) for tensor in tensors_in(outputs) if tensor.dim()
+        )
+
+    def profile(self) -> Profile:
+        """Return the lower quartile of each module's times over the passes.
+
+        Other programs interrupt some passes: the median of few passes moves with them.
+        """
+        modules = {name: module for module, name in self.names.items()}
+        return Profile(
+            {
+                name: LayerTime(
+                    name,
+                    type(modules[name]).__name__,
+                    float(np.quantile([times[name] for times in self.passes], 0.25)),
+                    self.elements[name],
+                )
+                for name in self.order
+            }
+        )
+
+
+def random_images(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return normally distributed images of ``shape``; torch's own generators are not used.
+
+    Zeros would be unlike images: a processor takes other times for denormal numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(tuple(shape), generator=generator).to(device, dtype)

@@ -1,0 +1,91 @@
+"""Statistics of measured times that outliers and drift do not move."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+OUTLIER = 5.0  # scaled median absolute deviations above the median
+MIN_SPREAD = 0.02  # of the median: times on an idle machine vary by less
+FASTER = 1.02  # a smaller speed-up is none: the layout of memory alone changes as much
+
+
+@dataclass(frozen=True)
+class Series:
+    """The times of one call in seconds: for each round, those of a few calls."""
+
+    rounds: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one batch: ``median``, 90th and 99th percentile of all ``samples`` calls.
+
+    ``images_per_second`` follows from the median. ``outliers`` is the number of calls far above it,
+    as when another program takes the processor; percentiles include them. ``drift`` is how much
+    slower the last third of the calls was than the first.
+    """
+
+    median: float
+    p90: float
+    p99: float
+    images_per_second: float
+    samples: int
+    outliers: int
+    drift: float
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times as fast as the reference: ``low`` to ``high`` is a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def faster(self) -> bool:
+        """Whether the network is faster than the reference beyond doubt."""
+        return self.low > 1 and self.value >= FASTER
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}x ({self.low:.2f} to {self.high:.2f})"
+
+
+def latency_of(series: Series, batch_size: int) -> Latency:
+    """Return the statistics of ``series``, whose calls take ``batch_size`` images each."""
+    times = np.array([seconds for round_times in series.rounds for seconds in round_times])
+    median, p90, p99 = np.quantile(times, (0.5, 0.9, 0.99)).tolist()
+    spread = max(1.4826 * float(np.median(np.abs(times - median))), MIN_SPREAD * median)
+    return Latency(
+        median, p90, p99, batch_size / median, len(times),
+        int((times > median + OUTLIER * spread).sum()), _drift(round_medians(series)),
+    )  # fmt: skip
+
+
+def round_medians(series: Series) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Return the median of each round, (rounds,) seconds."""
+    return np.array([float(np.median(times)) for times in series.rounds])
+
+
+def _drift(medians: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    third = len(medians) // 3
+    if not third:
+        return 0.0
+    return float(np.median(medians[-third:]) / np.median(medians[:third]) - 1)
+
+
+def speedup(reference: Series, other: Series) -> Speedup:
+    """Return the median over the rounds of the reference's time divided by the other's.
+
+    The interval is that of a median by order statistics (David and Nagaraja 2003, section 7.1):
+    it assumes nothing about the distribution of the times.
+    """
+    ratios = np.sort(round_medians(reference) / round_medians(other))
+    count = len(ratios)
+    reach = 0.98 * math.sqrt(count)  # 1.96 standard deviations of the rank of the median
+    low = max(0, math.floor(count / 2 - reach) - 1)
+    high = min(count - 1, math.ceil(count / 2 + reach))
+    return Speedup(float(np.median(ratios)), float(ratios[low]), float(ratios[high]))
