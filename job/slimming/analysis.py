@@ -1,4 +1,4 @@
-"""Analysis: the channel groups of a network, verified by trial cuts where they are in doubt."""
+"""Analysis: the channel groups of a network, with doubtful ones verified by trial cuts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) -> ChannelGraph:
     """Return the channel groups of ``network`` on inputs like ``example``.
 
-    Layers in ``ignore``, given by name, are not cut. Groups in doubt are verified by trial cuts and
-    blocked where these fail. Raises UsageError where the network does not run on such inputs.
+    Layers in ``ignore``, given by name, are not cut. Doubtful groups are verified by trial cuts and
+    blocked if these fail. Raises UsageError if the network does not run on such inputs.
     """
     try:
         graph = channel_graph(network, example, ignore)
-    except Exception as error:  # anybody's network, which may raise anything
+    except Exception as error:  # user code may raise anything
         raise UsageError(
             f"the network does not run on {describe_inputs(example)}: {reason(error)}"
         ) from error

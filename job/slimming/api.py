@@ -1,4 +1,4 @@
-"""``job.slim`` and ``job.sensitivity``: cut a network in Python, or see what it can spare."""
+"""Python interface: ``job.slim`` cuts a network, ``job.sensitivity`` measures what cuts cost."""
 
 from __future__ import annotations
 
@@ -64,32 +64,34 @@ def slim(
     calibration: Iterable[Any] | None = None,
     ignore: Iterable[str | nn.Module] = (),
 ) -> tuple[nn.Module, Plan]:
-    """Return a narrow copy of ``model``, proven in float64, and the plan of the cut.
+    """Return a narrow copy of ``model``, verified in float64, and the plan of the cut.
 
     ``example`` is a batch of inputs of ``model``: a tensor such as (B, C, H, W), a tuple or list
     of inputs, or a dict of keyword arguments. Only its sizes and integers matter.
 
     ``calibration`` is an iterable of batches like the example, or of pairs of such a batch and its
-    labels (B,). At most a few thousand images are used. The compensations ``mean`` and ``regress``
-    need it, the importances ``refit`` and ``taylor`` (which needs labels too), and ``recalibrate``,
-    the number of batches that BatchNorm statistics are measured on after the cut. With None for
-    ``importance`` and ``compensate`` the best choice is made, and logged by ``gammaslim``:
-    ``refit`` and ``regress`` with ``calibration``, else ``gamma`` and ``none``. For ``recover``
-    epochs the copy then learns the outputs and features of ``model`` on the calibration images.
+    labels (B,). At most a few thousand images are used. It is required by the compensations
+    ``mean`` and ``regress``, the importances ``refit`` and ``taylor`` (which also needs labels),
+    ``recover``, and ``recalibrate``.
 
-    ``allocate`` says what the policy ``global`` compares channel groups by: the loss of the
-    network's ``outputs`` when a group is cut, measured on a few calibration images, or the
-    ``local`` importance of channels. With None it is ``outputs`` where ``compensate`` is
-    ``regress``. Then, with the ``depth`` ``auto``, whole residual branches are removed where the
-    outputs lose least by it, and what they add on average stays as a constant; with ``off`` none
-    is.
+    If ``importance`` or ``compensate`` is None, the best choice is made and logged to the logger
+    ``gammaslim``: ``refit`` and ``regress`` with ``calibration``, else ``gamma`` and ``none``.
+    ``allocate`` selects what the policy ``global`` compares channel groups by: ``outputs``, the
+    loss of the network's outputs when a group is cut, measured on a few calibration images, or
+    ``local``, the importance of the channels. The default is ``outputs`` if ``compensate`` is
+    ``regress``. With ``outputs`` and the ``depth`` ``auto``, whole residual branches are also
+    removed where the outputs lose least, and replaced by their mean, a constant. With the ``depth``
+    ``off`` no branch is removed.
 
-    Neither inputs nor outputs of the layers in ``ignore``, given by name or as modules, are cut.
+    After the cut, BatchNorm statistics are measured again on ``recalibrate`` batches, and the copy
+    learns the outputs and features of ``model`` on the calibration images for ``recover`` epochs.
+
+    The inputs and outputs of the layers in ``ignore``, given by name or as modules, are not cut.
     ``model`` is not changed. The copy has its device, mode and requires_grad. ``print(plan)`` shows
     what was cut.
 
     Raises UsageError for invalid arguments, a network that does not run on ``example``, or a target
-    that is out of reach; DataError for weights that are not finite; GammaslimError when the proof
+    that is out of reach; DataError for weights that are not finite; GammaslimError if verification
     fails.
 
     >>> import torch, torchvision
@@ -132,17 +134,18 @@ def sensitivity(
     ignore: Iterable[str | nn.Module] = (),
     target: str | None = None,
 ) -> Sensitivity:
-    """Return what the outputs of ``model`` lose when each channel group alone is reduced.
+    """Return the loss of the outputs of ``model`` when each channel group alone is reduced.
 
-    A row of the result is a channel group: its channels, its shares of the multiply-adds and the
-    parameters, and the loss with 90, 75, 50, 25 and 0 % of its channels kept, the most important
-    ones by ``refit``, and the next layers refitted. The loss is the KL divergence of the softmax,
-    in nats, for logits (B, C), else the squared error relative to the squares of the outputs.
-    ``print(result)`` shows a table, ``result.to_dict()`` is for JSON.
+    Each row of the result describes a channel group: its channels, its shares of the multiply-adds
+    and the parameters, and the loss with 90, 75, 50, 25 and 0 % of its channels kept. The most
+    important channels by ``refit`` are kept, and the next layers are refitted. For logits (B, C)
+    the loss is the KL divergence of the softmax, in nats; for other outputs it is the squared error
+    relative to the squares of the outputs. ``print(result)`` shows a table, ``result.to_dict()``
+    returns plain values for JSON.
 
     ``example``, ``calibration`` and ``ignore`` are those of ``slim``; labels are not used. With a
-    ``target``, e.g. "macs=0.5", each row has the number of channels that ``slim`` keeps with the
-    same ``calibration`` and otherwise its defaults. ``model`` is not changed.
+    ``target``, e.g. "macs=0.5", each row also has the number of channels that ``slim`` keeps with
+    the same ``calibration`` and its other defaults. ``model`` is not changed.
 
     Raises UsageError for invalid arguments, a network that does not run on ``example``, or a target
     that is out of reach; DataError for weights or inputs of layers that are not finite.
@@ -221,18 +224,18 @@ def _analyse_example(model: nn.Module, inputs: Example, names: list[str]) -> Cha
 
 @contextmanager
 def _preserve_weights(model: nn.Module, runs: bool) -> Iterator[None]:
-    """Put back random states and, where the network runs, weights that its own passes change."""
+    """Restore random states at the end and, if the network ``runs``, weights that it changes."""
     with preserve_state(model, values=False) as snapshot:
         if runs:
             snapshot.keep_values(t for t in snapshot.tensors if isinstance(t, nn.Parameter))
         yield
 
 
-def _log(line: str) -> None:
-    """Log a line, if it says anything, or print it to stderr where logging is not configured."""
-    if not line:
+def _log(message: str) -> None:
+    """Log a message, unless it is empty, or print it to stderr if logging is not configured."""
+    if not message:
         return
     if LOGGER.hasHandlers():
-        LOGGER.info(line)
+        LOGGER.info(message)
     elif LOGGER.level <= logging.INFO:
-        print(f"gammaslim: {line}", file=sys.stderr)
+        print(f"gammaslim: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Check and convert the arguments of ``job.slim``."""
+"""Checks and conversions of the arguments of ``job.slim`` and ``job.sensitivity``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from job.slimming.inputs import Example
 
-PYTHON_NETWORK = "pass the nn.Module that it was made from"
+PYTHON_NETWORK = "pass the nn.Module it was created from"
 WRAPPER_ATTRIBUTES = {
     "OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module",
     "FullyShardedDataParallel": "module", "AveragedModel": "module",
@@ -36,7 +36,7 @@ WRAPPER_ATTRIBUTES = {
 
 
 def check_network(model: Any) -> None:
-    """Raise UsageError, with what to pass instead, for a model whose layers cannot be cut."""
+    """Raise UsageError, with what to pass instead, if the layers of ``model`` cannot be cut."""
     kind = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError(f"model is a TorchScript module ({kind}): {PYTHON_NETWORK}")
@@ -52,7 +52,7 @@ def check_network(model: Any) -> None:
 
 
 def _is_exported(model: Any) -> bool:
-    """Whether ``model`` is a graph of ATen operators, as torch.export makes them."""
+    """Return whether ``model`` is a graph of ATen operators, as torch.export creates it."""
     return isinstance(model, torch.fx.GraphModule) and any(
         isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes
     )
@@ -65,7 +65,7 @@ def _check_layer(name: str, module: nn.Module) -> None:
         raise UsageError(f"model has no weights yet ({where} is lazy): run it once first")
     if isinstance(module, torch.jit.ScriptModule):
         raise UsageError(
-            f"model has a TorchScript part ({name}), whose channels cannot be followed: "
+            f"model has a TorchScript part ({name}), whose channels cannot be traced: "
             f"{PYTHON_NETWORK}"
         )
     made_by = type(module).__module__
@@ -74,8 +74,8 @@ def _check_layer(name: str, module: nn.Module) -> None:
     )
     if quantised or any(type(p).__module__.startswith("torchao") for p in weights):
         raise UsageError(
-            f"model is quantised, or prepared for it ({where} is a {type(module).__name__}): pass "
-            "the floating-point network, and quantise the slim one"
+            f"model is quantised or prepared for quantisation ({where} is a "
+            f"{type(module).__name__}): pass the floating-point network, and quantise the slim one"
         )
 
 
@@ -89,13 +89,13 @@ def example_of(model: nn.Module, example: Any) -> Example:
         numbers = isinstance(example, (tuple, list)) and all(type(n) is int for n in example)
         shape = ", ".join(map(str, example)) if numbers and example else "1, 3, 224, 224"
         raise UsageError(
-            "example must be a batch as the network takes it, a tensor or a tuple, list or dict of "
-            f"inputs, e.g. torch.rand({shape}); got {kind_of(example)}"
+            "example must be a batch of inputs of the network: a tensor, or a tuple, list or dict "
+            f"of tensors, e.g. torch.rand({shape}); got {kind_of(example)}"
         )
     if not sample_count(example):
         raise UsageError("example is empty: give one sample, e.g. torch.rand(1, 3, 224, 224)")
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    # tensors on the meta device have no values, which do not matter
+    # the values of an example do not matter, and meta tensors have none
     values = map_tensors(example, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t)
     inputs = arguments_for(model, values)
     if weight is not None:
@@ -104,7 +104,7 @@ def example_of(model: nn.Module, example: Any) -> Example:
 
 
 def budget_of(target: Any) -> Budget:
-    """Parse the target; raises UsageError."""
+    """Parse ``target``; raises UsageError."""
     if not isinstance(target, str):
         pairs = target if isinstance(target, Mapping) else {"macs": target}
         name, value = next(((n, v) for n, v in pairs.items() if n in TARGET_METRICS), ("macs", 0.5))
@@ -118,7 +118,7 @@ def budget_of(target: Any) -> Budget:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str], *, none: bool = False) -> None:
-    """Raise UsageError unless an argument is one of ``choices``, or None if ``none`` allows it."""
+    """Raise UsageError unless ``value`` is one of ``choices``, or None if ``none`` is set."""
     if value in choices or (none and value is None):
         return
     near = did_you_mean(value, choices) if isinstance(value, str) else ""
@@ -126,9 +126,9 @@ def check_choice(name: str, value: Any, choices: Sequence[str], *, none: bool = 
 
 
 def check_number(name: str, value: Any, least: float, most: float = math.inf) -> None:
-    """Raise UsageError unless an argument is a number from ``least`` to ``most``.
+    """Raise UsageError unless ``value`` is a number from ``least`` to ``most``.
 
-    Without ``most`` it must be a whole number.
+    If ``most`` is infinite, it must be an integer.
     """
     kind, described = (Integral, "a whole number") if most == math.inf else (Real, "a number")
     is_number = isinstance(value, kind) and value is not True and value is not False
@@ -176,7 +176,7 @@ def _layer_name(model: nn.Module, modules: Mapping[str, nn.Module], entry: Any) 
 
 
 def in_python(message: str) -> str:
-    """Return a message with Python's argument names in place of command-line options."""
+    """Return ``message`` with command-line options replaced by Python argument names."""
     words = message.split("--")
     renamed = []
     for part in words[1:]:

@@ -1,8 +1,8 @@
-"""A cut from end to end: measure channels and channel groups, plan, cut, prove, compensate.
+"""A cut from end to end: importance, loss curves, plan, surgery, verification, compensation.
 
 ``measure_importance`` -> scores -> ``measure_losses`` -> loss curves -> ``plan_cut`` -> plan ->
-``make_cut`` -> narrow network. ``cut_network`` does all of it, for ``job.slim`` and the command
-``slim``; the main job takes the same steps.
+``make_cut`` -> narrow network. ``cut_network`` runs all of these steps, for ``job.slim`` and the
+command ``slim``. The main job runs the same steps one by one.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ DEPTHS = ("auto", "off")
 
 @dataclass(frozen=True)
 class Method:
-    """The importance that ranks channels, the compensation for removed ones, and a seed.
+    """Method of a cut: importance criterion, compensation of removed channels, seed, allocation.
 
-    ``allocate`` says what the groups of a global cut are compared by: the loss of the network's
-    ``outputs`` when each is cut, or the ``local`` importance of the channels. ``depth`` says
+    ``allocate`` is what the groups of a global cut are compared by: ``outputs``, the loss of the
+    network's outputs when each is cut, or ``local``, the importance of the channels. ``depth`` tells
     whether whole branches of the network may be removed where the outputs lose least (``auto``) or
     not (``off``).
     """
@@ -86,11 +86,11 @@ def choose_method(
     policy: str = "global",
     seed: int = 0,
 ) -> tuple[Method, str]:
-    """Return the method and a line that says why; None is replaced by the best choice.
+    """Return the method, and a message that explains it; None stands for the best choice.
 
     The best choice depends on whether there are calibration ``images``, and on the ``policy``. The
-    line is empty when importance and compensation are given. Refit and the loss of the outputs rely
-    on regress; with another compensation gamma is better.
+    message is empty if importance and compensation are given. Refit and the loss of the outputs
+    assume regress; with another compensation gamma is better.
     """
     best_compensation = compensate or ("regress" if images else "none")
     refits = images and best_compensation == "regress"
@@ -109,10 +109,10 @@ def choose_method(
 
 
 def choose_allocation(allocate: str | None, compensate: str, policy: str) -> str:
-    """Return the allocation; None is replaced by the best choice.
+    """Return the allocation; None stands for the best choice.
 
-    Only some policies compare groups. The loss of the outputs is measured after a fit, as that of
-    regress.
+    Only some policies compare groups. The loss of the outputs is measured after a least-squares
+    fit, as regress does it.
     """
     if not POLICIES[policy].compares_groups:
         return "local"
@@ -127,7 +127,7 @@ def choose_depth(depth: str, allocate: str) -> str:
 def options_needing_images(
     importance: str | None, compensate: str | None, allocate: str | None = None
 ) -> list[str]:
-    """Return those of the options, as typed, that need calibration images."""
+    """Return the options, as typed, that need calibration images."""
     options = []
     if importance and CRITERIA[importance].images:
         options.append(f"--importance {importance}")
@@ -145,11 +145,11 @@ def measure_importance(
     batches: Batches | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Scores, CalibrationData]:
-    """Return the importance (count,) of every channel, and the data that it was measured with.
+    """Return the importance (count,) of every channel, and the calibration data.
 
     ``batches`` returns the calibration batches of this process; measurements are over all
-    processes. Raises UsageError where images or labels are needed and missing, and DataError for
-    weights or layer inputs that are not finite.
+    processes. Raises UsageError if required images or labels are missing, and DataError for weights
+    or layer inputs that are not finite.
     """
     check_finite_weights(network)
     progress("measuring channels", 0, 0)
@@ -161,20 +161,20 @@ def measure_importance(
 def _calibrate(
     network: nn.Module, graph: ChannelGraph, method: Method, batches: Batches | None
 ) -> CalibrationData:
-    """The calibration data that a method needs; raises UsageError where there are no images."""
+    """Return the calibration data that a method needs; raises UsageError without images."""
     criterion, compensation = CRITERIA[method.importance], COMPENSATIONS[method.compensate]
     calibration, missing = CalibrationData(batches), batches is None
     outputs = method.allocate == "outputs"
     if batches is not None and (criterion.statistics or compensation.statistics or outputs):
-        # layers that are fitted to their images afterwards need no exact statistics
+        # exact statistics are not needed if the layers are fitted to the images afterwards
         fitted = compensation.images and not compensation.statistics
         calibration = _measure_inputs(network, graph, batches, sparse=fitted)
-        # no process has an image
+        # statistics are empty if no process has an image
         missing = not calibration.statistics and bool(consumers_of(network, graph))
-    importance = None if criterion.labels else method.importance  # it asks for labelled images
+    importance = None if criterion.labels else method.importance  # it reports missing labels itself
     options = options_needing_images(importance, method.compensate, method.allocate)
     if missing and options:
-        needed = "calibration images are needed, there are none"
+        needed = "calibration images are needed, but there are none"
         raise UsageError(f"{' and '.join(options)}: {needed}")
     return calibration
 
@@ -182,7 +182,7 @@ def _calibrate(
 def _measure_inputs(
     network: nn.Module, graph: ChannelGraph, batches: Batches, *, sparse: bool
 ) -> CalibrationData:
-    """The statistics of layer inputs; exact means, unless they are ``sparse``."""
+    """Return calibration data with the statistics of layer inputs, from a sample if ``sparse``."""
     samples = 0
 
     def counted() -> Iterator[CalibrationBatch]:
@@ -207,10 +207,11 @@ def measure_losses(
     progress: Progress = no_progress,
     more: Sequence[float] = (),
 ) -> dict[str, LossCurve]:
-    """Return what the outputs lose when each channel group is cut, by its name.
+    """Return the loss curve of each channel group, by its name.
 
-    Losses at ``more`` fractions of a group are measured too, and do not change the curves. Nothing
-    is measured where the method allocates by importance. Measurements are over all processes.
+    A loss curve is the loss of the outputs by the number of channels that the group keeps. Losses
+    at ``more`` fractions of a group are measured too, and do not change the curves. The result is
+    empty if the method allocates by importance. Measurements are over all processes.
     """
     if method.allocate != "outputs":
         return {}
@@ -239,7 +240,7 @@ def plan_cut(
     base: Base | None = None,
     curves: Mapping[str, LossCurve] | None = None,
 ) -> Plan:
-    """Return which channels stay, by ``scores`` (count,), and which layers get a bias.
+    """Return the plan of a cut: the channels to keep, by ``scores`` (count,), and new biases.
 
     With ``curves`` the policy ``global`` compares groups by their losses. Fractions are relative to
     ``base``, by default the network itself. Raises UsageError for a budget that is out of reach.
@@ -262,9 +263,9 @@ def make_cut(
 ) -> tuple[nn.Module, Plan]:
     """Return the narrow network of ``plan``, compensated, and the plan with its proof.
 
-    ``example`` is a batch of inputs of which only the shape matters. Every process makes the cut,
-    the main process proves it, before the compensation. Raises GammaslimError where the proof
-    fails, and UsageError where no process has images that the compensation needs.
+    ``example`` is a batch of inputs; only its shape matters. Every process makes the cut, and the
+    main process verifies it before the compensation. Raises GammaslimError if verification fails,
+    and UsageError if the compensation needs images and no process has any.
     """
     progress("proving the cut", 0, 0)
     narrow = apply_plan(network, plan.layers)

@@ -1,4 +1,4 @@
-"""Sensitivity of a network, measured as for a cut, without a cut."""
+"""Sensitivity of a network: the measurements of a cut, without the cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from job.slimming.planning.base import Base
     from job.slimming.sensitivity.record import Sensitivity
 
-TABLE_FRACTIONS = (0.9, 0.75, 0.5, 0.25, 0.0)  # of a group's channels, kept at a point of its row
+TABLE_FRACTIONS = (0.9, 0.75, 0.5, 0.25, 0.0)  # kept fractions of a group's channels
 # the default with calibration images
 METHOD = Method("refit", "regress", allocate="outputs", depth="auto")
 
@@ -35,14 +35,14 @@ def measure_sensitivity(
     *,
     progress: Progress = no_progress,
 ) -> Sensitivity:
-    """Return the losses of all channel groups at ``TABLE_FRACTIONS``, and what a cut keeps.
+    """Return the losses of all channel groups at ``TABLE_FRACTIONS``, and what a cut would keep.
 
-    The plan of the cut is made by ``allocation``, by the policy ``global`` and relative to
-    ``base``, by default the network itself; without one there is no cut.
+    With an ``allocation`` of the policy ``global`` a cut is planned, relative to ``base``, by
+    default the network itself. ``batches`` returns the calibration batches of this process;
+    measurements are over all processes. A cut with the same images measures the same losses.
 
-    ``batches`` returns the calibration batches of this process; measurements are over all
-    processes. A cut with the same images measures the same losses. Raises UsageError without
-    images and for a budget that is out of reach, DataError for values that are not finite.
+    Raises UsageError without images or for a budget that is out of reach, and DataError for values
+    that are not finite.
     """
     scores, data = measure_importance(network, graph, METHOD, batches, progress)
     parts = network, graph, scores, METHOD, data, example, progress

@@ -25,10 +25,10 @@ def call_network(network: nn.Module, example: Example) -> Any:
 
 
 def arguments_for(network: nn.Module, given: Any) -> Example:
-    """Convert a batch that a user gives to what ``call_network`` takes.
+    """Convert a batch of the user to the form that ``call_network`` takes.
 
-    A tuple or a list holds positional arguments, a dict keyword arguments. A list or dict that only
-    fits ``forward`` as its one argument is that argument.
+    A tuple or list contains positional arguments, a dict keyword arguments. A list or dict that
+    fits ``forward`` only as a single argument is passed as that argument.
     """
     if isinstance(given, (torch.Tensor, tuple)):
         return tuple(given) if isinstance(given, tuple) else given
@@ -46,7 +46,7 @@ def _binds(network: nn.Module, example: Example) -> bool:
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Apply ``change`` to each tensor in ``value``, also in nested tuples, lists and dicts."""
+    """Apply ``change`` to each tensor in ``value``, including nested tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return change(value)
     return _rebuild(value, lambda part: map_tensors(part, change), (tuple, list, Mapping))
@@ -63,7 +63,7 @@ def _rebuild(value: Any, change: Callable[[Any], Any], kinds: tuple[Any, ...]) -
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested tuples, lists, dicts and dataclasses, in order."""
+    """Yield the tensors in nested tuples, lists, dicts and dataclasses, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -80,7 +80,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def sample_count(example: Any) -> int:
-    """The batch size: the length of the first tensor; 1 without any, or of a list of inputs."""
+    """Return the batch size: the length of the first tensor; 1 for a list or without tensors."""
     if isinstance(example, torch.Tensor):
         return len(example) if example.dim() else 1
     if isinstance(example, (tuple, Mapping)):
@@ -91,9 +91,9 @@ def sample_count(example: Any) -> int:
 
 
 def map_batched(example: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Apply ``change`` to each tensor whose first axis is as long as there are samples.
+    """Apply ``change`` to each tensor whose first axis is the batch axis.
 
-    Lists of inputs, such as images of several sizes, and single numbers stay as they are.
+    Lists of inputs, e.g. of images of several sizes, and single numbers are not changed.
     """
     count = sample_count(example)
 
@@ -113,7 +113,7 @@ def repeat_first_sample(example: Example, count: int) -> Any:
 
 
 def strip_values(example: Example) -> Any:
-    """Keep one sample of ``example``: its integers, and the sizes of its floating-point tensors."""
+    """Reduce ``example`` to one sample without floating-point values: sizes and integers only."""
     return map_tensors(
         repeat_first_sample(example, 1),
         lambda t: t.to("meta") if t.is_floating_point() else t.clone(),
@@ -121,14 +121,14 @@ def strip_values(example: Example) -> Any:
 
 
 def move_like(example: Example, tensor: torch.Tensor) -> Any:
-    """Move ``example`` to the device of ``tensor``, and floating-point parts to its dtype."""
+    """Move ``example`` to the device of ``tensor``, and floating-point tensors to its dtype."""
     return map_tensors(
         example, lambda t: t.to(tensor) if t.is_floating_point() else t.to(tensor.device)
     )
 
 
 def batch_signature(example: Example) -> object:
-    """What batches must have in common to be concatenated: all but the number of samples."""
+    """Return what batches must have in common to be concatenated: all but the batch size."""
     if isinstance(example, torch.Tensor):
         return example.shape[1:], example.dtype
     count = sample_count(example)
@@ -150,14 +150,14 @@ def concatenate(examples: Sequence[Example]) -> Any:
 
 
 def describe_inputs(example: Example) -> str:
-    """Describe the sizes of an example's tensors, for a message."""
+    """Describe the sizes of the tensors in ``example``, for a message."""
     if isinstance(example, torch.Tensor) and example.dim() == 4:
         return f"images of {' x '.join(map(str, example.shape[1:]))}"
     return "inputs of " + ", ".join(str(tuple(t.shape)) for t in tensors_in(example))
 
 
 def kind_of(value: Any) -> str:
-    """Describe a value, for a message."""
+    """Describe ``value`` briefly, for a message."""
     if isinstance(value, torch.Tensor):
         return f"one tensor of {tuple(value.shape)}"
     text = repr(value)

@@ -1,4 +1,4 @@
-"""Calibration batches: their form, and how many images are used."""
+"""Calibration batches: their types, and the limit of images."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 
 from job.slimming.inputs import Example
 
-# images (B, C, H, W), or a pair of the network's inputs and labels (B,); the labels may be None
+# images (B, C, H, W), or a pair of inputs of the network and labels (B,) or None
 CalibrationBatch = torch.Tensor | tuple[Example, torch.Tensor | None]
-# each call returns the calibration batches of this process, on the device of the network
+# function that returns the calibration batches of this process, on the device of the network
 Batches = Callable[[], Iterable[CalibrationBatch]]
 
-MAX_IMAGES, MIN_IMAGES = 4096, 512  # more images change the statistics little
-MAX_CALIBRATION_PIXELS = MAX_IMAGES * 64**2  # of one channel of all images together
+MAX_IMAGES, MIN_IMAGES = 4096, 512  # more images hardly change the statistics
+MAX_CALIBRATION_PIXELS = MAX_IMAGES * 64**2  # in one channel of all images
 
 
 def image_limit(size: int) -> int:
-    """Return how many images of ``size`` x ``size`` pixels are used at most."""
+    """Return the largest number of images of ``size`` x ``size`` pixels that is used."""
     return max(MIN_IMAGES, min(MAX_IMAGES, MAX_CALIBRATION_PIXELS // max(1, size) ** 2))
 
 

@@ -1,4 +1,4 @@
-"""Consumers: the layers that sum over channels, and the values that they read."""
+"""Consumers: the layers that sum over channels, and their input values."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
 
-MAX_VALUES = 2**24  # of one batch before one layer: 128 MiB in float64
-MAX_PRODUCTS = 2**33  # of one batch before one layer: about a second
-SPARSE_ROWS, SPARSE_PRODUCTS = 49, 2**24  # of one sample before one layer, in a sparse sample
+MAX_VALUES = 2**24  # in one batch of a layer's inputs: 128 MiB in float64
+MAX_PRODUCTS = 2**33  # for one batch of a layer's inputs: about a second
+SPARSE_ROWS, SPARSE_PRODUCTS = 49, 2**24  # for one image and layer, if sparse
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A convolution or linear layer that sums over ``channels`` (C,), given by number.
+    """Convolution or linear layer that sums over ``channels`` (C,), given by number.
 
-    Each channel has ``columns`` consecutive columns of the weight: more than one only in a linear
-    layer after a flatten. Channels are summed within each of ``groups``.
+    Each channel has ``columns`` consecutive columns of the weight, more than one only in a linear
+    layer after a flatten. The sum is over the channels of each of ``groups``.
     """
 
     layer: str
@@ -44,7 +44,7 @@ class Consumer:
 def consumers_of(network: nn.Module, graph: ChannelGraph) -> list[Consumer]:
     """Return the consumers of channels that can be cut, in the order of the data flow.
 
-    Parameters that no known layer owns are left out, and weights that several layers share.
+    Parameters outside of known layers, and weights that several layers share, are left out.
     """
     layers = modules_of(network, once=True).values()
     uses = Counter(id(m.weight) for m in layers if isinstance(m, SUMMING))
@@ -65,7 +65,7 @@ def consumers_of(network: nn.Module, graph: ChannelGraph) -> list[Consumer]:
 
 
 def _columns_per_channel(ids: Ids) -> int:
-    """The longest run of columns that divides ``ids`` into runs of one channel each."""
+    """Return the largest run length that divides ``ids`` into runs of one channel each."""
     bounds = np.flatnonzero(np.diff(ids)) + 1
     return math.gcd(len(ids), *bounds.tolist())
 
@@ -78,7 +78,7 @@ def input_values(layer: nn.Module, values: torch.Tensor, consumer: Consumer) -> 
 
 
 def _without_skipped(layer: Any, values: torch.Tensor) -> torch.Tensor:
-    """(B, C, …) without the places that a strided 1 x 1 convolution skips."""
+    """Return ``values`` (B, C, …) without the positions that a strided 1x1 convolution skips."""
     if (
         isinstance(layer, TRANSPOSED)
         or set(layer.kernel_size) != {1}
@@ -86,26 +86,26 @@ def _without_skipped(layer: Any, values: torch.Tensor) -> torch.Tensor:
     ):
         return values
     for axis, stride in enumerate(layer.stride, 2):
-        places = torch.arange(0, values.shape[axis], stride, device=values.device)
-        values = values.index_select(axis, places) if stride > 1 else values
+        positions = torch.arange(0, values.shape[axis], stride, device=values.device)
+        values = values.index_select(axis, positions) if stride > 1 else values
     return values
 
 
 def sample_rows(values: torch.Tensor, width: int, *, sparse: bool = False) -> torch.Tensor:
     """Return rows (N, C) of ``values`` (B, C, P): all B * P of them, or an even sample.
 
-    The sample is as large as the products of ``width`` columns are cheap; a ``sparse`` one as large
-    as they are cheap compared with a pass. It covers each of the P places equally often.
+    The sample is limited so that the products of ``width`` columns are cheap, and if ``sparse``,
+    cheap compared with a forward pass. It covers each of the P positions equally often.
     """
-    size, channels, places = values.shape
+    size, channels, positions = values.shape
     most = max(1, min(MAX_VALUES // width, MAX_PRODUCTS // width**2))
     if sparse:
         most = min(most, size * max(SPARSE_ROWS, SPARSE_PRODUCTS // width**2))
-    step = -(-size * places // most)
+    step = -(-size * positions // most)
     rows = values.transpose(1, 2)
     if step <= 1:
         return rows.reshape(-1, channels)
-    while math.gcd(step, places) > 1:  # else it would cover only some columns of the images
+    while math.gcd(step, positions) > 1:  # else the sample would cover only some image columns
         step += 1
-    chosen = torch.arange(0, size * places, step, device=values.device)
-    return rows[chosen // places, chosen % places]
+    chosen = torch.arange(0, size * positions, step, device=values.device)
+    return rows[chosen // positions, chosen % positions]

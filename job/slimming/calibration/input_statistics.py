@@ -1,6 +1,6 @@
 """Means and covariances of layer inputs over the calibration images.
 
-Least squares needs nothing else: see job.slimming.importance.refit and
+These are all that least squares needs: see job.slimming.importance.refit and
 job.slimming.compensation.reconstruction.
 """
 
@@ -33,7 +33,7 @@ RIDGE = 1e-3  # added to the diagonal of covariances, as a fraction of the mean 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """``mean`` (C,) and ``covariance`` (C, C) of ``count`` input rows, float64 on the CPU."""
+    """Mean (C,) and covariance (C, C) of ``count`` input rows, float64 on the CPU."""
 
     count: int
     mean: torch.Tensor
@@ -42,11 +42,11 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """What a cut may know of the calibration images.
+    """Calibration images of a cut, and statistics of layer inputs over them.
 
-    ``batches`` is None without images. ``statistics`` are those of the inputs of each consumer, by
-    layer, and ``count`` is the number of images of all processes that they are of; empty and 0
-    where nothing needs them.
+    ``batches`` is None without images. ``statistics`` describe the inputs of each consumer, by
+    layer, over ``count`` images of all processes. They are empty, and ``count`` is 0, if nothing
+    needs them.
     """
 
     batches: Batches | None = None
@@ -54,7 +54,7 @@ class CalibrationData:
     count: int = 0
 
     def images(self) -> Iterable[CalibrationBatch]:
-        """Return the calibration batches of this process from the first one; none without any."""
+        """Return an iterable over the calibration batches of this process, possibly empty."""
         return self.batches() if self.batches else ()
 
 
@@ -67,9 +67,9 @@ def measure_inputs(
 ) -> dict[str, InputStatistics]:
     """Return the statistics of the inputs of every consumer that runs, by layer.
 
-    They are over the batches of all processes; a process may have none. Large feature maps are
-    sampled evenly, and with ``sparse`` so that the statistics cost less than the passes. Raises
-    DataError where an input is not finite.
+    Statistics are over the batches of all processes; a process may have none. Large feature maps
+    are sampled evenly; if ``sparse``, the sample is so small that the statistics cost less than the
+    forward passes. Raises DataError if an input is not finite.
     """
     consumers = {consumer.layer: consumer for consumer in consumers_of(network, graph)}
     products = torch.float32 if sparse else torch.float64
@@ -97,21 +97,21 @@ def _running(network: nn.Module, consumer: Consumer, products: torch.dtype) -> R
 class RunningStatistics:
     """Mean and covariance of rows of ``size`` columns, accumulated in float64.
 
-    Covariances are those of the first ``left`` columns with all columns. Sums are relative to the
-    running mean, which keeps them accurate. ``products`` is the type in which the products of one
-    batch are computed: in float32 the error of a covariance is about 1e-6 of the variances.
+    The covariances of the first ``leading`` columns with all columns are accumulated. Sums are
+    relative to the running mean, for accuracy. ``products`` is the dtype of the products within one
+    batch: in float32 the error of a covariance is about 1e-6 of the variances.
     """
 
     def __init__(
         self,
-        left: int,
+        leading: int,
         size: int,
         device: torch.device,
         products: torch.dtype = torch.float64,
     ) -> None:
         self.mean = torch.zeros(size, dtype=torch.float64, device=device)
-        self.scatter = self.mean.new_zeros(left, size)
-        self.left, self.count, self.products = left, 0, products
+        self.scatter = self.mean.new_zeros(leading, size)
+        self.leading, self.count, self.products = leading, 0, products
 
     def add(self, rows: torch.Tensor) -> None:
         """Add ``rows`` (N, size)."""
@@ -122,23 +122,23 @@ class RunningStatistics:
         centred, shift = rows - mean, mean - self.mean
         count = self.count + len(rows)
         if self.products == torch.float64:
-            self.scatter.addmm_(centred[:, : self.left].T, centred)
+            self.scatter.addmm_(centred[:, : self.leading].T, centred)
         else:
             narrow = centred.to(self.products)
-            self.scatter += narrow[:, : self.left].T @ narrow
-        self.scatter.addr_(shift[: self.left], shift, alpha=self.count * len(rows) / count)
+            self.scatter += narrow[:, : self.leading].T @ narrow
+        self.scatter.addr_(shift[: self.leading], shift, alpha=self.count * len(rows) / count)
         self.mean.add_(shift, alpha=len(rows) / count)
         self.count = count
 
     def result(self, name: str) -> InputStatistics:
         """Return the statistics over all processes (Chan et al. 1982).
 
-        Raises DataError, with the ``name`` of the layer, where they are not finite.
+        Raises DataError, with the ``name`` of the layer, if they are not finite.
         """
         count = int(total(self.mean.new_tensor(float(self.count))))
         mean = total(self.mean * self.count) / max(1, count)
         shift = self.mean - mean
-        scatter = total(self.scatter.addr(shift[: self.left], shift, alpha=self.count))
+        scatter = total(self.scatter.addr(shift[: self.leading], shift, alpha=self.count))
         if not bool(scatter.isfinite().all()):
-            raise DataError(f"what {name} reads of the calibration images is not finite")
+            raise DataError(f"the inputs of {name} on the calibration images are not finite")
         return InputStatistics(count, mean.cpu(), (scatter / max(1, count)).cpu())

@@ -1,4 +1,4 @@
-"""Patches: the input values that a layer multiplies by its kernel for one output position."""
+"""Patches: the input values that a layer multiplies by its kernel at one output position."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 def row_count(layer: nn.Module, outputs: torch.Tensor) -> int:
-    """The number of output positions of all samples in ``outputs`` (B, O, …) of a layer."""
+    """Return the number of output positions in ``outputs`` (B, O, …) of a layer."""
     return outputs[..., 0].numel() if isinstance(layer, nn.Linear) else outputs[:, 0].numel()
 
 
 def sample_positions(
     rows: int, step: int, sizes: Sequence[int], device: torch.device
 ) -> torch.Tensor:
-    """Every ``step``-th of ``rows`` output positions, as flat indices (N,).
+    """Return every ``step``-th of ``rows`` output positions, as flat indices (N,).
 
-    ``sizes`` are the numbers of samples of the batches that are joined here: the sample is the same
-    for each batch however they are joined. A larger step is taken where it would cover only some
-    columns of the images.
+    ``sizes`` are the batch sizes of the batches that are joined. The positions within a batch do
+    not depend on how batches are joined. The step is increased if it would otherwise cover only
+    some columns of the images.
     """
     each, rest = divmod(rows, sum(sizes))
     if rest:
@@ -41,7 +41,7 @@ def sample_positions(
 
 
 def values_at(layer: nn.Module, outputs: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Return ``outputs`` (B, O, …) of a layer at flat indices ``where`` (N,), as (N, O)."""
+    """Return the ``outputs`` (B, O, …) of a layer at flat indices ``where`` (N,), as (N, O)."""
     if isinstance(layer, nn.Linear):
         return outputs.reshape(-1, outputs.shape[-1])[where]
     flat = outputs.flatten(2)
@@ -50,7 +50,7 @@ def values_at(layer: nn.Module, outputs: torch.Tensor, where: torch.Tensor) -> t
 
 
 def pad_inputs(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """Pad ``inputs`` as the layer does."""
+    """Pad ``inputs`` (B, C, …) as ``layer`` does."""
     if isinstance(layer, nn.Linear) or not any(layer._reversed_padding_repeated_twice):
         return inputs
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -60,10 +60,10 @@ def pad_inputs(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
 def patches_at(
     layer: Any, padded: torch.Tensor, where: torch.Tensor, sizes: Sequence[int]
 ) -> torch.Tensor:
-    """Return the patches (N, C, K) of padded inputs (B, C, …) for output positions.
+    """Return the patches (N, C, K) of padded inputs (B, C, …) at the positions ``where`` (N,).
 
-    ``where`` (N,) are flat indices of output maps of ``sizes``. K is the size of the kernel, 1 for
-    a linear layer.
+    Positions are flat indices into output maps of the given ``sizes``. K is the number of elements
+    of the kernel, 1 for a linear layer.
     """
     if isinstance(layer, nn.Linear):
         return padded.reshape(-1, padded.shape[-1])[where][:, :, None]

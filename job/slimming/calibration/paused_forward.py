@@ -1,4 +1,4 @@
-"""Forward passes that pause before a layer, so that earlier layers can be changed meanwhile."""
+"""Forward passes that pause at a layer, so that its weights can be changed in between."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class _StopPassError(BaseException):
 
 @dataclass(frozen=True)
 class Summands:
-    """The two summands of an addition: the output of a layer, possibly normalised, and another.
+    """Summands of an addition: the output of a layer, possibly normalised, and another tensor.
 
-    ``inputs`` are a copy of what the layer read.
+    ``inputs`` is a copy of the input of the layer.
     """
 
     output: torch.Tensor
@@ -42,10 +42,10 @@ class Summands:
 
 
 class ForwardPass(threading.Thread):
-    """A pass of ``network`` over ``example`` that runs from one layer to a later one.
+    """Forward pass of ``network`` on ``example`` that runs from one layer to a later one.
 
-    It is a thread, so that its stack keeps the state of the network's code during a pause. Only one
-    of the threads runs at a time.
+    It is a thread, whose stack keeps the state of the network's code during a pause. Only one of
+    these threads runs at a time.
     """
 
     def __init__(
@@ -64,25 +64,25 @@ class ForwardPass(threading.Thread):
         self._replacement: torch.Tensor | None = None
 
     def run_until(self, layer: nn.Module) -> torch.Tensor | None:
-        """Run until the next call of ``layer`` and return its input; None where none is left.
+        """Run until the next call of ``layer`` and return its input; None if there is none.
 
-        The input is valid until the pass resumes. Raises what the network raises.
+        The input is valid until the pass resumes. Exceptions of the network are raised here.
         """
         values: torch.Tensor | None = self._run_to("input", layer)
         return values
 
     def run_through(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Run the next call of ``layer`` too: its input and output; else like ``run_until``."""
+        """Like ``run_until``, but run that call too, and return its input and output."""
         values: tuple[torch.Tensor, torch.Tensor] | None = self._run_to("output", layer)
         return values
 
     def run_until_added(self, layer: nn.Module) -> Summands | None:
-        """Run until the output of ``layer`` is added to another; else like ``run_until``."""
+        """Like ``run_until``, but run until the output of ``layer`` is added to another tensor."""
         values: Summands | None = self._run_to("added", layer)
         return values
 
     def replace_output(self, output: torch.Tensor) -> None:
-        """Add this in place of the output that ``run_until_added`` has returned."""
+        """Replace the summand that ``run_until_added`` returned by ``output``."""
         self._replacement = output
 
     def _run_to(self, what: str, layer: nn.Module) -> Any:
@@ -95,10 +95,10 @@ class ForwardPass(threading.Thread):
         return self._values
 
     def run(self) -> None:
-        """Run the network's forward pass, in the thread."""
+        """Run the forward pass of the network; called in the thread."""
         self._resume.acquire()
         try:
-            # the current device and the gradient mode are kept for each thread separately
+            # each thread has its own current device and gradient mode
             device = next(tensors_in(self.example)).device
             cuda = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
             with cuda, torch.no_grad(), _Additions(self):
@@ -113,16 +113,16 @@ class ForwardPass(threading.Thread):
         self._paused.release()
 
     def pause(self, what: str, layer: nn.Module, values: Any) -> None:
-        """Pause if this is what to run until, and hand over ``values``."""
+        """Pause and hand over ``values`` if this is where the pass is to pause."""
         if self._target == (what, layer) and not self._cancelled:
             self._hand_over(values)
         if self._cancelled:
             raise _StopPassError
 
     def pause_before(self, layer: nn.Module, values: torch.Tensor) -> None:
-        """Pause before a layer if this is what to run until, or if that will not be reached.
+        """Pause before ``layer`` if the pass is to pause there, or has missed its target.
 
-        The code may use the weight of a layer without a call of the layer.
+        A target is missed if the network uses the weight of the layer without calling the layer.
         """
         self._reached.add(layer)
         while not self._cancelled and self._has_missed_target(layer):
@@ -141,15 +141,15 @@ class ForwardPass(threading.Thread):
         self._values = None
 
     def keep_input(self, layer: nn.Module, values: torch.Tensor) -> None:
-        """Keep a copy of the input of a layer until its output is added."""
+        """Keep a copy of the input of ``layer`` until its output is added."""
         self._inputs[layer] = values.clone()
 
     def keep_output(self, layer: nn.Module, values: torch.Tensor) -> None:
-        """Recognise ``values`` as the output of a layer when they are added."""
+        """Remember ``values`` as the output of ``layer``, to recognise it when it is added."""
         self._outputs[layer] = values
 
     def at_addition(self, summands: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Pause where one of two summands is known; returns the summands to add."""
+        """Pause if one of two summands is the output of a layer; returns the summands to add."""
         for layer, output in list(self._outputs.items()):
             place = next((n for n, value in enumerate(summands) if value is output), None)
             if place is None or layer not in self._inputs:
@@ -164,14 +164,14 @@ class ForwardPass(threading.Thread):
         return summands
 
     def cancel(self) -> None:
-        """End the pass without its remaining layers."""
+        """End the pass without running its remaining layers."""
         self._cancelled = True
         self._resume.release()
         self.join()
 
 
 class _Additions(TorchFunctionMode):
-    """Shows a pass each addition of two values."""
+    """Mode that reports each addition of two values to a pass."""
 
     def __init__(self, forward_pass: ForwardPass) -> None:
         super().__init__()
@@ -187,10 +187,10 @@ class _Additions(TorchFunctionMode):
 
 @contextmanager
 def contiguous_weights(network: nn.Module) -> Iterator[None]:
-    """Store the weights of convolutions in the default memory format meanwhile.
+    """Store the weights of convolutions in the default memory format within the context.
 
-    cuDNN prepares a channels-last convolution again in every thread, which took 1 to 4 s a pass of
-    StudentNet on an H100, and 0.05 s in the default format.
+    cuDNN prepares a channels-last convolution again in every thread. A pass of StudentNet on an
+    H100 took 1 to 4 s, compared with 0.05 s in the default format.
     """
     moved = [
         (p, p.data) for p in network.parameters() if p.dim() == 4 and p.stride() != _strides(p)
@@ -205,7 +205,7 @@ def contiguous_weights(network: nn.Module) -> Iterator[None]:
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The strides of the default format; ``is_contiguous`` takes no notice of an axis of size 1."""
+    """Return the strides of the default format; ``is_contiguous`` ignores axes of size 1."""
     return torch.empty(tensor.shape, device="meta").stride()
 
 
@@ -215,14 +215,14 @@ def forward_passes(
     layers: Iterable[nn.Module],
     summands: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
 ) -> Iterator[Callable[[Example], ForwardPass]]:
-    """Yield a function that starts a pass over a batch in eval mode.
+    """Yield a function that starts a forward pass on a batch, in eval mode.
 
-    Passes can pause before and after ``layers``, given in the order of their calls, and where the
-    outputs of ``summands`` are added: pairs of a layer and the module whose output is added, itself
-    or the BatchNorm after it.
+    A pass can pause before and after each of ``layers``, which are in the order of their calls, and
+    at the addition of the output of a layer in ``summands``. This maps the layer to the module
+    whose output is added: the layer itself or the BatchNorm after it.
     """
     passes: list[ForwardPass] = []
-    # the values of buffers are not put back: a narrow network's statistics may change meanwhile
+    # buffer values are not restored: the statistics of a narrow network may change in a pause
     layout: AbstractContextManager[None] = nullcontext()
     on_gpu = any(parameter.is_cuda for parameter in network.parameters())
     if on_gpu:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# name of the step that begins, its number and how many such steps there are (0, 0: just one); every
-# process calls it at the same steps, so it may raise on all of them to stop
+# called with the name of the step that begins, its number, and the number of such steps (0 and 0 if
+# there is only one); it may raise to stop, since all processes call it at the same steps
 Progress = Callable[[str, int, int], None]
 
 
 def no_progress(_step: str, _number: int, _count: int) -> None:
-    """Show nothing: a library prints nothing."""
+    """Do nothing: the default for calls from Python."""

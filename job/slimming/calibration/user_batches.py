@@ -1,4 +1,4 @@
-"""Calibration batches of a caller: tensors, pairs with labels, several inputs, or dicts."""
+"""Calibration batches of the user: tensors, pairs with labels, several inputs, or dicts."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def read_batches(
 ) -> list[CalibrationBatch]:
     """Return the first batches of ``calibration``, on the network's device and in its dtype.
 
-    Reading ends with the images that are used, after ``least`` batches or more. A batch has the
-    form of the ``example``, or is a pair of that and labels (B,). Of a dict, the keys of the
-    example are used. Raises UsageError for anything else, and for no batches.
+    At least ``least`` batches are read, and no more than there are images to use. A batch has the
+    form of the ``example``, or is a pair of such inputs and labels (B,). Only the keys of the
+    example are used of a dict. Raises UsageError for anything else, or if there is no batch.
     """
     if isinstance(calibration, (torch.Tensor, str, Mapping)) or not isinstance(
         calibration, Iterable
@@ -58,14 +58,14 @@ def read_batches(
         if count >= most and len(batches) >= least:
             break
     if not batches:
-        raise UsageError(f"{FORMS}; it holds none")
+        raise UsageError(f"{FORMS}; it is empty")
     return batches
 
 
 def _split(
     model: nn.Module, example: Example, batch: Any, where: str
 ) -> tuple[Example, torch.Tensor | None]:
-    """The network's inputs in a batch, and its labels, if any."""
+    """Split a batch into inputs of the network and labels; None without labels."""
     if not isinstance(batch, (torch.Tensor, tuple, list, Mapping)):
         raise UsageError(f"{where} is a {type(batch).__name__}: {FORMS}")
     if _matches(example, batch):
@@ -75,16 +75,16 @@ def _split(
         if len(images) == 1:
             return images[0], _labels_in(batch)
         raise UsageError(
-            f"{where} is a dict of {', '.join(map(str, batch))}, in which {len(images)} entries "
+            f"{where} is a dict of {', '.join(map(str, batch))}, of which {len(images)} entries "
             "are like the example: give pairs of inputs and labels, or an example that is a dict"
         )
     if isinstance(batch, (tuple, list)) and batch:
         *rest, last = batch
         if len(batch) == 1 and _matches(example, last):
             return _split(model, example, last, where)
-        if len(batch) > 1 and _matches(example, batch[0]):  # what follows labels is left out
-            inputs, own = _split(model, example, batch[0], where)
-            return inputs, _labels(batch[1]) if own is None else own
+        if len(batch) > 1 and _matches(example, batch[0]):  # entries after the labels are ignored
+            inputs, labels = _split(model, example, batch[0], where)
+            return inputs, _labels(batch[1]) if labels is None else labels
         if _matches(example, tuple(rest)):
             return tuple(rest), _labels(last)
     raise UsageError(
@@ -99,7 +99,7 @@ def _in_form_of(example: Example, batch: Any) -> Any:
 
 
 def _matches(example: Any, batch: Any) -> bool:
-    """Whether a batch, or a part of it, has the form of the example."""
+    """Return whether a batch, or a part of it, has the form of the example."""
     if isinstance(example, torch.Tensor):
         return (
             isinstance(batch, torch.Tensor)
@@ -116,7 +116,7 @@ def _matches(example: Any, batch: Any) -> bool:
         if isinstance(example, list) and isinstance(batch, list):
             return bool(batch) and all(_matches(example[0], part) for part in batch)
         return len(example) == len(batch) and all(map(_matches, example, batch))
-    return not isinstance(batch, torch.Tensor)  # a number or None, which a batch may set
+    return not isinstance(batch, torch.Tensor)  # a number or None, which may differ between batches
 
 
 def _labels_in(batch: Any) -> torch.Tensor | None:
@@ -126,7 +126,7 @@ def _labels_in(batch: Any) -> torch.Tensor | None:
 
 
 def _labels(value: Any) -> torch.Tensor | None:
-    """Class indices (B,) int64; None for any other kind of labels."""
+    """Return class indices (B,) int64; None for any other kind of labels."""
     if not isinstance(value, torch.Tensor) or value.dim() != 1:
         return None
     return None if value.is_floating_point() or value.is_complex() else value.long()
@@ -137,12 +137,12 @@ def _check_types(example: Example, inputs: Example, where: str) -> None:
         if wanted.is_floating_point() and not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UsageError(
-                f"{where} is {kind}, the network takes floating-point numbers: make them as for "
-                "the network itself, e.g. batch.float() / 255, then its mean and std"
+                f"{where} is {kind}, the network takes floating-point numbers: preprocess it as "
+                "in evaluation, e.g. batch.float() / 255, then normalise"
             )
         if tensor.is_floating_point() and not wanted.is_floating_point():
             kind = str(wanted.dtype).removeprefix("torch.")
-            raise UsageError(f"{where} is of floating-point numbers, the example of {kind}")
+            raise UsageError(f"{where} has floating-point numbers, the example {kind}")
 
 
 def _check_runs(model: nn.Module, inputs: Example, where: str, seen: set[object]) -> None:
@@ -152,9 +152,9 @@ def _check_runs(model: nn.Module, inputs: Example, where: str, seen: set[object]
     seen.add(shape)
     try:
         trace_network(model, inputs)
-    except Exception as error:  # anybody's network
+    except Exception as error:  # user code may raise anything
         raise UsageError(
-            f"{where}, {_shapes_text(inputs)}: the network does not run on it: {reason(error)}"
+            f"{where}, {_shapes_text(inputs)}: the network does not run: {reason(error)}"
         ) from error
 
 

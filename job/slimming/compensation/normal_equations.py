@@ -46,7 +46,7 @@ class NormalEquations:
         if not count:
             return None
         if not bool(products.isfinite().all()):
-            raise DataError(f"what {name} reads of the calibration images is not finite")
+            raise DataError(f"the inputs of {name} on the calibration images are not finite")
         inputs, errors = mean[:, : self.columns], mean[:, self.columns :]
         if not constant:
             products = products + inputs[:, :, None] * mean[:, None]

@@ -63,7 +63,7 @@ def reconstruct(
                 fitted = True
                 passes.replace_outputs(layer, values)
     if not fitted:
-        raise UsageError("--compensate regress: calibration images are needed, there are none")
+        raise UsageError("--compensate regress: calibration images are needed, but there are none")
 
 
 def _layers_to_fit(pair: CutPair) -> list[str]:

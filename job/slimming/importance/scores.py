@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]  # (count,) by channel number; nan: not ranked
-NO_LABELS = "needs labelled calibration images, there are none"
+NO_LABELS = "needs labelled calibration images, but there are none"
 
 
 @dataclass(frozen=True)

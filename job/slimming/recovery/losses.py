@@ -1,4 +1,4 @@
-"""Losses of a narrow network against the wide one: of its outputs, and of its features."""
+"""Losses of a narrow network relative to the wide one: of its outputs, and of its features."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ MIN_VARIANCE = 1e-12
 
 
 class Values(NamedTuple):
-    """What a network computes from a batch: its outputs, and the inputs of the features' layers."""
+    """Values that a network computes from a batch: its outputs, and its features."""
 
     outputs: list[torch.Tensor]
     features: list[torch.Tensor]
 
 
 class Losses(NamedTuple):
-    """The loss of the outputs, and the mean loss of the features."""
+    """Loss of the outputs, and mean loss of the features."""
 
     outputs: torch.Tensor
     features: torch.Tensor
@@ -41,16 +41,17 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Feature:
-    """The input of ``layer``, a tensor whose axis ``axis`` holds its channels.
+    """Input of ``layer``, a tensor with its channels along ``axis``.
 
-    The narrow network has the ``channels`` of the wide one's; None stands for all of them.
+    ``channels`` are the indices of the wide network's channels that the narrow one keeps; None
+    stands for all of them.
     """
 
     layer: str
     axis: int
     channels: torch.Tensor | None
 
-    def kept(self, values: torch.Tensor) -> torch.Tensor:
+    def select_kept(self, values: torch.Tensor) -> torch.Tensor:
         """Return the kept channels of the wide network's ``values``."""
         if self.channels is None:
             return values
@@ -60,25 +61,25 @@ class Feature:
 def features_of(
     wide: nn.Module, narrow: nn.Module, graph: ChannelGraph, keep: Ids
 ) -> list[Feature]:
-    """Return the inputs, in both networks, of the layers that sum over channels.
+    """Return the features: the inputs, in both networks, of the layers that sum over channels.
 
-    ``keep`` (count,) is the mask of the kept channels of ``graph``, the wide network's.
+    ``keep`` (count,) is the mask of the kept channels of ``graph``, the graph of the wide network.
     """
     features, layers = [], dict(narrow.named_modules())
     for consumer in consumers_of(wide, graph):
-        kept = keep[consumer.channels]
-        if consumer.layer not in layers or consumer.columns > 1 or not kept.any():
+        mask = keep[consumer.channels]
+        if consumer.layer not in layers or consumer.columns > 1 or not mask.any():
             continue
-        channels = None if kept.all() else torch.from_numpy(kept.nonzero()[0])
+        channels = None if mask.all() else torch.from_numpy(mask.nonzero()[0])
         axis = -1 if isinstance(layers[consumer.layer], nn.Linear) else 1
         features.append(Feature(consumer.layer, axis, channels))
     return features
 
 
 class Comparison:
-    """Compares the outputs and the features of a narrow network with those of the wide one.
+    """Comparison of the outputs and features of a narrow network with those of the wide one.
 
-    Errors are relative to the variance of the wide network's values, which `measure` sets.
+    Errors are relative to the variances of the wide network's values, which ``measure`` sets.
     """
 
     def __init__(self, wide: nn.Module, narrow: nn.Module, features: Sequence[Feature]) -> None:
@@ -86,7 +87,7 @@ class Comparison:
         self.variances = [1.0] * (len(features) + 1)  # of each feature, and of the outputs
 
     def measure(self, batches: Iterable[Example], device: torch.device) -> None:
-        """Set the variances, those over the samples of all processes; collective."""
+        """Set the variances over the samples of all processes; collective."""
         sums = torch.zeros(len(self.variances), 3, dtype=torch.float64, device=device)
         for inputs in batches:
             values = self.targets(inputs)
@@ -108,7 +109,7 @@ class Comparison:
         with torch.no_grad():
             values = self._run(self.wide, inputs)
         pairs = zip(self.features, values.features, strict=True)
-        return Values(values.outputs, [feature.kept(v) for feature, v in pairs])
+        return Values(values.outputs, [feature.select_kept(v) for feature, v in pairs])
 
     def losses(self, inputs: Example) -> Losses:
         """Return the losses of the narrow network, as means over the samples of ``inputs``."""
@@ -128,10 +129,10 @@ class Comparison:
         return Losses(loss, torch.stack(features).mean() if features else torch.zeros_like(loss))
 
     def _run(self, network: nn.Module, inputs: Example) -> Values:
-        with _inputs_kept(network, self.features) as kept:
+        with _record_inputs(network, self.features) as layer_inputs:
             outputs = call_network(network, inputs)
         floats = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
-        return Values(floats, [kept[feature.layer] for feature in self.features])
+        return Values(floats, [layer_inputs[feature.layer] for feature in self.features])
 
 
 def _divergence(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -141,24 +142,24 @@ def _divergence(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _inputs_kept(
+def _record_inputs(
     network: nn.Module, features: Sequence[Feature]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Keep the input of each feature's layer in the dict, by the layer's name."""
-    kept: dict[str, torch.Tensor] = {}
+    """Yield a dict that records the input of the layer of each feature, by its name."""
+    layer_inputs: dict[str, torch.Tensor] = {}
 
-    def keep_as(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def record_as(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            kept[name] = inputs[0]
+            layer_inputs[name] = inputs[0]
 
         return hook
 
     hooks = [
-        network.get_submodule(feature.layer).register_forward_pre_hook(keep_as(feature.layer))
+        network.get_submodule(feature.layer).register_forward_pre_hook(record_as(feature.layer))
         for feature in features
     ]
     try:
-        yield kept
+        yield layer_inputs
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,9 +1,9 @@
 """Recovery after a cut: label-free distillation from the wide network (Hinton et al. 2015).
 
 The narrow network learns the outputs and the features of the wide one on augmented calibration
-images. BatchNorm statistics stay as they are. A tenth of the images is held out: the network with
-the lowest loss on them is kept, the one before recovery included. After an epoch that raises this
-loss much, learning continues from the best network at a lower rate.
+images. BatchNorm statistics do not change. A tenth of the images is held out, and the weights with
+the lowest loss on them are kept, possibly those before recovery. If this loss rises by more than a
+fifth in an epoch, training continues from the best weights at a lower learning rate.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
     from job.slimming.recovery.samples import Order
 
-STEP_SAMPLES = 64  # samples of a step, of all processes
-LEARNING_RATE = 5e-4  # of Adam: after the warm-up it falls to 0 as half a cosine
-WARM_UP = 0.15  # of the steps: the rate rises
-STEP_BACK = 1.2  # a loss on held-out samples above the lowest by this factor is a step back
-RATE_FACTOR = 1 / 3  # factor of the rate after a step back
-HELD_OUT_VIEWS = 256  # augmented views of the held-out samples, at least
-HELD_OUT_DRAW = 2**32  # number of their first view; those of training are the epochs
+STEP_SAMPLES = 64  # samples of a step, over all processes
+LEARNING_RATE = 5e-4  # of Adam, with a cosine schedule to 0
+WARM_UP = 0.15  # fraction of the steps in which the learning rate rises
+MAX_LOSS_RATIO = 1.2  # of the held-out loss to the lowest one; above it, the best weights return
+RATE_FACTOR = 1 / 3  # of the learning rate when the best weights return
+HELD_OUT_VIEWS = 256  # smallest number of augmented views of the held-out samples
+HELD_OUT_DRAW = 2**32  # number of the first of these views; views of training have the epoch
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """Losses of the outputs on the held-out samples, ``before`` and of the network that is kept.
+    """Result of a recovery: losses of the outputs on the held-out samples, before and after.
 
-    ``epoch`` is that of the network that is kept; 0 is the network before recovery.
+    ``epoch`` is the epoch whose weights are kept; 0 stands for those before recovery.
     """
 
     before: float
@@ -67,11 +67,11 @@ def recover(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Recovered:
-    """Train ``narrow`` for ``epochs`` to compute what ``wide`` does, and keep its best weights.
+    """Train ``narrow`` for ``epochs`` to reproduce ``wide``, and keep the best weights.
 
-    ``keep`` (count,) is the mask of the channels of ``graph``, the wide network's, that are kept.
-    ``batches`` returns the calibration batches of this process. Collective: gradients are those of
-    the samples of all processes. The result depends on the arguments only.
+    ``keep`` (count,) is the mask of the kept channels of ``graph``, the graph of the wide network.
+    ``batches`` returns the calibration batches of this process. This is collective: gradients are
+    over the samples of all processes. The result depends only on the arguments.
     """
     progress("preparing recovery", 0, 0)
     device = next(narrow.parameters()).device
@@ -82,7 +82,7 @@ def recover(
 
 
 class Recovery:
-    """The state of a recovery in progress."""
+    """State of a recovery in progress."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Recovery:
         self.chunk = chunk_size(samples)
 
     def run(self, epochs: int) -> Recovered:
-        """Train, and give the network its weights of the lowest loss on held-out samples."""
+        """Train, then load the weights with the lowest loss on held-out samples."""
         if not (self.samples.learned and self.samples.held_out and self.parameters):
             return Recovered(math.nan, math.nan, 0)
         self.comparison.measure((v for v, _ in self._held_out_views()), self.parameters[0].device)
@@ -110,7 +110,7 @@ class Recovery:
             loss = self.held_out_loss()
             if loss < lowest:
                 lowest, best, weights = loss, epoch, self._weights()
-            elif not loss <= STEP_BACK * lowest:  # it may be no number
+            elif not loss <= MAX_LOSS_RATIO * lowest:  # or not a number
                 self._set_weights(weights)
                 self.rate *= RATE_FACTOR
                 self.optimizer = torch.optim.Adam(self.parameters)
@@ -118,7 +118,7 @@ class Recovery:
         return Recovered(before, lowest, best)
 
     def _train(self, epoch: int, epochs: int) -> None:
-        """Take the steps of an epoch."""
+        """Take the optimizer steps of an epoch."""
         order = self.samples.order(epoch, self.seed)
         steps = -(-len(order) // STEP_SAMPLES)
         for step in range(steps):
@@ -154,8 +154,8 @@ class Recovery:
     def _held_out_views(self) -> Iterator[tuple[Example, int]]:
         """Yield augmented views of the held-out samples, the same ones at every call.
 
-        The cut was fitted to the images as they are, not to the views: on the former it looks
-        better than it is.
+        Reconstruction fitted the narrow network to the images themselves, so that its loss on them
+        is too low.
         """
         numbers = np.arange(self.samples.learned, self.samples.count)
         for view in range(-(-HELD_OUT_VIEWS // len(numbers))):
@@ -168,7 +168,7 @@ class Recovery:
             yield inputs, len(share.numbers)
 
     def _weights(self) -> list[torch.Tensor]:
-        """Return a copy of the main process's weights, which every process gets; collective."""
+        """Copy the weights of the main process to all processes and return a copy; collective."""
         with torch.no_grad():
             for parameter in self.parameters if world_size() > 1 else ():
                 total(parameter if is_main() else parameter.zero_())
@@ -181,7 +181,7 @@ class Recovery:
 
 
 def _sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Sum the gradients over all processes, in one operation; collective."""
+    """Sum the gradients over all processes in one operation; collective."""
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     summed = total(torch.cat([part.flatten() for part in parts]))
     pieces = torch.split(summed, [part.numel() for part in parts])
@@ -191,14 +191,14 @@ def _sum_gradients(parameters: list[nn.Parameter]) -> None:
 
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
-    """Put ``network`` in eval mode within the context, and all its state back at the end."""
+    """Put ``network`` in eval mode within the context, and restore its state at the end."""
     with preserve_state(network), training_mode(network, training=False):
         yield
 
 
 @contextmanager
 def _learning(network: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Return the parameters that learn; eval mode freezes the BatchNorm statistics meanwhile."""
+    """Yield the parameters to train, in eval mode, which freezes the BatchNorm statistics."""
     learned = [p for p in network.parameters() if p.is_floating_point()]
     before = [(p, p.requires_grad, p.grad) for p in learned]
     with preserve_state(network), training_mode(network, training=False), torch.enable_grad():

@@ -29,28 +29,28 @@ if TYPE_CHECKING:
 
 Order = np.ndarray[Any, np.dtype[np.int64]]
 MIN_SIDE = 16  # pixels: smaller maps are not shifted
-MAX_COLOURS = 4  # more channels are not an image
-SHIFT = 8  # an image is shifted by up to this fraction of its side
-HELD_OUT = 10  # one in so many samples measures the loss
-MAX_INPUTS = 64 * 3 * 64**2  # inputs of one pass: its activations must fit into memory
-MIN_CHUNK = 8
-STREAM = "recovery"  # of random numbers
+MAX_COLOURS = 4  # inputs with more channels are not images
+SHIFT = 8  # images are shifted by up to 1 / SHIFT of their side
+HELD_OUT = 10  # one in HELD_OUT samples is held out
+MAX_INPUTS = 64 * 3 * 64**2  # input values of one pass, whose activations must fit into memory
+MIN_CHUNK = 8  # samples
+STREAM = "recovery"  # name of the stream of random numbers
 
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a set of samples that this process holds: ``numbers`` of them, and inputs."""
+    """Samples of this process out of some samples: their numbers, and their inputs."""
 
     numbers: Order
     inputs: Example
 
 
 class Samples:
-    """The calibration samples of this process, and the numbers of those of all processes.
+    """Calibration samples of this process, numbered over all processes.
 
-    Samples are numbered in turn: the first of each process, then the second of each. So the numbers
+    The first samples of all processes are numbered first, then the second ones, and so on: numbers
     do not depend on how many processes share the images. A batch whose samples cannot be separated,
-    e.g. with a list of images of several sizes, is one sample.
+    e.g. a list of images of several sizes, is one sample.
     """
 
     def __init__(self, batches: Iterable[CalibrationBatch], device: torch.device) -> None:
@@ -73,16 +73,16 @@ class Samples:
 
     @property
     def learned(self) -> int:
-        """Number of samples that the network learns from: the first ones."""
+        """Number of samples to train on: the first ones."""
         return self.count - self.held_out
 
     def order(self, epoch: int, seed: int) -> Order:
-        """Return the order of the samples that are learned from in an epoch."""
+        """Return the order (N,) of the training samples in an epoch."""
         drawn: Order = stable_order(self.learned, seed, stream=STREAM, epoch=epoch)
         return drawn
 
     def shares(self, numbers: Order, most: int) -> Iterator[Share]:
-        """Yield those of the samples ``numbers`` that this process holds, ``most`` at a time."""
+        """Yield the samples of this process among ``numbers``, up to ``most`` at a time."""
         local = np.searchsorted(self.numbers, numbers)
         local = np.minimum(local, max(0, len(self.numbers) - 1))
         mine = self.numbers[local] == numbers if len(self.numbers) else np.zeros(len(numbers), bool)
@@ -104,10 +104,10 @@ class Samples:
 
 
 def augmented(share: Share, count: int, epoch: int, seed: int) -> Example:
-    """Return the inputs of a share, shifted and flipped if they are images (B, C, H, W).
+    """Return the inputs of ``share``, shifted and flipped if they are images (B, C, H, W).
 
-    The shift is by up to an eighth of the side; borders are reflected. The numbers are drawn for
-    all ``count`` samples of an epoch.
+    Images are shifted by up to an eighth of their side, with reflected borders. Random numbers are
+    drawn for all ``count`` samples of an epoch.
     """
     inputs = share.inputs
     if not _are_images(inputs):
@@ -137,15 +137,15 @@ def _are_images(inputs: Example) -> bool:
 
 
 def _uniform(count: int, seed: int, kind: str, epoch: int) -> Any:
-    """Draw a number in [0, 1) for each of ``count`` samples: its place in a random order."""
+    """Draw a number in [0, 1) for each of ``count`` samples: its relative rank in an order."""
     order = stable_order(count, seed, stream=f"{STREAM} {kind}", epoch=epoch)
-    places = np.empty(count)
-    places[order] = np.arange(count)
-    return places / count
+    ranks = np.empty(count)
+    ranks[order] = np.arange(count)
+    return ranks / count
 
 
 def _shifted(size: int, draw: Any) -> Order:
-    """Return the indices (B, size) of a side that is shifted by ``draw``, reflected at its ends."""
+    """Return indices (B, size) that shift a side by ``draw`` (B,), with reflected ends."""
     most = size // SHIFT
     shifts = np.floor(draw * (2 * most + 1)).astype(np.int64) - most
     indices = np.abs(np.arange(size) + shifts[:, None])
@@ -154,7 +154,7 @@ def _shifted(size: int, draw: Any) -> Order:
 
 
 def chunk_size(samples: Samples) -> int:
-    """Return how many samples run in one pass: MIN_CHUNK or more, of MAX_INPUTS inputs."""
+    """Return how many samples run in one pass: ``MAX_INPUTS`` values, or ``MIN_CHUNK`` samples."""
     sizes = [
         sum(tensor.numel() for tensor in tensors_in(part)) // max(1, sample_count(part))
         for part in samples.parts

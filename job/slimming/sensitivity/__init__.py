@@ -1,1 +1,1 @@
-"""Sensitivity: what the outputs of a network lose when one channel group is cut."""
+"""Sensitivity: the loss of a network's outputs when one channel group is cut."""

@@ -1,8 +1,8 @@
 """Loss curves of channel groups, measured on calibration images without labels.
 
-One group at a time keeps some of its units; the layers that read it are fitted by least squares to
-what they read before. The fit follows from the statistics of their inputs, so that a point of a
-curve costs one pass of some images from the first of these layers on.
+One group at a time keeps some of its units, and its consumers are fitted by least squares to their
+outputs before. The fit follows from the statistics of their inputs, so that a point of a curve
+costs one pass over some images, from the first consumer on.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ if TYPE_CHECKING:
     from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.ranked_groups import RankedGroup
 
-FRACTIONS = (0.75, 0.5, 0.25)  # of a group's units, kept at the points of its curve
-PASSES = 1.3  # the measurement may cost about as much as so many passes of all images
-MIN_MEASURED, MAX_MEASURED = 16, 256
+FRACTIONS = (0.75, 0.5, 0.25)  # kept fractions of a group's units, the points of its curve
+PASSES = 1.3  # cost of the measurement, in passes over all images
+MIN_MEASURED, MAX_MEASURED = 16, 256  # images
 
 
 def measure_curves(
@@ -71,17 +71,17 @@ def measure_curves(
     removable: Collection[str] = (),
     progress: Progress = no_progress,
 ) -> dict[str, LossCurve]:
-    """Return the loss curve of each of ``groups`` that a measured layer reads, by name.
+    """Return the loss curve of each of ``groups`` that has a measured consumer, by name.
 
-    ``calibration`` holds batches, and statistics of layer inputs over them. As many of the first
-    images are used, over all processes, as cost little. ``accumulated`` says that the scores of a
-    group are losses that add up, as those of refit. Curves go through the points at
-    ``FRACTIONS``; those at ``more`` fractions are measured on the same images, and change no curve.
-    The groups ``removable``, by name, are measured without any unit too: a loss of its own, which
-    bounds the curve, and changes it nowhere else.
+    ``calibration`` contains batches, and statistics of layer inputs over them. Only the first
+    images, over all processes, are used, to limit the cost. ``accumulated`` tells that the scores
+    of a group are accumulated losses, as those of refit. Curves pass through the points at
+    ``FRACTIONS``. Losses at ``more`` fractions are measured on the same images, and do not change
+    the curves. The groups ``removable``, by name, are also measured without any unit; this loss
+    bounds the curve, and does not change it elsewhere.
     """
-    measured = _readers(network, graph, groups, calibration.statistics)
-    chosen = [r for r in groups if r.group.name in measured]
+    consumers = _measured_consumers(network, graph, groups, calibration.statistics)
+    chosen = [r for r in groups if r.group.name in consumers]
     fitted = [_points(len(r.units), FRACTIONS) for r in chosen]
     evaluations = sum(map(len, fitted))
     if not evaluations:
@@ -94,38 +94,38 @@ def measure_curves(
     ]
     trial = _TrialNetwork(network, graph, example, calibration.statistics)
     batches = list(_first_images(calibration.images(), count))
-    losses = iter(trial.losses(chosen, points, batches, measured, progress).tolist())
+    losses = iter(trial.losses(chosen, points, batches, consumers, progress).tolist())
     kind = "kl" if trial.logits else "squared_error"
     curves = {}
     for r, through, counts in zip(chosen, fitted, points, strict=True):
         local = r.scores if accumulated else None
-        own = {number: next(losses) for number in counts}
-        curve = fit_curve(through, [own[n] for n in through], len(r.units), local)
+        loss_at = {number: next(losses) for number in counts}
+        curve = fit_curve(through, [loss_at[n] for n in through], len(r.units), local)
         if r.group.name in removable:
-            curve = curve.with_removal(own[0])
+            curve = curve.with_removal(loss_at[0])
         curves[r.group.name] = replace(
-            curve, counts=tuple(own), losses=tuple(own.values()), images=count, kind=kind
+            curve, counts=tuple(loss_at), losses=tuple(loss_at.values()), images=count, kind=kind
         )
     return curves
 
 
-def _readers(
+def _measured_consumers(
     network: nn.Module,
     graph: ChannelGraph,
     groups: Sequence[RankedGroup],
     statistics: Mapping[str, InputStatistics],
 ) -> dict[str, list[Consumer]]:
-    """The measured layers that read channels of a group, by its name, if there are any."""
-    consumers = [c for c in consumers_of(network, graph) if c.layer in statistics]
-    readers = {
-        r.group.name: [c for c in consumers if np.isin(c.channels, r.group.channels).any()]
+    """Return the measured consumers of each group by its name; groups without any are left out."""
+    measured = [c for c in consumers_of(network, graph) if c.layer in statistics]
+    consumers = {
+        r.group.name: [c for c in measured if np.isin(c.channels, r.group.channels).any()]
         for r in groups
     }
-    return {name: layers for name, layers in readers.items() if layers}
+    return {name: of_group for name, of_group in consumers.items() if of_group}
 
 
 def _points(units: int, fractions: Sequence[float]) -> list[int]:
-    """The rising numbers of units at which a group is measured: at least one of them is cut."""
+    """Return the numbers of kept units at which a group is measured, rising, below ``units``."""
     return sorted({units_at(units, fraction) for fraction in fractions})
 
 
@@ -135,9 +135,9 @@ def units_at(units: int, fraction: float) -> int:
 
 
 def _first_images(batches: Iterable[CalibrationBatch], count: int) -> Iterator[Example]:
-    """The inputs of this process among the first ``count`` over all processes.
+    """Yield the inputs of this process among the first ``count`` samples over all processes.
 
-    Processes hold the images in turn. Each reads equally many, so that all read equally many
+    Images are distributed over the processes in turn. All processes read the same number of
     batches.
     """
     most = -(-count // world_size())
@@ -154,7 +154,7 @@ def _first_images(batches: Iterable[CalibrationBatch], count: int) -> Iterator[E
 
 
 class _TrialNetwork:
-    """A copy of a network in which one channel group at a time is reduced."""
+    """Copy of a network in which one channel group at a time is reduced."""
 
     def __init__(
         self,
@@ -176,10 +176,10 @@ class _TrialNetwork:
         groups: Sequence[RankedGroup],
         points: Sequence[Sequence[int]],
         batches: Sequence[Example],
-        readers: Mapping[str, Sequence[Consumer]],
+        consumers: Mapping[str, Sequence[Consumer]],
         progress: Progress,
     ) -> torch.Tensor:
-        """Return the losses of all points of all groups, one after the other, over all processes.
+        """Return the losses (points,) of all groups, one group after the other, over all processes.
 
         Every process calls ``progress`` at the same steps.
         """
@@ -203,8 +203,8 @@ class _TrialNetwork:
                         rounds * len(groups),
                     )
                     if replay:
-                        layers = readers[ranked.group.name]
-                        parts += self._terms(replay, reference, ranked, counts, layers)
+                        of_group = consumers[ranked.group.name]
+                        parts += self._terms(replay, reference, ranked, counts, of_group)
                 if replay:
                     stacked = torch.stack(parts)
                     terms = stacked if terms is None else terms + stacked
@@ -226,23 +226,23 @@ class _TrialNetwork:
         reference: Sequence[torch.Tensor],
         ranked: RankedGroup,
         counts: Sequence[int],
-        readers: Sequence[Consumer],
+        consumers: Sequence[Consumer],
     ) -> Iterator[torch.Tensor]:
-        """The terms (tensors, 2) of the loss of one batch at each point of one group."""
-        place = replay.first_call({consumer.layer for consumer in readers})
+        """Yield the terms (tensors, 2) of the loss of one batch at each point of one group."""
+        place = replay.first_call({consumer.layer for consumer in consumers})
         for count in counts:
             keep = keep_all(self.graph)
             keep[ranked.units[count:].reshape(-1)] = False
-            with self._reduced(readers, keep):
+            with self._reduced(consumers, keep):
                 yield loss_terms(reference, replay.run_from(place))
 
     @contextmanager
-    def _reduced(self, readers: Sequence[Consumer], keep: Ids) -> Iterator[None]:
-        """Fit ``readers`` to read only the channels of the mask ``keep`` meanwhile."""
-        changed = [t for consumer in readers for t in self._tensors(consumer.layer)]
+    def _reduced(self, consumers: Sequence[Consumer], keep: Ids) -> Iterator[None]:
+        """Fit ``consumers`` to the channels of the mask ``keep`` within the context."""
+        changed = [t for consumer in consumers for t in self._tensors(consumer.layer)]
         saved = [tensor.detach().clone() for tensor in changed]
         try:
-            for consumer in readers:
+            for consumer in consumers:
                 self.pair.apply_fits(consumer, self._fits(consumer, keep))
             yield
         finally:
@@ -251,7 +251,7 @@ class _TrialNetwork:
                     tensor.copy_(values)
 
     def _fits(self, consumer: Consumer, keep: Ids) -> Iterator[Fit]:
-        """Yield the fit of all inputs of each group by those that are kept, as (C, C) and (C,)."""
+        """Yield, for each group, the fit of all inputs by the kept ones: (C, C) and (C,)."""
         measured = self.statistics[consumer.layer]
         for part, stays in replace(self.pair, keep=keep).kept_columns(consumer):
             mean, covariance = measured.mean[part], measured.covariance[part, part]
@@ -261,7 +261,7 @@ class _TrialNetwork:
             yield slope, mean - slope @ mean
 
     def _tensors(self, name: str) -> Iterator[torch.Tensor]:
-        """What a fit of the layer ``name`` may change."""
+        """Yield the tensors that a fit of the layer ``name`` may change."""
         layer = self.network.get_submodule(name)
         yield layer.get_parameter("weight")
         if layer.bias is not None:

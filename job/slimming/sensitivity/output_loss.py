@@ -1,7 +1,7 @@
-"""The loss of a network's outputs, compared with those of the network before a change.
+"""Loss of a network's outputs relative to the outputs before a change.
 
-Logits (B, C) are compared by the Kullback-Leibler divergence of their softmax, in nats; any other
-outputs by the squared error relative to their squares, averaged over the output tensors.
+For logits (B, C) the loss is the Kullback-Leibler divergence of the softmax, in nats. For other
+outputs it is the squared error relative to their squares, averaged over the output tensors.
 """
 
 from __future__ import annotations
@@ -18,18 +18,15 @@ if TYPE_CHECKING:
 
 
 def reference_outputs(outputs: Any) -> list[torch.Tensor]:
-    """Return the tensors of ``outputs`` that are compared: those of floating-point numbers.
-
-    They are copies, which later passes do not change.
-    """
+    """Return copies of the floating-point tensors in ``outputs``, which are compared."""
     return [tensor.clone() for tensor in tensors_in(outputs) if tensor.is_floating_point()]
 
 
 def loss_terms(reference: Sequence[torch.Tensor], outputs: Any) -> torch.Tensor:
     """Return the numerator and denominator of the loss of each output tensor, (tensors, 2) float64.
 
-    Terms of several batches are added up before ``mean_loss`` divides them. Values that are not
-    finite in ``reference`` take no part.
+    Terms of several batches are added before ``mean_loss`` divides them. Values that are not finite
+    in ``reference`` are ignored.
     """
     changed = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
     if are_logits(reference):
@@ -40,7 +37,7 @@ def loss_terms(reference: Sequence[torch.Tensor], outputs: Any) -> torch.Tensor:
 
 
 def are_logits(outputs: Sequence[torch.Tensor]) -> bool:
-    """Return whether ``outputs`` are one tensor (B, C) of at least two classes."""
+    """Return whether ``outputs`` is a single tensor (B, C) with at least two classes."""
     return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
 
 

@@ -1,6 +1,7 @@
-"""Sensitivity of a network: a row for each channel group, to print, to write and to read again.
+"""Sensitivity of a network: a record with a row for each channel group.
 
-The fields are the keys of ``--json`` and of a round's sensitivity.json. Needs no torch.
+Its fields are the keys of ``--json`` and of sensitivity.json of a round. This module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ LOSS_NAMES = {
 
 @dataclass(frozen=True)
 class LossPoint:
-    """The ``loss`` of the outputs when a group alone keeps ``channels``, by importance.
+    """Loss of the outputs when a group alone keeps its ``channels`` most important channels.
 
-    ``fraction`` is the share of the channels that was asked for. A loss that is not finite, or was
-    not measured, is None.
+    ``fraction`` is the requested fraction of the channels. ``loss`` is None if it is not finite or
+    was not measured.
     """
 
     fraction: float
@@ -36,10 +37,10 @@ class LossPoint:
 
 @dataclass(frozen=True)
 class GroupSensitivity:
-    """A channel group: what it costs, and what the outputs lose without some of its channels.
+    """Sensitivity of a channel group: its cost, and the loss without some of its channels.
 
-    ``macs`` and ``params`` are the shares of the network's that are saved when the group has no
-    channels. ``kept`` is the number of channels that a cut keeps; None without one.
+    ``macs`` and ``params`` are the fractions of the network's costs that are saved without the
+    group. ``kept`` is the number of channels that a cut keeps; None without a cut.
     """
 
     WRITE_DEFAULTS: ClassVar[bool] = True
@@ -52,7 +53,7 @@ class GroupSensitivity:
     kept: int | None = None
 
     def loss_at(self, fraction: float) -> float | None:
-        """Return the loss with ``fraction`` of the channels kept; None where it is unknown."""
+        """Return the loss with ``fraction`` of the channels kept, or None if it is unknown."""
         return next((p.loss for p in self.points if p.fraction == fraction), None)
 
 
@@ -67,14 +68,14 @@ class UncutChannels:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What the outputs of a network lose when each channel group alone is reduced.
+    """Losses of a network's outputs when each channel group alone is reduced.
 
     ``print(sensitivity)`` shows a table.
 
     Attributes:
         loss: a key of ``LOSS_NAMES``; empty if nothing was measured
         images: number of calibration images that the losses are means over
-        fractions: shares of a group's channels that are kept, falling
+        fractions: kept fractions of a group's channels, falling
         target: METRIC=VALUE of the cut that ``kept`` belongs to, if one was given
         rows: the channel groups in the order of the data flow
         blocked: channels that are not cut or not measured, and why
@@ -90,7 +91,7 @@ class Sensitivity:
     blocked: tuple[UncutChannels, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; the rows have the key ``groups``."""
+        """Return plain values for JSON; the key of ``rows`` is ``groups``."""
         return {
             "loss": self.loss,
             "images": self.images,
@@ -101,7 +102,7 @@ class Sensitivity:
         }
 
     def to_csv(self) -> str:
-        """Return a line for each group; losses that are unknown are empty."""
+        """Return CSV text with a line for each group; unknown losses are empty."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         losses = (f"loss_{percent(fraction)}" for fraction in self.fractions)
@@ -117,17 +118,17 @@ class Sensitivity:
 
     @property
     def has_kept(self) -> bool:
-        """Whether a cut says how many channels it keeps."""
+        """Whether the rows contain the number of channels that a cut keeps."""
         return any(row.kept is not None for row in self.rows)
 
     def header(self) -> tuple[str, ...]:
-        """Return the headings of ``cells``."""
+        """Return the column headings of ``cells``."""
         losses = (f"{percent(fraction)} %" for fraction in self.fractions)
         kept = (f"at {self.target}" if self.target else "kept",) if self.has_kept else ()
         return "group", "channels", "MACs", "params", *losses, *kept
 
     def cells(self) -> Iterator[tuple[str, ...]]:
-        """Yield the texts of each row."""
+        """Yield the cells of each row, as text."""
         for row in self.rows:
             losses = (row.loss_at(fraction) for fraction in self.fractions)
             kept = ("" if row.kept is None else f"{row.kept:,}",) if self.has_kept else ()
@@ -137,7 +138,7 @@ class Sensitivity:
             )  # fmt: skip
 
     def describe(self) -> str:
-        """Return what the losses are, and how many images they were measured on."""
+        """Describe the loss and the number of images that it was measured on."""
         name = LOSS_NAMES.get(self.loss)
         if not name:
             return "no loss was measured: no channel group can be cut"
@@ -145,8 +146,8 @@ class Sensitivity:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.describe()}\nwith a percentage of the channels of one group alone; MACs and "
-            "params: what the network saves\nwithout the group",
+            f"{self.describe()}\nwhen one group alone keeps a percentage of its channels; MACs and "
+            "params: the share\nthat is saved without the group",
             table(self.header(), self.cells()),
         ]
         if self.blocked:
@@ -158,5 +159,5 @@ class Sensitivity:
 
 
 def percent(fraction: float) -> str:
-    """Return a fraction in percent without its sign: 90, 12.5."""
+    """Format a fraction in percent, without the percent sign: 90, 12.5."""
     return f"{100 * fraction:g}"

@@ -1,4 +1,4 @@
-"""Forward passes that compute only what comes after a layer; earlier layers are replayed."""
+"""Forward passes that compute only the layers after some point and replay the earlier ones."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 
     from job.slimming.inputs import Example
 
-MAX_RECORDED_BYTES = 2**31  # of the outputs that are kept for one batch
+MAX_RECORDED_BYTES = 2**31  # of the outputs recorded for one batch
 
 
 class Replay:
-    """The outputs of a network's layers for one batch, to be replayed in later passes.
+    """Recorded outputs of a network's layers on one batch, to be replayed in later passes.
 
-    A later pass differs from the first one from some layer on. Each layer of torch.nn that is
-    called once, before that layer, returns its recorded output again. Functions between layers are
-    computed again.
+    A later pass differs from the recorded one only from some layer on. Earlier layers of torch.nn
+    that are called once return their recorded output. Functions between layers are computed again.
     """
 
     def __init__(self, network: nn.Module, example: Example) -> None:
@@ -36,21 +35,21 @@ class Replay:
             for name, module in modules_of(network, once=True).items()
             if _is_leaf(module)
         }
-        self.order: list[str] = []  # of the calls
+        self.order: list[str] = []  # names of the layers in the order of the calls
         self.outputs = self._record()
 
     def _record(self) -> Any:
-        """Run the network once and keep the outputs of its layers, up to ``MAX_RECORDED_BYTES``."""
-        left = MAX_RECORDED_BYTES
+        """Run the network and record the outputs of its layers, up to ``MAX_RECORDED_BYTES``."""
+        free_bytes = MAX_RECORDED_BYTES
         recorded: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
         def recording(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             def record(*args: Any, **kwargs: Any) -> Any:
-                nonlocal left
+                nonlocal free_bytes
                 output = forward(*args, **kwargs)
                 self.order.append(name)
-                if isinstance(output, torch.Tensor) and output.nbytes <= left:
-                    left -= output.nbytes
+                if isinstance(output, torch.Tensor) and output.nbytes <= free_bytes:
+                    free_bytes -= output.nbytes
                     recorded[name] = output, output.clone(), output._version
                 return output
 
@@ -61,32 +60,32 @@ class Replay:
         ):
             outputs = call_network(self.network, self.example)
         calls = Counter(self.order)
-        recorded = {name: kept for name, kept in recorded.items() if calls[name] == 1}
-        # a tensor that an op after the layer has changed in place is copied for each pass
+        recorded = {name: record for name, record in recorded.items() if calls[name] == 1}
+        # an output that a later op changes in place is copied for each pass
         self.changed = {
             name for name, (live, _, version) in recorded.items() if live._version != version
         }
-        self.kept = {name: copy for name, (_, copy, _) in recorded.items()}
+        self.recorded = {name: copy for name, (_, copy, _) in recorded.items()}
         return outputs
 
     def first_call(self, layers: set[str]) -> int:
-        """Return the place of the first call of any of ``layers``; the number of calls for none."""
+        """Return the index of the first call of any of ``layers``, or the number of calls."""
         return next((n for n, name in enumerate(self.order) if name in layers), len(self.order))
 
-    def run_from(self, place: int) -> Any:
-        """Return the outputs of a pass in which the calls before ``place`` are replayed."""
+    def run_from(self, index: int) -> Any:
+        """Return the outputs of a pass in which the calls before ``index`` are replayed."""
 
         def replaying(name: str) -> Callable[..., torch.Tensor]:
-            output, copies = self.kept[name], name in self.changed
+            output, copies = self.recorded[name], name in self.changed
             return lambda *_args, **_kwargs: output.clone() if copies else output
 
-        earlier = [name for name in self.order[:place] if name in self.kept]
+        earlier = [name for name in self.order[:index] if name in self.recorded]
         with _forwards({name: replaying(name) for name in earlier}, self.modules):
             return call_network(self.network, self.example)
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch.nn that runs its class's own forward pass."""
+    """Return whether a module is a layer of torch.nn with the forward pass of its class."""
     is_torch = type(module).__module__.startswith("torch.nn.modules.")
     return is_torch and not module._modules and "forward" not in module.__dict__
 
@@ -95,7 +94,7 @@ def _is_leaf(module: nn.Module) -> bool:
 def _forwards(
     forwards: dict[str, Callable[..., Any]], modules: dict[str, nn.Module]
 ) -> Iterator[None]:
-    """Let modules, by name, run other forward functions meanwhile."""
+    """Replace the forward functions of modules, by name, within the context."""
     for name, forward in forwards.items():
         modules[name].__dict__["forward"] = forward
     try:

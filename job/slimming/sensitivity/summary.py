@@ -1,4 +1,4 @@
-"""Summary of measured loss curves: the rows of ``Sensitivity``, with each group's share of cost."""
+"""Summary of loss curves: the rows of ``Sensitivity``, with each group's shares of the costs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.plan import Plan
 
-UNMEASURED = "no layer that could be measured reads them"
+UNMEASURED = "none of the layers after them could be measured"
 
 
 def summarise_losses(
@@ -35,9 +35,9 @@ def summarise_losses(
     plan: Plan | None = None,
     target: str | None = None,
 ) -> Sensitivity:
-    """Return the losses at ``fractions`` of each group, from ``curves`` measured there, by name.
+    """Return the losses of each group at ``fractions``, from its curve in ``curves``, by name.
 
-    ``plan`` is a cut with these curves, ``target`` its METRIC=VALUE.
+    ``plan`` is a cut that was planned with these curves, and ``target`` its METRIC=VALUE.
     """
     shares = _cost_shares(network, graph)
     rows = tuple(
@@ -68,16 +68,16 @@ def summarise_losses(
 
 
 def _cost_shares(network: nn.Module, graph: ChannelGraph) -> dict[str, tuple[float, float]]:
-    """The shares of MACs and parameters that are saved when a group has no channels, by name."""
+    """Return the fractions of MACs and parameters saved without each group, by its name."""
     costs, shares = CostModel(network, graph, removals=False), {}
     whole = costs.cost(keep_all(graph))
     for group in graph.groups:
         keep = keep_all(graph)
         keep[group.channels] = False
-        left = costs.cost(keep)
+        without_group = costs.cost(keep)
         shares[group.name] = (
-            (whole.macs - left.macs) / max(1, whole.macs),
-            (whole.params - left.params) / max(1, whole.params),
+            (whole.macs - without_group.macs) / max(1, whole.macs),
+            (whole.params - without_group.params) / max(1, whole.params),
         )
     return shares
 

@@ -1,7 +1,7 @@
-"""Copies of networks in which nothing refers to the original, not even closures.
+"""Copies of networks that share nothing with the original, not even closures.
 
-``copy.deepcopy`` keeps functions as they are, so that a hook or a closure of the copy would still
-use modules of the original; and it fails on locks and on activations that a network keeps.
+``copy.deepcopy`` does not copy functions, so that hooks and closures of the copy would still use
+modules of the original. It also fails on locks, and on activations that a network keeps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 COPY_METHODS = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 OBJECT_METHODS = {name: getattr(object, name, None) for name in COPY_METHODS}
-# what cannot be copied, and holds nothing that a network computes
+# types that cannot be copied and do not contain anything that a network computes
 SHARED = (
     type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local,
     io.IOBase, types.ModuleType,
@@ -41,12 +41,12 @@ IMMUTABLE = frozenset([bool, int, float, str, type(None)])
 
 
 def clone_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Copy a module and everything that it holds.
+    """Copy a module with all of its contents.
 
-    Functions that hold modules or tensors of the network, in closures or as defaults, become
-    functions that hold those of the copy. Objects whose class defines how they are copied are
-    copied in that way. ``memo`` maps ids of modules and tensors to what takes their place in the
-    copy. Raises UsageError that names an attribute which cannot be copied.
+    Functions that refer to modules or tensors of the network, in closures or defaults, are copied
+    to refer to those of the copy. Objects whose class defines how to copy them are copied that way.
+    ``memo`` maps ids of modules and tensors to their replacements in the copy. Raises UsageError
+    with the name of an attribute that cannot be copied.
     """
     return _Cloner(module, memo).clone(module)
 
@@ -70,14 +70,13 @@ class _Cloner:
         }
 
     def clone(self, value: Value) -> Value:
-        """Copy any value, or find its copy in the memo."""
+        """Copy any value, or return its copy in the memo."""
         kind: Any = type(value)
         if kind in IMMUTABLE or isinstance(value, SHARED):
             return value
-        found: Any = self.memo.get(id(value))
-        if found is not None:
-            return found  # type: ignore[no-any-return]
-        copied: Any
+        copied: Any = self.memo.get(id(value))
+        if copied is not None:
+            return copied  # type: ignore[no-any-return]
         if isinstance(value, torch.Tensor):
             copied = self.clone_tensor(value)
         elif kind in self.by_type:
@@ -112,14 +111,14 @@ class _Cloner:
             ) from error
 
     def check_globals(self, owner: Any, forward: types.FunctionType) -> None:
-        """Raise UsageError for a forward function whose global names hold parts of the network."""
+        """Raise UsageError for a forward function that refers to the network by a global name."""
         for name in forward.__code__.co_names:
             if self.refers(forward.__globals__.get(name), set()):
                 layer = next((n for n, m in modules_of(self.root).items() if m is owner), "")
                 raise UsageError(
                     f"the forward function of {layer or 'the network'} uses the global name "
-                    f"{name!r}, which holds a part of the network and would still be the wide one "
-                    f"in a copy: give it to the function as a default argument, {name}={name}"
+                    f"{name!r} for a part of the network, and would use the original in a copy: "
+                    f"pass it as a default argument, {name}={name}"
                 )
 
     def clone_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -174,7 +173,7 @@ class _Cloner:
         return weakref.ref(self.clone(value())) if self.refers(value, set()) else value
 
     def clone_function(self, function: types.FunctionType) -> types.FunctionType:
-        """Copy a function that refers to the network; cells that do not refer to it are shared."""
+        """Copy a function that refers to the network; other cells of its closure are shared."""
         if not self.refers(function, set()):
             return function
         cells = tuple(
@@ -184,7 +183,7 @@ class _Cloner:
         new = types.FunctionType(
             function.__code__, function.__globals__, function.__name__, None, cells
         )
-        self.memo[id(function)] = new  # it may hold itself
+        self.memo[id(function)] = new  # it may refer to itself
         for cell, old in zip(cells, function.__closure__ or (), strict=True):
             if cell is not old:
                 cell.cell_contents = self.clone(old.cell_contents)
@@ -196,28 +195,28 @@ class _Cloner:
 
     @cached_property
     def network_ids(self) -> set[int]:
-        """Ids of all modules and tensors of the network."""
+        """The ids of all modules and tensors of the network."""
         modules = modules_of(self.root, once=True).values()
         return {*map(id, modules), *(id(tensor) for *_, tensor in tensors_of(self.root))}
 
     def refers(self, value: Any, visited: set[int]) -> bool:
-        """Whether a function or what it holds is, or holds, something of the network."""
+        """Return whether ``value`` is, or refers to, a module or tensor of the network."""
         if id(value) in self.network_ids:
             return True
         if id(value) in visited:
             return False
         visited.add(id(value))
-        return any(self.refers(part, visited) for part in _held_by(value))
+        return any(self.refers(part, visited) for part in _contents(value))
 
 
-def _held_by(value: Any) -> Iterable[Any]:
-    """What a function, a container or a plain object holds."""
+def _contents(value: Any) -> Iterable[Any]:
+    """Return the objects that a function, a container or a plain object refers to."""
     if isinstance(value, types.CellType):
-        with suppress(ValueError):  # an empty one
+        with suppress(ValueError):  # an empty cell
             return (value.cell_contents,)
     if isinstance(value, types.FunctionType):
-        held = value.__defaults__, value.__kwdefaults__, vars(value)
-        return (*(value.__closure__ or ()), *held)
+        contents = value.__defaults__, value.__kwdefaults__, vars(value)
+        return (*(value.__closure__ or ()), *contents)
     if isinstance(value, types.MethodType):
         return value.__func__, value.__self__
     if isinstance(value, functools.partial):
@@ -236,10 +235,11 @@ def _held_by(value: Any) -> Iterable[Any]:
 
 
 def _copies_plainly(kind: Any) -> bool:
-    """Whether objects of a class are copied as new ones with copies of their attributes.
+    """Return whether objects of class ``kind`` can be copied attribute by attribute.
 
-    Methods of modules are compared with those of nn.Module as they are now, since torch.compile
-    replaces one of them; a convolution's own way to be restored changes nothing.
+    This holds if the class has the default copy methods. Those of modules are looked up in
+    nn.Module at each call, since torch.compile replaces one; ``__setstate__`` of convolutions is
+    harmless.
     """
     if issubclass(kind, nn.Module):
         bases = nn.Module, nn.modules.conv._ConvNd
@@ -256,7 +256,7 @@ def _copies_plainly(kind: Any) -> bool:
 def clone_to(
     network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Copy a network to ``device``, its floating-point tensors in ``dtype``."""
+    """Copy a network to ``device``, with floating-point tensors in ``dtype``."""
     memo: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
         new_dtype = dtype if dtype and tensor.is_floating_point() else tensor.dtype

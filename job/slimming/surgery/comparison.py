@@ -1,4 +1,4 @@
-"""Differences of two networks' outputs, and the reasons why outputs cannot be compared."""
+"""Difference of the outputs of two networks, and reasons why outputs cannot be compared."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ RANDOM = frozenset(
 def relative_difference(
     outputs: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
 ) -> float:
-    """The largest difference of two networks' outputs, relative to the largest value of each.
+    """Return the largest difference of two networks' outputs, relative to their largest values.
 
-    Infinite where shapes, integers, booleans, or the places of non-finite values differ, and where
-    no value is finite.
+    The result is infinite if shapes, integers, booleans, or non-finite values differ, or if no
+    value is finite.
     """
     if len(outputs) != len(reference) or not any(
         bool(tensor.isfinite().any()) for tensor in reference
@@ -68,37 +68,37 @@ def _difference(outputs: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def explain_mismatch(network: nn.Module, noise: Example) -> None:
-    """Raise an error if the outputs of ``network`` for ``noise`` cannot prove a cut.
+    """Raise an error if the outputs of ``network`` on ``noise`` cannot prove a cut.
 
-    Raises DataError for damaged weights, UsageError for a
-    network whose outputs are not finite, or differ between two passes.
+    Raises DataError for damaged weights, and UsageError for a network whose outputs are not finite
+    or differ between two passes.
     """
     check_finite_weights(network)
     outputs = _pass(network, noise, seed=0)
     if not any(bool(tensor.isfinite().any()) for tensor in outputs):
         raise UsageError(
-            "the network returns no finite number for noise from 0 to 1, so that a cut cannot be "
-            "proven: look for a division by zero, or a root or logarithm of negative values"
+            "the network returns no finite number for noise in [0, 1), so that a cut cannot be "
+            "verified: look for a division by zero, or a root or logarithm of negative values"
             if any(tensor.numel() for tensor in outputs)
-            else "the network returns no tensor with values, so that a cut cannot be proven"
+            else "the network returns no tensor with values, so that a cut cannot be verified"
         )
     if relative_difference(_pass(network, noise, seed=1), outputs) > 0:
         raise UsageError(
             "the network's outputs in eval mode differ from pass to pass, so that a cut cannot be "
-            f"proven: {_culprit(network, noise)}"
+            f"verified: {_culprit(network, noise)}"
         )
 
 
 def check_finite_weights(network: nn.Module) -> None:
-    """Raise DataError when a weight of a layer, or a BatchNorm's statistic, is not finite."""
+    """Raise DataError if a weight of a layer, or a BatchNorm statistic, is not finite."""
     for name, module in modules_of(network, once=True).items():
-        if not is_layer(module):  # others may hold a mask of -inf
+        if not is_layer(module):  # other modules may have a mask of -inf
             continue
-        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or bool(tensor.detach().isfinite().all()):
                 continue
             kind = "NaN" if bool(tensor.detach().isnan().any()) else "infinity"
-            raise DataError(f"{name}.{own} of the network holds {kind}: its weights are damaged")
+            raise DataError(f"{name}.{attribute} of the network contains {kind}: damaged weights")
 
 
 def _pass(network: nn.Module, noise: Example, seed: int) -> list[torch.Tensor]:
@@ -110,7 +110,7 @@ def _pass(network: nn.Module, noise: Example, seed: int) -> list[torch.Tensor]:
 def _culprit(network: nn.Module, noise: Example) -> str:
     ops = trace_network(network, noise).ops
     if any(op.name in DROPOUTS and _drops(op) for op in ops):
-        return "dropout is always on; pass it training=self.training, slim, and turn it on again"
+        return "dropout is always on; pass training=self.training to it for the cut"
     names = sorted({op.name for op in ops if op.name in RANDOM})
     if names:
         return f"its forward pass calls {', '.join(names)}; turn that off for the cut"

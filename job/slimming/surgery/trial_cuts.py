@@ -1,7 +1,7 @@
-"""Trial cuts of channel groups that the graph may misunderstand.
+"""Trial cuts of suspects: channel groups that the analysis may have misinterpreted.
 
-A view or a slice by fixed numbers is right for the present number of channels, and may be wrong for
-fewer. Whether it is, a cut of the group and its verification show.
+A view or a slice with fixed sizes is valid for the present number of channels, but perhaps not for
+fewer. A cut of the group and its verification show whether it is.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Example) -> ChannelGraph:
-    """The graph without the suspects whose trial cut is wrong.
+    """Return ``graph`` with those suspects blocked whose trial cut fails verification.
 
-    All suspects are cut together first, and halves of them only where that fails. Raises UsageError
-    or DataError for a network of which no cut can be verified.
+    All suspects are cut together first, and halves of them only if that fails. Raises UsageError or
+    DataError if no cut of the network can be verified.
     """
     names = list(dict.fromkeys(name for name, _ in graph.suspects))
     if not names:
@@ -40,19 +40,19 @@ def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Exampl
         return graph
     reasons = dict(graph.suspects)
     for name in _wrong_suspects(network, graph, names, example):
-        reason = f"{reasons[name]} works for the present number of channels only"
+        reason = f"{reasons[name]} works only for the present number of channels"
         graph = graph.without([name], reason)
-    remaining = {group.name for group in graph.groups}
-    left = [name for name in names if name in remaining]
-    if left and not _is_right(network, graph, left, example):
-        graph = graph.without(left, "moved in a way that is not understood")
+    unblocked = {group.name for group in graph.groups}
+    remaining = [name for name in names if name in unblocked]
+    if remaining and not _is_right(network, graph, remaining, example):
+        graph = graph.without(remaining, "rearranged in a way that is not supported")
     return graph
 
 
 def _wrong_suspects(
     network: nn.Module, graph: ChannelGraph, names: list[str], example: Example
 ) -> list[str]:
-    """The groups whose trial cut is wrong, among some whose cut together is."""
+    """Return the groups whose trial cut fails, among ``names``, whose joint trial cut fails."""
     if len(names) == 1:
         return names
     halves = names[: len(names) // 2], names[len(names) // 2 :]
@@ -61,20 +61,20 @@ def _wrong_suspects(
 
 
 def _is_right(network: nn.Module, graph: ChannelGraph, names: list[str], example: Example) -> bool:
-    """Whether a cut of about a third of the channels of some groups is verified."""
+    """Return whether a cut of about a third of the channels of the groups ``names`` is right."""
     layers = layers_of(graph, _trial(graph, names))
     try:
         narrow = apply_plan(network, layers)
         verify(network, narrow, layers, example, graph)
     except (UsageError, DataError):
         raise
-    except Exception:  # whatever a network raises that does not take fewer channels
+    except Exception:  # user code may raise anything when it gets fewer channels
         return False
     return True
 
 
 def _trial(graph: ChannelGraph, names: list[str]) -> Ids:
-    """The channels (count,) bool that a trial cut keeps, chosen at random by a fixed seed."""
+    """Return the mask (count,) of the channels that a trial cut keeps, drawn with a fixed seed."""
     scores = np.random.Generator(np.random.Philox(0)).random(graph.count)
     groups = [r for r in rank_groups(graph, scores) if r.group.name in names]
     counts = [max(1, len(r.units) - max(1, len(r.units) // 3)) for r in groups]

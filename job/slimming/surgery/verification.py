@@ -1,6 +1,6 @@
-"""Verification of a cut: the narrow network computes what the wide one does without the channels.
+"""Verification of a cut: the narrow network equals the wide one without the removed channels.
 
-Both run on noise in float64, or in the network's own precision where it does not run in float64.
+Both run on noise in float64, or in the precision of the network if it does not run in float64.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from job.slimming.planning.layer_channels import LayerChannels, Layers
 
 PROOF_TOLERANCE = 1e-9  # relative, in float64
-ROUNDING_MARGIN = 16  # times what rounding changes, where the precision is not float64
-ROUNDING_TRIALS = 3
+ROUNDING_MARGIN = 16  # tolerance relative to the effect of rounding, in other precisions
+ROUNDING_TRIALS = 3  # random roundings whose largest effect counts
 
 
 def verify(
@@ -46,13 +46,13 @@ def verify(
     """Compare the narrow network with the wide one without the removed channels.
 
     Both run on the CPU on noise like ``example``, or on smaller images that prove as much. In a
-    copy of the wide network the removed channels are zeroed before every layer that sums over them.
-    ``graph`` is that of the wide network on ``example``: with its ``auxiliary`` the heads that run
-    in train mode only are compared too, and the network is not traced again.
+    copy of the wide network, the removed channels are zeroed before every layer that sums over
+    them. With ``graph``, the graph of the wide network on ``example``, the network is not traced
+    again. If the graph is ``auxiliary``, the heads that run only in train mode are compared too.
 
-    Raises GammaslimError when the difference is above the tolerance, and when only the wide network
-    can be trained: a forward pass in train mode shows it, for a graph that is ``odd`` a backward
-    pass too. Raises UsageError for networks of which no cut can be verified.
+    Raises GammaslimError if the difference is above the tolerance, or if only the wide network can
+    be trained. This is tested by a forward pass in train mode, and by a backward pass if the graph
+    is ``odd``. Raises UsageError if no cut of the network can be verified.
     """
     auxiliary, odd = (graph.auxiliary, graph.odd) if graph else (False, False)
     small = example
@@ -68,7 +68,7 @@ def verify(
     if not proof.error <= tolerance:
         explain_mismatch(masked, _noise_for(masked, small))
         raise GammaslimError(
-            f"the cut is wrong: the narrow network differs from the wide one without those "
+            f"the cut is wrong: the narrow network differs from the wide one without the removed "
             f"channels by {proof}"
         )
     if (why := _training_error(narrow, example, odd)) and not _training_error(wide, example, odd):
@@ -97,13 +97,13 @@ def _narrow_outputs(
 def _expected(
     wide: nn.Module, layers: Layers, example: Example, auxiliary: bool
 ) -> tuple[nn.Module, list[torch.Tensor], torch.dtype]:
-    """The wide network without the removed channels, its outputs, and their precision."""
+    """Return the wide network without the removed channels, its outputs, and their precision."""
     try:
         masked = _masked(wide, layers, torch.float64)
         expected = _probe_outputs(masked, example, auxiliary)
         if all(t.dtype == torch.float64 for t in expected if t.is_floating_point()):
             return masked, expected, torch.float64
-    except Exception:  # whatever a network raises: its code may demand float32
+    except Exception:  # user code may require float32
         pass
     precision = _precision(wide)
     masked = _masked(wide, layers, precision)
@@ -111,17 +111,17 @@ def _expected(
         return masked, _probe_outputs(masked, example, auxiliary), precision
     except Exception as failure:  # e.g. ops that run on a GPU only
         raise UsageError(
-            f"a cut is proven on the CPU, where the network does not run: {reason(failure)}"
+            f"a cut is verified on the CPU, where the network does not run: {reason(failure)}"
         ) from failure
 
 
 def _rounding_tolerance(
     masked: nn.Module, expected: list[torch.Tensor], example: Example, auxiliary: bool
 ) -> float:
-    """``ROUNDING_MARGIN`` times the change of the outputs when each weight is rounded differently.
+    """Return ``ROUNDING_MARGIN`` times the change of the outputs under random rounding.
 
-    Each weight moves by one unit in its last place, up or down, which is like the sums of a narrow
-    network in another order.
+    Each weight changes by one unit in its last place, up or down. This is similar to the sums of
+    the narrow network, which are taken in another order.
     """
     generator, worst = torch.Generator().manual_seed(1), 0.0
     with torch.no_grad():
@@ -139,19 +139,19 @@ def _rounding_tolerance(
 
 
 def _training_error(network: nn.Module, example: Example, backward: bool) -> str | None:
-    """Why a training step fails on samples like those of ``example``; None when it succeeds."""
+    """Return why a training step fails on samples like ``example``; None if it succeeds."""
     try:
         if backward:
             _train_a_step(network, example)
         else:
             trace_network(network, example, training=True)
-    except Exception as error:  # whatever a network raises
+    except Exception as error:  # user code may raise anything
         return reason(error)
     return None
 
 
 def _train_a_step(network: nn.Module, example: Example) -> None:
-    """Run a copy forward and backward on the meta device, or on the CPU where that fails."""
+    """Run a copy forward and backward on the meta device, or on the CPU if that fails."""
     try:
         copy = clone_to(network, "meta")
         _backward(copy, map_tensors(_noise_for(copy, example), lambda t: t.to("meta")))
@@ -176,7 +176,7 @@ def _probe_outputs(
 
 
 def _noise_for(network: nn.Module, example: Example) -> Any:
-    """Noise like ``example`` in the precision of the network."""
+    """Return noise like ``example`` in the precision of the network."""
     return probe_batch(example, _precision(network))
 
 
@@ -186,7 +186,7 @@ def _precision(network: nn.Module) -> torch.dtype:
 
 @contextmanager
 def _proof_mode(network: nn.Module, auxiliary: bool) -> Iterator[None]:
-    """Eval mode; with ``auxiliary``, train mode for all modules but the layers themselves."""
+    """Put the network in eval mode; with ``auxiliary``, all but its layers in train mode."""
     with training_mode(network, training=False):
         if auxiliary:
             for module in network.modules():
@@ -195,7 +195,7 @@ def _proof_mode(network: nn.Module, auxiliary: bool) -> Iterator[None]:
 
 
 def _masked(wide: nn.Module, layers: Layers, dtype: torch.dtype) -> nn.Module:
-    """A copy on the CPU whose layers have zeros for the removed channels of their inputs."""
+    """Return a copy on the CPU in which the weights for removed inputs are zero."""
     masked = clone_to(wide, "cpu", dtype).cpu()
     with torch.no_grad():
         for name, channels in layers.items():
@@ -205,7 +205,7 @@ def _masked(wide: nn.Module, layers: Layers, dtype: torch.dtype) -> nn.Module:
 
 
 def _zero_inputs(network: nn.Module, name: str, channels: LayerChannels) -> None:
-    """Zero the weights of a layer, or of the parameter ``name``, for inputs that are removed."""
+    """Zero the weights of the layer or parameter ``name`` for removed inputs."""
     axis, groups = 1, 1
     try:
         weight = network.get_parameter(name)
@@ -215,7 +215,7 @@ def _zero_inputs(network: nn.Module, name: str, channels: LayerChannels) -> None
         rule = layer_rule(layer)
         axis = rule.tensors["weight"].index("in") if rule else axis
         if is_depthwise(layer):
-            return  # channels pass, and none are summed over
+            return  # a depthwise convolution does not sum over channels
     if axis == 0:
         groups = 1  # all inputs are along this axis
     used = torch.zeros(weight.shape[axis] * groups, dtype=weight.dtype)

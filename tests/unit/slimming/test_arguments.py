@@ -74,7 +74,7 @@ def test_a_wrong_argument_is_named(
     [
         (BATCH, "is an iterable of batches, e.g. .*; got one tensor of (4, 3, 24, 24)"),
         ({"images": BATCH}, "is an iterable of batches, .*; got a dict"),
-        ([], "it holds none"), (3, "; got 3"),
+        ([], "it is empty"), (3, "; got 3"),
         ([BATCH, (BATCH * 255).byte()], "batch 1 is uint8, the network takes floating-point"),
         ([BATCH.permute(0, 2, 3, 1)], "batch 0 is (4, 24, 24, 3), the example (1, 3, 24, 24)"),
         ((BATCH, LABELS), "batch 1 is (4,), the example"),

@@ -408,5 +408,5 @@ def test_what_needs_statistics_measures_them_or_says_so(importance: str, method:
 
 @pytest.mark.parametrize("calibration", [None, []])
 def test_regress_without_images_says_so(calibration: list[torch.Tensor] | None) -> None:
-    with pytest.raises(UsageError, match=r"regress: calibration images are needed|it holds none"):
+    with pytest.raises(UsageError, match=r"regress: calibration images are needed|it is empty"):
         job.slim(NETWORKS["3 x 3"](), IMAGES, compensate="regress", calibration=calibration)

@@ -179,7 +179,7 @@ def test_a_loss_that_is_unknown_is_empty() -> None:
     ("arguments", "said"),
     [
         ({"calibration": None}, "calibration is an iterable of batches"),
-        ({"calibration": []}, "it holds none"),
+        ({"calibration": []}, "it is empty"),
         ({"target": "macs=2%"}, "is not a target"),
         ({"target": "macs=0.001"}, "^target .*cannot be reached"),
         ({"ignore": ["nothing"]}, "ignore: the network has no layer"),
