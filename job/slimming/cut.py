@@ -60,7 +60,7 @@ class Method:
     """Method of a cut: importance criterion, compensation of removed channels, seed, allocation.
 
     ``allocate`` is what the groups of a global cut are compared by: ``outputs``, the loss of the
-    network's outputs when each is cut, or ``local``, the importance of the channels. ``depth`` tells
+    network's outputs when each is cut, or ``local``, the importance of the channels. ``depth`` is
     whether whole branches of the network may be removed where the outputs lose least (``auto``) or
     not (``off``).
     """

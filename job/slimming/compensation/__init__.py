@@ -1,1 +1,1 @@
-"""Compensation: the kept channels make up for the removed ones."""
+"""Compensation: weights of the narrow network that make up for removed channels."""

@@ -1,6 +1,7 @@
-"""Channel maps: wide inputs of a layer as a linear map of its narrow ones, whatever the position.
+"""Channel maps: linear maps from the narrow inputs of a layer to its wide ones.
 
-A map has fewer numbers than a kernel, so that few positions are enough to fit it.
+The map is the same for all positions. It has fewer elements than a kernel, so that few positions
+are enough to fit it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def fit_channel_map(
     inputs: Iterable[tuple[torch.Tensor, torch.Tensor]],
     ridge: float,
 ) -> bool:
-    """Fold M · x + b, fitted to wide ``inputs`` by the narrow ones x, into a narrow consumer.
+    """Fit wide inputs as M · x + b of narrow inputs x, and fold the map into a narrow consumer.
 
-    ``inputs`` are pairs of narrow and wide inputs of this process. Padded borders are treated as if
-    b was added to the padding too. Returns whether any process has inputs.
+    ``inputs`` are pairs of narrow and wide inputs on this process. At padded borders the fold is
+    approximate, since it adds b to the padding as well. Returns whether any process has inputs.
     """
     kept = int(pair.keep[consumer.channels].sum())
     width = kept + len(consumer.channels)
@@ -47,7 +48,7 @@ def fit_channel_map(
 def _solve_fits(
     pair: CutPair, consumer: Consumer, kept: int, statistics: InputStatistics, ridge: float
 ) -> list[Fit]:
-    """M (C, K) and b (C,) for each group of a consumer."""
+    """Return M (C, K) and b (C,) for each group of a consumer."""
     fits, start = [], 0
     for part, stays in pair.kept_columns(consumer):
         narrow = slice(start, start + int(stays.sum()))
@@ -62,10 +63,10 @@ def _solve_fits(
 def ridge_slope(
     inner: torch.Tensor, cross: torch.Tensor, stays: torch.Tensor, ridge: float
 ) -> torch.Tensor:
-    """Return M (C, K) that predicts C wide inputs from the K narrow ones of the mask ``stays``.
+    """Return M (C, K) that predicts C wide inputs from the K narrow ones in the mask ``stays``.
 
-    ``inner`` (K, K) and ``cross`` (K, C) are covariances, float64. The ridge, relative to the mean
-    variance, pulls M to the plain cut: each kept channel is itself, removed channels are zero.
+    ``inner`` (K, K) and ``cross`` (K, C) are covariances, float64. The ridge is relative to the
+    mean variance and pulls M to the plain cut, which copies kept channels and sets others to zero.
     """
     slope = torch.eye(len(stays)).double()[:, stays]
     scale = inner.diagonal().mean()

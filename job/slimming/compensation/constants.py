@@ -1,4 +1,4 @@
-"""Where the constant of removed channels goes: into a bias, old or new, or a running mean."""
+"""Biases for the constants of removed channels, in layers that have none."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def layers_without_constant(network: nn.Module, graph: ChannelGraph) -> frozenset[str]:
-    """Return the consumers with neither a bias nor a BatchNorm after them: they need a new bias."""
+    """Return the consumers without a bias and without a BatchNorm after them."""
     layers = {consumer.layer for consumer in consumers_of(network, graph)}
     layers -= graph.forward.norms_after.keys()
     return frozenset(name for name in layers if network.get_submodule(name).bias is None)
 
 
 def add_biases(layers: Layers, without_constant: frozenset[str]) -> Layers:
-    """Return ``layers`` with a new bias in each of ``without_constant`` that loses an input."""
+    """Add a bias to those of ``layers`` that are in ``without_constant`` and lose an input."""
     with_biases = dict(layers)
     for name in sorted(without_constant):
         kept = layers.get(name, LayerChannels())

@@ -1,4 +1,4 @@
-"""A network before and after a cut, and the fit of a narrow layer to the wide one."""
+"""Cut pair: a network before and after a cut, and the weights of fitted layers."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ class CutPair:
         return torch.arange(rows) if kept is None else torch.tensor(kept)
 
     def summand(self, layer: str) -> str | None:
-        """Return the module whose output alone is added to another where ``layer`` is fitted.
+        """Return the module whose output is only added to another, so that ``layer`` fits a sum.
 
-        None where no addition alone reads it, or where its scale is unknown: a BatchNorm that
-        selects channels, or that uses the statistics of each batch.
+        Returns None if there is no such addition, or if the scale is unknown because a BatchNorm
+        selects channels or uses the statistics of each batch.
         """
         name = self.graph.forward.pause_points[layer].summand
         if name is None or name == layer:
@@ -106,7 +106,7 @@ class CutPair:
         return narrow.bias is not None or bool(self._norms_after(layer))
 
     def add_constant(self, name: str, constant: torch.Tensor) -> None:
-        """Add ``constant`` (O,) to the outputs of a narrow layer as the plain cut left it."""
+        """Add ``constant`` (O,) to the outputs that a narrow layer has after the plain cut."""
         rows = self.kept_rows(name)
         layer: Any = self.narrow.get_submodule(name)
         if isinstance(layer, ConstantOutput):
@@ -125,7 +125,7 @@ class CutPair:
                 narrow.running_mean.copy_(wide.running_mean.cpu().double()[rows] - constant)
 
     def _norms_after(self, name: str) -> tuple[str, ...]:
-        """The BatchNorms that alone read a layer; none where one of them selects its channels."""
+        """Return the BatchNorms that are the only consumers of a layer; () if one selects."""
         norms = self.graph.forward.norms_after.get(name, ())
         return () if any(self._kept(norm).select for norm in norms) else norms
 

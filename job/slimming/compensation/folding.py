@@ -1,7 +1,7 @@
-"""Folding: the constant that removed channels added is moved into the layers that read them.
+"""Folding: constants that replace removed channels, added to the consumers of the channels.
 
-``beta`` takes what is left of a channel with γ = 0, that is act(β), which Liu et al. 2017 drop.
-``mean`` takes the mean of the channel over the calibration images.
+For ``beta`` the constant is act(β), the output of a channel with γ = 0, which Liu et al. 2017 drop.
+For ``mean`` it is the mean of the channel over the calibration images.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def fold_means(pair: CutPair, statistics: Mapping[str, InputStatistics]) -> None:
-    """Add the mean of the removed channels to the consumers of the narrow network, in place.
+    """Add the means of the removed channels to the consumers of the narrow network, in place.
 
-    ``statistics`` are those of the wide network, by layer; other layers stay as they are.
+    ``statistics`` are those of the wide network, by layer. Other layers are not changed.
     """
     for consumer in pair.consumers():
         if consumer.layer not in statistics or pair.keep[consumer.channels].all():
@@ -41,7 +41,7 @@ def fold_means(pair: CutPair, statistics: Mapping[str, InputStatistics]) -> None
 def beta_statistics(pair: CutPair) -> dict[str, InputStatistics]:
     """Return the statistics of the consumers' inputs when the removed channels have γ = 0.
 
-    Then a BatchNorm outputs β whatever the image, so that one batch of noise is enough.
+    The BatchNorm then outputs β for any image, so that one batch of noise is enough.
     """
     network = clone_module(pair.wide, {})
     norms = batchnorms(network)

@@ -1,4 +1,4 @@
-"""The fit of a narrow layer's kernel and bias to the outputs of the wide layer."""
+"""Kernel fit: least squares for the kernel and bias of a narrow layer."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from job.slimming.compensation.cut_pair import CutPair
     from job.slimming.compensation.paired_passes import PairedValues
 
-MAX_COLUMNS = 5000  # of the normal equations: 512 channels of a 3 x 3 kernel are 4608
+MAX_COLUMNS = 5000  # of the normal equations; a 3 x 3 kernel of 512 channels has 4608
 FEWEST_ROWS = 4  # for each column
-ENOUGH_ROWS = 100  # for each column, and MIN_ROWS in addition
+ENOUGH_ROWS = 100  # for each column, in addition to MIN_ROWS
 MIN_ROWS = 4000
-MAX_KERNEL_PRODUCTS = 2**36  # of one layer: about two seconds on two cores
+MAX_KERNEL_PRODUCTS = 2**36  # for one layer: about two seconds on two cores
 MAX_BLOCK_VALUES = 2**23  # in one block of rows
-SMALLEST_GAIN = 1e-6  # of a BatchNorm: channels below are not fitted to a sum
+SMALLEST_GAIN = 1e-6  # of a BatchNorm; channels with a smaller gain are not fitted to a sum
 
 
 def can_fit_kernel(layer: Any, rows: int) -> bool:
-    """Whether the kernel can be fitted to so many ``rows``: layers whose forward pass is torch's.
+    """Return whether the kernel of ``layer`` can be fitted to ``rows`` output positions.
 
-    Where a kernel has several numbers for each channel, it needs a few rows for each number.
+    The forward pass must be that of torch, and there must be a few rows for each column.
     """
     if "forward" in vars(layer) or isinstance(layer, TRANSPOSED):
         return False
@@ -53,10 +53,11 @@ def can_fit_kernel(layer: Any, rows: int) -> bool:
 def fit_kernel(
     pair: CutPair, name: str, values: Sequence[PairedValues], available: int, ridge: float
 ) -> bool:
-    """Fit the narrow layer ``name`` to the wide outputs in ``values``, those of this process.
+    """Fit the narrow layer ``name`` to the wide outputs in ``values`` of this process.
 
-    ``available`` are the rows, i.e. output positions, of all processes; an even sample is used.
-    The ridge pulls the kernel to that of the plain cut. Returns whether any process has rows.
+    ``available`` is the number of rows, i.e. output positions, of all processes, of which an even
+    sample is used. The ridge pulls the kernel to that of the plain cut. Returns whether any process
+    has rows.
     """
     layer: Any = pair.narrow.get_submodule(name)
     weight, groups = layer.weight, int(getattr(layer, "groups", 1))
@@ -86,9 +87,9 @@ def _enough_rows(groups: int, columns: int, outputs: int) -> int:
 def _rows(
     pair: CutPair, name: str, batch: PairedValues, step: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Blocks of patches (N, C, K) of narrow inputs, with the errors (N, O) of the outputs."""
+    """Yield patches (N, C, K) of narrow inputs and errors (N, O) of the outputs, in blocks."""
     layer: Any = pair.narrow.get_submodule(name)
-    kept = pair.kept_rows(name).to(batch.outputs.device)
+    kept_rows = pair.kept_rows(name).to(batch.outputs.device)
     padded = pad_inputs(layer, batch.inputs)
     sizes = batch.outputs.shape[2:]
     rows = row_count(layer, batch.outputs)
@@ -100,7 +101,7 @@ def _rows(
     groups = int(getattr(layer, "groups", 1))
     for part in torch.split(where, block):
         patches = _at_least_float32(patches_at(layer, padded, part, sizes))
-        wanted = _at_least_float32(values_at(layer, batch.outputs, part)[:, kept])
+        wanted = _at_least_float32(values_at(layer, batch.outputs, part)[:, kept_rows])
         if batch.narrow_sum is not None:
             errors = wanted - values_at(layer, batch.narrow_sum, part)
             errors = errors * _inverse_gain(pair, name).to(errors)
@@ -117,7 +118,7 @@ def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse_gain(pair: CutPair, name: str) -> torch.Tensor:
-    """By how much an output (O,) of a layer must change for a change of 1 in the sum."""
+    """Return the change (O,) of the outputs of a layer that changes the sum by 1."""
     module: Any = pair.narrow.get_submodule(pair.summand(name) or name)
     if module is pair.narrow.get_submodule(name):
         return torch.ones(1)

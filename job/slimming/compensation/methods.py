@@ -1,6 +1,6 @@
-"""Compensation methods: what makes up for removed channels after a cut.
+"""Compensation methods, which make up for removed channels after a cut.
 
-``COMPENSATIONS`` is the table of them, by the names of ``--compensate``.
+``COMPENSATIONS`` is the table of methods, by the names of ``--compensate``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compensation:
-    """An entry of the table.
+    """Compensation method: an entry of the table ``COMPENSATIONS``.
 
-    ``apply`` changes the narrow network in place; None for a plain cut. The flags say what it
-    needs: calibration ``images``, and the ``statistics`` of layer inputs over them.
+    ``apply`` changes the narrow network in place; it is None for a plain cut. The flags tell what
+    it needs: calibration ``images``, and the ``statistics`` of layer inputs over them.
     """
 
     apply: Callable[[CutPair, CalibrationData, Progress], None] | None
@@ -68,8 +68,8 @@ def compensate_cut(
 ) -> None:
     """Apply the compensation named ``compensate`` to the narrow network, in place.
 
-    Every process ends with the weights of the main process. Raises UsageError where images are
-    needed and no process has any.
+    All processes end with the weights of the main process. Raises UsageError if images are needed
+    and no process has any.
     """
     apply = COMPENSATIONS[compensate].apply
     if apply:

@@ -11,9 +11,9 @@ from job.errors import DataError
 class NormalEquations:
     """Sums for the regression of ``outputs`` errors on ``columns`` values, in each of ``groups``.
 
-    Products are taken in the precision of the rows, at least float32, and accumulated in float64:
-    the sums of float32 rows are exact to about 1e-6. Rows are relative to the mean of the first
-    ones.
+    Products are computed in the precision of the rows, at least float32, and accumulated in
+    float64: the relative error of sums of float32 rows is about 1e-6. Rows are shifted by the mean
+    of the first batch.
     """
 
     def __init__(self, groups: int, columns: int, outputs: int, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class NormalEquations:
 
         They are float64 on the CPU. The ``ridge`` is relative to the mean variance of the columns.
         Without ``constant`` the constants are zero. Raises DataError, with the ``name`` of the
-        layer, where the sums are not finite.
+        layer, if the sums are not finite.
         """
         count, mean, products = self._combined()
         if not count:
@@ -52,7 +52,7 @@ class NormalEquations:
             products = products + inputs[:, :, None] * mean[:, None]
         gram, cross = products[:, :, : self.columns], products[:, :, self.columns :]
         scale = gram.diagonal(dim1=1, dim2=2).mean(1)
-        # columns that are constant have no slope
+        # constant columns have slope zero
         damping = torch.where(scale > 0, ridge * scale, 1)[:, None]
         slopes = _solve(gram + torch.diag_embed(damping.expand(-1, self.columns)), cross)
         if not constant:
@@ -60,20 +60,20 @@ class NormalEquations:
         return slopes, errors - torch.einsum("gc,gco->go", inputs, slopes)
 
     def _combined(self) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """The rows, their mean and the mean of centred products, over all processes."""
+        """Return the number of rows, their mean, and their covariances, over all processes."""
         mean = self.shift + self.sums / max(1, self.count)
         local = self.sums[:, : self.columns, None] * self.sums[:, None] / max(1, self.count)
         count = int(total(mean.new_tensor(float(self.count))))
         overall = total(mean * self.count) / max(1, count)
-        apart = mean - overall
-        between = self.count * apart[:, : self.columns, None] * apart[:, None]
-        products = total(self.products - local + between) / max(1, count)
+        offset = mean - overall
+        of_means = self.count * offset[:, : self.columns, None] * offset[:, None]
+        products = total(self.products - local + of_means) / max(1, count)
         return count, overall.cpu(), products.cpu()
 
 
 def _solve(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if bool(failed.any()):  # not positive definite to rounding
+    if bool(failed.any()):  # not positive definite, due to rounding
         solution: torch.Tensor = torch.linalg.solve(gram, cross)
         return solution
     return torch.cholesky_solve(cross, factor)

@@ -1,7 +1,7 @@
-"""Forward passes of the same images through the narrow and the wide network, layer by layer.
+"""Paired passes: forward passes of the narrow and the wide network on the same images.
 
-A pass keeps its activations while it is paused. Images join where all passes together fit into
-memory: few before the first layers, whose feature maps are large, and more and more further down.
+A pass keeps its activations in memory while it is paused. Few images fit before the first layers,
+whose feature maps are large; more images join at later layers.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
     from job.slimming.compensation.cut_pair import CutPair
     from job.slimming.inputs import Example
 
-MAX_PAUSED_BYTES = 2**31  # that all passes together keep while they are paused
-PARTS = 8  # of the images before the first layer: a running pass takes memory too
+MAX_PAUSED_BYTES = 2**31  # of the activations of all paused passes
+PARTS = 8  # batches of the images before the first layer, since a running pass needs memory too
 
 
 @dataclass(frozen=True)
 class PairedValues:
-    """What a layer reads in both networks, and the outputs of the wide one.
+    """Inputs of a layer in both networks, and its outputs in the wide network.
 
-    They are for batches of ``sizes`` samples, joined.
-    ``narrow_sum`` is None, or the sum that the outputs of the narrow layer are part of; ``outputs``
-    are then the sum in the wide network, and ``narrow`` is the pass that is paused there.
+    They belong to joined batches of ``sizes`` samples. ``inputs`` are those of the narrow network.
+    If the layer is fitted to a sum, ``narrow_sum`` is the sum in the narrow network, ``outputs``
+    the sum in the wide network, and ``narrow`` the pass that is paused at the addition.
     """
 
     sizes: Sequence[int]
@@ -58,17 +58,17 @@ class PairedValues:
 
 @dataclass(frozen=True)
 class JoinedBatch:
-    """Batches of ``sizes`` samples, joined."""
+    """Concatenated batches of ``sizes`` samples."""
 
     inputs: Example
     sizes: tuple[int, ...]
 
 
 class PairedPasses:
-    """Passes over the images of this process, possibly none, that pause for each of ``layers``.
+    """Pairs of passes over the images of this process, which pause at each of ``layers``.
 
-    ``layers`` are in the order of their pause points. ``summands`` maps layers that are read by an
-    addition alone to the module whose output is added.
+    A process may have no images. ``layers`` are in the order of their pause points. ``summands``
+    maps layers whose outputs are only added to another to the module whose output is added.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class PairedPasses:
         points = facts.pause_points
         self.in_order = sorted(layers, key=lambda layer: points[layer].call)
         sizes = [points[layer].bytes_per_sample for layer in layers]
-        # the most that the passes will keep from each layer on
+        # the largest size of the activations from each layer on
         largest = list(itertools.accumulate(reversed(sizes), max))[::-1]
         first = max(1, MAX_PAUSED_BYTES // max(1, 2 * largest[0]))  # samples
         inputs, self.unpaused = map(inputs_of, batches), Snapshot(pair.wide).has_locks
-        if facts.keeps_activations:  # a paused pass may see activations that another one has stored
+        if facts.keeps_activations:  # a paused pass could use activations of another one
             joined = list(_joined(_first_samples(inputs, first), first * PARTS))
             self.unpaused = self.unpaused or len(joined) > 1
             largest, self.batches = [0] * len(layers), _Batches(iter(joined))
@@ -101,7 +101,7 @@ class PairedPasses:
 
     @contextmanager
     def started(self) -> Iterator[None]:
-        """Make both networks ready; passes end with the context."""
+        """Prepare both networks for passes; the passes end with the context."""
         with ExitStack() as stack:
             stack.enter_context(preserve_state(self.networks[1]))
             for network in self.networks:
@@ -116,12 +116,12 @@ class PairedPasses:
             yield
 
     def values(self, name: str) -> list[PairedValues]:
-        """Return what the layer ``name`` reads and should compute, for each batch and call."""
+        """Return the inputs and the wide outputs of the layer ``name``, by batch and call."""
         self._join(name)
         once = self.calls[f"{name}.weight"] == 1 and not self.unpaused
         values: list[PairedValues] = []
         for batch, passes in zip(self.joined, self.passes, strict=True):
-            if not once:  # its last call comes after layers that its first call feeds
+            if not once:  # layers between the calls of this layer are fitted later
                 values += self._from_whole_passes(name, batch)
             elif name in self.summands:
                 values += self._from_addition(name, batch.sizes, *passes)
@@ -135,16 +135,16 @@ class PairedPasses:
     def _from_addition(
         self, name: str, sizes: Sequence[int], narrow: ForwardPass, wide: ForwardPass
     ) -> Iterator[PairedValues]:
-        ours, theirs = (
+        narrow_summands, wide_summands = (
             forward_pass.run_until_added(network.get_submodule(name))
             for forward_pass, network in zip((narrow, wide), self.networks, strict=True)
         )
-        if ours is not None and theirs is not None:
-            inputs = ours.inputs, theirs.inputs
-            yield PairedValues(sizes, *inputs, _sum(theirs), _sum(ours), narrow)
+        if narrow_summands is not None and wide_summands is not None:
+            inputs = narrow_summands.inputs, wide_summands.inputs
+            yield PairedValues(sizes, *inputs, _sum(wide_summands), _sum(narrow_summands), narrow)
 
     def replace_outputs(self, name: str, values: Sequence[PairedValues]) -> None:
-        """Continue the passes that have gone through the layer with outputs of the fitted one."""
+        """Replace the outputs of a fitted layer in passes that have already run it."""
         layer = self.networks[0].get_submodule(name)
         module = self.networks[0].get_submodule(self.summands.get(name, name))
         with torch.no_grad():
@@ -155,17 +155,17 @@ class PairedPasses:
                     batch.narrow.replace_output(outputs)
 
     def _join(self, name: str) -> None:
-        """Start passes over more images where they fit from this layer on."""
+        """Start passes over more images if they fit into memory from this layer on."""
         for batch in self.batches.take(MAX_PAUSED_BYTES, 2 * self.largest[name]):
             self.joined.append(batch)
             narrow, wide = (start(batch.inputs) for start in self.start)
             self.passes.append((narrow, wide))
 
     def _from_whole_passes(self, name: str, batch: JoinedBatch) -> Iterator[PairedValues]:
-        """The values at each call of a layer, from passes that are not paused."""
-        ours, theirs = (_calls(network, name, batch.inputs) for network in self.networks)
-        for (inputs, _), called in zip(ours, theirs, strict=True):
-            yield PairedValues(batch.sizes, inputs, *called)
+        """Yield the values at each call of a layer, from passes that do not pause."""
+        narrow_calls, wide_calls = (_calls(net, name, batch.inputs) for net in self.networks)
+        for (inputs, _), wide_call in zip(narrow_calls, wide_calls, strict=True):
+            yield PairedValues(batch.sizes, inputs, *wide_call)
 
 
 def _sum(summands: Summands) -> torch.Tensor:
@@ -175,12 +175,12 @@ def _sum(summands: Summands) -> torch.Tensor:
 def _calls(
     network: nn.Module, name: str, batch: Example
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Copies of the inputs and outputs of a layer at each of its calls."""
+    """Return copies of the inputs and outputs of a layer at each of its calls."""
     layer, calls = network.get_submodule(name), []
     inputs: list[torch.Tensor] = []
 
     def before(_: nn.Module, values: tuple[torch.Tensor, ...]) -> None:
-        inputs.append(values[0].clone())  # the next layer may work in place
+        inputs.append(values[0].clone())  # the layer may change its input in place
 
     def after(_: nn.Module, __: object, outputs: torch.Tensor) -> None:
         calls.append((inputs[-1], outputs.clone()))
@@ -192,14 +192,14 @@ def _calls(
 
 
 class _Batches:
-    """Batches that are read when they are needed."""
+    """Queue of batches, read when they are needed."""
 
     def __init__(self, batches: Iterator[JoinedBatch]) -> None:
         self.waiting = batches
         self.samples = self.nbytes = 0
 
     def take(self, most: int, bytes_per_sample: int) -> Iterator[JoinedBatch]:
-        """Yield batches until they hold ``most`` bytes or more, with those taken before."""
+        """Yield batches until all batches taken so far need ``most`` bytes or more."""
         while self.samples * bytes_per_sample + self.nbytes < most:
             batch = next(self.waiting, None)
             if batch is None:
@@ -210,7 +210,7 @@ class _Batches:
 
 
 def _first_samples(batches: Iterable[Example], most: int) -> Iterator[Example]:
-    """The first batches, until they hold ``most`` samples or more."""
+    """Yield the first batches, up to ``most`` samples or slightly more."""
     for batch in batches:
         yield batch
         most -= sample_count(batch)
@@ -219,7 +219,7 @@ def _first_samples(batches: Iterable[Example], most: int) -> Iterator[Example]:
 
 
 def _joined(batches: Iterable[Example], size: int) -> Iterator[JoinedBatch]:
-    """Batches of the same shape, joined while they hold at most ``size`` samples."""
+    """Yield batches of the same shape joined to at most ``size`` samples."""
     for _, alike in itertools.groupby(batches, key=batch_signature):
         part: list[Example] = []
         for batch in alike:

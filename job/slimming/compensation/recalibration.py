@@ -1,4 +1,4 @@
-"""Recalibration: BatchNorm running statistics measured again after a cut."""
+"""Recalibration: measurement of BatchNorm running statistics after a cut."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def recalibrate_batchnorms(network: nn.Module, batches: Iterable[CalibrationBatch]) -> None:
-    """Set the running statistics of every BatchNorm to those of the batches of all processes.
+    """Set the running statistics of every BatchNorm to those over the batches of all processes.
 
-    As in training, each BatchNorm normalises a batch by the statistics of that batch. All else
-    is in eval mode, and nothing else changes. A process may have no batches. A BatchNorm that does
-    not run, or has no running statistics, stays as it is.
+    Each BatchNorm normalises a batch by the statistics of that batch, as in training. Other modules
+    are in eval mode, and nothing else changes. A process may have no batches. A BatchNorm that does
+    not run, or has no running statistics, is not changed.
     """
     norms = [
         _NormStatistics(layer)
@@ -49,7 +49,7 @@ class _NormStatistics:
         self.count = 0
 
     def hook(self, layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        """Add a batch of inputs, and let ``layer`` normalise it by its own statistics."""
+        """Add a batch of inputs, and set ``layer`` to normalise by the statistics of the batch."""
         values = inputs[0]
         values = values if values.dtype == torch.float64 else values.float()
         count = values.numel() // max(1, values.shape[1])

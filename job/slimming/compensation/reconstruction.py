@@ -1,4 +1,4 @@
-"""Reconstruction: the layers of the narrow network compute what the wide ones did.
+"""Reconstruction: layers of the narrow network fitted to the outputs of the wide one.
 
 Layers are fitted by least squares, one after the other in the order of the data flow. A fit changes
 the kernel and the bias of a layer so that its outputs, from its inputs in the narrow network, are
@@ -67,9 +67,9 @@ def reconstruct(
 
 
 def _layers_to_fit(pair: CutPair) -> list[str]:
-    """The layers from the first one that loses inputs, in the order in which they are fitted.
+    """Return the layers from the first one that loses inputs, in the order of their fits.
 
-    Without those that share their weight with another layer.
+    Layers that share their weight with another one are left out.
     """
     modules = modules_of(pair.wide)
     layers = (m for m in modules_of(pair.wide, once=True).values() if _is_layer(m))
@@ -92,9 +92,9 @@ def _is_layer(module: nn.Module | None) -> bool:
 
 
 def _fit_layer(pair: CutPair, name: str, values: Sequence[PairedValues], ridge: float) -> bool:
-    """Fit a layer to ``values``; returns whether there are any in any process.
+    """Fit a layer to ``values``; returns whether any process has values.
 
-    Where a kernel cannot be fitted, a map of its input channels is.
+    If the kernel cannot be fitted, a map of its input channels is fitted instead.
     """
     layer = pair.narrow.get_submodule(name)
     if isinstance(layer, ConstantOutput):

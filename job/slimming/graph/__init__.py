@@ -1,1 +1,1 @@
-"""Channel groups: which channels of which layers must be cut together."""
+"""Channel graph: the trace of a network, and the channels that must be cut together."""

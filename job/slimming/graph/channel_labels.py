@@ -1,8 +1,8 @@
 """Channel labels of activations.
 
-The labels of an activation are an int64 tensor that broadcasts to its shape: for each value, the
-element of the channel that it comes from. Labels have size 1 along every axis on which they do not
-depend.
+The labels of an activation are an int64 tensor that broadcasts to its shape. They give the element,
+i.e. the number of the channel, that each value comes from. Labels have size 1 along every axis on
+which they do not depend.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
     LabelsOf = Callable[[torch.Tensor], torch.Tensor | None]
 
-MAX_ENTRIES = 1 << 25  # of labels that are expanded to the full shape
+MAX_ENTRIES = 1 << 25  # of labels expanded to the full shape
 
 
 def label_axes(labels: torch.Tensor) -> list[int]:
-    """The axes on which labels depend."""
+    """Return the axes on which ``labels`` depend."""
     return [axis for axis, size in enumerate(labels.shape) if size > 1]
 
 
 def flat_ids(labels: torch.Tensor) -> Ids:
-    """Labels as a flat array of elements."""
+    """Return ``labels`` as a flat array of elements."""
     ids: Ids = labels.reshape(-1).numpy()
     return ids
 
 
 def labels_along(ids: Ids, axis: int, dims: int) -> torch.Tensor:
-    """Labels of ``dims`` axes that are ``ids`` along one of them."""
+    """Return labels with ``dims`` axes that are ``ids`` along ``axis``."""
     shape = [1] * dims
     shape[axis] = len(ids)
     return torch.from_numpy(np.ascontiguousarray(ids)).reshape(shape)
@@ -54,9 +54,9 @@ def compact(labels: torch.Tensor) -> torch.Tensor:
 def reshape_labels(
     labels: torch.Tensor, before: torch.Size, after: torch.Size
 ) -> tuple[torch.Tensor, bool] | None:
-    """Labels of an activation that is reshaped from ``before`` to ``after``.
+    """Return the labels of an activation that is reshaped from ``before`` to ``after``.
 
-    The flag says whether an axis of channels is split. Returns None where channels are mixed.
+    Also returns whether an axis of channels is split. Returns None if channels are mixed.
     """
     channel_axes = label_axes(labels)
     if not channel_axes:
@@ -73,28 +73,28 @@ def reshape_labels(
     if width is not None:
         shape = [1] * start + list(after[start : start + width]) + [1] * (rest - width)
         return labels.reshape(shape), width > last - first
-    if rest and after[start] % size == 0:  # channels and the axes after them become one axis
+    if rest and after[start] % size == 0:  # channels are merged with the axes after them
         repeated = labels.reshape(-1).repeat_interleave(after[start] // size)
         return repeated.reshape([1] * start + [-1] + [1] * (rest - 1)), False
     return None
 
 
 def _leading_axes(shape: torch.Size, product: int) -> int | None:
-    """How many leading axes of ``shape`` multiply to ``product``."""
-    reached = 1
+    """Return how many leading axes of ``shape`` multiply to ``product``, or None."""
+    size_so_far = 1
     for number, size in enumerate(shape):
-        if reached == product:
+        if size_so_far == product:
             return number
-        reached *= size
-    return len(shape) if reached == product else None
+        size_so_far *= size
+    return len(shape) if size_so_far == product else None
 
 
 def run_on_labels(
     op: Op, labels_of: LabelsOf, function: Callable[..., Any] | None = None
 ) -> list[torch.Tensor] | None:
-    """Labels of the results of an op that only moves data: the op is run on the labels.
+    """Return the labels of the results of an op that only moves data, by running it on labels.
 
-    ``function`` replaces the op's own, with the same arguments. Returns None where it fails.
+    ``function`` replaces the function of the op, with the same arguments. Returns None on failure.
     """
 
     def expanded(value: Any) -> Any:
@@ -123,6 +123,6 @@ def run_on_labels(
 
 
 def cat_labels(parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor | None:
-    """Labels of a concatenation along ``axis``; None where the parts differ along other axes."""
+    """Return the labels of a concatenation along ``axis``; None if parts have labels elsewhere."""
     others = {frozenset(label_axes(part)) - {axis} for part in parts}
     return torch.cat(list(parts), axis) if others == {frozenset()} else None

@@ -1,4 +1,4 @@
-"""From the traces of a network to its channel groups."""
+"""Grouping: the channel groups of a network, from its traces."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from job.slimming.graph.union import ChannelSlot
     from job.slimming.inputs import Example
 
-DOUBT = "an operation that is not understood"
+DOUBT = "an op that is not supported"
 OVERLAP = "parts that must stay equally large overlap"
 FIXED_PARTS = "parts that must stay equally large have fixed channels"
 
 
 def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = ()) -> ChannelGraph:
-    """The channel groups of ``network`` on inputs like ``example``.
+    """Return the channel groups of ``network`` on inputs like ``example``.
 
     ``ignore`` names layers, or modules that contain them, whose inputs and outputs are not cut.
     Raises whatever the network's forward pass raises.
@@ -73,7 +73,7 @@ def _within(layer: str, names: tuple[str, ...]) -> bool:
 
 
 def _unused_layers(network: nn.Module, trace: Trace) -> set[str]:
-    """The layers that a pass does not use."""
+    """Return the layers that a pass does not use."""
     used = {id(tensor) for op in trace.ops for tensor in op.inputs}
     names = {name for key, name in trace.names.items() if key in used}
     unused = set()
@@ -88,7 +88,7 @@ def _unused_layers(network: nn.Module, trace: Trace) -> set[str]:
 
 
 def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:
-    """The graph of a finished union: unions of elements that can be cut become channels."""
+    """Return the graph of a finished union, whose channels are the unions that can be cut."""
     roots = union.roots()
     blocks = _balanced_blocks(union, roots)
     fixed = _fixed_roots(union, roots)
@@ -111,13 +111,13 @@ def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:
         _suspects(union, groups, numbers, count),
     )
     unbalanced = [group.name for group in groups if not _is_balanced(group, blocks)]
-    graph = graph.without(unbalanced, "only some of them must stay equally many in each part")
+    graph = graph.without(unbalanced, "only some of them must stay equally many in equal parts")
     single = [group.name for group in groups if group.size == 1]
-    return graph.without(single, "all of its channels are tied together")
+    return graph.without(single, "all of its channels must be cut together")
 
 
 def _fixed_roots(union: ChannelUnion, roots: Ids) -> Ids:
-    """(count,) bool: the roots of unions that are never cut."""
+    """Return the mask (count,) of the roots of unions that are never cut."""
     fixed = np.zeros(union.count, bool)
     for ids in (np.array([FIXED]), *(ids for _, ids in union.fixes)):
         fixed[roots[ids]] = True
@@ -125,7 +125,7 @@ def _fixed_roots(union: ChannelUnion, roots: Ids) -> Ids:
 
 
 def _balanced_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
-    """Blocks (B, n) of roots, equally many of whose rows stay; overlapping ones are fixed."""
+    """Return blocks (B, n) of roots whose rows stay equally long; overlapping ones are fixed."""
     balanced: list[Ids] = []
     for block in union.blocks:
         rows = roots[block]
@@ -144,7 +144,7 @@ def _balanced_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
         else:
             balanced.append(rows)
     fixed = _fixed_roots(union, roots)
-    for rows in balanced:  # one that is fixed for another reason would unbalance them
+    for rows in balanced:  # a root that is fixed for another reason would unbalance them
         if fixed[rows].any():
             union.fix(rows.reshape(-1), FIXED_PARTS)
     return balanced
@@ -158,7 +158,7 @@ def _groups(
     blocks: Sequence[Ids],
     count: int,
 ) -> list[ChannelGroup]:
-    """Group the channels that one layer produces, or that one block holds."""
+    """Group the channels that are produced by one layer or are part of one block."""
     produced = [(layer, numbers[ids]) for layer, ids in union.producers]
     produced = [(layer, ids[ids != FIXED]) for layer, ids in produced]
     produced = [(layer, ids) for layer, ids in produced if len(ids)]
@@ -193,7 +193,7 @@ def _groups(
 
 
 def _is_balanced(group: ChannelGroup, blocks: Sequence[Ids]) -> bool:
-    """Whether a group has no blocks, or a single one that holds all of its channels."""
+    """Return whether a group has no blocks, or a single one with all of its channels."""
     count = sum(bool(np.isin(block[0, 0], group.channels)) for block in blocks)
     return group.blocks is None or (count == 1 and group.blocks.size == group.size)
 
@@ -201,11 +201,11 @@ def _is_balanced(group: ChannelGroup, blocks: Sequence[Ids]) -> bool:
 def _suspects(
     union: ChannelUnion, groups: Sequence[ChannelGroup], numbers: Ids, count: int
 ) -> tuple[tuple[str, str], ...]:
-    """Groups that may be misunderstood, with what moves their channels."""
+    """Return groups that may be misinterpreted, with the op that moves their channels."""
     names = np.zeros(count, object)
     for group in groups:
         names[group.channels] = group.name
-    # an op that is not understood may use the number of any channels
+    # an unsupported op may depend on the number of any channels
     suspects = dict.fromkeys((group.name, DOUBT) for group in groups if union.doubtful)
     suspects |= dict.fromkeys(
         (str(name), what)
@@ -216,9 +216,9 @@ def _suspects(
 
 
 def _blocked(union: ChannelUnion, roots: Ids) -> tuple[BlockedChannels, ...]:
-    """The layers whose output channels are fixed, with the first reason of each."""
+    """Return the layers whose output channels are fixed, with the first reason for each."""
     reasons = dict.fromkeys(reason for reason, _ in union.fixes)
-    reasons["added to channels that are always there"] = None
+    reasons["added to channels that are never cut"] = None
     order = {reason: number for number, reason in enumerate(reasons, 1)}
     why = np.zeros(union.count, np.int64)  # of a root: the number of its first reason
     why[roots[FIXED]] = len(order)

@@ -1,4 +1,4 @@
-"""Channel groups of a network: which channels of which layers must be cut together."""
+"""Channel groups of a network: channels of layers that must be cut together."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that one or several layers produce, each cut from all of these layers together.
+    """Channel group: channels of one or several layers, each cut from all of them together.
 
-    ``channels`` (C,) are their numbers in the graph. ``norms`` are the BatchNorms that rank them.
-    ``slots`` are pairs of a layer and a side. Of each row of ``blocks`` (B, C / B), which come from
-    grouped convolutions and chunks, equally many channels stay.
+    ``channels`` (C,) are their numbers in the graph, ``layers`` the layers that produce them, and
+    ``norms`` the BatchNorms that rank them. ``slots`` are pairs of a layer and a side. The same
+    number of channels is kept in each row of ``blocks`` (B, C / B), which come from grouped
+    convolutions and chunks.
     """
 
     name: str
@@ -34,7 +35,7 @@ class ChannelGroup:
 
     @property
     def size(self) -> int:
-        """The number of channels."""
+        """Number of channels."""
         return len(self.channels)
 
 
@@ -49,13 +50,13 @@ class BlockedChannels:
 
 @dataclass(frozen=True)
 class ChannelGraph:
-    """All channel groups of a network, in the order of the data flow, and what cannot be cut.
+    """Channel groups of a network, in the order of the data flow, and channels that are not cut.
 
-    Channels are numbers from 1 to ``count`` - 1. The ``ids`` of ``slots`` are these numbers, and 0
+    Channels are numbered from 1 to ``count`` - 1. The ``ids`` of ``slots`` are these numbers, or 0
     for channels that are never cut; slots with equal ``ids`` share one array. ``suspects`` are
-    groups that may be misunderstood, with what moves them. ``auxiliary`` says that some layers run
-    in train mode only, ``odd`` that some op is not understood or that train mode does something
-    else. ``forward`` holds facts of a forward pass in eval mode.
+    groups that may be misinterpreted, with the op that moves their channels. ``auxiliary`` tells
+    that some layers run only in train mode, ``odd`` that some op is not supported or that train
+    mode runs other ops. ``forward`` summarises a forward pass in eval mode.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -69,7 +70,7 @@ class ChannelGraph:
     forward: TraceSummary = NOTHING_TRACED
 
     def without(self, names: Iterable[str], reason: str) -> ChannelGraph:
-        """The graph with the groups ``names`` blocked for ``reason``."""
+        """Return the graph with the groups ``names`` blocked for ``reason``."""
         removed_names = set(names)
         removed = [group for group in self.groups if group.name in removed_names]
         if not removed:
@@ -92,10 +93,10 @@ class ChannelGraph:
 
 
 def renumber_slots(slots: Sequence[ChannelSlot], numbers: Ids) -> tuple[ChannelSlot, ...]:
-    """Slots with ``numbers`` of their ids; those with no channel to cut are left out.
+    """Replace the ids of ``slots`` by ``numbers``; slots without a channel to cut are left out.
 
-    Equal ids become one array: of the hundreds of slots of a large network most share one, and
-    analysis and planning look at each array once (0.1 s of DenseNet-121's analysis).
+    Slots with equal ids share one array. Most of the hundreds of slots of a large network do, and
+    analysis and planning process each array once (0.1 s of the analysis of DenseNet-121).
     """
     by_array: dict[int, Ids] = {}
     by_content: dict[bytes, Ids] = {}

@@ -1,8 +1,8 @@
-"""Rules of layers: what convolutions, linear layers and BatchNorms do to channels.
+"""Layer rules: the effect of convolutions, linear layers and BatchNorms on channels.
 
-To add a kind of layer, add a ``LayerRule`` to ``LAYER_RULES``, the table at the end: the types, the
-torch functions that they call, what those do to channels, and where the layer's tensors and
-attributes hold them. Surgery, verification and costs read the same entry.
+To add a kind of layer, add a ``LayerRule`` to the table ``LAYER_RULES`` at the end. It contains the
+types, the torch functions that they call, the effect of these on channels, and the axes and
+attributes of the layer that count them. Surgery, verification and costs use the same entry.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STATISTICS = ("running_mean", "running_var", "weight", "bias")  # in the order o
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How layers of the given types treat channels.
+    """Effect of layers of the given types on channels.
 
     ``propagate`` is the rule of the torch functions ``ops``, whose argument number 1 is the weight.
     ``tensors`` gives the side along each leading axis of the layer's tensors, ``sizes`` the side
@@ -44,7 +44,7 @@ class LayerRule:
 
 
 def convolution(state: PropagationState, op: Op) -> None:
-    """Convolutions: plain, depthwise and grouped."""
+    """Propagate channels through a convolution: plain, depthwise or grouped."""
     image, weight = op.argument(0, "input"), op.argument(1, "weight")
     groups = int(op.argument(6, "groups", 1))
     ids = state.ids_along(image, 1) if image.dim() == weight.dim() else None
@@ -88,7 +88,7 @@ def transposed_convolution(state: PropagationState, op: Op) -> None:
 
 
 def linear(state: PropagationState, op: Op) -> None:
-    """Linear layers, whose inputs are along the last axis."""
+    """Propagate channels through a linear layer, whose inputs are along the last axis."""
     image, weight = op.argument(0, "input"), op.argument(1, "weight")
     name, labels = state.trace.name(weight), state.labels_of(image)
     state.count_call(op, name)
@@ -113,7 +113,7 @@ def constant(state: PropagationState, op: Op) -> None:
 
 
 def batch_norm(state: PropagationState, op: Op) -> None:
-    """BatchNorm: channels pass, or are selected from a stream that other ops use too."""
+    """Pass channels through a BatchNorm, or select them from a stream that other ops use."""
     image = op.argument(0, "input")
     labels = state.labels_of(image)
     tensors = [op.argument(place, name) for place, name in enumerate(STATISTICS, 1)]
@@ -133,7 +133,7 @@ def batch_norm(state: PropagationState, op: Op) -> None:
 
 
 def _selecting(state: PropagationState, op: Op, layers: list[str]) -> str | None:
-    """The name of the layer that selects channels here, if one does."""
+    """Return the name of the layer that selects channels here, or None."""
     layer = layers[0]
     if isinstance(state.modules[owner_of(layer)], SelectedChannels):
         return owner_of(layer)
@@ -190,17 +190,17 @@ LAYER_RULES: list[LayerRule] = [
 
 
 def layer_rule(module: nn.Module) -> LayerRule | None:
-    """The rule of a layer; None for modules of other types."""
+    """Return the rule of a layer; None for modules of other types."""
     return next((rule for rule in LAYER_RULES if isinstance(module, rule.types)), None)
 
 
 def is_layer(module: nn.Module | None) -> bool:
-    """Whether a module is a layer with a rule."""
+    """Return whether a module is a layer with a rule."""
     return module is not None and layer_rule(module) is not None
 
 
 def layer_sizes(layer: nn.Module) -> tuple[int, int]:
-    """The numbers of input and output channels of a layer with a rule."""
+    """Return the numbers of input and output channels of a layer with a rule."""
     rule = layer_rule(layer)
     assert rule is not None
     counts = {side: int(getattr(layer, name)) for name, side in rule.sizes.items()}

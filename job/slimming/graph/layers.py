@@ -19,21 +19,21 @@ BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 
 def owner_of(name: str) -> str:
-    """The name of the module that holds the parameter or module ``name``."""
+    """Return the name of the module that contains the parameter or module ``name``."""
     return name.rpartition(".")[0]
 
 
 def modules_of(network: nn.Module, *, once: bool = False) -> dict[str, nn.Module]:
-    """All modules by name: shared ones under each of their names, or under the first (``once``)."""
+    """Return all modules by name; shared ones under all names, or if ``once`` under the first."""
     return dict(network.named_modules(remove_duplicate=once))
 
 
 def tensors_of(
     network: nn.Module,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor | None], str, torch.Tensor]]:
-    """Each parameter and buffer: its full name, the dict that holds it, its key there, the tensor.
+    """Yield the full name, the dict, the key in it, and the tensor of each parameter and buffer.
 
-    Shared tensors come under each of their names.
+    Shared tensors are yielded under each of their names.
     """
     for name, module in modules_of(network).items():
         prefix = f"{name}." if name else ""

@@ -1,4 +1,4 @@
-"""Contexts for forward passes that leave a network as it was."""
+"""Contexts for forward passes that do not change a network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def training_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put every module in train or in eval mode within the context."""
+    """Put every module in train mode or eval mode within the context."""
     changed = [module for module in network.modules() if module.training != training]
     for module in changed:
         module.training = training
@@ -35,10 +35,10 @@ def eval_with_hooks(
     *,
     values: bool = True,
 ) -> Iterator[None]:
-    """Put ``network`` in eval mode without gradients; each hook gets the inputs of its layer.
+    """Put ``network`` in eval mode without gradients, with hooks on the inputs of layers.
 
-    All state of the network is put back at the end; without ``values``, the numbers in its buffers
-    are not.
+    All state of the network is restored at the end, except for the values of its buffers if
+    ``values`` is False.
     """
     with preserve_state(network, values=values), training_mode(network, training=False), no_grad():
         for layer, hook in hooks:

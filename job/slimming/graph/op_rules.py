@@ -1,10 +1,10 @@
-"""Rules of torch ops: what each does to channels. See layer_rules for those that layers call.
+"""Op rules: the effect of torch ops on channels. Ops that layers call are in layer_rules.
 
-To add an op, add its name to ``OP_RULES``, the table at the end. Most ops fit a rule that is there:
-``elementwise``, ``pairwise``, ``along_axes``, ``reshape``, ``rearrange``. For another one write a
-rule, a function of the propagation state and the op, that either labels the op's results
-(``state.set_labels``) or calls ``state.give_up`` with the reason. The name is that of the function
-under torch or torch.Tensor. An op that is not in the table blocks the channels that it uses.
+To add an op, add its name in torch or torch.Tensor to the table ``OP_RULES`` at the end. Most ops
+fit an existing rule: ``elementwise``, ``pairwise``, ``along_axes``, ``reshape`` or ``rearrange``. A
+new rule is a function of the propagation state and the op. It either labels the results of the op
+(``state.set_labels``) or calls ``state.give_up`` with the reason. An op that is not in the table
+blocks the channels that it uses.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ if TYPE_CHECKING:
 
 
 def elementwise(state: PropagationState, op: Op) -> None:
-    """Channel by channel, whatever the op does along other axes: activations, pooling."""
+    """Keep the labels: ops on each channel alone, such as activations and pooling."""
     image, *others = op.inputs
     labels = state.labels_of(image)
     if labels is None or any(other.numel() > 1 for other in others):
-        return state.give_up(op, f"{op.name} of several activations is not understood")
+        return state.give_up(op, f"{op.name} of several activations is not supported")
     for result in op.results:
         same = result.dim() == image.dim()
         if not same or any(result.shape[a] != image.shape[a] for a in label_axes(labels)):
-            return state.give_up(op, f"{op.name} across channels is not understood")
+            return state.give_up(op, f"{op.name} across channels is not supported")
         state.set_labels(result, labels)
     return None
 
 
 def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
-    """Sums, maxima, softmax and the like: unite what meets along the axes of ``dim``.
+    """Unite the channels along the axes of ``dim``: sums, maxima, softmax and similar ops.
 
     ``dim_at`` is the position of the argument ``dim``.
     """
     image, *others = op.inputs
     labels, axes = state.labels_of(image), _axes_of(op, dim_at)
     if labels is None or axes is None or others:
-        return state.give_up(op, f"{op.name} of everything is not understood")
+        return state.give_up(op, f"{op.name} over all axes is not supported")
     channel_axes = set(label_axes(labels))
     if channel_axes and axes >= channel_axes:
-        return state.give_up(op, f"{op.name} across channels is not understood")
+        return state.give_up(op, f"{op.name} across channels is not supported")
     first = labels
     for axis in axes & channel_axes:
         first = first.narrow(axis, 0, 1)
@@ -71,7 +71,7 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
 
 
 def _axes_of(op: Op, dim_at: int) -> set[int] | None:
-    """The axes that a reduction names in its argument ``dim``; None where it names none."""
+    """Return the axes in the argument ``dim`` of a reduction; None without such an argument."""
     dim = op.argument(dim_at, "dim", op.kwargs.get("axis"))
     dims = [dim] if type(dim) is int else dim
     if not isinstance(dims, (list, tuple)) or not dims:
@@ -81,7 +81,7 @@ def _axes_of(op: Op, dim_at: int) -> set[int] | None:
 
 
 def glu(state: PropagationState, op: Op) -> None:
-    """One half of the channels times the other's sigmoid (Dauphin et al. 2017)."""
+    """Unite the two halves of the channels that GLU multiplies (Dauphin et al. 2017)."""
     image = op.inputs[0]
     axis = op.argument(1, "dim", -1) % image.dim()
     ids, labels = state.ids_along(image, axis), state.labels_of(image)
@@ -95,7 +95,7 @@ def glu(state: PropagationState, op: Op) -> None:
 
 
 def pairwise(state: PropagationState, op: Op) -> None:
-    """Sums, products and the like of several operands: unite the channels that meet."""
+    """Unite the channels of several operands: sums, products and similar ops."""
     tensors, dims = op.inputs, op.results[0].dim()
     together: torch.Tensor | None = None
     for tensor in tensors:
@@ -103,14 +103,14 @@ def pairwise(state: PropagationState, op: Op) -> None:
         if labels is None:
             continue
         if labels.dim() > dims:
-            return state.give_up(op, f"{op.name} that gives no channels is not understood")
+            return state.give_up(op, f"{op.name} with a result without channels is not supported")
         if labels.dim() < dims:
             labels = labels.reshape([1] * (dims - labels.dim()) + list(labels.shape))
         if together is None:
             together = labels
             continue
         few, together = sorted((labels, together), key=lambda each: len(label_axes(each)))
-        if not label_axes(few) and label_axes(together):  # a single channel that all others meet
+        if not label_axes(few) and label_axes(together):  # one channel with all others
             state.union.fix(flat_ids(few), f"{op.name} of one channel with several")
             continue
         if not set(label_axes(few)) <= set(label_axes(together)):
@@ -119,12 +119,12 @@ def pairwise(state: PropagationState, op: Op) -> None:
     assert together is not None
     for tensor in tensors:
         if state.labels_of(tensor) is None and not _follows_cut(state, tensor, together):
-            return state.give_up(op, f"{op.name} with channels that are always there")
+            return state.give_up(op, f"{op.name} with channels that are never cut")
     return state.set_labels(op.results[0], together)
 
 
 def _follows_cut(state: PropagationState, tensor: torch.Tensor, labels: torch.Tensor) -> bool:
-    """Whether an operand without labels is alike for all channels, or a parameter to cut too."""
+    """Return whether an operand without labels broadcasts, or is a parameter that is cut too."""
     missing = labels.dim() - tensor.dim()
     channel_axes = [
         a - missing for a in label_axes(labels) if a >= missing and tensor.shape[a - missing] > 1
@@ -140,7 +140,7 @@ def _follows_cut(state: PropagationState, tensor: torch.Tensor, labels: torch.Te
 
 
 def cat(state: PropagationState, op: Op) -> None:
-    """Concatenation along the channels, or of the same channels along another axis."""
+    """Concatenate channels, or unite them in a concatenation along another axis."""
     axis = op.argument(1, "dim", op.kwargs.get("axis", 0)) % op.result.dim()
     parts = []
     for tensor in op.argument(0, "tensors"):
@@ -163,14 +163,14 @@ def cat(state: PropagationState, op: Op) -> None:
 
 
 def reshape(state: PropagationState, op: Op) -> None:
-    """Views: channels split into groups, or merged with the axes after them."""
+    """Reshape labels: views that split channels into groups, or merge them with later axes."""
     image, result = op.inputs[0], op.result
     labels = state.labels_of(image)
     outcome = None if labels is None else reshape_labels(labels, image.shape, result.shape)
     if outcome is None:
         return state.give_up(op, f"{op.name} that mixes channels")
     labels, split = outcome
-    if split:  # (groups, channels of each): the same ones stay in every group
+    if split:  # (groups, channels per group): the same channels are kept in every group
         lines = flat_ids(labels).reshape(-1, labels.shape[label_axes(labels)[-1]])
         for line in lines[1:]:
             state.union.unite(lines[0], line)
@@ -183,16 +183,16 @@ def reshape(state: PropagationState, op: Op) -> None:
 def rearrange(
     state: PropagationState, op: Op, *, any_size: bool = False, splits: bool = False
 ) -> None:
-    """Slices, transposes, shuffles: data that moves and does not change.
+    """Apply the op to the labels: slices, transposes, shuffles and other moves of data.
 
-    ``any_size`` says that the op means the same for any number of channels, ``splits`` that its
-    results are parts which may stay equally large.
+    ``any_size`` tells that the op is valid for any number of channels, ``splits`` that its results
+    are parts that may have to stay equally large.
     """
     _set_rearranged(state, op, run_on_labels(op, state.labels_of), any_size, splits)
 
 
 def pad(state: PropagationState, op: Op) -> None:
-    """Padding with a constant; added channels are never cut."""
+    """Pad labels; channels that padding adds are never cut."""
     image, sizes = op.argument(0, "input"), op.argument(1, "pad")
     padded = {image.dim() - 1 - place // 2 for place, size in enumerate(sizes) if size}
     labels = state.labels_of(image)
@@ -211,7 +211,7 @@ def _set_rearranged(
     splits: bool,
 ) -> None:
     if results is None:
-        return state.give_up(op, f"{op.name} is not understood here")
+        return state.give_up(op, f"{op.name} is not supported here")
     sources = [labels for t in op.inputs if (labels := state.labels_of(t)) is not None]
     before = np.concatenate([flat_ids(labels) for labels in sources])
     sliced = len(sources) == 1
@@ -232,7 +232,7 @@ def _set_rearranged(
 
 
 def prelu(state: PropagationState, op: Op) -> None:
-    """PReLU, whose weight holds one slope, or one for each channel."""
+    """Keep the labels of PReLU, whose weight has one slope, or one for each channel."""
     image, weight = op.argument(0, "input"), op.argument(1, "weight")
     ids, labels = state.ids_along(image, 1), state.labels_of(image)
     name = state.trace.name(weight)
@@ -244,26 +244,26 @@ def prelu(state: PropagationState, op: Op) -> None:
 
 
 def matrix_of_train_mode(state: PropagationState, op: Op, *, side: Side) -> None:
-    """Channels that meet a parameter (two axes) which only train mode reads, as class centres."""
+    """Consume channels by a matrix parameter that only train mode uses, e.g. class centres."""
     image, matrix = op.args[:2] if len(op.args) > 1 else (None, None)
     name = state.trace.name(matrix)
     ids = None if state.labels_of(image) is None else state.ids_along(image, -1)
     if state.main or ids is None or name is None or matrix.dim() != 2:
-        return state.give_up(op, f"{op.name} is not understood")
+        return state.give_up(op, f"{op.name} is not supported")
     if side == "in" and name not in dict(state.network.named_parameters()):
-        return state.give_up(op, f"{op.name} with a buffer is not understood")
+        return state.give_up(op, f"{op.name} with a buffer is not supported")
     state.add_slot(name, side, ids)
     return state.forget(op)
 
 
 def new_tensor(state: PropagationState, op: Op) -> None:
-    """A new tensor of a given shape, which holds no channels."""
+    """Drop the labels: a new tensor of a given shape has no channels."""
     state.forget(op)
 
 
 def write(state: PropagationState, op: Op) -> None:
-    """Assignment to a slice, which is not understood."""
-    state.give_up(op, "a slice that is written to")
+    """Block channels in an assignment to a slice, which is not supported."""
+    state.give_up(op, "assignment to a slice is not supported")
 
 
 def _for_each(names: str, rule: Rule) -> dict[str, Rule]:

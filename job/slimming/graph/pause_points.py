@@ -1,7 +1,7 @@
-"""Pause points: where a forward pass can pause for a layer, and what it keeps in memory then.
+"""Pause points: ops at which a forward pass can pause for a layer, and the memory it then needs.
 
-The outputs of a layer, possibly normalised, may be read by an addition alone, e.g. at the end of a
-residual block. The pause point of such a layer is the addition, for others it is the layer itself.
+If an addition is the only consumer of the outputs of a layer, possibly normalised, as at the end of
+a residual block, the pause point of the layer is the addition, else the layer itself.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ADDITIONS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 
 @dataclass(frozen=True)
 class PausePoint:
-    """The op, given by number, at which a pass pauses for a layer, and what it keeps there.
+    """Op, given by number, at which a pass pauses for a layer, and the memory it needs there.
 
-    ``call`` is the op of the layer itself. ``bytes_per_sample`` is about the most. ``summand`` is
-    the module whose output is added: the layer or the BatchNorm after it; None where the pause
-    point is the layer.
+    ``call`` is the number of the op of the layer itself. ``bytes_per_sample`` is an estimate from
+    above. ``summand`` is the module whose output is added, the layer or the BatchNorm after it; it
+    is None if the pause point is the layer.
     """
 
     op: int
@@ -58,13 +58,13 @@ def pause_points(trace: Trace, norms_after: Mapping[str, tuple[str, ...]]) -> di
 
 
 def consumer_of(trace: Trace, op: Op) -> str | None:
-    """The convolution or linear layer that an op belongs to; None for any other op."""
+    """Return the convolution or linear layer that an op belongs to; None for other ops."""
     weight = trace.name(op.argument(1, "weight")) if op.name in CONSUMERS else None
     return owner_of(weight) if weight else None
 
 
 def _alive_bytes(trace: Trace) -> list[int]:
-    """The bytes of the activations that exist before each op and are read later."""
+    """Return the bytes of the activations that are in memory before each op."""
     last = {id(t): n for n, op in enumerate(trace.ops) for t in op.inputs}
     alive = {id(tensor): tensor.nbytes for tensor in trace.inputs}
     sizes = []
@@ -78,17 +78,17 @@ def _alive_bytes(trace: Trace) -> list[int]:
 def _summands(
     trace: Trace, norms_after: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[int, str]]:
-    """The layers whose outputs only an addition reads: its number, and the module before it.
+    """Return the layers whose outputs are only added: the addition's number, and the summand.
 
-    Of two layers that are added, the later one counts.
+    If the outputs of two layers are added, only the later layer is returned.
     """
     normed = {norms[0]: layer for layer, norms in norms_after.items() if len(norms) == 1}
     producers: dict[int, tuple[str, str]] = {}  # layer and module, by id of the activation
-    readers: dict[tuple[str, str], list[int]] = defaultdict(list)
+    uses: dict[tuple[str, str], list[int]] = defaultdict(list)  # numbers of ops
     for number, op in enumerate(trace.ops):
         for tensor in op.inputs:
             if id(tensor) in producers:
-                readers[producers[id(tensor)]].append(number)
+                uses[producers[id(tensor)]].append(number)
         for result in op.results:
             producers.pop(id(result), None)
         layer = consumer_of(trace, op)
@@ -100,17 +100,17 @@ def _summands(
                 producers[id(op.result)] = normed[norm], norm
     for output in trace.outputs:
         if id(output) in producers:
-            readers[producers[id(output)]].append(-1)
+            uses[producers[id(output)]].append(-1)
     of_op = {
         numbers[0]: producer
-        for producer, numbers in readers.items()
+        for producer, numbers in uses.items()
         if len(numbers) == 1 and numbers[0] >= 0 and _is_addition(trace.ops[numbers[0]])
     }
     return {layer: (number, module) for number, (layer, module) in of_op.items()}
 
 
 def _is_addition(op: Op) -> bool:
-    """Whether an op adds two activations of the same shape."""
+    """Return whether an op adds two activations of the same shape."""
     if op.name not in ADDITIONS or op.kwargs or len(op.args) != 2:
         return False
     one, other = op.args

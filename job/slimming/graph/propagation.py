@@ -1,6 +1,6 @@
 """Propagation of channels through the traces of a network, op by op.
 
-What each op does to channels is in the tables of op_rules and layer_rules; what is found is a
+The tables in op_rules and layer_rules define the effect of each op on channels. The result is a
 ``ChannelUnion``.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def propagate_channels(network: nn.Module, traces: Sequence[Trace]) -> ChannelUnion:
-    """Propagate the channels of ``network`` through its traces, the one in eval mode first."""
+    """Propagate the channels of ``network`` through its traces, first the one in eval mode."""
     layers = frozenset(name for name, m in modules_of(network).items() if is_layer(m))
     layer_ops = {op: rule.propagate for rule in LAYER_RULES for op in rule.ops}
     not_selecting: set[str] = set()
@@ -41,7 +41,7 @@ def propagate_channels(network: nn.Module, traces: Sequence[Trace]) -> ChannelUn
         mixed |= state.selected.keys() & state.passed
         if not mixed:
             return state.union
-        not_selecting |= mixed  # their outputs meet other channels, so that they select none
+        not_selecting |= mixed  # united with other channels, so that they cannot select
 
 
 def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> None:
@@ -57,10 +57,10 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
     state.end_slices()
     for slot in union.slots:
         if slot.layer in state.other_uses:
-            union.fix(slot.ids, f"{state.other_uses[slot.layer]} reads its weight too")
+            union.fix(slot.ids, f"{state.other_uses[slot.layer]} uses its weight too")
     for tensor in trace.measured:
         if (labels := state.labels_of(tensor)) is not None:
-            union.suspects.append(("what their number is used for", flat_ids(labels)))
+            union.suspects.append(("code that reads their number", flat_ids(labels)))
 
 
 def _propagate_op(
@@ -75,11 +75,11 @@ def _propagate_op(
     elif op.name in OP_RULES:
         OP_RULES[op.name](state, op)
     else:
-        state.give_up(op, f"{op.name} is not understood")
+        state.give_up(op, f"{op.name} is not supported")
 
 
 def _skip(state: PropagationState, op: Op) -> None:
-    """Pass over an op on weights, or on nothing that can be cut."""
+    """Skip an op on weights, or on values from which nothing can be cut."""
     for tensor in op.inputs:
         name = state.trace.name(tensor)
         if name and tensor.dim() and all(tensor is not result for result in op.results):
@@ -89,7 +89,7 @@ def _skip(state: PropagationState, op: Op) -> None:
 
 
 def _shared_results(trace: Trace) -> list[bool]:
-    """For each op, whether its result is an input of more than one later op."""
+    """Return for each op whether its result is an input of several later ops."""
     producers: dict[int, int] = {}
     count: Counter[int] = Counter()
     for number, op in enumerate(trace.ops):
@@ -97,7 +97,7 @@ def _shared_results(trace: Trace) -> list[bool]:
             if key in producers:
                 count[producers[key]] += 1
         for result in op.results:
-            producers[id(result)] = number  # a tensor changed in place counts as a new one
+            producers[id(result)] = number  # a tensor changed in place is a new result
     for output in trace.outputs:
         if id(output) in producers:
             count[producers[id(output)]] += 1

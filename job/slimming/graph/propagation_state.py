@@ -1,4 +1,4 @@
-"""The state of one propagation: labels of activations, and the channel slots found so far.
+"""State of a propagation: labels of activations, and the channel slots so far.
 
 Rules of ops and layers are functions of this state and one op.
 """
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 
 class PropagationState:
-    """Labels of the activations of ``trace``; everything found is noted in ``union``.
+    """Labels of the activations of ``trace``; results are collected in ``union``.
 
-    ``layers`` are the names of layers with a rule. The BatchNorms ``not_selecting`` must pass all
-    channels of their input.
+    ``layers`` are the names of the layers with a rule. The BatchNorms in ``not_selecting`` must
+    pass all channels of their input.
     """
 
     trace: Trace
-    main: bool  # the trace is in eval mode, not one in train mode that is propagated after it
-    result_shared: bool  # the result of the present op is an input of several ops
-    input_shared: bool  # so is one of its inputs, or its result
+    main: bool  # whether the trace is the first one, which is in eval mode
+    result_shared: bool  # whether the result of the current op is used by several ops
+    input_shared: bool  # whether its result or one of its inputs is
 
     def __init__(
         self, network: nn.Module, layers: Collection[str], not_selecting: Collection[str]
@@ -46,12 +46,12 @@ class PropagationState:
         self.twins = _twins(network, layers)
         self.produced: dict[str, Ids] = {}  # elements by weight
         self.selected: dict[str, Ids] = {}  # elements by BatchNorm that selects them
-        self.passed: set[str] = set()  # BatchNorms that select nothing
-        self.other_uses: dict[str, str] = {}  # by layer or weight: an op that reads its numbers
+        self.passed: set[str] = set()  # BatchNorms that do not select
+        self.other_uses: dict[str, str] = {}  # by layer or weight: another op that uses it
         self._slots: dict[tuple[str, Side], ChannelSlot] = {}
-        self._slices: dict[bytes, tuple[Ids, set[int]]] = {}  # bounds, by the channels sliced
+        self._slices: dict[bytes, tuple[Ids, set[int]]] = {}  # bounds by sliced channels
         self._labels: dict[int, torch.Tensor] = {}  # by id of the activation
-        self._shared: set[int] = set()  # ids of activations with elements that several ops use
+        self._shared: set[int] = set()  # ids of activations used by several ops
 
     def begin(self, trace: Trace, *, main: bool) -> None:
         """Continue with another trace of the same network."""
@@ -64,15 +64,15 @@ class PropagationState:
         self.input_shared = result_shared or any(self.is_shared(tensor) for tensor in inputs)
 
     def is_shared(self, tensor: torch.Tensor) -> bool:
-        """Whether the elements of an activation are used by several ops."""
+        """Return whether the elements of an activation are used by several ops."""
         return id(tensor) in self._shared
 
     def labels_of(self, tensor: Any) -> torch.Tensor | None:
-        """The labels of an activation; None where nothing in it can be cut."""
+        """Return the labels of an activation; None if nothing in it can be cut."""
         return self._labels.get(id(tensor))
 
     def ids_along(self, tensor: torch.Tensor, axis: int) -> Ids | None:
-        """Elements (n,) along ``axis``; None when they depend on another axis too."""
+        """Return the elements (n,) along ``axis``; None if they also depend on another axis."""
         axis %= tensor.dim()
         labels = self.labels_of(tensor)
         if labels is None:
@@ -82,11 +82,11 @@ class PropagationState:
         return flat_ids(labels.reshape(-1).expand(tensor.shape[axis]))
 
     def set_labels(self, tensor: torch.Tensor, labels: torch.Tensor) -> None:
-        """Label a result with elements that come from the op's inputs."""
+        """Label a result with elements of the op's inputs."""
         self._set(tensor, labels, shared=self.input_shared)
 
     def set_ids(self, tensor: torch.Tensor, ids: Ids, axis: int) -> None:
-        """Label a result with elements along ``axis`` that only this result has."""
+        """Label a result with new elements ``ids`` along ``axis``."""
         labels = labels_along(ids, axis, tensor.dim())
         self._set(tensor, labels, shared=self.result_shared)
 
@@ -104,20 +104,20 @@ class PropagationState:
             self._labels.pop(id(result), None)
 
     def fix(self, tensor: torch.Tensor, reason: str) -> None:
-        """Never cut the channels that an activation comes from."""
+        """Block the channels that an activation comes from."""
         labels = self.labels_of(tensor)
         if labels is not None:
             self.union.fix(flat_ids(labels), reason if self.main else f"{reason} (in train mode)")
 
     def give_up(self, op: Op, reason: str) -> None:
-        """Never cut any channel that an op uses."""
+        """Block all channels that an op uses."""
         self.union.doubtful = True
         for tensor in op.inputs:
             self.fix(tensor, reason)
         self.forget(op)
 
     def add_slot(self, name: str, side: Side, ids: Ids, times: int = 0) -> None:
-        """Note elements along one side of the parameter ``name``; a second use unites both."""
+        """Add a slot for one side of the parameter ``name``; elements of two uses are united."""
         layer, _, parameter = name.rpartition(".")
         bare = not (layer in self.layers and parameter == "weight")
         where = name if bare else layer
@@ -132,7 +132,7 @@ class PropagationState:
         return None
 
     def produce(self, op: Op, weight: str, count: int) -> Ids:
-        """The elements (count,) that a layer produces: new ones, or those of its first use."""
+        """Return the elements (count,) that a layer produces, the same ones at each call."""
         if weight not in self.produced:
             self.produced[weight] = self.union.produce(owner_of(weight), count)
             self.add_slot(weight, "out", self.produced[weight])
@@ -140,7 +140,7 @@ class PropagationState:
         return self.produced[weight]
 
     def add_bias(self, op: Op, weight: str, ids: Ids) -> None:
-        """Note the bias that is added to ``ids``: the layer's own, or another parameter."""
+        """Add a slot for the bias of ``ids``, unless it is the bias of the layer itself."""
         bias = op.argument(2, "bias")
         if bias is None:
             return
@@ -152,7 +152,7 @@ class PropagationState:
             self.add_slot(name, "through", ids)
 
     def count_call(self, op: Op, weight: str | None) -> None:
-        """Note the multiply-adds of a convolution or linear layer."""
+        """Add a call of a convolution or linear layer, with its multiply-adds."""
         if self.main:
             tensor = op.argument(1, "weight")
             uses = op.inputs[0] if op.name.startswith("conv_transpose") else op.result
@@ -161,7 +161,7 @@ class PropagationState:
             self.union.calls.append(LayerCall(weight, places))
 
     def add_slice(self, before: Ids, after: Ids) -> None:
-        """Note that channels (n,) are sliced, and that ``after`` is one of the parts."""
+        """Add a slice ``after`` of the channels ``before`` (n,)."""
         if not len(after):
             return
         start = int(np.argmax(before == after[0]))
@@ -170,18 +170,18 @@ class PropagationState:
             bounds.update((start, start + len(after)))
 
     def end_slices(self) -> None:
-        """Keep equally many channels in each part, so that fractions of them stay fractions."""
+        """Keep the same number of channels in equal parts, so that slices keep their fractions."""
         for channels, bounds in self._slices.values():
             size = int(np.gcd.reduce([len(channels), *bounds]))
             if size == 1:
-                self.union.fix(channels, "slices of it have no common part")
+                self.union.fix(channels, "its slices have no common size")
             else:
                 self.union.blocks.append(channels.reshape(-1, size))
         self._slices.clear()
 
 
 def _twins(network: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:
-    """Layers that share a weight: by the first one of them, the others."""
+    """Return the layers that share a weight with an earlier layer, by the name of that layer."""
     first: dict[int, str] = {}
     twins: dict[str, list[str]] = {}
     for name, layer in modules_of(network, once=True).items():

@@ -1,6 +1,6 @@
-"""What one container, class, closure or generator held, and how that is put back.
+"""Saved state of one container, class, closure or generator, and how to restore it.
 
-``restore`` of each record puts it back in place and returns what was there instead, or nothing.
+``restore`` of each record restores the state in place and returns the objects that it replaces.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ ABSENT = object()
 
 
 class Saved(Protocol):
-    """A record of some state."""
+    """Record of some state."""
 
     def restore(self) -> Iterable[Any]:
-        """Put the state back; returns the objects that it replaces."""
+        """Restore the state; returns the objects that it replaces."""
         ...
 
 
 class SavedContainer(NamedTuple):
-    """The items of a dict, list, deque or set; ``before`` is a copy of a dict, else a list."""
+    """Items of a dict, list, deque or set; ``before`` is a copy of a dict, else a list."""
 
     store: Any
     before: Any
 
     def restore(self) -> Iterable[Any]:
-        """Put the items back."""
+        """Restore the items."""
         store, before = self
         if _same_items(store, before):
             return ()
@@ -47,13 +47,13 @@ class SavedContainer(NamedTuple):
 
 
 class SavedGlobals(NamedTuple):
-    """Some names of a module, of which ABSENT ones had no value."""
+    """Values of some names in a module; ABSENT for names without a value."""
 
     space: dict[str, Any]
     names: dict[str, Any]
 
     def restore(self) -> Iterable[Any]:
-        """Put the names back."""
+        """Restore the names."""
         replaced = []
         for name, value in self.names.items():
             if self.space.get(name, ABSENT) is not value:
@@ -64,13 +64,13 @@ class SavedGlobals(NamedTuple):
 
 
 class SavedClass(NamedTuple):
-    """The attributes of a class."""
+    """Attributes of a class."""
 
     kind: type
     before: dict[str, Any]
 
     def restore(self) -> Iterable[Any]:
-        """Put the attributes back."""
+        """Restore the attributes."""
         for name, value in dict(vars(self.kind)).items():
             if name not in self.before and not (name.startswith("__") and name.endswith("__")):
                 delattr(self.kind, name)
@@ -80,52 +80,52 @@ class SavedClass(NamedTuple):
 
 
 class SavedType(NamedTuple):
-    """The class of a module; that of lazy modules changes."""
+    """Class of a module, which changes if the module is lazy."""
 
     module: Any
     kind: type
 
     def restore(self) -> Iterable[Any]:
-        """Give the module its class again."""
+        """Restore the class."""
         if type(self.module) is not self.kind:
             self.module.__class__ = self.kind
         return ()
 
 
 class SavedCell(NamedTuple):
-    """A variable of a closure."""
+    """Variable of a closure."""
 
     cell: types.CellType
     content: Any
 
     def restore(self) -> Iterable[Any]:
-        """Put the variable back."""
+        """Restore the variable."""
         if self.cell.cell_contents is not self.content:
             self.cell.cell_contents = self.content
         return ()
 
 
 class SavedCache(NamedTuple):
-    """How many values a functools cache had computed."""
+    """Number of values that a functools cache had computed."""
 
     cache: Any
     misses: int
 
     def restore(self) -> Iterable[Any]:
-        """Clear a cache that has new values, of which none can be removed alone."""
+        """Clear the cache if it has new values, which cannot be removed one by one."""
         if self.cache.cache_info().misses != self.misses:
             self.cache.cache_clear()
         return ()
 
 
 class SavedSlots(NamedTuple):
-    """The ``__slots__`` of an object."""
+    """Values of the ``__slots__`` of an object."""
 
     owner: Any
     before: dict[str, Any]
 
     def restore(self) -> Iterable[Any]:
-        """Put the attributes back, past any __setattr__ of the object's class."""
+        """Restore the attributes, bypassing any ``__setattr__`` of the class."""
         replaced = []
         for name, value in self.before.items():
             if getattr(self.owner, name, ABSENT) is not value:
@@ -138,35 +138,35 @@ class SavedSlots(NamedTuple):
 
 
 class SavedGenerator(NamedTuple):
-    """The state of a random number generator."""
+    """State of a random number generator."""
 
     set_state: Callable[[Any], Any]
     state: Any
 
     def restore(self) -> Iterable[Any]:
-        """Put the state back."""
+        """Restore the state."""
         self.set_state(self.state)
         return ()
 
 
 class SavedArray(NamedTuple):
-    """The values of a NumPy array."""
+    """Values of a NumPy array."""
 
     array: Any
     before: Any
 
     def restore(self) -> Iterable[Any]:
-        """Put the values back."""
+        """Restore the values."""
         self.array[...] = self.before
         return ()
 
 
 @dataclass(frozen=True)
 class SavedValues:
-    """The values of a tensor, and the memory that holds them."""
+    """Values of a tensor, and the memory that contains them."""
 
     tensor: torch.Tensor
-    memory: torch.Tensor  # a view of the same memory, which ``tensor`` may leave for another one
+    memory: torch.Tensor  # a view of the same memory; code may give ``tensor`` other memory
     values: torch.Tensor
     version: int
 
@@ -177,7 +177,7 @@ class SavedValues:
         return cls(tensor, memory, memory.clone(), tensor._version)
 
     def restore(self) -> Iterable[Any]:
-        """Put memory and values back."""
+        """Restore memory and values."""
         changed = self.tensor._version != self.version
         if _layout(self.tensor) != _layout(self.memory):
             self.tensor.data = self.memory
@@ -207,7 +207,7 @@ def save_generators(tensors: Iterable[torch.Tensor]) -> list[SavedGenerator]:
 def _same_items(store: Any, before: Any) -> bool:
     if len(store) != len(before):
         return False
-    if not before:  # as the dicts of hooks, of which every module has a dozen
+    if not before:  # a quick test, e.g. for the dicts of hooks of every module
         return True
     if isinstance(store, dict):
         same = all(map(operator.is_, store.values(), before.values()))
@@ -216,7 +216,7 @@ def _same_items(store: Any, before: Any) -> bool:
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Where and how a tensor's values are stored; () for those without plain memory."""
+    """Return where and how the values of a tensor are stored; () without plain memory."""
     try:
         memory = tensor.untyped_storage()._cdata, tensor.storage_offset()
     except (NotImplementedError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Channels that a BatchNorm selects from a stream that other layers use (Liu et al. 2017, 4.2)."""
+"""Selection of channels by a BatchNorm, from a stream that is not cut (Liu et al. 2017, 4.2)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class SelectedChannels(nn.Module):
         self.register_buffer("indices", indices)
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
-        """Select and normalise: stream (B, N, …) -> (B, C, …)."""
+        """Select and normalise channels: map stream (B, N, …) to (B, C, …)."""
         output: torch.Tensor = self.norm(stream.index_select(1, self.indices))
         return output
 
 
 def unwrap_selection(module: nn.Module) -> nn.Module:
-    """The BatchNorm within a SelectedChannels; any other module itself."""
+    """Return the BatchNorm within a SelectedChannels, or any other module itself."""
     return module.norm if isinstance(module, SelectedChannels) else module
 
 
 def batchnorms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """BatchNorms by name, those within a SelectedChannels also under its name."""
-    found = ((name, unwrap_selection(module)) for name, module in modules_of(network).items())
-    return {name: norm for name, norm in found if isinstance(norm, BATCHNORM)}
+    """Return the BatchNorms by name; one within SelectedChannels also by the name of that."""
+    norms = ((name, unwrap_selection(module)) for name, module in modules_of(network).items())
+    return {name: norm for name, norm in norms if isinstance(norm, BATCHNORM)}

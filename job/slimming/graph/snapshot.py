@@ -1,7 +1,7 @@
-"""Snapshots of all state that a network reaches, so that forward passes leave none of it changed.
+"""Snapshots of all state that is reachable from a network, restored after forward passes.
 
-State is held by attributes and containers, and also by code: closures, default arguments, classes,
-module-level names and caches.
+State is stored in attributes and containers, and also in code: closures, default arguments,
+classes, module-level names and caches.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ if TYPE_CHECKING:
 
 ATOMS = frozenset([bool, int, float, complex, str, bytes, types.NoneType, torch.Size, torch.dtype])
 FOREIGN = frozenset(["torch", "numpy", *sys.stdlib_module_names]) - {"__main__"}
-KEEPING = (  # classes of the standard library whose objects keep what they are given
+KEEPING = (  # classes of the standard library whose objects store other objects
     types.SimpleNamespace, argparse.Namespace, UserDict, UserList, weakref.WeakSet,
     weakref.WeakKeyDictionary, weakref.WeakValueDictionary,
 )  # fmt: skip
 LOCKS = (
     type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore,
 )  # fmt: skip
-MAX_PARTS = 10_000  # of a container whose parts are visited
+MAX_PARTS = 10_000  # items of a container; those of larger ones are not visited
 
 
 @contextmanager
 def preserve_state(network: nn.Module, *, values: bool = True) -> Iterator[Snapshot]:
-    """Put back all state of ``network`` at the end: attributes, buffers, hooks, modes, caches.
+    """Restore all state of ``network`` at the end: attributes, buffers, hooks, modes, caches.
 
-    Also what its classes, closures and module-level names held, and the generators of torch,
-    Python and NumPy. With ``values`` the numbers in buffers and other tensors too; parameters are
-    not expected to change.
+    The contents of its classes, closures and module-level names are restored too, and the random
+    generators of torch, Python and NumPy. With ``values`` this includes the values of buffers and
+    other tensors; parameters are not expected to change.
     """
     snapshot = Snapshot(network)
     if values:
@@ -73,11 +73,11 @@ def preserve_state(network: nn.Module, *, values: bool = True) -> Iterator[Snaps
 
 
 class Snapshot:
-    """All state that ``roots`` reach, as it is now; ``restore`` puts it back in place.
+    """Snapshot of all state that is reachable from ``roots``; ``restore`` restores it in place.
 
-    ``tensors`` are those found, ``tensor_places`` the attributes and lists that hold them.
-    ``has_locks`` says that a lock is found, so that one pass may wait for another;
-    ``custom_autograd`` that the code defines functions for autograd.
+    ``tensors`` are all tensors, ``tensor_places`` the attributes and lists that contain them.
+    ``has_locks`` tells that there is a lock, so that one pass may wait for another, and
+    ``custom_autograd`` that the code defines functions of autograd.
     """
 
     def __init__(self, *roots: Any) -> None:
@@ -90,7 +90,7 @@ class Snapshot:
         self._entered: set[int] = set()  # classes
         self._code: list[Any] = []  # classes and functions to enter
         self._visit(roots)
-        self.tensor_places = list(self._find_places())  # not those that only code reaches
+        self.tensor_places = list(self._find_places())  # without tensors that only code refers to
         while self._code:
             self._enter(self._code.pop())
         self._generators = save_generators(self.tensors)
@@ -106,20 +106,20 @@ class Snapshot:
                 yield from ((store, k, v) for k, v in enumerate(before) if type(v) is torch.Tensor)
 
     def keep_values(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Put back the values of these tensors too."""
+        """Restore the values of ``tensors`` too."""
         for tensor in tensors:
             if not (tensor.is_meta or tensor.is_inference() or is_lazy(tensor)):
                 self._values.append(SavedValues.of(tensor))
 
     def restore(self) -> list[torch.Tensor]:
-        """Put everything back; returns the tensors that were in its place."""
+        """Restore all state; returns the tensors that it replaces."""
         replaced: list[Any] = []
         for saved in (*self._saved, *self._values, *self._generators):
             replaced += saved.restore()
         return Snapshot(*replaced).tensors if replaced else []
 
     def _visit(self, values: Iterable[Any]) -> None:
-        """Visit containers and objects; code is left for later."""
+        """Visit containers and objects; code is visited later."""
         waiting = list(values)
         while waiting:
             value = waiting.pop()
@@ -143,7 +143,7 @@ class Snapshot:
                 waiting += self._parts(value)
 
     def _parts(self, value: Any) -> tuple[Any, ...]:
-        """Save an object of another kind, and return what it holds."""
+        """Save an object of another kind, and return its contents."""
         if isinstance(value, functools.partial):
             return value.func, value.args, value.keywords
         if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
@@ -169,7 +169,7 @@ class Snapshot:
         return ()
 
     def _slots(self, value: Any) -> tuple[Any, ...]:
-        """Save an object's ``__slots__``, and return what they hold."""
+        """Save the ``__slots__`` of an object, and return their values."""
         kind: Any = type(value)
         names = slots(kind)
         if not names:
@@ -179,7 +179,7 @@ class Snapshot:
         return tuple(before.values())
 
     def _enter(self, code: Any) -> None:
-        """Save what code holds: a class, a function, a function with a cache."""
+        """Save the contents of a class, a function, or a function with a cache."""
         if isinstance(code, functools._lru_cache_wrapper):
             self._saved.append(SavedCache(code, code.cache_info().misses))
             self._visit([code.__wrapped__])
@@ -205,7 +205,7 @@ class Snapshot:
         for cell in function.__closure__ or ():
             try:
                 content = cell.cell_contents
-            except ValueError:  # an empty one
+            except ValueError:  # an empty cell
                 continue
             self._saved.append(SavedCell(cell, content))
             self._visit([content])
@@ -217,7 +217,7 @@ class Snapshot:
 
 @functools.lru_cache(maxsize=4096)
 def slots(kind: Any) -> tuple[str, ...]:
-    """The names of the attributes that objects of a class hold in ``__slots__``."""
+    """Return the names of the ``__slots__`` of a class and its bases."""
     return tuple(
         name
         for each in kind.__mro__
@@ -228,12 +228,12 @@ def slots(kind: Any) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _global_names(code: types.CodeType) -> frozenset[str]:
-    """The global names that code may read or set, also in functions within it."""
+    """Return the global names that code may read or set, including inner functions."""
     inner = (part for part in code.co_consts if isinstance(part, types.CodeType))
     return frozenset(code.co_names).union(*map(_global_names, inner))
 
 
 def _is_foreign(code: Any) -> bool:
-    """Whether a class or function is from the standard library, torch or NumPy."""
+    """Return whether a class or function is from the standard library, torch or NumPy."""
     module = getattr(code, "__module__", None) or "builtins"
     return module.partition(".")[0] in FOREIGN and code not in KEEPING

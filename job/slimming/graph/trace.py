@@ -1,7 +1,7 @@
-"""The trace of a network: every torch op of one forward pass, in order.
+"""Trace of a network: all torch ops of one forward pass, in order.
 
-Ops are seen by a TorchFunctionMode, so that Python control flow and shapes are plain values, and
-functions and modules look alike. On torch's ``meta`` device nothing is computed.
+A TorchFunctionMode intercepts the ops, so that control flow and shapes are plain Python values, and
+functions and modules are treated alike. On torch's ``meta`` device no values are computed.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 SIZE_QUERIES = frozenset({"size", "numel", "nelement"})
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
-BATCH = 2  # samples: BatchNorm in train mode needs two values a channel
+BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
 
 
 @dataclass(frozen=True)
 class Op:
-    """One call of a torch function, with the tensors among its arguments and in its result.
+    """Call of a torch function, with the tensors in its arguments and in its result.
 
-    ``inputs`` and ``results`` include tensors within lists and dataclasses.
+    ``inputs`` and ``results`` include tensors in lists and dataclasses.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Op:
     results: tuple[torch.Tensor, ...]
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument, given by position or by name."""
+        """Return an argument that was passed by position or by name."""
         if position < len(self.args):
             return self.args[position]
         return self.kwargs.get(name, default)
@@ -62,11 +62,11 @@ class Op:
 
 @dataclass(frozen=True)
 class Trace:
-    """The ops of one forward pass over ``inputs``.
+    """Ops of one forward pass on ``inputs``, which contain ``sample_count`` samples.
 
     ``names`` are the names of parameters and buffers by id. ``constants`` are the ids of other
-    tensors that the network or its code keeps. ``inputs`` hold ``sample_count`` samples.
-    ``measured`` are tensors whose size along another axis than the first was read.
+    tensors that the network or its code keeps. ``measured`` are tensors whose size along an axis
+    other than the first was read.
     """
 
     ops: list[Op]
@@ -78,11 +78,11 @@ class Trace:
     measured: list[torch.Tensor]
 
     def name(self, value: Any) -> str | None:
-        """The name of a parameter or buffer; None for anything else."""
+        """Return the name of a parameter or buffer; None for anything else."""
         return self.names.get(id(value))
 
     def without_counters(self) -> list[Op]:
-        """The ops except those that count a BatchNorm's batches."""
+        """Return the ops except those that count the batches of a BatchNorm."""
         counters = {key for key, name in self.names.items() if name.endswith("batches_tracked")}
         return [op for op in self.ops if not (op.args and id(op.args[0]) in counters)]
 
@@ -90,8 +90,8 @@ class Trace:
 def trace_network(network: nn.Module, example: Example, *, training: bool = False) -> Trace:
     """Trace ``network`` on ``BATCH`` samples like those of ``example``; its state is preserved.
 
-    The pass is on the ``meta`` device, or on the network's own where it does not run there. Raises
-    whatever the forward pass raises.
+    The pass is on the ``meta`` device, or on the device of the network if that fails. Exceptions of
+    the forward pass are not caught.
     """
     with preserve_state(network, values=False) as snapshot:
         return trace_with_snapshot(network, example, snapshot, training=training)
@@ -100,7 +100,7 @@ def trace_network(network: nn.Module, example: Example, *, training: bool = Fals
 def trace_with_snapshot(
     network: nn.Module, example: Example, snapshot: Snapshot, *, training: bool
 ) -> Trace:
-    """Trace as ``trace_network`` does, with a ``snapshot`` of the network that traces share."""
+    """Trace like ``trace_network``, with a ``snapshot`` that several traces share."""
     try:
         return trace_on(network, example, "meta", snapshot, training=training)
     except Exception:  # meta tensors have no values, and some networks read values
@@ -111,7 +111,7 @@ SCALARS = frozenset([int, float, str, slice, torch.device])
 
 
 def same_ops(one: Trace, other: Trace) -> bool:
-    """Whether two traces have the same ops, apart from flags such as ``training``."""
+    """Return whether two traces have the same ops, apart from flags such as ``training``."""
 
     def same(first: Any, second: Any) -> bool:
         kind = type(first)
@@ -126,7 +126,7 @@ def same_ops(one: Trace, other: Trace) -> bool:
     def same_op(a: Op, b: Op) -> bool:
         if a.name != b.name:
             return False
-        if a.name == "batch_norm":  # its momentum is passed in train mode only
+        if a.name == "batch_norm":  # momentum is passed only in train mode
             return same(a.args[:3], b.args[:3])
         return same(a.args, b.args) and same(list(a.kwargs.items()), list(b.kwargs.items()))
 
@@ -161,7 +161,7 @@ LEAVES = frozenset([torch.Tensor, nn.Parameter, int, float, bool, str, NoneType]
 
 
 def _copy_lists(value: Any) -> Any:
-    """Copy lists as they are now: a network may append to them later."""
+    """Copy lists, since the network may append to them later."""
     if isinstance(value, (list, tuple)):
         parts = [part if type(part) in LEAVES else _copy_lists(part) for part in value]
         return parts if isinstance(value, list) else tuple(parts)
@@ -178,9 +178,9 @@ def trace_on(
     *,
     training: bool,
 ) -> Trace:
-    """Trace one pass on ``device`` (None: the network's own), with copies of the network's tensors.
+    """Trace one pass with copies of the tensors on ``device``, or that of the network if None.
 
-    Tensors that are no attributes cannot be replaced; their values are put back too.
+    Tensors that are not stored in attributes cannot be replaced; their values are restored.
     """
     batch = _batch_on(network, example, device)
     places = snapshot.tensor_places
@@ -213,7 +213,7 @@ def trace_on(
 
 @contextmanager
 def _replaced(places: list[TensorPlace], copies: dict[int, torch.Tensor]) -> Iterator[None]:
-    """Put copies in the place of tensors within the context."""
+    """Replace tensors by their copies within the context."""
     try:
         for store, key, tensor in places:
             store[key] = copies[id(tensor)]
@@ -226,13 +226,13 @@ def _replaced(places: list[TensorPlace], copies: dict[int, torch.Tensor]) -> Ite
 
 
 def _batch_on(network: nn.Module, example: Example, device: str | None) -> Example:
-    """``BATCH`` samples like those of ``example``, without values where ``device`` is meta."""
+    """Return ``BATCH`` samples like those of ``example``, without values if ``device`` is set."""
     batch: Example = repeat_first_sample(example, BATCH)
     if device:
         empty: Example = map_tensors(batch, lambda t: torch.empty_like(t, device=device))
         return empty
     weight = next(network.parameters(), torch.empty(0))
-    random: Example = map_tensors(  # an example may have sizes only
+    random: Example = map_tensors(  # an example may be on meta, without values
         batch, lambda t: torch.rand_like(t, device=weight.device) if t.is_meta else t
     )
     return random
@@ -241,12 +241,12 @@ def _batch_on(network: nn.Module, example: Example, device: str | None) -> Examp
 def _copy_tensors(
     network: nn.Module, places: list[TensorPlace], device: str | None
 ) -> dict[int, torch.Tensor]:
-    """Copies of the tensors in ``places``, by id of the original."""
+    """Return copies of the tensors in ``places``, by id of the original."""
     registered = {id(tensor) for *_, tensor in tensors_of(network)}
     copies: dict[int, torch.Tensor] = {}
     for _, _, tensor in places:
         if id(tensor) not in copies:
-            # integers that are no buffers may be indices, whose values matter
+            # integers that are not buffers may be indices, whose values matter
             values = id(tensor) not in registered and not tensor.is_floating_point()
             copies[id(tensor)] = (
                 torch.empty_like(tensor, device=device)

@@ -1,4 +1,4 @@
-"""Facts of a forward pass that a cut needs later, derived once from its trace."""
+"""Summary of a trace: the facts that later steps of a cut need."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class FlowStep(NamedTuple):
 class TraceSummary:
     """Facts of one forward pass in eval mode.
 
-    ``norms_after`` gives, for a convolution or linear layer, the BatchNorms that alone read its
-    outputs. ``keeps_activations`` says that the network stores activations of a batch, so that
-    another pass would see them. ``treatment`` is what the network does to images, whatever their
-    size: see ``treatment_of``. ``pause_points`` are those of each layer, in the order of the ops.
-    ``steps`` are the data flow, ``outputs`` the steps whose results the network returns.
+    ``norms_after`` maps a convolution or linear layer to the BatchNorms that are the only consumers
+    of its outputs. ``keeps_activations`` tells that the network stores activations of a batch,
+    which another pass could use. ``treatment`` describes the ops, for any image size: see
+    ``treatment_of``. ``pause_points`` are those of each layer, in the order of the ops. ``steps``
+    are the data flow, and ``outputs`` the steps whose results the network returns.
     """
 
     norms_after: Mapping[str, tuple[str, ...]]
@@ -76,7 +76,7 @@ def summarise_trace(trace: Trace) -> TraceSummary:
 
 
 def treatment_of(trace: Trace) -> Treatment:
-    """The ops of a trace with the parameters that they use, and which axes have size 1."""
+    """Return the ops of a trace, the parameters that they use, and which axes have size 1."""
     return [
         (
             op.name,
@@ -103,10 +103,9 @@ def _data_flow(trace: Trace) -> tuple[tuple[FlowStep, ...], tuple[int, ...]]:
 
 
 def _norms_after(trace: Trace) -> dict[str, tuple[str, ...]]:
-    """The BatchNorms that alone read the outputs of each convolution or linear layer.
+    """Return the BatchNorms that are the only consumers of each convolution or linear layer.
 
-    Layers whose outputs are also read elsewhere are left out, and BatchNorms that read the outputs
-    of several layers.
+    Layers with other consumers, and BatchNorms of the outputs of several layers, are left out.
     """
     producers: dict[int, str] = {}  # by id of the activation
     norms: dict[str, set[str | None]] = {}  # that read a layer's outputs; None: another op

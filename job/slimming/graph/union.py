@@ -1,7 +1,7 @@
 """Union of channels that must be cut together.
 
-Every output channel of a convolution or linear layer is an *element*, a number from 1. Elements
-that meet in an op, such as a residual sum, are united. Element 0 stands for all channels that are
+Every output channel of a convolution or linear layer has a number from 1, its *element*. Elements
+that an op combines, e.g. a residual sum, are united. Element 0 stands for all channels that are
 never cut.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 Side = Literal["out", "in", "through", "select"]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
-FIXED = 0  # the element of every channel that is never cut
+FIXED = 0  # element of all channels that are never cut
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class ChannelSlot:
     """Elements ``ids`` (C,) along one side of a layer, or of a parameter outside known layers.
 
     ``layer`` is the name of either. Sides are ``out``: rows that a layer produces; ``in``: columns
-    that it sums over; ``through``: channels that stay apart (BatchNorm, or a depthwise convolution
-    with ``times`` outputs for each); ``select``: channels that a BatchNorm selects from a stream
-    which is not cut.
+    that it sums over; ``through``: channels that pass through separately (a BatchNorm, or a
+    depthwise convolution with ``times`` outputs for each); ``select``: channels that a BatchNorm
+    selects from a stream that is not cut.
     """
 
     layer: str
@@ -35,10 +35,10 @@ class ChannelSlot:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One use of a convolution or linear layer, for counting multiply-adds of one image.
+    """Call of a convolution or linear layer, to count the multiply-adds for one image.
 
-    ``places`` is how often each number of the parameter ``weight`` is used. ``weight`` is None for
-    a computed weight; ``places`` is then the sum over all its numbers.
+    ``places`` is the number of times that each element of the parameter ``weight`` is used.
+    ``weight`` is None for a computed weight; ``places`` is then the sum over its elements.
     """
 
     weight: str | None
@@ -47,12 +47,12 @@ class LayerCall:
 
 @dataclass
 class ChannelUnion:
-    """Elements, their unions, and what propagation notes about them.
+    """Elements, their unions, and the results of propagation.
 
-    ``producers`` are layers with the elements that they produce. Of the rows of an array in
-    ``blocks`` (B, n) equally many elements must stay. ``suspects`` are elements that may be
-    misunderstood, with what moves them; ``fixes`` are elements that are never cut, with the reason.
-    ``doubtful`` is set by an op that is not understood. ``count`` includes the element FIXED.
+    ``producers`` are layers with the elements that they produce. The same number of elements must
+    be kept in each row of an array (B, n) in ``blocks``. ``suspects`` are elements that may be
+    misinterpreted, with the op that moves them; ``fixes`` are elements that are never cut, with the
+    reason. ``doubtful`` tells that some op is not supported. ``count`` includes the element FIXED.
     """
 
     slots: list[ChannelSlot] = field(default_factory=list)
@@ -66,12 +66,12 @@ class ChannelUnion:
     pairs: list[tuple[Ids, Ids]] = field(default_factory=list)
 
     def unite(self, one: Ids, other: Ids) -> None:
-        """Cut the elements of two arrays (n,) together, pair by pair."""
+        """Unite the elements of two arrays (n,), pair by pair."""
         if len(one):
             self.pairs.append((one, other))
 
     def fix(self, ids: Ids, reason: str) -> None:
-        """Never cut these elements."""
+        """Block elements, for ``reason``."""
         ids = np.unique(ids[ids != FIXED])
         if len(ids):
             self.fixes.append((reason, ids))
@@ -84,7 +84,7 @@ class ChannelUnion:
         return ids
 
     def roots(self) -> Ids:
-        """The smallest element of each element's union, as an array (count,)."""
+        """Return the smallest element in the union of each element, as an array (count,)."""
         roots = np.arange(self.count)
         if not self.pairs:
             return roots
@@ -100,7 +100,7 @@ class ChannelUnion:
             roots = after
 
     def united_with_others(self, layers: set[str]) -> set[str]:
-        """The layers among ``layers`` with elements that other layers' elements are united with."""
+        """Return those of ``layers`` whose elements are united with elements of other layers."""
         if not layers:
             return set()
         roots = self.roots()

@@ -1,1 +1,1 @@
-"""Importance criteria: which channels of a group matter."""
+"""Importance criteria, which rank the channels of a group."""

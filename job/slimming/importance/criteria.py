@@ -1,6 +1,6 @@
-"""Importance criteria: the larger the score of a channel, the later it is cut.
+"""Importance criteria. Channels with the smallest scores are cut first.
 
-``CRITERIA`` is the table of them, by the names of ``--importance``.
+``CRITERIA`` is the table of criteria, by the names of ``--importance``.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 def gamma_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
-    """Return |γ| of the BatchNorms of each channel, averaged; nan for channels without one.
+    """Return the mean |γ| of the BatchNorms of each channel (count,); nan without a BatchNorm.
 
-    Liu et al. 2017, section 3. The homework ranks by γ itself, which is the same while γ > 0.
+    Liu et al. 2017, section 3. The homework ranks by γ itself, which is the same for γ > 0.
     """
     ranking, norms = {norm for group in graph.groups for norm in group.norms}, batchnorms(network)
     slots = [s for s in graph.slots if s.side in ("through", "select") and s.layer in ranking]
@@ -43,7 +43,7 @@ def gamma_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
 
 
 def l2_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
-    """Return the L2 norm of each channel's weights, averaged over the layers that write it.
+    """Return the mean L2 norm of the weights that produce each channel, over layers (count,).
 
     Li et al. 2017.
     """
@@ -61,7 +61,7 @@ def l2_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
 
 
 def random_importance(graph: ChannelGraph, seed: int) -> Scores:
-    """Return uniform random numbers in [0, 1): the baseline of any other criterion."""
+    """Return uniform random numbers (count,) in [0, 1), the baseline of other criteria."""
     scores: Scores = np.random.Generator(np.random.Philox(seed)).random(graph.count)
     return scores
 
@@ -75,7 +75,7 @@ def _rows(network: nn.Module, name: str) -> torch.Tensor:
 
 
 def _mean_scores(graph: ChannelGraph, ids: Sequence[Ids], values: Scores) -> Scores:
-    """The mean of ``values`` (n,) by channel number, of which ``ids`` holds n; nan for none."""
+    """Return the mean of ``values`` (n,) by channel number in ``ids``; nan without a value."""
     numbers = np.concatenate([np.zeros(0, np.int64), *ids])
     sums = np.bincount(numbers, values, graph.count)
     with np.errstate(invalid="ignore"):
@@ -89,7 +89,7 @@ CRITERIA: dict[str, Criterion] = {
     ),
     "l2": Criterion(
         lambda given: l2_importance(given.network, given.graph),
-        "the L2 norm of the weights that write the channel",
+        "the L2 norm of the weights that produce the channel",
     ),
     "random": Criterion(
         lambda given: random_importance(given.graph, given.seed),
@@ -121,7 +121,7 @@ def score_channels(
 ) -> Scores:
     """Return the importance (count,) of every channel by the criterion named ``importance``.
 
-    Raises UsageError where the criterion needs labels and there are none.
+    Raises UsageError if the criterion needs labels and there are none.
     """
     criterion = CRITERIA[importance]
     if criterion.labels and calibration.batches is None:

@@ -1,9 +1,9 @@
-"""Importance by the error that remains after a refit: how far the outputs of the consumers move.
+"""Importance by refit: the error of the consumers' outputs after a least-squares refit.
 
 When a channel is removed, the weights of the kept channels are refitted by least squares. This is
-the optimal brain surgeon (Hassibi & Stork 1993) on channels instead of weights. For a consumer with
-weights W and input covariance C the loss of removing channel j is |W_j|² / [C⁻¹]_jj. Channels are
-removed greedily, the one with the smallest loss first; W and C⁻¹ are updated after each.
+the optimal brain surgeon (Hassibi & Stork 1993) for channels instead of weights. For a consumer
+with weights W and input covariance C, the loss of removing channel j is |W_j|² / [C⁻¹]_jj. Channels
+are removed greedily, the one with the smallest loss first; W and C⁻¹ are updated after each.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from job.slimming.importance.scores import Scores
 
 Matrix = np.ndarray[Any, np.dtype[Any]]  # float64
-STEPS = 256  # of one group: larger groups lose several channels in each step
-REMOVED = -1  # in place of a channel's index
-COMPACT = 0.75  # of the columns of a part that are left when it is made smaller
-CANDIDATES = 4  # for each channel that a step removes
+STEPS = 256  # for one group; a larger group loses several channels in each step
+REMOVED = -1  # index of a removed channel
+COMPACT = 0.75  # fraction of remaining columns at which the matrices of a part are reduced
+CANDIDATES = 4  # per channel that a step removes
 
 
 def refit_importance(
@@ -42,11 +42,11 @@ def refit_importance(
     *,
     ridge: float = RIDGE,
 ) -> Scores:
-    """Return the loss of removing each channel together with all less important ones (count,).
+    """Return the loss (count,) of removing each channel together with all less important ones.
 
-    The loss is relative to the variance of a consumer's outputs, summed over the consumers of the
-    channel; channels of other groups are kept. It is nan for channels without a consumer in
-    ``statistics``.
+    The loss is relative to the variance of a consumer's outputs and summed over the consumers of
+    the channel. Channels of other groups are kept. The loss is nan for channels without a consumer
+    in ``statistics``.
     """
     parts: list[list[_Part]] = [[] for _ in graph.groups]
     unknown = np.zeros(graph.count, bool)
@@ -58,18 +58,18 @@ def refit_importance(
             measured = _parts_of(network, consumer, statistics[consumer.layer], ridge)
             _distribute(graph, consumer, measured, parts)
     scores = np.full(graph.count, np.nan)
-    for group, own_parts in zip(graph.groups, parts, strict=True):
-        scores[group.channels] = _elimination_losses(own_parts, group.size)
+    for group, group_parts in zip(graph.groups, parts, strict=True):
+        scores[group.channels] = _elimination_losses(group_parts, group.size)
     scores[unknown] = np.nan
     return scores
 
 
 @dataclass
 class _Part:
-    """What one consumer, or one group of a grouped convolution, computes from some channels.
+    """Columns of one consumer, or of one group of a grouped convolution, for some channels.
 
     ``members`` (n,) are the indices of the channels, or ``REMOVED``. ``inverse`` (n, n) is their
-    part of C⁻¹. ``gram`` (n, n) holds the products of their weights, relative to the variance of
+    part of C⁻¹. ``gram`` (n, n) is the Gram matrix of their weights, relative to the variance of
     the outputs.
     """
 
@@ -77,13 +77,13 @@ class _Part:
     inverse: Matrix
     gram: Matrix
 
-    def select(self, places: Ids, members: Ids) -> _Part:
-        """Return the part of the columns at ``places`` (n,), with new indices ``members``."""
-        square = np.ix_(places, places)
+    def select(self, columns: Ids, members: Ids) -> _Part:
+        """Return the part with the columns ``columns`` (n,), with new indices ``members``."""
+        square = np.ix_(columns, columns)
         return _Part(members, self.inverse[square], self.gram[square])
 
     def losses(self, size: int) -> Scores:
-        """Return the loss (size,) of removing each channel alone; 0 for channels not read here."""
+        """Return the loss (size,) of removing each channel alone; 0 for other channels."""
         losses, present = np.zeros(size), np.flatnonzero(self.members != REMOVED)
         members = self.members[present]
         occurrences = np.bincount(members, minlength=size)
@@ -92,7 +92,7 @@ class _Part:
             losses[members] = single
             return losses.clip(0)
         order = present[np.argsort(members, kind="stable")]
-        for times in np.unique(occurrences[occurrences > 0]):  # all columns of a channel go
+        for times in np.unique(occurrences[occurrences > 0]):  # all columns of a channel
             columns = order[occurrences[self.members[order]] == times].reshape(-1, times)
             square = columns[:, :, None], columns[:, None, :]
             solved = np.linalg.solve(self.inverse[square], self.gram[square])
@@ -100,16 +100,16 @@ class _Part:
         return losses.clip(0)
 
     def remove(self, removed: Ids) -> None:
-        """Refit the weights without the channels of the mask ``removed`` (size,).
+        """Refit the weights without the channels in the mask ``removed`` (size,).
 
-        The matrices are updated in place, by products of torch. Their rows and columns of removed
-        channels become zero; they are dropped when they are many.
+        The matrices are updated in place, with matrix products of torch. Rows and columns of
+        removed channels become zero, and are dropped when there are many.
         """
         gone = np.flatnonzero((self.members != REMOVED) & removed[self.members])
         if not len(gone):
             return
         rows, square = self.inverse[gone], np.ix_(gone, gone)
-        # the share of each removed weight that each kept weight takes over
+        # share of each removed weight that each kept weight takes over
         share = np.linalg.solve(self.inverse[square], rows).T
         half = self.gram[gone] - 0.5 * self.gram[square] @ share.T
         _subtract_product(self.gram, np.hstack([share, half.T]), np.vstack([half, share.T]))
@@ -123,14 +123,14 @@ class _Part:
 
 
 def _subtract_product(matrix: Matrix, left: Matrix, right: Matrix) -> None:
-    """Subtract ``left @ right`` from ``matrix`` in place, without a copy of it."""
+    """Subtract ``left @ right`` from ``matrix`` in place, without a copy."""
     torch.from_numpy(matrix).addmm_(torch.from_numpy(left), torch.from_numpy(right), alpha=-1)
 
 
 def _parts_of(
     network: nn.Module, consumer: Consumer, statistics: InputStatistics, ridge: float
 ) -> list[_Part]:
-    """The parts of a consumer: one for each group of a grouped convolution."""
+    """Return the parts of a consumer, one for each group of a grouped convolution."""
     size = len(consumer.channels) // consumer.groups
     parts, variance = [], 0.0
     for group, rows in enumerate(consumer.weight(network).chunk(consumer.groups)):
@@ -139,7 +139,7 @@ def _parts_of(
         gram, covariance = (flat @ flat.T).numpy(), statistics.covariance[columns, columns].numpy()
         variance += float((gram * covariance).sum())
         scale = float(covariance.diagonal().mean())
-        if scale > 0:  # else the inputs are constants
+        if scale > 0:  # else the inputs are constant
             damped = covariance + ridge * scale * np.eye(size)
             inverse = np.linalg.inv(damped).astype(np.float64, copy=False)
             parts.append(_Part(np.arange(columns.start, columns.stop), inverse, gram))
@@ -151,7 +151,7 @@ def _parts_of(
 def _distribute(
     graph: ChannelGraph, consumer: Consumer, measured: Sequence[_Part], parts: list[list[_Part]]
 ) -> None:
-    """Append to each channel group's ``parts`` its columns of a consumer."""
+    """Append the columns of each channel group in a consumer to the ``parts`` of the group."""
     group_of = np.full(graph.count, -1)
     index_of = np.zeros(graph.count, np.int64)  # within the group
     for number, group in enumerate(graph.groups):
@@ -160,51 +160,53 @@ def _distribute(
         channels = consumer.channels[part.members]
         for number in np.unique(group_of[channels]).tolist():
             if number >= 0:
-                places = np.flatnonzero(group_of[channels] == number)
-                parts[number].append(part.select(places, index_of[channels[places]]))
+                columns = np.flatnonzero(group_of[channels] == number)
+                parts[number].append(part.select(columns, index_of[channels[columns]]))
 
 
 def _elimination_losses(parts: Sequence[_Part], size: int) -> Scores:
-    """The accumulated loss at the removal of each of ``size`` channels, until none is left."""
-    scores, total_loss, left = np.zeros(size), 0.0, np.ones(size, bool)
+    """Return the accumulated loss (size,) when each channel is removed, for all in turn."""
+    scores, total_loss, remaining = np.zeros(size), 0.0, np.ones(size, bool)
     step = -(-size // STEPS)
-    while left.any():
-        count = min(step, int(left.sum()))
+    while remaining.any():
+        count = min(step, int(remaining.sum()))
         removed = np.zeros(size, bool)
-        for channel, loss in _least_important(parts, left, count):
+        for channel, loss in _least_important(parts, remaining, count):
             total_loss += loss
             scores[channel], removed[channel] = total_loss, True
         for part in parts:
             part.remove(removed)
-        left &= ~removed
+        remaining &= ~removed
     return scores
 
 
-def _least_important(parts: Sequence[_Part], left: Ids, count: int) -> Iterator[tuple[int, float]]:
-    """The ``count`` channels with the smallest losses, in turn, and these losses.
+def _least_important(
+    parts: Sequence[_Part], remaining: Ids, count: int
+) -> Iterator[tuple[int, float]]:
+    """Yield the ``count`` channels with the smallest losses, one after the other, and the losses.
 
-    Several are chosen among the channels with the smallest single losses.
+    If ``count`` is above 1, they are chosen among the channels with the smallest single losses.
     """
-    losses = np.where(left, _summed_losses(parts, len(left)), np.inf)
+    losses = np.where(remaining, _summed_losses(parts, len(remaining)), np.inf)
     if count == 1:
         yield int(losses.argmin()), float(losses.min())
         return
     order = np.argsort(losses, kind="stable")
-    candidates = np.sort(order[: min(CANDIDATES * count, int(left.sum()))])
-    index_of = np.full(len(left), -1)
+    candidates = np.sort(order[: min(CANDIDATES * count, int(remaining.sum()))])
+    index_of = np.full(len(remaining), -1)
     index_of[candidates] = np.arange(len(candidates))
     small = []
     for part in parts:
         members = np.where(part.members != REMOVED, index_of[part.members], REMOVED)
         small.append(part.select(np.flatnonzero(members >= 0), members[members >= 0]))
-    candidates_left = np.ones(len(candidates), bool)
+    remaining_candidates = np.ones(len(candidates), bool)
     for _ in range(count):
-        ((least, loss),) = _least_important(small, candidates_left, 1)
+        ((least, loss),) = _least_important(small, remaining_candidates, 1)
         yield int(candidates[least]), loss
         removed = np.arange(len(candidates)) == least
         for part in small:
             part.remove(removed)
-        candidates_left &= ~removed
+        remaining_candidates &= ~removed
 
 
 def _summed_losses(parts: Sequence[_Part], size: int) -> Scores:

@@ -1,4 +1,4 @@
-"""Scores: the importance of each channel, and the form of a criterion that computes them."""
+"""Scores: the importance of each channel, and the interface of criteria that compute it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from job.slimming.calibration.input_statistics import CalibrationData
     from job.slimming.graph.groups import ChannelGraph
 
-Scores = np.ndarray[Any, np.dtype[np.float64]]  # (count,) by channel number; nan: not ranked
+Scores = np.ndarray[Any, np.dtype[np.float64]]  # (count,) by channel number; nan if not ranked
 NO_LABELS = "needs labelled calibration images, but there are none"
 
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What a criterion may use: a network, its channel graph, calibration data, and a seed."""
+    """Inputs of a criterion: a network, its channel graph, calibration data, and a seed."""
 
     network: nn.Module
     graph: ChannelGraph
@@ -31,12 +31,12 @@ class ScoreInputs:
 
 @dataclass(frozen=True)
 class Criterion:
-    """An importance criterion: an entry of the table ``CRITERIA``.
+    """Importance criterion: an entry of the table ``CRITERIA``.
 
-    ``score`` returns the importance of each channel (count,). The flags say what it needs:
+    ``score`` returns the importance of each channel (count,). The flags tell what it needs:
     calibration ``images``, the ``statistics`` of layer inputs over them, ``labels`` of the images,
-    ``gradients`` (autograd is enabled while it runs). ``accumulated`` says that a score is the loss
-    of removing the channel together with all less important ones.
+    and ``gradients`` (it runs with autograd enabled). If ``accumulated``, a score is the loss of
+    removing the channel together with all less important ones.
     """
 
     score: Callable[[ScoreInputs], Scores]

@@ -35,16 +35,16 @@ def taylor_importance(
 ) -> Scores:
     """Return (Σ γ ∂L/∂γ + β ∂L/∂β)² over the BatchNorms of each channel, summed over batches.
 
-    γ ∂L/∂γ + β ∂L/∂β is the derivative of the loss by a gate on the output of the BatchNorm (ibid.,
-    eq. 8 and section 3.3). ``batches`` are pairs of images and labels (B,) of this process; images
-    without a label, or with label -1, are skipped. Autograd must be enabled. Channels without a
-    BatchNorm score nan. Raises UsageError where no process has labels, or they do not fit the
-    network.
+    γ ∂L/∂γ + β ∂L/∂β is the derivative of the loss with respect to a gate on the output of the
+    BatchNorm (Molchanov et al. 2019, eq. 8 and section 3.3). ``batches`` are pairs of images and
+    labels (B,) of this process; images without a label, or with label -1, are skipped. Autograd
+    must be enabled. The score is nan for channels without a BatchNorm. Raises UsageError if no
+    process has labels, or if labels do not fit the network.
     """
     ranking, norms = {norm for group in graph.groups for norm in group.norms}, batchnorms(network)
     slots = [s for s in graph.slots if s.layer in ranking and s.side in ("through", "select")]
     tensors = [t for s in slots for t in (norms[s.layer].weight, norms[s.layer].bias)]
-    scores = np.zeros(graph.count)  # number 0, which is no channel, counts the batches
+    scores = np.zeros(graph.count)  # entry 0 is not a channel and counts the batches
     with _requiring_grad(tensors), preserve_state(network), training_mode(network, training=False):
         for inputs, labels in _labelled_only(batches):
             loss = F.cross_entropy(_class_logits(call_network(network, inputs), labels), labels)
@@ -79,14 +79,14 @@ def _requiring_grad(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
 
 
 def _class_logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The logits (B, C) among a network's outputs; raises UsageError where labels do not fit."""
+    """Return the logits (B, C) among the outputs; raises UsageError if labels do not fit."""
     count, highest = len(labels), int(labels.max())
     logits = next((t for t in tensors_in(outputs) if t.dim() == 2 and len(t) == count), None)
     if logits is None:
         raise UsageError("--importance taylor needs a network that returns logits (B, classes)")
     if highest >= logits.shape[1]:
         raise UsageError(
-            f"--importance taylor: there is a label {highest}, the network has "
+            f"--importance taylor: label {highest} is out of range for the network's "
             f"{logits.shape[1]} classes, numbered from 0"
         )
     return logits
@@ -107,7 +107,7 @@ def _labelled_only(batches: Iterable[CalibrationBatch]) -> Iterator[tuple[Exampl
 def _gate_gradient(
     tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """γ ∂L/∂γ + β ∂L/∂β (C,) of one BatchNorm; 0 where it did not run."""
+    """Return γ ∂L/∂γ + β ∂L/∂β (C,) of one BatchNorm; 0 if it did not run."""
     parts = [
         (tensor.detach() * gradient).double()
         for tensor, gradient in zip(tensors, gradients, strict=True)

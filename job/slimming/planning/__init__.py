@@ -1,1 +1,1 @@
-"""Planning: how many channels each group keeps to meet a target, and what that costs."""
+"""Planning: the number of channels that each group keeps to meet a target, and the costs."""

@@ -1,4 +1,4 @@
-"""Allocation: how many channels each group keeps, and the plan that follows from it."""
+"""Allocation: the number of channels that each group keeps, and the resulting plan."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A ``policy`` of the table, the ``budget`` that it meets, and bounds for each group.
+    """Allocation of a cut: a ``policy`` of ``POLICIES``, the ``budget``, and bounds for each group.
 
-    A group keeps at least the fraction ``min_keep`` of its channels, and a multiple of
-    ``round_to`` of them where it is large enough; or none, where its curve is ``removable``.
+    A group keeps at least the fraction ``min_keep`` of its channels, and a multiple of ``round_to``
+    channels if it is large enough. A group whose curve is ``removable`` may also keep none.
     """
 
     policy: str
@@ -50,12 +50,12 @@ def make_plan(
     gains_bias: frozenset[str] = frozenset(),
     curves: Mapping[str, LossCurve] | None = None,
 ) -> Plan:
-    """Return which channels are kept, by their ``scores`` (count,).
+    """Return the plan that keeps the channels with the highest ``scores`` (count,).
 
     Fractions are relative to ``base``, by default the network itself. Layers in ``gains_bias`` get
-    a bias when one of their inputs is cut; costs count it. ``curves`` are the loss curves of the
-    groups, by name, where they were measured. Raises UsageError for a budget that is
-    out of reach or above the base.
+    a bias when one of their inputs is cut, which the costs include. ``curves`` are the loss curves
+    of the groups, by name, if they were measured. Raises UsageError for a budget that is out of
+    reach or above the base.
     """
     policy, sizes = POLICIES[allocation.policy], full_group_sizes(network, graph, base)
     floors = {n: _ceil(allocation.min_keep * size) for n, size in sizes.items()}
@@ -67,17 +67,16 @@ def make_plan(
         removable=[name for name, curve in (curves or {}).items() if curve.removable],
     )
     graph = _block_unranked(graph, groups)
-    own: Mapping[str, int] | None = None
+    uniform_widths: Mapping[str, int] | None = None
     if policy.by_width:
-        own = getattr(network, "uniform_widths", None)
-    if own is not None:
-        groups = [r for r in groups if r.group.name in own]
+        uniform_widths = getattr(network, "uniform_widths", None)
+    if uniform_widths is not None:
+        groups = [r for r in groups if r.group.name in uniform_widths]
     costs = CostModel(network, graph, gains_bias)
     cost = base.cost if base else None
-    planner = Planner(
-        graph, costs, groups, sizes, cost, curves=curves, exact_widths=own is not None
-    )
-    allocation.budget.fraction(planner.base)  # raises for more than the base has
+    exact = uniform_widths is not None
+    planner = Planner(graph, costs, groups, sizes, cost, curves=curves, exact_widths=exact)
+    allocation.budget.fraction(planner.base)  # raises UsageError above the base
     return replace(policy.allocate(planner, allocation.budget), policy=allocation.policy)
 
 
@@ -86,7 +85,7 @@ def _ceil(value: float) -> int:
 
 
 def _block_unranked(graph: ChannelGraph, groups: Sequence[RankedGroup]) -> ChannelGraph:
-    """The graph with unranked groups listed among its blocked channels."""
+    """Return ``graph`` with the channels of unranked groups listed as blocked."""
     names = {r.group.name for r in groups}
     unranked = tuple(
         BlockedChannels(layer, group.size, UNRANKED)

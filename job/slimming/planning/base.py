@@ -1,4 +1,4 @@
-"""The base: what a network was before its first cut. Fractions are relative to it."""
+"""Base: the network before its first cut, which fractions are relative to."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """A network before any cut.
+    """Widths and cost of a network before any cut.
 
-    ``widths`` is the number of channels that each layer writes, by name. ``cost`` is None where it
-    is the cost of the network at hand. ``slim`` says that the base is itself the result of a cut:
-    then fractions are not relative to width 1 of the network's own width argument.
+    ``widths`` is the number of output channels of each layer, by name. ``cost`` is None if it is
+    the cost of the present network. If ``slim``, the base is itself the result of a cut, and
+    fractions are not relative to width 1 of a network's width argument.
     """
 
     widths: Mapping[str, int]
@@ -32,7 +32,7 @@ class Base:
 
 
 def layer_widths(network: nn.Module) -> dict[str, int]:
-    """Return how many channels each convolution, linear layer and BatchNorm writes, by name."""
+    """Return the output channels of each convolution, linear layer and BatchNorm, by name."""
     widths = {}
     for name, layer in modules_of(network, once=True).items():
         if isinstance(layer, SelectedChannels):
@@ -45,13 +45,13 @@ def layer_widths(network: nn.Module) -> dict[str, int]:
 def full_group_sizes(
     network: nn.Module, graph: ChannelGraph, base: Base | None = None
 ) -> dict[str, int]:
-    """Return how many channels each group has in the base, by name.
+    """Return the number of channels of each group in the base, by name.
 
-    Groups that the network's own width argument scales have the size of its width 1.
+    Groups that the network's width argument scales have their size at width 1.
     """
     now, sizes = layer_widths(network), {}
-    own = {} if base and base.slim else getattr(network, "uniform_widths", {})
-    widths = {**(base.widths if base else now), **own}
+    uniform_widths = {} if base and base.slim else getattr(network, "uniform_widths", {})
+    widths = {**(base.widths if base else now), **uniform_widths}
     for group in graph.groups:
         layer = next((layer for layer in group.layers if layer in widths), None)
         ratio = widths[layer] / now[layer] if layer in now and layer else 1.0

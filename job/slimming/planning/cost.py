@@ -21,7 +21,7 @@ COST_METRICS = ("channels", "params", "macs", "bytes")
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Costs of one layer; ``macs`` are its multiply-adds for one image."""
+    """Costs of one call of a layer; ``macs`` are its multiply-adds for one image."""
 
     name: str
     kind: str
@@ -50,12 +50,12 @@ class Cost:
 
 
 def example_image(size: int) -> torch.Tensor:
-    """Return zeros (1, 3, size, size) that take no memory, in place of an image."""
+    """Return zeros (1, 3, size, size) of one element of memory, in place of an image."""
     return torch.zeros(1, 3, 1, 1).expand(1, 3, size, size)
 
 
 def layer_costs(network: nn.Module, size: int) -> list[LayerCost]:
-    """Return the costs of every call of a layer with parameters, for an image (3, size, size)."""
+    """Return the costs of all calls of layers with parameters, for an image (3, size, size)."""
     trace = trace_network(network, example_image(size))
     return [
         _layer_cost(network, layer, op, trace)

@@ -1,4 +1,4 @@
-"""Exact costs of a cut that is only planned."""
+"""Cost model: exact costs of a planned cut."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class CostModel:
 
 
 def _named_tensors(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Parameters and buffers by name, shared ones once; and the name for each state-dict key."""
+    """Return parameters and buffers by name, shared ones once, and names by state-dict key."""
     name_of: dict[int, str] = {}
     tensors = {
         name: tensor
@@ -183,7 +183,7 @@ def _passed(layer: str, numbers: SlotNumbers) -> int:
 def _slots_of_tensor(
     name: str, tensor: torch.Tensor, numbers: SlotNumbers, layers: set[str]
 ) -> tuple[int, int]:
-    """The two slots that the size of a tensor is proportional to."""
+    """Return the two slots that the size of a tensor is proportional to."""
     layer, _, own_name = name.rpartition(".")
     if own_name == "num_batches_tracked":
         return 0, 0

@@ -1,4 +1,4 @@
-"""The channels that a layer keeps, as indices. Successive cuts compose."""
+"""Kept channels of a layer, as indices. Successive cuts compose."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SIDES = {"out": "out", "in": "in_", "select": "select"}
 
 @dataclass(frozen=True)
 class LayerChannels:
-    """The indices that are kept on each side of a layer; None keeps all of them.
+    """Indices of the kept channels on each side of a layer; None keeps all of them.
 
     ``out`` are its outputs and ``in_`` its inputs; a BatchNorm has only ``out``. ``select`` are the
     channels that a BatchNorm selects from an input that is not cut. With ``bias`` the layer gets a
-    bias, which holds the constant that removed channels added. A layer without any input is a
-    constant, into which the BatchNorm ``norm`` after it is folded.
+    bias, for the constant of removed channels. A layer without any input is a constant, into which
+    the BatchNorm ``norm`` after it is folded.
     """
 
     out: Kept | None = None

@@ -1,4 +1,4 @@
-"""Allocation by loss: the steps that lose least for what they save are taken first."""
+"""Allocation by loss: steps with the smallest loss per saved cost are taken first."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from job.slimming.planning.planner import Planner
     from job.slimming.planning.target import Budget
 
-CHUNKS = 32  # steps from a whole group to none, at least
+CHUNKS = 32  # smallest number of steps from all units of a group to none
 
 
 class _Step(NamedTuple):
-    """A step of one group to fewer units, by rising loss for each unit of cost that it saves."""
+    """Reduction of one group to fewer units, sorted by its loss per saved cost (``rate``)."""
 
     rate: float
     group: int
@@ -28,11 +28,12 @@ class _Step(NamedTuple):
 
 
 def counts_by_loss(planner: Planner, budget: Budget, limit: float) -> list[int]:
-    """Return the numbers of units that meet ``limit`` at the least sum of the groups' losses.
+    """Return the counts (groups,) of units that meet ``limit`` at a small sum of losses.
 
-    The cost of a step is what it saves when it is taken, with the other groups as they are then.
-    A removable group keeps no unit where that is the cheapest step, if no more is lost in all
-    than with some units of every group. Raises UsageError where the limit is out of reach.
+    The saving of a step is computed when it is taken, with the counts of the other groups at that
+    time. A removable group keeps no unit if this is the cheapest step, and if the sum of the losses
+    is not larger than with some units of every group. Raises UsageError if the limit is out of
+    reach.
     """
     removals = {
         number: frozenset(planner.removed_with(r))
@@ -77,11 +78,11 @@ class _Search:
         self.restore(limit)
 
     def cut(self, limit: float) -> None:
-        """Take the cheapest steps until the cost is within ``limit``.
+        """Take the steps with the lowest rates until the cost is within ``limit``.
 
-        The saving of a step only shrinks while other groups are cut: the rate of the first step in
-        the queue is computed again, and it is taken if it is still the lowest. Groups that can be
-        removed together are queued again when one of them is cut.
+        The saving of a step only shrinks when other groups are cut. Therefore the rate of the first
+        step in the queue is computed again, and the step is taken if its rate is still the lowest.
+        Groups that can be removed together are queued again when one of them is cut.
         """
         queue = list(self._steps(range(len(self.counts))))
         heapq.heapify(queue)
@@ -97,7 +98,7 @@ class _Search:
                 heapq.heappush(queue, following)
 
     def restore(self, limit: float) -> None:
-        """Restore units that fit into ``limit``: those that lose most first."""
+        """Restore units while the cost is within ``limit``, those with the largest losses first."""
         queue = [step for step in map(self._next_restored, range(len(self.counts))) if step]
         heapq.heapify(queue)
         while queue:
@@ -134,14 +135,14 @@ class _Search:
         self.cost = self.planner.metric(self.metric, self.counts)
 
     def _next_step(self, group: int) -> _Step | None:
-        """The step of ``group`` that loses least for what it saves; None for a removed group."""
+        """Return the step of ``group`` with the lowest rate; None for a removed group."""
         if not self.counts[group]:
             return None
         steps = [self._narrower(group), self._removal(group)]
         return min((step for step in steps if step), default=None)
 
     def _removal(self, group: int) -> _Step | None:
-        """The step to no unit of ``group``, and of those that go with it."""
+        """Return the step to no unit of ``group``, and of the groups removed with it."""
         removed = self.removals.get(group)
         if removed is None:
             return None
@@ -151,14 +152,14 @@ class _Search:
         return self._step(max(0.0, lost - SMALLEST_LOSS), group, 0)
 
     def _narrower(self, group: int) -> _Step | None:
-        """The step of ``group`` along the lower convex hull of its losses, at most one chunk."""
+        """Return the step of ``group`` along the lower convex hull of its losses, of one chunk."""
         count, losses, allowed = self.counts[group], self.losses[group], self.allowed[group]
         fewer = allowed[allowed < count]
         if not len(fewer):
             return None
         slopes = (losses[fewer] - losses[count]) / (count - fewer)
         lowest = float(slopes.min())
-        corner = int(fewer[np.flatnonzero(slopes <= lowest)[-1]])  # the nearest of equals
+        corner = int(fewer[np.flatnonzero(slopes <= lowest)[-1]])  # the nearest among equal slopes
         chunk = max(1, len(losses) // CHUNKS)
         near = fewer[fewer >= max(corner, count - chunk)]
         target = int(near[0]) if len(near) else int(fewer[-1])
@@ -183,6 +184,6 @@ class _Search:
 def _allowed_counts(
     floor: int, step: int, units: int
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """The rising numbers of units that a group may keep: multiples of ``step``, or all."""
+    """Return the numbers of units that a group may keep, rising: multiples of ``step``, or all."""
     first = -(-floor // step) * step
     return np.unique(np.minimum(np.arange(first, units + step, step), units))

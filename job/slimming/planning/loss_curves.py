@@ -1,4 +1,4 @@
-"""Loss curves: what the outputs of a network lose when one channel group alone is cut."""
+"""Loss curves: the loss of a network's outputs when one channel group alone is cut."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
     from job.slimming.importance.scores import Scores
 
-SMALLEST_LOSS = 1e-9  # smaller ones are noise
+SMALLEST_LOSS = 1e-9  # smaller losses are noise
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """The loss of the outputs by the number of units that a channel group keeps.
+    """Loss of the outputs by the number of units that a channel group keeps.
 
-    ``counts`` (P,) are the measured numbers of units, rising, and ``losses`` (P,) the losses there.
-    ``by_count`` (units + 1,) is the loss for every number, interpolated; it never rises. ``images``
-    is the number of images that were measured, ``kind`` the name of the loss: kl (of the softmax)
-    or squared_error. A ``removable`` group may keep no unit.
+    ``counts`` (P,) are the measured numbers of units, rising, and ``losses`` (P,) their losses.
+    ``by_count`` (units + 1,) is the interpolated loss for every number of units; it never rises.
+    ``images`` is the number of measured images. ``kind`` is the name of the loss: kl (of the
+    softmax) or squared_error. A ``removable`` group may keep no unit.
     """
 
     counts: tuple[int, ...]
@@ -48,8 +48,8 @@ def fit_curve(
 ) -> LossCurve:
     """Return the curve through ``losses`` (P,) at ``counts`` (P,), rising and below ``units``.
 
-    ``local`` (units,) is the error of the next layers with 0, 1, … units kept, where it is known.
-    The ratio of the two losses is interpolated then, else the square root of the loss.
+    ``local`` (units,) is the error of the next layers with 0, 1, … units kept, if known. Then the
+    ratio of the loss to this error is interpolated, else the square root of the loss.
     """
     points = np.array(counts, np.int64)
     measured = np.maximum(np.array(losses), SMALLEST_LOSS)

@@ -1,4 +1,4 @@
-"""The table that ``print(plan)`` shows."""
+"""Overview of a plan: the text that ``print(plan)`` shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from job.slimming.planning.layer_channels import Layers
 
 Sizes = tuple[int | None, int | None]  # inputs and outputs of a layer
-MAX_LAYERS = 24  # shown; of more layers, the first and the last ones
+MAX_LAYERS = 24  # rows of layers; of more layers, the first and the last ones are shown
 MAX_REASONS = 4
 MAX_CHARACTERS = 60  # of a layer's name or of a reason
 
@@ -29,7 +29,7 @@ def plan_text(
     after: Cost | None,
     blocked: Sequence[BlockedChannels],
 ) -> str:
-    """Return at most 40 lines: layers and costs before and after, and what is not cut and why."""
+    """Return at most 40 lines: layers and costs before and after the cut, and blocked channels."""
     half = MAX_LAYERS // 2
     rows = [(_shortened(name), *_widths(layers, name, full)) for name, full in sizes.items()]
     if len(rows) > MAX_LAYERS:
@@ -44,11 +44,10 @@ def plan_text(
 
 
 def costs_table(before: Cost, after: Cost) -> str:
-    """Return a table of the costs before and after a cut, and what is left of each in percent."""
-    left = after.to_dict()
+    """Return a table of the costs before and after a cut, and their ratios in percent."""
     costs = [
-        (name, f"{old:,}", f"{left[name]:,}", f"{left[name] / old:.1%}" if old else "")
-        for name, old in before.to_dict().items()
+        (name, f"{old:,}", f"{new:,}", f"{new / old:.1%}" if old else "")
+        for (name, old), new in zip(before.to_dict().items(), after.to_dict().values(), strict=True)
     ]
     return table(("", "before", "after", "left"), costs)
 
@@ -60,7 +59,7 @@ def removed_lines(layers: Layers) -> list[str]:
 
 
 def _widths(layers: Layers, name: str, full: Sizes) -> tuple[str, str]:
-    """Inputs and outputs of a layer, as ``64 -> 32`` where some are cut."""
+    """Return the inputs and outputs of a layer as text, e.g. ``64 -> 32`` if some are cut."""
     kept = layers.get(name, LayerChannels())
     input_indices = kept.in_ if kept.select is None else kept.select
     inputs, outputs = (

@@ -1,6 +1,6 @@
-"""A plan: which channels of which layers are kept.
+"""Plan: which channels of each layer a cut keeps.
 
-The main process makes it, every process applies it.
+The main process makes the plan, and all processes apply it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proof:
-    """The measured exactness of a cut.
+    """Measured exactness of a cut.
 
     ``error`` is the largest error of the narrow network's outputs, relative to the largest value of
-    each output. It is computed in ``precision``: float64, or the precision of the network where it
+    each output. It is computed in ``precision``: float64, or the precision of the network if it
     does not run in float64. ``tolerance`` is the largest error that is allowed.
     """
 
@@ -41,19 +41,19 @@ class Proof:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What a cut keeps, and what it costs; ``print(plan)`` shows a table.
+    """Plan of a cut: the channels to keep, and the costs; ``print(plan)`` shows a table.
 
     Attributes:
-        policy: how the cut is spread over the channel groups
-        width: channels kept, relative to the base
-        groups: for each channel group, the indices of its channels that are kept
-        layers: for each layer that is cut, the indices that are kept on its sides
+        policy: name of the policy that distributes the cut over the channel groups
+        width: number of kept channels relative to the base
+        groups: indices of the kept channels of each channel group
+        layers: indices of the kept channels on the sides of each layer that is cut
         before, after: costs of the network before and after the cut
         blocked: channels that cannot be cut, and why
         sizes: inputs and outputs of each convolution or linear layer before the cut
         method: importance and compensation
         example: a batch of inputs without values
-        proof: how exact the cut is, without compensation
+        proof: exactness of the cut before compensation
     """
 
     policy: str
@@ -81,7 +81,7 @@ class Plan:
 
 
 def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
-    """Return the mask (count,) of the channels that ``groups``, by name, keep by their indices."""
+    """Return the mask (count,) of kept channels, given their indices in ``groups``, by name."""
     keep = keep_all(graph)
     for group in graph.groups:
         keep[group.channels] = False
@@ -90,12 +90,12 @@ def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
 
 
 def keep_all(graph: ChannelGraph) -> Ids:
-    """Return the mask (count,) that keeps all channels; number 0 is for channels never cut."""
+    """Return the mask (count,) that keeps all channels; entry 0 is for channels never cut."""
     return np.ones(graph.count, bool)
 
 
 def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
-    """Return what each layer keeps of the channels in the mask ``keep`` (count,).
+    """Return the indices that each layer keeps, by name, for the channel mask ``keep`` (count,).
 
     Layers that keep all of their channels are left out.
     """
@@ -126,7 +126,7 @@ def folded_norm(graph: ChannelGraph, layer: str) -> str | None:
 
 
 def groups_of(graph: ChannelGraph, keep: Ids) -> dict[str, Kept]:
-    """Return the indices of the channels that each group keeps, by name."""
+    """Return the indices of the kept channels of each group, by name."""
     return {group.name: _indices(keep[group.channels]) for group in graph.groups}
 
 

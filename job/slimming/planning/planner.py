@@ -1,4 +1,4 @@
-"""Numbers of kept channels, turned into plans and exact costs."""
+"""Planner: plans and exact costs for numbers of kept channels."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ if TYPE_CHECKING:
     from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.ranked_groups import RankedGroup
 
-UNMEASURED_LOSS = 1e6  # of all units of a group: far above any measured loss
+UNMEASURED_LOSS = 1e6  # of removing all units of a group; far above any measured loss
 
 
 class Planner:
-    """Turn counts of kept units, one for each of ``groups``, into plans with their exact costs.
+    """Planner of cuts: plans and exact costs for counts of kept units (groups,).
 
-    ``full_sizes`` gives the number of channels that each group, by name, has at width 1.
-    ``base`` is the cost that targets are fractions of, by default the network's own. ``curves``
-    are the measured losses of the groups, by name, where there are any. With
-    ``exact_widths`` a uniform width must leave every group at least one channel without rounding
-    up, as in a network that takes its width as an argument.
+    ``full_sizes`` is the number of channels of each group at width 1, by name. ``base`` is the cost
+    that targets are fractions of, by default the cost of the network. ``curves`` are the loss
+    curves of the groups, by name, if any. With ``exact_widths`` a uniform width must leave at least
+    one channel of every group without rounding up, as in a network with a width argument.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Planner:
         self.base = base or self.before
 
     def plan(self, counts: Sequence[int], width: float) -> Plan:
-        """Return the plan that keeps ``counts`` (groups,) units: ``width`` of the base."""
+        """Return the plan that keeps ``counts`` (groups,) units, which is ``width`` of the base."""
         keep = self.kept_channels(counts)
         return Plan(
             "", width, groups_of(self.graph, keep), layers_of(self.graph, keep),
@@ -69,7 +68,7 @@ class Planner:
     def losses_of(self, ranked: RankedGroup) -> Scores:
         """Return the loss of the outputs with 0, 1, … units of a group kept, as (units + 1,).
 
-        A group without a curve is cut after all others.
+        The losses of a group without a curve are so large that it is cut after all others.
         """
         curve = self.curves.get(ranked.group.name)
         if curve is not None:
@@ -87,10 +86,10 @@ class Planner:
         ]
 
     def global_counts(self) -> Callable[[int], list[int]]:
-        """Return a function: a number of units -> the counts that keep the most important ones.
+        """Return a function from a total number of units to the counts (groups,) of the best units.
 
-        Units of all groups are sorted by falling score. Equal scores are ordered by the relative
-        rank within the group, so that several groups share the loss.
+        Units of all groups are sorted by falling score. Equal scores are sorted by the relative
+        rank within the group, so that the cut is distributed over the groups.
         """
         lengths = [len(r.units) for r in self.groups]
         scores = np.concatenate([np.zeros(0), *(r.scores for r in self.groups)])

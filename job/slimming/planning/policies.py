@@ -1,4 +1,4 @@
-"""Policies: how a cut is spread over the channel groups. ``POLICIES`` is the table of them."""
+"""Policies, which distribute a cut over the channel groups. ``POLICIES`` is their table."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Policy:
-    """An entry of the table.
+    """Policy of allocation: an entry of the table ``POLICIES``.
 
-    ``allocate`` returns the plan that meets a budget, and raises UsageError for one that is out
-    of reach. ``min_keep`` says whether groups keep the fraction that --min-keep sets.
-    ``by_width`` says that a cut is a width: of a network that takes its width as an argument, only
-    the groups that this argument scales are cut, and --rate is a fraction of the width instead of
-    all channels. ``compares_groups`` says that groups lose different fractions of their channels,
-    by their importance or by the loss of the outputs.
+    ``allocate`` returns the plan that meets a budget, and raises UsageError if it is out of reach.
+    If ``min_keep``, groups keep the fraction that --min-keep sets. If ``by_width``, the cut is a
+    width: in a network with a width argument only the groups that it scales are cut, and --rate is
+    a fraction of the width instead of all channels. If ``compares_groups``, groups lose different
+    fractions of their channels, by importance or by the loss of the outputs.
     """
 
     allocate: Callable[[Planner, Budget], Plan]
@@ -57,7 +56,7 @@ def allocate_uniform(planner: Planner, budget: Budget) -> Plan:
 
 
 def _check_width(planner: Planner, budget: Budget) -> None:
-    """Raise UsageError where a group would grow, or keep no channel at an exact width."""
+    """Raise UsageError if a group would grow, or keep no channel at an exact width."""
     width, sizes = budget.value, planner.full_sizes
     for r in planner.groups:
         kept = int(sizes[r.group.name] * width + 1e-9)
@@ -69,16 +68,16 @@ def _check_width(planner: Planner, budget: Budget) -> None:
         if planner.exact_widths and kept < 1:
             least = 1 / min(sizes[g.group.name] for g in planner.groups)
             raise UsageError(
-                f"{budget}: width {width:g} leaves no channel of {r.group.name}: the least is "
-                f"{least:g}"
+                f"{budget}: width {width:g} leaves no channel of {r.group.name}; the smallest "
+                f"width is {least:g}"
             )
 
 
 def allocate_global(planner: Planner, budget: Budget) -> Plan:
     """Keep the most important channels of all groups.
 
-    With the groups' loss curves, the outputs lose least; else there is one threshold over the
-    importance of all channels (Liu et al. 2017).
+    With loss curves the counts of the groups minimise the loss of the outputs, else one threshold
+    applies to the importance of all channels (Liu et al. 2017).
     """
     if budget.metric == "width":
         budget = replace(budget, metric="channels")
@@ -91,7 +90,7 @@ def allocate_global(planner: Planner, budget: Budget) -> Plan:
         counts = restore_within_budget(planner, counts_at(kept), budget, limit)
     plan = planner.plan(counts, 1.0)
     base = planner.base.channels
-    # groups differ, so the width is the share of all channels
+    # fractions differ between groups: the width is the fraction of all channels
     return replace(plan, width=plan.after.channels / base if plan.after and base else 1.0)
 
 
@@ -101,7 +100,7 @@ POLICIES: dict[str, Policy] = {
     ),
     "global": Policy(
         allocate_global,
-        "most channels where the outputs lose least, or one threshold over all importances",
+        "channel groups compared by the loss of the outputs, or by one threshold on importance",
         compares_groups=True,
     ),
 }

@@ -1,4 +1,4 @@
-"""Channel groups sorted by importance, and the channels that are kept of each."""
+"""Ranked groups: channel groups sorted by importance, and their kept channels."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankedGroup:
-    """A channel group whose units are sorted by falling importance.
+    """Channel group whose units are sorted by falling importance.
 
-    A unit is what is cut in one step: one channel, or one channel of each of B blocks. ``units``
+    A unit is the smallest part to cut: one channel, or one channel of each of B blocks. ``units``
     (n, B) holds channel numbers, ``scores`` (n,) their mean importance. At least ``floor`` units
     are kept, in multiples of ``step``; or none at all of a ``removable`` group.
     """
@@ -52,10 +52,9 @@ def rank_groups(
 ) -> list[RankedGroup]:
     """Sort the channels of each group by ``scores`` (count,); ties go to the lower index.
 
-    Groups with a channel whose score is nan are left out. ``floors`` is the number of channels
-    that each group keeps at least, by name (default 1). The number of kept channels is a multiple
-    of ``round_to`` where the group is large enough. The groups ``removable``, by name,
-    may keep none.
+    Groups with a channel whose score is nan are left out. ``floors`` is the smallest number of
+    channels that each group keeps, by name (default 1). The number of kept channels is a multiple
+    of ``round_to`` if the group is large enough. The groups ``removable``, by name, may keep none.
     """
     ranked = []
     for group in graph.groups:

@@ -27,9 +27,9 @@ def first_within_budget(
     steps: Sequence[Step],
     counts_at: Callable[[Step], list[int]],
 ) -> Step:
-    """Return the first of ``steps`` whose counts cost at most ``limit``; later ones cost less.
+    """Return the first of ``steps``, in the order of falling cost, that costs at most ``limit``.
 
-    Raises UsageError, with the least that is reachable, when there is none.
+    Raises UsageError with the smallest reachable cost if there is none.
     """
     low, high = 0, len(steps) - 1
     check_reachable(planner, budget, limit, counts_at(steps[high]))
@@ -43,7 +43,7 @@ def first_within_budget(
 
 
 def check_reachable(planner: Planner, budget: Budget, limit: float, floors: Sequence[int]) -> None:
-    """Raise UsageError where the ``floors`` (groups,) of units cost more than ``limit``."""
+    """Raise UsageError if ``floors`` (groups,), the fewest units, cost more than ``limit``."""
     if not planner.groups:
         raise UsageError(f"{budget} cannot be reached: {NOTHING}{_main_obstacle(planner.graph)}")
     least = planner.metric(budget.metric, floors)
@@ -54,10 +54,10 @@ def check_reachable(planner: Planner, budget: Budget, limit: float, floors: Sequ
 def restore_within_budget(
     planner: Planner, counts: Sequence[int], budget: Budget, limit: float
 ) -> list[int]:
-    """Return ``counts`` with units restored as long as the cost stays within ``limit``.
+    """Return ``counts`` with units restored while the cost is within ``limit``.
 
-    The most important units come first. A group whose next unit does not fit is done, because the
-    remaining budget only shrinks.
+    The most important units are restored first. A group is finished when its next unit does not
+    fit, since the remaining budget only shrinks.
     """
     counts = list(counts)
 
@@ -79,7 +79,7 @@ def restore_within_budget(
 
 
 def _main_obstacle(graph: ChannelGraph) -> str:
-    """Why most channels are not cut, apart from the network's output, for a message."""
+    """Describe why most channels are blocked, apart from the output, for a message."""
     count: Counter[str] = Counter()
     for blocked in graph.blocked:
         count[blocked.reason] += blocked.channels * (blocked.reason != OUTPUT)
@@ -87,4 +87,4 @@ def _main_obstacle(graph: ChannelGraph) -> str:
     if reason is None:
         return ""
     hint = "; --importance l2 ranks them" if reason == UNRANKED else ""
-    return f"; why most are not: {reason}{hint}"
+    return f"; the main reason: {reason}{hint}"

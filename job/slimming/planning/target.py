@@ -1,4 +1,4 @@
-"""The target of a cut: ``--target METRIC=VALUE``."""
+"""Target of a cut: ``--target METRIC=VALUE``."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ FACTORS = {"": 1.0, "%": 0.01, "percent": 0.01, "k": 1e3, "m": 1e6, "g": 1e9}
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a network a cut leaves: ``value`` of ``metric``, one of ``TARGET_METRICS``.
+    """Budget of a cut: the ``value`` of ``metric`` that it leaves, one of ``TARGET_METRICS``.
 
-    A value of at most 1 is a fraction of the base, a larger one an absolute number. ``typed`` is
-    the text that the user typed, for messages.
+    A value of at most 1 is a fraction of the base, a larger one is absolute. ``typed`` is the text
+    that the user typed, for messages.
     """
 
     metric: str
@@ -69,7 +69,7 @@ class Budget:
         return self.typed or f"--target {self.metric}={self.value:g}"
 
     def fraction(self, base: Cost) -> float:
-        """Return the fraction of the base that is left; raises UsageError above the whole."""
+        """Return the budget as a fraction of the base; raises UsageError above the base."""
         if self.value <= 1 or self.metric == "width":  # a StudentNet may be wider than 1
             return self.value
         whole = getattr(base, self.metric)
@@ -82,19 +82,19 @@ class Budget:
         return float(self.value / whole)
 
     def limit(self, base: Cost) -> float:
-        """Return the most that may be left, in the unit of the metric."""
+        """Return the budget in the unit of the metric."""
         if self.metric == "width" or self.value > 1:
             return self.value
         return self.value * float(getattr(base, self.metric))
 
     def spread(self, round_index: int, rounds: int, base: Cost) -> Budget:
-        """Return the budget after one of ``rounds``: each leaves the same fraction of the last."""
+        """Return the budget after one of ``rounds``; all rounds have the same ratio to the last."""
         if round_index == rounds:
             return self
         return replace(self, value=self.fraction(base) ** (round_index / rounds))
 
     def unreachable(self, least: float, base: Cost) -> str:
-        """Return the message for a budget below ``least``, the smallest that a cut can leave."""
+        """Return the message for a budget below ``least``, the smallest value within reach."""
         whole = getattr(base, self.metric)
         share = math.ceil(1000 * least / whole) / 1000
         typed = re.search(r"=(.*)", self.typed)
@@ -108,13 +108,13 @@ class Budget:
         )
 
     def hint(self) -> str:
-        """Return ``; did you mean …?`` for a number that was likely meant as a fraction."""
+        """Return ``; did you mean …?`` for a number that was probably meant as a fraction."""
         value = self.typed.partition("=")[2]
         return _as_fraction(self.metric, float(value)) if value else ""
 
 
 def _did_you_mean(text: str) -> str:
-    """``; did you mean …?`` with the target that is likely meant by ``text``, or nothing."""
+    """Return ``; did you mean …?`` with the target that ``text`` probably means, or ""."""
     match = TYPED.fullmatch(text.strip().lower())
     if not match:
         return ""
@@ -135,7 +135,7 @@ def _did_you_mean(text: str) -> str:
 
 
 def _as_fraction(metric: str, value: float) -> str:
-    """``; did you mean …?`` with a fraction: 0.5 for 2, or for 50 (percent)."""
+    """Return ``; did you mean …?`` with a fraction: 0.5 for 2, or for 50 (percent)."""
     if not 1 < value <= 100:
         return ""
     return f"; did you mean {metric}={1 / value if value < 10 else value / 100:.3g}?"

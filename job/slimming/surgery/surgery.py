@@ -24,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
-    """Copy ``network`` with only the channels in ``layers``; the input is left untouched.
+    """Copy ``network`` with only the channels in ``layers``; the original is not changed.
 
     Device, dtype, memory format, training mode and requires_grad stay as they are. Raises
     GammaslimError or IndexError for layers that are not this network's.
@@ -62,7 +62,7 @@ def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
 
 
 def _holder(modules: Modules, name: str) -> nn.Module:
-    """The module that holds the tensors which are cut under ``name``."""
+    """Return the module that contains the tensors to cut under ``name``."""
     if name not in modules:  # a parameter or buffer, not a layer
         if owner_of(name) not in modules:
             raise GammaslimError(f"there is no layer {name}")
@@ -85,7 +85,7 @@ def _in_format_of(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
 
 
 def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensors:
-    """The tensors of a layer, or the one parameter or buffer ``name``, cut; by attribute."""
+    """Return the cut tensors of the layer, parameter or buffer ``name``, by attribute."""
     holder = _holder(modules, name)
     if name not in modules:
         attribute = name.rpartition(".")[2]
@@ -117,9 +117,9 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
 def _cut_grouped(
     layer: Any, weight: torch.Tensor, kept_rows: Kept | None, kept_columns: Kept | None
 ) -> torch.Tensor:
-    """A grouped convolution's weight (O, I / G, …): each group's rows with its own columns.
+    """Cut the weight (O, I / G, …) of a grouped convolution, group by group.
 
-    A transposed one's is (I, O / G, …).
+    The weight of a transposed convolution is (I, O / G, …).
     """
     if is_depthwise(layer):
         return _keep_indices(weight, kept_rows, 0)
@@ -138,7 +138,7 @@ def _cut_grouped(
 
 
 def _set_sizes(wide: Any, memo: Mapping[int, Any]) -> None:
-    """Make the attributes of a layer's copy, such as ``in_channels``, the sizes of its tensors."""
+    """Set attributes of a layer's copy, e.g. ``in_channels``, to the sizes of its tensors."""
     rule = layer_rule(wide)
     if rule is None or id(wide) not in memo:
         return
@@ -152,7 +152,7 @@ def _set_sizes(wide: Any, memo: Mapping[int, Any]) -> None:
 
 
 def _size_along(layer: nn.Module, rule: LayerRule, side: str) -> int | None:
-    """The size of the first of a layer's tensors that has a ``side``; None for no such tensor."""
+    """Return the size along ``side`` of the first tensor of a layer that has it, or None."""
     for attribute, sides in rule.tensors.items():
         tensor = getattr(layer, attribute, None)
         if tensor is not None and side in sides:
@@ -163,7 +163,7 @@ def _size_along(layer: nn.Module, rule: LayerRule, side: str) -> int | None:
 
 
 def _select_inputs(norm: nn.Module, kept: Kept, memo: dict[int, Any]) -> None:
-    """Make a BatchNorm's copy select the channels ``kept`` of its input."""
+    """Let the copy of a BatchNorm select the channels ``kept`` of its input."""
     if isinstance(norm, SelectedChannels):
         memo[id(norm.indices)] = norm.indices[torch.tensor(kept, device=norm.indices.device)]
         return

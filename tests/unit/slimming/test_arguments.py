@@ -80,7 +80,7 @@ def test_a_wrong_argument_is_named(
         ((BATCH, LABELS), "batch 1 is (4,), the example"),
         ([(BATCH[0], 3)], "batch 0 is (3, 24, 24), the example"),
         ([BATCH.numpy()], "batch 0 is a ndarray"),
-        ([{"left": BATCH, "right": BATCH}], "is a dict of left, right, in which 2 entries"),
+        ([{"left": BATCH, "right": BATCH}], "is a dict of left, right, of which 2 entries"),
     ],
 )  # fmt: skip
 def test_a_wrong_calibration_is_named(network: nn.Module, calibration: Any, message: str) -> None:
@@ -161,7 +161,7 @@ def test_where_nothing_can_be_cut_it_is_said_why() -> None:
     narrow, _ = job.slim(plain, torch.empty(1, 3, 24, 24, device="meta"), importance="l2")
     assert narrow.get_parameter("0.weight").shape[0] == 8
     norm = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Softmax(1), nn.Conv2d(8, 4, 3))
-    with pytest.raises(UsageError, match="why most are not: softmax across channels"):
+    with pytest.raises(UsageError, match="the main reason: softmax across channels"):
         job.slim(norm, EXAMPLE)
 
 

@@ -184,7 +184,7 @@ def test_taylor_takes_the_logits_among_the_outputs() -> None:
     _, plan = job.slim(wide, IMAGE, calibration=[(images, torch.arange(4) % 3)], **given)
     assert plan.method == "importance taylor, compensation none"
     for finish, label, message in (
-        (lambda y: y, 3, "a label 3, the network has 3 classes"),
+        (lambda y: y, 3, "label 3 is out of range for the network's 3 classes"),
         (lambda y: y[:, 0], 0, "needs a network that returns logits"),
     ):
         other = network(partial(Trunk, finish))
@@ -197,5 +197,5 @@ def test_taylor_takes_the_logits_among_the_outputs() -> None:
 def test_a_damaged_weight_is_named(name: str) -> None:
     wide = network(Trunk)
     wide.state_dict()[name].view(-1)[1] = NAN
-    with pytest.raises(DataError, match=f"{name} of the network holds NaN"):
+    with pytest.raises(DataError, match=f"{name} of the network contains NaN"):
         job.slim(wide, IMAGE)

@@ -89,7 +89,7 @@ def cut(network: nn.Module) -> tuple[nn.Module, Layers]:
 
 def test_an_op_is_added_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     network = randomise(Sinc())
-    assert blocked(network)["stem.0"] == "sinc is not understood"
+    assert blocked(network)["stem.0"] == "sinc is not supported"
     monkeypatch.setitem(OP_RULES, "sinc", elementwise)
     assert "stem.0" not in blocked(network)
     narrow, _ = cut(network)
@@ -98,7 +98,7 @@ def test_an_op_is_added_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_kind_of_layer_is_added_by_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     network = randomise(Projected())
-    assert blocked(network)["stem.0"] == "tensordot is not understood"
+    assert blocked(network)["stem.0"] == "tensordot is not supported"
     monkeypatch.setattr("job.slimming.graph.layer_rules.LAYER_RULES", [*LAYER_RULES, PROJECTION])
     monkeypatch.setattr("job.slimming.graph.propagation.LAYER_RULES", [*LAYER_RULES, PROJECTION])
     narrow, layers = cut(network)
