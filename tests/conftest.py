@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from support.commands import gammaslim
-from support.datasets import picture, write_flat
+from support.datasets import draw_image, write_flat
 from support.programs import close_server
 
 
@@ -54,7 +54,7 @@ def flat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(3)
     (root / "testing").mkdir()
     for number in (0, 1, 2, 10, 11):
-        picture(rng, number % 3, 40, 40).save(root / "testing" / f"{number}.png")
+        draw_image(rng, number % 3, 40, 40).save(root / "testing" / f"{number}.png")
     return root
 
 

@@ -51,7 +51,8 @@ def load(folder: Path, split: str) -> Data:
     return torch.from_numpy(np.pad(images, ((0, 0), (2, 2), (2, 2)))), torch.from_numpy(labels)
 
 
-def pictures(images: torch.Tensor) -> torch.Tensor:
+def to_inputs(images: torch.Tensor) -> torch.Tensor:
+    """Scale images (N, 32, 32) uint8 to inputs (N, 3, 32, 32) in [0, 1]."""
     return (images.float() / 255)[:, None].expand(-1, 3, -1, -1)
 
 
@@ -66,7 +67,7 @@ def trained(network: nn.Module, data: Data, epochs: int, seed: int) -> nn.Module
         network.train()
         for chosen in torch.randperm(len(images), generator=generator).split(128):
             if len(chosen) == 128:
-                loss = F.cross_entropy(network(pictures(images[chosen])), labels[chosen])
+                loss = F.cross_entropy(network(to_inputs(images[chosen])), labels[chosen])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -78,7 +79,7 @@ def trained(network: nn.Module, data: Data, epochs: int, seed: int) -> nn.Module
 def accuracy(network: nn.Module, data: Data) -> float:
     """Percent of the images that are told right."""
     batches = zip(data[0].split(500), data[1].split(500), strict=True)
-    right = sum((network(pictures(x)).argmax(1) == y).sum().item() for x, y in batches)
+    right = sum((network(to_inputs(x)).argmax(1) == y).sum().item() for x, y in batches)
     return 100 * right / len(data[1])
 
 
@@ -105,7 +106,7 @@ def ablate(
     parts = chosen[: args.calibration].split(BATCH)
 
     def batches() -> list[Data]:
-        return [(pictures(train[0][part]), train[1][part]) for part in parts]
+        return [(to_inputs(train[0][part]), train[1][part]) for part in parts]
 
     graph = analyse(network, images)
     began = time.perf_counter()
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--network", choices=TRAINED_HERE, default="student")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--calibration", type=int, default=4096, help="pictures")
+    parser.add_argument("--calibration", type=int, default=4096, help="number of images")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5, 0.4])
     parser.add_argument("--importances", nargs="+", default=IMPORTANCES)
     parser.add_argument("--compensations", nargs="+", default=list(COMPENSATIONS))

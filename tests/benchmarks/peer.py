@@ -170,7 +170,7 @@ def cuts(network: nn.Module, target: float, batches: list[ablation.Data]) -> dic
 def accuracies(args: argparse.Namespace) -> None:
     """The second table."""
     train, test = ablation.load(args.data, "train"), ablation.load(args.data, "t10k")
-    few = train[0][: args.pictures], train[1][: args.pictures]
+    few = train[0][: args.images], train[1][: args.images]
     print("| network | MACs aimed at | tool | MACs left | after the cut | after one epoch |")
     print("|---|---|---|---|---|---|")
     for kind in args.kinds:
@@ -181,7 +181,7 @@ def accuracies(args: argparse.Namespace) -> None:
             whole = network_cost(network, 32).macs
             chosen = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
             parts = chosen[:4096].split(256)
-            batches = [(ablation.pictures(train[0][part]), train[1][part]) for part in parts]
+            batches = [(ablation.to_inputs(train[0][part]), train[1][part]) for part in parts]
             for target in args.targets:
                 for tool, narrow in cuts(network, target, batches).items():
                     left = network_cost(narrow, 32).macs / whole
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["student", "resnet"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--pictures", type=int, help="that are fine-tuned on; default: all")
+    parser.add_argument("--images", type=int, help="number of images to fine-tune on; default: all")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5])
     args = parser.parse_args()
     heads = ["network", "Torch-Pruning, s", "Gammaslim, s", "faster", "their MACs", "our MACs"]

@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 
 from support.commands import clean_environ, gammaslim
-from support.hostile import idx, models, options, pictures, weights
+from support.hostile import idx, images, models, options, weights
 from support.hostile.case import DOCUMENTED, Case, Originals
 from support.programs import ROOT, End, Server
 
 SECONDS, MEMORY = 60, 2 << 30  # on a slow machine; most take less than a second
 GENERATORS = (
-    pictures.damaged, pictures.places, idx.idx_files, pictures.large, weights.files,
+    images.damaged, images.places, idx.idx_files, images.large, weights.files,
     models.model_folders, models.runs, options.tomls, options.variables, options.command_lines,
     options.names,
 )  # fmt: skip
@@ -108,7 +108,7 @@ def log(case: Case, end: End, found: list[str]) -> None:
 
 
 def play(case: Case, folder: Path, run: Run) -> tuple[End, list[str]]:
-    """Build a case in ``folder``, run it, look at what it left; the folder is removed."""
+    """Build a case in ``folder``, run it, check the files that remain, and remove the folder."""
     inputs, cwd, out, logs = (folder / name for name in ("in", "cwd", "out", "logs"))
     for place in (inputs, cwd, out, logs):
         place.mkdir(parents=True)
@@ -118,11 +118,11 @@ def play(case: Case, folder: Path, run: Run) -> tuple[End, list[str]]:
     found = complaints(case, end, several="--dry-run" in args)
     touched = fingerprint(inputs) != before and not case.resumes
     found += ["the input was touched"] * touched
-    left = [*cwd.rglob("*"), *out.rglob("*"), *inputs.rglob("*")]
-    found += [f"{p.name} was left" for p in left if p.name.endswith(".tmp")]
+    files = [*cwd.rglob("*"), *out.rglob("*"), *inputs.rglob("*")]
+    found += [f"{p.name} was left" for p in files if p.name.endswith(".tmp")]
     if end.code and end.code != 75:
         found += [f"{p} was left" for p in (*cwd.iterdir(), *out.iterdir()) if not p.is_dir()]
-    found += [f"{p} was executed" for p in left if p.name in ("executed", "escaped")]
+    found += [f"{p} was executed" for p in files if p.name in ("executed", "escaped")]
     shutil.rmtree(folder)
     return end, found
 
@@ -161,6 +161,6 @@ def test_the_fork_server_is_faithful(in_a_fork: Run, originals: Originals, tmp_p
     for number, generate in list(enumerate(GENERATORS))[::2]:
         case = list(generate(random.Random(number), originals))[3 + 2 * number]
         forked, _ = play(case, tmp_path / "case", in_a_fork)
-        own, found = play(case, tmp_path / "case", in_a_process)
-        assert not found, (case, found, own)
-        assert (own.code, own.out, own.err) == (forked.code, forked.out, forked.err)
+        separate, found = play(case, tmp_path / "case", in_a_process)
+        assert not found, (case, found, separate)
+        assert (separate.code, separate.out, separate.err) == (forked.code, forked.out, forked.err)

@@ -20,7 +20,7 @@ import job
 from job.cli.main import gammaslim as group
 from job.config import PruneConfig
 from support.commands import clean_environ, gammaslim, run
-from support.datasets import picture, write_flat
+from support.datasets import draw_image, write_flat
 from support.reference import PlainStudentNet
 
 
@@ -160,8 +160,8 @@ def test_ids_of_files_with_the_same_number_are_places(finished_run: Path, tmp_pa
         (tmp_path / "data" / "test" / name).mkdir(parents=True)
         for number in range(2):
             file = tmp_path / "data" / "test" / name / f"{number}.png"
-            picture(np.random.default_rng(0), 0, 40, 40).save(file)
-    (tmp_path / "data" / "test" / "0" / "1.png").write_text("no picture")
+            draw_image(np.random.default_rng(0), 0, 40, 40).save(file)
+    (tmp_path / "data" / "test" / "0" / "1.png").write_text("no image")
     done = gammaslim(
         "predict", finished_run, "--data", tmp_path / "data", "--output", tmp_path / "p.csv",
         "--on-bad-image", "skip", "--format", "kaggle",
@@ -196,14 +196,14 @@ def test_every_option_has_its_variable(finished_run: Path, tmp_path: Path) -> No
 def test_class_folders_are_matched_by_name(tmp_path: Path) -> None:
     from numpy.random import default_rng
 
-    from support.datasets import picture
+    from support.datasets import draw_image
 
     rng = default_rng(0)
     for split, classes in (("train", "abc"), ("val", "abc"), ("test", "cb")):
         for name in classes:
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for i in range(6):
-                image = picture(rng, "abc".index(name), 40, 40)
+                image = draw_image(rng, "abc".index(name), 40, 40)
                 image.save(tmp_path / "data" / split / name / f"{i}.png")
     done = gammaslim("prune", "--data", "data", "--base-epochs", 1, "--rounds", 0, cwd=tmp_path)
     assert done.code == 0, done

@@ -22,7 +22,7 @@ import job
 from job.artifacts.model_card import load_model
 from job.errors import DataError
 from support.commands import HOMEWORK_CUT, ROOT, Result, gammaslim, run
-from support.datasets import picture, write_flat, write_noise_idx
+from support.datasets import draw_image, write_flat, write_noise_idx
 
 EPOCH_LINE = re.compile(
     r"rate \d\.\d{4} epoch +\d+: train loss: +\d+\.\d{4}, acc \d\.\d{4} "
@@ -269,7 +269,7 @@ def test_a_bug_ends_the_process_in_spite_of_loader_workers(tmp_path: Path) -> No
 
 def test_skipped_images_do_not_change_what_was_held_out(tmp_path: Path) -> None:
     data = write_flat(tmp_path / "data", {"training": 20})
-    (data / "training" / "0_0.png").write_text("no picture")
+    (data / "training" / "0_0.png").write_text("no image")
     done = gammaslim(
         "prune", "--data", data, "--base-epochs", 6, "--rounds", 0, "--batch-size", 6,
         "--on-bad-image", "skip", "--wandb", "off", "--output", tmp_path / "run",
@@ -287,7 +287,7 @@ def test_skipped_images_do_not_change_what_was_held_out(tmp_path: Path) -> None:
 
 def test_a_weights_file_is_evaluated_as_prune_would(finished_run: Path, tmp_path: Path) -> None:
     data = write_flat(tmp_path / "data", {"training": 2, "validation": 4})
-    picture(np.random.default_rng(0), 1, 300, 300).save(data / "validation" / "1_9.png")
+    draw_image(np.random.default_rng(0), 1, 300, 300).save(data / "validation" / "1_9.png")
     weights = finished_run / "rounds" / "00" / "model.safetensors"
     done = gammaslim(
         "prune", "--data", data, "--weights", weights, "--rounds", 0, "--wandb", "off",

@@ -123,7 +123,7 @@ def test_wrong_options_are_said_once() -> None:
 def test_errors_keep_their_code_and_are_said_once(tmp_path: Path) -> None:
     data = write_flat(tmp_path / "data", {"training": 3, "validation": 2})
     assert run(*LAUNCH, "prune", "--data", tmp_path / "no").code == 66
-    (data / "training" / "1_9.png").write_text("no picture")
+    (data / "training" / "1_9.png").write_text("no image")
     bad = run(*LAUNCH, "prune", "--data", data, "--output", tmp_path / "run")
     assert bad.code == 65
     assert len(bad.err.splitlines()) == 1

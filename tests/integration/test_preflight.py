@@ -32,7 +32,7 @@ def errors(text: str) -> list[str]:
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     data = write_flat(tmp_path / "data", {"training": 3, "validation": 2})
-    (data / "training" / "1_9.png").write_text("no picture")
+    (data / "training" / "1_9.png").write_text("no image")
     (tmp_path / "file").write_text("no folder")
     torch.save({"a": torch.zeros(1)}, tmp_path / "half.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "half.pt").read_bytes()[:200])
@@ -203,19 +203,19 @@ def test_batches_that_do_not_divide_well(
 
 
 def test_too_few_cores(flat_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures, config = open_data(str(flat_data)), PruneConfig(workers=3)
+    dataset, config = open_data(str(flat_data)), PruneConfig(workers=3)
     monkeypatch.setattr(resources, "available_cores", lambda: 8)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    assert core_warnings(config, pictures, cuda=False) == []
+    assert core_warnings(config, dataset, cuda=False) == []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert core_warnings(config, pictures, cuda=False) == []
+    assert core_warnings(config, dataset, cuda=False) == []
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
-    (warning,) = core_warnings(config, pictures, cuda=False)
+    (warning,) = core_warnings(config, dataset, cuda=False)
     assert "7 cores here for 2 training processes with 3 loader processes each, 8 are" in warning
-    assert core_warnings(config, pictures, cuda=True) == []
+    assert core_warnings(config, dataset, cuda=True) == []
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    (warning,) = core_warnings(replace(config, workers=1), pictures, cuda=True)
+    (warning,) = core_warnings(replace(config, workers=1), dataset, cuda=True)
     assert "1 core here for 1 training process with 1 loader process each, 2 are" in warning
     in_memory = open_data(None)
     assert core_warnings(config, in_memory, cuda=False) == []

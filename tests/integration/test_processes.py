@@ -75,12 +75,12 @@ def test_the_same_accuracies_and_weights_as_one_process(
     assert f"{world} processes" in done.out
     assert done.out.count("rate 0.9500") == 1  # one voice
     for round_ in ("00", "01"):
-        ours = load_file(output / "rounds" / round_ / "model.safetensors")
-        theirs = load_file(alone / "rounds" / round_ / "model.safetensors")
-        assert len(ours) == 72
-        for key, value in ours.items():
-            assert value.shape == theirs[key].shape
-            assert (value.double() - theirs[key].double()).abs().max() < 1e-4, (round_, key)
+        several_weights = load_file(output / "rounds" / round_ / "model.safetensors")
+        single_weights = load_file(alone / "rounds" / round_ / "model.safetensors")
+        assert len(several_weights) == 72
+        for key, value in several_weights.items():
+            assert value.shape == single_weights[key].shape
+            assert (value.double() - single_weights[key].double()).abs().max() < 1e-4, (round_, key)
     for mine, single in zip(epochs(output), epochs(alone), strict=True):
         assert mine["train_loss"] == pytest.approx(single["train_loss"], rel=1e-4)
         assert mine["valid_loss"] == pytest.approx(single["valid_loss"], rel=1e-3)
@@ -111,7 +111,7 @@ def test_normalisation_gradients_and_counts_over_ranks(world: int) -> None:
 
 def test_an_error_of_the_main_process_ends_all_and_is_said_once(tmp_path: Path) -> None:
     data = write_flat(tmp_path / "data", {"training": 3, "validation": 2})
-    (data / "training" / "1_9.png").write_text("no picture")
+    (data / "training" / "1_9.png").write_text("no image")
     done = run(*TORCHRUN, 2, "-m", "job", "prune", "--data", data, "--output", tmp_path / "run")
     assert done.code != 0
     assert done.err.count("1_9.png cannot be read") == 1

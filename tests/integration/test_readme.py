@@ -128,11 +128,11 @@ def test_python_lines_of_a_document_run(
 
 
 def known_options() -> set[str]:
-    """The options of all commands, and those of the programs that the documents name beside."""
+    """The options of all commands, and those of the programs that the documents also name."""
     group = job.cli.main.gammaslim
     params = [param for command in [group, *group.commands.values()] for param in command.params]
-    own = {name for param in params if isinstance(param, click.Option) for name in param.opts}
-    return own | {"--help", "--all"}
+    options = {name for param in params if isinstance(param, click.Option) for name in param.opts}
+    return options | {"--help", "--all"}
 
 
 @pytest.mark.parametrize("document", [README, ROOT / "job" / "README.md"], ids=["", "job"])

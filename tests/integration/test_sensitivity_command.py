@@ -20,7 +20,7 @@ from job.artifacts.model_card import load_model
 from job.slimming.group_sensitivity import TABLE_FRACTIONS
 from job.slimming.sensitivity.measure import FRACTIONS
 from support.commands import Result, gammaslim, run
-from support.datasets import picture, write_noise_idx
+from support.datasets import draw_image, write_noise_idx
 from support.interrupted_runs import KILL_AT, assert_same_run, small_run
 from support.report_pages import page
 
@@ -161,7 +161,7 @@ def test_weights_of_a_factory_and_images_without_labels(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for number in range(5):
-        picture(rng, number % 3, 40, 30).save(tmp_path / "photos" / f"{number}.png")
+        draw_image(rng, number % 3, 40, 30).save(tmp_path / "photos" / f"{number}.png")
     (tmp_path / "nets.py").write_text(FACTORY)
     names: dict[str, Any] = {}
     exec(FACTORY, names)

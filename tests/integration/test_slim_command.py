@@ -18,7 +18,7 @@ from job.cli.main import gammaslim
 from job.data.preprocessing import Preprocessing
 from job.models.factory import build_network
 from support.cuts import randomise
-from support.datasets import picture, write_flat
+from support.datasets import draw_image, write_flat
 
 
 def command(*args: object) -> Result:
@@ -129,7 +129,9 @@ def test_images_without_labels_calibrate(model: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "any" / "deeper").mkdir(parents=True)
     for number in range(6):
-        picture(rng, number % 3, 40, 30).save(tmp_path / "any" / "deeper" / f"holiday {number}.png")
+        draw_image(rng, number % 3, 40, 30).save(
+            tmp_path / "any" / "deeper" / f"holiday {number}.png"
+        )
     done = command(
         "slim", model, "--output", tmp_path / "slim", "--data", tmp_path / "any", "--workers", 0
     )
@@ -167,7 +169,7 @@ def test_classes_are_matched_by_name(model: Path, tmp_path: Path) -> None:
         for label, name in enumerate(("cat", "dog")):
             (data / split / name).mkdir(parents=True)
             for number in range(count + label):
-                picture(rng, label, 32, 32).save(data / split / name / f"{number}.png")
+                draw_image(rng, label, 32, 32).save(data / split / name / f"{number}.png")
     args = ("--data", data, "--workers", 0)
     done = command("slim", model, "--output", tmp_path / "slim", *args)
     assert done.exit_code == 0, done.output

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 
-def picture(rng: np.random.Generator, label: int, width: int, height: int) -> Image.Image:
+def draw_image(rng: np.random.Generator, label: int, width: int, height: int) -> Image.Image:
     """Noise with a bright bar whose place tells the class."""
     pixels = rng.integers(0, 80, (height, width, 3), dtype=np.uint8)
     start = (label * width) // 4
@@ -25,7 +25,9 @@ def write_flat(root: Path, counts: dict[str, int], classes: int = 3, size: int =
         (root / split).mkdir(parents=True, exist_ok=True)
         for label in range(classes):
             for number in range(count):
-                picture(rng, label, size, size + label).save(root / split / f"{label}_{number}.png")
+                draw_image(rng, label, size, size + label).save(
+                    root / split / f"{label}_{number}.png"
+                )
     return root
 
 

@@ -291,7 +291,7 @@ class Normalised(Net):
 
 
 class Measured(Net):
-    """Gives what is not understood the shape of what was understood, its channels among it."""
+    """Network that reshapes the result of an unsupported op by the sizes of a supported one."""
 
     def build(self) -> None:
         self.conv, self.inner, self.after = block(12, 12), nn.Conv2d(12, 12, 1), block(12, 12)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from support.hostile.case import Args, Case, Originals, linked, replaced, score, sparse
-from support.hostile.pictures import encoded, noise
+from support.hostile.images import encoded, noise
 
 USAGE, CONFIG, EITHER = frozenset({2}), frozenset({78}), frozenset({2, 65, 66, 73, 78})
 NAMES = (
@@ -206,7 +206,7 @@ def command_lines(rng: random.Random, originals: Originals) -> Iterator[Case]:
 
 def names(rng: random.Random, originals: Originals) -> Iterator[Case]:
     """Hostile names of images, classes, data sets, weights, outputs, models."""
-    picture, text = encoded(noise(), "PNG"), b"no picture"
+    image, text = encoded(noise(), "PNG"), b"no image"
     for number, name in enumerate(NAMES[:-2]):
 
         def flat(folder: Path, name: str = name, content: bytes = text) -> Args:
@@ -214,7 +214,7 @@ def names(rng: random.Random, originals: Originals) -> Iterator[Case]:
             replaced(data / "training" / f"1_{name}.png", content)
             return score(originals, data, 0)
 
-        yield Case("name", f"picture {name!r:.20}", flat, frozenset({65}))
+        yield Case("name", f"image {name!r:.20}", flat, frozenset({65}))
 
         def skipped(folder: Path, name: str = name) -> Args:
             return (*flat(folder, name), "--on-bad-image", "skip")
@@ -226,7 +226,7 @@ def names(rng: random.Random, originals: Originals) -> Iterator[Case]:
             data = linked(originals.classes, folder / "data")
             for split in ("train", "val"):
                 (data / split / "2").rename(data / split / name)
-            replaced(data / "val" / f"{name}2" / "0.png", picture)
+            replaced(data / "val" / f"{name}2" / "0.png", image)
             return ("evaluate", originals.model, "--data", data, "--workers", 0)
 
         yield Case("name", f"class {name!r:.20}", classes, frozenset({65}))

@@ -206,12 +206,12 @@ def check_errors_travel() -> None:
     """An error of the main process is raised everywhere; a difference between ranks is found."""
 
     def fail() -> None:
-        raise DataError("bad picture")
+        raise DataError("bad image")
 
     try:
         on_main(fail)
     except DataError as error:
-        assert str(error) == "bad picture"
+        assert str(error) == "bad image"
         assert getattr(error, "reported", False) == (rank() > 0)
     else:
         raise AssertionError("no error")

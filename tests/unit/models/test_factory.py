@@ -101,9 +101,9 @@ def test_torchvisions_names_are_its_networks(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         network = build_network(name, 7, args)
-    theirs = torchvision.models.get_model(name, num_classes=7, **args, **other)
+    reference = torchvision.models.get_model(name, num_classes=7, **args, **other)
     shapes = {key: value.shape for key, value in network.state_dict().items()}
-    assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in reference.state_dict().items()}
     assert nominal_width(name, args) == 1.0
 
 
@@ -325,9 +325,9 @@ def test_densenets_names_of_old_are_understood() -> None:
     old = {key.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): value
            for key, value in original.items()}  # fmt: skip
     assert set(old) != set(original)
-    ours = build_network("densenet121", 3, {})
-    load_state(ours, prefixed(old, "module."), "w")
-    assert all(torch.equal(value, original[key]) for key, value in ours.state_dict().items())
+    loaded = build_network("densenet121", 3, {})
+    load_state(loaded, prefixed(old, "module."), "w")
+    assert all(torch.equal(value, original[key]) for key, value in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "inception_v3"])

@@ -32,13 +32,13 @@ def test_parameters_at_each_width(width: float, params: int) -> None:
 
 
 def test_state_dict_keys_shapes_and_outputs_are_the_homeworks() -> None:
-    ours, plain = StudentNet().eval(), PlainStudentNet().eval()
-    shapes = {key: value.shape for key, value in ours.state_dict().items()}
+    network, plain = StudentNet().eval(), PlainStudentNet().eval()
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
     assert shapes == {key: value.shape for key, value in plain.state_dict().items()}
     assert len(shapes) == 72
-    plain.load_state_dict(ours.state_dict())
+    plain.load_state_dict(network.state_dict())
     images = torch.rand(2, 3, 64, 48)
-    torch.testing.assert_close(ours(images), plain(images))
+    torch.testing.assert_close(network(images), plain(images))
 
 
 @pytest.mark.parametrize(("width", "size", "macs"), [(1, 256, 118.4e6), (0.95, 256, 112.8e6)])

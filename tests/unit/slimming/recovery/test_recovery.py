@@ -149,8 +149,8 @@ def test_images_are_shifted_and_flipped_and_other_inputs_are_not() -> None:
 
 def test_batches_that_cannot_be_separated_are_one_sample_each() -> None:
     device = torch.device("cpu")
-    pictures = [(torch.rand(3, 8, 8), torch.rand(3, 9, 9)), (torch.rand(3, 7, 7),)]
-    assert Samples([(([*p],), None) for p in pictures], device).count == 2
+    inputs = [(torch.rand(3, 8, 8), torch.rand(3, 9, 9)), (torch.rand(3, 7, 7),)]
+    assert Samples([(([*p],), None) for p in inputs], device).count == 2
     pairs = [((torch.rand(5, 3), torch.rand(5, 2)), None)]
     samples = Samples(pairs, device)
     assert (samples.count, samples.held_out) == (5, 1)

@@ -99,7 +99,7 @@ def contents(rng: random.Random) -> Iterator[tuple[str, str, bytes, frozenset[in
         yield f"{format} empty", suffix, b"", BAD
         yield f"{format} noise", suffix, rng.randbytes(500), BAD
         yield f"{format} zeros", suffix, bytes(5000), BAD
-        yield f"{format} text", suffix, b"this is no picture\n" * 9, BAD
+        yield f"{format} text", suffix, b"this is no image\n" * 9, BAD
         other = encoded(noise(), "PNG" if format != "PNG" else "BMP")
         yield f"{format} of another kind", suffix, other, frozenset({0})
     for name, suffix, content in giants():
@@ -114,10 +114,10 @@ def odd_kinds(rng: random.Random) -> Iterator[tuple[str, str, bytes, frozenset[i
     """Images of strange modes and sizes, and files of other kinds by an image's name."""
     yield "1x1", ".png", encoded(noise().crop((0, 0, 1, 1)), "PNG"), MAYBE
     for mode in ("1", "L", "LA", "P", "RGBA", "I;16"):
-        picture = noise(mode="L" if mode == "I;16" else mode)
+        image = noise(mode="L" if mode == "I;16" else mode)
         if mode == "I;16":
-            picture = Image.fromarray(np.asarray(picture, np.uint16) * 257)
-        for number, spoilt in enumerate(flips(rng, encoded(picture, "PNG"), 2, 3)):
+            image = Image.fromarray(np.asarray(image, np.uint16) * 257)
+        for number, spoilt in enumerate(flips(rng, encoded(image, "PNG"), 2, 3)):
             yield f"{mode} flipped {number}", ".png", spoilt, MAYBE
     cmyk = encoded(noise(mode="CMYK"), "JPEG")
     for number, part in enumerate([*truncations(rng, cmyk, 2), *flips(rng, cmyk, 2, 20)]):
@@ -158,13 +158,13 @@ def damaged(rng: random.Random, originals: Originals) -> Iterator[Case]:
     """One damaged image among good ones, in both layouts of files, under three commands."""
     for number, (name, suffix, content, codes) in enumerate(contents(rng)):
         build = partial(spoil_folder, content, suffix, number % 3, originals, number % 2 == 1)
-        yield Case("picture", name, build, codes)
+        yield Case("image", name, build, codes)
 
 
 def large(rng: random.Random, originals: Originals) -> Iterator[Case]:
     """Images just below the largest that is read, and very long ones, in every preset."""
     side = LARGE
-    pictures = {
+    files = {
         "RGB": png(side, side, 8, 2, side, bytes(side * 3)),
         "RGBA": png(side, side, 8, 6, side, bytes(side * 4)),
         "grey and alpha": png(side, side, 8, 4, side, bytes(side * 2)),
@@ -172,7 +172,7 @@ def large(rng: random.Random, originals: Originals) -> Iterator[Case]:
         "wide": png(80_000_000, 1, 8, 0, 1, bytes(80_000_000)),
         "tall": png(1, 2_000_000, 8, 0, 2_000_000, b"\7"),
     }
-    for name, content in pictures.items():
+    for name, content in files.items():
         for preset in ("homework", "small", "imagenet") if len(name) < 5 else ("imagenet",):
 
             def build(folder: Path, content: bytes = content, preset: str = preset) -> Args:
@@ -180,17 +180,17 @@ def large(rng: random.Random, originals: Originals) -> Iterator[Case]:
                 replaced(data / "validation" / "1_77.png", content)
                 return score(originals, data, 1, "--transform", preset)
 
-            yield Case("large picture", f"{name} {preset}", build, MAYBE)
+            yield Case("large image", f"{name} {preset}", build, MAYBE)
 
     for name in ("RGBA", "16 bit", "wide", "tall"):
         preset = {"RGBA": "homework", "16 bit": "small"}.get(name, "imagenet")
 
-        def train(folder: Path, content: bytes = pictures[name], preset: str = preset) -> Args:
+        def train(folder: Path, content: bytes = files[name], preset: str = preset) -> Args:
             data = linked(originals.flat, folder / "data")
             replaced(data / "training" / "1_77.png", content)
             return (*originals.prune(data, Path("$OUT/run")), "--transform", preset)
 
-        yield Case("large picture", f"{name} trained", train, MAYBE)
+        yield Case("large image", f"{name} trained", train, MAYBE)
 
 
 def places(rng: random.Random, originals: Originals) -> Iterator[Case]:
