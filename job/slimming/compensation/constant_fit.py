@@ -1,4 +1,4 @@
-"""The fit of a layer without inputs: its constant is the mean of what the wide layer put out."""
+"""Constant fit: the constant of a layer without inputs is the mean output of the wide layer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def fit_constant(pair: CutPair, name: str, values: Sequence[PairedValues]) -> bool:
-    """Set the constant of the narrow layer ``name`` by the wide outputs, or by a sum with them.
+    """Fit the constant of the narrow layer ``name`` to the wide outputs, or to a sum with them.
 
     ``values`` are those of this process. Returns whether any process has values. Raises DataError
-    where the wide outputs are not finite.
+    if the wide outputs are not finite.
     """
     layer = pair.narrow.get_submodule(name)
     assert isinstance(layer, ConstantOutput)
@@ -43,7 +43,7 @@ def fit_constant(pair: CutPair, name: str, values: Sequence[PairedValues]) -> bo
         sums[-1] += len(rows)
     sums = total(sums).cpu()
     if not bool(sums.isfinite().all()):
-        raise DataError(f"what {name} computes for the calibration images is not finite")
+        raise DataError(f"the outputs of {name} on the calibration images are not finite")
     if sums[-1]:
         with torch.no_grad():
             pair.add_constant(name, sums[:-1] / sums[-1])

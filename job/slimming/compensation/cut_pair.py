@@ -34,11 +34,11 @@ Fit = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class CutPair:
-    """The network before (``wide``) and after (``narrow``) a cut of the channels not kept.
+    """Network before (``wide``) and after (``narrow``) a cut.
 
-    ``graph`` is the channel graph of the wide network, ``keep`` (count,) the mask of channels,
-    ``layers`` the plan that the narrow network was built by. ``example`` is a batch of inputs;
-    only its shape matters.
+    ``graph`` is the channel graph of the wide network, ``keep`` (count,) the mask of kept
+    channels, and ``layers`` the plan of the cut. ``example`` is a batch of inputs; only its shape
+    matters.
     """
 
     wide: nn.Module

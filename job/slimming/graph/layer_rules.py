@@ -103,10 +103,10 @@ def linear(state: PropagationState, op: Op) -> None:
 
 
 def constant(state: PropagationState, op: Op) -> None:
-    """A layer without inputs, whose bias is its output."""
+    """Produce the channels of a layer without inputs, whose output is its bias."""
     name = state.trace.name(op.argument(2, "bias"))
     if name is None:
-        return state.give_up(op, "a constant that is no parameter")
+        return state.give_up(op, "a constant that is not a parameter")
     produced = state.produce(op, f"{owner_of(name)}.weight", len(op.argument(2, "bias")))
     axis = op.result.dim() - 1 if op.argument(1, "geometry") is None else 1
     return state.set_ids(op.result, produced, axis)

@@ -45,15 +45,15 @@ def tensors_of(
 
 
 def is_depthwise(layer: Any) -> bool:
-    """Whether a layer passes each channel to outputs of its own, and sums over none."""
+    """Return whether each channel of a convolution has separate outputs, without a sum."""
     groups = getattr(layer, "groups", 1)
     return bool(groups > 1 and groups == layer.in_channels)
 
 
 def weight_rows(layer: Any) -> torch.Tensor:
-    """The weight of a layer that sums over channels, as (outputs, inputs of a group, kernel).
+    """Return the weight of a layer as (outputs, inputs of a group, kernel).
 
-    Transposed convolutions hold theirs as (inputs, outputs of a group, …).
+    Transposed convolutions store their weight as (inputs, outputs of a group, …).
     """
     weight: torch.Tensor = layer.weight
     if not isinstance(layer, TRANSPOSED):
@@ -64,12 +64,12 @@ def weight_rows(layer: Any) -> torch.Tensor:
 
 
 def weight_from_rows(layer: Any, rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` (outputs, inputs of a group, kernel) in the layout of the layer's weight."""
+    """Convert ``rows`` (outputs, inputs of a group, kernel) to the layout of the weight."""
     if isinstance(layer, TRANSPOSED):
         rows = rows.reshape(layer.groups, -1, *rows.shape[1:]).transpose(1, 2)
     return rows.reshape(layer.weight.shape)
 
 
 def taps_of_output(layer: Any) -> float:
-    """The share of a kernel that one output reads: below 1 for transposed convolutions."""
+    """Return the fraction of a kernel used for one output, below 1 if transposed."""
     return 1 / math.prod(layer.stride) if isinstance(layer, TRANSPOSED) else 1.0

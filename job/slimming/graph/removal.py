@@ -1,8 +1,8 @@
-"""Removal of whole branches: what else goes with channel groups that keep no channel.
+"""Removal of whole branches: the groups that are removed with groups that keep no channel.
 
-Without any channel of its input a layer is a constant. Groups whose channels are then constant, or
-are read by nothing that matters, go too: the bottleneck before the layer, the gate on the channels.
-Everything is decided on the data flow of a forward pass.
+A layer without any input channel is a constant. Groups whose channels are then constant or unused
+are removed too, e.g. those of the bottleneck before the layer, or of a gate on the channels. This
+is derived from the data flow of a forward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class DataFlow:
-    """What depends on the input of a network, and what its outputs depend on, after a removal."""
+    """Data flow of a network: dependence on its input, and use by its outputs, after a removal."""
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.graph = graph
@@ -36,7 +36,7 @@ class DataFlow:
         self._closures: dict[frozenset[str], frozenset[str]] = {frozenset(): frozenset()}
 
     def closure(self, names: Iterable[str]) -> frozenset[str]:
-        """Return all groups that go when the groups ``names`` keep no channel."""
+        """Return all groups that are removed when the groups ``names`` keep no channel."""
         asked = frozenset(names)
         if asked not in self._closures:
             removed = asked
@@ -59,12 +59,12 @@ class DataFlow:
         return mask
 
     def _constants(self, removed: frozenset[str]) -> set[str]:
-        """The layers of whose input no channel is left."""
+        """Return the layers without any remaining input channel."""
         gone = self.channels_of(removed)
         return {slot.layer for slot in self.inputs if gone[slot.ids].all()}
 
     def _dependent(self, constants: set[str]) -> list[bool]:
-        """Whether the result of each step depends on the input of the network."""
+        """Return for each step whether its result depends on the input of the network."""
         depends: list[bool] = []
         for step in self.steps:
             passes = not step.constant and step.layer not in constants
@@ -72,7 +72,7 @@ class DataFlow:
         return depends
 
     def _used(self, constants: set[str]) -> list[bool]:
-        """Whether an output needs the result of each step."""
+        """Return for each step whether an output depends on its result."""
         used = [False] * len(self.steps)
         for n in self.outputs:
             if n >= 0:
@@ -86,11 +86,11 @@ class DataFlow:
         return used
 
     def _idle_groups(self, removed: frozenset[str]) -> frozenset[str]:
-        """The groups whose channels are constant or unused when ``removed`` keep no channel."""
+        """Return the groups with constant or unused channels without the groups ``removed``."""
         constants = self._constants(removed)
         depends, used = self._dependent(constants), self._used(constants)
         readers: dict[str, list[int]] = defaultdict(list)
-        unseen = set()  # groups with a reader that only train mode runs
+        unseen = set()  # groups with a consumer that runs only in train mode
         for group in self.graph.groups:
             for layer, side in group.slots:
                 if side == "in":

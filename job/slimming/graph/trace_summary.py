@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.trace import Trace
 
 Treatment = list[tuple[object, ...]]
-LAYER_CALLS = {  # the argument, by place and name, that names the layer
+LAYER_CALLS = {  # position and name of the argument that identifies the layer
     **dict.fromkeys(CONSUMERS, (1, "weight")),
     "batch_norm": (1, "running_mean"),
     "constant_output": (2, "bias"),
@@ -30,10 +30,10 @@ NETWORK_INPUT = -1  # as the source of a step
 
 
 class FlowStep(NamedTuple):
-    """One op in the data flow: the steps whose results it reads, -1 for an input of the network.
+    """Op in the data flow, with the steps that produce its inputs, or -1 for an input.
 
-    ``layer`` is the name of the convolution, linear layer or BatchNorm that it is. ``constant``
-    says that it reads no values of its sources.
+    ``layer`` is the name of the convolution, linear layer or BatchNorm that calls the op.
+    ``constant`` tells that the op does not use the values of its sources.
     """
 
     sources: tuple[int, ...]
@@ -88,7 +88,7 @@ def treatment_of(trace: Trace) -> Treatment:
 
 
 def _data_flow(trace: Trace) -> tuple[tuple[FlowStep, ...], tuple[int, ...]]:
-    """The steps of a trace, and those whose results are the outputs."""
+    """Return the steps of a trace, and the steps whose results are the outputs."""
     makers = {id(tensor): NETWORK_INPUT for tensor in trace.inputs}
     steps: list[FlowStep] = []
     for number, op in enumerate(trace.ops):

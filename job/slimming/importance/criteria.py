@@ -67,7 +67,7 @@ def random_importance(graph: ChannelGraph, seed: int) -> Scores:
 
 
 def _rows(network: nn.Module, name: str) -> torch.Tensor:
-    """The weight of a layer, or the parameter ``name``, with its outputs along the first axis."""
+    """Return the weight of the layer or parameter ``name``, with outputs along the first axis."""
     try:
         return network.get_parameter(name)
     except AttributeError:

@@ -1,1 +1,1 @@
-"""Latency: how long a network and its layers take on this device, measured."""
+"""Latency: measured times of networks and their layers on this device."""

@@ -1,4 +1,4 @@
-"""Several calls timed in turn, so that a machine that slows down slows all of them down.
+"""Alternation: several calls timed in turn, so that a slower machine slows down all of them.
 
 A round times each call a few times, after one call that is not timed and that brings its weights
 back into the caches. The next round takes the calls in the opposite order. Speed-ups compare the
@@ -26,7 +26,7 @@ MAX_WARMUPS = 5  # times the warm-up may be longer than planned until calls sett
 
 @dataclass(frozen=True)
 class TimeLimits:
-    """How long to measure: ``seconds`` for each call after a warm-up, and bounds on its rounds.
+    """Time limits of a measurement: ``seconds`` for each call after a warm-up, and of rounds.
 
     A round of one call lasts about ``burst`` seconds and times it at most ``most_calls`` times.
     """
@@ -61,7 +61,7 @@ def time_alternately(
 
 
 def _burst(call: Callable[[], object], count: int, clock: Clock) -> tuple[float, ...]:
-    """The times of ``count`` calls after one that is not timed.
+    """Return the times of ``count`` calls, after one that is not timed.
 
     A call that fills a burst alone brings its weights into the caches itself.
     """
@@ -71,7 +71,7 @@ def _burst(call: Callable[[], object], count: int, clock: Clock) -> tuple[float,
 
 
 def warm_up(call: Callable[[], object], clock: Clock, limits: TimeLimits) -> float:
-    """Repeat ``call`` until it takes the same time again and again; return that time in seconds."""
+    """Repeat ``call`` until its time is stable; return that time in seconds."""
     times = [time_call(clock, call)]  # the first call allocates memory and chooses kernels
     begin = clock.now()
     while True:

@@ -42,10 +42,10 @@ LAYER_SECONDS = 0.5  # for the profile of each network, of the seconds of a meas
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A network to measure on images of ``shape`` (C, H, W).
+    """Network to measure on images of ``shape`` (C, H, W).
 
     ``macs`` are the multiply-adds of its layers, by name. ``onnx`` returns it as an ONNX model; a
-    subject without a ``network`` is one already. Raises NotMeasured where that is not possible.
+    subject without a ``network`` is one already. Raises NotMeasured if that is not possible.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The latency of one network; ``speedup`` is relative to the reference, where it has any."""
+    """Latency of one network; ``speedup`` is relative to the reference, if there is one."""
 
     runtime: str
     batch_size: int
@@ -68,7 +68,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """The layers of one network compared with the reference's, in eager mode."""
+    """Layers of one network compared with those of the reference, in eager mode."""
 
     batch_size: int
     network: str
@@ -77,7 +77,7 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """Everything that was measured, and what was not, with the reasons."""
+    """Result of a benchmark: all measurements, and the reasons for missing ones."""
 
     measurements: tuple[Measurement, ...]
     comparisons: tuple[LayerComparison, ...]
@@ -86,7 +86,7 @@ class BenchmarkResult:
 
 @dataclass(frozen=True)
 class BenchmarkPlan:
-    """What to measure, and how long. ``threads`` is that of torch, for other runtimes."""
+    """Plan of a benchmark. ``threads`` is the number of threads of torch, for other runtimes."""
 
     placement: Placement
     batch_sizes: tuple[int, ...]
@@ -118,7 +118,7 @@ def run_benchmark(
 
 
 class _Benchmark:
-    """A benchmark in progress."""
+    """State of a benchmark in progress."""
 
     def __init__(self, subjects: Sequence[Subject], plan: BenchmarkPlan, clock: Clock) -> None:
         self.subjects, self.plan, self.clock = subjects, plan, clock

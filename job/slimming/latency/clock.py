@@ -26,7 +26,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """The clock of the CPU, which works while it is called."""
+    """Clock of the CPU, whose calls are synchronous."""
 
     def mark(self) -> float:
         """Return the time in seconds."""
@@ -42,7 +42,7 @@ class HostClock:
 
 
 class CudaClock(HostClock):
-    """The clock of a GPU: events in its stream, which works while the CPU is ahead.
+    """Clock of a GPU: events in its stream, which runs asynchronously.
 
     The time between two events includes the time in which the GPU waits for the CPU, as at small
     batch sizes.

@@ -69,7 +69,7 @@ def compare_profiles(
 def _work(
     macs: int | None, macs_left: int | None, before: LayerTime | None, after: LayerTime | None
 ) -> float | None:
-    """The fraction of a layer's work that is left."""
+    """Return the remaining fraction of the work of a layer."""
     if before is None or after is None:
         return None
     if macs and macs_left is not None:

@@ -1,4 +1,4 @@
-"""The machine that a latency was measured on."""
+"""Names of devices that latency is measured on."""
 
 from __future__ import annotations
 

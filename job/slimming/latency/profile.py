@@ -1,4 +1,4 @@
-"""The time of each layer within a network, by hooks around its modules."""
+"""Profile: the time of each layer of a network, measured by hooks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WARM_PASSES = 2
 
 @dataclass(frozen=True)
 class LayerTime:
-    """The ``seconds`` of one module in a pass, without those of the modules within it.
+    """Time of one module in a pass, in ``seconds``, without the modules within it.
 
     ``elements`` is the number of values in its outputs for one sample.
     """
@@ -39,7 +39,7 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class Profile:
-    """The times of all modules of a network, by name, in the order of their first calls.
+    """Times of all modules of a network, by name, in the order of their first calls.
 
     What a network computes outside layers, e.g. the sum of a residual block, counts for the module
     whose code computes it. The whole network has the name "".
@@ -71,7 +71,7 @@ def profile_alternately(
 
 
 class _Probe:
-    """One network and the times of its modules in each pass."""
+    """Network with the times of its modules in each pass."""
 
     def __init__(self, network: nn.Module, inputs: Example, clock: Clock) -> None:
         self.network, self.inputs, self.clock = network, inputs, clock

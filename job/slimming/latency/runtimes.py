@@ -1,4 +1,4 @@
-"""What runs a network: torch eager, torch.compile, or onnxruntime."""
+"""Runtimes of a network: torch eager, torch.compile, and onnxruntime."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channel
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how networks run: ``precision`` and ``memory_format`` of weights and images."""
+    """Placement of networks: device, and ``precision`` and ``memory_format`` of all tensors."""
 
     device: torch.device
     precision: str = "fp32"
@@ -41,7 +41,7 @@ class Placement:
 
 
 class NotMeasured(GammaslimError):  # noqa: N818  (it is a result, not a failure)
-    """A runtime cannot run a network here; the message is the reason."""
+    """Error of a runtime that cannot run a network here; the message is the reason."""
 
 
 def eager(network: nn.Module, images: torch.Tensor) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""Statistics of measured times that outliers and drift do not move."""
+"""Statistics of measured times, robust to outliers and drift."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FASTER = 1.02  # a smaller speed-up is none: the layout of memory alone changes 
 
 @dataclass(frozen=True)
 class Series:
-    """The times of one call in seconds: for each round, those of a few calls."""
+    """Times of one call in seconds: a few calls for each round."""
 
     rounds: tuple[tuple[float, ...], ...]
 
@@ -39,7 +39,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times as fast as the reference: ``low`` to ``high`` is a 95 % interval."""
+    """Speed-up relative to the reference; ``low`` to ``high`` is a 95 % interval."""
 
     value: float
     low: float
@@ -47,7 +47,7 @@ class Speedup:
 
     @property
     def faster(self) -> bool:
-        """Whether the network is faster than the reference beyond doubt."""
+        """Whether the network is significantly faster than the reference."""
         return self.low > 1 and self.value >= FASTER
 
     def __str__(self) -> str:

@@ -176,7 +176,7 @@ def _named_tensors(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def _passed(layer: str, numbers: SlotNumbers) -> int:
-    """The slot of the channels that pass through a layer, or are selected by it; 0 for none."""
+    """Return the slot of channels that pass through or are selected by a layer; 0 for none."""
     return next((n for s in ("through", "select") if (n := numbers.get((layer, s), 0))), 0)
 
 

@@ -57,7 +57,7 @@ def counts_by_loss(planner: Planner, budget: Budget, limit: float) -> list[int]:
 
 
 class _Search:
-    """A search in which the groups ``removals`` may keep no unit, and those that go with each."""
+    """Search for counts of units; ``removals`` maps removable groups to all removed with them."""
 
     def __init__(self, planner: Planner, metric: str, removals: dict[int, frozenset[int]]) -> None:
         self.planner, self.metric, self.removals = planner, metric, removals
@@ -66,14 +66,14 @@ class _Search:
         self.floors = [0 if n in removals else int(a[0]) for n, a in enumerate(self.allowed)]
         self.counts = [len(r.units) for r in planner.groups]
         self.cost = planner.metric(metric, self.counts)
-        # groups that go together lose the same: what is measured behind the last of them
+        # groups that are removed together have the same loss, measured after the last of them
         self.removal_losses = {
             number: min(self.losses[n][0] for n, other in removals.items() if other == removed)
             for number, removed in removals.items()
         }
 
     def meet(self, limit: float) -> None:
-        """Take the cheapest steps to ``limit``, and restore what still fits."""
+        """Take the cheapest steps to ``limit``, then restore units that still fit."""
         self.cut(limit)
         self.restore(limit)
 
@@ -111,7 +111,7 @@ class _Search:
                 heapq.heappush(queue, following)
 
     def loss(self) -> float:
-        """Return the sum of the losses of all groups; those that go together count once."""
+        """Return the sum of the losses of all groups; groups removed together count once."""
         removed = {n: self.removals[n] for n, count in enumerate(self.counts) if not count}
         largest = {
             groups: self.removal_losses[n]

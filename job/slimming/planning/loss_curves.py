@@ -33,10 +33,7 @@ class LossCurve:
     removable: bool = False
 
     def with_removal(self, loss: float) -> LossCurve:
-        """Return the curve of a group that may keep no unit, at the measured ``loss``.
-
-        No number of units loses more than none.
-        """
+        """Return the curve of a removable group, bounded by its measured ``loss`` at 0 units."""
         loss = max(loss, SMALLEST_LOSS)
         by_count = np.minimum(self.by_count, loss)
         by_count[0] = loss

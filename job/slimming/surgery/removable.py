@@ -1,4 +1,4 @@
-"""The channel groups that may keep no channel, so that whole branches are removed."""
+"""Removable groups: channel groups that may keep no channel, so that branches are removed."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 def removable_groups(network: nn.Module, graph: ChannelGraph, example: Example) -> frozenset[str]:
     """Return the names of the channel groups that may keep no channel, alone or together.
 
-    Without them every output still depends on the input of the network. Where one of several paths
-    must stay, that is the last one. What goes with a group (``DataFlow.closure``) can be removed
-    too. Raises UsageError or DataError for a network of which no cut can be verified.
+    Without these groups every output still depends on the input of the network. If one of several
+    paths must be kept, it is the last one. The groups that are removed with a group
+    (``DataFlow.closure``) are removable too. Raises UsageError or DataError if no cut of the
+    network can be verified.
     """
     flow, modules = DataFlow(graph), modules_of(network)
     replaceable = {group.name for group in graph.groups if _is_replaceable(group, modules)}
@@ -50,7 +51,7 @@ def removable_groups(network: nn.Module, graph: ChannelGraph, example: Example) 
 
 
 def _is_replaceable(group: ChannelGroup, modules: dict[str, nn.Module]) -> bool:
-    """Whether all layers that write or read the channels can be replaced."""
+    """Return whether all producers and consumers of the channels can be replaced."""
     for layer, side in group.slots:
         module = modules.get(layer)
         if module is None:
@@ -62,7 +63,7 @@ def _is_replaceable(group: ChannelGroup, modules: dict[str, nn.Module]) -> bool:
 
 
 class _Trial:
-    """Trial removals of groups of one network."""
+    """Trial removals of channel groups of one network."""
 
     def __init__(
         self, network: nn.Module, graph: ChannelGraph, flow: DataFlow, example: Example
@@ -71,7 +72,7 @@ class _Trial:
         self.varying = _varying(network, example)
 
     def is_right(self, names: list[str]) -> bool:
-        """Whether removing some groups together is verified, and leaves outputs that vary."""
+        """Return whether the joint removal of groups is verified, and the outputs still vary."""
         keep = ~self.flow.channels_of(self.flow.closure(names))
         layers = layers_of(self.graph, keep)
         try:
@@ -80,14 +81,14 @@ class _Trial:
             varying = _varying(narrow, self.example)
         except (UsageError, DataError):
             raise
-        except Exception:  # whatever a network raises that does not take so few channels
+        except Exception:  # user code may raise anything when it gets fewer channels
             return False
         pairs = zip(self.varying, varying, strict=True)
         return all(bool((after | ~before).all()) for before, after in pairs)
 
 
 def _verified(trial: _Trial, names: list[str], base: list[str]) -> list[str]:
-    """``base``, and as many of ``names`` as can be removed with it, from the first on."""
+    """Return ``base`` and those of ``names`` that can be removed with it, the first ones first."""
     if trial.is_right([*base, *names]):
         return [*base, *names]
     if len(names) == 1:
@@ -97,10 +98,10 @@ def _verified(trial: _Trial, names: list[str], base: list[str]) -> list[str]:
 
 
 def _varying(network: nn.Module, example: Example) -> list[torch.Tensor]:
-    """Which channels (C,) bool of each output of a network differ between two inputs."""
+    """Return for each output the mask (C,) of the channels that differ between two inputs."""
     try:
         return _varying_in(torch.float64, network, example)
-    except Exception:  # whatever a network raises: its code may demand float32
+    except Exception:  # user code may require float32
         return _varying_in(None, network, example)
 
 

@@ -84,13 +84,13 @@ def _narrow_outputs(
     auxiliary: bool,
     precision: torch.dtype,
 ) -> list[torch.Tensor]:
-    """The outputs of the narrow network; raises GammaslimError where it does not run."""
+    """Return the outputs of the narrow network; raises GammaslimError if it does not run."""
     try:
         copy = clone_to(narrow, "cpu", precision).cpu()
         set_exact_constants(copy, wide, layers)
-        # another seed: outputs that depend on random numbers prove nothing
+        # another seed, since outputs that depend on random numbers prove nothing
         return _probe_outputs(copy, example, auxiliary, seed=1)
-    except Exception as failure:  # whatever a network raises
+    except Exception as failure:  # user code may raise anything
         raise GammaslimError(f"the narrow network does not run: {reason(failure)}") from failure
 
 
