@@ -46,8 +46,8 @@ def reconstruct(
 ) -> None:
     """Fit every layer of the narrow network that comes after the first cut, in place.
 
-    ``batches`` are those of this process, possibly none. Raises UsageError where no process has
-    images, and DataError where a layer reads values that are not finite.
+    ``batches`` are those of this process, possibly none. Raises UsageError if no process has
+    images, and DataError if the inputs of a layer are not finite.
     """
     layers = _layers_to_fit(pair)
     if not layers:

@@ -1,4 +1,4 @@
-"""Layers that take the place of those without any inputs or outputs after a cut.
+"""Replacements of layers that have no inputs or no outputs after a cut.
 
 Torch has no convolution without output channels, and one without input channels gives the wrong
 shape. ``NoOutput`` and ``ConstantOutput`` return what such layers would. Each calls one function
@@ -28,7 +28,7 @@ def no_output(image: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 
 
 def constant_output(image: torch.Tensor, geometry: Geometry, bias: torch.Tensor) -> torch.Tensor:
-    """Return ``bias`` (O,) at every place: (B, C, …) -> (B, O, …), or (…, C) -> (…, O)."""
+    """Return ``bias`` (O,) at every position: (B, C, …) -> (B, O, …), or (…, C) -> (…, O)."""
     if has_torch_function((image, bias)):
         return handle_torch_function(constant_output, (image, bias), image, geometry, bias)
     shape = _output_shape(image, geometry, bias.shape[0])
@@ -48,7 +48,7 @@ def _output_shape(image: torch.Tensor, geometry: Geometry, channels: int) -> lis
 
 
 class NoOutput(nn.Module):
-    """Takes the place of a layer without outputs."""
+    """Replacement of a layer without outputs."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class NoOutput(nn.Module):
 
 
 class ConstantOutput(nn.Module):
-    """Takes the place of a layer without inputs: its outputs are its ``bias`` (O,)."""
+    """Replacement of a layer without inputs, whose outputs are its ``bias`` (O,)."""
 
     def __init__(self, geometry: Geometry, bias: nn.Parameter) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ConstantOutput(nn.Module):
         self.bias = bias
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the bias at every place."""
+        """Return the bias at every position."""
         return constant_output(image, self.geometry, self.bias)
 
 

@@ -20,7 +20,7 @@ class LayerChange:
     """One module before and after a cut: seconds of a pass, and shares of the network's time.
 
     ``work`` is what is left of its multiply-adds, or of its outputs where it has none, as a
-    fraction; None where that is unknown.
+    fraction; None if it is unknown.
     """
 
     layer: str

@@ -9,7 +9,7 @@ import numpy as np
 
 OUTLIER = 5.0  # scaled median absolute deviations above the median
 MIN_SPREAD = 0.02  # of the median: times on an idle machine vary by less
-FASTER = 1.02  # a smaller speed-up is none: the layout of memory alone changes as much
+FASTER = 1.02  # a smaller speed-up does not count: the layout of memory alone can cause it
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Planner:
         return self.costs.metric(metric, self.costs.slot_counts(self.kept_channels(counts)))
 
     def removed_with(self, ranked: RankedGroup) -> list[int]:
-        """Return the numbers of the ranked groups that go when a group keeps no unit, it too."""
+        """Return the numbers of the ranked groups removed with a group, itself included."""
         removed = self.kept_channels.flow.closure([ranked.group.name])
         return [n for n, other in enumerate(self.groups) if other.group.name in removed]
 

@@ -24,7 +24,7 @@ class RankedGroup:
 
     A unit is the smallest part to cut: one channel, or one channel of each of B blocks. ``units``
     (n, B) holds channel numbers, ``scores`` (n,) their mean importance. At least ``floor`` units
-    are kept, in multiples of ``step``; or none at all of a ``removable`` group.
+    are kept, in multiples of ``step``, or none of a ``removable`` group.
     """
 
     group: ChannelGroup
@@ -77,7 +77,7 @@ class KeptChannels:
     """Turn numbers of kept units into a mask of channels (count,) bool.
 
     Each of ``groups`` keeps its most important units. Channels of other groups are all kept, unless
-    they go with a group that keeps no unit.
+    they are removed with a group that keeps no unit.
     """
 
     def __init__(self, graph: ChannelGraph, groups: Sequence[RankedGroup]) -> None:

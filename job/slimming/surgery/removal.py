@@ -1,4 +1,4 @@
-"""Surgery on layers without any inputs or outputs: they are replaced by what they return."""
+"""Surgery on layers without inputs or outputs, which are replaced by constant layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Modules = dict[str, nn.Module]
 
 
 def replacements(modules: Modules, layers: Layers) -> dict[str, nn.Module]:
-    """Return what takes the place of layers without inputs or outputs, and of folded BatchNorms."""
+    """Return the replacements of layers without inputs or outputs, and of folded BatchNorms."""
     replaced: dict[str, nn.Module] = {}
     for name, channels in layers.items():
         module = modules.get(name)
@@ -56,7 +56,7 @@ def constant_of(
 ) -> torch.Tensor:
     """Return the outputs (O,) of the layer ``name`` without inputs, in float64 on the CPU.
 
-    They are its bias, with ``added`` (O,) to it, after the BatchNorm that is folded into it.
+    They are its bias plus ``added`` (O,), normalised by the BatchNorm that is folded into it.
     """
     layer: Any = modules[name]
     rows = _rows(channels, len(layer.weight))
@@ -85,9 +85,9 @@ def _double(tensor: Any) -> torch.Tensor:
 
 
 def set_exact_constants(copy: nn.Module, wide: nn.Module, layers: Layers) -> None:
-    """Give ``copy``, a narrow network in higher precision, constants that are not rounded.
+    """Set the constants of ``copy``, a narrow network in higher precision, without rounding.
 
-    Raises GammaslimError where the constants of ``copy`` are not those of ``wide``, rounded.
+    Raises GammaslimError if the constants of ``copy`` are not those of ``wide``, rounded.
     """
     modules = dict(wide.named_modules(remove_duplicate=False))
     for name, channels in layers.items():
