@@ -45,7 +45,7 @@ def rows_in_front(network: nn.Module) -> dict[str, np.ndarray]:
 
 
 def lost(network: nn.Module, gone: list[int]) -> float:
-    """How far the readers' outputs are off after a new least-squares fit, in their variances."""
+    """Return the error of the consumers' outputs after a least-squares fit, by their variance."""
     total = 0.0
     for name, rows in rows_in_front(network).items():
         weight = network.get_submodule(name).weight.detach().flatten(1).numpy()
@@ -100,7 +100,7 @@ def test_several_at_once_are_about_as_good(monkeypatch: pytest.MonkeyPatch) -> N
         np.testing.assert_allclose(np.sort(ours)[half], np.sort(theirs)[half], rtol=0.2)
 
 
-def test_channels_of_readers_that_were_not_seen_have_no_rank() -> None:
+def test_channels_of_unmeasured_consumers_have_no_rank() -> None:
     network, graph, statistics = streams()
     scores = refit_importance(network, graph, {})
     assert np.isnan(scores).all()

@@ -86,7 +86,7 @@ def tensors(outputs: object) -> list[torch.Tensor]:
 def cut_alone(
     wide: nn.Module, graph: Any, ranked: Any, count: int, calibration: CalibrationData
 ) -> nn.Module:
-    """The network whose one group keeps ``count`` units; its readers read least squares."""
+    """Return the network with ``count`` units in one group and its consumers refitted."""
     keep = np.ones(graph.count, bool)
     keep[ranked.units[count:].reshape(-1)] = False
     hooks = {}
