@@ -25,6 +25,8 @@ debian_packages=(
   slurm-client
   slurmctld
   slurmd
+  # the browser of tests/system/test_report_page.py
+  chromium
 )
 if [ "${1:-}" != unit ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   missing=()

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from job.artifacts.records import EpochRecord, RoundRecord
+    from job.artifacts.evaluation_record import RoundEvaluation
+    from job.artifacts.records import EpochRecord, LatencyRecord, RoundRecord
     from job.slimming.sensitivity.record import Sensitivity
 
 
@@ -39,8 +40,10 @@ class History:
     """Contents of a run folder. ``rounds`` begins with the base; ``time`` is in Unix seconds.
 
     ``position`` is the round, epoch and step. ``layers`` describes the recommended model, and
-    ``measured`` the cut that made it, or else the last one that was measured. ``settings`` holds
-    the tables of config.toml. ``problems`` names each unreadable file.
+    ``measured`` the cut that made it, or else the last one that was measured. ``evaluations`` has
+    those of the base and of the recommended model, ``latencies`` those of the rounds that were
+    timed, by round. ``settings`` holds the tables of config.toml. ``problems`` names each
+    unreadable file.
     """
 
     path: Path
@@ -55,7 +58,10 @@ class History:
     cautions: tuple[str, ...] = ()
     seconds: float | None = None
     layers: tuple[LayerWidth, ...] = ()
+    class_names: tuple[str, ...] = ()
     measured: MeasuredRound | None = None
+    evaluations: Mapping[int, RoundEvaluation] = field(default_factory=dict)
+    latencies: Mapping[int, LatencyRecord] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
@@ -89,5 +95,18 @@ class History:
 
     def share(self, entry: RoundRecord, cost: str) -> float | None:
         """Return the ``cost`` of ``entry`` as a fraction of the base's."""
-        whole = getattr(self.base, cost, 0)
-        return getattr(entry, cost) / whole if whole else None
+        whole = self.cost(self.base, cost) if self.base else None
+        part = self.cost(entry, cost)
+        return part / whole if whole and part is not None else None
+
+    def cost(self, entry: RoundRecord, cost: str) -> float | None:
+        """Return a cost of ``entry``; None for a ``latency`` that was not measured."""
+        if cost == "latency":
+            timed = self.latencies.get(entry.round)
+            return timed.seconds if timed else None
+        return float(getattr(entry, cost))
+
+    def class_name(self, number: int) -> str:
+        """Return the name of a class, fit for printing; its number if it has none."""
+        names = self.class_names
+        return shown(names[number]) if number < len(names) else str(number)

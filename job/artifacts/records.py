@@ -13,6 +13,7 @@ file                   record
                        `job.training.position`
 ``model.json``         `Lineage`; the rest is `job.artifacts.model_card`'s
 ``sensitivity.json``   `Sensitivity`, in `job.slimming.sensitivity.record`
+``latency.json``       `LatencyRecord`
 ``evaluation.json``    `RoundEvaluation`, in
                        `job.artifacts.evaluation_record`
 ``config.toml``        `DatasetRecord`, `BaseRecord`
@@ -34,6 +35,7 @@ from job.training.epoch import EpochResult
 if TYPE_CHECKING:
     from job.files import JsonObject
 
+LATENCY_FILE = "latency.json"  # next to the model.json of a round that was timed
 SENSITIVITY_FILE = "sensitivity.json"  # next to the model.json of a round that measured it
 
 
@@ -107,6 +109,18 @@ class SlimRecord:
     verification_error: float
     valid_acc_recovered: float | None = None
     valid_loss_recovered: float | None = None
+
+
+@dataclass(frozen=True)
+class LatencyRecord:
+    """Measured time of a model: median ``seconds`` of a batch of ``batch_size`` images.
+
+    Times of one run are compared with each other, so they come from one ``device``.
+    """
+
+    seconds: float
+    batch_size: int = 1
+    device: str = ""
 
 
 @dataclass(frozen=True)

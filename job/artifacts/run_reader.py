@@ -8,17 +8,25 @@ from collections.abc import Mapping  # noqa: TC003  (from_json reads the types)
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from job.artifacts.evaluation_record import EVALUATION_FILE, read_evaluation
 from job.artifacts.history import History, LayerWidth, MeasuredRound
 from job.artifacts.json_records import from_json
 from job.artifacts.lock import current_state
-from job.artifacts.records import SENSITIVITY_FILE, EpochRecord, RoundRecord, StatusRecord
+from job.artifacts.records import (
+    LATENCY_FILE,
+    SENSITIVITY_FILE,
+    EpochRecord,
+    LatencyRecord,
+    RoundRecord,
+    StatusRecord,
+)
 from job.artifacts.run_config import CONFIG_FILE, read_run_config
 from job.errors import InputNotFound, reason, shown
 from job.files import is_file, read_bytes, read_json
 from job.slimming.sensitivity.record import Sensitivity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from _typeshed import DataclassInstance
@@ -53,6 +61,7 @@ class _CardWidths:
 
     widths: Mapping[str, int]
     base: _BaseWidths | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def read_run(path: Path) -> History:
@@ -74,6 +83,7 @@ def read_run(path: Path) -> History:
     outcome = _plausible(from_json(_Outcome, summary, lenient=True)) or _Outcome()
     chosen = (e.round for e in rounds if outcome.recommended == f"rounds/{e.round:02d}")
     recommended = next(chosen, None)
+    card = None if recommended is None else _read_card(path, recommended, problems)
     return History(
         path=path,
         state=current_state(path, status.state if status else "unknown"),
@@ -86,8 +96,11 @@ def read_run(path: Path) -> History:
         reason=outcome.reason,
         cautions=outcome.cautions,
         seconds=outcome.seconds,
-        layers=() if recommended is None else _layers(path, recommended, problems),
+        layers=_layers(card) if card else (),
+        class_names=card.class_names if card else (),
         measured=_measured(path, rounds, recommended, problems),
+        evaluations=_by_round(path, (0, recommended), EVALUATION_FILE, read_evaluation, problems),
+        latencies=_by_round(path, (e.round for e in rounds), LATENCY_FILE, _read_latency, problems),
         settings=settings or {},
         problems=tuple(problems),
     )
@@ -157,15 +170,38 @@ def _epochs(events: list[JsonObject]) -> tuple[EpochRecord, ...]:
     return tuple(by_epoch[key] for key in sorted(by_epoch))
 
 
-def _layers(run: Path, round_index: int, problems: list[str]) -> tuple[LayerWidth, ...]:
-    """Return the widths of a round's model in the network's order."""
-
+def _read_card(run: Path, round_index: int, problems: list[str]) -> _CardWidths | None:
     def read(path: Path) -> _CardWidths:
-        return from_json(_CardWidths, read_json(path))
+        return from_json(_CardWidths, read_json(path), lenient=True)
 
-    card = _read_file(run / "rounds" / f"{round_index:02d}" / "model.json", read, problems)
-    if card is None:
-        return ()
+    return _read_file(run / "rounds" / f"{round_index:02d}" / "model.json", read, problems)
+
+
+def _by_round(
+    run: Path,
+    rounds: Iterable[int | None],
+    name: str,
+    read: Callable[[Path], T],
+    problems: list[str],
+) -> dict[int, T]:
+    """Return the file ``name`` of each round that has it."""
+    found = {}
+    for number in dict.fromkeys(number for number in rounds if number is not None):
+        content = _read_file(run / "rounds" / f"{number:02d}" / name, read, problems)
+        if content is not None:
+            found[number] = content
+    return found
+
+
+def _read_latency(path: Path) -> LatencyRecord:
+    latency = from_json(LatencyRecord, read_json(path))
+    if not 0 < latency.seconds <= LARGEST or not 0 < latency.batch_size <= LARGEST:
+        raise ValueError("its numbers are out of range")
+    return latency
+
+
+def _layers(card: _CardWidths) -> tuple[LayerWidth, ...]:
+    """Return the widths of a model in the network's order."""
     full = card.base.widths if card.base else card.widths
     return tuple(
         LayerWidth(name, kept, full[name])

@@ -12,8 +12,10 @@ from job.console import print_result, say, warn
 from job.errors import shown
 from job.files import check_output, check_writable, write_output
 from job.report.comparison import comparison_json
-from job.report.figures import draw_comparison, draw_run
-from job.report.page import comparison_page, render, run_page, write_figures
+from job.report.comparison_page import comparison_page
+from job.report.figures import comparison_charts, run_charts
+from job.report.page import write_figures
+from job.report.run_page import run_page
 from job.report.tables import comparison_table, run_overview
 
 if TYPE_CHECKING:
@@ -36,11 +38,10 @@ def report(paths: Sequence[str], output: str | None, as_json: bool) -> None:
     keeps_figures = not path.exists() or path.is_file()  # not next to a pipe or a device
     if keeps_figures:
         check_writable(folder)
-    figures = draw_run(alone) if alone else draw_comparison(histories)
+    charts = run_charts(alone) if alone else comparison_charts(histories)
     if keeps_figures:
-        write_figures(folder, figures)
-    page = run_page(alone, figures) if alone else comparison_page(histories, figures)
-    write_output(path, render(page))
+        write_figures(folder, charts)
+    write_output(path, run_page(alone, charts) if alone else comparison_page(histories, charts))
     for history in histories:
         for problem in history.problems:
             warn(problem)

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from job.artifacts.history import History
+    from job.artifacts.records import RoundRecord
 
-COSTS = ("params", "macs", "bytes")  # what accuracy is compared against
+COSTS = ("params", "macs", "bytes", "latency")  # what accuracy is compared against
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -29,14 +30,17 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def pareto_models(histories: Sequence[History]) -> dict[str, list[tuple[int, int]]]:
     """Return the Pareto-optimal models of all runs by cost: (index of the run, round)."""
-    models = [(index, entry) for index, h in enumerate(histories) for entry in h.rounds]
-    return {
-        cost: [
-            (models[place][0], models[place][1].round)
-            for place in pareto_front([(getattr(e, cost), e.valid_acc) for _, e in models])
+    fronts = {}
+    for cost in COSTS:
+        models = [
+            (index, entry.round, x, entry.valid_acc)
+            for index, history in enumerate(histories)
+            for entry in history.rounds
+            if (x := history.cost(entry, cost)) is not None
         ]
-        for cost in COSTS
-    }
+        front = pareto_front([(x, accuracy) for _, _, x, accuracy in models])
+        fronts[cost] = [models[place][:2] for place in front]
+    return fronts
 
 
 def run_names(histories: Sequence[History]) -> list[str]:
@@ -86,7 +90,13 @@ def _run_json(name: str, history: History) -> dict[str, Any]:
         "recommended": f"rounds/{best.round:02d}" if best else None,
         "reason": history.reason,
         "cautions": list(history.cautions),
-        "relative": {cost: history.share(best, cost) for cost in COSTS} if best else {},
+        "relative": _shares(history, best) if best else {},
         "points_lost": None if history.change is None else 0.0 - history.change,
         "problems": list(history.problems),
     }
+
+
+def _shares(history: History, entry: RoundRecord) -> dict[str, float | None]:
+    """Return the costs of ``entry`` as fractions of the base's; the latency where measured."""
+    shares = {cost: history.share(entry, cost) for cost in COSTS}
+    return {k: v for k, v in shares.items() if k != "latency" or v is not None}

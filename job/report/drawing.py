@@ -1,6 +1,6 @@
-"""Set-up of matplotlib: no display, one style, and the same bytes for the same figure.
+"""Charts as PNG, drawn by matplotlib: no display, one style, the same bytes for the same chart.
 
-matplotlib is imported when the first figure is drawn. It ignores the user's style and needs no
+matplotlib is imported when the first chart is drawn. It ignores the user's style and needs no
 writable home folder.
 """
 
@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from job.errors import GammaslimError, reason
+from job.report.chart import PALETTE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from matplotlib.axes import Axes
 
-# Okabe & Ito 2008: colours that the colour-blind tell apart; shapes and dashes differ too
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
-COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+    from job.report.chart import Axis, Chart, Series
+
 STYLE = {
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
     "axes.spines.right": False, "grid.color": "#dddddd", "grid.linewidth": 0.6, "font.size": 10,
@@ -33,56 +31,98 @@ STYLE = {
     "axes.formatter.useoffset": False,
 }  # fmt: skip
 SIZE, DPI = (6.4, 4.0), 100  # inches, dots per inch
-
-S = TypeVar("S")
-
-
-@dataclass(frozen=True)
-class FigureSpec(Generic[S]):
-    """A figure of a report: the file's name without ``.png``, a caption, and how to draw it.
-
-    ``applies`` returns whether the subject, one run or several, has the data that the figure shows.
-    ``bottom`` is the margin below the axes, a fraction of the height.
-    """
-
-    name: str
-    caption: str
-    draw: Callable[[Axes, S], None]
-    applies: Callable[[S], bool]
-    bottom: float = 0.14
+MAX_LABELS = 48  # most labels that remain readable
+NAMED = 10  # most series that a legend names
 
 
-@dataclass(frozen=True)
-class DrawnFigure:
-    """A figure as PNG, its name, and its caption."""
-
-    name: str
-    caption: str
-    png: bytes
-
-
-def draw_figures(specs: Sequence[FigureSpec[S]], subject: S) -> list[DrawnFigure]:
-    """Draw the figures of ``specs`` that apply to ``subject``.
-
-    Raises GammaslimError when matplotlib cannot be imported.
-    """
-    chosen = [spec for spec in specs if spec.applies(subject)]
-    if not chosen:
+def draw_charts(charts: Sequence[Chart]) -> list[bytes]:
+    """Return each chart as PNG; raises GammaslimError when matplotlib cannot be imported."""
+    if not charts:
         return []
     with _matplotlib() as figure_class:
-        return [_draw(figure_class, spec, subject) for spec in chosen]
+        return [_draw(figure_class, chart) for chart in charts]
 
 
-def _draw(figure_class: Any, spec: FigureSpec[S], subject: S) -> DrawnFigure:
+def _draw(figure_class: Any, chart: Chart) -> bytes:
     canvas = figure_class(figsize=SIZE, dpi=DPI)
     axes = canvas.subplots()
     axes.locator_params(nbins=6)  # a tick costs a millisecond
     # fixed margins: measuring them takes as long as drawing
-    canvas.subplots_adjust(left=0.12, right=0.97, top=0.93, bottom=spec.bottom)
-    spec.draw(axes, subject)
+    bottom = 0.3 if chart.x.names else 0.14
+    canvas.subplots_adjust(left=0.12, right=0.97, top=0.93, bottom=bottom)
+    for series in chart.series:
+        _draw_series(axes, series)
+    _set_axes(axes, chart)
+    _draw_marks(axes, chart)
+    shown = [series for series in chart.series if series.in_legend][: NAMED + 1]
+    handles = list(axes.get_legend_handles_labels()[0])[: len(shown)]
+    if handles:
+        for text in axes.legend(handles=handles).get_texts():
+            text.set_parse_math(False)  # a name can hold dollars
     content = io.BytesIO()
     canvas.savefig(content, format="png", metadata={"Software": None})
-    return DrawnFigure(spec.name, spec.caption, content.getvalue())
+    return content.getvalue()
+
+
+def _draw_series(axes: Axes, series: Series) -> None:
+    color = PALETTE[series.color]
+    label = series.label if series.in_legend else "_"
+    xs, ys = [x for x, _ in series.points], [y for _, y in series.points]
+    if series.steps:
+        style: dict[str, Any] = {"fill": series.filled, "color": color, "label": label}
+        axes.stairs(ys[:-1], xs, linestyle=series.dash, **style)
+        return
+    ring = series.marker == "ring"
+    axes.plot(
+        xs,
+        ys,
+        label=label,
+        color=color,
+        linestyle=series.dash if series.line else "none",
+        marker="o" if ring else series.marker or None,
+        markersize=12 if ring else 5,
+        fillstyle="full" if series.filled else "none",
+    )
+    finite = [point for point in series.points if math.isfinite(sum(point))]
+    for name, point in list(zip(series.names, finite, strict=False))[:MAX_LABELS]:
+        axes.annotate(
+            name, point, (4, 4), textcoords="offset points", fontsize=8, parse_math=False,
+            annotation_clip=True,
+        )  # fmt: skip
+
+
+def _set_axes(axes: Axes, chart: Chart) -> None:
+    axes.set_xlabel(chart.x.label)
+    axes.set_ylabel(chart.y.label)
+    _set_axis(axes.xaxis, chart.x)
+    _set_axis(axes.yaxis, chart.y)
+    axes.set_xlim(chart.range(0))
+    axes.set_ylim(chart.range(1))
+    if chart.x.names:
+        every = 1 + (len(chart.x.names) - 1) // MAX_LABELS
+        ticks = range(0, len(chart.x.names), every)
+        names = [chart.x.names[tick][-24:] for tick in ticks]
+        axes.set_xticks(list(ticks), names, rotation=90, fontsize=7, parse_math=False)
+        axes.grid(visible=False, axis="x")
+
+
+def _set_axis(shown: Any, axis: Axis) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    if axis.log:
+        shown.axes.set_yscale("log")
+    elif axis.prefixes:
+        shown.set_major_formatter(EngFormatter(axis.unit))
+
+
+def _draw_marks(axes: Axes, chart: Chart) -> None:
+    for value, _ in chart.marks:
+        axes.axvline(value, color=PALETTE["grey"], linewidth=0.7, zorder=0)
+    for value, text in chart.marks[:: 1 + len(chart.marks) // MAX_LABELS]:
+        axes.annotate(
+            text, (value, 1), (0, 3), xycoords=("data", "axes fraction"),
+            textcoords="offset points", ha="center", fontsize=8,
+        )  # fmt: skip
 
 
 @contextmanager

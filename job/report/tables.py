@@ -73,17 +73,26 @@ def run_overview(history: History) -> str:
 
 def comparison_table(histories: Sequence[History]) -> str:
     """Return a table with a row per run: costs and accuracies of its recommended model."""
-    header = ("run", "state", "width", "params", "MACs", "bytes", "base", "acc", "points")
+    timed = any(history.latencies for history in histories)
+    costs = [cost for cost in COSTS if cost != "latency" or timed]
+    heads = ("params", "MACs", "bytes", *(("latency",) if timed else ()))
+    header = ("run", "state", "width", *heads, "base", "acc", "points")
     rows = []
     for name, history in zip(run_names(histories), histories, strict=True):
         base, best = history.base, history.best
-        costs = [f"{getattr(best, cost):,}" if best else "" for cost in COSTS]
+        cells = [_cost_text(history.cost(best, cost) if best else None, cost) for cost in costs]
         width = f"{best.width:.4f}" if best else ""
         scores = [f"{entry.valid_acc:.4f}" if entry else "" for entry in (base, best)]
         points = format_points(history.change)
-        rows.append((name, printable(history.state), width, *costs, *scores, points))
+        rows.append((name, printable(history.state), width, *cells, *scores, points))
     text, caution = table(header, rows, left=2), comparison_caution(histories)
     return f"{text}\n\ncaution: {caution}" if caution else text
+
+
+def _cost_text(value: float | None, cost: str) -> str:
+    if value is None:
+        return ""
+    return f"{1000 * value:.3g} ms" if cost == "latency" else f"{value:,.0f}"
 
 
 def describe_state(history: History) -> str:

@@ -15,11 +15,11 @@ from job.artifacts.run_reader import read_run
 from job.report.page import write_run_report
 from support.commands import ROOT, Result, gammaslim, run
 from support.datasets import write_noise_idx
-from support.report_pages import entry, make_run, page
+from support.report_pages import check_figures, entry, make_run, page
 
 FIGURES = [
-    "accuracy-bytes", "accuracy-macs", "accuracy-params", "channels", "training-accuracy",
-    "training-loss",
+    "accuracy-bytes", "accuracy-macs", "accuracy-params", "channels", "throughput",
+    "training-accuracy", "training-loss",
 ]  # fmt: skip
 
 
@@ -33,24 +33,34 @@ def test_the_page_of_a_run_tells_what_its_files_do(tmp_path: Path) -> None:
     assert f"report: {folder}/report.html" in done.out
     assert "recommended: rounds/02 (the fewest" in done.out
     found = page(folder / "report.html")
-    rows = {row[0]: row[1:] for row in found.rows}
+    head = next(place for place, row in enumerate(found.rows) if "loss" in row)
+    rows = {row[0]: row[1:] for row in found.rows[head : head + 5]}
     assert rows["base"] == [
-        "1.0000", "1,000 (100.0%)", "40,000 (100.0%)", "4,000 (100.0%)", "100", "", "90.00%", "1",
-        "", "3",
+        "90.00%", "", "0.5000", "", "1,000", "40,000", "4,000", "1.0000", "100", "1",
     ]  # fmt: skip
-    assert rows["★ recommended: 2"] == [
-        "0.8100", "600 (60.0%)", "24,000 (60.0%)", "2,400 (60.0%)", "98", "79.50%", "89.50%", "1",
-        "-0.50", "3",
+    assert rows["★ 2"] == [
+        "89.50%", "-0.50", "0.5000", "79.50%", "600 (60.0%)", "24,000 (60.0%)", "2,400 (60.0%)",
+        "0.8100", "98", "1",
     ]  # fmt: skip
-    assert rows["1"][-2] == "+1.00"
-    assert rows["model"] == ["student"]
-    assert [found.rows[place][0] for place in found.best] == ["★ recommended: 2"]
+    assert rows["1"][1] == "+1.00"
+    assert found.rows[:5] == [
+        ["", "base", "★ slim", "change"],
+        ["accuracy", "90.00%", "89.50%", "-0.50 points"],
+        ["parameters", "1 k", "600", "× 0.600"],
+        ["MACs", "40 k", "24 k", "× 0.600"],
+        ["size", "4 kB", "2.4 kB", "× 0.600"],
+    ]
+    assert ["--rate", "0.9(default: 0.95)"] in found.rows
+    assert ["--model", "student"] in found.rows
+    assert not any(row[0] == "--model" and "default" in row[1] for row in found.rows)
+    assert [found.rows[place][0] for place in found.best] == ["★ 2"]
     for text in ("★ rounds/02", "the fewest parameters within", "finished at 2023-11-14 22:13:20"):
         assert text in found.text
-    files = sorted((folder / "figures").iterdir())
-    assert [file.stem for file in files] == FIGURES
-    assert sorted(file.read_bytes() for file in files) == sorted(found.images)
-    assert any("Output channels" in alt for alt in found.alts)
+    assert f"gammaslim.load('{folder}/rounds/02')" in found.text
+    assert sorted(found.charts) == FIGURES
+    check_figures(found, folder / "figures")
+    assert "base: 1 k, 90.00%; round 1: 800, 91.00%" in found.charts["accuracy-params"]
+    assert "cnn.0 keeps 8 of 10" in found.charts["channels"]
 
 
 def test_a_run_that_has_hardly_begun_has_a_page(tmp_path: Path) -> None:
@@ -61,7 +71,7 @@ def test_a_run_that_has_hardly_begun_has_a_page(tmp_path: Path) -> None:
     found = page(folder / "report.html")
     assert "State: died" in found.text  # no job has it
     assert "No round is finished yet" in found.text
-    assert found.images == []
+    assert (found.images, found.charts) == ([], {})
     (folder / "metrics.jsonl").unlink()
     (folder / "status.json").unlink()
     write_run_report(folder)
@@ -118,7 +128,7 @@ def test_names_from_outside_are_only_text(tmp_path: Path) -> None:
         write_run_report(folder)
         page(folder / "report.html")
     text = (folders[0] / "report.html").read_text()
-    assert "<script" not in text
+    assert "<script>alert" not in text
     assert "&lt;script&gt;" in text
     assert "&lt;b&gt;é文 $x^$" in text
     assert "\x1b" not in text
@@ -156,9 +166,8 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert found.rows[2][-1] == "parameters, MACs, bytes"
     assert found.rows[3][1:4] == ["new", "died, in the base (round 0), epoch 1, step 80", ""]
     assert "validated on 2 different data sets" in found.text
-    files = sorted((tmp_path / "out" / "all runs_figures").iterdir())
-    assert [file.stem for file in files] == ["pareto-bytes", "pareto-macs", "pareto-params"]
-    assert sorted(file.read_bytes() for file in files) == sorted(found.images)
+    assert sorted(found.charts) == ["pareto-bytes", "pareto-macs", "pareto-params"]
+    check_figures(found, tmp_path / "out" / "all runs_figures")
     assert not (one / "report.html").exists()
     text = gammaslim("report", one, two, new, cwd=tmp_path)
     assert [line.split()[1:4] for line in text.out.splitlines()[1:3]] == [
@@ -209,7 +218,7 @@ def test_neither_torch_nor_a_home_nor_a_display_is_needed(tmp_path: Path) -> Non
     env = {**no_home, "MPLCONFIGDIR": "", "MPLBACKEND": "nonsense", "TMPDIR": str(temporary)}
     done = run(sys.executable, "-c", script, env=env)
     assert (done.code, done.err) == (0, ""), done
-    assert len(page(folder / "report.html").images) == len(FIGURES)
+    assert sorted(page(folder / "report.html").charts) == FIGURES
     assert not list(temporary.iterdir())
 
 
@@ -269,7 +278,9 @@ def test_the_job_writes_it_after_the_base_after_each_round_and_at_its_end(tmp_pa
     assert told == [f"REPORT {state}" for state in states]
     found = page(output / "report.html")
     assert "State: finished" in found.text
-    assert sorted(file.stem for file in (output / "figures").iterdir()) == FIGURES
+    assert sorted(found.charts) == sorted([*FIGURES, "gamma"])
+    assert len(found.images) <= 16
+    check_figures(found, output / "figures")
     before = (output / "report.html").read_bytes()
     again = gammaslim("report", output)  # the same, from outside
     assert again.code == 0, again
@@ -292,7 +303,7 @@ def test_a_sweep_is_merged_by_the_report(tmp_path: Path) -> None:
         done = merge(sweep)
         assert done.code == 0, done
         assert [line.split()[0] for line in done.out.splitlines()[1:3]] == ["rate-0.5", "rate-0.9"]
-    assert len(page(sweep / "report.html").images) == 3
+    assert len(page(sweep / "report.html").charts) == 3
     shutil.rmtree(sweep / "rate-0.5")
     shutil.rmtree(sweep / "rate-0.9")
     assert merge(sweep).code == 66

@@ -89,9 +89,9 @@ def child(request: dict[str, Any]) -> None:
 
 
 def serve() -> None:
-    from fork_server import draw_one  # not in the loader processes
+    from fork_server import one_chart  # not in the loader processes
 
-    job.report.page.draw_run = draw_one
+    job.report.page.run_charts = one_chart
     gc.freeze()  # a collection in a child would copy all of torch
     for line in sys.stdin:
         process = os.fork()

@@ -32,8 +32,8 @@ import job.__main__
 import job.report.page
 from job.artifacts.history import History
 from job.models.factory import build_network
-from job.report.drawing import DrawnFigure, draw_figures
-from job.report.figures import RUN_FIGURES
+from job.report.chart import Chart
+from job.report.figures import training_chart
 from job.slimming.planning.cost import network_cost
 
 PRELOADED = (
@@ -59,11 +59,10 @@ def serve() -> None:
         print(json.dumps(run(json.loads(line))), flush=True)
 
 
-def draw_one(history: History) -> list[DrawnFigure]:
-    """One figure of a run's six, which take longer than so small a run."""
-    return draw_figures(
-        [figure for figure in RUN_FIGURES if figure.name == "training-loss"], history
-    )
+def one_chart(history: History) -> list[Chart]:
+    """One chart of a run's, which take longer than so small a run."""
+    chart = training_chart(history, "loss")
+    return [chart] if chart else []
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +99,7 @@ def _become(case: dict[str, Any]) -> NoReturn:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
         if case["program"][:3] != ["-m", "job", "report"]:
-            job.report.page.draw_run = draw_one
+            job.report.page.run_charts = one_chart
         _start(*case["program"])
         code = 0
     except SystemExit as end:

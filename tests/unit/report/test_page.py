@@ -19,17 +19,22 @@ from job.pipeline.forecast import Forecast
 from job.pipeline.session import Session
 from job.pipeline.session_state import Place, SessionState
 from job.report.comparison import pareto_front, pareto_models
-from job.report.figures import draw_comparison, draw_run
-from job.report.page import comparison_page, render, run_page, write_run_report
-from support.report_pages import ENTRIES, Page, make_run, page
+from job.report.comparison_page import comparison_page
+from job.report.configuration import changed_options, grouped_options
+from job.report.drawing import draw_charts
+from job.report.figures import comparison_charts, run_charts
+from job.report.page import write_run_report
+from job.report.run_page import run_page
+from support.report_pages import ENTRIES, Page, check_figures, make_run, page, write_evaluations
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     history = read_run(make_run(tmp_path / "one"))
-    first, second = draw_run(history), draw_run(history)
-    assert [figure.png for figure in first] == [figure.png for figure in second]
-    assert render(run_page(history, first)) == render(run_page(history, second))
-    assert all(not Image.open(io.BytesIO(figure.png)).text for figure in first)  # type: ignore[attr-defined]
+    charts = run_charts(history)
+    first, second = draw_charts(charts), draw_charts(charts)
+    assert first == second
+    assert run_page(history, charts) == run_page(history, run_charts(history))
+    assert all(not Image.open(io.BytesIO(image)).text for image in first)  # type: ignore[attr-defined]
 
 
 def write_sensitivity(folder: Path, round_index: int, **more: Any) -> None:
@@ -54,8 +59,8 @@ def test_what_the_cut_of_the_recommended_round_measured_is_shown(tmp_path: Path)
         write_sensitivity(folder, number, images=10 + number)
     write_run_report(folder)
     found = page(folder / "report.html")
-    assert (folder / "figures" / "sensitivity.png").read_bytes() in found.images
-    assert any("Loss of the outputs" in alt for alt in found.alts)
+    check_figures(found, folder / "figures")
+    assert "Most sensitive: layer 0 <$x^$>, layer 1" in found.charts["sensitivity"]
     text = "before the cut of round 2: loss of the outputs (KL divergence of the softmax, in nats)"
     assert f"{text} on 12 images" in found.text
     header = ["group", "channels", "MACs", "params", "75 %", "50 %", "0 %", "kept"]
@@ -137,10 +142,10 @@ def test_the_pareto_front_is_what_no_other_model_beats() -> None:
 def test_many_runs_are_drawn_by_number(tmp_path: Path) -> None:
     history = read_run(make_run(tmp_path / "one"))
     many = [history] * 40
-    figures = draw_comparison(many)
-    assert len(figures) == 3
+    charts = comparison_charts(many)
+    assert len(charts) == len(draw_charts(charts)) == 3
     assert len(pareto_models(many)["params"]) == 3
-    assert len(Page(render(comparison_page(many, figures)).decode()).rows) == 41
+    assert len(Page(comparison_page(many, charts).decode()).rows) == 41
 
 
 def full_disk(*_: object) -> None:
@@ -205,3 +210,68 @@ def test_only_the_process_that_holds_the_run_writes_it(tmp_path: Path) -> None:
         assert not (folder / "report.html").exists()
     session(folder).report()
     assert (folder / "report.html").exists()
+
+
+def test_the_page_shows_what_the_recommended_model_gets_wrong(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_evaluations(folder)
+    write_run_report(folder)
+    found = page(folder / "report.html")
+    assert ["latency", "20 ms", "12.5 ms", "× 0.625"] in found.rows
+    assert "62.5% of the latency" in found.text
+    assert "10 values up to 2, 1 zero; recommended: 8 values" in found.charts["gamma"]
+    place = found.rows.index(
+        ["class", "images", "base", "recommended", "points", "now most often taken for"]
+    )
+    assert found.rows[place + 1 : place + 4] == [
+        ["wide\\nbag", "2", "100.0%", "0.0%", "-100.00", "T-shirt <b> (1), trouser (1)"],
+        ["T-shirt <b>", "4", "75.0%", "75.0%", "+0.00", "wide\\nbag (1)"],
+        ["trouser", "4", "75.0%", "100.0%", "+25.00", "no other"],
+    ]
+    rows = [row for row in found.rows if row[0] == "0 T-shirt <b>"]
+    assert rows == [["0 T-shirt <b>", "3", "1", ""], ["0 T-shirt <b>", "3", "", "1"]]
+    assert len(found.images) == 2
+    assert "Only the base is right: 2 validation images, 1 shown" in found.text
+    assert "Only the recommended model is right: 1 validation image" in found.text
+    assert found.alts == ["Image 8.png <b>", "Image 5.png"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"counts": [-1, 4, 2]},
+        {"errors": {"index": [1], "label": [0, 1], "predicted": [1, 0]}},
+        {"errors": {"index": [1], "label": [7], "predicted": [1]}},
+        {"errors": {"index": [1, 2, 3], "label": [2, 2, 2], "predicted": [1, 1, 1]}},
+        {"gamma": {"count": 1, "zeros": 0, "max": 1.0, "bins": [-1]}},
+        {"examples": 3},
+    ],
+)  # fmt: skip
+def test_a_damaged_evaluation_is_named_and_left_out(tmp_path: Path, more: dict[str, Any]) -> None:
+    folder = make_run(tmp_path / "run")
+    write_evaluations(folder, **more)
+    history = read_run(folder)
+    assert list(history.evaluations) == [0]
+    assert len(history.problems) == 1
+    write_run_report(folder)
+    page(folder / "report.html")
+
+
+def test_an_image_is_shown_only_if_it_is_one(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    bad = {"name": "x", "label": 2, "base": 2, "predicted": 0}
+    images = ("https://a.b/c.png", 'data:image/png;base64,A"onerror="x', "data:text/html;base64,AA")
+    write_evaluations(folder, examples=[{**bad, "image": image} for image in images])
+    write_run_report(folder)
+    assert page(folder / "report.html").images == []
+
+
+def test_the_options_that_were_changed_come_first(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace("rate = 0.9", "rate = 0.9\nepochs = 5\nnew = 1"))
+    history = read_run(folder)
+    assert changed_options(history) == [("--rate", "0.9", "0.95"), ("--new", "1", "not set")]
+    groups = dict(grouped_options(history))
+    assert groups["Training"] == [("--epochs", "5")]
+    assert list(groups) == ["Model", "Training", "Slimming", "Other"]

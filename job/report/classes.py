@@ -1,0 +1,108 @@
+"""Classes of the validation split: confusion of base and recommended model, and what changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from job.artifacts.accuracy import accuracy_change, signed_points
+from job.report.html import HtmlTable
+
+if TYPE_CHECKING:
+    from job.artifacts.evaluation_record import RoundEvaluation
+    from job.artifacts.history import History
+
+MATRIX_CLASSES = 20  # classes up to which a matrix is shown
+CHANGED_CLASSES = 10  # classes whose accuracy changed most
+CONFUSED = 2  # predictions that a class is most often confused with
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a confusion matrix: images, and their share of the true class, 0 to 100."""
+
+    count: int
+    share: int
+    right: bool
+
+
+@dataclass(frozen=True)
+class ConfusionMatrix:
+    """A confusion matrix: a row for each true class, with its name."""
+
+    title: str
+    names: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+def confusion_matrices(history: History) -> tuple[ConfusionMatrix, ...]:
+    """Return the matrices of the base and of the recommended model; none for many classes."""
+    titles = {0: "Base"}
+    if history.recommended:
+        titles[history.recommended] = f"Recommended: round {history.recommended}"
+    return tuple(
+        _matrix(history, titles[number], history.evaluations[number])
+        for number in titles
+        if number in history.evaluations
+        and len(history.evaluations[number].counts) <= MATRIX_CLASSES
+    )
+
+
+def _matrix(history: History, title: str, found: RoundEvaluation) -> ConfusionMatrix:
+    cells, classes = found.confusion(), range(len(found.counts))
+    rows = tuple(
+        tuple(
+            Cell(
+                cells[true, predicted],
+                round(100 * cells[true, predicted] / max(1, found.counts[true])),
+                true == predicted,
+            )
+            for predicted in classes
+        )
+        for true in classes
+    )
+    return ConfusionMatrix(title, tuple(history.class_name(number) for number in classes), rows)
+
+
+def changed_classes(history: History) -> HtmlTable | None:
+    """Return the classes whose accuracy changed most from the base to the recommended model."""
+    best = history.evaluations.get(history.recommended or 0)
+    base = history.evaluations.get(0)
+    if not history.recommended or not base or not best or len(base.counts) != len(best.counts):
+        return None
+    rows = []
+    pairs = zip(base.class_accuracy(), best.class_accuracy(), strict=True)
+    for number, (before, after) in enumerate(pairs):
+        if before is not None and after is not None:
+            rows.append((accuracy_change(after, before), number, before, after))
+    rows.sort(key=lambda row: (-abs(row[0]), row[1]))
+    shown = sorted(rows[:CHANGED_CLASSES])
+    header = ("class", "images", "base", "recommended", "points", "now most often taken for")
+    return HtmlTable(
+        header,
+        tuple(
+            (
+                history.class_name(number),
+                f"{best.counts[number]:,}",
+                f"{before:.1%}",
+                f"{after:.1%}",
+                signed_points(change),
+                _confused(history, best, number),
+            )
+            for change, number, before, after in shown
+        ),
+        title="Classes that changed most",
+        cards=True,
+        sortable=True,
+    )
+
+
+def _confused(history: History, found: RoundEvaluation, true: int) -> str:
+    """Return the classes that images of a class are most often taken for, with their numbers."""
+    wrong = sorted(
+        (-count, predicted)
+        for (label, predicted), count in found.confusion().items()
+        if label == true != predicted
+    )
+    names = [f"{history.class_name(number)} ({-count:,})" for count, number in wrong[:CONFUSED]]
+    return ", ".join(names) or "no other"

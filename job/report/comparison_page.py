@@ -1,0 +1,68 @@
+"""Page of several runs: a row each, the options on which they differ, and the Pareto charts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from job.report.comparison import COSTS, comparison_caution, pareto_models, run_names
+from job.report.configuration import differing_options
+from job.report.html import HtmlTable, render
+from job.report.run_page import COST_HEADINGS, cost_text
+from job.report.tables import describe_state, format_points
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from job.artifacts.history import History
+    from job.report.chart import Chart
+
+_TEMPLATE = "comparison.html.j2"
+
+
+def comparison_page(histories: Sequence[History], charts: Sequence[Chart]) -> bytes:
+    """Return the page of several runs."""
+    caution = comparison_caution(histories)
+    problems = [problem for history in histories for problem in history.problems]
+    return render(
+        _TEMPLATE,
+        heading=f"{len(histories)} runs",
+        cautions=(*([caution] if caution else []), *problems),
+        table=_runs_table(histories),
+        options=_options_table(histories),
+        charts=charts,
+    )
+
+
+def _runs_table(histories: Sequence[History]) -> HtmlTable:
+    costs = [c for c in COSTS if c != "latency" or any(h.latencies for h in histories)]
+    header = (
+        "", "run", "state", "base's accuracy", "recommended", *(COST_HEADINGS[c] for c in costs),
+        "accuracy", "difference from the base, points", "Pareto-optimal in",
+    )  # fmt: skip
+    optimal, rows = pareto_models(histories), []
+    for index, (name, history) in enumerate(zip(run_names(histories), histories, strict=True)):
+        base, best = history.base, history.best
+        fronts = [COST_HEADINGS[c] for c in costs if best and (index, best.round) in optimal[c]]
+        rows.append((
+            str(index + 1), name, describe_state(history),
+            f"{base.valid_acc:.2%}" if base else "",
+            f"rounds/{best.round:02d}" if best else "",
+            *(cost_text(history, best, cost) if best else "" for cost in costs),
+            f"{best.valid_acc:.2%}" if best else "",
+            format_points(history.change), ", ".join(fronts),
+        ))  # fmt: skip
+    title = "Recommended model of each run"
+    return HtmlTable(header, tuple(rows), title=title, left=3, cards=True, sortable=True)
+
+
+def _options_table(histories: Sequence[History]) -> HtmlTable:
+    """Return a row for each run, and a column for each option on which runs differ."""
+    options = differing_options(histories)
+    header = ("", "run", *(flag for flag, _ in options))
+    rows = tuple(
+        (str(index + 1), name, *(values[index] for _, values in options))
+        for index, name in enumerate(run_names(histories))
+    )
+    title = "Options on which the runs differ"
+    return HtmlTable(header, rows if options else (), title=title, left=2, cards=True,
+                     sortable=True)  # fmt: skip

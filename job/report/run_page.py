@@ -1,0 +1,242 @@
+"""Page of one run: the answer first, then how the run came to it, then its configuration."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from job.artifacts.accuracy import signed_points
+from job.console import counted, span
+from job.errors import shown
+from job.report.chart import Axis
+from job.report.classes import changed_classes, confusion_matrices
+from job.report.configuration import changed_options, grouped_options, shell_path
+from job.report.figures import COST_AXES
+from job.report.html import HtmlTable, render
+from job.report.tables import describe_state, format_points
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from job.artifacts.evaluation_record import ExampleImage
+    from job.artifacts.history import History
+    from job.artifacts.records import RoundRecord
+    from job.report.chart import Chart
+
+_TEMPLATE = "run.html.j2"
+ANSWER_COSTS = {
+    "params": "parameters", "macs": "MACs", "latency": "latency", "bytes": "size",
+}  # fmt: skip
+COST_HEADINGS = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "latency": "latency"}
+IMAGE = re.compile(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]{1,100000}={0,2}")
+SIZE = Axis("", unit="B", prefixes=True)
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """A number of the recommended model next to the base's; ``change`` says the difference."""
+
+    name: str
+    base: str
+    best: str
+    change: str
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """An image that the base and the recommended model classify differently."""
+
+    image: str
+    name: str
+    true: str
+    base: str
+    best: str
+
+
+def run_page(history: History, charts: Sequence[Chart]) -> bytes:
+    """Return the page of one run."""
+    by_name = {chart.name: chart for chart in charts}
+    first = by_name.pop("accuracy-params", None)
+    lost, won = _examples(history)
+    return render(
+        _TEMPLATE,
+        history=history,
+        heading=history.name,
+        state=f"State: {describe_state(history)}{_when(history)}.",
+        cautions=(*history.cautions, *history.problems),
+        headline=_headline(history),
+        answer=_answer(history),
+        first=first,
+        charts=by_name,
+        rounds=_rounds_table(history),
+        times=_times_table(history),
+        sensitivity=_sensitivity_table(history),
+        matrices=confusion_matrices(history),
+        changed=changed_classes(history),
+        lost=lost,
+        won=won,
+        evaluation=history.evaluations.get(history.recommended or 0),
+        commands=_commands(history),
+        options=changed_options(history),
+        groups=grouped_options(history),
+        tables={k: v for k, v in history.settings.items() if k != "prune"},
+    )
+
+
+def _headline(history: History) -> str:
+    """Return the answer in a sentence."""
+    base, best = history.base, history.best
+    if not base or not best:
+        return "No round is finished yet." if not base else "No model is recommended yet."
+    if best.round == 0:
+        return f"Recommended: ★ rounds/00, {history.reason}."
+    parts = [
+        f"{share:.1%} of the {name}"
+        for cost, name in (("params", "parameters"), ("macs", "MACs"), ("latency", "latency"))
+        if (share := history.share(best, cost)) is not None
+    ]
+    points = signed_points(history.change or 0.0)
+    return (
+        f"Recommended: ★ rounds/{best.round:02d}. {', '.join(parts)}, accuracy "
+        f"{best.valid_acc:.2%} ({points} points)."
+    )
+
+
+def _answer(history: History) -> tuple[AnswerRow, ...]:
+    base, best = history.base, history.best
+    if not base or not best:
+        return ()
+    points = format_points(history.change)
+    rows = [AnswerRow("accuracy", _percent(base.valid_acc), _percent(best.valid_acc),
+                      f"{points} points" if best.round else "")]  # fmt: skip
+    for cost, name in ANSWER_COSTS.items():
+        before, after = history.cost(base, cost), history.cost(best, cost)
+        if before is None or after is None:
+            continue
+        change = f"× {after / before:.3f}" if before and best.round else ""
+        rows.append(AnswerRow(name, _short(cost, before), _short(cost, after), change))
+    return tuple(rows)
+
+
+def _short(cost: str, value: float) -> str:
+    """Return a cost in about four digits."""
+    return (SIZE if cost == "bytes" else COST_AXES[cost]).text(value)
+
+
+def _rounds_table(history: History) -> HtmlTable:
+    recovered = any(entry.valid_acc_recovered is not None for entry in history.rounds)
+    timed = bool(history.latencies)
+    costs = [cost for cost in COST_HEADINGS if cost != "latency" or timed]
+    header = (
+        "round", "accuracy after fine-tuning", "points to the base", "loss",
+        "accuracy after the cut", *(("accuracy after recovery",) if recovered else ()),
+        *(COST_HEADINGS[cost] for cost in costs), "width", "channels", "best epoch",
+    )  # fmt: skip
+    rows = tuple(
+        (
+            "★ " + entry.name if entry is history.best else entry.name,
+            _percent(entry.valid_acc),
+            format_points(history.points(entry)) if entry.round else "",
+            f"{entry.valid_loss:.4f}",
+            _percent(entry.valid_acc_pruned),
+            *((_percent(entry.valid_acc_recovered),) if recovered else ()),
+            *(cost_text(history, entry, cost) for cost in costs),
+            f"{entry.width:.4f}",
+            f"{entry.channels:,}",
+            "" if entry.best_epoch is None else str(entry.best_epoch),
+        )
+        for entry in history.rounds
+    )
+    best = history.rounds.index(history.best) if history.best else None
+    return HtmlTable(
+        header, rows, title="Base and rounds (★ recommended)", best=best, cards=True, sortable=True
+    )
+
+
+def _times_table(history: History) -> HtmlTable:
+    """Return the time of each round, and its mean images per second in training."""
+    rows = []
+    for entry in history.rounds:
+        epochs = [epoch for epoch in history.epochs if epoch.round == entry.round]
+        speed = sum(epoch.images_per_second for epoch in epochs) / len(epochs) if epochs else None
+        rows.append((
+            entry.name,
+            "" if entry.seconds is None else f"{entry.seconds:,.0f}",
+            f"{sum(epoch.seconds for epoch in epochs):,.0f}" if epochs else "",
+            "" if speed is None else f"{speed:,.0f}",
+        ))  # fmt: skip
+    header = ("round", "seconds", "of which epochs", "images per second")
+    return HtmlTable(header, tuple(rows), title="Time of each round")
+
+
+def _sensitivity_table(history: History) -> HtmlTable | None:
+    """Return the table of the channel groups that a cut measured; None if none did."""
+    measured = history.measured
+    if measured is None:
+        return None
+    found = measured.sensitivity
+    title = f"Channel groups before the cut of round {measured.round}: {found.describe()}"
+    return HtmlTable(found.header(), tuple(found.cells()), title=title, sortable=True)
+
+
+def _examples(history: History) -> tuple[list[ShownExample], list[ShownExample]]:
+    """Return images that the base alone, and that the recommended model alone, gets right."""
+    found = history.evaluations.get(history.recommended or 0)
+    lost: list[ShownExample] = []
+    won: list[ShownExample] = []
+    for each in found.examples if found else ():
+        if IMAGE.fullmatch(each.image):
+            (lost if each.base == each.label else won).append(_example(history, each))
+    return lost, won
+
+
+def _example(history: History, each: ExampleImage) -> ShownExample:
+    names = (history.class_name(number) for number in (each.label, each.base, each.predicted))
+    return ShownExample(each.image, each.name, *names)
+
+
+def _commands(history: History) -> dict[str, str]:
+    """Return lines to copy: how to load and use the recommended model."""
+    if not history.best:
+        return {}
+    run, model = shown(history.path), f"{shown(history.path)}/rounds/{history.best.round:02d}"
+    return {
+        "In Python": (
+            "import gammaslim\n"
+            f"network = gammaslim.load({model!r})  # eval mode; images (B, 3, H, W) float32\n"
+            "logits = network(images)"
+        ),
+        "Evaluate on the test split": f"gammaslim evaluate {shell_path(run)} --split testing",
+        "Predict a folder of images": (
+            f"gammaslim predict {shell_path(run)} --data FOLDER --output classes.csv"
+        ),
+        "Export": f"gammaslim export {shell_path(run)} --output model.onnx",
+    }
+
+
+def _when(history: History) -> str:
+    try:
+        time = datetime.fromtimestamp(history.time, UTC) if history.time else None
+    except (OverflowError, ValueError, OSError):  # a year beyond 9999
+        time = None
+    when = f" at {time:%Y-%m-%d %H:%M:%S} UTC" if time else ""
+    if history.seconds is None:
+        return when
+    seconds = history.seconds
+    took = span(seconds) if seconds == seconds and seconds >= 100 else counted(seconds, "second")
+    return f"{when}, after {took}"
+
+
+def _percent(accuracy: float | None) -> str:
+    return "" if accuracy is None else f"{accuracy:.2%}"
+
+
+def cost_text(history: History, entry: RoundRecord, cost: str) -> str:
+    """Return a cost of ``entry`` and its share of the base's; "" if it is not known."""
+    value, share = history.cost(entry, cost), history.share(entry, cost)
+    if value is None:
+        return ""
+    text = COST_AXES[cost].text(value) if cost == "latency" else f"{value:,.0f}"
+    return text + ("" if share is None or not entry.round else f" ({share:.1%})")

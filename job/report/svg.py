@@ -1,0 +1,247 @@
+"""Charts as SVG within a page, whose style sheet colours them: they follow its dark mode."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup, escape
+
+from job.errors import printable
+from job.report.chart import ticks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from job.report.chart import Axis, Chart, Point, Series
+
+WIDTH, LEFT, RIGHT, BOTTOM, PLOT = 380, 50, 10, 40, 200  # pixels at full size
+NAMES = 74  # pixels below the axis for names of categories
+LETTER = 5.9  # pixels, mean width of a letter
+ROW = 15  # pixels, height of a row of the legend
+HOVERED = 200  # points of a series that have a text to hover
+DASHES = {"-": "", "--": "5 3", ":": "1.5 3", "-.": "6 3 1.5 3"}
+SHAPES = {
+    "o": "M-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0z",
+    "s": "M-3-3h6v6h-6z",
+    "^": "M0-3.8L3.6 2.8H-3.6z",
+    "v": "M0 3.8L3.6-2.8H-3.6z",
+    "D": "M0-4L4 0L0 4L-4 0z",
+    "ring": "M-7 0a7 7 0 1 0 14 0a7 7 0 1 0-14 0z",
+}
+
+
+def to_svg(chart: Chart) -> Markup:
+    """Return ``chart`` as an SVG element of fixed proportions."""
+    frame = _Frame(chart)
+    parts = [*_axes(frame), *_marks(frame)]
+    for series in chart.series:
+        parts += _steps(frame, series) if series.steps else _line(frame, series)
+    parts += _names(frame)
+    parts += _legend(frame)
+    label = _text(f"{chart.caption}. {chart.summary}".rstrip(". ") + ".")
+    head = f'<svg viewBox="0 0 {WIDTH} {frame.height}" role="img" aria-label="{label}">'
+    return Markup(head + "".join(parts) + "</svg>")
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The plot of a chart, and where a value is in it."""
+
+    chart: Chart
+
+    @cached_property
+    def rows(self) -> list[list[Series]]:
+        """Series by row of the legend."""
+        rows: list[list[Series]] = [[]]
+        used = 0.0
+        for series in self.chart.series:
+            if not series.in_legend:
+                continue
+            width = 30 + LETTER * len(series.label)
+            if rows[-1] and used + width > WIDTH - LEFT:
+                rows.append([])
+                used = 0.0
+            rows[-1].append(series)
+            used += width
+        return [row for row in rows if row]
+
+    @property
+    def top(self) -> int:
+        return ROW * len(self.rows) + (18 if self.chart.marks else 8)
+
+    @property
+    def bottom(self) -> int:
+        return self.top + PLOT
+
+    @property
+    def height(self) -> int:
+        return self.bottom + (NAMES if self.chart.x.names else BOTTOM)
+
+    @cached_property
+    def ranges(self) -> tuple[Point, Point]:
+        return self.chart.range(0), self.chart.range(1)
+
+    def place(self, point: Point) -> Point:
+        x = _share(self.chart.x, point[0], *self.ranges[0])
+        y = _share(self.chart.y, point[1], *self.ranges[1])
+        return LEFT + x * (WIDTH - LEFT - RIGHT), self.bottom - y * PLOT
+
+
+def _share(axis: Axis, value: float, low: float, high: float) -> float:
+    if axis.log:
+        value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
+    return min(max((value - low) / (high - low or 1), -0.02), 1.02)
+
+
+def _text(text: str) -> str:
+    return str(escape(printable(text)))
+
+
+def _axes(frame: _Frame) -> Iterator[str]:
+    chart, right = frame.chart, WIDTH - RIGHT
+    low, high = chart.range(1)
+    for value in ticks(chart.y, low, high):
+        y = frame.place((0, value))[1]
+        yield f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>'
+        label = _text(chart.y.text(value))
+        yield f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+    yield from _x_names(frame) if chart.x.names else _x_ticks(frame)
+    yield f'<path class="axis" d="M{LEFT} {frame.top}V{frame.bottom}H{right}"/>'
+    middle = (LEFT + right) / 2
+    x_label, y_label = _text(chart.x.label), _text(chart.y.label)
+    yield f'<text x="{middle}" y="{frame.height - 6}" text-anchor="middle">{x_label}</text>'
+    turned = f'transform="translate(10 {(frame.top + frame.bottom) / 2}) rotate(-90)"'
+    yield f'<text {turned} text-anchor="middle">{y_label}</text>'
+
+
+def _x_ticks(frame: _Frame) -> Iterator[str]:
+    axis, (low, high) = frame.chart.x, frame.chart.range(0)
+    for value in ticks(axis, low, high):
+        x = frame.place((value, 1))[0]
+        yield f'<path class="grid" d="M{x:.1f} {frame.top}V{frame.bottom}"/>'
+        label = _text(axis.text(value))
+        yield f'<text x="{x:.1f}" y="{frame.bottom + 15}" text-anchor="middle">{label}</text>'
+
+
+def _x_names(frame: _Frame) -> Iterator[str]:
+    names = frame.chart.x.names
+    every = 1 + (len(names) - 1) // 26  # as many as do not overlap
+    for number in range(0, len(names), every):
+        x, y = frame.place((number, 0))[0] + 3, frame.bottom + 8
+        turned = f'transform="translate({x:.1f} {y}) rotate(-55)"'
+        name = names[number]
+        short = name if len(name) <= 12 else f"…{name[-11:]}"
+        yield f'<text {turned} text-anchor="end" class="small">{_text(short)}</text>'
+
+
+def _marks(frame: _Frame) -> Iterator[str]:
+    last = -math.inf
+    for value, text in frame.chart.marks:
+        x = frame.place((value, 1))[0]
+        yield f'<path class="mark" d="M{x:.1f} {frame.top}V{frame.bottom}"/>'
+        if x - last > 8 + LETTER * len(text):
+            anchor = f'x="{x:.1f}" y="{frame.top - 4}" text-anchor="middle" class="small"'
+            yield f"<text {anchor}>{_text(text)}</text>"
+            last = x
+
+
+def _line(frame: _Frame, series: Series) -> Iterator[str]:
+    points = [(p, frame.place(p)) for p in series.points if math.isfinite(sum(p))]
+    if series.line:
+        path, pen = [], "M"
+        for point in series.points:
+            if not math.isfinite(sum(point)):
+                pen = "M"
+                continue
+            x, y = frame.place(point)
+            path.append(f"{pen}{x:.1f} {y:.1f}")
+            pen = "L"
+        dash = DASHES[series.dash]
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        yield f'<path class="line {series.color}"{dashes} d="{"".join(path)}"/>'
+    if series.marker:
+        for number, (point, (x, y)) in enumerate(points):
+            title = ""
+            if number < HOVERED:
+                title = f"<title>{_hover(frame.chart, series, number, point)}</title>"
+            yield (
+                f'<path class="{"dot" if series.filled else "open"} {series.color}" '
+                f'transform="translate({x:.1f} {y:.1f})" d="{SHAPES[series.marker]}">{title}</path>'
+            )
+
+
+def _hover(chart: Chart, series: Series, number: int, point: Point) -> str:
+    name = f" {series.names[number]}" if number < len(series.names) else ""
+    x, y = (
+        f"{axis.label}: {axis.text(v)}" for axis, v in zip((chart.x, chart.y), point, strict=True)
+    )
+    return _text(f"{series.label}{name}; {x}; {y}")
+
+
+def _steps(frame: _Frame, series: Series) -> Iterator[str]:
+    """Draw filled or outlined columns; each column has a text to hover if there are names."""
+    base = frame.place((0, 0))[1]
+    path = ""
+    for (left, height), (right, _) in zip(series.points, series.points[1:], strict=False):
+        x0, y = frame.place((left, height))
+        x1 = frame.place((right, height))[0]
+        path += f"{'V' if path else f'M{x0:.1f} {base:.1f}V'}{y:.1f}H{x1:.1f}"
+    path += f"V{base:.1f}"
+    dash = f' stroke-dasharray="{DASHES[series.dash]}"' if DASHES[series.dash] else ""
+    kind = "area" if series.filled else "line"
+    yield f'<path class="{kind} {series.color}"{dash} d="{path}"/>'
+    for number, name in enumerate(series.names[:HOVERED]):
+        (left, height), (right, _) = series.points[number : number + 2]
+        x0, y = frame.place((left, height))
+        x1 = frame.place((right, height))[0]
+        title = _text(f"{name}: {series.label} {height:,.0f}")
+        yield (
+            f'<path class="hover" d="M{x0:.1f} {base:.1f}V{y:.1f}H{x1:.1f}V{base:.1f}z">'
+            f"<title>{title}</title></path>"
+        )
+
+
+def _names(frame: _Frame) -> Iterator[str]:
+    """Write the names of points, except where one would cover another."""
+    used: list[Point] = []
+    for series in frame.chart.series:
+        if series.steps:
+            continue
+        finite = [p for p in series.points if math.isfinite(sum(p))]
+        for name, point in zip(series.names, finite, strict=False):
+            x, y = frame.place(point)
+            y += -7 if y > frame.top + 14 else 16
+            wide = 6 + LETTER * len(name)
+            if all(abs(x - a) > wide or abs(y - b) > 11 for a, b in used):
+                used.append((x, y))
+                anchor = "end" if x > WIDTH - 60 else "middle" if x > LEFT + 20 else "start"
+                place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="small name"'
+                yield f"<text {place}>{_text(name)}</text>"
+
+
+def _legend(frame: _Frame) -> Iterator[str]:
+    for row, entries in enumerate(frame.rows):
+        x, y = float(LEFT), 9 + ROW * row
+        for series in entries:
+            yield _sample(series, x, y)
+            yield f'<text x="{x + 22:.1f}" y="{y + 4}" class="small">{_text(series.label)}</text>'
+            x += 30 + LETTER * len(series.label)
+
+
+def _sample(series: Series, x: float, y: float) -> str:
+    if series.steps and series.filled:
+        return f'<path class="area {series.color}" d="M{x:.1f} {y - 4}h18v8h-18z"/>'
+    found = ""
+    if series.line or series.steps:
+        dash = f' stroke-dasharray="{DASHES[series.dash]}"' if DASHES[series.dash] else ""
+        found = f'<path class="line {series.color}"{dash} d="M{x:.1f} {y}h18"/>'
+    if series.marker:
+        kind = "dot" if series.filled else "open"
+        found += (
+            f'<path class="{kind} {series.color}" transform="translate({x + 9:.1f} {y})" '
+            f'd="{SHAPES[series.marker]}"/>'
+        )
+    return found

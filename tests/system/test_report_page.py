@@ -1,0 +1,132 @@
+"""The report in Debian's Chromium: on a phone and a desk, in the dark, printed, without network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from job.report.page import write_run_report
+from support.browser import CHROMIUM, Browser, browser
+from support.commands import gammaslim
+from support.report_pages import entry, make_run, write_evaluations
+
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed (tests/run.sh installs it)"),
+    pytest.mark.xdist_group("chromium"),
+]
+LONG = "a-very-long-name-of-a-layer.that.cannot-be-broken.anywhere-0123456789"
+LIGHTNESS = (
+    "((c) => c.map(Number).slice(0, 3).reduce((a, b) => a + b))"
+    "(getComputedStyle(document.body).{}.match(/[0-9.]+/g))"
+)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The page of a run with everything, of one that has hardly begun, and of several runs."""
+    root = tmp_path_factory.mktemp("pages")
+    entries = tuple(
+        entry(n, 0.9 - 0.01 * n, 987_654_321 - 9_000_000 * n, macs=123_456_789_012)
+        for n in range(12)
+    )
+    full = make_run(root / LONG, entries, best=7, layer=LONG)
+    write_evaluations(full, best=7)
+    begun = make_run(root / "begun", (), state="running")
+    for folder in (full, begun):
+        write_run_report(folder)
+    done = gammaslim("report", full, begun, "--output", root / "compared.html")
+    assert done.code == 0, done
+    return {
+        "full": full / "report.html", "begun": begun / "report.html",
+        "compared": root / "compared.html",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["full", "begun", "compared"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_it_fits_the_screen_asks_for_nothing_and_reports_no_error(
+    chromium: Browser, pages: dict[str, Path], name: str, width: int, scheme: str
+) -> None:
+    chromium.open(pages[name], width, prefers_color_scheme=scheme)
+    assert chromium.evaluate("document.documentElement.scrollWidth") <= width
+    text, page = (chromium.evaluate(LIGHTNESS.format(k)) for k in ("color", "backgroundColor"))
+    assert (text < page) == (scheme == "light")
+    assert abs(text - page) > 500
+    assert chromium.console == []
+    outside = [url for url in chromium.requests if not url.startswith(("file:", "data:"))]
+    assert outside == []
+
+
+def test_the_answer_and_the_curve_are_in_the_first_screen(
+    chromium: Browser, pages: dict[str, Path]
+) -> None:
+    place = "document.querySelector('{}').getBoundingClientRect().{}"
+    chromium.open(pages["full"], 360)
+    assert chromium.evaluate(place.format(".numbers", "bottom")) < 740
+    assert chromium.evaluate(place.format("#accuracy-params", "top")) < 740 - 200
+    chromium.open(pages["full"], 1200)
+    assert chromium.evaluate(place.format("#accuracy-params", "bottom")) < 740
+
+
+def test_no_column_head_breaks_inside_a_word(chromium: Browser, pages: dict[str, Path]) -> None:
+    """A head is at least as wide as its longest word."""
+    chromium.open(pages["full"], 1200)
+    broken = chromium.evaluate("""[...document.querySelectorAll("table thead th")].filter((th) => {
+        const style = getComputedStyle(th);
+        return style.overflowWrap === "anywhere" || style.wordBreak !== "normal";
+    }).length""")
+    assert broken == 0
+
+
+def test_a_phone_shows_every_number_of_a_round(chromium: Browser, pages: dict[str, Path]) -> None:
+    """A row is a card there: no cell is beyond the edge, and each has its head."""
+    chromium.open(pages["full"], 360)
+    cells = chromium.evaluate("""[...document.querySelectorAll("table.cards td")]
+        .filter((td) => td.textContent)
+        .map((td) => [td.getBoundingClientRect().right, td.scrollWidth - td.clientWidth,
+                      getComputedStyle(td, "::before").content])""")
+    assert len(cells) > 100
+    for right, hidden, head in cells:
+        assert right <= 360
+        assert hidden <= 1
+        assert re.fullmatch(r'".+"', head)
+
+
+def test_a_click_on_a_head_sorts_the_rows(chromium: Browser, pages: dict[str, Path]) -> None:
+    chromium.open(pages["full"], 1200)
+    column = """[...document.querySelector("table.sortable").tBodies[0].rows]
+        .map((row) => row.cells[1].textContent)"""
+    before = chromium.evaluate(column)
+    click = 'document.querySelectorAll("table.sortable th button")[1].click()'
+    chromium.evaluate(click)
+    assert chromium.evaluate(column) == sorted(before)
+    chromium.evaluate(click)
+    assert chromium.evaluate(column) == sorted(before, reverse=True)
+    assert chromium.console == []
+
+
+def test_a_screen_reader_gets_every_chart_table_and_image(
+    chromium: Browser, pages: dict[str, Path]
+) -> None:
+    chromium.open(pages["full"], 360)
+    nodes = chromium.call("Accessibility.getFullAXTree")["nodes"]
+    names: dict[str, list[str]] = {}
+    for node in nodes:
+        role = node.get("role", {}).get("value", "")
+        names.setdefault(role, []).append(node.get("name", {}).get("value", ""))
+    images = names["image"] if "image" in names else names["img"]
+    assert all(images)
+    assert any("base: 987.7 M, 90.00%; round 1:" in name for name in images)
+    assert len(names["heading"]) >= 8
+    assert names["columnheader"].count("best epoch") == 1  # also where rows are cards
+    assert chromium.evaluate("document.documentElement.lang") == "en"
