@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping  # noqa: TC003  (from_json reads the types)
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from job.artifacts.evaluation_record import EVALUATION_FILE, read_evaluation
@@ -27,7 +29,6 @@ from job.slimming.sensitivity.record import Sensitivity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
     from _typeshed import DataclassInstance
 
@@ -64,6 +65,34 @@ class _CardWidths:
     class_names: tuple[str, ...] = ()
 
 
+def find_runs(path: Path) -> list[Path]:
+    """Return ``path`` if it is a run folder, else the runs under it in the order of their names.
+
+    Raises InputNotFound if there is none, or StorageError.
+    """
+    if not path.exists():
+        raise InputNotFound(f"{shown(path)} does not exist; report takes run folders")
+    if is_run(path):
+        return [path]
+    found: list[Path] = []
+    for folder, folders, _ in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if is_run(Path(folder)):
+            found.append(Path(folder))
+            folders.clear()
+    if not found:
+        names = ", ".join(FILES)
+        raise InputNotFound(
+            f"{shown(path)} is not a run folder, and has none inside: a run has one of {names}"
+        )
+    return found
+
+
+def is_run(path: Path) -> bool:
+    """Return whether ``path`` is the folder of a run; raises StorageError."""
+    return any(is_file(path / name) for name in FILES)
+
+
 def read_run(path: Path) -> History:
     """Read the run in ``path``, in any state, with or without a finished round.
 
@@ -72,7 +101,7 @@ def read_run(path: Path) -> History:
     """
     if not path.exists():
         raise InputNotFound(f"{shown(path)} does not exist; report takes run folders")
-    if not any(is_file(path / name) for name in FILES):
+    if not is_run(path):
         raise InputNotFound(f"{shown(path)} is not a run folder: it has none of {', '.join(FILES)}")
     problems: list[str] = []
     status = _read_file(path / "status.json", _read_status, problems)

@@ -53,7 +53,11 @@ EXAMPLES = {
         ("gammaslim bench wide.onnx slim.onnx --threads 1", "in onnxruntime"),
     ),
     "export": (("gammaslim export RUN --format onnx --output model.onnx", ""),),
-    "report": (("gammaslim report RUN", ""), ("gammaslim report RUN RUN", "compare two")),
+    "report": (
+        ("gammaslim report RUN", ""),
+        ("gammaslim report RUN RUN", "compare two"),
+        ("gammaslim report runs --csv runs.csv", "all under a folder"),
+    ),
     "inspect": (("gammaslim inspect RUN", ""),),
     "launch": (("gammaslim launch --nproc 2 -- prune --data D", "two processes here"),),
 }

@@ -264,13 +264,18 @@ def export_command(format: str | None, output: str, **options: Any) -> None:
     metavar="FILE.html",
     help="Page to write. Default: RUN/report.html, or report.html here for several runs.",
 )
+@click.option(
+    "--csv",
+    metavar="FILE",
+    help="CSV file to write as well, a line for each model, or - for CSV on standard output.",
+)
 @json_option
-def report_command(runs: tuple[str, ...], output: str | None, json: bool) -> None:
+def report_command(runs: tuple[str, ...], output: str | None, csv: str | None, json: bool) -> None:
     """Report on one run, or compare several: accuracy against cost.
 
     Write a self-contained HTML page, and its figures as PNG files in a folder next to it. RUN is a
-    run folder, finished or not.
+    run folder, finished or not, or a folder of runs.
     """
     from job.cli.report import report
 
-    report(runs, output, json)
+    report(runs, output, csv, json)

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.artifacts.run_reader import read_run
+from job.artifacts.run_reader import find_runs, read_run
 from job.console import print_result, say, warn
 from job.errors import shown
 from job.files import check_output, check_writable, write_output
-from job.report.comparison import comparison_json
+from job.report.comparison import comparison_csv, comparison_json
 from job.report.comparison_page import comparison_page
 from job.report.figures import comparison_charts, run_charts
 from job.report.page import write_figures
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from job.artifacts.history import History
 
 
-def report(paths: Sequence[str], output: str | None, as_json: bool) -> None:
+def report(paths: Sequence[str], output: str | None, table: str | None, as_json: bool) -> None:
     """Print the report of one run or several; write it into the run folder or the current one.
 
-    ``output`` is another file for the page; its figures are written next to it. Raises
-    InputNotFound, OutputError, StorageError, or GammaslimError without matplotlib.
+    ``output`` is another file for the page; its figures are written next to it. ``table`` is a CSV
+    file to write as well, or "-". Raises InputNotFound, OutputError, StorageError, or
+    GammaslimError without matplotlib.
     """
     histories = _read_runs(paths)
     alone = histories[0] if len(histories) == 1 else None
@@ -45,7 +46,11 @@ def report(paths: Sequence[str], output: str | None, as_json: bool) -> None:
     for history in histories:
         for problem in history.problems:
             warn(problem)
-    if as_json:
+    if table and table != "-":
+        write_output(check_output(Path(table)), comparison_csv(histories).encode())
+    if table == "-":
+        print_result(comparison_csv(histories).removesuffix("\n"))
+    elif as_json:
         print_result(json.dumps(comparison_json(histories) | {"report": shown(target)}, indent=1))
     else:
         say(run_overview(alone) if alone else comparison_table(histories))
@@ -53,8 +58,9 @@ def report(paths: Sequence[str], output: str | None, as_json: bool) -> None:
 
 
 def _read_runs(paths: Sequence[str]) -> list[History]:
-    """Read the runs in ``paths``, without duplicates."""
+    """Read the runs in ``paths`` and in the folders under them, without duplicates."""
     unique: dict[str, Path] = {}
     for path in paths:
-        unique.setdefault(os.path.realpath(path), Path(path))
+        for run in find_runs(Path(path)):
+            unique.setdefault(os.path.realpath(run), run)
     return [read_run(path) for path in unique.values()]

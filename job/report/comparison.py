@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from job.errors import shown
+from job.report.configuration import differing_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,11 +76,39 @@ def comparison_json(histories: Sequence[History]) -> dict[str, Any]:
         for cost, models in pareto_models(histories).items()
     }
     runs = [_run_json(name, history) for name, history in zip(names, histories, strict=True)]
-    return {"format": 1, "runs": runs, "pareto": front}
+    options = {flag.removeprefix("--"): values for flag, values in differing_options(histories)}
+    return {"format": 1, "runs": runs, "pareto": front, "options": options}
+
+
+def comparison_csv(histories: Sequence[History]) -> str:
+    """Return a line for each model of each run, with the options on which the runs differ.
+
+    Accuracies are fractions, ``points`` percentage points against the base, ``latency`` seconds.
+    """
+    text, fronts = io.StringIO(), pareto_models(histories)
+    options = differing_options(histories)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow((
+        "run", "path", "state", "round", "recommended", "width", "channels", *COSTS, "valid_acc",
+        "valid_loss", "points", *(f"pareto_{cost}" for cost in COSTS),
+        *(flag.removeprefix("--") for flag, _ in options),
+    ))  # fmt: skip
+    for index, (name, history) in enumerate(zip(run_names(histories), histories, strict=True)):
+        for entry in history.rounds:
+            costs = [getattr(entry, cost) for cost in COSTS if cost != "latency"]
+            writer.writerow((
+                name, shown(history.path), history.state, entry.round,
+                int(entry is history.best), entry.width, entry.channels, *costs,
+                history.cost(entry, "latency"), entry.valid_acc, entry.valid_loss,
+                history.points(entry), *(int((index, entry.round) in fronts[c]) for c in COSTS),
+                *(values[index] for _, values in options),
+            ))  # fmt: skip
+    return text.getvalue()
 
 
 def _run_json(name: str, history: History) -> dict[str, Any]:
     base, best = history.base, history.best
+    timed = {f"rounds/{n:02d}": latency.seconds for n, latency in history.latencies.items()}
     position = zip(("round", "epoch", "step"), history.position or (), strict=False)
     return {
         "run": name,
@@ -92,6 +123,7 @@ def _run_json(name: str, history: History) -> dict[str, Any]:
         "cautions": list(history.cautions),
         "relative": _shares(history, best) if best else {},
         "points_lost": None if history.change is None else 0.0 - history.change,
+        **({"latency": timed} if timed else {}),
         "problems": list(history.problems),
     }
 

@@ -9,6 +9,7 @@ from job.artifacts.records import PlannedRound, RoundRecord
 from job.console import table
 from job.errors import printable
 from job.report.comparison import COSTS, comparison_caution, run_names
+from job.report.configuration import differing_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,8 +86,13 @@ def comparison_table(histories: Sequence[History]) -> str:
         scores = [f"{entry.valid_acc:.4f}" if entry else "" for entry in (base, best)]
         points = format_points(history.change)
         rows.append((name, printable(history.state), width, *cells, *scores, points))
-    text, caution = table(header, rows, left=2), comparison_caution(histories)
-    return f"{text}\n\ncaution: {caution}" if caution else text
+    parts, caution = [table(header, rows, left=2)], comparison_caution(histories)
+    if options := differing_options(histories):
+        names = run_names(histories)
+        lines = [(name, *(v[i] for _, v in options)) for i, name in enumerate(names)]
+        parts.append(table(("run", *(flag for flag, _ in options)), lines))
+    parts += [f"caution: {caution}"] if caution else []
+    return "\n\n".join(parts)
 
 
 def _cost_text(value: float | None, cost: str) -> str:

@@ -1,0 +1,81 @@
+"""Runs compared: found under a folder, as a page, CSV and JSON, with the options that differ."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from support.commands import gammaslim
+from support.report_pages import entry, make_run, page, write_evaluations
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two runs at different depths, of which one was timed; a folder of figures is no run."""
+    one = make_run(tmp_path / "sweep" / "a")
+    two = make_run(
+        tmp_path / "sweep" / "more" / "b", (entry(0, 0.95, 2000), entry(1, 0.949, 500)), best=1
+    )
+    write_evaluations(one)
+    config = (two / "config.toml").read_text()
+    options = 'rate = 0.8\noutput = "x"\nmodel_arg = ["base=8", "width=2"]'
+    (two / "config.toml").write_text(config.replace("rate = 0.9", options))
+    (tmp_path / "sweep" / "figures").mkdir()
+    return tmp_path / "sweep"
+
+
+def test_the_runs_under_a_folder_are_compared(sweep: Path, tmp_path: Path) -> None:
+    done = gammaslim("report", sweep, sweep / "a", "--json", cwd=tmp_path)
+    assert (done.code, done.err) == (0, ""), done
+    record = json.loads(done.out)
+    assert [run["run"] for run in record["runs"]] == ["a", "b"]
+    assert record["runs"][0]["latency"] == {"rounds/00": 0.02, "rounds/02": 0.0125}
+    assert record["runs"][0]["relative"]["latency"] == 0.625
+    assert record["options"] == {"rate": ["0.9", "0.8"], "model-arg": ["", "base=8 width=2"]}
+    assert record["pareto"]["latency"] == [
+        {"path": str(sweep / "a"), "round": 2}, {"path": str(sweep / "a"), "round": 0},
+    ]  # fmt: skip
+    found = page(tmp_path / "report.html")
+    place = found.rows.index(["", "run", "--rate", "--model-arg"])
+    assert found.rows[place + 1 :] == [
+        ["1", "a", "0.9", ""], ["2", "b", "0.8", "base=8 width=2"],
+    ]  # fmt: skip
+    assert sorted(found.charts) == [
+        "pareto-bytes", "pareto-latency", "pareto-macs", "pareto-params",
+    ]  # fmt: skip
+    assert "12.5 ms (62.5%)" in found.rows[1]
+
+
+def test_the_csv_has_a_line_for_each_model(sweep: Path, tmp_path: Path) -> None:
+    done = gammaslim("report", sweep, "--csv", "-", cwd=tmp_path)
+    assert (done.code, done.err) == (0, ""), done
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    assert len(rows) == 6
+    assert [row["round"] for row in rows if row["recommended"] == "1"] == ["2", "1"]
+    best = rows[2]
+    assert (best["run"], best["valid_acc"]) == ("a", "0.895")
+    assert (best["latency"], best["pareto_latency"], best["pareto_params"]) == ("0.0125", "1", "0")
+    assert (best["points"], best["rate"], rows[5]["rate"]) == ("-0.5", "0.9", "0.8")
+    again = gammaslim("report", sweep, "--csv", tmp_path / "runs.csv", cwd=tmp_path)
+    assert (tmp_path / "runs.csv").read_text() == done.out
+    assert "--rate" in again.out
+    assert "12.5 ms" in again.out
+
+
+def test_runs_with_the_same_options_have_no_table_of_options(tmp_path: Path) -> None:
+    for name in "ab":
+        make_run(tmp_path / name)
+    done = gammaslim("report", tmp_path, "--output", tmp_path / "c.html", "--json")
+    assert json.loads(done.out)["options"] == {}
+    assert "Options on which" not in page(tmp_path / "c.html").text
+
+
+def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    done = gammaslim("report", tmp_path / "empty")
+    assert (done.code, done.out) == (66, "")
+    assert "is not a run folder, and has none inside" in done.err
