@@ -52,7 +52,7 @@ def _power(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class Series:
+class PlotSeries:
     """Points of one kind: a line, markers, or filled steps.
 
     A point that is not finite interrupts the line. ``names`` are texts at the points. The points
@@ -82,7 +82,7 @@ class Chart:
     caption: str
     x: Axis
     y: Axis
-    series: tuple[Series, ...]
+    series: tuple[PlotSeries, ...]
     marks: tuple[tuple[float, str], ...] = ()
     summary: str = ""
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from job.report.chart import Axis, Chart, Series
+    from job.report.chart import Axis, Chart, PlotSeries
 
 STYLE = {
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
@@ -64,7 +64,7 @@ def _draw(figure_class: Any, chart: Chart) -> bytes:
     return content.getvalue()
 
 
-def _draw_series(axes: Axes, series: Series) -> None:
+def _draw_series(axes: Axes, series: PlotSeries) -> None:
     color = PALETTE[series.color]
     label = series.label if series.in_legend else "_"
     xs, ys = [x for x, _ in series.points], [y for _, y in series.points]

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from job.errors import printable
-from job.report.chart import CYCLE, MARKERS, Axis, Chart, Series
+from job.report.chart import CYCLE, MARKERS, Axis, Chart, PlotSeries
 from job.report.comparison import COSTS, pareto_front
 
 if TYPE_CHECKING:
@@ -48,22 +48,26 @@ def accuracy_chart(history: History, cost: str) -> Chart | None:
     series = []
     pruned = [(x, 100 * e.valid_acc_pruned) for x, e in rounds if e.valid_acc_pruned is not None]
     if pruned:
-        series.append(Series("after the cut", tuple(pruned), "vermillion", "s", "--", filled=False))
+        series.append(
+            PlotSeries("after the cut", tuple(pruned), "vermillion", "s", "--", filled=False)
+        )
     recovered = [(x, 100 * e.valid_acc_recovered) for x, e in rounds if e.valid_acc_recovered]
     if recovered:
-        series.append(Series("after recovery", tuple(recovered), "green", "^", "-.", filled=False))
+        series.append(
+            PlotSeries("after recovery", tuple(recovered), "green", "^", "-.", filled=False)
+        )
     tuned = tuple((x, 100 * e.valid_acc) for x, e in rounds)
     names = tuple(e.name for _, e in rounds)
-    series.append(Series("after fine-tuning", tuned, "blue", "o", names=names))
+    series.append(PlotSeries("after fine-tuning", tuned, "blue", "o", names=names))
     costs = [x for x, _ in rounds]
     if history.base:
         level = 100 * history.base.valid_acc
         ends = ((min(costs), level), (max(costs), level))
-        series.append(Series("base", ends, "grey", dash=":"))
+        series.append(PlotSeries("base", ends, "grey", dash=":"))
     best = history.best
     if best and (x_best := history.cost(best, cost)) is not None:
         point = ((x_best, 100 * best.valid_acc),)
-        series.append(Series("recommended", point, "black", "ring", filled=False, line=False))
+        series.append(PlotSeries("recommended", point, "black", "ring", filled=False, line=False))
     words = "; ".join(
         f"{'base' if not e.round else f'round {e.round}'}: {COST_AXES[cost].text(x)}, "
         f"{e.valid_acc:.2%}"
@@ -81,7 +85,7 @@ def training_chart(history: History, metric: str) -> Chart | None:
     name, factor = ("accuracy", 100) if metric == "acc" else ("loss", 1)
     marker = "o" if len(history.epochs) <= MAX_POINTS else ""
     series = tuple(
-        Series(
+        PlotSeries(
             label,
             _by_round(history, lambda epoch, key=key: factor * getattr(epoch, key)),
             color,
@@ -118,7 +122,7 @@ def throughput_chart(history: History) -> Chart | None:
         "Images per second in training, by epoch",
         Axis("steps (batches) since the run began"),
         Axis("images per second"),
-        (Series("training", points, "green", "o" if len(points) <= MAX_POINTS else ""),),
+        (PlotSeries("training", points, "green", "o" if len(points) <= MAX_POINTS else ""),),
         marks=_round_marks(history),
         summary=f"Mean: {mean:,.0f} images per second",
     )
@@ -140,8 +144,8 @@ def channels_chart(history: History) -> Chart | None:
         Axis("layer", names=names),
         Axis("output channels"),
         (
-            Series("base", full, "pale", steps=True, names=names),
-            Series("kept", kept, "blue", steps=True, names=names),
+            PlotSeries("base", full, "pale", steps=True, names=names),
+            PlotSeries("kept", kept, "blue", steps=True, names=names),
         ),
         summary="Cut most: "
         + "; ".join(f"{printable(la.name)} keeps {la.kept} of {la.full}" for la in cut),
@@ -164,9 +168,9 @@ def sensitivity_chart(history: History) -> Chart | None:
         return None
     lines.sort(key=lambda line: -line[0])
     series = [
-        Series(group[-32:], points, CYCLE[number], MARKERS[number])
+        PlotSeries(group[-32:], points, CYCLE[number], MARKERS[number])
         if number < NAMED_GROUPS
-        else Series(group, points, "pale", in_legend=False)
+        else PlotSeries(group, points, "pale", in_legend=False)
         for number, (_, group, points) in enumerate(lines)
     ]
     highest = max(loss for line in lines for _, loss in line[2])
@@ -197,7 +201,7 @@ def gamma_chart(history: History) -> Chart | None:
         end = (gamma.max, 0.0)
         style = ("pale", "-", True) if name == "base" else ("blue", "-", False)
         series.append(
-            Series(f"{name}: {gamma.count:,}", (*points, end), style[0], dash="-",
+            PlotSeries(f"{name}: {gamma.count:,}", (*points, end), style[0], dash="-",
                    filled=style[2], steps=True)
         )  # fmt: skip
         words.append(f"{name}: {gamma.count:,} values up to {gamma.max:.3g}, {gamma.zeros:,} zero")
@@ -232,7 +236,7 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
             continue
         chosen = history.best or history.rounds[-1]
         series.append(
-            Series(
+            PlotSeries(
                 f"{number} {history.name[:24]}",
                 tuple(point for _, point in points),
                 CYCLE[(number - 1) % len(CYCLE)],
@@ -242,7 +246,7 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
             )
         )
     front = tuple(everything[index] for index in pareto_front(everything))
-    series.append(Series("Pareto front", front, "black", "ring", ":", filled=False))
+    series.append(PlotSeries("Pareto front", front, "black", "ring", ":", filled=False))
     return Chart(
         f"pareto-{cost}",
         f"Accuracy of all rounds of all runs against {COST_AXES[cost].label}, with the Pareto "

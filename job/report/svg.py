@@ -15,7 +15,7 @@ from job.report.chart import ticks
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from job.report.chart import Axis, Chart, Point, Series
+    from job.report.chart import Axis, Chart, PlotSeries, Point
 
 WIDTH, LEFT, RIGHT, BOTTOM, PLOT = 380, 50, 10, 40, 200  # pixels at full size
 NAMES = 74  # pixels below the axis for names of categories
@@ -53,9 +53,9 @@ class _Frame:
     chart: Chart
 
     @cached_property
-    def rows(self) -> list[list[Series]]:
-        """Series by row of the legend."""
-        rows: list[list[Series]] = [[]]
+    def rows(self) -> list[list[PlotSeries]]:
+        """PlotSeries by row of the legend."""
+        rows: list[list[PlotSeries]] = [[]]
         used = 0.0
         for series in self.chart.series:
             if not series.in_legend:
@@ -148,7 +148,7 @@ def _marks(frame: _Frame) -> Iterator[str]:
             last = x
 
 
-def _line(frame: _Frame, series: Series) -> Iterator[str]:
+def _line(frame: _Frame, series: PlotSeries) -> Iterator[str]:
     points = [(p, frame.place(p)) for p in series.points if math.isfinite(sum(p))]
     if series.line:
         path, pen = [], "M"
@@ -173,7 +173,7 @@ def _line(frame: _Frame, series: Series) -> Iterator[str]:
             )
 
 
-def _hover(chart: Chart, series: Series, number: int, point: Point) -> str:
+def _hover(chart: Chart, series: PlotSeries, number: int, point: Point) -> str:
     name = f" {series.names[number]}" if number < len(series.names) else ""
     x, y = (
         f"{axis.label}: {axis.text(v)}" for axis, v in zip((chart.x, chart.y), point, strict=True)
@@ -181,7 +181,7 @@ def _hover(chart: Chart, series: Series, number: int, point: Point) -> str:
     return _text(f"{series.label}{name}; {x}; {y}")
 
 
-def _steps(frame: _Frame, series: Series) -> Iterator[str]:
+def _steps(frame: _Frame, series: PlotSeries) -> Iterator[str]:
     """Draw filled or outlined columns; each column has a text to hover if there are names."""
     base = frame.place((0, 0))[1]
     path = ""
@@ -231,7 +231,7 @@ def _legend(frame: _Frame) -> Iterator[str]:
             x += 30 + LETTER * len(series.label)
 
 
-def _sample(series: Series, x: float, y: float) -> str:
+def _sample(series: PlotSeries, x: float, y: float) -> str:
     if series.steps and series.filled:
         return f'<path class="area {series.color}" d="M{x:.1f} {y - 4}h18v8h-18z"/>'
     found = ""
