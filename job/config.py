@@ -189,6 +189,12 @@ class SlimmingConfig:
         "Compensation for removed channels in the next layers: none, the activation of β (beta), "
         "the mean activation (mean), or weights refitted to the previous outputs (regress).",
     )
+    calibration_images: int | None = option(
+        None,
+        "Images that the cut is measured on and fitted to, without their labels.",
+        default_text="4096, or fewer above 64 pixels: 512 at 224",
+        at_least=1,
+    )
     recalibrate: int = option(
         0, "Number of batches that re-estimate BatchNorm statistics after a cut.", at_least=0
     )

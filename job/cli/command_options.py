@@ -133,6 +133,7 @@ class SlimOptions(ImageOptions):
     compensate: CompensationName | None = shared(
         PruneConfig, "compensate", default=None, default_text="regress with --data, else none"
     )
+    calibration_images: int | None = shared(PruneConfig, "calibration_images")
     recalibrate: int = shared(
         PruneConfig,
         "recalibrate",
@@ -200,6 +201,7 @@ class SensitivityOptions(ImageOptions):
         "params, macs or bytes, as a fraction of MODEL's base (at most 1) or an absolute number.",
         default_text=None,
     )
+    calibration_images: int | None = shared(PruneConfig, "calibration_images")
     round_to: int = shared(PruneConfig, "round_to")
     min_keep: float = shared(PruneConfig, "min_keep")
     seed: int = shared(PruneConfig, "seed", help="Seed of the image order.")

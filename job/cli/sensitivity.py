@@ -78,7 +78,13 @@ def _measure(
     network.to(accelerator.device)
     workers = loader_workers(options, accelerator.device)
     calibration = Calibration(
-        images.calibration, card.preprocessing, accelerator, workers, options.seed, progress=tick
+        images.calibration,
+        card.preprocessing,
+        accelerator,
+        workers,
+        options.seed,
+        most=options.calibration_images,
+        progress=tick,
     )
     image, allocation, base = example_image(card.preprocessing.size), None, None
     if budget:

@@ -133,7 +133,12 @@ def _open(model: ModelOptions, options: SlimOptions) -> tuple[nn.Module, ModelCa
     workers = loader_workers(options, accelerator.device)
     images.fit(card)
     calibration = Calibration(
-        images.calibration, card.preprocessing, accelerator, workers, options.seed
+        images.calibration,
+        card.preprocessing,
+        accelerator,
+        workers,
+        options.seed,
+        most=options.calibration_images,
     )
     if images.scoring is None:
         return network, card, _Tools(images, calibration)

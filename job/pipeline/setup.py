@@ -199,7 +199,8 @@ def build_tools(setup: Setup) -> Setup:
             *shared,
             config.seed,
             setup.watch,
-            most=config.batch_size if config.dry_run else None,  # a trial takes one batch
+            # a trial takes one batch
+            most=config.batch_size if config.dry_run else config.calibration_images,
             progress=None if config.dry_run else tick,
         ),
     )

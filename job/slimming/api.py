@@ -62,6 +62,7 @@ def slim(
     recalibrate: int = 0,
     recover: int = 0,
     calibration: Iterable[Any] | None = None,
+    calibration_images: int | None = None,
     ignore: Iterable[str | nn.Module] = (),
 ) -> tuple[nn.Module, Plan]:
     """Return a narrow copy of ``model``, verified in float64, and the plan of the cut.
@@ -70,9 +71,9 @@ def slim(
     of inputs, or a dict of keyword arguments. Only its sizes and integers matter.
 
     ``calibration`` is an iterable of batches like the example, or of pairs of such a batch and its
-    labels (B,). At most a few thousand images are used. It is required by the compensations
-    ``mean`` and ``regress``, the importances ``refit`` and ``taylor`` (which also needs labels),
-    ``recover``, and ``recalibrate``.
+    labels (B,). The first ``calibration_images`` are used, by default at most 4,096, or 512 of 224
+    pixels. It is required by the compensations ``mean`` and ``regress``, the importances ``refit``
+    and ``taylor`` (which also needs labels), ``recover``, and ``recalibrate``.
 
     If ``importance`` or ``compensate`` is None, the best choice is made and logged to the logger
     ``gammaslim``: ``refit`` and ``regress`` with ``calibration``, else ``gamma`` and ``none``.
@@ -105,13 +106,15 @@ def slim(
     """
     check_network(model)
     _check_choices(policy, importance, compensate, allocate, depth)
+    if calibration_images is not None:
+        check_number("calibration_images", calibration_images, 1)
     check_number("recalibrate", recalibrate, 0)
     check_number("recover", recover, 0)
     allocation = _allocation(policy, target, round_to, min_keep)
     inputs, names = example_of(model, example), ignored_layers(model, ignore)
     with _naming_arguments():
         graph = _analyse_example(model, inputs, names)
-        images = _read_images(model, inputs, calibration, recalibrate, recover)
+        images = _read_images(model, inputs, calibration, calibration_images, recalibrate, recover)
         batches = (lambda: images) if images else None
         method, reason = choose_method(
             importance, compensate, allocate, images=bool(images), depth=depth, policy=policy
@@ -131,6 +134,7 @@ def sensitivity(
     example: Any,
     *,
     calibration: Iterable[Any],
+    calibration_images: int | None = None,
     ignore: Iterable[str | nn.Module] = (),
     target: str | None = None,
 ) -> Sensitivity:
@@ -143,9 +147,10 @@ def sensitivity(
     relative to the squares of the outputs. ``print(result)`` shows a table, ``result.to_dict()``
     returns plain values for JSON.
 
-    ``example``, ``calibration`` and ``ignore`` are those of ``slim``; labels are not used. With a
-    ``target``, e.g. "macs=0.5", each row also has the number of channels that ``slim`` keeps with
-    the same ``calibration`` and its other defaults. ``model`` is not changed.
+    ``example``, ``calibration``, ``calibration_images`` and ``ignore`` are those of ``slim``;
+    labels are not used. With a ``target``, e.g. "macs=0.5", each row also has the number of
+    channels that ``slim`` keeps with the same ``calibration`` and its other defaults. ``model`` is
+    not changed.
 
     Raises UsageError for invalid arguments, a network that does not run on ``example``, or a target
     that is out of reach; DataError for weights or inputs of layers that are not finite.
@@ -163,7 +168,7 @@ def sensitivity(
     inputs, names = example_of(model, example), ignored_layers(model, ignore)
     with _naming_arguments():
         graph = _analyse_example(model, inputs, names)
-        images = read_batches(model, inputs, calibration)
+        images = read_batches(model, inputs, calibration, most=calibration_images)
         with _preserve_weights(model, runs=True):
             return measure_sensitivity(model, graph, lambda: images, inputs, allocation)
 
@@ -192,12 +197,13 @@ def _read_images(
     model: nn.Module,
     inputs: Example,
     calibration: Iterable[Any] | None,
+    calibration_images: int | None,
     recalibrate: int,
     recover: int,
 ) -> list[CalibrationBatch]:
     """Return the batches of ``calibration``; none without it, where no option needs them."""
     if calibration is not None:
-        return read_batches(model, inputs, calibration, recalibrate)
+        return read_batches(model, inputs, calibration, recalibrate, calibration_images)
     if recalibrate or recover:
         option = "recalibrate" if recalibrate else "recover"
         raise UsageError(f"{option} needs calibration batches")

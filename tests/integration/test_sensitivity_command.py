@@ -168,11 +168,11 @@ def test_weights_of_a_factory_and_images_without_labels(tmp_path: Path) -> None:
     torch.save(names["tiny"]().state_dict(), tmp_path / "w.pt")
     done = measure(
         "w.pt", "--model", "nets:tiny", "--num-classes", 4, "--data", "photos", "--image-size", 32,
-        "--json", cwd=tmp_path,
+        "--calibration-images", 4, "--json", cwd=tmp_path,
     )  # fmt: skip
     record = json.loads(done.out)
     assert [row["group"] for row in record["groups"]] == ["0", "3"]
-    assert (record["images"], record["image_size"]) == (5, 32)
+    assert (record["images"], record["image_size"]) == (4, 32)
     assert record["blocked"] == [{"layer": "8", "channels": 4, "reason": "the network's output"}]
 
 

@@ -30,19 +30,25 @@ FORMS = "calibration is an iterable of batches, e.g. [images] or a DataLoader"
 
 
 def read_batches(
-    model: nn.Module, example: Example, calibration: Any, least: int = 0
+    model: nn.Module,
+    example: Example,
+    calibration: Any,
+    least: int = 0,
+    most: int | None = None,
 ) -> list[CalibrationBatch]:
     """Return the first batches of ``calibration``, on the network's device and in its dtype.
 
-    At least ``least`` batches are read, and no more than there are images to use. A batch has the
-    form of the ``example``, or is a pair of such inputs and labels (B,). Only the keys of the
-    example are used of a dict. Raises UsageError for anything else, or if there is no batch.
+    At least ``least`` batches are read, and no more images than ``most``, by default as many as
+    ``image_limit`` returns. A batch has the form of the ``example``, or is a pair of such inputs
+    and labels (B,). Only the keys of the example are used of a dict. Raises UsageError for anything
+    else, or if there is no batch.
     """
     if isinstance(calibration, (torch.Tensor, str, Mapping)) or not isinstance(
         calibration, Iterable
     ):
         raise UsageError(f"{FORMS}; got {kind_of(calibration)}")
-    most = image_limit(min(next(tensors_in(example)).shape[2:], default=0))
+    if most is None:
+        most = image_limit(min(next(tensors_in(example)).shape[2:], default=0))
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     batches: list[CalibrationBatch] = []
     count, seen = 0, {batch_signature(example)}  # the network was traced on the example

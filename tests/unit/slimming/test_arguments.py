@@ -115,6 +115,8 @@ def test_no_more_batches_are_taken_than_are_measured(
     assert len(taken) == 24 // 4
     job.slim(network, EXAMPLE, calibration=watched, recalibrate=9)
     assert len(taken) == 24 // 4 + 9
+    job.slim(network, EXAMPLE, calibration=watched, calibration_images=13)
+    assert len(taken) == 24 // 4 + 9 + 4
 
 
 @pytest.mark.parametrize(
