@@ -7,10 +7,13 @@ A value is taken from the command line, the environment, a TOML file or the defa
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from job.errors import UsageError
 from job.options import option
+
+if TYPE_CHECKING:
+    from job.files import JsonObject
 
 ResumeMode = Literal["auto", "never", "require"]
 BadImageMode = Literal["fail", "skip"]
@@ -394,11 +397,11 @@ class PruneConfig(  # Python orders the fields of the last base first
         return None
 
     @property
-    def args(self) -> dict[str, Any]:
+    def args(self) -> dict[str, int | float | bool | str]:
         """``--model-arg`` as keyword arguments."""
         return dict(self.model_arg)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The options that are not None, as values of TOML."""
         values = asdict(self) | {"model_arg": [f"{key}={value}" for key, value in self.model_arg]}
         lists = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}

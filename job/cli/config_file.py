@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +15,8 @@ from job.files import parse_toml, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from job.files import JsonObject
 
 RUN_TABLES = {"versions", "dataset", "base"}  # further tables of a run's config.toml
 WHOLE_NUMBERS = (type(click.INT), RoundCount, ProcessCount)
@@ -58,7 +60,7 @@ def _recipes() -> list[str]:
     )
 
 
-def _read_config(source: str) -> tuple[str, dict[str, Any]]:
+def _read_config(source: str) -> tuple[str, JsonObject]:
     """Read a recipe or a TOML file; return its name for messages, and its tables.
 
     Raises InputNotFound, or ConfigError for a file that cannot be read or is not valid TOML.
@@ -83,8 +85,8 @@ def _read_config(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def _values_of(
-    tables: dict[str, Any], name: str, command: str, commands: set[str], options: Iterable[str]
-) -> dict[str, Any]:
+    tables: JsonObject, name: str, command: str, commands: set[str], options: Iterable[str]
+) -> JsonObject:
     """Select the values of ``command``: keys at the top and in ``[command]``, by option name.
 
     Tables of other commands and of a run's own config.toml are ignored. Raises ConfigError for
@@ -109,7 +111,7 @@ def _values_of(
     return values
 
 
-def _check_value(ctx: click.Context, option: click.Option, where: str, value: Any) -> None:
+def _check_value(ctx: click.Context, option: click.Option, where: str, value: object) -> None:
     """Raise ConfigError unless ``option`` takes ``value``, which has a TOML type."""
     if isinstance(option.type, WHOLE_NUMBERS) and type(value) not in (int, str):
         raise ConfigError(f"{where}: not a whole number")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from job.cli.class_matching import in_classes_of
 from job.cli.evaluation_images import loader_workers, open_evaluation_images
@@ -45,16 +45,31 @@ def evaluate(model: ModelOptions, options: EvaluateOptions, as_json: bool) -> No
     )
     cautions = [caution for caution in possible if caution]
     if as_json:
-        record = _evaluation_record(result, names, images.data, images.name)
-        print_result(json.dumps(record | {"cautions": cautions}, indent=1))
+        record = _evaluation_json(result, names, images.data, images.name, cautions)
+        print_result(json.dumps(record, indent=1))
     else:
         print_result(_evaluation_text(result, names, images.data, images.name))
         say_cautions(cautions)
 
 
-def _evaluation_record(
-    result: Evaluation, names: tuple[str, ...], data: Dataset, split: str
-) -> dict[str, Any]:
+class EvaluationJson(TypedDict):
+    """What ``--json`` prints; the accuracy of a class without images is None."""
+
+    data: str
+    split: str
+    count: int
+    loss: float
+    accuracy: float
+    class_accuracy: dict[str, float | None]
+    confusion: list[list[int]]
+    class_names: list[str]
+    skipped: list[str]
+    cautions: list[str]
+
+
+def _evaluation_json(
+    result: Evaluation, names: tuple[str, ...], data: Dataset, split: str, cautions: list[str]
+) -> EvaluationJson:
     return {
         "data": data.root,
         "split": split,
@@ -65,6 +80,7 @@ def _evaluation_record(
         "confusion": result.confusion.tolist(),
         "class_names": list(names),
         "skipped": [shown(name) for name in data.skipped],
+        "cautions": cautions,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import find_run_data
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from job.artifacts.model_card import ModelCard
     from job.cli.command_options import ModelOptions, SensitivityOptions
+    from job.files import JsonObject
     from job.slimming.sensitivity.record import Sensitivity
 
 _STDOUT = "-"
@@ -108,6 +109,6 @@ def _data(model: ModelOptions, options: SensitivityOptions) -> str:
     return find_run_data(model.path, lineage)
 
 
-def _record(card: ModelCard, measured: Sensitivity) -> dict[str, Any]:
+def _record(card: ModelCard, measured: Sensitivity) -> JsonObject:
     facts = {"model": card.model, "width": card.width, "image_size": card.preprocessing.size}
     return {**facts, **measured.to_dict()}

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict
 
 from job.data.geometry import INTERPOLATIONS, MAX_RESIZE, Resize, parse_channels
 from job.data.preprocessing import Preprocessing
@@ -21,6 +21,17 @@ BySize = Callable[[int | None], Preprocessing]
 
 TIMM_FITS = {"center": "shorter", "squash": "both", "border": "longer"}
 AUGMENTATION = "imagenet"  # the preset closest to both packages' ImageNet recipes
+
+
+class TimmConfig(TypedDict):
+    """How timm prepares the images of a model; ``input_size`` is (C, H, W)."""
+
+    input_size: tuple[int, int, int]
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    crop_mode: str
 
 
 @cache
@@ -88,7 +99,7 @@ def scaled(preprocessing: Preprocessing, size: int | None) -> Preprocessing:
     return replace(preprocessing, size=size, resize=resize)
 
 
-def _timm_config(name: str, option: str) -> dict[str, Any]:
+def _timm_config(name: str, option: str) -> TimmConfig:
     if importlib.util.find_spec("timm") is None:
         raise UsageError(f"{option} needs the package timm: pip install timm")
     import timm
@@ -106,7 +117,7 @@ def _timm_config(name: str, option: str) -> dict[str, Any]:
             f"{option}: {architecture} has no weights of that name; it has {', '.join(tagged)}"
         ) from error
     assert pretrained_cfg
-    config: dict[str, Any] = resolve_data_config(pretrained_cfg=pretrained_cfg.to_dict())
+    config: TimmConfig = resolve_data_config(pretrained_cfg=pretrained_cfg.to_dict())
     return config
 
 

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -38,11 +39,10 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec) -> None:
         # the agent waits that long only after a SIGHUP or SIGQUIT, which we do not handle
-        parameters = inspect.signature(LocalElasticAgent.__init__).parameters
-        wait: dict[str, Any] = {}
-        if "shutdown_timeout" in parameters:
-            wait["shutdown_timeout"] = SHUTDOWN_TIMEOUT
-        super().__init__(spec, DefaultLogsSpecs(), **wait)
+        if "shutdown_timeout" in inspect.signature(LocalElasticAgent.__init__).parameters:
+            super().__init__(spec, DefaultLogsSpecs(), shutdown_timeout=SHUTDOWN_TIMEOUT)
+        else:
+            super().__init__(spec, DefaultLogsSpecs())
         self.pids: list[int] = []
         self.asked: list[int] = []  # signals received, in order
         self._starting = threading.Lock()
@@ -108,14 +108,17 @@ def run_agent(command: Sequence[str], nproc: int, nodes: Nodes) -> int:
 
 
 def _rendezvous_parameters(nodes: Nodes) -> RendezvousParameters:
-    count = nodes.count
-    shared: dict[str, Any] = {"min_nodes": count, "max_nodes": count, "timeout": RENDEZVOUS_TIMEOUT}
-    if count == 1:
+    shared = partial(
+        RendezvousParameters,
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        timeout=RENDEZVOUS_TIMEOUT,
+    )
+    if nodes.count == 1:
         # c10d finds a free port of this host
-        shared |= {"local_addr": "127.0.0.1", "is_host": True}
-        return RendezvousParameters("c10d", "127.0.0.1:0", uuid.uuid4().hex, **shared)
-    address = f"{nodes.address}:{nodes.port}"
-    return RendezvousParameters("static", address, "gammaslim", rank=nodes.rank, **shared)
+        address, run_id = "127.0.0.1:0", uuid.uuid4().hex
+        return shared("c10d", address, run_id, local_addr="127.0.0.1", is_host=True)
+    return shared("static", f"{nodes.address}:{nodes.port}", "gammaslim", rank=nodes.rank)
 
 
 def _exit_code(failures: list[ProcessFailure], asked: list[int]) -> int:

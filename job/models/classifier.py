@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -98,8 +96,7 @@ def _outputs(layer: nn.Module) -> int:
 
 def _with_outputs(layer: nn.Module, outputs: int) -> nn.Module:
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    options: dict[str, Any] = {"bias": layer.bias is not None}
-    options |= {"device": weight.device, "dtype": weight.dtype}
+    bias, device, dtype = layer.bias is not None, weight.device, weight.dtype
     if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, outputs, **options)
-    return nn.Conv2d(weight.shape[1], outputs, 1, **options)
+        return nn.Linear(layer.in_features, outputs, bias, device, dtype)
+    return nn.Conv2d(weight.shape[1], outputs, 1, bias=bias, device=device, dtype=dtype)

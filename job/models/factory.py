@@ -44,7 +44,7 @@ NETWORKS = {
 }
 # Default arguments of torchvision's constructors. Auxiliary classifiers help only in training from
 # scratch; torchvision prints a warning if init_weights is missing.
-TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
+TORCHVISION_ARGS = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }

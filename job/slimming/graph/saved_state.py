@@ -16,7 +16,7 @@ import torch
 
 if TYPE_CHECKING:
     import types
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 ABSENT = object()
 
@@ -49,8 +49,8 @@ class SavedContainer(NamedTuple):
 class SavedGlobals(NamedTuple):
     """Values of some names in a module; ABSENT for names without a value."""
 
-    space: dict[str, Any]
-    names: dict[str, Any]
+    space: dict[str, object]
+    names: Mapping[str, object]
 
     def restore(self) -> Iterable[Any]:
         """Restore the names."""
@@ -67,7 +67,7 @@ class SavedClass(NamedTuple):
     """Attributes of a class."""
 
     kind: type
-    before: dict[str, Any]
+    before: Mapping[str, object]
 
     def restore(self) -> Iterable[Any]:
         """Restore the attributes."""
@@ -122,7 +122,7 @@ class SavedSlots(NamedTuple):
     """Values of the ``__slots__`` of an object."""
 
     owner: Any
-    before: dict[str, Any]
+    before: Mapping[str, object]
 
     def restore(self) -> Iterable[Any]:
         """Restore the attributes, bypassing any ``__setattr__`` of the class."""

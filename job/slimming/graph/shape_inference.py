@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 
-def infer_result(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+def infer_result(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> torch.Tensor | None:
     """Return the result of the op ``name`` on meta tensors; None if torch must run it."""
     rule = SHAPE_RULES.get(name)
     return None if rule is None else rule(*args, **kwargs)

@@ -28,7 +28,7 @@ from job.slimming.inputs import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from job.slimming.graph.snapshot import Snapshot, TensorPlace
     from job.slimming.inputs import Example
@@ -48,7 +48,7 @@ class Op:
     name: str
     function: Any
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: Mapping[str, Any]
     result: Any
     inputs: tuple[torch.Tensor, ...]
     results: tuple[torch.Tensor, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
@@ -170,7 +170,7 @@ def _named_tensors(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[st
         for name, _, _, tensor in tensors_of(network)
         if name_of.setdefault(id(tensor), name) == name
     }
-    state: dict[str, Any] = network.state_dict(keep_vars=True)
+    state: dict[str, object] = network.state_dict(keep_vars=True)
     keys = {key: name_of[id(value)] for key, value in state.items() if id(value) in name_of}
     return tensors, keys
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 from job.errors import DataError
+
+if TYPE_CHECKING:
+    from job.files import JsonObject
 
 Kept = tuple[int, ...]
 SIDES = {"out": "out", "in": "in_", "select": "select"}
@@ -43,17 +46,17 @@ class LayerChannels:
             later.norm or self.norm,
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the record stored in model.json."""
         sides = {side: getattr(self, name) for side, name in SIDES.items()}
-        record: dict[str, Any] = {side: list(kept) for side, kept in sides.items() if kept}
+        record: JsonObject = {side: list(kept) for side, kept in sides.items() if kept}
         record |= {"bias": True} if self.bias else {}
         empty = [side for side, kept in sides.items() if kept == ()]
         record |= {"empty": empty} if empty else {}
         return record | ({"norm": self.norm} if self.norm else {})
 
     @classmethod
-    def from_dict(cls, values: Any) -> LayerChannels:
+    def from_dict(cls, values: object) -> LayerChannels:
         """Read the record of model.json; raises DataError."""
         error = DataError("a layer's kept channels are not lists of rising indices")
         if not isinstance(values, dict) or type(values.get("bias", False)) is not bool:
@@ -61,18 +64,21 @@ class LayerChannels:
         norm, empty = values.get("norm"), values.get("empty", [])
         if not isinstance(norm, str | None) or not isinstance(empty, list):
             raise error
-        kept: dict[str, Any] = {name: values.get(side) for side, name in SIDES.items()}
-        if not all(indices is None or _are_rising(indices) for indices in kept.values()):
-            raise error
+        kept: dict[str, Kept | None] = {}
+        for side, name in SIDES.items():
+            indices = values.get(side)
+            if not (indices is None or _are_rising(indices)):
+                raise error
+            kept[name] = None if indices is None else tuple(indices)
         for side in empty:
             if side not in list(SIDES) or kept[SIDES[side]] is not None:
                 raise DataError(f"a layer keeps none and some of its channels on the side {side!r}")
             kept[SIDES[side]] = ()
-        indices = {name: None if each is None else tuple(each) for name, each in kept.items()}
-        return cls(**indices, bias=values.get("bias", False), norm=norm)
+        bias = values.get("bias", False)
+        return cls(kept["out"], kept["in_"], kept["select"], bias, norm)
 
 
-def _are_rising(kept: Any) -> bool:
+def _are_rising(kept: object) -> bool:
     return (
         isinstance(kept, list)
         and bool(kept)

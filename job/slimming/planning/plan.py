@@ -99,7 +99,7 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
 
     Layers that keep all of their channels are left out.
     """
-    layers: dict[str, dict[str, Any]] = {}
+    layers: dict[str, dict[str, Kept]] = {}
     for slot in graph.slots:
         kept = keep[slot.ids]
         if kept.all():
@@ -111,7 +111,10 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
                 sides["in_"] = _indices(kept[:: slot.times])
         else:
             sides[SIDES[slot.side]] = _indices(kept)
-    plan = {layer: LayerChannels(**sides) for layer, sides in layers.items()}
+    plan = {
+        layer: LayerChannels(sides.get("out"), sides.get("in_"), sides.get("select"))
+        for layer, sides in layers.items()
+    }
     for layer, channels in plan.items():
         if channels.is_constant and (norm := folded_norm(graph, layer)):
             plan[layer] = replace(channels, norm=norm)

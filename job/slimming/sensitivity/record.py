@@ -9,12 +9,14 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from job.console import counted, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from job.files import JsonObject
 
 LOSS_NAMES = {
     "kl": "KL divergence of the softmax, in nats",
@@ -90,7 +92,7 @@ class Sensitivity:
     rows: tuple[GroupSensitivity, ...] = field(metadata={"key": "groups"})
     blocked: tuple[UncutChannels, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return plain values for JSON; the key of ``rows`` is ``groups``."""
         return {
             "loss": self.loss,
