@@ -61,7 +61,7 @@ def gammaslim() -> None:
 @gammaslim.command("prune", cls=Command)
 @click_options(PruneConfig)
 def prune_command(**options: Any) -> None:
-    """Train or load a base network, slim and fine-tune it in rounds."""
+    """Train or load a network, slim and fine-tune it in rounds."""
     config = PruneConfig(**options)
     with starting():
         ensure_processes()
@@ -183,7 +183,7 @@ def inspect_command(json: bool, **options: Any) -> None:
 )
 @json_option
 def sensitivity_command(csv: str | None, json: bool, **options: Any) -> None:
-    """Show what the outputs lose when each channel group is reduced.
+    """Show what outputs lose when each channel group is reduced.
 
     Each group alone keeps 90, 75, 50, 25 and 0 % of its channels, the most important ones, and the
     next layers are refitted, as in a cut. Nothing is cut. The loss is the KL divergence of the

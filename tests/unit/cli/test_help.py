@@ -109,3 +109,9 @@ def test_the_list_of_commands_shows_whole_sentences() -> None:
     listed = invoke("--help").output.split("Commands:\n")[1]
     assert len(listed.splitlines()) == len(gammaslim.commands)
     assert all(line.endswith(".") and not line.endswith("...") for line in listed.splitlines())
+
+
+def test_the_summary_of_each_command_is_whole() -> None:
+    listing = CliRunner().invoke(gammaslim, ["--help"]).output.partition("Commands:")[2]
+    assert "sensitivity" in listing
+    assert "..." not in listing
