@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ResumeMode = Literal["auto", "never", "require"]
 BadImageMode = Literal["fail", "skip"]
+CacheMode = Literal["auto", "off", "ram", "disk"]
 PresetName = Literal["homework", "small", "imagenet"]
 WeightsPackage = Literal["timm", "torchvision"]  # whose preprocessing --transform can take
 InterpolationName = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
@@ -52,6 +53,28 @@ class DataConfig:
         changes_result=False,  # the fingerprint of the content is compared instead
     )
     on_bad_image: BadImageMode = option("fail", "What to do with an image that cannot be read.")
+    cache: CacheMode = option(
+        "auto",
+        "Cache of decoded images, shared by all processes of a node: on disk, where later runs "
+        "find it, in memory (ram), or none (off). auto: disk or memory with ample space, else "
+        "none. Results are the same.",
+        changes_result=False,
+    )
+    cache_dir: str | None = option(
+        None,
+        "Folder of the cache, best on a local disk.",
+        metavar="PATH",
+        default_text="SLURM_TMPDIR or TMPDIR; with --cache disk else the run folder",
+        changes_result=False,
+    )
+    cache_max_side: int | None = option(
+        None,
+        "Reduce images to this many pixels on their longer side before anything else. For large "
+        "photographs; it changes what the network sees.",
+        at_least=1,
+        default_text="no limit",
+        changes_result=False,  # whether an image is larger is compared instead
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,9 +362,13 @@ class PruneConfig(  # Python orders the fields of the last base first
 
     def __post_init__(self) -> None:
         """Raise UsageError for options that contradict each other."""
-        for name in ("data", "output", "weights", "teacher"):
+        for name in ("data", "output", "weights", "teacher", "cache_dir"):
             if getattr(self, name) == "":  # e.g. a shell variable that is not set
-                raise UsageError(f"--{name} is empty: give a path, or leave the option out")
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is empty: give a path, or leave the option out"
+                )
+        if self.cache_dir and self.cache in ("off", "ram"):
+            raise UsageError(f"--cache-dir has no effect with --cache {self.cache}: leave one out")
         if self.sparsity != "none" and not self.sparsity_epochs:
             raise UsageError(
                 f"--sparsity {self.sparsity} needs --sparsity-epochs: add e.g. --sparsity-epochs 10"

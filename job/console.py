@@ -244,6 +244,14 @@ def counted(number: float, noun: str) -> str:
     return f"{rounded} {noun}" + ("" if rounded == "1" else ending)
 
 
+def amount(count: int) -> str:
+    """Format ``count`` bytes to two digits: 1.2 GB."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{float(f'{count / size:.2g}'):g} {unit}"
+    return counted(count, "byte")
+
+
 def span(seconds: float) -> str:
     """Return a time in words, to about two digits: 40 s, 12 min, 3 h 20 min, 2 days 5 h."""
     minutes = round(seconds / 60)

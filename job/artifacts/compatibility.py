@@ -85,6 +85,12 @@ def _other_origin(
         return other_run_error(
             f"{run} was begun on other data", ": type the same --data to resume it"
         )
+    began = tables.get("dataset", {}).get("max_side")
+    if dataset is not None and began != dataset.max_side:
+        texts = [option_text("cache_max_side", side) for side in (began, dataset.max_side)]
+        return other_run_error(
+            _difference(run, texts[:1], texts[1:]), f": {_advice(texts[:1])} to resume it"
+        )
     if base is None:
         return None
     stored, present = tables.get("base"), to_json(base)

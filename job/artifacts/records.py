@@ -260,6 +260,7 @@ class DatasetRecord:
     training: int
     validation: int
     skipped: tuple[str, ...]
+    max_side: int | None = None  # of the images, if --cache-max-side reduces any
     fingerprint: str
 
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from job.data.geometry import limited_size
+
 if TYPE_CHECKING:
+    from job.data.geometry import Croppable
     from job.data.sample_order import Draw
 
 MAX_ANGLE = 15.0  # degrees
@@ -19,7 +22,7 @@ MAX_ASPECT_RATIO = 64  # of an image that is resized by its shorter side
 
 
 def augment_homework(
-    image: Image.Image, draw: Draw, size: int, _resampling: Image.Resampling
+    image: Croppable, draw: Draw, size: int, _resampling: Image.Resampling
 ) -> Image.Image:
     """Take a random crop, flip and rotate; sides that are too short are padded symmetrically.
 
@@ -31,17 +34,17 @@ def augment_homework(
     top = draw_offset(draw.top, image.height + 2 * short_y - size)
     across = (0, image.width) if short_x else (left, left + size)
     down = (0, image.height) if short_y else (top, top + size)
-    image = image.crop((across[0], down[0], across[1], down[1]))
+    crop = image.crop((across[0], down[0], across[1], down[1]))
     if short_x or short_y:
         margins = [(short_y, short_y), (short_x, short_x), (0, 0)]
-        image = Image.fromarray(np.pad(np.asarray(image), margins, "symmetric"))
+        padded = Image.fromarray(np.pad(np.asarray(crop), margins, "symmetric"))
         left, top = left * bool(short_x), top * bool(short_y)
-        image = image.crop((left, top, left + size, top + size))
-    return _flip(image, draw).rotate((2 * draw.angle - 1) * MAX_ANGLE)
+        crop = padded.crop((left, top, left + size, top + size))
+    return _flip(crop, draw).rotate((2 * draw.angle - 1) * MAX_ANGLE)
 
 
 def augment_small(
-    image: Image.Image, draw: Draw, size: int, _resampling: Image.Resampling
+    image: Croppable, draw: Draw, size: int, _resampling: Image.Resampling
 ) -> Image.Image:
     """Pad by 4 pixels, take a random crop, flip. Smaller images are centred in ``size`` first."""
     left = _small_offset(image.width, size, draw.left)
@@ -50,7 +53,7 @@ def augment_small(
 
 
 def augment_imagenet(
-    image: Image.Image, draw: Draw, size: int, resampling: Image.Resampling
+    image: Croppable, draw: Draw, size: int, resampling: Image.Resampling
 ) -> Image.Image:
     """Crop a random area and aspect ratio, resize to ``size`` x ``size``, flip.
 
@@ -63,8 +66,8 @@ def augment_imagenet(
     height = min(image.height, max(1, round(math.sqrt(area / ratio))))
     top = draw_offset(draw.top, image.height - height)
     left = draw_offset(draw.left, image.width - width)
-    image = image.crop((left, top, left + width, top + height))
-    return _flip(image.resize((size, size), resampling), draw)
+    crop = image.crop((left, top, left + width, top + height))
+    return _flip(crop.resize((size, size), resampling), draw)
 
 
 def augment_small_arrays(images: Any, draws: list[Draw], size: int) -> np.ndarray[Any, Any]:
@@ -119,7 +122,7 @@ def center_offset(side: int, size: int) -> int:
     return -((size - side) // 2) if side < size else round((side - size) / 2)
 
 
-def crop_long_ends(image: Image.Image) -> Image.Image:
+def crop_long_ends(image: Croppable) -> Croppable:
     """Crop the ends of images more than 64 times as long as wide, which the centre crop omits.
 
     Without this, an image of 1,000,000 x 1 pixels would be resized to 256 million pixels.
@@ -131,6 +134,12 @@ def crop_long_ends(image: Image.Image) -> Image.Image:
     return image.crop(
         (left, top, min(image.width, left + max_length), min(image.height, top + max_length))
     )
+
+
+def limit_side(image: Croppable, max_side: int | None) -> Croppable:
+    """Reduce an image with a side longer than ``max_side`` pixels, in proportion."""
+    size = limited_size(image.size, max_side)
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def resampling(interpolation: str) -> Image.Resampling:

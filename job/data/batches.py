@@ -14,8 +14,7 @@ from job.data.splits import UNLABELLED, ArraySplit, Split
 from job.errors import DataError, StorageError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
+    from job.data.geometry import Croppable
     from job.data.preprocessing import Preprocessing
     from job.data.sample_order import Draw
 
@@ -97,7 +96,7 @@ class ImageReader:
         self.split = split
         self.reasons: dict[int, str] = {}  # by index of an image that could not be read
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int) -> Croppable:
         """Return image ``index``, or the next readable image of its class.
 
         Raises StorageError, and DataError when the split is not lenient or no image is left.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from job.config import InterpolationName
 from job.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 INTERPOLATIONS = get_args(InterpolationName)
 FITS = {"shorter": "", "both": "x", "longer": "longer:"}  # resized sides -> spelling of the option
@@ -17,7 +20,30 @@ MIN_STD = 1e-4  # one of 255 grey levels is 0.004
 MAX_SHARE = 2.0  # a crop up to this is a share of the resized side, above it pixels
 
 Size = tuple[int, int]  # width and height in pixels
+Box = tuple[int, int, int, int]  # left, top, right and bottom
 Channels = tuple[float, float, float]  # one number for each of red, green and blue
+
+
+class Croppable(Protocol):
+    """An RGB image that is cropped or resized: decoded by Pillow, or in a cache."""
+
+    @property
+    def width(self) -> int:
+        """Width in pixels."""
+
+    @property
+    def height(self) -> int:
+        """Height in pixels."""
+
+    @property
+    def size(self) -> Size:
+        """Width and height in pixels."""
+
+    def crop(self, box: Box) -> Image.Image:
+        """Return the part inside ``box``; pixels outside the image are black."""
+
+    def resize(self, size: Size, resample: int) -> Image.Image:
+        """Return the image resized to ``size``, as Pillow does with the filter ``resample``."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,15 @@ class Resize:
             return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
         shorter = min(size)
         return self.side * size[0] // shorter, self.side * size[1] // shorter
+
+
+def limited_size(size: Size, max_side: int | None) -> Size:
+    """Return (width, height) in proportion, with sides of at most ``max_side`` pixels."""
+    width, height = size
+    if not max_side or max(size) <= max_side:
+        return width, height
+    ratio = max_side / max(size)
+    return max(1, round(width * ratio)), max(1, round(height * ratio))
 
 
 def parse_channels(value: Any, *, positive: bool = False) -> Channels:

@@ -6,7 +6,7 @@ import importlib.util
 import threading
 import warnings
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,7 @@ from job.errors import DataError, StorageError, reading, reason, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 Result = TypeVar("Result")
@@ -69,11 +70,16 @@ def check_image(path: Path) -> tuple[int, int]:
         if _orientation(image) >= 5:  # rotated by 90 or 270 degrees
             width, height = height, width
         image.draft("RGB", (1, 1))
-        with _one_big if width * height > BIG else nullcontext():
+        with one_big(width * height):
             _as_rgb(image)
         return width, height
 
     return _decode(path, check)
+
+
+def one_big(pixels: int) -> AbstractContextManager[Any]:
+    """Return a context that threads enter one at a time to decode a big image of ``pixels``."""
+    return _one_big if pixels > BIG else nullcontext()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from PIL import Image
 
-from job.data.augmentation import center_offset, crop_long_ends, resampling
+from job.data.augmentation import center_offset, crop_long_ends, limit_side, resampling
 from job.data.geometry import INTERPOLATIONS, Channels, Resize, parse_channels
 from job.data.presets import PRESETS, UNSCALED
 from job.errors import DataError, UsageError
@@ -16,6 +16,7 @@ from job.errors import DataError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from job.data.geometry import Croppable
     from job.data.sample_order import Draw
 
 
@@ -37,7 +38,8 @@ class Preprocessing:
 
     Training augments as ``preset`` does; evaluation resizes and takes the centre crop. After
     scaling to [0, 1], ``mean`` is subtracted from each channel and the result is divided by
-    ``std``. See ``of`` for the values of a preset.
+    ``std``. See ``of`` for the values of a preset. Before everything else, images are reduced to
+    sides of at most ``max_side`` pixels.
     """
 
     preset: str
@@ -46,6 +48,7 @@ class Preprocessing:
     interpolation: str
     mean: Channels
     std: Channels
+    max_side: int | None = None
 
     @classmethod
     def of(
@@ -82,9 +85,12 @@ class Preprocessing:
                 resize = default.resize
             mean = parse_channels(values.get("mean", default.mean))
             std = parse_channels(values.get("std", default.std), positive=True)
+            max_side = values.get("max_side")
+            if max_side is not None and (type(max_side) is not int or max_side < 1):
+                raise ValueError(f"sides of at most {max_side!r} pixels")
         except (ValueError, TypeError, UsageError) as error:
             raise DataError(f"unknown preprocessing {dict(values)}: {error}") from error
-        return cls(preset, size, resize, interpolation, mean, std)
+        return cls(preset, size, resize, interpolation, mean, std, max_side)
 
     def to_dict(self) -> PreprocessingRecord:
         """Return the record stored in model.json."""
@@ -96,13 +102,14 @@ class Preprocessing:
             "resize": self.resize.side or None,
             "fit": self.resize.fit,
             "interpolation": self.interpolation,
+            **({"max_side": self.max_side} if self.max_side else {}),
         }
 
     @property
     def inputs(self) -> tuple[object, ...]:
         """All values that determine a network's inputs in evaluation."""
         interpolation = self.interpolation if self.resize.side else ""
-        return self.size, self.mean, self.std, self.resize, interpolation
+        return self.size, self.mean, self.std, self.resize, interpolation, self.max_side
 
     def describe(self) -> str:
         """Return the preset, the size, and the values that differ from the preset, as text."""
@@ -113,18 +120,20 @@ class Preprocessing:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values != getattr(default, name):
                 parts.append(f"{name} {' '.join(f'{value:g}' for value in values)}")
+        if self.max_side:
+            parts.append(f"images reduced to {self.max_side} pixels")
         return ", ".join([f"{self.preset} transforms at {self.size} pixels", *parts])
 
-    def train(self, image: Image.Image, draw: Draw) -> Image.Image:
+    def train(self, image: Croppable, draw: Draw) -> Image.Image:
         """Augment an image by the random numbers in ``draw``, to RGB of ``size`` x ``size``."""
-        preset = PRESETS[self.preset]
+        preset, image = PRESETS[self.preset], limit_side(image, self.max_side)
         if not preset.resizes_itself:
             image = self.resized(image)
         return preset.augment(image, draw, self.size, resampling(self.interpolation))
 
-    def evaluate(self, image: Image.Image) -> Image.Image:
+    def evaluate(self, image: Croppable) -> Image.Image:
         """Resize an image and take the centre crop, RGB of ``size`` x ``size``."""
-        image = self.resized(image)
+        image = self.resized(limit_side(image, self.max_side))
         left, top = (center_offset(side, self.size) for side in image.size)
         box = (left, top, left + self.size, top + self.size)
         if self.resize.fit != "longer" or min(image.size) >= self.size:
@@ -136,7 +145,7 @@ class Preprocessing:
         canvas.paste(inside, (max(-left, 0), max(-top, 0)))
         return canvas
 
-    def resized(self, image: Image.Image) -> Image.Image:
+    def resized(self, image: Croppable) -> Croppable:
         """Return an image resized by ``resize``."""
         if not self.resize.side:
             return image

@@ -19,7 +19,7 @@ from job.data.augmentation import (
     augment_small,
     augment_small_arrays,
 )
-from job.data.geometry import MAX_RESIZE, Channels, Resize
+from job.data.geometry import MAX_RESIZE, Channels, Croppable, Resize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ class Preset:
 
     help: str
     # (image, draw, size, resampling) -> training image, RGB of size x size
-    augment: Callable[[Image.Image, Draw, int, Image.Resampling], Image.Image]
+    augment: Callable[[Croppable, Draw, int, Image.Resampling], Image.Image]
     # largest side of any image -> side of the inputs
     default_size: Callable[[int], int]
     # side of the inputs -> resizing of evaluation, and of training unless the preset resizes itself

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from job.data.geometry import Croppable
+
 Labels = np.ndarray[Any, np.dtype[np.int64]]
 UNLABELLED = -1
 
@@ -34,8 +36,8 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int) -> Image.Image:
-        """Decode an image to RGB; raises DataError or StorageError."""
+    def image(self, index: int) -> Croppable:
+        """Return an image in RGB; raises DataError or StorageError."""
 
     def name(self, index: int) -> str:
         """Return the name of an image in messages and predictions."""
@@ -55,6 +57,7 @@ class FileSplit:
     paths: tuple[str, ...]
     labels: Labels
     lenient: bool = False  # --on-bad-image skip: files that fail later are replaced
+    sizes: Labels | None = None  # (N, 2) int64: width and height, once the images are checked
 
     @classmethod
     def of(cls, root: Path, paths: Sequence[str], labels: Sequence[int], folder: Path) -> FileSplit:
@@ -85,7 +88,8 @@ class FileSplit:
     def select(self, indices: Labels, labels: Labels | None = None) -> FileSplit:  # noqa: D102
         paths = tuple(self.paths[i] for i in indices)
         labels = self.labels[indices] if labels is None else labels
-        return replace(self, paths=paths, labels=labels)
+        sizes = None if self.sizes is None else self.sizes[indices]
+        return replace(self, paths=paths, labels=labels, sizes=sizes)
 
     def digest(self) -> bytes:
         """Return the SHA-256 of paths, file sizes and labels; the images are not read."""

@@ -248,6 +248,15 @@ def _shared_kind(error: BaseException) -> type[GammaslimError]:
     return StorageError if isinstance(error, OSError) else GammaslimError
 
 
+def gather(value: T) -> list[T]:
+    """Return the ``value`` of every process, by rank; collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=gloo_group())
+    return values
+
+
 def total(values: torch.Tensor) -> torch.Tensor:
     """Sum ``values`` over all processes, in place, and return them."""
     if world_size() > 1:

@@ -47,7 +47,7 @@ def given_environ() -> dict[str, str]:
 
 def _limits() -> Iterator[int]:
     """Yield the CPU limits, in cores rounded up, of this process's cgroups and their parents."""
-    for folder in _cgroups():
+    for folder in cgroup_folders("cpu"):
         for files in QUOTAS:
             try:
                 quota, period = " ".join((folder / file).read_text() for file in files).split()
@@ -58,14 +58,15 @@ def _limits() -> Iterator[int]:
     yield os.cpu_count() or 1
 
 
-def _cgroups() -> Iterator[Path]:
+def cgroup_folders(controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's cgroups, and of their parents, with ``controller``."""
     try:
         lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:  # no /proc
         lines = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if not controllers or "cpu" in controllers.split(","):
-            root = CGROUPS / "cpu" if controllers else CGROUPS
+        if not controllers or controller in controllers.split(","):
+            root = CGROUPS / controller if controllers else CGROUPS
             here = root / path.lstrip("/")
             yield from (folder for folder in (here, *here.parents) if folder.is_relative_to(root))

@@ -15,6 +15,7 @@ from job.distributed.collectives import on_main
 from job.errors import GammaslimError, StopRequest, shown
 from job.files import check_writable, is_file
 from job.pipeline.cautions import sample_caution
+from job.pipeline.image_cache import forecast_cache
 from job.pipeline.model import Model
 from job.pipeline.resources import batch_warnings, check_disk, core_warnings
 from job.pipeline.round import distil_from
@@ -79,6 +80,8 @@ def dry_run(setup: Setup) -> None:
     findings.attempt(lambda: on_main(lambda: check_writable(folder)))
     if planned is not MISSING:
         findings.attempt(lambda: on_main(lambda: check_disk(config, planned, folder)))
+    if setup.cache is not MISSING:
+        findings.attempt(lambda: on_main(lambda: forecast_cache(setup)))
     fallback = findings.attempt(lambda: on_main(lambda: check_wandb(config.wandb)))
     findings.warnings += [fallback] if fallback else []
     if not findings.errors:

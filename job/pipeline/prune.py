@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from job.console import run_progress
 from job.distributed.signals import deferred
 from job.pipeline.dry_run import dry_run
+from job.pipeline.image_cache import fill_cache
 from job.pipeline.round import base_round, distil_from, slimming_round, wants_round
 from job.pipeline.session import open_session
 from job.pipeline.setup import configure, start_up
@@ -24,6 +25,8 @@ def prune(config: PruneConfig) -> None:
             return
         setup = start_up(setup)
         with open_session(setup) as session:
+            if not session.claim.finished:
+                fill_cache(setup, session.run.path)
             with run_progress(session.time_left):
                 base = model = base_round(session)
                 distillation = distil_from(setup, setup.teacher or base.network)

@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from job.artifacts.checkpoint import KEPT
-from job.console import counted, say
+from job.console import amount, counted, say
 from job.data.loader import default_workers
 from job.data.splits import ArraySplit
 from job.distributed.cores import available_cores
@@ -34,7 +34,7 @@ def check_disk(config: PruneConfig, planned: Sequence[PlannedRound], output: Pat
             f"{shown(place)} has {free:,} bytes free, the run needs about {needed:,}: "
             "free some space or choose another --output"
         )
-    say(f"disk: the run needs about {_amount(needed)}, {_amount(free)} is free")
+    say(f"disk: the run needs about {amount(needed)}, {amount(free)} is free")
 
 
 def space_needed(config: PruneConfig, planned: Sequence[PlannedRound]) -> int:
@@ -48,14 +48,6 @@ def space_needed(config: PruneConfig, planned: Sequence[PlannedRound]) -> int:
     positions = (KEPT + 1) * (2 + states) * max(entry.bytes for entry in planned)
     copies = models if config.wandb != "off" else 0  # W&B copies each model
     return models + positions + copies + 2**22  # 4 MiB for tables and logs
-
-
-def _amount(count: int) -> str:
-    """Format ``count`` bytes to two digits: 1.2 GB."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
-        if count >= size:
-            return f"{float(f'{count / size:.2g}'):g} {unit}"
-    return counted(count, "byte")
 
 
 def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> list[str]:

@@ -15,6 +15,8 @@ from job.artifacts.records import PlannedRound
 from job.artifacts.run_directory import Run
 from job.artifacts.run_folder import choose_run_folder, likely_run_folder
 from job.console import say, tick
+from job.data.cache.cached_split import ImageCache
+from job.data.cache.image_set import ImageSet
 from job.data.loader import default_workers
 from job.distributed.collectives import on_main, start
 from job.distributed.stop import Watch
@@ -30,7 +32,7 @@ from job.pipeline.base_model import (
 )
 from job.pipeline.model import Model
 from job.pipeline.slim_round import plan_round
-from job.pipeline.training_data import dataset_record, prepare_data
+from job.pipeline.training_data import SPLITS, dataset_record, prepare_data
 from job.processes import local_world_size
 from job.slimming.surgery.surgery import apply_plan
 from job.training.calibration import Calibration
@@ -75,6 +77,7 @@ class Setup:
     teacher: nn.Module | None = MISSING
     dataset_record: DatasetRecord = MISSING
     base_record: BaseRecord = MISSING
+    cache: ImageCache = MISSING  # of decoded images; a run fills it before the first epoch
     evaluator: Evaluator = MISSING
     trainer: Trainer = MISSING
     calibration: Calibration = MISSING
@@ -165,7 +168,8 @@ def load_teacher(setup: Setup) -> Setup:
 
 def choose_folder(setup: Setup) -> Setup:
     """Choose the run directory; an existing run in it must be resumable by this job."""
-    config, dataset = setup.config, on_main(lambda: dataset_record(setup.data))
+    config, max_side = setup.config, setup.preprocessing.max_side
+    dataset = on_main(lambda: dataset_record(setup.data, max_side))
     base = base_record(config, setup.card, setup.teacher)
 
     def chosen() -> tuple[Path, str]:
@@ -188,10 +192,12 @@ def build_tools(setup: Setup) -> Setup:
     if workers is None:
         workers = default_workers(local_world_size(), accelerator.device.type == "cuda")
     shared = setup.preprocessing, accelerator, workers
-    training = setup.data.splits["training"]
-    evaluator = Evaluator(setup.data.splits["validation"], setup.card.num_classes, *shared)
+    cache = ImageCache(ImageSet.of(setup.data, SPLITS, setup.preprocessing.max_side))
+    training, validation = (cache.over(setup.data.splits[name]) for name in SPLITS)
+    evaluator = Evaluator(validation, setup.card.num_classes, *shared)
     return replace(
         setup,
+        cache=cache,
         evaluator=evaluator,
         trainer=Trainer(training, evaluator, config, *shared, setup.smallest_batch),
         calibration=Calibration(

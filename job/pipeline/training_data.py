@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from job.artifacts.provenance import stored_listing
 from job.artifacts.records import DatasetRecord
+from job.artifacts.run_folder import likely_run_folder
 from job.console import counted, progress, say
+from job.data.cache.image_set import ImageSet
+from job.data.cache.leader import CacheOptions
 from job.data.dataset import Dataset, hold_out_validation, missing_class_notes
 from job.data.folders import CURRENT_LISTING
 from job.data.image_check import check_images
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from job.config import PruneConfig
+    from job.data.geometry import Size
     from job.data.preprocessing import Preprocessing
 
 SPLITS = ("training", "validation")  # the testing split never chooses a model
@@ -54,11 +58,14 @@ def prepare_data(
                 yield result
 
         present = [split for split in SPLITS if split in data.splits]
-        data, largest = check_images(data, present, config.on_bad_image, checking)
+        known = known_sizes(config, data, output)
+        data, largest = check_images(data, present, config.on_bad_image, checking, known)
         data = hold_out_validation(data, config.seed)
         data = replace(data, notes=(*data.notes, *missing_class_notes(data)))
         base, options = slim_base_preprocessing(config), PreprocessingOptions.of(config)
-        return data, options.override(base) if base else options.resolve(largest)
+        limit = config.cache_max_side if largest > (config.cache_max_side or largest) else None
+        result = options.override(base) if base else options.resolve(min(largest, limit or largest))
+        return data, replace(result, max_side=limit or result.max_side)
 
     data, preprocessing = on_main(prepare, interrupt=True)
     check_memory(preprocessing.size)
@@ -82,8 +89,22 @@ def describe_data(data: Dataset, preprocessing: Preprocessing) -> str:
     return "\n".join(lines)
 
 
-def dataset_record(data: Dataset) -> DatasetRecord:
-    """Return the record of the data set for config.toml."""
+def known_sizes(config: PruneConfig, data: Dataset, output: Path | None) -> dict[str, Size]:
+    """Return the sizes of the images that an earlier run has decoded into a cache, by path."""
+    options = CacheOptions(config.cache, config.cache_dir, output or likely_run_folder(config))
+    for max_side in dict.fromkeys((None, config.cache_max_side)):
+        images = ImageSet.of(data, SPLITS, max_side)
+        try:
+            stored = options.find(images.with_key().key) if images else None
+        except OSError:  # a file is missing: the check reports it
+            return {}
+        if images and stored:
+            return stored.file_sizes(images.split.paths)
+    return {}
+
+
+def dataset_record(data: Dataset, max_side: int | None = None) -> DatasetRecord:
+    """Return the record of the data set for config.toml; ``max_side`` limits its images."""
     path = shown(os.path.abspath(data.source))  # noqa: PTH100 (links stay links)
     return DatasetRecord(
         layout=data.layout,
@@ -93,5 +114,6 @@ def dataset_record(data: Dataset) -> DatasetRecord:
         training=len(data.splits["training"]),
         validation=len(data.splits["validation"]),
         skipped=tuple(shown(name) for name in data.skipped),
+        max_side=max_side,
         fingerprint=data.fingerprint(SPLITS),
     )

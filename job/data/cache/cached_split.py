@@ -1,0 +1,103 @@
+"""A split whose images come out of a cache once it is complete, else out of their files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from job.data.splits import FileSplit
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from job.data.cache.image_set import ImageSet
+    from job.data.cache.store import StoredImages
+    from job.data.geometry import Box, Croppable, Size
+    from job.data.splits import Labels, Split
+
+
+@dataclass
+class ImageCache:
+    """The cache of a job for ``images``: empty until its file is complete, or without a cache."""
+
+    images: ImageSet | None = None
+    stored: StoredImages | None = None
+
+    def __getstate__(self) -> dict[str, object]:  # loader processes need no list of all images
+        return {"images": None, "stored": self.stored}
+
+    def over(self, split: Split) -> Split:
+        """Return ``split``, to be read from this cache if its images are files of the set."""
+        if self.images is None or not isinstance(split, FileSplit):
+            return split
+        return CachedSplit(split, self.images.rows(split), self)
+
+
+@dataclass(frozen=True)
+class CachedSplit:
+    """The images of ``files``; image i is number ``rows[i]`` of the ``cache``."""
+
+    files: FileSplit
+    rows: Labels
+    cache: ImageCache = field(repr=False)
+
+    @property
+    def labels(self) -> Labels:  # noqa: D102
+        return self.files.labels
+
+    @property
+    def lenient(self) -> bool:  # noqa: D102
+        return self.files.lenient
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, index: int) -> Croppable:  # noqa: D102
+        stored, row = self.cache.stored, self.rows[index]
+        if stored is None or not stored.has(row):
+            return self.files.image(index)
+        return CachedImage(stored.pixels(row))
+
+    def name(self, index: int) -> str:  # noqa: D102
+        return self.files.name(index)
+
+    def select(self, indices: Labels, labels: Labels | None = None) -> CachedSplit:  # noqa: D102
+        return replace(self, files=self.files.select(indices, labels), rows=self.rows[indices])
+
+    def digest(self) -> bytes:  # noqa: D102
+        return self.files.digest()
+
+
+class CachedImage:
+    """An image (height, width, 3) in a cache. Only the parts that are needed are copied.
+
+    The methods return what those of a decoded ``PIL.Image.Image`` return.
+    """
+
+    def __init__(self, pixels: NDArray[np.uint8]) -> None:
+        self._pixels: Any = pixels
+        self.height, self.width = pixels.shape[:2]
+
+    @property
+    def size(self) -> Size:
+        """Width and height in pixels."""
+        return self.width, self.height
+
+    def crop(self, box: Box) -> Image.Image:
+        """Copy the part inside ``box``; pixels outside the image are black."""
+        left, top, right, bottom = box
+        x, y = max(left, 0), max(top, 0)
+        part = self._pixels[y : max(y, bottom), x : max(x, right)]
+        if part.shape[:2] == (bottom - top, right - left) and part.size:
+            return Image.fromarray(part)
+        canvas = Image.new("RGB", (right - left, bottom - top))
+        if part.size:
+            canvas.paste(Image.fromarray(part), (x - left, y - top))
+        return canvas
+
+    def resize(self, size: Size, resample: int) -> Image.Image:
+        """Return the image resized to ``size``, as Pillow does with the filter ``resample``."""
+        return Image.fromarray(self._pixels).resize(size, resample)

@@ -1,0 +1,111 @@
+"""Runs with a cache of decoded images give the weights of runs without one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from support.commands import HOMEWORK_CUT, Result, gammaslim
+from support.datasets import write_flat
+
+MODES = ("off", "auto", "ram", "disk")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_flat(tmp_path_factory.mktemp("cached") / "data", {"training": 6, "validation": 2})
+
+
+def prune(data: Path, output: Path, *more: object, scratch: str = "", launch: int = 0) -> Result:
+    """A run of one base epoch and one round."""
+    launcher = ("launch", "--nproc", launch, "--") if launch else ()
+    short = ("--base-epochs", 1, "--rounds", 1, "--epochs", 1, "--image-size", 32)
+    fixed = ("--transform", "homework", "--device", "cpu", "--wandb", "off", *HOMEWORK_CUT)
+    return gammaslim(
+        *launcher, "prune", "--data", data, "--output", output, *short, *fixed, *more,
+        env={"TMPDIR": scratch, "SLURM_TMPDIR": ""},
+    )  # fmt: skip
+
+
+def weights(run: Path) -> list[bytes]:
+    files = sorted(run.glob("rounds/*/model.safetensors"))
+    assert len(files) == 2
+    return [file.read_bytes() for file in files]
+
+
+def test_weights_are_the_same_with_and_without_a_cache(tmp_path: Path, data: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for mode in MODES:
+        done = prune(data, tmp_path / mode, "--cache", mode)
+        assert done.code == 0, done
+        where = {"off": "", "disk": "disk/cache/"}.get(mode, "in memory")
+        assert where in done.out
+        assert ("cache: " in done.out) == (mode != "off")
+        assert weights(tmp_path / mode) == weights(tmp_path / "off")
+    for name in ("first", "second"):
+        done = prune(data, tmp_path / name, scratch=str(scratch))
+        assert f"{scratch}/gammaslim-cache-{os.getuid()}" in done.out
+        assert ("found" in done.out) == (name == "second")
+        assert weights(tmp_path / name) == weights(tmp_path / "off")
+    assert len(list(scratch.glob("*/*.images"))) == 1
+
+
+@pytest.mark.parametrize("mode", ["ram", "disk"])
+def test_two_processes_build_and_share_it(tmp_path: Path, data: Path, mode: str) -> None:
+    for name in ("off", mode):
+        done = prune(data, tmp_path / name, "--cache", name, launch=2)
+        assert done.code == 0, done
+        assert done.out.count("built in") == (name == mode)
+    assert weights(tmp_path / mode) == weights(tmp_path / "off")
+
+
+def test_a_run_resumes_to_the_same_weights_with_another_cache(tmp_path: Path, data: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert prune(data, whole, "--cache", "off").code == 0
+    assert prune(data, run, "--cache", "ram", "--rounds", 0).code == 0
+    assert prune(data, run, "--cache", "disk", "--cache-dir", tmp_path / "place").code == 0
+    assert weights(run) == weights(whole)
+    assert (tmp_path / "place").is_dir()
+
+
+def test_a_limit_of_the_sides_belongs_to_the_run_only_if_an_image_is_larger(
+    tmp_path: Path, data: Path
+) -> None:
+    plain, run, small = tmp_path / "plain", tmp_path / "run", tmp_path / "small"
+    assert prune(data, plain).code == 0
+    done = prune(data, run, "--cache-max-side", 100)
+    assert "reduced" not in done.out
+    assert weights(run) == weights(plain)
+    assert prune(data, run, "--rounds", 1).code == 0  # without the option: it changed nothing
+    for name in ("small", "again"):
+        options = ("--cache-max-side", 36, "--cache", "ram" if name == "small" else "off")
+        done = prune(data, tmp_path / name, *options)
+        assert "images reduced to 36 pixels" in done.out
+        assert weights(tmp_path / name) == weights(small) != weights(plain)
+    card = json.loads((small / "rounds" / "01" / "model.json").read_text())
+    assert card["input"]["max_side"] == 36  # evaluate, predict and other tools see the same images
+    refused = prune(data, small, "--rounds", 1)
+    assert refused.code == 78, refused
+    assert "was begun with --cache-max-side 36" in refused.err
+
+
+def test_a_cache_that_does_not_fit_is_refused_or_left_out(tmp_path: Path, data: Path) -> None:
+    full = Path("/dev/full")
+    refused = prune(data, tmp_path / "run", "--cache", "disk", "--cache-dir", full / "cache")
+    assert refused.code in (73, 74), refused
+    assert "--cache" in refused.err or "cannot write" in refused.err
+    assert prune(data, tmp_path / "run", "--cache-dir", full / "cache").code == 0
+    both = prune(data, tmp_path / "run", "--cache", "off", "--cache-dir", tmp_path)
+    assert both.code == 2
+    assert "--cache-dir has no effect with --cache off" in both.err
+
+
+def test_a_dry_run_says_where_it_would_be_and_writes_nothing(tmp_path: Path, data: Path) -> None:
+    done = prune(data, tmp_path / "run", "--cache", "disk", "--dry-run")
+    assert done.code == 0, done
+    assert f"they are stored in {tmp_path}/run/cache" in done.out
+    assert not (tmp_path / "run").exists()
