@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from PIL import Image
@@ -30,6 +30,7 @@ class PreprocessingRecord(TypedDict):
     resize: int | None
     fit: str
     interpolation: str
+    max_side: NotRequired[int]  # only if images are reduced
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Preprocessing:
 
     def to_dict(self) -> PreprocessingRecord:
         """Return the record stored in model.json."""
-        return {
+        record: PreprocessingRecord = {
             "preset": self.preset,
             "size": self.size,
             "mean": self.mean,
@@ -102,8 +103,10 @@ class Preprocessing:
             "resize": self.resize.side or None,
             "fit": self.resize.fit,
             "interpolation": self.interpolation,
-            **({"max_side": self.max_side} if self.max_side else {}),
         }
+        if self.max_side:
+            record["max_side"] = self.max_side
+        return record
 
     @property
     def inputs(self) -> tuple[object, ...]:

@@ -76,7 +76,7 @@ def test_batches_are_the_same_with_and_without_a_cache(
         assert stored.pixels(row).shape == (height, width, 3)
         assert max(width, height) <= (max_side or 200)
     preprocessing = Preprocessing.of(preset, 48)
-    preprocessing = Preprocessing.from_dict(preprocessing.to_dict() | {"max_side": max_side})
+    preprocessing = Preprocessing.from_dict({**preprocessing.to_dict(), "max_side": max_side})
     draws = [draw for epoch in range(8) for draw in epoch_table(6, 1, 0, epoch).rows(range(6))]
     split = cached(images, stored)
     pairs = [
