@@ -23,9 +23,10 @@ def prune(data: Path, output: Path, *more: object, scratch: str = "", launch: in
     """A run of one base epoch and one round."""
     launcher = ("launch", "--nproc", launch, "--") if launch else ()
     short = ("--base-epochs", 1, "--rounds", 1, "--epochs", 1, "--image-size", 32)
-    fixed = ("--transform", "homework", "--device", "cpu", "--wandb", "off", "--model-arg", "base=2")
+    fixed = ("--transform", "homework", "--model-arg", "base=2", *HOMEWORK_CUT)
+    quiet = ("--device", "cpu", "--wandb", "off")
     return gammaslim(
-        *launcher, "prune", "--data", data, "--output", output, *short, *fixed, *HOMEWORK_CUT, *more,
+        *launcher, "prune", "--data", data, "--output", output, *short, *fixed, *quiet, *more,
         env={"TMPDIR": scratch, "SLURM_TMPDIR": ""},
     )  # fmt: skip
 
