@@ -104,6 +104,15 @@ def reason(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def describe_error(error: BaseException) -> str:
+    """Return one line about ``error``: its message, after the type unless it is written for users.
+
+    It is cut after 300 characters.
+    """
+    kind = "" if isinstance(error, GammaslimError) else f"{type(error).__name__}: "
+    return printable(f"{kind}{reason(error)}")[:300]
+
+
 def did_you_mean(
     name: str, choices: Iterable[str], cutoff: float = 0.5, *, prefix: str = ""
 ) -> str:

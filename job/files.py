@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import tomllib
@@ -26,6 +27,11 @@ JsonObject = dict[str, object]  # values to write, or to check after reading JSO
 
 MAX_BYTES = 64 << 20  # far more than any configuration, model card or history of epochs
 _LEFT = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
+
+
+def shell_word(path: str) -> str:
+    """Return a path as one word of a shell command."""
+    return shlex.quote(shown(path))
 
 
 def sync_path(path: Path) -> None:

@@ -143,12 +143,13 @@ class GammaRecord:
 
 @dataclass(frozen=True)
 class StopRecord:
-    """End of an attempt before the run is finished."""
+    """End of an attempt before the run is finished; ``error`` is the message that it printed."""
 
     EVENT: ClassVar[str] = "stop"
 
     state: str
     exit_code: int
+    error: str | None = None
 
 
 @dataclass(frozen=True)

@@ -71,13 +71,13 @@ def find_runs(path: Path) -> list[Path]:
     Raises InputNotFound if there is none, or StorageError.
     """
     if not path.exists():
-        raise InputNotFound(f"{shown(path)} does not exist; report takes run folders")
+        raise InputNotFound(f"{shown(path)} does not exist: give a run folder")
     if is_run(path):
         return [path]
     found: list[Path] = []
     for folder, folders, _ in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if is_run(Path(folder)):
+        if any(is_file(Path(folder) / name) for name in ("status.json", "metrics.jsonl")):
             found.append(Path(folder))
             folders.clear()
     if not found:
@@ -100,14 +100,14 @@ def read_run(path: Path) -> History:
     when the storage does not respond.
     """
     if not path.exists():
-        raise InputNotFound(f"{shown(path)} does not exist; report takes run folders")
+        raise InputNotFound(f"{shown(path)} does not exist: give a run folder")
     if not is_run(path):
         raise InputNotFound(f"{shown(path)} is not a run folder: it has none of {', '.join(FILES)}")
     problems: list[str] = []
     status = _read_file(path / "status.json", _read_status, problems)
     summary = _table(_read_file(path / "summary.json", read_json, problems))
     settings = _read_file(path / CONFIG_FILE, lambda p: read_run_config(p.parent), problems)
-    events = _read_file(path / "metrics.jsonl", lambda p: _read_events(p, problems), problems) or []
+    events = _read_file(path / "metrics.jsonl", lambda p: read_events(p, problems), problems) or []
     rounds = _rounds(events, summary, problems)
     outcome = _plausible(from_json(_Outcome, summary, lenient=True)) or _Outcome()
     chosen = (e.round for e in rounds if outcome.recommended == f"rounds/{e.round:02d}")
@@ -153,7 +153,7 @@ def _read_status(path: Path) -> StatusRecord:
     return status
 
 
-def _read_events(path: Path, problems: list[str]) -> list[JsonObject]:
+def read_events(path: Path, problems: list[str]) -> list[JsonObject]:
     """Return the complete lines; the last one may be incomplete, e.g. after a power failure."""
     *lines, _torn = read_bytes(path).split(b"\n")
     events, damaged = [], []

@@ -58,6 +58,10 @@ EXAMPLES = {
         ("gammaslim report RUN RUN", "compare two"),
         ("gammaslim report runs --csv runs.csv", "all under a folder"),
     ),
+    "status": (
+        ("gammaslim status RUN", ""),
+        ("gammaslim status runs --watch", "all runs under a folder"),
+    ),
     "inspect": (("gammaslim inspect RUN", ""),),
     "launch": (("gammaslim launch --nproc 2 -- prune --data D", "two processes here"),),
 }

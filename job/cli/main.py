@@ -279,3 +279,18 @@ def report_command(runs: tuple[str, ...], output: str | None, csv: str | None, j
     from job.cli.report import report
 
     report(runs, output, csv, json)
+
+
+@gammaslim.command("status", cls=Command)
+@click.argument("runs", metavar="RUN…", nargs=-1, required=True)
+@click.option("--watch", is_flag=True, help="Repeat until no run is running.")
+@json_option
+def status_command(runs: tuple[str, ...], watch: bool, json: bool) -> None:
+    """Show the state and progress of runs, and what to type next.
+
+    RUN is a run folder, or a folder of runs. Only its files are read, so that it works from another
+    machine.
+    """
+    from job.cli.status import print_status
+
+    print_status(runs, watch=watch, as_json=json)

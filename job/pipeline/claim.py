@@ -14,7 +14,14 @@ from job.artifacts.run_directory import Run
 from job.artifacts.run_folder import await_config, choose_run_folder
 from job.console import counted, say
 from job.distributed.collectives import on_main
-from job.errors import ConfigError, GammaslimError, OutputError, StopRequest, exit_code
+from job.errors import (
+    ConfigError,
+    GammaslimError,
+    OutputError,
+    StopRequest,
+    describe_error,
+    exit_code,
+)
 from job.files import check_writable
 from job.pipeline.session_state import Place
 from job.processes import world_size
@@ -80,7 +87,7 @@ def claim_run(setup: Setup) -> Claim:
             _abandon_claim(run, lock, StopRequest.exit_code)
             raise StopRequest("stopped by request: run the same command to resume") from None
         except BaseException as error:
-            _abandon_claim(run, lock, exit_code(error))
+            _abandon_claim(run, lock, exit_code(error), describe_error(error))
             raise
 
 
@@ -159,17 +166,20 @@ def _resume_place(run: Run, saved: int, resume: Position | None) -> Place:
     return Place(saved, 0, step if type(step) is int else 0)
 
 
-def _abandon_claim(run: Run, lock: Lock, code: int) -> None:
+def _abandon_claim(run: Run, lock: Lock, code: int, error: str | None = None) -> None:
     """Record that the job ended before the run began, and release the lock."""
     if lock.held:
-        record_end(run, Place(), code)
+        record_end(run, Place(), code, error)
         lock.release()
 
 
-def record_end(run: Run, place: Place, code: int) -> None:
-    """Record in the run's files that this job ends early, if the storage allows it."""
+def record_end(run: Run, place: Place, code: int, error: str | None = None) -> None:
+    """Record in the run's files that this job ends early, if the storage allows it.
+
+    ``error`` is the message.
+    """
     state = "stopped" if code == StopRequest.exit_code else "failed"
     with suppress(GammaslimError):  # a full disk may be the reason
         run.status(state, code, *place)
-        run.log(StopRecord(state, code))
+        run.log(StopRecord(state, code, error))
         run.restate_summary("running", state)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, TypeVar
 from job.artifacts.checkpoint import save_position
 from job.artifacts.json_records import to_json
 from job.artifacts.records import EpochRecord, GammaRecord, RoundRecord
+from job.artifacts.run_status import commands_after
 from job.console import counted, phase, progress, say, say_cautions, warn
 from job.distributed.collectives import accelerator_name, on_main
-from job.errors import StopRequest, exit_code, reason, shown
+from job.errors import StopRequest, describe_error, exit_code, reason, shown
 from job.pipeline.cautions import Cautions
 from job.pipeline.claim import claim_run, record_end
 from job.pipeline.forecast import Forecast
@@ -59,7 +60,7 @@ def open_session(setup: Setup) -> Iterator[Session]:
         session.abandon(StopRequest.exit_code)
         raise StopRequest(session.where_stopped()) from None
     except BaseException as error:
-        session.abandon(exit_code(error))
+        session.abandon(exit_code(error), describe_error(error))
         raise
     finally:
         session.close()
@@ -149,14 +150,16 @@ class Session(TrainingSession):
         say(f"\nrecommended: {summary.recommended} ({summary.reason})")
         say_cautions(summary.cautions)
         say(f"{counted(summary.seconds, 'second')}; all files are in {shown(self.run.path)}")
+        for line in commands_after(self.run.path):
+            say(f"next: {line}")
         if self.tracker:
             self.tracker.finish(summary_values(summary))
 
-    def abandon(self, code: int) -> None:
+    def abandon(self, code: int, error: str | None = None) -> None:
         """Record why the run ended early, in its files and on the dashboard if possible."""
         if not self.lock.held or self.lock.lost:  # not the main process, or the run is not ours
             return
-        record_end(self.run, self.place, code)
+        record_end(self.run, self.place, code, error)
         if self.tracker:
             self.tracker.abandon(code)
         if (self.run.path / "report.html").exists():  # it still shows the run as running

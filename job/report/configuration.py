@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +60,6 @@ def value_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(value_text(item) for item in value)
     return printable(f"{value:g}" if isinstance(value, float) else str(value))
-
-
-def shell_path(path: str) -> str:
-    """Return a path as a word of a shell command."""
-    return shlex.quote(path)
 
 
 def _plain(value: Any) -> Any:

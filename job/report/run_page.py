@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from job.artifacts.accuracy import signed_points
 from job.console import counted, span
 from job.errors import shown
+from job.files import shell_word
 from job.report.chart import Axis
 from job.report.classes import changed_classes, confusion_matrices
-from job.report.configuration import changed_options, grouped_options, shell_path
+from job.report.configuration import changed_options, grouped_options
 from job.report.figures import COST_AXES
 from job.report.html import HtmlTable, render
 from job.report.tables import describe_state, format_points
@@ -208,11 +209,11 @@ def _commands(history: History) -> dict[str, str]:
             f"network = gammaslim.load({model!r})  # eval mode; images (B, 3, H, W) float32\n"
             "logits = network(images)"
         ),
-        "Evaluate on the test split": f"gammaslim evaluate {shell_path(run)} --split testing",
+        "Evaluate on the test split": f"gammaslim evaluate {shell_word(run)} --split testing",
         "Predict a folder of images": (
-            f"gammaslim predict {shell_path(run)} --data FOLDER --output classes.csv"
+            f"gammaslim predict {shell_word(run)} --data FOLDER --output classes.csv"
         ),
-        "Export": f"gammaslim export {shell_path(run)} --output model.onnx",
+        "Export": f"gammaslim export {shell_word(run)} --output model.onnx",
     }
 
 
