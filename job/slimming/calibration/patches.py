@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from job.slimming.graph.layers import CONVOLUTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,11 +54,109 @@ def values_at(layer: nn.Module, outputs: torch.Tensor, where: torch.Tensor) -> t
 
 
 def pad_inputs(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """Pad ``inputs`` (B, C, …) as ``layer`` does."""
+    """Pad ``inputs`` (B, C, …) as ``layer`` does, by its attributes or by code of its own."""
+    if not is_standard(layer):
+        padded = _inputs_of_its_op(layer, inputs)
+        assert padded is not None  # see has_patches
+        return padded
     if isinstance(layer, nn.Linear) or not any(layer._reversed_padding_repeated_twice):
         return inputs
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     return F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+def is_standard(layer: Any) -> bool:
+    """Return whether a convolution or linear layer runs the forward pass of torch.nn."""
+    if "forward" in vars(layer):
+        return False
+    if isinstance(layer, nn.Linear):
+        return type(layer).forward is nn.Linear.forward
+    kind: Any = next(kind for kind in CONVOLUTIONS if isinstance(layer, kind))
+    standard = type(layer).forward is kind.forward
+    return standard and type(layer)._conv_forward is kind._conv_forward
+
+
+def has_patches(layer: Any) -> bool:
+    """Return whether the outputs of a layer are its kernel times patches of its inputs.
+
+    A forward pass of its own may prepare the inputs, e.g. pad them by their size; what its one
+    convolution returns must be its output. This is tried on zeros.
+    """
+    if is_standard(layer):
+        return True
+    if isinstance(layer, nn.Linear):
+        shape = [1, layer.in_features]
+    else:
+        reach = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
+        sides = [2 * kernel * dilation + stride for kernel, dilation, stride in reach]
+        shape = [1, layer.in_channels, *sides]
+    try:
+        return _inputs_of_its_op(layer, layer.weight.new_zeros(shape)) is not None
+    except Exception:  # whatever a layer raises: it may take some sizes only
+        return False
+
+
+class _Ops(TorchFunctionMode):
+    """The calls of ops that read the weight of a layer: op, arguments and result."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.calls: list[tuple[Any, inspect.BoundArguments, Any]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(value is self.weight for value in (*args, *(kwargs or {}).values())):
+            bound = _CONVOLUTION if func in _FUNCTIONS else _ANY
+            self.calls.append((func, bound.bind(*args, **(kwargs or {})), result))
+        return result
+
+
+def _convolution(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: Any = 1,
+) -> None:  # fmt: skip
+    """The arguments of torch's convolutions, and the first of them those of its linear function."""
+
+
+_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
+_CONVOLUTION = inspect.signature(_convolution)
+_ANY = inspect.signature(lambda *args, **kwargs: None)
+
+
+def _inputs_of_its_op(layer: Any, inputs: torch.Tensor) -> torch.Tensor | None:
+    """Return the padded inputs of the one convolution that a layer returns the result of.
+
+    None for a layer that does anything else with its weight.
+    """
+    with torch.no_grad(), _Ops(layer.weight) as ops:
+        outputs = layer.forward(inputs)
+    if len(ops.calls) != 1:
+        return None
+    func, bound, result = ops.calls[0]
+    if func not in _FUNCTIONS or result is not outputs:
+        return None
+    bound.apply_defaults()
+    given = bound.arguments
+    if given["weight"] is not layer.weight or given["bias"] is not layer.bias:
+        return None
+    if isinstance(layer, nn.Linear):
+        return given["input"]  # type: ignore[no-any-return]
+    dims = len(layer.kernel_size)
+    for name in ("stride", "dilation"):
+        if _each(given[name], dims) != _each(getattr(layer, name), dims):
+            return None
+    if isinstance(given["padding"], str) or given["groups"] != layer.groups:
+        return None
+    sides = [side for side in reversed(_each(given["padding"], dims)) for _ in range(2)]
+    return F.pad(given["input"], sides)
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    """An argument of a convolution as one number for each dimension."""
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value))
 
 
 def patches_at(

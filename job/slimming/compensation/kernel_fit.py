@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from job.slimming.calibration.patches import (
+    has_patches,
     pad_inputs,
     patches_at,
     row_count,
@@ -16,7 +16,7 @@ from job.slimming.calibration.patches import (
     values_at,
 )
 from job.slimming.compensation.normal_equations import NormalEquations
-from job.slimming.graph.layers import CONVOLUTIONS, TRANSPOSED
+from job.slimming.graph.layers import TRANSPOSED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,18 +36,14 @@ SMALLEST_GAIN = 1e-6  # of a BatchNorm; channels with a smaller gain are not fit
 def can_fit_kernel(layer: Any, rows: int) -> bool:
     """Return whether the kernel of ``layer`` can be fitted to ``rows`` output positions.
 
-    The forward pass must be that of torch, and there must be a few rows for each column.
+    Its outputs must be its kernel times patches of its inputs, and there must be a few rows for
+    each column.
     """
-    if "forward" in vars(layer) or isinstance(layer, TRANSPOSED):
+    if isinstance(layer, TRANSPOSED):
         return False
-    if isinstance(layer, nn.Linear):
-        standard = type(layer).forward is nn.Linear.forward
-    else:
-        kind: Any = next(kind for kind in CONVOLUTIONS if isinstance(layer, kind))
-        standard = type(layer).forward is kind.forward
-        standard = standard and type(layer)._conv_forward is kind._conv_forward
     columns = layer.weight[0].numel()
-    return standard and columns <= MAX_COLUMNS and rows >= FEWEST_ROWS * columns
+    enough = columns <= MAX_COLUMNS and rows >= FEWEST_ROWS * columns
+    return enough and has_patches(layer)
 
 
 def fit_kernel(
