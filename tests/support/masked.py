@@ -45,6 +45,50 @@ def masked_network(network: nn.Module, layers: Layers) -> nn.Module:
     return wide
 
 
+class KeptNorm(nn.Module):
+    """A norm over channels that is computed from the channels ``kept``; zeros elsewhere."""
+
+    def __init__(self, norm: Any, kept: tuple[int, ...]) -> None:
+        super().__init__()
+        self.norm, self.kept = norm, list(kept)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm, kept = self.norm, self.kept
+        first = isinstance(norm, (nn.GroupNorm, nn.LocalResponseNorm)) or x.shape[1] > max(kept)
+        axis = 1 if isinstance(norm, nn.GroupNorm) or (first and x.dim() == 4) else x.dim() - 1
+        values = x.movedim(axis, -1)[..., kept]
+        if isinstance(norm, nn.GroupNorm):
+            size = norm.num_channels // norm.num_groups
+            groups = len({index // size for index in kept})
+            flat = values.movedim(-1, 1).reshape(len(x), groups, -1)
+            variance, mean = torch.var_mean(flat, 2, correction=0, keepdim=True)
+            flat = (flat - mean) / (variance + norm.eps).sqrt()
+            values = flat.reshape(values.movedim(-1, 1).shape).movedim(1, -1)
+        elif isinstance(norm, nn.RMSNorm):
+            values = values / (values.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        else:
+            variance, mean = torch.var_mean(values, -1, correction=0, keepdim=True)
+            values = (values - mean) / (variance + norm.eps).sqrt()
+        if norm.weight is not None:
+            values = values * norm.weight[kept]
+        if getattr(norm, "bias", None) is not None:
+            values = values + norm.bias[kept]
+        full = torch.zeros_like(x).movedim(axis, -1)
+        full[..., kept] = values
+        return full.movedim(-1, axis)
+
+
+def with_kept_norms(network: nn.Module, layers: Layers) -> nn.Module:
+    """A copy whose norms over channels are computed from the channels that are kept."""
+    wide = copy.deepcopy(network)
+    for name, channels in layers.items():
+        norm = dict(wide.named_modules()).get(name)
+        if isinstance(norm, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
+            assert channels.out is not None
+            wide.set_submodule(name, KeptNorm(norm, channels.out))
+    return wide
+
+
 def _is_depthwise(module: Any) -> bool:
     groups = getattr(module, "groups", 1)
     return groups > 1 and groups == module.in_channels
@@ -54,6 +98,6 @@ def assert_equal_to_masked(
     wide: nn.Module, narrow: nn.Module, layers: Layers, example: torch.Tensor
 ) -> None:
     """The narrow network computes what the wide one does without the removed channels."""
-    masked = outputs64(masked_network(wide, layers), example)
+    masked = outputs64(masked_network(with_kept_norms(wide, layers), layers), example)
     for ours, expected in zip(outputs64(narrow, example), masked, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)

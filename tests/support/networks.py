@@ -281,7 +281,7 @@ class Written(Net):
 
 
 class Normalised(Net):
-    """GroupNorm between convolutions: not a BatchNorm, so nothing before it is cut."""
+    """GroupNorm between convolutions: no BatchNorm ranks them."""
 
     def build(self) -> None:
         self.conv, self.norm, self.after = block(12, 12), nn.GroupNorm(3, 12), block(12, 12)
@@ -546,13 +546,14 @@ CUTTABLE = [
     Halves, Quarters, Plain, Centres, Queue, MovingAverage, Paths,
     Residual, PreActivation, Dense, Gate, Gated, Parts, Grouped, ShuffledGroups, PaddedShortcut,
     Scaled, Shared, Functional, Reparameterised, Flattened, Places, SpatialGate, SelectiveKernels,
+    Normalised,
 ]  # fmt: skip
 # networks, and layers of which nothing may be cut
 LEFT_ALONE = {
     FixedHalves: "conv.0", OddSlices: "conv.0", FixedNoise: "conv.0", Bank: "conv.0",
     FixedBackward: "conv.0",
     FixedView: "conv.0", FixedSplit: "conv.0", Attention: "conv.0", EfficientAttention: "stem.0",
-    Written: "conv.0", Normalised: "conv.0", Custom: "conv.0",
+    Written: "conv.0", Custom: "conv.0",
     Measured: "conv.0", Counted: "conv.0", AcrossChannels: "conv.0",
 }  # fmt: skip
 

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.slimming.graph.groups import BlockedChannels, ChannelGraph, ChannelGroup, renumber_slots
+from job.slimming.graph.groups import (
+    BlockedChannels,
+    ChannelGraph,
+    ChannelGroup,
+    renumber_reads,
+    renumber_slots,
+)
 from job.slimming.graph.layer_rules import layer_rule
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.propagation import propagate_channels
@@ -109,6 +115,7 @@ def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:
         count,
         tuple(union.calls),
         _suspects(union, groups, numbers, count),
+        reads=renumber_reads(union.reads, numbers),
     )
     unbalanced = [group.name for group in groups if not _is_balanced(group, blocks)]
     graph = graph.without(unbalanced, "only some of them must stay equally many in equal parts")

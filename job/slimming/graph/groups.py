@@ -13,7 +13,7 @@ from job.slimming.graph.union import FIXED, ChannelSlot
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from job.slimming.graph.union import Ids, LayerCall
+    from job.slimming.graph.union import ChannelRead, Ids, LayerCall
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class ChannelGraph:
     for channels that are never cut; slots with equal ``ids`` share one array. ``suspects`` are
     groups that may be misinterpreted, with the op that moves their channels. ``auxiliary`` tells
     that some layers run only in train mode, ``odd`` that some op is not supported or that train
-    mode runs other ops. ``forward`` summarises a forward pass in eval mode.
+    mode runs other ops. ``forward`` summarises a forward pass in eval mode. ``reads`` are ops that
+    compute over channels without a weight.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -68,6 +69,7 @@ class ChannelGraph:
     auxiliary: bool = False
     odd: bool = False
     forward: TraceSummary = NOTHING_TRACED
+    reads: tuple[ChannelRead, ...] = ()
 
     def without(self, names: Iterable[str], reason: str) -> ChannelGraph:
         """Return the graph with the groups ``names`` blocked for ``reason``."""
@@ -89,7 +91,17 @@ class ChannelGraph:
             blocked=self.blocked + blocked,
             slots=renumber_slots(self.slots, numbers),
             suspects=tuple(s for s in self.suspects if s[0] not in removed_names),
+            reads=renumber_reads(self.reads, numbers),
         )
+
+
+def renumber_reads(reads: Sequence[ChannelRead], numbers: Ids) -> tuple[ChannelRead, ...]:
+    """Reads with ``numbers`` of their ids; those of no channel to cut are left out."""
+    renumbered = (
+        replace(read, operands=tuple(replace(o, ids=numbers[o.ids]) for o in read.operands))
+        for read in reads
+    )
+    return tuple(r for r in renumbered if any(o.ids.any() for o in r.operands))
 
 
 def renumber_slots(slots: Sequence[ChannelSlot], numbers: Ids) -> tuple[ChannelSlot, ...]:

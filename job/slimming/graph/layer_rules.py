@@ -8,12 +8,13 @@ attributes of the layer that count them. Surgery, verification and costs use the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
-from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, TRANSPOSED, owner_of
+from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, INSTANCENORM, TRANSPOSED, owner_of
+from job.slimming.graph.norm_rules import group_norm, instance_norm, layer_norm
 from job.slimming.graph.removed_layers import ConstantOutput
 from job.slimming.graph.selection import SelectedChannels
 from job.slimming.graph.union import ChannelSlot, Ids, Side
@@ -129,6 +130,8 @@ def batch_norm(state: PropagationState, op: Op) -> None:
         for layer in layers:  # several, where they share some tensors
             state.passed.add(layer)
             state.add_slot(f"{layer}.weight", "through", ids)
+    elif ids is not None and labels is not None:
+        state.add_module_slot(op, ids)
     return state.forget(op) if labels is None else state.set_labels(op.result, labels)
 
 
@@ -186,6 +189,27 @@ LAYER_RULES: list[LayerRule] = [
         tensors={"bias": ("out",)},
         sizes={"out_channels": "out"},
     ),
+    LayerRule(
+        types=(INSTANCENORM,),
+        ops=("instance_norm",),
+        propagate=instance_norm,
+        tensors=dict.fromkeys(STATISTICS, ("through",)),
+        sizes={"num_features": "through"},
+    ),
+    LayerRule(
+        types=(nn.LayerNorm, nn.RMSNorm),
+        ops=("layer_norm", "rms_norm"),
+        propagate=layer_norm,
+        tensors={"weight": ("through",), "bias": ("through",)},
+        sizes={"normalized_shape": "through"},
+    ),
+    LayerRule(
+        types=(nn.GroupNorm,),
+        ops=("group_norm",),
+        propagate=group_norm,
+        tensors={"weight": ("through",), "bias": ("through",)},
+        sizes={"num_channels": "through"},
+    ),
 ]
 
 
@@ -199,10 +223,15 @@ def is_layer(module: nn.Module | None) -> bool:
     return module is not None and layer_rule(module) is not None
 
 
+def _size(value: Any) -> int:
+    """A number of channels, or the last axis of a shape."""
+    return int(value[-1] if isinstance(value, (tuple, list)) else value)
+
+
 def layer_sizes(layer: nn.Module) -> tuple[int, int]:
     """Return the numbers of input and output channels of a layer with a rule."""
     rule = layer_rule(layer)
     assert rule is not None
-    counts = {side: int(getattr(layer, name)) for name, side in rule.sizes.items()}
+    counts = {side: _size(getattr(layer, name)) for name, side in rule.sizes.items()}
     through = counts.get("through", 0)
     return counts.get("in", through), counts.get("out", through)

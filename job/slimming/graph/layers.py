@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SUMMING = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)  # layers that sum over channels
+INSTANCENORM = nn.modules.instancenorm._InstanceNorm
 BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 

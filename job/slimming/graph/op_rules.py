@@ -24,6 +24,7 @@ from job.slimming.graph.channel_labels import (
     reshape_labels,
     run_on_labels,
 )
+from job.slimming.graph.union import ChannelRead, Operand
 
 if TYPE_CHECKING:
     from job.slimming.graph.propagation_state import PropagationState, Rule
@@ -56,7 +57,7 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
         return state.give_up(op, f"{op.name} over all axes is not supported")
     channel_axes = set(label_axes(labels))
     if channel_axes and axes >= channel_axes:
-        return state.give_up(op, f"{op.name} across channels is not supported")
+        return _across_channels(state, op, channel_axes)
     first = labels
     for axis in axes & channel_axes:
         first = first.narrow(axis, 0, 1)
@@ -68,6 +69,30 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
             result_labels = first.reshape(sizes)
         state.set_labels(result, result_labels)
     return None
+
+
+def _across_channels(state: PropagationState, op: Op, channel_axes: set[int]) -> None:
+    """Reductions over all channels, which read those that are kept."""
+    image, axis = op.inputs[0], min(channel_axes)
+    ids = state.ids_along(image, axis)
+    indices = [result for result in op.results[1:] if state.trace.is_read(result)]
+    same_shape = op.results[0].shape == image.shape
+    if ids is None or indices or (same_shape and op.name != "normalize"):
+        return state.give_up(op, f"{op.name} across channels is not supported")
+    result_axis = axis if same_shape else None
+    state.add_read(op, ChannelRead(op.name, (Operand(0, "input", axis, ids),), result_axis))
+    if same_shape:
+        return state.set_labels(op.results[0], labels_along(ids, axis, image.dim()))
+    return state.forget(op)
+
+
+def neighbours(state: PropagationState, op: Op) -> None:
+    """LocalResponseNorm, whose neighbours are those among the channels that are kept."""
+    ids, image = state.ids_along(op.inputs[0], 1), op.inputs[0]
+    if ids is None:
+        return state.give_up(op, f"{op.name} of mixed channels")
+    state.add_read(op, ChannelRead(op.name, (Operand(0, "input", 1, ids),), 1))
+    return state.set_labels(op.result, labels_along(ids, 1, image.dim()))
 
 
 def _axes_of(op: Op, dim_at: int) -> set[int] | None:
@@ -118,25 +143,22 @@ def pairwise(state: PropagationState, op: Op) -> None:
         state.union.unite(flat_ids(few.expand_as(together)), flat_ids(together))
     assert together is not None
     for tensor in tensors:
-        if state.labels_of(tensor) is None and not _follows_cut(state, tensor, together):
+        if state.labels_of(tensor) is None and not _follows_cut(state, op, tensor, together):
             return state.give_up(op, f"{op.name} with channels that are never cut")
     return state.set_labels(op.results[0], together)
 
 
-def _follows_cut(state: PropagationState, tensor: torch.Tensor, labels: torch.Tensor) -> bool:
-    """Return whether an operand without labels broadcasts, or is a parameter that is cut too."""
+def _follows_cut(
+    state: PropagationState, op: Op, tensor: torch.Tensor, labels: torch.Tensor
+) -> bool:
+    """Return whether an operand without labels broadcasts, or comes from parameters to cut too."""
     missing = labels.dim() - tensor.dim()
-    channel_axes = [
-        a - missing for a in label_axes(labels) if a >= missing and tensor.shape[a - missing] > 1
-    ]
-    if not channel_axes:
-        return True
-    name = state.trace.name(tensor)
-    first = next(axis for axis, size in enumerate(tensor.shape) if size > 1)
-    if name is None or channel_axes != [first] or len(label_axes(labels)) > 1:
-        return False
-    state.add_slot(name, "through", flat_ids(labels))
-    return True
+    if any(axis < missing for axis in label_axes(labels)):
+        if all(axis < missing for axis in label_axes(labels)):
+            return True
+        labels = labels[(0,) * missing]  # those of the axes that the operand has
+        return not label_axes(labels) or all(tensor.shape[a] == 1 for a in label_axes(labels))
+    return state.follow(op, tensor, labels.reshape(labels.shape[missing:]))
 
 
 def cat(state: PropagationState, op: Op) -> None:
@@ -145,6 +167,8 @@ def cat(state: PropagationState, op: Op) -> None:
     parts = []
     for tensor in op.argument(0, "tensors"):
         part = state.labels_of(tensor)
+        if part is None:
+            part = _followed(state, op, tensor, axis)
         if part is None:
             part = torch.zeros([1] * tensor.dim(), dtype=torch.int64)
         shape = list(part.shape)
@@ -160,6 +184,19 @@ def cat(state: PropagationState, op: Op) -> None:
     for part in parts[1:]:  # along another axis: channel by channel
         state.union.unite(flat_ids(first), flat_ids(part.narrow(axis, 0, 1)))
     return state.set_labels(op.result, first)
+
+
+def _followed(
+    state: PropagationState, op: Op, tensor: torch.Tensor, axis: int
+) -> torch.Tensor | None:
+    """Labels of a parameter that is concatenated along another axis than that of the channels."""
+    for other in op.argument(0, "tensors"):
+        labels = state.labels_of(other)
+        if labels is not None and label_axes(labels) and axis not in label_axes(labels):
+            labels = labels.narrow(axis, 0, 1)
+            follows = state.derived.sources(tensor) and state.follow(op, tensor, labels)
+            return labels if follows else None
+    return None
 
 
 def reshape(state: PropagationState, op: Op) -> None:
@@ -270,6 +307,9 @@ def _for_each(names: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), rule)
 
 
+CONCATENATIONS = frozenset("cat concat concatenate".split())
+LIKE = frozenset("expand_as view_as reshape_as type_as".split())  # a second input gives sizes
+
 OP_RULES: dict[str, Rule] = {
     **_for_each(
         """relu relu_ relu6 hardtanh hardtanh_ hardswish hardsigmoid silu gelu sigmoid sigmoid_
@@ -294,7 +334,7 @@ OP_RULES: dict[str, Rule] = {
     **_for_each("mean sum amax amin max min logsumexp std var prod", along_axes),
     **_for_each("softmax log_softmax softmin cumsum cumprod", along_axes),
     **_for_each("norm linalg_vector_norm normalize", partial(along_axes, dim_at=2)),
-    **_for_each("cat concat concatenate", cat),
+    **dict.fromkeys(CONCATENATIONS, cat),
     **_for_each("view reshape flatten unflatten view_as reshape_as", reshape),
     **_for_each(
         """permute transpose movedim moveaxis swapaxes swapdims squeeze unsqueeze t stack flip
@@ -309,9 +349,18 @@ OP_RULES: dict[str, Rule] = {
     **_for_each("chunk split tensor_split", partial(rearrange, splits=True)),
     **_for_each("matmul __matmul__ mm", partial(matrix_of_train_mode, side="through")),
     **_for_each("new_empty new_zeros new_ones new_full new_tensor no_output", new_tensor),
+    "local_response_norm": neighbours,
     "cdist": partial(matrix_of_train_mode, side="in"),
     "glu": glu,
     "pad": pad,
     "prelu": prelu,
     "__setitem__": write,
 }
+
+# ops on parameters alone whose results are followed to the channels that they meet
+POINTWISE = frozenset(name for name, rule in OP_RULES.items() if rule in (elementwise, pairwise))
+MOVING = frozenset(
+    name
+    for name, rule in OP_RULES.items()
+    if rule is reshape or getattr(rule, "func", rule) is rearrange
+)

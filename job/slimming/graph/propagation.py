@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids
+from job.slimming.graph.derived import DerivedValues
 from job.slimming.graph.layer_rules import LAYER_RULES, is_layer
-from job.slimming.graph.layers import modules_of, owner_of
-from job.slimming.graph.op_rules import OP_RULES
+from job.slimming.graph.layers import modules_of
+from job.slimming.graph.op_rules import CONCATENATIONS, LIKE, MOVING, OP_RULES, POINTWISE
 from job.slimming.graph.propagation_state import PropagationState
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def propagate_channels(network: nn.Module, traces: Sequence[Trace]) -> ChannelUn
     while True:
         state = PropagationState(network, layers, not_selecting)
         for number, trace in enumerate(traces):
-            state.begin(trace, main=number == 0)
+            state.begin(trace, DerivedValues(trace, MOVING, POINTWISE), main=number == 0)
             _propagate_trace(state, layer_ops)
         mixed = state.union.united_with_others(set(state.selected))
         mixed |= state.selected.keys() & state.passed
@@ -54,6 +55,8 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
         known.update(map(id, op.results))
     for output in trace.outputs:
         state.fix(output, "the network's output")
+        for source in state.derived.sources(output):
+            state.other_uses.setdefault(source.name, "the network's output")
     state.end_slices()
     for slot in union.slots:
         if slot.layer in state.other_uses:
@@ -67,12 +70,16 @@ def _propagate_op(
     state: PropagationState, op: Op, layer_ops: Mapping[str, Rule], shared: bool
 ) -> None:
     labelled = [tensor for tensor in op.inputs if state.labels_of(tensor) is not None]
-    state.begin_op(labelled, result_shared=shared)
+    state.begin_op(op, labelled, result_shared=shared)
     if op.name in layer_ops:
         layer_ops[op.name](state, op)
-    elif not labelled:
+    elif not labelled or (op.name in LIKE and labelled == list(op.inputs[1:2])):
         _skip(state, op)
     elif op.name in OP_RULES:
+        if op.name not in POINTWISE and op.name not in CONCATENATIONS:
+            for tensor in op.inputs:
+                if state.trace.name(tensor) is None:
+                    state.read_elsewhere(op, tensor)
         OP_RULES[op.name](state, op)
     else:
         state.give_up(op, f"{op.name} is not supported")
@@ -80,12 +87,13 @@ def _propagate_op(
 
 def _skip(state: PropagationState, op: Op) -> None:
     """Skip an op on weights, or on values from which nothing can be cut."""
-    for tensor in op.inputs:
-        name = state.trace.name(tensor)
-        if name and tensor.dim() and all(tensor is not result for result in op.results):
-            state.other_uses.setdefault(name, op.name)
-            state.other_uses.setdefault(owner_of(name), op.name)
     state.forget(op)
+    inputs = op.inputs[:1] if op.name in LIKE else op.inputs
+    if state.derived.derive(op, inputs):
+        return
+    for tensor in inputs:
+        if tensor.dim() and all(tensor is not result for result in op.results):
+            state.read_elsewhere(op, tensor)
 
 
 def _shared_results(trace: Trace) -> list[bool]:

@@ -5,12 +5,14 @@ Rules of ops and layers are functions of this state and one op.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
-from job.slimming.graph.layers import BATCHNORM, modules_of, owner_of
+from job.slimming.graph.layers import modules_of, owner_of
 from job.slimming.graph.union import ChannelSlot, ChannelUnion, LayerCall
 
 if TYPE_CHECKING:
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from job.slimming.graph.derived import DerivedValues
     from job.slimming.graph.trace import Op, Trace
-    from job.slimming.graph.union import Ids, Side
+    from job.slimming.graph.union import ChannelRead, Ids, Side
 
     Rule = Callable[["PropagationState", Op], None]
 
@@ -43,6 +46,7 @@ class PropagationState:
         self.network, self.layers, self.not_selecting = network, layers, not_selecting
         self.modules = modules_of(network)
         self.union = ChannelUnion()
+        self._module_names = {id(m): n for n, m in modules_of(network, once=True).items()}
         self.twins = _twins(network, layers)
         self.produced: dict[str, Ids] = {}  # elements by weight
         self.selected: dict[str, Ids] = {}  # elements by BatchNorm that selects them
@@ -53,13 +57,15 @@ class PropagationState:
         self._labels: dict[int, torch.Tensor] = {}  # by id of the activation
         self._shared: set[int] = set()  # ids of activations used by several ops
 
-    def begin(self, trace: Trace, *, main: bool) -> None:
+    def begin(self, trace: Trace, derived: DerivedValues, *, main: bool) -> None:
         """Continue with another trace of the same network."""
-        self.trace, self.main = trace, main
+        self.trace, self.derived, self.main = trace, derived, main
+        self._calls: Counter[str] = Counter()
         self._labels, self._shared = {}, set()
 
-    def begin_op(self, inputs: Collection[torch.Tensor], *, result_shared: bool) -> None:
+    def begin_op(self, op: Op, inputs: Collection[torch.Tensor], *, result_shared: bool) -> None:
         """Continue with the next op, whose labelled inputs are ``inputs``."""
+        self._calls[op.name] += 1
         self.result_shared = result_shared
         self.input_shared = result_shared or any(self.is_shared(tensor) for tensor in inputs)
 
@@ -116,20 +122,66 @@ class PropagationState:
             self.fix(tensor, reason)
         self.forget(op)
 
-    def add_slot(self, name: str, side: Side, ids: Ids, times: int = 0) -> None:
-        """Add a slot for one side of the parameter ``name``; elements of two uses are united."""
+    def add_slot(
+        self, name: str, side: Side, ids: Ids, times: int = 0, axis: int | None = None
+    ) -> None:
+        """Add a slot for one side of the parameter ``name``; elements of two uses are united.
+
+        ``axis`` is that of a parameter outside known layers.
+        """
         layer, _, parameter = name.rpartition(".")
         bare = not (layer in self.layers and parameter == "weight")
         where = name if bare else layer
         if (where, side) in self._slots:
-            return self.union.unite(self._slots[where, side].ids, ids)
+            earlier = self._slots[where, side]
+            if len(earlier.ids) != len(ids):
+                return self.union.fix(np.union1d(earlier.ids, ids), f"two axes of {where}")
+            return self.union.unite(earlier.ids, ids)
         for alike in (where, *self.twins.get(where, ())):
-            slot = ChannelSlot(alike, side, ids, times)
+            slot = ChannelSlot(alike, side, ids, times, axis if bare else None)
             self._slots[alike, side] = slot
             self.union.slots.append(slot)
         if bare:
             self.union.suspects.append((f"the parameter {where}", ids))
         return None
+
+    def add_module_slot(self, op: Op, ids: Ids) -> None:
+        """Note the elements that pass through the layer without tensors whose code calls ``op``."""
+        name = self._module_names.get(id(op.module))
+        if name in self.layers:
+            self.add_slot(f"{name}.weight", "through", ids)
+
+    def follow(self, op: Op, tensor: torch.Tensor, labels: torch.Tensor) -> bool:
+        """Cut the parameters that a value without channels comes from as ``labels`` of its axes.
+
+        Returns False where they do not have these channels.
+        """
+        if all(tensor.shape[axis] == 1 for axis in label_axes(labels)):
+            self.read_elsewhere(op, tensor)
+            return True  # alike for all channels
+        found = [
+            (source, source.ids_on_axis(labels))
+            for source in self.derived.sources(tensor)
+            if source.indices.numel() > 1
+        ]
+        if not found or any(on_axis is None for _, on_axis in found):
+            return False
+        for source, on_axis in found:
+            assert on_axis is not None
+            self.add_slot(source.name, "through", on_axis[1], axis=on_axis[0])
+        return True
+
+    def add_read(self, op: Op, read: ChannelRead) -> None:
+        """Note an op that computes over channels without a weight."""
+        self.union.suspects.append((op.name, read.operands[0].ids))
+        if self.main:
+            self.union.reads.append(replace(read, call=self._calls[op.name] - 1))
+
+    def read_elsewhere(self, op: Op, tensor: torch.Tensor) -> None:
+        """Note an op that reads parameters in a way that no rule follows."""
+        for source in self.derived.sources(tensor):
+            self.other_uses.setdefault(source.name, op.name)
+            self.other_uses.setdefault(owner_of(source.name), op.name)
 
     def produce(self, op: Op, weight: str, count: int) -> Ids:
         """Return the elements (count,) that a layer produces, the same ones at each call."""
@@ -186,7 +238,7 @@ def _twins(network: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:
     twins: dict[str, list[str]] = {}
     for name, layer in modules_of(network, once=True).items():
         weight = getattr(layer, "weight", None)
-        if name in layers and not isinstance(layer, BATCHNORM) and weight is not None:
+        if name in layers and weight is not None and weight.dim() > 1:
             earlier = first.setdefault(id(weight), name)
             if earlier != name:
                 twins.setdefault(earlier, []).append(name)

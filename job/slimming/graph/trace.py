@@ -6,9 +6,10 @@ functions and modules are treated alike. On torch's ``meta`` device no values ar
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import NoneType
+from types import FrameType, NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
 
 SIZE_QUERIES = frozenset({"size", "numel", "nelement"})
+NORMS = frozenset("batch_norm instance_norm group_norm layer_norm rms_norm".split())
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
 
@@ -42,7 +44,8 @@ BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
 class Op:
     """Call of a torch function, with the tensors in its arguments and in its result.
 
-    ``inputs`` and ``results`` include tensors in lists and dataclasses.
+    ``inputs`` and ``results`` include tensors in lists and dataclasses. ``module`` is the module
+    whose method calls the function.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Op:
     result: Any
     inputs: tuple[torch.Tensor, ...]
     results: tuple[torch.Tensor, ...]
+    module: nn.Module | None = None
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument that was passed by position or by name."""
@@ -80,6 +84,11 @@ class Trace:
     def name(self, value: Any) -> str | None:
         """Return the name of a parameter or buffer; None for anything else."""
         return self.names.get(id(value))
+
+    def is_read(self, tensor: torch.Tensor) -> bool:
+        """Whether an op reads a tensor, or the network returns it."""
+        read = (*(t for op in self.ops for t in op.inputs), *self.outputs)
+        return any(tensor is each for each in read)
 
     def without_counters(self) -> list[Op]:
         """Return the ops except those that count the batches of a BatchNorm."""
@@ -151,10 +160,23 @@ class _Tracer(TorchFunctionMode):
         if results or name == "__setitem__":
             args, kwargs = _copy_lists(args), _copy_lists(kwargs)
             inputs = tuple(tensors_in((args, kwargs)))
-            self.ops.append(Op(name, func, args, kwargs, result, inputs, results))
+            module = _calling_module() if name in NORMS else None
+            self.ops.append(Op(name, func, args, kwargs, result, inputs, results, module))
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
             self.measured.append(args[0])
         return result
+
+
+def _calling_module() -> nn.Module | None:
+    """The module of the innermost method that is running."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        value = frame.f_locals.get(names[0]) if frame.f_code.co_argcount else None
+        if isinstance(value, nn.Module):
+            return value
+        frame = frame.f_back
+    return None
 
 
 LEAVES = frozenset([torch.Tensor, nn.Parameter, int, float, bool, str, NoneType])

@@ -24,13 +24,15 @@ class ChannelSlot:
     ``layer`` is the name of either. Sides are ``out``: rows that a layer produces; ``in``: columns
     that it sums over; ``through``: channels that pass through separately (a BatchNorm, or a
     depthwise convolution with ``times`` outputs for each); ``select``: channels that a BatchNorm
-    selects from a stream that is not cut.
+    selects from a stream that is not cut. ``axis`` is that of a parameter; None for the first one
+    of a size above 1.
     """
 
     layer: str
     side: Side
     ids: Ids
     times: int = 0
+    axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,31 @@ class LayerCall:
     places: int
 
 
+@dataclass(frozen=True)
+class Operand:
+    """Elements ``ids`` (C,) along ``axis`` of an op's argument, given by position and name."""
+
+    position: int
+    name: str
+    axis: int
+    ids: Ids
+
+
+@dataclass(frozen=True)
+class ChannelRead:
+    """An op that computes over channels without a weight, such as a norm or a sum across them.
+
+    It is call number ``call`` of the op ``name`` in eval mode. Its result has the channels of the
+    first operand along ``result_axis``; None where it has none. The wide network without the
+    removed channels is one where this op is computed from the other channels alone.
+    """
+
+    name: str
+    operands: tuple[Operand, ...]
+    result_axis: int | None = None
+    call: int = 0
+
+
 @dataclass
 class ChannelUnion:
     """Elements, their unions, and the results of propagation.
@@ -52,7 +79,8 @@ class ChannelUnion:
     ``producers`` are layers with the elements that they produce. The same number of elements must
     be kept in each row of an array (B, n) in ``blocks``. ``suspects`` are elements that may be
     misinterpreted, with the op that moves them; ``fixes`` are elements that are never cut, with the
-    reason. ``doubtful`` tells that some op is not supported. ``count`` includes the element FIXED.
+    reason. ``reads`` are ops that compute over channels without a weight. ``doubtful`` tells that
+    some op is not supported. ``count`` includes the element FIXED.
     """
 
     slots: list[ChannelSlot] = field(default_factory=list)
@@ -61,6 +89,7 @@ class ChannelUnion:
     suspects: list[tuple[str, Ids]] = field(default_factory=list)
     fixes: list[tuple[str, Ids]] = field(default_factory=list)
     calls: list[LayerCall] = field(default_factory=list)
+    reads: list[ChannelRead] = field(default_factory=list)
     doubtful: bool = False
     count: int = 1
     pairs: list[tuple[Ids, Ids]] = field(default_factory=list)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from job.files import JsonObject
 
 Kept = tuple[int, ...]
+MAX_AXES = 16
 SIDES = {"out": "out", "in": "in_", "select": "select"}
 
 
@@ -22,7 +23,8 @@ class LayerChannels:
     ``out`` are its outputs and ``in_`` its inputs; a BatchNorm has only ``out``. ``select`` are the
     channels that a BatchNorm selects from an input that is not cut. With ``bias`` the layer gets a
     bias, for the constant of removed channels. A layer without any input is a constant, into which
-    the BatchNorm ``norm`` after it is folded.
+    the BatchNorm ``norm`` after it is folded. ``axis`` is that of a parameter outside known layers;
+    None for the first one of a size above 1.
     """
 
     out: Kept | None = None
@@ -30,6 +32,7 @@ class LayerChannels:
     select: Kept | None = None
     bias: bool = False
     norm: str | None = None
+    axis: int | None = None
 
     @property
     def is_constant(self) -> bool:
@@ -44,6 +47,7 @@ class LayerChannels:
             _chain(self.select, later.select),
             self.bias or later.bias,
             later.norm or self.norm,
+            self.axis if later.axis is None else later.axis,
         )
 
     def to_dict(self) -> JsonObject:
@@ -53,6 +57,7 @@ class LayerChannels:
         record |= {"bias": True} if self.bias else {}
         empty = [side for side, kept in sides.items() if kept == ()]
         record |= {"empty": empty} if empty else {}
+        record |= {} if self.axis is None else {"axis": self.axis}
         return record | ({"norm": self.norm} if self.norm else {})
 
     @classmethod
@@ -61,9 +66,11 @@ class LayerChannels:
         error = DataError("a layer's kept channels are not lists of rising indices")
         if not isinstance(values, dict) or type(values.get("bias", False)) is not bool:
             raise error
-        norm, empty = values.get("norm"), values.get("empty", [])
+        norm, empty, axis = values.get("norm"), values.get("empty", []), values.get("axis")
         if not isinstance(norm, str | None) or not isinstance(empty, list):
             raise error
+        if axis is not None and (type(axis) is not int or not 0 <= axis < MAX_AXES):
+            raise DataError("the axis of a parameter's kept channels is not a small number")
         kept: dict[str, Kept | None] = {}
         for side, name in SIDES.items():
             indices = values.get(side)
@@ -75,7 +82,7 @@ class LayerChannels:
                 raise DataError(f"a layer keeps none and some of its channels on the side {side!r}")
             kept[SIDES[side]] = ()
         bias = values.get("bias", False)
-        return cls(kept["out"], kept["in_"], kept["select"], bias, norm)
+        return cls(kept["out"], kept["in_"], kept["select"], bias, norm, axis)
 
 
 def _are_rising(kept: object) -> bool:

@@ -89,6 +89,18 @@ def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
     return keep
 
 
+def keep_in(graph: ChannelGraph, layers: Layers) -> Ids:
+    """Return the mask (count,) of the channels that remain where ``layers`` is applied."""
+    keep = keep_all(graph)
+    for slot in graph.slots:
+        channels = layers.get(slot.layer)
+        name = SIDES.get(slot.side, "out")
+        kept = None if channels is None else getattr(channels, name)
+        if kept is not None:
+            keep[np.delete(slot.ids, list(kept))] = False
+    return keep
+
+
 def keep_all(graph: ChannelGraph) -> Ids:
     """Return the mask (count,) that keeps all channels; entry 0 is for channels never cut."""
     return np.ones(graph.count, bool)
@@ -109,6 +121,8 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
             sides["out"] = _indices(kept)
             if slot.times:
                 sides["in_"] = _indices(kept[:: slot.times])
+            if slot.axis is not None:
+                sides["axis"] = slot.axis
         else:
             sides[SIDES[slot.side]] = _indices(kept)
     plan = {

@@ -12,6 +12,7 @@ from job.slimming.graph.layer_rules import layer_rule
 from job.slimming.graph.layers import is_depthwise, modules_of, owner_of, weight_rows
 from job.slimming.graph.selection import SelectedChannels, unwrap_selection
 from job.slimming.surgery.clone import clone_module
+from job.slimming.surgery.kept_channels import groups_that_stay
 from job.slimming.surgery.removal import Modules, replacements
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
             if name not in replaced:
                 _set_sizes(module, memo)
     for name, channels in layers.items():
+        if channels.out and name in modules and name not in replaced:
+            _set_passed_sizes(modules[name], memo, channels.out)
         layer: Any = memo[id(modules[name])] if channels.bias else None
         if channels.bias and name not in replaced and layer.bias is None:
             weight = layer.weight
@@ -90,10 +93,11 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
     if name not in modules:
         attribute = name.rpartition(".")[2]
         tensor = getattr(holder, attribute)
-        first = next((axis for axis, size in enumerate(tensor.shape) if size > 1), 0)
-        return {
-            attribute: _keep_indices(_keep_indices(tensor, channels.out, first), channels.in_, 1)
-        }
+        axis = channels.axis
+        if axis is None:
+            axis = next((axis for axis, size in enumerate(tensor.shape) if size > 1), 0)
+        tensor = _keep_indices(tensor, channels.out, axis)
+        return {attribute: _keep_indices(tensor, channels.in_, 1)}
     rule = layer_rule(holder)
     if rule is None:
         raise GammaslimError(f"cannot cut a {type(holder).__name__}")
@@ -148,7 +152,23 @@ def _set_sizes(wide: Any, memo: Mapping[int, Any]) -> None:
     for attribute, side in rule.sizes.items():
         size = _size_along(layer, rule, side)
         if size is not None:
-            setattr(layer, attribute, size)
+            _set_size(layer, attribute, size)
+
+
+def _set_size(layer: nn.Module, attribute: str, size: int) -> None:
+    """Set a number of channels, or a shape of one axis."""
+    shape = isinstance(getattr(layer, attribute), tuple)
+    setattr(layer, attribute, (size,) if shape else size)
+
+
+def _set_passed_sizes(wide: Any, memo: Mapping[int, Any], kept: Kept) -> None:
+    """Make the attributes of a norm's copy those of the channels ``kept`` that pass it."""
+    rule, layer = layer_rule(wide), memo[id(wide)]
+    for attribute, side in rule.sizes.items() if rule else ():
+        if side == "through" and not isinstance(wide, SelectedChannels):
+            _set_size(layer, attribute, len(kept))
+    if isinstance(wide, nn.GroupNorm):
+        layer.num_groups = groups_that_stay(wide.num_groups, wide.num_channels, kept)
 
 
 def _size_along(layer: nn.Module, rule: LayerRule, side: str) -> int | None:

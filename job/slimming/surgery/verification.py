@@ -5,7 +5,7 @@ Both run on noise in float64, or in the precision of the network if it does not 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,10 @@ from job.slimming.graph.modes import training_mode
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.trace import trace_network
 from job.slimming.inputs import call_network, map_tensors, tensors_in
-from job.slimming.planning.plan import Proof
+from job.slimming.planning.plan import Proof, keep_in
 from job.slimming.surgery.clone import clone_module, clone_to
 from job.slimming.surgery.comparison import explain_mismatch, relative_difference
+from job.slimming.surgery.kept_channels import KeptReads
 from job.slimming.surgery.probe import probe_batch, smallest_equivalent_input
 from job.slimming.surgery.removal import set_exact_constants
 
@@ -47,8 +48,9 @@ def verify(
 
     Both run on the CPU on noise like ``example``, or on smaller images that prove as much. In a
     copy of the wide network, the removed channels are zeroed before every layer that sums over
-    them. With ``graph``, the graph of the wide network on ``example``, the network is not traced
-    again. If the graph is ``auxiliary``, the heads that run only in train mode are compared too.
+    them, and take no part in ops that compute over channels without a weight, such as a LayerNorm.
+    With ``graph``, the graph of the wide network on ``example``, the network is not traced again.
+    If the graph is ``auxiliary``, the heads that run only in train mode are compared too.
 
     Raises GammaslimError if the difference is above the tolerance, or if only the wide network can
     be trained. This is tested by a forward pass in train mode, and by a backward pass if the graph
@@ -58,11 +60,12 @@ def verify(
     small = example
     if not auxiliary:  # auxiliary heads need images of the full size
         small = smallest_equivalent_input(wide, example, graph.forward.treatment if graph else None)
-    masked, expected, precision = _expected(wide, layers, small, auxiliary)
+    kept = None if graph is None else KeptReads(graph.reads, keep_in(graph, layers))
+    masked, expected, precision = _expected(wide, layers, small, auxiliary, kept)
     actual = _narrow_outputs(narrow, wide, layers, small, auxiliary, precision)
     tolerance = PROOF_TOLERANCE
     if precision != torch.float64:
-        tolerance = _rounding_tolerance(masked, expected, small, auxiliary)
+        tolerance = _rounding_tolerance(masked, expected, small, auxiliary, kept)
     error = relative_difference(actual, expected)
     proof = Proof(error, str(precision).removeprefix("torch."), tolerance)
     if not proof.error <= tolerance:
@@ -95,12 +98,16 @@ def _narrow_outputs(
 
 
 def _expected(
-    wide: nn.Module, layers: Layers, example: Example, auxiliary: bool
+    wide: nn.Module,
+    layers: Layers,
+    example: Example,
+    auxiliary: bool,
+    kept: KeptReads | None,
 ) -> tuple[nn.Module, list[torch.Tensor], torch.dtype]:
     """Return the wide network without the removed channels, its outputs, and their precision."""
     try:
         masked = _masked(wide, layers, torch.float64)
-        expected = _probe_outputs(masked, example, auxiliary)
+        expected = _probe_outputs(masked, example, auxiliary, kept=kept)
         if all(t.dtype == torch.float64 for t in expected if t.is_floating_point()):
             return masked, expected, torch.float64
     except Exception:  # user code may require float32
@@ -108,7 +115,7 @@ def _expected(
     precision = _precision(wide)
     masked = _masked(wide, layers, precision)
     try:
-        return masked, _probe_outputs(masked, example, auxiliary), precision
+        return masked, _probe_outputs(masked, example, auxiliary, kept=kept), precision
     except Exception as failure:  # e.g. ops that run on a GPU only
         raise UsageError(
             f"a cut is verified on the CPU, where the network does not run: {reason(failure)}"
@@ -116,7 +123,11 @@ def _expected(
 
 
 def _rounding_tolerance(
-    masked: nn.Module, expected: list[torch.Tensor], example: Example, auxiliary: bool
+    masked: nn.Module,
+    expected: list[torch.Tensor],
+    example: Example,
+    auxiliary: bool,
+    kept: KeptReads | None,
 ) -> float:
     """Return ``ROUNDING_MARGIN`` times the change of the outputs under random rounding.
 
@@ -131,9 +142,8 @@ def _rounding_tolerance(
                 if tensor.is_floating_point():
                     sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
                     tensor.mul_(1 + sign.to(tensor.dtype) * torch.finfo(tensor.dtype).eps)
-            worst = max(
-                worst, relative_difference(_probe_outputs(moved, example, auxiliary), expected)
-            )
+            outputs = _probe_outputs(moved, example, auxiliary, kept=kept)
+            worst = max(worst, relative_difference(outputs, expected))
     eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
     return ROUNDING_MARGIN * max(worst, eps)
 
@@ -168,11 +178,17 @@ def _backward(network: nn.Module, batch: Example) -> None:
 
 
 def _probe_outputs(
-    network: nn.Module, example: Example, auxiliary: bool, seed: int = 0
+    network: nn.Module,
+    example: Example,
+    auxiliary: bool,
+    seed: int = 0,
+    kept: KeptReads | None = None,
 ) -> list[torch.Tensor]:
     with preserve_state(network), _proof_mode(network, auxiliary), torch.inference_mode():
         torch.default_generator.manual_seed(seed)
-        return list(tensors_in(call_network(network, _noise_for(network, example))))
+        noise = _noise_for(network, example)
+        with kept.mode() if kept else nullcontext():
+            return list(tensors_in(call_network(network, noise)))
 
 
 def _noise_for(network: nn.Module, example: Example) -> Any:
