@@ -21,6 +21,7 @@ from job.slimming.graph.layers import modules_of
 from job.slimming.graph.propagation import propagate_channels
 from job.slimming.graph.selection import batchnorms
 from job.slimming.graph.snapshot import preserve_state
+from job.slimming.graph.ties import tie_overlapping
 from job.slimming.graph.trace import same_ops, trace_with_snapshot
 from job.slimming.graph.trace_summary import summarise_trace
 from job.slimming.graph.union import FIXED, ChannelUnion, Ids
@@ -96,6 +97,8 @@ def _unused_layers(network: nn.Module, trace: Trace) -> set[str]:
 def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:
     """Return the graph of a finished union, whose channels are the unions that can be cut."""
     roots = union.roots()
+    if tie_overlapping(union, roots):
+        roots = union.roots()
     blocks = _balanced_blocks(union, roots)
     fixed = _fixed_roots(union, roots)
     produced = np.zeros(union.count, bool)

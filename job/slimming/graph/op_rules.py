@@ -10,7 +10,7 @@ blocks the channels that it uses.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
     ``dim_at`` is the position of the argument ``dim``.
     """
     image, *others = op.inputs
+    if len(others) == 1 and op.name in ("max", "min"):  # of two activations
+        return pairwise(state, op)
     labels, axes = state.labels_of(image), _axes_of(op, dim_at)
     if labels is None or axes is None or others:
         return state.give_up(op, f"{op.name} over all axes is not supported")
@@ -209,12 +211,39 @@ def reshape(state: PropagationState, op: Op) -> None:
     labels, split = outcome
     if split:  # (groups, channels per group): the same channels are kept in every group
         lines = flat_ids(labels).reshape(-1, labels.shape[label_axes(labels)[-1]])
+        if _leaves_groups(op, labels):  # the same number of channels in each group
+            lines = lines.T
         for line in lines[1:]:
             state.union.unite(lines[0], line)
     any_size = op.name == "flatten" or (op.name in ("view", "reshape") and op.args[-1] == -1)
     if split or not any_size:
         state.union.suspects.append((op.name, flat_ids(labels)))
     return state.set_labels(result, labels)
+
+
+def _leaves_groups(op: Op, labels: torch.Tensor) -> bool:
+    """Return whether a view leaves the number of groups open, and not their size."""
+    axes = label_axes(labels)
+    sizes: Any = op.args[1:]
+    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    if len(axes) != 2 or op.name not in ("view", "reshape") or len(sizes) != labels.dim():
+        return False
+    if -1 in (sizes[axes[0]], sizes[axes[1]]):
+        return bool(sizes[axes[0]] == -1)
+    return labels.shape[axes[1]] == 2 < labels.shape[axes[0]]  # pairs of channels
+
+
+def pixel_shuffle(state: PropagationState, op: Op) -> None:
+    """Cut the channels together that become one."""
+    image, result = op.inputs[0], op.result
+    axis = image.dim() - 3
+    ids = state.ids_along(image, axis)
+    if ids is None:
+        return rearrange(state, op)
+    parts = ids.reshape(result.shape[axis], -1)
+    for column in parts.T[1:]:
+        state.union.unite(parts[:, 0], column)
+    return state.set_labels(result, labels_along(parts[:, 0], axis, result.dim()))
 
 
 def rearrange(
@@ -343,13 +372,14 @@ OP_RULES: dict[str, Rule] = {
     ),
     **_for_each(
         """unbind __getitem__ narrow select expand expand_as roll channel_shuffle
-        native_channel_shuffle index_select repeat_interleave pixel_shuffle pixel_unshuffle""",
+        native_channel_shuffle index_select repeat_interleave pixel_unshuffle""",
         rearrange,
     ),
     **_for_each("chunk split tensor_split", partial(rearrange, splits=True)),
     **_for_each("matmul __matmul__ mm", partial(matrix_of_train_mode, side="through")),
     **_for_each("new_empty new_zeros new_ones new_full new_tensor no_output", new_tensor),
     "local_response_norm": neighbours,
+    "pixel_shuffle": pixel_shuffle,
     "cdist": partial(matrix_of_train_mode, side="in"),
     "glu": glu,
     "pad": pad,

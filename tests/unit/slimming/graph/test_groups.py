@@ -174,11 +174,12 @@ def test_without_auxiliary_heads(name: str) -> None:
         check_cut(network, torch.rand(1, 3, 96, 96), 0.5, "gamma")
 
 
-def test_shufflenet_leaves_its_shuffled_stream_alone_and_says_so() -> None:
+def test_shufflenet_leaves_long_shuffled_streams_alone_and_says_so() -> None:
     network = torchvision_network("shufflenet_v2_x1_0")
     graph = analyse(network, torch.rand(1, 3, 64, 64))
     reasons = {b.reason for b in graph.blocked if b.layer.startswith("stage")}
     assert reasons == {"parts that must stay equally large overlap"}
+    assert not [b for b in graph.blocked if b.layer.startswith("stage4")]  # halves of halves
     inner = {group.name for group in graph.groups}
     assert {"stage2.1.branch2.0", "stage3.0.branch2.0", "conv5.0"} <= inner
 
