@@ -10,23 +10,21 @@ blocks the channels that it uses.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from job.slimming.graph.channel_labels import (
-    cat_labels,
     flat_ids,
     label_axes,
     labels_along,
-    reshape_labels,
-    run_on_labels,
 )
+from job.slimming.graph.move_rules import cat, pad, pixel_shuffle, rearrange, reshape
 from job.slimming.graph.union import ChannelRead, Operand
 
 if TYPE_CHECKING:
+    import torch
+
     from job.slimming.graph.propagation_state import PropagationState, Rule
     from job.slimming.graph.trace import Op
     from job.slimming.graph.union import Side
@@ -161,140 +159,6 @@ def _follows_cut(
         labels = labels[(0,) * missing]  # those of the axes that the operand has
         return not label_axes(labels) or all(tensor.shape[a] == 1 for a in label_axes(labels))
     return state.follow(op, tensor, labels.reshape(labels.shape[missing:]))
-
-
-def cat(state: PropagationState, op: Op) -> None:
-    """Concatenate channels, or unite them in a concatenation along another axis."""
-    axis = op.argument(1, "dim", op.kwargs.get("axis", 0)) % op.result.dim()
-    parts = []
-    for tensor in op.argument(0, "tensors"):
-        part = state.labels_of(tensor)
-        if part is None:
-            part = _followed(state, op, tensor, axis)
-        if part is None:
-            part = torch.zeros([1] * tensor.dim(), dtype=torch.int64)
-        shape = list(part.shape)
-        shape[axis] = tensor.shape[axis]
-        parts.append(part.expand(shape))
-    labels = cat_labels(parts, axis)
-    if labels is not None:
-        return state.set_labels(op.result, labels)
-    ends = {tuple(label_axes(part.narrow(axis, 0, 1))) for part in parts}
-    if len(ends) > 1 or any(part.shape[axis] > 1 and part.stride(axis) for part in parts):
-        return state.give_up(op, "cat of different channels")
-    first = parts[0].narrow(axis, 0, 1)
-    for part in parts[1:]:  # along another axis: channel by channel
-        state.union.unite(flat_ids(first), flat_ids(part.narrow(axis, 0, 1)))
-    return state.set_labels(op.result, first)
-
-
-def _followed(
-    state: PropagationState, op: Op, tensor: torch.Tensor, axis: int
-) -> torch.Tensor | None:
-    """Labels of a parameter that is concatenated along another axis than that of the channels."""
-    for other in op.argument(0, "tensors"):
-        labels = state.labels_of(other)
-        if labels is not None and label_axes(labels) and axis not in label_axes(labels):
-            labels = labels.narrow(axis, 0, 1)
-            follows = state.derived.sources(tensor) and state.follow(op, tensor, labels)
-            return labels if follows else None
-    return None
-
-
-def reshape(state: PropagationState, op: Op) -> None:
-    """Reshape labels: views that split channels into groups, or merge them with later axes."""
-    image, result = op.inputs[0], op.result
-    labels = state.labels_of(image)
-    outcome = None if labels is None else reshape_labels(labels, image.shape, result.shape)
-    if outcome is None:
-        return state.give_up(op, f"{op.name} that mixes channels")
-    labels, split = outcome
-    if split:  # (groups, channels per group): the same channels are kept in every group
-        lines = flat_ids(labels).reshape(-1, labels.shape[label_axes(labels)[-1]])
-        if _leaves_groups(op, labels):  # the same number of channels in each group
-            lines = lines.T
-        for line in lines[1:]:
-            state.union.unite(lines[0], line)
-    any_size = op.name == "flatten" or (op.name in ("view", "reshape") and op.args[-1] == -1)
-    if split or not any_size:
-        state.union.suspects.append((op.name, flat_ids(labels)))
-    return state.set_labels(result, labels)
-
-
-def _leaves_groups(op: Op, labels: torch.Tensor) -> bool:
-    """Return whether a view leaves the number of groups open, and not their size."""
-    axes = label_axes(labels)
-    sizes: Any = op.args[1:]
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    if len(axes) != 2 or op.name not in ("view", "reshape") or len(sizes) != labels.dim():
-        return False
-    if -1 in (sizes[axes[0]], sizes[axes[1]]):
-        return bool(sizes[axes[0]] == -1)
-    return labels.shape[axes[1]] == 2 < labels.shape[axes[0]]  # pairs of channels
-
-
-def pixel_shuffle(state: PropagationState, op: Op) -> None:
-    """Cut the channels together that become one."""
-    image, result = op.inputs[0], op.result
-    axis = image.dim() - 3
-    ids = state.ids_along(image, axis)
-    if ids is None:
-        return rearrange(state, op)
-    parts = ids.reshape(result.shape[axis], -1)
-    for column in parts.T[1:]:
-        state.union.unite(parts[:, 0], column)
-    return state.set_labels(result, labels_along(parts[:, 0], axis, result.dim()))
-
-
-def rearrange(
-    state: PropagationState, op: Op, *, any_size: bool = False, splits: bool = False
-) -> None:
-    """Apply the op to the labels: slices, transposes, shuffles and other moves of data.
-
-    ``any_size`` tells that the op is valid for any number of channels, ``splits`` that its results
-    are parts that may have to stay equally large.
-    """
-    _set_rearranged(state, op, run_on_labels(op, state.labels_of), any_size, splits)
-
-
-def pad(state: PropagationState, op: Op) -> None:
-    """Pad labels; channels that padding adds are never cut."""
-    image, sizes = op.argument(0, "input"), op.argument(1, "pad")
-    padded = {image.dim() - 1 - place // 2 for place, size in enumerate(sizes) if size}
-    labels = state.labels_of(image)
-    if labels is not None and not padded & set(label_axes(labels)):
-        results: list[torch.Tensor] | None = [labels]
-    else:
-        results = run_on_labels(op, state.labels_of, lambda image, pad, *_, **__: F.pad(image, pad))
-    _set_rearranged(state, op, results, any_size=False, splits=False)
-
-
-def _set_rearranged(
-    state: PropagationState,
-    op: Op,
-    results: list[torch.Tensor] | None,
-    any_size: bool,
-    splits: bool,
-) -> None:
-    if results is None:
-        return state.give_up(op, f"{op.name} is not supported here")
-    sources = [labels for t in op.inputs if (labels := state.labels_of(t)) is not None]
-    before = np.concatenate([flat_ids(labels) for labels in sources])
-    sliced = len(sources) == 1
-    if splits and len(results) > 1:
-        parts = [flat_ids(labels) for labels in results]
-        if {len(part) for part in parts} == {len(before) / len(parts)}:
-            state.union.blocks.append(np.stack(parts))
-            sliced = False
-    for result, labels in zip(op.results, results, strict=True):
-        after = flat_ids(labels)
-        unmoved = np.array_equal(before, after) and not op.name.startswith("expand")
-        if not (any_size or unmoved):
-            state.union.suspects += [(op.name, before), (op.name, after)]
-            if sliced:
-                state.add_slice(before, after)
-        state.set_labels(result, labels)
-    return None
 
 
 def prelu(state: PropagationState, op: Op) -> None:

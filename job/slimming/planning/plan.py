@@ -112,6 +112,7 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
     Layers that keep all of their channels are left out.
     """
     layers: dict[str, dict[str, Kept]] = {}
+    axes = {slot.layer: slot.axis for slot in graph.slots if slot.axis is not None}
     for slot in graph.slots:
         kept = keep[slot.ids]
         if kept.all():
@@ -121,12 +122,12 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
             sides["out"] = _indices(kept)
             if slot.times:
                 sides["in_"] = _indices(kept[:: slot.times])
-            if slot.axis is not None:
-                sides["axis"] = slot.axis
         else:
             sides[SIDES[slot.side]] = _indices(kept)
     plan = {
-        layer: LayerChannels(sides.get("out"), sides.get("in_"), sides.get("select"))
+        layer: LayerChannels(
+            sides.get("out"), sides.get("in_"), sides.get("select"), axis=axes.get(layer)
+        )
         for layer, sides in layers.items()
     }
     for layer, channels in plan.items():
