@@ -32,6 +32,7 @@ BatchNormMode = Literal["sync", "local"]
 SparsityName = Literal["none", "l1", "polarize"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+LogFormat = Literal["text", "json"]
 WandbMode = Literal["auto", "online", "offline", "off"]
 
 DEFAULT_BASE_EPOCHS = 24
@@ -311,6 +312,11 @@ class RunningConfig:
         "Number of data loader processes.",
         at_least=0,
         default_text="depends on the number of cores",
+        changes_result=False,
+    )
+    log: LogFormat = option(
+        "text",
+        "Format of the lines that the job prints: text, or one JSON object each (json).",
         changes_result=False,
     )
     dry_run: bool = option(

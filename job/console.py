@@ -1,11 +1,13 @@
-"""Output of a command: lines, warnings, errors, results, and one line of progress.
+"""Output of a command: lines, warnings, errors, results, and live progress.
 
-Only the main process prints lines and progress; any process may warn. The logging module is not
-used: code of the user's network may configure or disable it, and scripts read these lines.
+With ``--log json`` each line is a JSON object, described by ``job/schemas/log.json``. Only the
+main process prints lines and progress; any process may warn. The logging module is not used: code
+of the user's network may configure or disable it, and scripts read these lines.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import threading
@@ -20,11 +22,12 @@ from job.errors import OutputClosedError, printable
 from job.processes import is_main
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 LIVE = 0.1  # seconds between drawings on a terminal
 LOGGED = 30.0  # seconds between lines in a log
 SHORT = 10.0  # seconds: a shorter phase gets no line in a log
+MESSAGE: Mapping[str, object] = {"event": "message"}
 
 
 class _Line:
@@ -35,7 +38,8 @@ class _Line:
         self.phase = self.detail = ""
         self.share: float | None = None  # of the phase that is done
         self.run_left: Callable[[], str] | None = None
-        self.drawn = ""  # on the terminal now
+        self.run_facts: Callable[[], str] | None = None
+        self.drawn: list[str] = []  # lines that are on the terminal now
         self.began = self.tick = self.logged = time.monotonic()
 
     def update(self, phase: str, detail: str = "", share: float | None = None) -> None:
@@ -47,7 +51,7 @@ class _Line:
             if phase != self.phase:
                 self.began = now
             self.phase, self.detail, self.share = phase, detail, share
-            if _is_terminal(sys.stderr) and (changed or now - self.tick >= LIVE):
+            if self._is_live() and (changed or now - self.tick >= LIVE):
                 self.tick = now
                 self.erase()
                 self.draw()
@@ -56,11 +60,16 @@ class _Line:
     def _log(self, now: float) -> None:
         """Print the line in a log every half minute, if the phase takes some time."""
         stream = sys.stdout if self.run_left else sys.stderr  # stdout of other commands is data
-        if _is_terminal(stream) and _is_terminal(sys.stderr):
+        if _is_terminal(stream) and self._is_live():
             return
         if now - self.logged >= LOGGED and now - self.began >= SHORT:
             self.logged = now
-            _write(self.text(), err=stream is sys.stderr)
+            event = {"event": "progress", "phase": self.phase, "share": self.share}
+            _write(self.text(), err=stream is sys.stderr, event=event)
+
+    def _is_live(self) -> bool:
+        """Whether the line is redrawn in place."""
+        return _is_terminal(sys.stderr) and not _Lines.as_json
 
     def text(self) -> str:
         """Return the phase, the share of it that is done, and the time left."""
@@ -76,16 +85,21 @@ class _Line:
         return f"about {span(took / self.share - took)} left"
 
     def erase(self) -> None:
-        """Empty the line on the terminal, for another writer."""
-        if self.drawn:
+        """Empty the lines on the terminal, for another writer."""
+        if self.drawn:  # a terminal that has become narrower has wrapped them into more rows
+            columns = max(1, shutil.get_terminal_size().columns)
+            rows = sum(max(1, -(-len(line) // columns)) for line in self.drawn)
+            sys.stderr.write("\r\033[K\033[A" * (rows - 1))
             _clear()
-            self.drawn = ""
+            self.drawn = []
 
     def draw(self) -> None:
-        """Write the line on the terminal, cut so that it does not wrap."""
-        if self.phase and _is_terminal(sys.stderr):
-            self.drawn = printable(self.text())[: shutil.get_terminal_size().columns - 1]
-            sys.stderr.write(self.drawn)
+        """Write the lines on the terminal, cut so that they do not wrap."""
+        if self.phase and self._is_live():
+            columns = shutil.get_terminal_size().columns
+            lines = filter(None, (self.text(), self.run_facts() if self.run_facts else ""))
+            self.drawn = [printable(line)[: columns - 1] for line in lines]
+            sys.stderr.write("\n".join(self.drawn))
             sys.stderr.flush()
 
 
@@ -94,12 +108,27 @@ _line = _Line()
 
 class _Lines:
     on_stderr = False
+    as_json = False
 
 
-def say(text: str) -> None:
-    """Print a line, on the main process only."""
-    if is_main():
+def log_as_json(active: bool) -> None:
+    """Print each line as a JSON object, and draw nothing on a terminal."""
+    _Lines.as_json = active
+
+
+def say(text: str, *, event: bool = False) -> None:
+    """Print a line, on the main process only.
+
+    ``event``: an object that `say_event` prints says the same, so that a JSON log leaves it out.
+    """
+    if is_main() and not (_Lines.as_json and (event or not text)):
         _write(text, err=_Lines.on_stderr)
+
+
+def say_event(values: Mapping[str, object]) -> None:
+    """Print an object in a JSON log, nothing in a text log; main process only."""
+    if _Lines.as_json and is_main():
+        _write(None, err=_Lines.on_stderr, event=values)
 
 
 def say_aside(text: str) -> None:
@@ -129,7 +158,8 @@ def print_error(text: str) -> None:
 def print_result(content: str | bytes) -> None:
     """Print the result of a command on stdout, on the main process only; bytes as they are."""
     if is_main():
-        _write(content)
+        with _line_erased():
+            _echo(content)
 
 
 @contextmanager
@@ -142,20 +172,31 @@ def lines_on_stderr(active: bool) -> Iterator[None]:
         _Lines.on_stderr = False
 
 
-def _write(content: str | bytes, *, err: bool = False) -> None:
-    """Write a line, or bytes, on stdout or stderr; raises OutputClosedError."""
+def _write(text: str | None, *, err: bool = False, event: Mapping[str, object] = MESSAGE) -> None:
+    """Write ``text`` on stdout or stderr, or in a JSON log the object ``event`` with it."""
+    line = text or ""
+    if _Lines.as_json:
+        content = {"time": round(time.time(), 3), **event}
+        line = json.dumps(content if text is None else content | {"text": text})
     with _line_erased():
-        try:
-            click.echo(content, err=err, nl=isinstance(content, str))
-        except BrokenPipeError as error:
-            raise OutputClosedError("nobody reads the output any more") from error
+        _echo(line, err=err)
+
+
+def _echo(content: str | bytes, *, err: bool = False) -> None:
+    """Write a line, or bytes; raises OutputClosedError."""
+    try:
+        click.echo(content, err=err, nl=isinstance(content, str))
+    except BrokenPipeError as error:
+        raise OutputClosedError("nobody reads the output any more") from error
 
 
 def _write_problem(kind: str, text: str) -> None:
     with _line.lock:
         _line.erase()
+        if _Lines.as_json:
+            return _write(printable(text), err=True, event={"event": kind.lower()})
         _clear()  # another process may have drawn on this terminal
-        _write(f"{kind}: {printable(text)}", err=True)  # the text may quote anything
+        return _write(f"{kind}: {printable(text)}", err=True)  # the text may quote anything
 
 
 @contextmanager
@@ -201,10 +242,10 @@ def tick(done: int, count: int) -> None:
 
 
 @contextmanager
-def run_progress(left: Callable[[], str]) -> Iterator[None]:
+def run_progress(left: Callable[[], str], facts: Callable[[], str] | None = None) -> Iterator[None]:
     """Show the time left in the whole run, which ``left`` returns, instead of in the phase.
 
-    On a terminal, Python's own warnings do not disturb the line of progress either.
+    On a terminal, a second line shows the ``facts``, and Python's own warnings do not disturb it.
     """
     show = warnings.showwarning
 
@@ -213,14 +254,14 @@ def run_progress(left: Callable[[], str]) -> Iterator[None]:
             _clear()
             show(*args, **more)
 
-    _line.run_left = left
+    _line.run_left, _line.run_facts = left, facts
     if _is_terminal(sys.stderr):
         warnings.showwarning = showwarning
     try:
         yield
     finally:
         phase("")
-        _line.run_left = None
+        _line.run_left = _line.run_facts = None
         warnings.showwarning = show
 
 

@@ -21,7 +21,7 @@ from job.cli.command_options import (
 )
 from job.cli.option_types import POSITIVE, ProcessCount
 from job.config import PruneConfig
-from job.console import counted, lines_on_stderr, warn
+from job.console import counted, lines_on_stderr, log_as_json, warn
 from job.distributed.launch import ensure_processes, launch
 from job.distributed.signals import starting
 from job.distributed.topology import find_nodes, nodes_left_out
@@ -63,6 +63,7 @@ def gammaslim() -> None:
 def prune_command(**options: Any) -> None:
     """Train or load a network, slim and fine-tune it in rounds."""
     config = PruneConfig(**options)
+    log_as_json(config.log == "json")
     with starting():
         ensure_processes()
         from job.pipeline.prune import prune
@@ -278,7 +279,7 @@ def report_command(runs: tuple[str, ...], output: str | None, csv: str | None, j
     """
     from job.cli.report import report
 
-    report(runs, output, csv, json)
+    report(runs, output, json, csv)
 
 
 @gammaslim.command("status", cls=Command)

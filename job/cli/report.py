@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from job.artifacts.history import History
 
 
-def report(paths: Sequence[str], output: str | None, table: str | None, as_json: bool) -> None:
+def report(
+    paths: Sequence[str], output: str | None, as_json: bool, table: str | None = None
+) -> None:
     """Print the report of one run or several; write it into the run folder or the current one.
 
     ``output`` is another file for the page; its figures are written next to it. ``table`` is a CSV

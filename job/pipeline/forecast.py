@@ -70,6 +70,10 @@ class Forecast:
             epoch_seconds=seconds,
         )
 
+    def round_left(self) -> float | None:
+        """Return the seconds left in the round in progress; None while that is unknown."""
+        return replace(self, rounds=None).left()
+
     def left(self) -> float | None:
         """Return the seconds left; None until part of an epoch is timed."""
         elapsed = self.clock() - self.began

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from job.console import run_progress
 from job.distributed.signals import deferred
 from job.pipeline.dry_run import dry_run
 from job.pipeline.image_cache import fill_cache
+from job.pipeline.live import live_facts
 from job.pipeline.round import base_round, distil_from, slimming_round, wants_round
 from job.pipeline.session import open_session
 from job.pipeline.setup import configure, start_up
@@ -27,7 +29,7 @@ def prune(config: PruneConfig) -> None:
         with open_session(setup) as session:
             if not session.claim.finished:
                 fill_cache(setup, session.run.path)
-            with run_progress(session.time_left):
+            with run_progress(session.time_left, partial(live_facts, session)):
                 base = model = base_round(session)
                 distillation = distil_from(setup, setup.teacher or base.network)
                 while wants_round(session, model):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from job.artifacts.checkpoint import save_position
 from job.artifacts.json_records import to_json
-from job.artifacts.records import EpochRecord, GammaRecord, RoundRecord
+from job.artifacts.records import EpochRecord, GammaRecord, RoundRecord, to_line
 from job.artifacts.run_status import commands_after
-from job.console import counted, phase, progress, say, say_cautions, warn
+from job.console import counted, phase, progress, say, say_cautions, say_event, warn
 from job.distributed.collectives import accelerator_name, on_main
 from job.errors import StopRequest, describe_error, exit_code, reason, shown
 from job.pipeline.cautions import Cautions
@@ -111,6 +111,7 @@ class Session(TrainingSession):
     def log(self, record: EventRecord) -> None:
         """Append a line to metrics.jsonl."""
         self.write(lambda: self.run.log(record))
+        say_event(to_line(record))
 
     def _status(self, state: str, code: int | None) -> None:
         self.write(lambda: self.run.status(state, code, *self.place))
@@ -145,8 +146,9 @@ class Session(TrainingSession):
             self._move(last, self.epochs_of(last), self.entries[last].step)
             self._status("finished", 0)
         self.report()
+        say_event({"event": "summary", "path": shown(self.run.path), **to_json(summary)})
         say("")
-        say(rounds_table(self.entries))
+        say(rounds_table(self.entries), event=True)
         say(f"\nrecommended: {summary.recommended} ({summary.reason})")
         say_cautions(summary.cautions)
         say(f"{counted(summary.seconds, 'second')}; all files are in {shown(self.run.path)}")
@@ -232,7 +234,7 @@ class Session(TrainingSession):
         first_step = self.entries[-1].step if self.entries else 0
         spent = resume.progress.round_seconds if resume else 0
         state.round = RoundInProgress(index, first_step, time.perf_counter() - spent, resume)
-        state.resume = None
+        state.resume = state.best_acc = state.speed = None
         self._move_to_batch(resume.epoch if resume else 0, resume.batch if resume else 0)
         state.forecast = state.forecast.begin(index)
         if (self.claim.saved or resume) and not state.resume_reported:
@@ -247,9 +249,12 @@ class Session(TrainingSession):
 
     def training(self, batches: Iterable[_T], epoch: int, batch: int) -> Iterator[_T]:
         """Yield the batches of ``epoch`` from number ``batch`` on; record and show progress."""
-        steps = self.setup.trainer.steps
+        steps, began = self.setup.trainer.steps, time.monotonic()
         for number, item in enumerate(batches, start=batch):
             self.state.forecast = self.state.forecast.train(epoch, number / steps)
+            images = (number - batch) * self.setup.config.batch_size
+            seconds = time.monotonic() - began
+            self.state.speed = images / seconds if images and seconds else None
             phase(self.round_name, f"epoch {epoch}", number / steps)
             self._move_to_batch(epoch, number)
             yield item
@@ -262,8 +267,11 @@ class Session(TrainingSession):
         """Print the epoch's line; log its numbers, on the dashboard too."""
         model = self.round.model
         assert model
-        self.state.forecast = self.state.forecast.trained()
-        say(epoch_line(model.card.width, result))
+        state = self.state
+        state.forecast = state.forecast.trained()
+        if state.best_acc is None or result.valid_acc > state.best_acc:
+            state.best_acc = result.valid_acc
+        say(epoch_line(model.card.width, result), event=True)
         costs = {"params": model.cost.params, "macs": model.cost.macs}
         record = EpochRecord(**asdict(result), width=model.card.width, **costs)
         self.log(record)
@@ -301,6 +309,7 @@ class Session(TrainingSession):
 
         self.write(write)
         self.watch.saved()
+        self.state.saved_at = time.monotonic()
 
     @property
     def watch(self) -> Watch:

@@ -63,3 +63,6 @@ class SessionState:
     tracker: Tracker | None = None  # of the main process
     resume_reported: bool = False
     report_problem: str = ""  # why the last report was not written
+    speed: float | None = None  # images per second in the epoch in progress
+    best_acc: float | None = None  # of the round in progress, on the validation split
+    saved_at: float | None = None  # by time.monotonic

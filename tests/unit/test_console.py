@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import threading
 import warnings
@@ -51,6 +52,10 @@ class Terminal(io.StringIO):
         while place < len(text):
             if text.startswith("\033[K", place):
                 rows[-1] = rows[-1][:column]
+                place += 3
+                continue
+            if text.startswith("\033[A", place):  # the row above; those below are empty by then
+                assert rows.pop() == ""
                 place += 3
                 continue
             character = text[place]
@@ -206,3 +211,53 @@ def test_a_cut_tells_its_steps_to_a_callback_and_the_library_prints_nothing(
 )  # fmt: skip
 def test_a_number_has_its_noun(number: float, noun: str, text: str) -> None:
     assert console.counted(number, noun) == text
+
+
+def test_the_live_view_has_a_second_line_and_survives_a_narrower_window(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = "step 1,880  455 images/s  best acc 0.8140"
+    with on_terminal() as terminal, console.run_progress(lambda: "about 1 min left", lambda: facts):
+        console.say("first line")
+        console.phase("round 2 of 5", "epoch 1", 0.5)
+        assert terminal.rows()[1:] == ["round 2 of 5, epoch 1  50%  about 1 min left", facts]
+        clock.now += 1
+        console.say("second line")
+        console.phase("round 2 of 5", "epoch 1", 0.6)
+        assert terminal.rows()[:2] == ["first line", "second line"]
+        assert terminal.rows()[2:] == ["round 2 of 5, epoch 1  60%  about 1 min left", facts]
+        monkeypatch.setenv("COLUMNS", "20")  # 44 and 41 letters are wrapped into 3 rows each
+        before = len(terminal.getvalue())
+        console.phase("")
+    assert terminal.getvalue()[before:].count("\033[A") == 5
+
+
+def test_a_json_log_has_an_object_a_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    console.log_as_json(True)
+    try:
+        with console.run_progress(lambda: "about 12 min left", lambda: "facts"):
+            console.say("a\nb")
+            console.say("")
+            console.say("rate 1.0000 epoch", event=True)
+            console.say_event({"event": "epoch", "round": 1, "valid_acc": 0.5})
+            console.warn("odd \x1b")
+            console.phase("round 1 of 5", "epoch 0", 0.25)
+            clock.now = 40.0
+            console.phase("round 1 of 5", "epoch 0", 0.5)
+        console.print_error("no disk")
+    finally:
+        console.log_as_json(False)
+    said = capsys.readouterr()
+    out, err = (list(map(json.loads, text.splitlines())) for text in said)
+    assert all(isinstance(line.pop("time"), float) for line in (*out, *err))
+    assert out == [
+        {"event": "message", "text": "a\nb"},
+        {"event": "epoch", "round": 1, "valid_acc": 0.5},
+        {"event": "progress", "phase": "round 1 of 5", "share": 0.5,
+         "text": "round 1 of 5, epoch 0  50%  about 12 min left"},
+    ]  # fmt: skip
+    assert err == [
+        {"event": "warning", "text": "odd \\x1b"}, {"event": "error", "text": "no disk"},
+    ]  # fmt: skip
+    console.say_event({"event": "epoch"})
+    assert capsys.readouterr().out == ""
