@@ -66,7 +66,10 @@ class RoundRecord(PlannedRound):
 
     ``valid_acc_pruned`` is the accuracy after surgery, before fine-tuning, and
     ``valid_acc_recovered`` that after recovery, if there is any. ``step`` counts optimizer steps
-    since the run began, ``seconds`` is the time that the round took.
+    since the run began, ``seconds`` is the time that the round took. ``latency`` is the median
+    time of the network for one image on the device of the run, in seconds, and ``speedup`` says
+    how many times as fast as the base it is: they were timed in turn, and the latency is the base's
+    divided by the speed-up.
     """
 
     EVENT: ClassVar[str] = "round"
@@ -80,6 +83,8 @@ class RoundRecord(PlannedRound):
     cautions: tuple[str, ...] = ()
     step: int
     seconds: float | None = None
+    latency: float | None = None
+    speedup: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from job.artifacts.json_records import from_json, to_json
 from job.artifacts.model_card import RECOMMENDED, ModelCard, load_model, save_model
 from job.artifacts.recommendation import recommend
 from job.artifacts.records import (
+    LATENCY_FILE,
     SENSITIVITY_FILE,
     RoundRecord,
     StatusRecord,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.artifacts.evaluation_record import RoundEvaluation
-    from job.artifacts.records import BaseRecord, DatasetRecord, EventRecord
+    from job.artifacts.records import BaseRecord, DatasetRecord, EventRecord, LatencyRecord
     from job.config import PruneConfig
     from job.slimming.sensitivity.record import Sensitivity
 
@@ -162,8 +163,9 @@ class Run:
         card: ModelCard,
         sensitivity: Sensitivity | None = None,
         evaluation: RoundEvaluation | None = None,
+        latency: LatencyRecord | None = None,
     ) -> None:
-        """Write the best model of a round, what its cut measured, and how it was evaluated.
+        """Write the best model of a round, what its cut measured, its evaluation, and its time.
 
         All files appear or none. Raises StorageError.
         """
@@ -172,6 +174,8 @@ class Run:
             texts[SENSITIVITY_FILE] = json.dumps(sensitivity.to_dict(), indent=1) + "\n"
         if evaluation:
             texts[EVALUATION_FILE] = evaluation.to_text()
+        if latency:
+            texts[LATENCY_FILE] = json.dumps(to_json(latency)) + "\n"
         save_model(self.round_path(round_index), network, card, texts)
 
     def base_evaluation(self) -> RoundEvaluation | None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from job.artifacts.accuracy import signed_points
 from job.artifacts.json_records import to_json
 from job.artifacts.recommendation import points_lost
-from job.artifacts.records import RoundRecord, SlimRecord
+from job.artifacts.records import LatencyRecord, RoundRecord, SlimRecord
 from job.console import say, say_cautions, show_step
 from job.distributed.collectives import digest, on_main
 from job.errors import DataError, shown
 from job.pipeline.cautions import sample_caution
 from job.pipeline.model import Model
 from job.pipeline.round_evaluation import evaluate_round
+from job.pipeline.round_latency import measure_round
 from job.pipeline.session_state import TrainedModel
 from job.pipeline.slim_round import (
     can_cut,
@@ -25,6 +26,7 @@ from job.pipeline.slim_round import (
     ranking_norms,
     recover_cut,
 )
+from job.slimming.latency.machine import device_name
 from job.slimming.planning.cost import network_cost
 from job.slimming.planning.overview import removed_lines
 from job.tracking.wandb_events import round_event
@@ -190,15 +192,17 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
         step=session.place.step,
         seconds=round(current.seconds, 3),
     )
+    entry = _with_latency(session, entry, network)
     lineage = replace(card.lineage, run=shown(run.path.absolute()), round=current.index)
     if current.index == 0:
         base_sha256 = digest({k: v.cpu() for k, v in network.state_dict().items()})
         lineage = replace(lineage, base_sha256=lineage.base_sha256 or base_sha256)
     card = replace(card, metrics=to_json(entry), lineage=lineage)
     evaluation = on_main(lambda: _evaluation_record(session, network))
-    session.write(
-        lambda: run.save_round(current.index, network, card, model.sensitivity, evaluation)
-    )
+    seconds, device = entry.latency, session.setup.accelerator.device
+    latency = None if seconds is None else LatencyRecord(seconds, device=device_name(device))
+    records = model.sensitivity, evaluation, latency
+    session.write(lambda: run.save_round(current.index, network, card, *records))
     session.entries.append(entry)
     session.log(entry)
     session.summarise("running")
@@ -209,6 +213,22 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
     if current.index != session.setup.config.last_round:  # finish() writes the report of the last
         session.report()
     return Model(network, card)
+
+
+def _with_latency(session: Session, entry: RoundRecord, network: nn.Module) -> RoundRecord:
+    """Return ``entry`` with the latency of the round's network, measured on the main process.
+
+    A round is on the clock of the base, so that a machine that slowed down since changes nothing.
+    """
+    if entry.round == 0:
+        session.state.base = network
+    base, device = session.state.base, session.setup.accelerator.device
+    base = base if entry.round else None
+    latency, gain = on_main(lambda: measure_round(network, base, session.image_size, device))
+    first = session.entries[0].latency if session.entries else None
+    if first is not None and gain is not None:
+        latency = first / gain
+    return replace(entry, latency=latency, speedup=gain)
 
 
 def _evaluation_record(session: Session, network: nn.Module) -> RoundEvaluation | None:
@@ -226,6 +246,8 @@ def restored_round(session: Session) -> Model:
     run, index = session.run, len(session.entries)
     network, card, entry = on_main(lambda: run.load_round(index))
     session.entries.append(entry)
+    if index == 0:
+        session.state.base = network
 
     def complete_metrics() -> None:
         unwritten = not run.has_line(entry.EVENT, index)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from job.artifacts.model_card import ModelCard
     from job.pipeline.forecast import Forecast
@@ -66,3 +67,4 @@ class SessionState:
     speed: float | None = None  # images per second in the epoch in progress
     best_acc: float | None = None  # of the round in progress, on the validation split
     saved_at: float | None = None  # by time.monotonic
+    base: nn.Module | None = None  # the network of round 0, which later ones are timed against

@@ -10,6 +10,7 @@ from job.console import table
 from job.errors import printable
 from job.report.comparison import COSTS, comparison_caution, run_names
 from job.report.configuration import differing_options
+from job.report.latency import milliseconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,9 +39,26 @@ def rounds_table(rounds: Sequence[PlannedRound]) -> str:
     """Return a table with a row per round: width and costs and, after training, accuracies."""
     trained = [entry for entry in rounds if isinstance(entry, RoundRecord)]
     recovered = any(entry.valid_acc_recovered is not None for entry in trained)
+    timed = any(entry.latency is not None for entry in trained)
     scores = ("acc after cut", *(("recovered",) if recovered else ()), "acc tuned")
-    header = ("round", "width", "channels", "params", "MACs", "bytes", *(scores if trained else ()))
-    return table(header, [(*_costs(entry), *_scores(entry, recovered)) for entry in rounds])
+    header = (
+        "round", "width", "channels", "params", "MACs", "bytes",
+        *(("latency", "speed-up") if timed else ()), *(scores if trained else ()),
+    )  # fmt: skip
+    return table(
+        header,
+        [
+            (*_costs(entry), *(_latency(entry) if timed else ()), *_scores(entry, recovered))
+            for entry in rounds
+        ],
+    )
+
+
+def _latency(entry: PlannedRound) -> tuple[str, str]:
+    """Return the latency of a round, in milliseconds, and its speed-up; "" where not measured."""
+    latency = getattr(entry, "latency", None)
+    gain = getattr(entry, "speedup", None)
+    return "" if latency is None else milliseconds(latency), "" if gain is None else f"{gain:.2f}x"
 
 
 def _costs(entry: PlannedRound) -> tuple[str, ...]:

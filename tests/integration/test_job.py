@@ -59,15 +59,20 @@ def test_the_run_directory_is_as_documented(finished_run: Path) -> None:
     for entry in summary["rounds"]:
         assert {
             "round", "width", "params", "macs", "bytes", "channels", "valid_acc_pruned",
-            "valid_acc", "valid_loss", "best_epoch", "seconds",
+            "valid_acc", "valid_loss", "best_epoch", "seconds", "latency", "speedup",
         } <= set(entry)  # fmt: skip
+        assert entry["latency"] > 0
+        assert entry["speedup"] > 0
+    assert "speedup" not in summary["base"]
+    assert summary["base"]["latency"] > 0
     assert not list(finished_run.rglob("*.tmp"))
 
 
 def test_models_load_from_two_files_alone(finished_run: Path, tmp_path: Path) -> None:
     assert [p.name for p in sorted((finished_run / "rounds").iterdir())] == ["00", "01", "02"]
-    shutil.copytree(finished_run / "rounds" / "02", tmp_path / "model")
-    assert sorted(os.listdir(tmp_path / "model")) == ["model.json", "model.safetensors"]
+    (tmp_path / "model").mkdir()
+    for name in ("model.json", "model.safetensors"):
+        shutil.copy(finished_run / "rounds" / "02" / name, tmp_path / "model")
     network = job.load(tmp_path / "model")
     assert not network.training
     assert sum(p.numel() for p in network.parameters()) == 215_794
@@ -118,8 +123,10 @@ def test_epoch_lines_and_the_table_of_rounds(tmp_path: Path) -> None:
     assert len(EPOCH_LINE.findall(done.out)) == 3
     assert "Food-11 files" in done.out
     heading = next(line for line in done.out.splitlines() if line.startswith("round"))
-    for column in ("width", "channels", "params", "MACs", "bytes", "acc after cut", "acc tuned"):
-        assert column in heading
+    assert re.split(r"  +", heading) == [
+        "round", "width", "channels", "params", "MACs", "bytes", "latency", "speed-up",
+        "acc after cut", "acc tuned",
+    ]  # fmt: skip
     assert "recommended: rounds/" in done.out
     assert "\r" not in done.out + done.err  # no progress bar in a log
 

@@ -417,5 +417,7 @@ def result(output: Path) -> dict[str, object]:
             found[name] = file.read_bytes()
         elif file.name in ("summary.json", "metrics.jsonl"):
             text = file.read_text()
-            found[name] = re.sub(r'"(seconds|images_per_second)": [\d.e+-]+', "", text)
+            found[name] = re.sub(
+                r'"(seconds|images_per_second|latency|speedup)": [\d.e+-]+', "", text
+            )
     return found

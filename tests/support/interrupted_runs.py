@@ -24,7 +24,7 @@ def small_run(data: Path, output: Path, *more: object) -> tuple[object, ...]:
 def metrics(output: Path) -> list[dict[str, object]]:
     """The run's lines but for times and for what tells of interruptions."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    clocks = {"seconds", "images_per_second"}
+    clocks = {"seconds", "images_per_second", "latency", "speedup"}
     return [
         {key: value for key, value in line.items() if key not in clocks}
         for line in lines

@@ -78,7 +78,9 @@ LOCK = {
     "id": "1", "host": "node7", "boot": "b", "processes": "pid:[1]", "pid": 7, "started": None
 }  # fmt: skip
 FILES: list[tuple[type[Any], dict[str, Any]]] = [
-    (RoundRecord, ROUND), (RoundRecord, BASE), (EpochRecord, EPOCH), (SummaryRecord, SUMMARY),
+    (RoundRecord, ROUND), (RoundRecord, BASE),
+    (RoundRecord, ROUND | {"latency": 0.0042, "speedup": 1.37}),
+    (EpochRecord, EPOCH), (SummaryRecord, SUMMARY),
     (StatusRecord, STATUS), (LockRecord, LOCK),
     (RoundProgress, PROGRESS), (TrainingProgress, TRAINING),
     (RoundProgress, PROGRESS | {"sensitivity": SENSITIVITY}), (Sensitivity, SENSITIVITY),

@@ -1,0 +1,68 @@
+"""Latency of a round's network on the device of the run, next to the base's."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from job.console import warn
+from job.errors import reason
+from job.slimming.graph.modes import eval_with_hooks
+from job.slimming.latency.alternation import TimeLimits, time_alternately
+from job.slimming.latency.clock import clock_of
+from job.slimming.latency.profile import random_images
+from job.slimming.latency.runtimes import eager
+from job.slimming.latency.statistics import latency_of, speedup
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch import nn
+
+    from job.slimming.latency.clock import Clock
+
+# a tenth of a second shows what a cut gained; the command bench measures it well
+QUICK = TimeLimits(seconds=0.1, warmup=0.02)
+
+
+def measure_round(
+    network: nn.Module, base: nn.Module | None, size: int, device: torch.device
+) -> tuple[float | None, float | None]:
+    """Return the median seconds of ``network`` for one image, and how many times as fast it is.
+
+    It is compared with ``base``, timed in turn; None for the base itself. Both networks, on images
+    (1, 3, size, size) in float32, are left as they were. Where they do not run, which is a warning,
+    both numbers are None.
+    """
+    try:
+        return _measure(network, base, size, device, clock_of(device))
+    except Exception as error:  # anybody's network, which may raise anything
+        warn(f"the latency is not measured, the job continues: {reason(error)}")
+        return None, None
+
+
+def _measure(
+    network: nn.Module, base: nn.Module | None, size: int, device: torch.device, clock: Clock
+) -> tuple[float, float | None]:
+    networks = [network, *([base] if base is not None else [])]
+    with ExitStack() as stack:
+        for each in networks:
+            stack.enter_context(_on(each, device))
+            stack.enter_context(eval_with_hooks(each, []))
+        dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
+        images = random_images((1, 3, size, size), device, dtype)
+        series = time_alternately([eager(each, images) for each in networks], clock, QUICK)
+    gain = speedup(series[1], series[0]).value if base is not None else None
+    return latency_of(series[0], 1).median, gain
+
+
+@contextmanager
+def _on(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Keep ``network`` on ``device`` within the context."""
+    before = next(network.parameters()).device
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(before)
