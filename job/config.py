@@ -48,7 +48,8 @@ class DataConfig:
 
     data: str | None = option(
         None,
-        "Folder of images or IDX files, or a CSV file.",
+        "Folder of images or IDX files, a CSV file, a zip or tar file, or WebDataset shards, e.g. "
+        "train-{000..147}.tar.",
         metavar="PATH",
         default_text="built-in Fashion-MNIST",
         changes_result=False,  # the fingerprint of the content is compared instead

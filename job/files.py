@@ -16,7 +16,7 @@ import stat
 import tomllib
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 from job.errors import OutputError, cannot_begin, reading, shown, writing
 
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 JsonObject = dict[str, object]  # values to write, or to check after reading JSON or TOML
+
+
+class Readable(Protocol):
+    """A path of a file on disk or in an archive."""
+
+    def __fspath__(self) -> str: ...
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        """Open the file to read bytes."""
+
 
 MAX_BYTES = 64 << 20  # far more than any configuration, model card or history of epochs
 _LEFT = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
@@ -59,7 +69,7 @@ def is_file(path: Path) -> bool:
             raise
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Readable) -> bytes:
     """Return the content of ``path``; raises StorageError, OSError, or ValueError above 64 MiB."""
     with reading(path), path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from job.artifacts.run_config import read_run_config
 from job.data.folders import CURRENT_LISTING
 from job.data.layout import BUILT_IN
+from job.data.shard_layout import is_shard_pattern
 from job.errors import InputNotFound, UsageError, shown
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def find_run_data(model: str, lineage: Lineage) -> str:
     names = [
         name for key in ("path", "root") if (name := record.get(key)) and isinstance(name, str)
     ]
-    existing = next((name for name in names if Path(name).exists()), None)
+    found = (name for name in names if Path(name).exists() or is_shard_pattern(name))
+    existing = next(found, None)
     if existing is None:
         named = f", {names[0]}," if names else ""
         raise InputNotFound(f"the data of {shown(model)}{named} are not here: pass --data D")

@@ -16,6 +16,7 @@ from job.data.image_check import check_images
 from job.data.layout import (
     BUILT_IN,
     UNSPLIT,
+    as_folder,
     has_numbered_files,
     is_data_file,
     open_data,
@@ -24,6 +25,7 @@ from job.data.layout import (
 )
 from job.data.loader import default_workers
 from job.data.preprocessing_options import PreprocessingOptions
+from job.data.shard_layout import is_shard_pattern
 from job.errors import InputNotFound, UsageError
 from job.pipeline.training_data import SPLITS as TRAINING_SPLITS
 from job.processes import local_world_size
@@ -137,9 +139,10 @@ def _open(model: ModelOptions, options: ScoringOptions, *, labelled: bool) -> tu
 
 
 def _has_no_splits(place: Path) -> bool:
-    if not place.is_dir():
-        return not is_data_file(place)
-    return open_splits(place) is None
+    folder = as_folder(place)
+    if not folder.is_dir():
+        return not is_data_file(place) and not is_shard_pattern(str(place))
+    return open_splits(folder) is None
 
 
 def _card(model: ModelOptions) -> ModelCard | None:

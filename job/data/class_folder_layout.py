@@ -12,8 +12,7 @@ from job.data.splits import FileSplit, Split
 from job.errors import DataError, shown
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from job.data.archive import FilePath
     from job.data.folders import Lister
 
 
@@ -21,12 +20,12 @@ if TYPE_CHECKING:
 class SplitFolder:
     """The images of a split, inside and outside class folders."""
 
-    folder: Path
+    folder: FilePath
     classes: dict[str, list[str]]  # class -> paths relative to ``folder``
     unsorted: list[str]  # names in ``folder`` itself
 
 
-def open_class_folders(root: Path, lister: Lister) -> Dataset | None:
+def open_class_folders(root: FilePath, lister: Lister) -> Dataset | None:
     """Open split folders of class folders; returns None if none has images in class folders."""
     folders = lister.split_folders(root)
     classes = {split: lister.class_folders(folder) for split, folder in folders.items()}
@@ -39,7 +38,7 @@ def open_class_folders(root: Path, lister: Lister) -> Dataset | None:
     return _dataset(root, splits, lister)
 
 
-def open_unsplit_class_folders(root: Path, lister: Lister) -> Dataset | None:
+def open_unsplit_class_folders(root: FilePath, lister: Lister) -> Dataset | None:
     """Open class folders without splits as one split ``training``.
 
     Returns None when there are fewer than two classes, or when a sub-folder has split folders,
@@ -52,7 +51,7 @@ def open_unsplit_class_folders(root: Path, lister: Lister) -> Dataset | None:
     return _dataset(root, {"training": training}, lister) if len(training.classes) > 1 else None
 
 
-def _dataset(root: Path, folders: dict[str, SplitFolder], lister: Lister) -> Dataset:
+def _dataset(root: FilePath, folders: dict[str, SplitFolder], lister: Lister) -> Dataset:
     """Build the data set; classes are those of training, else of all splits, sorted by name."""
     training = folders.get("training")
     every_class = {name for split in folders.values() for name in split.classes}
@@ -70,7 +69,7 @@ def _dataset(root: Path, folders: dict[str, SplitFolder], lister: Lister) -> Dat
     return Dataset(shown(root), names, splits, notes=tuple(notes))
 
 
-def _labelled(root: Path, split: SplitFolder, names: tuple[str, ...]) -> FileSplit:
+def _labelled(root: FilePath, split: SplitFolder, names: tuple[str, ...]) -> FileSplit:
     """Return the labelled images of a split, or unlabelled ones if it has no class folders."""
     if not split.classes:
         return FileSplit.unlabelled(root, split.unsorted, split.folder)

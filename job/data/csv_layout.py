@@ -20,7 +20,7 @@ from job.errors import DataError, shown
 from job.files import read_bytes
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from job.data.archive import FilePath
 
 FILE_COLUMNS = (
     *("file", "path", "image", "filename", "filepath", "file_name", "file_path"),
@@ -42,7 +42,7 @@ class Row:
     split: str
 
 
-def open_csv_folder(root: Path, _lister: Lister) -> Dataset | None:
+def open_csv_folder(root: FilePath, _lister: Lister) -> Dataset | None:
     """Open train.csv, val.csv, … in ``root``, or its only CSV file with paths and labels.
 
     Returns None when there is none. Raises DataError, with the line numbers, for invalid rows.
@@ -56,7 +56,7 @@ def open_csv_folder(root: Path, _lister: Lister) -> Dataset | None:
     return _to_dataset(root, [row for file in lists for row in _rows(file)]) if labelled else None
 
 
-def open_csv_file(path: Path) -> Dataset:
+def open_csv_file(path: FilePath) -> Dataset:
     """Open one CSV file; raises DataError when it has no column of paths or invalid rows."""
     if _columns(_header(path)) is None:
         raise DataError(
@@ -66,7 +66,7 @@ def open_csv_file(path: Path) -> Dataset:
     return _to_dataset(path.parent, _rows(path), path)
 
 
-def _text(path: Path) -> str:
+def _text(path: FilePath) -> str:
     try:
         return read_bytes(path).decode("utf-8-sig", "surrogateescape")
     except (OSError, ValueError) as error:
@@ -78,7 +78,7 @@ def _lines(text: str) -> io.StringIO:
     return io.StringIO(text, newline="")
 
 
-def _header(path: Path) -> list[str]:
+def _header(path: FilePath) -> list[str]:
     first = _lines(_text(path)).readline()
     delimiter = max(DELIMITERS, key=first.count)
     try:
@@ -100,7 +100,7 @@ def _columns(header: list[str]) -> tuple[int, int | None, int | None] | None:
     return file, _find(header, LABEL_COLUMNS), _find(header, SPLIT_COLUMNS)
 
 
-def _rows(path: Path) -> list[Row]:
+def _rows(path: FilePath) -> list[Row]:
     """Read the rows after the header; raises DataError for invalid rows."""
     columns = _columns(_header(path))
     assert columns
@@ -143,7 +143,7 @@ def _problem(row: Row, split: str) -> str:
     return ""
 
 
-def _to_dataset(root: Path, rows: list[Row], file: Path | None = None) -> Dataset:
+def _to_dataset(root: FilePath, rows: list[Row], file: FilePath | None = None) -> Dataset:
     """Number the labels of training (of all splits if it has none) and group rows by split."""
     labels = {row.label for row in rows if row.label and row.split == "training"}
     labels = labels or {row.label for row in rows if row.label}

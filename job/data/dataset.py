@@ -14,8 +14,8 @@ from job.data.splits import UNLABELLED, Split
 from job.errors import DataError, InputNotFound, shown
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Dataset:
         return replace(self, splits={**self.splits, **changed})
 
 
-def number_classes(root: Path, tokens: set[str]) -> tuple[str, ...]:
+def number_classes(root: str | os.PathLike[str], tokens: set[str]) -> tuple[str, ...]:
     """Return class names "0" to the largest number; raises DataError for other tokens."""
     others = sorted(token for token in tokens if not token.isdecimal())
     if others:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.console import counted
+from job.data.archive import ArchivePath, FilePath
 from job.data.images import IMAGE_SUFFIXES, IMAGE_SUFFIXES_1
 from job.data.split_names import CANONICAL
 from job.errors import DataError, reading, shown
@@ -29,8 +30,10 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
-def visible(folder: Path) -> list[str]:
+def visible(folder: FilePath) -> list[str]:
     """Return the visible names in ``folder``, sorted; raises DataError or StorageError."""
+    if isinstance(folder, ArchivePath):
+        return folder.names()
     with _listing(folder):
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
@@ -44,11 +47,13 @@ def _listing(folder: Path) -> Iterator[None]:
         raise DataError(f"{shown(folder)} cannot be read: {error.strerror}") from error
 
 
-def subfolders(folder: Path) -> list[str]:
+def subfolders(folder: FilePath) -> list[str]:
     """Return the names of the visible folders in ``folder``, sorted, including links to folders.
 
     Raises DataError or StorageError.
     """
+    if isinstance(folder, ArchivePath):
+        return [name for name in folder.names() if (folder / name).is_dir()]
     with _listing(folder), os.scandir(folder) as entries:
         return sorted(
             entry.name
@@ -71,12 +76,12 @@ class Lister:
     others: Counter[str] = field(default_factory=Counter)  # files that are not images, by suffix
     empty: list[str] = field(default_factory=list)  # class folders without images
 
-    def split_folders(self, root: Path, *, unique: bool = True) -> dict[str, Path]:
+    def split_folders(self, root: FilePath, *, unique: bool = True) -> dict[str, FilePath]:
         """Return the split folders in ``root``, by the canonical name of the split.
 
         Raises DataError when a split has two folders, unless ``unique`` is False.
         """
-        folders: dict[str, Path] = {}
+        folders: dict[str, FilePath] = {}
         for entry in subfolders(root):
             alias = entry.lower()
             split = None if self.listing == 1 and alias == "dev" else CANONICAL.get(alias)
@@ -93,7 +98,7 @@ class Lister:
         """Return whether a file is an image, by its suffix."""
         return name.lower().endswith(IMAGE_SUFFIXES_1 if self.listing == 1 else IMAGE_SUFFIXES)
 
-    def images(self, folder: Path) -> list[str]:
+    def images(self, folder: FilePath) -> list[str]:
         """Return the names of the images directly in ``folder``, sorted."""
         names = visible(folder)
         for name in names:
@@ -101,11 +106,14 @@ class Lister:
                 self.others[Path(name).suffix.lower() or "no suffix"] += 1
         return [name for name in names if self.is_image(name)]
 
-    def images_below(self, folder: Path) -> list[str]:
+    def images_below(self, folder: FilePath) -> list[str]:
         """Return the images in ``folder`` and its visible sub-folders, relative to its parent.
 
         Follows links, but reads each folder only once.
         """
+        if isinstance(folder, ArchivePath):
+            inside = self._images_in_archive(folder)
+            return sorted((path.relative_to(folder.parent) for path in inside), key=natural_key)
         paths, seen, root = [], set(), Path(os.path.realpath(folder))
         for directory, names, _ in os.walk(folder, followlinks=True):
             here = os.path.realpath(directory)
@@ -119,7 +127,12 @@ class Lister:
         parent = folder.parent
         return sorted((os.path.relpath(path, parent) for path in paths), key=natural_key)
 
-    def class_folders(self, folder: Path) -> dict[str, list[str]]:
+    def _images_in_archive(self, folder: ArchivePath) -> Iterator[ArchivePath]:
+        yield from (folder / name for name in self.images(folder))
+        for name in subfolders(folder):
+            yield from self._images_in_archive(folder / name)
+
+    def class_folders(self, folder: FilePath) -> dict[str, list[str]]:
         """Return the images below each sub-folder that has any, relative to ``folder``."""
         classes = {}
         for entry in subfolders(folder):

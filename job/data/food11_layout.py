@@ -16,13 +16,14 @@ from job.data.splits import UNLABELLED, FileSplit, Split
 from job.errors import DataError, shown
 
 if TYPE_CHECKING:
+    from job.data.archive import FilePath
     from job.data.folders import Lister
 
 # splits that define the classes; the first entry with any class wins
 SOURCES_OF_CLASSES = (("training", "validation"), ("evaluation",), ("testing",))
 
 
-def open_food11_folder(root: Path, lister: Lister) -> Dataset | None:
+def open_food11_folder(root: FilePath, lister: Lister) -> Dataset | None:
     """Open split folders of files named CLASS_NUMBER.jpg; returns None if they hold no images."""
     folders = lister.split_folders(root)
     for folder in folders.values():
@@ -63,7 +64,7 @@ def _classes(files: dict[str, list[str]]) -> set[str]:
 
 
 def _labelled(
-    root: Path, folder: Path, files: list[str], names: tuple[str, ...], numbered: bool
+    root: FilePath, folder: FilePath, files: list[str], names: tuple[str, ...], numbered: bool
 ) -> FileSplit:
     index = {name: number for number, name in enumerate(names)}
     paths, labels = sorted(files, key=natural_key), []

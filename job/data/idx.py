@@ -6,25 +6,27 @@ import gzip
 import math
 import struct
 import zlib
-from typing import IO, TYPE_CHECKING, Any
+from contextlib import nullcontext
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from job.data.archive_index import MAX_RATIO, UNCHECKED_SIZE
 from job.errors import DataError, reading, shown
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from contextlib import AbstractContextManager
+
+    from job.data.archive import FilePath
 
 _CODES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _DTYPES: dict[int, np.dtype[Any]] = {code: np.dtype(name) for code, name in _CODES.items()}
 
 
 MAX_DIMENSIONS = 4  # (N, height, width, 3)
-MAX_RATIO = 100  # of unpacked to packed size; images reach at most 10
-UNCHECKED_SIZE = 64 << 20  # bytes; files that unpack to less may have any ratio
 
 
-def read_idx(path: Path) -> np.ndarray[Any, Any]:
+def read_idx(path: FilePath) -> np.ndarray[Any, Any]:
     """Read the array of an IDX file, gzipped or not.
 
     Raises DataError for a file that is incomplete or longer than its header says, and for a gzip
@@ -33,7 +35,7 @@ def read_idx(path: Path) -> np.ndarray[Any, Any]:
     try:
         with reading(path), path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
-        with reading(path), gzip.open(path) if packed else path.open("rb") as file:
+        with reading(path), path.open("rb") as raw, _unpacked(raw, packed=packed) as file:
             dtype, shape = _read_header(path, file)
             expected = math.prod(shape) * dtype.itemsize
             size = path.stat().st_size
@@ -51,8 +53,12 @@ def read_idx(path: Path) -> np.ndarray[Any, Any]:
         raise DataError(f"{shown(path)} cannot be of shape {shape}: {error}") from error
 
 
+def _unpacked(raw: BinaryIO, *, packed: bool) -> AbstractContextManager[Any]:
+    return gzip.GzipFile(fileobj=raw) if packed else nullcontext(raw)
+
+
 def _read_header(
-    path: Path, file: IO[bytes] | gzip.GzipFile
+    path: FilePath, file: IO[bytes] | gzip.GzipFile
 ) -> tuple[np.dtype[Any], tuple[int, ...]]:
     magic = file.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES:

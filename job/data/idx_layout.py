@@ -16,8 +16,7 @@ from job.data.splits import UNLABELLED, ArraySplit, Labels, Split
 from job.errors import DataError, shown
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from job.data.archive import FilePath
     from job.data.folders import Lister
 
 _IDX = re.compile(
@@ -27,9 +26,9 @@ _IDX = re.compile(
 )
 
 
-def open_idx_folder(root: Path, _lister: Lister) -> Dataset | None:
+def open_idx_folder(root: FilePath, _lister: Lister) -> Dataset | None:
     """Open the IDX files in a folder; returns None if there are none, raises DataError."""
-    files: dict[tuple[str, str, str], Path] = {}  # by prefix, split, and images or labels
+    files: dict[tuple[str, str, str], FilePath] = {}  # by prefix, split, and images or labels
     for entry in visible(root):
         match = _IDX.fullmatch(entry)
         if match and (root / entry).is_file():
@@ -56,7 +55,7 @@ def open_idx_folder(root: Path, _lister: Lister) -> Dataset | None:
     return Dataset(shown(root), names, splits, numbered=True)
 
 
-def _idx_split(images_path: Path, labels_path: Path | None) -> ArraySplit:
+def _idx_split(images_path: FilePath, labels_path: FilePath | None) -> ArraySplit:
     images = read_idx(images_path)
     grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] == 3
     if not (grey or colour) or images.dtype != np.uint8 or images.size == 0:

@@ -6,6 +6,7 @@ import importlib.util
 import threading
 import warnings
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -17,7 +18,8 @@ from job.errors import DataError, StorageError, reading, reason, shown
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
-    from pathlib import Path
+
+    from job.data.archive import FilePath
 
 Result = TypeVar("Result")
 # the suffix decides which files are images, the content how they are decoded
@@ -48,7 +50,7 @@ _UPRIGHT = {
 }
 
 
-def load_rgb(path: Path) -> Image.Image:
+def load_rgb(path: FilePath) -> Image.Image:
     """Decode ``path`` to RGB; only the first frame if there are several.
 
     Applies the EXIF rotation, puts transparent images on white, scales 16-bit grey to 8 bits.
@@ -58,7 +60,7 @@ def load_rgb(path: Path) -> Image.Image:
         return _decode(path, _as_rgb)
 
 
-def check_image(path: Path) -> tuple[int, int]:
+def check_image(path: FilePath) -> tuple[int, int]:
     """Decode ``path`` as ``load_rgb`` does and return its (width, height); raises the same errors.
 
     A JPEG is decoded at an eighth of its size, which reads every byte in a third of the time.
@@ -91,7 +93,7 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-def _decode(path: Path, read: Callable[[Image.Image], Result]) -> Result:
+def _decode(path: FilePath, read: Callable[[Image.Image], Result]) -> Result:
     """Apply ``read`` to the opened image; raises as ``load_rgb``."""
     try:
         with reading(path):
@@ -115,10 +117,11 @@ _NOT_A_FILE = {  # (exists, is a link)
 }
 
 
-def _open(path: Path, read: Callable[[Image.Image], Result]) -> Result:
+def _open(path: FilePath, read: Callable[[Image.Image], Result]) -> Result:
     """Apply ``read`` to the image in ``path``, or if that fails to its repaired content."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        file: Any = path if isinstance(path, Path) else path.open()
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             return read(_check_pixels(image))
     except (_TooLargeError, Image.DecompressionBombError):
         raise

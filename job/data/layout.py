@@ -11,12 +11,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from job.data.archive import ArchivePath, FilePath, is_archive, open_archive
 from job.data.class_folder_layout import open_class_folders, open_unsplit_class_folders
 from job.data.csv_layout import open_csv_file, open_csv_folder
 from job.data.dataset import Dataset
 from job.data.folders import CURRENT_LISTING, Lister, subfolders
 from job.data.food11_layout import open_food11_folder
 from job.data.idx_layout import open_idx_folder
+from job.data.shard_layout import expand_pattern, is_shard_pattern, open_shard_folder, open_shards
 from job.data.splits import FileSplit
 from job.errors import DataError, InputNotFound, shown
 
@@ -43,7 +45,7 @@ class Layout:
     """
 
     help: str
-    open_folder: Callable[[Path, Lister], Dataset | None]
+    open_folder: Callable[[FilePath, Lister], Dataset | None]
     open_file: Callable[[Path], Dataset] | None = None
     suffix: str = ""
     has_splits: bool = True
@@ -72,6 +74,10 @@ LAYOUTS = {
         open_csv_folder,
         open_csv_file,
         suffix=".csv",
+    ),
+    "WebDataset shards": Layout(
+        "WebDataset shards (train-000.tar, val-000.tar, …; or train-{000..147}.tar)",
+        open_shard_folder,
     ),
     UNSPLIT: Layout(
         "class folders without splits (CLASS/*.jpg)", open_unsplit_class_folders, has_splits=False
@@ -102,21 +108,43 @@ def open_path(path: str | os.PathLike[str], listing: int = CURRENT_LISTING) -> D
 
     Raises InputNotFound when ``path`` does not exist, DataError when no layout matches.
     """
-    root = Path(path)
+    root: FilePath = Path(path)
     looked_for = ", ".join(layout.help for layout in LAYOUTS.values())
-    if not root.exists():
+    if isinstance(root, Path) and not root.exists():
+        if is_shard_pattern(str(path)):
+            return _open_shards(expand_pattern(str(path)), Path(path).parent, listing)
         raise InputNotFound(f"--data {shown(path)} does not exist")
-    if root.is_file() and (data := _open_file(root)):
+    if root.is_file() and (data := _open_file(Path(root))):
         return data
+    root = as_folder(Path(root))
     if not root.is_dir():
         raise DataError(f"--data {shown(path)} is a file; it takes a folder with {looked_for}")
     data = open_splits(root, listing) or _open_folder(_only_folders(root)[-1], listing, split=False)
+    if data is None and isinstance(root, ArchivePath):
+        data = _open_shards([Path(path)], Path(path), listing)
     if data is None:
         raise DataError(f"--data {shown(path)} is not a data set; looked for {looked_for}")
     return data
 
 
-def open_splits(root: Path, listing: int = CURRENT_LISTING) -> Dataset | None:
+def _open_shards(paths: list[Path], root: Path, listing: int) -> Dataset:
+    """Open WebDataset shards; raises DataError if they are none."""
+    data = open_shards(paths, root, Lister(listing))
+    if data is None:
+        looked_for = ", ".join(layout.help for layout in LAYOUTS.values())
+        raise DataError(f"--data {shown(paths[0])} is not a data set; looked for {looked_for}")
+    return replace(data, layout="WebDataset shards")
+
+
+def as_folder(path: Path) -> FilePath:
+    """Return the root of an archive, e.g. food-11.zip; any other path as it is.
+
+    Raises DataError.
+    """
+    return open_archive(path) if path.is_file() and is_archive(path) else path
+
+
+def open_splits(root: FilePath, listing: int = CURRENT_LISTING) -> Dataset | None:
     """Open the data set in ``root``, or in its only sub-folder, when its layout names the splits.
 
     Raises DataError.
@@ -132,9 +160,12 @@ def open_unlabelled(path: Path) -> Dataset:
     """
     if not path.exists():
         raise InputNotFound(f"--data {shown(path)} does not exist")
-    lister = Lister()
-    if path.is_dir():
-        root, names = path, [os.path.relpath(p, path.name) for p in lister.images_below(path)]
+    lister, folder = Lister(), as_folder(path)
+    root: FilePath = folder
+    if isinstance(folder, ArchivePath):
+        names = lister.images_below(folder)
+    elif folder.is_dir():
+        names = [os.path.relpath(p, folder.name) for p in lister.images_below(folder)]
     else:
         root, names = path.parent, [path.name]
     if not names:
@@ -162,7 +193,7 @@ def _open_file(path: Path) -> Dataset | None:
     return None
 
 
-def _open_folder(root: Path, listing: int, *, split: bool) -> Dataset | None:
+def _open_folder(root: FilePath, listing: int, *, split: bool) -> Dataset | None:
     """Try the layouts with splits, or those without."""
     for name, layout in LAYOUTS.items():
         if layout.has_splits is split and (data := layout.open_folder(root, Lister(listing))):
@@ -170,7 +201,7 @@ def _open_folder(root: Path, listing: int, *, split: bool) -> Dataset | None:
     return None
 
 
-def _only_folders(root: Path) -> list[Path]:
+def _only_folders(root: FilePath) -> list[FilePath]:
     """Return ``root``, its only sub-folder and that folder's only sub-folder, if they exist."""
     folders = [root]
     while len(folders) < MAX_DEPTH and len(names := subfolders(folders[-1])) == 1:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from PIL import Image
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from job.data.archive import FilePath
 
 PNG, JPEG, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\xff\xd9"
 # chunks that determine pixels, transparency, frames and orientation
@@ -26,7 +26,7 @@ MAX_JPEG = 1 << 28  # bytes of a JPEG that gets an end marker
 FILLER = b"\xaa" + bytes(37 * n % 251 for n in range(1, 4096))
 
 
-def repaired(path: Path) -> BinaryIO | None:
+def repaired(path: FilePath) -> BinaryIO | None:
     """Open ``path`` as a file that Pillow can read; returns None if there is nothing to repair.
 
     Raises OSError.
@@ -40,7 +40,7 @@ def repaired(path: Path) -> BinaryIO | None:
     return None
 
 
-def _without_texts(path: Path, file: BinaryIO) -> BinaryIO | None:
+def _without_texts(path: FilePath, file: BinaryIO) -> BinaryIO | None:
     """Open a PNG without its texts and colour profiles, which may unpack to any size."""
     parts, size, left_out = [(0, len(PNG))], path.stat().st_size, False
     while len(header := file.read(8)) == 8:
@@ -68,7 +68,7 @@ def _is_sound(file: BinaryIO, kind: bytes, length: int) -> bool:
 class _Parts(io.RawIOBase):
     """Ranges (begin, end) of a file, read as one file without the bytes between them."""
 
-    def __init__(self, path: Path, parts: list[tuple[int, int]]) -> None:
+    def __init__(self, path: FilePath, parts: list[tuple[int, int]]) -> None:
         self._file, self._parts, self._offset = path.open("rb"), parts, 0
 
     def readable(self) -> bool:

@@ -15,8 +15,8 @@ from job.data.images import load_rgb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
+    from job.data.archive import FilePath
     from job.data.geometry import Croppable
 
 Labels = np.ndarray[Any, np.dtype[np.int64]]
@@ -53,21 +53,25 @@ class Split(Protocol):
 class FileSplit:
     """Images in files; ``paths`` (N) are relative to ``root``."""
 
-    root: Path
+    root: FilePath
     paths: tuple[str, ...]
     labels: Labels
     lenient: bool = False  # --on-bad-image skip: files that fail later are replaced
     sizes: Labels | None = None  # (N, 2) int64: width and height, once the images are checked
 
     @classmethod
-    def of(cls, root: Path, paths: Sequence[str], labels: Sequence[int], folder: Path) -> FileSplit:
+    def of(
+        cls, root: FilePath, paths: Sequence[str], labels: Sequence[int], folder: FilePath
+    ) -> FileSplit:
         """Build a split of files; ``paths`` are relative to ``folder``, in or equal to ``root``."""
-        inside = str(folder.relative_to(root)) if folder != root else ""
+        inside = "" if folder == root else os.path.relpath(folder, root)
         relative = tuple(os.path.join(inside, path) for path in paths)  # noqa: PTH118 (odd bytes)
         return cls(root, relative, np.array(labels, np.int64))
 
     @classmethod
-    def unlabelled(cls, root: Path, paths: Sequence[str], folder: Path | None = None) -> FileSplit:
+    def unlabelled(
+        cls, root: FilePath, paths: Sequence[str], folder: FilePath | None = None
+    ) -> FileSplit:
         """Build a split of files without labels, sorted with 2.jpg before 10.jpg."""
         ordered = sorted(paths, key=natural_key)
         return cls.of(root, ordered, [UNLABELLED] * len(paths), folder or root)
@@ -75,7 +79,7 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def path(self, index: int) -> Path:
+    def path(self, index: int) -> FilePath:
         """Return the path of image ``index``."""
         return self.root / self.paths[index]
 

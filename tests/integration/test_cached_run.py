@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -110,3 +113,41 @@ def test_a_dry_run_says_where_it_would_be_and_writes_nothing(tmp_path: Path, dat
     assert done.code == 0, done
     assert f"they are stored in {tmp_path}/run/cache" in done.out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_reads_an_archive_and_later_commands_find_it(tmp_path: Path, data: Path) -> None:
+    folder, packed = tmp_path / "folder", tmp_path / "packed"
+    archive = shutil.make_archive(str(tmp_path / "food-11"), "zip", data.parent, data.name)
+    assert prune(data, folder).code == 0
+    done = prune(Path(archive), packed, "--workers", 1)
+    assert done.code == 0, done
+    assert "food-11.zip" in done.out
+    assert weights(packed) == weights(folder)
+    done = prune(data, packed)  # the same images, unpacked meanwhile
+    assert done.code == 0, done
+    assert "the run is finished" in done.out
+    scored = gammaslim("evaluate", packed, "--json", "--device", "cpu")
+    assert scored.code == 0, scored
+    predicted = ("--split", "validation", "--output", tmp_path / "a.csv", "--device", "cpu")
+    done = gammaslim("predict", packed, "--data", archive, *predicted)
+    assert done.code == 0, done
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 7
+
+
+def test_a_run_reads_webdataset_shards(tmp_path: Path, data: Path) -> None:
+    for name, split in (("train", "training"), ("val", "validation")):
+        files = sorted((data / split).iterdir())
+        for shard in range(2):
+            with tarfile.open(tmp_path / f"{name}-{shard:03}.tar", "w") as archive:
+                for file in files[shard::2]:
+                    archive.add(file, file.name)
+                    label = tarfile.TarInfo(f"{file.stem}.cls")
+                    label.size = 1
+                    archive.addfile(label, io.BytesIO(file.name[:1].encode()))
+    pattern = tmp_path / "{train,val}-{000..001}.tar"
+    done = prune(pattern, tmp_path / "run", "--workers", 1, launch=2)
+    assert done.code == 0, done
+    assert "WebDataset shards" in done.out
+    assert "18 training, 6 validation, 3 classes" in done.out
+    scored = gammaslim("evaluate", tmp_path / "run", "--json", "--device", "cpu")
+    assert scored.code == 0, scored

@@ -112,7 +112,7 @@ def free_space(folder: Path) -> int:
 
 def prepare_folder(folder: Path) -> None:
     """Create ``folder``; raises UsageError if another user owns a folder in shared scratch."""
-    default = folder == scratch_folder()
+    default = folder.name == f"gammaslim-cache-{os.getuid()}"
     folder.mkdir(mode=0o700 if default else 0o777, parents=True, exist_ok=True)
     if default and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
         raise UsageError(f"{shown(folder)} belongs to another user: choose a --cache-dir")
