@@ -117,3 +117,11 @@ def read_evaluation(path: Path) -> RoundEvaluation:
     evaluation = from_json(RoundEvaluation, read_json(path))
     evaluation.check()
     return evaluation
+
+
+def find_evaluation(folder: Path) -> RoundEvaluation | None:
+    """Return the evaluation in the folder of a round; None where there is none or it is damaged."""
+    try:
+        return read_evaluation(folder / EVALUATION_FILE)
+    except (OSError, ValueError):
+        return None

@@ -10,13 +10,15 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from job.artifacts.compatibility import check_same_run
-from job.artifacts.evaluation_record import EVALUATION_FILE, read_evaluation
+from job.artifacts.evaluation_record import EVALUATION_FILE
 from job.artifacts.json_records import from_json, to_json
 from job.artifacts.model_card import RECOMMENDED, ModelCard, load_model, save_model
+from job.artifacts.openmetrics import PROM_FILE, openmetrics_text
 from job.artifacts.recommendation import recommend
 from job.artifacts.records import (
     LATENCY_FILE,
     SENSITIVITY_FILE,
+    EpochRecord,
     RoundRecord,
     StatusRecord,
     SummaryRecord,
@@ -70,6 +72,8 @@ class Run:
         self.path = path
         self.began = time.time()
         self.earlier_seconds = 0.0
+        self.last_epoch: EpochRecord | None = None  # that this attempt has logged
+        self.last_round: RoundRecord | None = None
 
     # -- the run as a whole
 
@@ -178,13 +182,6 @@ class Run:
             texts[LATENCY_FILE] = json.dumps(to_json(latency)) + "\n"
         save_model(self.round_path(round_index), network, card, texts)
 
-    def base_evaluation(self) -> RoundEvaluation | None:
-        """Return the evaluation of the base; None where there is none or it is damaged."""
-        try:
-            return read_evaluation(self.round_path(0) / EVALUATION_FILE)
-        except (OSError, ValueError):
-            return None
-
     def load_round(self, round_index: int) -> tuple[nn.Module, ModelCard, RoundRecord]:
         """Load the best model of an earlier round; raises DataError when it is damaged."""
         network, card = load_model(self.round_path(round_index))
@@ -210,6 +207,10 @@ class Run:
 
     def log(self, record: EventRecord) -> None:
         """Append one line to metrics.jsonl; raises StorageError."""
+        if isinstance(record, EpochRecord):
+            self.last_epoch = record
+        elif isinstance(record, RoundRecord):
+            self.last_round = record
         append_line(self.path / "metrics.jsonl", json.dumps(to_line(record)))
 
     def has_line(self, event: str, round_index: int) -> bool:
@@ -255,20 +256,23 @@ class Run:
     def status(
         self, state: str, exit_code: int | None, round_index: int, epoch: int, step: int
     ) -> None:
-        """Replace status.json; a reserve file keeps disk space for the last update."""
+        """Replace status.json and metrics.prom; a reserve file keeps space for the last update."""
         path, reserve = self.path / "status.json", self.path / ".reserve"
         record = StatusRecord(state, exit_code, round_index, epoch, step, time.time())
         if state == "running":
             if not is_file(reserve):
                 write_bytes(reserve, os.urandom(RESERVE))  # no file system stores this smaller
-            return write_json(path, to_json(record))
-        try:
             write_json(path, to_json(record))
-        except StorageError:
+        else:
+            try:
+                write_json(path, to_json(record))
+            except StorageError:
+                remove(reserve)
+                write_json(path, to_json(record))
             remove(reserve)
-            write_json(path, to_json(record))
-        remove(reserve)
-        return None
+        text = openmetrics_text(self.path.name, record, self.last_epoch, self.last_round)
+        with suppress(StorageError):  # it only repeats what other files say
+            write_bytes(self.path / PROM_FILE, text.encode())
 
     # -- summary.json
 

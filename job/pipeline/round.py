@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from job.artifacts.accuracy import signed_points
+from job.artifacts.evaluation_record import find_evaluation
 from job.artifacts.json_records import to_json
 from job.artifacts.recommendation import points_lost
 from job.artifacts.records import LatencyRecord, RoundRecord, SlimRecord
@@ -236,7 +237,7 @@ def _evaluation_record(session: Session, network: nn.Module) -> RoundEvaluation 
     setup, current = session.setup, session.round
     if current.predictions is None:
         return None
-    base = session.run.base_evaluation() if current.index else None
+    base = find_evaluation(session.run.round_path(0)) if current.index else None
     images = setup.evaluator.split, setup.preprocessing, setup.card.num_classes
     return evaluate_round(network, current.predictions, *images, base)
 
