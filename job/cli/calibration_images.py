@@ -44,11 +44,11 @@ class SlimImages:
 
     def fit(self, card: ModelCard) -> None:
         """Number the classes as the model does; drop the labels if the classes do not match."""
-        names, own = card.class_names, self.data.class_names
+        names, class_names = card.class_names, self.data.class_names
         if self.scoring is None:
             return
         numbers = [s.labels.max(initial=0) for s in (self.scoring, self.calibration)]
-        others = [name for name in own if name not in names]
+        others = [name for name in class_names if name not in names]
         if self.data.numbered and max(numbers) >= card.num_classes:
             self._leave(
                 f"{self.data.root} has a class {max(numbers)}, but the network has "
@@ -56,9 +56,9 @@ class SlimImages:
             )
         elif names and others and not self.data.numbered:
             self._leave(f"the model does not know the class {others[0]!r} of {self.data.root}")
-        elif not names and not self.data.numbered and len(own) != card.num_classes:
+        elif not names and not self.data.numbered and len(class_names) != card.num_classes:
             self._leave(
-                f"{self.data.root} has {counted(len(own), 'class')}, "
+                f"{self.data.root} has {counted(len(class_names), 'class')}, "
                 f"but the network has {card.num_classes:,}"
             )
         else:

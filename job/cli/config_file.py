@@ -92,8 +92,8 @@ def _values_of(
     Tables of other commands and of a run's own config.toml are ignored. Raises ConfigError for
     other tables, and for a key that is not an option.
     """
-    own = tables.get(command, {})
-    if not isinstance(own, dict):
+    chosen = tables.get(command, {})
+    if not isinstance(chosen, dict):
         raise ConfigError(f"{name}: {command} must be a table, [{command}]")
     known_tables = commands | RUN_TABLES | {command}
     top = {key: value for key, value in tables.items() if not isinstance(value, dict)}
@@ -102,7 +102,7 @@ def _values_of(
         raise ConfigError(f"{name}: [{table}] is not a table of gammaslim{near}")
     known_options = set(options)
     values = {}
-    for key, value in {**top, **own}.items():
+    for key, value in {**top, **chosen}.items():
         field = key.replace("-", "_")
         if field not in known_options:
             near = did_you_mean(field, known_options)

@@ -29,10 +29,10 @@ def check_environment(command: click.Command, ctx: click.Context) -> None:
     Warn of other variables that nothing reads, once, on the main process.
     """
     prefix, variables = f"{ctx.auto_envvar_prefix}_", _variables(ctx, command)
-    own = [variable for variable in variables if variable.startswith(prefix)]
+    prefixed = [variable for variable in variables if variable.startswith(prefix)]
     unread = sorted(name for name in _ours() if name not in variables)
     for name in unread:
-        meant = closest(name, own, CLOSE, prefix=prefix) if name.startswith(prefix) else None
+        meant = closest(name, prefixed, CLOSE, prefix=prefix) if name.startswith(prefix) else None
         if meant:
             option = "--" + meant.removeprefix(prefix).lower().replace("_", "-")
             raise ConfigError(
@@ -47,7 +47,7 @@ def check_environment(command: click.Command, ctx: click.Context) -> None:
         for name in unread:
             # GAMMASLIM_RATE is first taken for an option of this command
             short = prefix + name.removeprefix(prefix).removeprefix(PREFIX)
-            hint = did_you_mean(short, own, CLOSE, prefix=prefix)
+            hint = did_you_mean(short, prefixed, CLOSE, prefix=prefix)
             hint = hint or did_you_mean(name, variables, CLOSE_TO_ANY, prefix=PREFIX)
             warn(f"nothing reads the variable {shown(name)}{hint}")
 

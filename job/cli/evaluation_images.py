@@ -120,8 +120,8 @@ def _open(model: ModelOptions, options: ScoringOptions, *, labelled: bool) -> tu
     if options.data == "":  # e.g. a shell variable that is not set
         raise UsageError("--data is empty: give a path, or leave the option out")
     card = _card(model)
-    own = _own(model, card, options.data)
-    path = options.data or own
+    run_data = _own(model, card, options.data)
+    path = options.data or run_data
     assert path
     place, split = Path(path), options.split
     built_in = path == BUILT_IN and not place.exists()
@@ -132,7 +132,7 @@ def _open(model: ModelOptions, options: ScoringOptions, *, labelled: bool) -> tu
     if card and name in TRAINING_SPLITS:  # to hold out the same images as the run
         listing = valid_listing(card.lineage.listing or 1)
     data = open_data(path, listing)
-    if data.layout == UNSPLIT and split is None and not _same(path, own):
+    if data.layout == UNSPLIT and split is None and not _same(path, run_data):
         note = f"there are no splits: {counted(len(data.splits['training']), 'image')} used"
         return replace(data, notes=(*data.notes, note)), "training"
     return data, name
@@ -161,8 +161,8 @@ def _own(model: ModelOptions, card: ModelCard | None, given: str | None) -> str 
         return None
 
 
-def _same(path: str, own: str | None) -> bool:
-    return own is not None and Path(path).absolute() == Path(own).absolute()
+def _same(path: str, run_data: str | None) -> bool:
+    return run_data is not None and Path(path).absolute() == Path(run_data).absolute()
 
 
 def _seed(model: ModelOptions, options: ScoringOptions) -> int:

@@ -125,16 +125,16 @@ def continue_slim_base(
     )  # fmt: skip
 
 
-def check_classes(name: str, theirs: ModelCard, ours: tuple[str, ...] | list[str]) -> None:
-    """Raise DataError unless the model called ``name`` has the classes ``ours``.
+def check_classes(name: str, card: ModelCard, class_names: tuple[str, ...] | list[str]) -> None:
+    """Raise DataError unless the model called ``name`` has the classes ``class_names``.
 
     Without class names in the model, only the number of classes is compared.
     """
-    if theirs.num_classes < len(ours):
+    if card.num_classes < len(class_names):
         raise DataError(
-            f"{name} has {counted(theirs.num_classes, 'class')}, the data have {len(ours)}"
+            f"{name} has {counted(card.num_classes, 'class')}, the data have {len(class_names)}"
         )
-    for number, (one, other) in enumerate(zip(theirs.class_names, ours, strict=False)):
+    for number, (one, other) in enumerate(zip(card.class_names, class_names, strict=False)):
         if one != other:
             raise DataError(
                 f"{name} names class {number} {shown(one)}, the data {shown(other)}: give the "
@@ -163,16 +163,20 @@ def load_teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | No
     name, path = f"--teacher {shown(config.teacher)}", Path(config.teacher)
     if not any(is_file(path / file) for file in ("model.json", "summary.json", "config.toml")):
         raise InputNotFound(f"{name} is not a run, round or model folder")
-    network, theirs = load_model(find_model(path))
-    if theirs.num_classes != card.num_classes:
+    network, teacher_card = load_model(find_model(path))
+    if teacher_card.num_classes != card.num_classes:
         raise DataError(
-            f"{name} has {counted(theirs.num_classes, 'class')}, this run has {card.num_classes}"
+            f"{name} has {counted(teacher_card.num_classes, 'class')}, this run has {card.num_classes}"
         )
-    if theirs.class_names and card.class_names and theirs.class_names != card.class_names:
-        pairs = zip(theirs.class_names, card.class_names, strict=True)
+    if (
+        teacher_card.class_names
+        and card.class_names
+        and teacher_card.class_names != card.class_names
+    ):
+        pairs = zip(teacher_card.class_names, card.class_names, strict=True)
         number, (one, other) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
         raise DataError(f"{name} names class {number} {shown(one)}, this run {shown(other)}")
-    took, given = theirs.preprocessing, card.preprocessing
+    took, given = teacher_card.preprocessing, card.preprocessing
     if took.inputs != given.inputs:
         raise DataError(
             f"{name} expects other inputs than this run: {took.describe()}, "

@@ -92,7 +92,7 @@ class Forecast:
 
     def text(self) -> str:
         """Return ``about 12 min left``, or "" while that is unknown."""
-        left = self.left()
-        if left is None:
+        remaining = self.left()
+        if remaining is None:
             return ""
-        return f"about {span(left)} left" + (" in this round" if self.rounds is None else "")
+        return f"about {span(remaining)} left" + (" in this round" if self.rounds is None else "")

@@ -69,8 +69,8 @@ def allocation_of(
     elif POLICIES[config.policy].by_width:
         budget = Budget("width", card.width * config.rate**steps, f"--rate {config.rate:g}")
     else:
-        left = config.rate ** (round_index + steps - 1)
-        budget = Budget("channels", left, f"--rate {config.rate:g}")
+        remaining = config.rate ** (round_index + steps - 1)
+        budget = Budget("channels", remaining, f"--rate {config.rate:g}")
     return Allocation(config.policy, budget, config.round_to, config.min_keep)
 
 
