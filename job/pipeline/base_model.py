@@ -166,7 +166,8 @@ def load_teacher_network(config: PruneConfig, card: ModelCard) -> nn.Module | No
     network, teacher_card = load_model(find_model(path))
     if teacher_card.num_classes != card.num_classes:
         raise DataError(
-            f"{name} has {counted(teacher_card.num_classes, 'class')}, this run has {card.num_classes}"
+            f"{name} has {counted(teacher_card.num_classes, 'class')}, "
+            f"this run has {card.num_classes}"
         )
     if (
         teacher_card.class_names
