@@ -156,6 +156,12 @@ class TrainingConfig:
     )
     epochs: int = option(5, "Epochs of fine-tuning in each round.", at_least=1)
     batch_size: int = option(32, "Global batch size, split over the processes.", at_least=1)
+    accumulate: int = option(
+        1,
+        "Parts of each batch that are trained one after another before the optimizer's step, to "
+        "save memory. BatchNorm sees one part at a time.",
+        at_least=1,
+    )
     optimizer: OptimizerName = option(
         "adamw", "Optimizer. Each round creates a new one. sgd uses momentum."
     )

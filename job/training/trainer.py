@@ -277,9 +277,23 @@ class TrainingRound:
 
         ``images`` (B, 3, H, W) uint8 and ``labels`` (B,), of ``size`` in the whole global batch.
         """
-        device, lr = self.accelerator.device, self.learning_rate(number)
+        lr = self.learning_rate(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        parts = micro_batches(size, self.config.accumulate)
+        chunks = list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
+        self.optimizer.zero_grad()
+        for chunk in chunks[:-1]:
+            with self.accelerator.no_sync(self.prepared):
+                self._add_gradient(*chunk, size)
+        self._add_gradient(*chunks[-1], size)
+        self.optimizer.step()
+        if self.sparse and not self.accelerator.optimizer_step_was_skipped:
+            apply_penalty(self.config.sparsity, self.gammas, lr * self.config.sparsity_strength)
+
+    def _add_gradient(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> None:
+        """Add the gradient of the loss of some images of a global batch of ``size``."""
+        device = self.accelerator.device
         inputs = self.trainer.preprocessing.to_input(images.to(device, non_blocking=True))
         inputs = inputs.contiguous(memory_format=self.layout)
         labels = labels.to(device, non_blocking=True)
@@ -288,11 +302,16 @@ class TrainingRound:
             self.state.outputs_reported = True
             report_outputs(self.trained, len(auxiliary))
         loss = batch_loss(logits, auxiliary, inputs, labels, self.spec.distillation)
-        self.optimizer.zero_grad()
         # DDP takes the mean over ranks; the gradient must be the mean over the global batch
         self.accelerator.backward(loss * (world_size() / size))
-        self.optimizer.step()
-        if self.sparse and not self.accelerator.optimizer_step_was_skipped:
-            apply_penalty(self.config.sparsity, self.gammas, lr * self.config.sparsity_strength)
         self.sums[0] += loss.detach()
         self.sums[1] += (logits.argmax(1) == labels).sum()
+
+
+def micro_batches(size: int, accumulate: int) -> int:
+    """Return the number of parts of a global batch of ``size`` images; the same on every process.
+
+    At most ``accumulate``, and so many that each process has two images or more in each: BatchNorm
+    with one value per channel of an image needs two.
+    """
+    return max(1, min(accumulate, size // (2 * world_size())))

@@ -90,6 +90,21 @@ def test_the_same_accuracies_and_weights_as_one_process(
     assert several["rounds"][0]["valid_acc_pruned"] == one["rounds"][0]["valid_acc_pruned"]
 
 
+def test_parts_of_a_batch_are_the_same_over_processes(tmp_path: Path) -> None:
+    """With --accumulate each part is shared by the ranks, and its BatchNorm statistics too."""
+    data = write_noise_idx(tmp_path / "idx", 64, 8)
+    more = ("--batch-size", 16, "--accumulate", 2, "--rounds", 0)
+    for name, launcher in (("one", ()), ("two", ("launch", "--nproc", 2, "--"))):
+        done = gammaslim(*launcher, *options(data, tmp_path / name), *more)
+        assert done.code == 0, done
+    one, two = (
+        load_file(tmp_path / name / "rounds" / "00" / "model.safetensors")
+        for name in ("one", "two")
+    )
+    for key, value in one.items():
+        assert (value.double() - two[key].double()).abs().max() < 1e-4, key
+
+
 def test_accuracies_on_the_built_in_data_agree_within_noise(tmp_path: Path) -> None:
     accuracies = []
     for name, launcher in (("one", ()), ("two", (*ACCELERATE, "--num_processes", 2, "-m", "job"))):
