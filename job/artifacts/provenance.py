@@ -35,15 +35,20 @@ def valid_listing(value: object) -> int:
     return value if value in (1, CURRENT_LISTING) and isinstance(value, int) else CURRENT_LISTING
 
 
+def find_dataset_table(model: str, lineage: Lineage) -> JsonObject | None:
+    """Return the table [dataset] of the run that a model comes from; None if it is not known."""
+    folder = Path(model)
+    places = [folder, folder.absolute().parent.parent]
+    places += [Path(lineage.run)] if lineage.run else []
+    return next((table for place in places if (table := _dataset_table(place))), None)
+
+
 def find_run_data(model: str, lineage: Lineage) -> str:
     """Return ``--data`` of the run that a model comes from, by its folder or its ``lineage``.
 
     Raises UsageError if the run is unknown, InputNotFound if the data no longer exist.
     """
-    folder = Path(model)
-    places = [folder, folder.absolute().parent.parent]
-    places += [Path(lineage.run)] if lineage.run else []
-    record = next((table for place in places if (table := _dataset_table(place))), None)
+    record = find_dataset_table(model, lineage)
     if record is None:
         raise UsageError(
             f"{shown(model)} does not say which data it was trained on: pass --data D "

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.artifacts.export import format_of, onnx_bytes, state_dict_bytes, torch_export_bytes
+from job.artifacts.export_card import ExportedModel, base_of_run, card_path, export_readme
+from job.artifacts.model_card import find_model
+from job.artifacts.provenance import find_dataset_table
 from job.cli.model import open_model
 from job.console import counted, say
 from job.errors import shown
@@ -18,20 +21,38 @@ if TYPE_CHECKING:
     from job.cli.command_options import ModelOptions
 
 
-def export(model: ModelOptions, output: str, format: str | None = None) -> None:
+def export(
+    model: ModelOptions, output: str, format: str | None = None, *, card: bool = True
+) -> None:
     """Compare the exported network with the original one, and write it to ``output``.
 
-    By default the format follows from the suffix of ``output``. Raises UsageError if ``format`` and
-    the suffix contradict each other.
+    By default the format follows from the suffix of ``output``. With ``card``, a README is written
+    next to it, unless it is a pipe or a device. Raises UsageError if ``format`` and the suffix
+    contradict each other.
     """
     format = format_of(Path(output), format)
     check_output(Path(output))
-    network, card = open_model(model)
-    content, how = _exported(network, card, format, Path(output).suffix)
+    network, described = open_model(model)
+    content, how = _exported(network, described, format, Path(output).suffix)
+    is_stream = Path(output).exists() and not Path(output).is_file()
     write_output(Path(output), content)
     # StudentNet(width_mult=…) needs all digits
-    width = repr(card.width) if card.model == "student" else f"{card.width:.4f}"
-    say(f"{card.model} at width {width}: {how} in {shown(output)}")
+    width = repr(described.width) if described.model == "student" else f"{described.width:.4f}"
+    say(f"{described.model} at width {width}: {how} in {shown(output)}")
+    if card and not is_stream:
+        say(f"model card: {shown(_write_card(model, described, Path(output), format))}")
+
+
+def _write_card(model: ModelOptions, card: ModelCard, output: Path, format: str) -> Path:
+    """Write the README of an exported model next to it; return its path."""
+    base, data = None, None
+    if Path(model.path).is_dir():
+        base = base_of_run(find_model(model.path))
+        data = find_dataset_table(model.path, card.lineage)
+    exported = ExportedModel(output.name, format, card, data, base)
+    path = card_path(output)
+    write_output(path, export_readme(exported).encode())
+    return path
 
 
 def _exported(network: nn.Module, card: ModelCard, format: str, suffix: str) -> tuple[bytes, str]:

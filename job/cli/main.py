@@ -246,7 +246,12 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
     help="File format. Default: set by the suffix, .onnx or .pt2 (torch-export), else state-dict.",
 )
 @click.option("--output", metavar="FILE", required=True, help="File to write.")
-def export_command(format: str | None, output: str, **options: Any) -> None:
+@click.option(
+    "--card/--no-card",
+    default=True,
+    help="Whether to write a README next to the file: metrics, data, input, how to load it.",
+)
+def export_command(format: str | None, output: str, card: bool, **options: Any) -> None:
     """Export MODEL as a state dict, ONNX or torch.export program.
 
     The state dict of a StudentNet loads into the homework's StudentNet(width_mult=…). ONNX needs
@@ -255,7 +260,7 @@ def export_command(format: str | None, output: str, **options: Any) -> None:
     with starting():
         from job.cli.export import export
 
-    export(_model(options), output, format)
+    export(_model(options), output, format, card=card)
 
 
 @gammaslim.command("report", cls=Command)

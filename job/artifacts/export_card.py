@@ -1,0 +1,247 @@
+"""README of an exported model: metrics, data, input, how to load it, origin.
+
+Its head is the metadata of a model card as model hubs read it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from job import __version__
+from job.artifacts.accuracy import accuracy_change, signed_points
+from job.artifacts.export import INPUT_NAME, OUTPUT_NAME
+from job.artifacts.json_records import from_json
+from job.artifacts.records import RoundRecord
+from job.artifacts.versions import package_versions
+from job.console import counted
+from job.data.layout import BUILT_IN
+from job.errors import printable, shown
+from job.files import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from job.artifacts.model_card import ModelCard
+    from job.artifacts.records import Lineage
+    from job.files import JsonObject
+
+CARD_NAME = "README.md"
+MARK = "<!-- written by gammaslim export -->"  # a README without it is the user's own
+SHOWN_CLASSES = 50
+LIBRARIES = {"onnx": "onnx", "torch-export": "pytorch", "state-dict": "pytorch"}
+MIT_DATA = "a sample of Fashion-MNIST (MIT licence, Zalando SE)"
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An exported file: its name and format, the card of its network, and what is known of its run.
+
+    ``data`` is the table [dataset] of the run, ``base`` the record of the run's base.
+    """
+
+    file: str
+    format: str
+    card: ModelCard
+    data: JsonObject | None = None
+    base: RoundRecord | None = None
+
+    @property
+    def record(self) -> RoundRecord | None:
+        """Metrics of the model on the validation split; None if it was not evaluated in a run."""
+        try:
+            return from_json(RoundRecord, dict(self.card.metrics), lenient=True)
+        except ValueError:
+            return None
+
+
+def export_readme(model: ExportedModel) -> str:
+    """Return the README of an exported model, in Markdown."""
+    parts = [
+        _metadata(model), MARK, f"# {printable(_title(model))}", _summary(model), _metrics(model),
+        _data(model), _input(model.card), "## Load", _loading(model), _origin(model.card.lineage),
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def card_path(output: Path) -> Path:
+    """Return the file for the README next to ``output``; a README of the user's own is kept."""
+    path = output.with_name(CARD_NAME)
+    try:
+        free = not path.exists() or MARK in path.read_text("utf-8", errors="replace")
+    except OSError:
+        free = False
+    return path if free else output.with_name(f"{output.name}.{CARD_NAME}")
+
+
+def base_of_run(folder: Path) -> RoundRecord | None:
+    """Return the record of the base of the run whose round is in ``folder``, if there is one."""
+    path = folder.absolute().parent / "00" / "model.json"
+    try:
+        return from_json(RoundRecord, read_json(path)["metrics"], lenient=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _title(model: ExportedModel) -> str:
+    return f"{model.card.model} at width {model.card.width:.4g}"
+
+
+def _metadata(model: ExportedModel) -> str:
+    """Return the YAML head; strings are quoted as in JSON, which is YAML."""
+    record, data = model.record, model.data
+    lines = [
+        "---",
+        f"library_name: {LIBRARIES[model.format]}",
+        "pipeline_tag: image-classification",
+        'tags: ["image-classification", "channel-pruning", "network-slimming", "gammaslim"]',
+    ]
+    lines += ['datasets: ["zalando-datasets/fashion_mnist"]'] if _is_built_in(data) else []
+    lines += ['metrics: ["accuracy"]'] if record else []
+    if record and data:
+        name = json.dumps(printable(_data_name(data)))
+        lines += [
+            "model-index:", f"- name: {json.dumps(printable(_title(model)))}", "  results:",
+            "  - task: {type: image-classification}",
+            f"    dataset: {{name: {name}, type: image-folder, split: validation}}",
+            f"    metrics: [{{type: accuracy, value: {record.valid_acc}}}]",
+        ]  # fmt: skip
+    return "\n".join([*lines, "---"])
+
+
+def _summary(model: ExportedModel) -> str:
+    how = {
+        "onnx": "an ONNX model", "torch-export": "a program of `torch.export`",
+        "state-dict": "a state dict",
+    }[model.format]  # fmt: skip
+    return (
+        f"`{shown(model.file)}` is {how}: an image classifier for "
+        f"{counted(model.card.num_classes, 'class')}, made smaller by Gammaslim {__version__} "
+        "(channels removed, not masked)."
+    )
+
+
+def _metrics(model: ExportedModel) -> str:
+    record, base = model.record, model.base
+    if not record:
+        return ""
+    rows = [("accuracy on the validation split", f"{record.valid_acc:.2%}",
+             f"{base.valid_acc:.2%}" if base else "",
+             f"{signed_points(accuracy_change(record.valid_acc, base.valid_acc))} points"
+             if base else "")]  # fmt: skip
+    for name, key in (("parameters", "params"), ("multiply-adds for one image", "macs"),
+                      ("bytes of all tensors", "bytes")):  # fmt: skip
+        value = getattr(record, key)
+        before = getattr(base, key) if base else None
+        rows.append((name, f"{value:,}", f"{before:,}" if before else "",
+                     f"{value / before:.1%}" if before else ""))  # fmt: skip
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    note = "The validation split chose the epoch and the round; the test split took no part."
+    return f"## Metrics\n\n| | this model | base | |\n|---|---|---|---|\n{lines}\n\n{note}"
+
+
+def _data(model: ExportedModel) -> str:
+    if not model.data:
+        return ""
+    counts = (f"{model.data[k]:,} {k} images" for k in ("training", "validation")
+              if isinstance(model.data.get(k), int))  # fmt: skip
+    licence = "" if _is_built_in(model.data) else " Its licence is not known to Gammaslim."
+    text = f"{printable(_data_name(model.data))}: {', '.join(counts)}.{licence}"
+    fingerprint = model.data.get("fingerprint")
+    print_ = f"\n\nFingerprint: `{printable(fingerprint)}`" if isinstance(fingerprint, str) else ""
+    return f"## Data\n\n{text}{print_}"
+
+
+def _is_built_in(data: Mapping[str, object] | None) -> bool:
+    return bool(data) and data is not None and data.get("layout") == BUILT_IN
+
+
+def _data_name(data: Mapping[str, object]) -> str:
+    return MIT_DATA if _is_built_in(data) else Path(str(data.get("root", "unknown"))).name
+
+
+def _input(card: ModelCard) -> str:
+    made = card.preprocessing
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (made.mean, made.std))
+    resize = f"resize {made.resize} ({made.interpolation}), " if made.resize.side else ""
+    steps = f"{resize}central crop of {made.size} x {made.size}, scale to [0, 1]"
+    names = [f"{number} {printable(name)}" for number, name in enumerate(card.class_names)]
+    classes = ", ".join(names[:SHOWN_CLASSES]) + (", …" if len(names) > SHOWN_CLASSES else "")
+    return (
+        f"## Input and output\n\nInput: `{INPUT_NAME}` (B, 3, {made.size}, {made.size}) float32, "
+        f"RGB: {steps}, subtract the mean {mean}, divide by {std}.\n\n"
+        f"Output: `{OUTPUT_NAME}` (B, {card.num_classes})"
+        + (f". Classes: {classes}" if names else "")
+    )
+
+
+def _loading(model: ExportedModel) -> str:
+    file, size = json.dumps(model.file), model.card.preprocessing.size
+    if model.format == "onnx":
+        return "\n\n".join((_code("python", _onnx_python(file, size)),
+                            _code("cpp", _onnx_cpp(file, size))))  # fmt: skip
+    if model.format == "torch-export":
+        return _code("python", (
+            "import torch\n\n"
+            f"network = torch.export.load({file}).module()  # needs no code of the network\n"
+            f"logits = network(torch.zeros(1, 3, {size}, {size}))"
+        ))  # fmt: skip
+    loader = (
+        f"from safetensors.torch import load_file\n\nstate = load_file({file})"
+        if model.file.lower().endswith(".safetensors")
+        else f"import torch\n\nstate = torch.load({file}, weights_only=True)"
+    )
+    return (
+        "The state dict fits the narrow network, which "
+        "`gammaslim.load(RUN)` builds from a run or model folder.\n\n" + _code("python", loader)
+    )
+
+
+def _onnx_python(file: str, size: int) -> str:
+    return (
+        "import numpy as np\nimport onnxruntime\n\n"
+        f"session = onnxruntime.InferenceSession({file})\n"
+        f"images = np.zeros((1, 3, {size}, {size}), np.float32)\n"
+        f'(logits,) = session.run(["{OUTPUT_NAME}"], {{"{INPUT_NAME}": images}})'
+    )
+
+
+def _onnx_cpp(file: str, size: int) -> str:
+    return f"""#include <array>
+#include <vector>
+#include <onnxruntime_cxx_api.h>
+
+int main() {{
+  Ort::Env env;
+  Ort::Session session(env, ORT_TSTR({file}), Ort::SessionOptions{{}});
+  std::vector<float> pixels(3 * {size} * {size});
+  std::array<int64_t, 4> shape{{1, 3, {size}, {size}}};
+  auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  auto images = Ort::Value::CreateTensor<float>(
+      memory, pixels.data(), pixels.size(), shape.data(), shape.size());
+  const char* inputs[] = {{"{INPUT_NAME}"}};
+  const char* outputs[] = {{"{OUTPUT_NAME}"}};
+  auto result = session.Run(Ort::RunOptions{{}}, inputs, &images, 1, outputs, 1);
+  const float* logits = result[0].GetTensorData<float>();
+  return logits == nullptr;
+}}"""
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def _origin(lineage: Lineage) -> str:
+    facts = (
+        ("run", Path(lineage.run).name if lineage.run else None),
+        ("round", lineage.round),
+        ("seed", lineage.seed),
+        ("weights of the base", Path(lineage.base_weights).name if lineage.base_weights else None),
+        ("SHA-256 of the base", lineage.base_sha256),
+        ("SHA-256 of the network before the last cut", lineage.wide_sha256),
+    )
+    rows = [f"| {name} | {printable(str(value))} |" for name, value in facts if value is not None]
+    rows += [f"| {name} | {version} |" for name, version in package_versions().items()]
+    return "## Origin\n\n| | |\n|---|---|\n" + "\n".join(rows)
