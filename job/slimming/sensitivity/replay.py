@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.slimming.graph.layers import modules_of
+from job.slimming.graph.layers import SUMMING, modules_of
 from job.slimming.inputs import call_network
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ MAX_RECORDED_BYTES = 2**31  # of the outputs recorded for one batch
 class Replay:
     """Recorded outputs of a network's layers on one batch, to be replayed in later passes.
 
-    A later pass differs from the recorded one only from some layer on. Earlier layers of torch.nn
-    that are called once return their recorded output. Functions between layers are computed again.
+    A later pass differs from the recorded one only from some layer on. Earlier layers that are
+    called once return their recorded output: those of torch.nn, and convolutions and linear layers
+    with code of their own. Functions between layers are computed again.
     """
 
     def __init__(self, network: nn.Module, example: Example) -> None:
@@ -33,7 +34,7 @@ class Replay:
         self.modules = {
             name: module
             for name, module in modules_of(network, once=True).items()
-            if _is_leaf(module)
+            if _is_layer(module)
         }
         self.order: list[str] = []  # names of the layers in the order of the calls
         self.outputs = self._record()
@@ -69,7 +70,12 @@ class Replay:
         return outputs
 
     def first_call(self, layers: set[str]) -> int:
-        """Return the index of the first call of any of ``layers``, or the number of calls."""
+        """Return the index of the first call of any of ``layers``, or the number of calls.
+
+        It is 0 where calls of one of them are not observed.
+        """
+        if not layers <= self.modules.keys():
+            return 0
         return next((n for n, name in enumerate(self.order) if name in layers), len(self.order))
 
     def run_from(self, index: int) -> Any:
@@ -84,10 +90,10 @@ class Replay:
             return call_network(self.network, self.example)
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    """Return whether a module is a layer of torch.nn with the forward pass of its class."""
-    is_torch = type(module).__module__.startswith("torch.nn.modules.")
-    return is_torch and not module._modules and "forward" not in module.__dict__
+def _is_layer(module: nn.Module) -> bool:
+    """Return whether a module is a layer that can be replayed, with its class's forward pass."""
+    is_torch = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+    return (is_torch or isinstance(module, SUMMING)) and "forward" not in module.__dict__
 
 
 @contextmanager

@@ -52,7 +52,33 @@ def calibrated(network: nn.Module) -> tuple[Any, CalibrationData]:
     return graph, CalibrationData(lambda: batches, statistics, len(IMAGES))
 
 
-@pytest.mark.parametrize("make", [Residual, InPlace])
+class PaddedConv(nn.Conv2d):
+    """Has a layer of its own, as ports of TensorFlow have for their padding."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(self.pad(x), self.weight, self.bias, self.stride)
+
+
+class OwnForward(nn.Module):
+    """Convolutions with code of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = PaddedConv(3, 8, 2), nn.BatchNorm2d(8)
+        self.inner, self.back = PaddedConv(8, 12, 2), PaddedConv(12, 8, 2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.back(F.relu(self.inner(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [Residual, InPlace, OwnForward])
 def test_a_point_is_the_loss_of_a_network_with_that_group_cut_alone(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     wide = randomise(make())
@@ -112,14 +138,14 @@ def cut_alone(
             if isinstance(layer, nn.Linear):
                 return F.linear(x[:, stays] @ slope.T + constant, layer.weight, layer.bias)
             mixed = torch.einsum("ck,bkhw->bchw", slope, x[:, stays])
-            new = layer._conv_forward(mixed, layer.weight, layer.bias)
+            new = type(layer).forward(layer, mixed)
             return new + (layer.weight.sum((2, 3)) @ constant).view(1, -1, 1, 1)
 
         layer.register_forward_hook(hook)
     return narrow.eval()
 
 
-@pytest.mark.parametrize("make", [Residual, InPlace])
+@pytest.mark.parametrize("make", [Residual, InPlace, OwnForward])
 def test_replayed_passes_give_the_outputs_of_whole_passes(make: type[nn.Module]) -> None:
     wide = randomise(make())
     with torch.no_grad():
@@ -149,6 +175,14 @@ def test_only_layers_from_the_given_place_on_are_computed(monkeypatch: pytest.Mo
         convolutions.clear()
         replay.run_from(len(replay.order))
         assert (len(convolutions), every > 2) == (0, True)
+
+
+def test_passes_are_whole_where_the_calls_of_a_layer_are_not_observed() -> None:
+    wide = randomise(Residual())
+    with torch.no_grad():
+        replay = Replay(wide, IMAGES)
+    assert replay.first_call({replay.order[2], replay.order[1]}) == 1
+    assert replay.first_call({replay.order[2], "of another kind"}) == 0
 
 
 def test_curves_interpolate_and_never_rise() -> None:
