@@ -37,7 +37,7 @@ def _runs_table(histories: Sequence[History]) -> HtmlTable:
     costs = [c for c in COSTS if c != "latency" or any(h.latencies for h in histories)]
     header = (
         "", "run", "state", "base's accuracy", "recommended", *(COST_HEADINGS[c] for c in costs),
-        "accuracy", "difference from the base, points", "Pareto-optimal in",
+        "accuracy", "points to the base", "Pareto-optimal in",
     )  # fmt: skip
     optimal, rows = pareto_models(histories), []
     for index, (name, history) in enumerate(zip(run_names(histories), histories, strict=True)):

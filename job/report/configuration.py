@@ -41,10 +41,11 @@ def grouped_options(history: History) -> list[tuple[str, list[tuple[str, str]]]]
 def differing_options(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
     """Return the flag and the values, by run, of each option on which runs differ.
 
-    The default is the value of a run that does not state the option.
+    Options that do not change a result, e.g. ``--workers``, are left out. The default is the value
+    of a run that does not state the option.
     """
     tables: list[Mapping[str, Any]] = [h.settings.get(OPTION_TABLE, {}) for h in histories]
-    names = dict.fromkeys(name for table in tables for name in table if name != "output")
+    names = dict.fromkeys(name for table in tables for name in table if _matters(name))
     found = []
     for name in names:
         values = [table.get(name, OPTION_DEFAULTS.get(name)) for table in tables]
@@ -60,6 +61,11 @@ def value_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(value_text(item) for item in value)
     return printable(f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _matters(name: str) -> bool:
+    option = options_of(PruneConfig).get(name)
+    return name == "data" or option is None or option.changes_result
 
 
 def _plain(value: Any) -> Any:

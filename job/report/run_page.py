@@ -32,6 +32,7 @@ ANSWER_COSTS = {
 }  # fmt: skip
 COST_HEADINGS = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "latency": "latency"}
 IMAGE = re.compile(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]{1,100000}={0,2}")
+EXACT = 10**7  # a larger cost is shown in four digits
 SIZE = Axis("", unit="B", prefixes=True)
 
 
@@ -239,5 +240,6 @@ def cost_text(history: History, entry: RoundRecord, cost: str) -> str:
     value, share = history.cost(entry, cost), history.share(entry, cost)
     if value is None:
         return ""
-    text = COST_AXES[cost].text(value) if cost == "latency" else f"{value:,.0f}"
+    exact = cost != "latency" and value < EXACT
+    text = f"{value:,.0f}" if exact else COST_AXES[cost].text(value)
     return text + ("" if share is None or not entry.round else f" ({share:.1%})")
