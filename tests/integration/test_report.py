@@ -278,7 +278,7 @@ def test_the_job_writes_it_after_the_base_after_each_round_and_at_its_end(tmp_pa
     assert told == [f"REPORT {state}" for state in states]
     found = page(output / "report.html")
     assert "State: finished" in found.text
-    assert sorted(found.charts) == sorted([*FIGURES, "gamma"])
+    assert sorted(found.charts) == sorted([*FIGURES, "gamma", "accuracy-latency"])
     assert len(found.images) <= 16
     check_figures(found, output / "figures")
     before = (output / "report.html").read_bytes()

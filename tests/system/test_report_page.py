@@ -115,6 +115,21 @@ def test_a_click_on_a_head_sorts_the_rows(chromium: Browser, pages: dict[str, Pa
     assert chromium.console == []
 
 
+def test_print_is_dark_on_white_in_the_dark_mode_too(
+    chromium: Browser, pages: dict[str, Path]
+) -> None:
+    chromium.open(pages["full"], 1200, prefers_color_scheme="dark")
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    chromium.call("Emulation.setEmulatedMedia", media="print", features=dark)
+    assert chromium.evaluate(LIGHTNESS.format("color")) == 0
+    assert chromium.evaluate(LIGHTNESS.format("backgroundColor")) == 3 * 255
+    hidden = """[...document.querySelectorAll(".wide")]
+        .filter((box) => getComputedStyle(box).overflowX !== "visible").length"""
+    assert chromium.evaluate(hidden) == 0
+    chromium.call("Page.printToPDF")
+    assert chromium.evaluate("[...document.querySelectorAll('details')].every((d) => d.open)")
+
+
 def test_a_screen_reader_gets_every_chart_table_and_image(
     chromium: Browser, pages: dict[str, Path]
 ) -> None:
