@@ -123,7 +123,7 @@ def _text(found: Inspection) -> str:
     ]
     blocked = [(b.layer, str(b.channels), b.reason) for b in found.blocked]
     blocked += [
-        (g.group, str(g.channels), "no BatchNorm ranks them: use another importance")
+        (g.group, str(g.channels), "no BatchNorm ranks them: ranked by other norms or L2")
         for g in found.groups
         if not g.gamma
     ]

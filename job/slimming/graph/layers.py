@@ -16,6 +16,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SUMMING = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)  # layers that sum over channels
 INSTANCENORM = nn.modules.instancenorm._InstanceNorm
+NORMS = (INSTANCENORM, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # other than BatchNorm
 BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 

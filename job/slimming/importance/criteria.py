@@ -17,6 +17,7 @@ from job.slimming.graph.selection import batchnorms
 from job.slimming.importance.refit import refit_importance
 from job.slimming.importance.scores import NO_LABELS, Criterion, ScoreInputs
 from job.slimming.importance.taylor import taylor_importance
+from job.slimming.importance.unranked import rank_without_batchnorm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,4 +128,5 @@ def score_channels(
     if criterion.labels and calibration.batches is None:
         raise UsageError(f"--importance {importance} {NO_LABELS}")
     with torch.set_grad_enabled(criterion.gradients):
-        return criterion.score(ScoreInputs(network, graph, calibration, seed))
+        scores = criterion.score(ScoreInputs(network, graph, calibration, seed))
+    return rank_without_batchnorm(network, graph, scores, l2_importance)

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from job.slimming.graph.layer_rules import is_layer, layer_sizes
-from job.slimming.graph.layers import BATCHNORM, owner_of
+from job.slimming.graph.layers import NORMS, SUMMING, modules_of, owner_of
 from job.slimming.graph.pause_points import CONSUMERS
+from job.slimming.graph.removed_layers import ConstantOutput
+from job.slimming.graph.selection import batchnorms
 from job.slimming.graph.trace import trace_network
 
 if TYPE_CHECKING:
@@ -35,8 +37,10 @@ class LayerCost:
 class Cost:
     """Costs of a network.
 
-    ``channels`` counts the channels of all BatchNorms. ``macs`` are the multiply-adds of all
-    convolutions and linear layers for one image. ``bytes`` is the size of the state dict.
+    ``channels`` counts the channels of all norms: BatchNorm, GroupNorm, LayerNorm, RMSNorm and
+    InstanceNorm, and in a network without any the outputs of its layers. ``macs`` are the
+    multiply-adds of all convolutions and linear layers for one image. ``bytes`` is the size of the
+    state dict.
     """
 
     channels: int
@@ -84,11 +88,26 @@ def _macs(op: Op, trace: Trace) -> int:
     return int(values.numel() // trace.sample_count * weight[0].numel())
 
 
+def counted_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers whose channels are counted: all norms, else all layers; by name."""
+    modules = modules_of(network)
+    norms: dict[str, nn.Module] = {n: m for n, m in modules.items() if isinstance(m, NORMS)}
+    norms.update(batchnorms(network))
+    if norms:
+        return norms
+    return {n: m for n, m in modules.items() if isinstance(m, (*SUMMING, ConstantOutput))}
+
+
+def count_channels(network: nn.Module) -> int:
+    """Return the number of channels of a network."""
+    return sum(layer_sizes(layer)[1] for layer in set(counted_layers(network).values()))
+
+
 def network_cost(network: nn.Module, size: int) -> Cost:
     """Return the costs of the whole network for an image (3, size, size)."""
     trace = trace_network(network, example_image(size))
     return Cost(
-        channels=sum(m.num_features for m in network.modules() if isinstance(m, BATCHNORM)),
+        channels=count_channels(network),
         params=sum(p.numel() for p in network.parameters()),
         macs=sum(_macs(op, trace) for op in trace.ops),
         bytes=sum(t.numel() * t.element_size() for t in network.state_dict().values()),

@@ -9,7 +9,7 @@ from torch import nn
 
 from job.slimming.graph.layers import modules_of, owner_of, tensors_of, weight_rows
 from job.slimming.graph.selection import batchnorms
-from job.slimming.planning.cost import COST_METRICS, Cost
+from job.slimming.planning.cost import COST_METRICS, Cost, count_channels, counted_layers
 from job.slimming.planning.plan import folded_norm
 
 if TYPE_CHECKING:
@@ -99,15 +99,16 @@ class CostModel:
 
     def _count_channels(self, network: nn.Module, numbers: SlotNumbers) -> None:
         passed = [(s, n) for s, n in numbers.items() if s[1] in ("through", "select")]
-        norms = batchnorms(network)
-        cut = {name: n for (name, _), n in passed if name in norms}
+        norms, counted = batchnorms(network), counted_layers(network)
+        sides = ("through", "select", "out")
+        cut = {name: n for (name, side), n in numbers.items() if name in counted and side in sides}
         by_slot = sorted((n, self.folded.get(name, 0)) for name, n in cut.items())
         self.norms = np.array([n for n, _ in by_slot], np.int64)
         uncut = {name: slot for name, slot in self.folded.items() if name not in cut}
         self.uncut_norms = np.array([norms[name].num_features for name in uncut], np.int64)
         folding = [slot for _, slot in by_slot] + list(uncut.values())
         self.folding_norms = np.array(folding, np.int64)  # of norms, then of uncut_norms
-        total = sum(norm.num_features for norm in set(norms.values()))
+        total = count_channels(network)
         self.other_channels = total - int(self.lengths[self.norms].sum())
         new = [n for (name, side), n in passed if side == "select" and f"{name}.norm" not in norms]
         self.selecting = np.array(new, np.int64)  # these BatchNorms get indices

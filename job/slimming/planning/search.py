@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from job.slimming.planning.target import Budget
 
 Step = TypeVar("Step")
-OUTPUT, UNRANKED = "the network's output", "no BatchNorm ranks them"
-NOTHING = "no channel of this network is ranked by a BatchNorm and can be cut"
+OUTPUT, UNRANKED = "the network's output", "no importance ranks them"
+NOTHING = "no channel of this network can be cut"
 
 
 def first_within_budget(
@@ -86,5 +86,4 @@ def _main_obstacle(graph: ChannelGraph) -> str:
     reason = next((reason for reason, channels in count.most_common(1) if channels), None)
     if reason is None:
         return ""
-    hint = "; --importance l2 ranks them" if reason == UNRANKED else ""
-    return f"; the main reason: {reason}{hint}"
+    return f"; the main reason: {reason}"

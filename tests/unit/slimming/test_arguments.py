@@ -157,11 +157,6 @@ def test_the_line_is_seen_where_nobody_configured_logging(
 
 
 def test_where_nothing_can_be_cut_it_is_said_why() -> None:
-    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    with pytest.raises(UsageError, match=r"no BatchNorm ranks them; importance l2 ranks them$"):
-        job.slim(plain, EXAMPLE)
-    narrow, _ = job.slim(plain, torch.empty(1, 3, 24, 24, device="meta"), importance="l2")
-    assert narrow.get_parameter("0.weight").shape[0] == 8
     norm = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Softmax(1), nn.Conv2d(8, 4, 3))
     with pytest.raises(UsageError, match="the main reason: softmax across channels"):
         job.slim(norm, EXAMPLE)

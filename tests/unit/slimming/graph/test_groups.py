@@ -46,9 +46,15 @@ def counted(network: nn.Module, image: torch.Tensor) -> Cost:
     with counter, torch.no_grad():
         copy.deepcopy(network).eval()(image)
     found = counter.get_flop_counts()["Global"]  # what multiplies activations is left out
-    norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    groups = [m for m in network.modules() if isinstance(m, nn.GroupNorm)]
+    layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    if norms or groups:
+        channels = sum(m.num_features for m in norms) + sum(m.num_channels for m in groups)
+    else:
+        channels = sum(len(m.weight) for m in layers)
     return Cost(
-        sum(m.num_features for m in norms),
+        channels,
         sum(p.numel() for p in network.parameters()),
         sum(flops for op, flops in found.items() if "bmm" not in str(op)) // 2,
         sum(t.numel() * t.element_size() for t in network.state_dict().values()),

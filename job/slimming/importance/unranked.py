@@ -1,0 +1,73 @@
+"""Scores of channels that no BatchNorm ranks, for criteria that rank by BatchNorms or by consumers.
+
+They are ranked by the |γ| of another norm that they pass through (GroupNorm, LayerNorm,
+InstanceNorm, RMSNorm), else by the L2 norm of the weights that produce them, relative to the mean
+of their group.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from job.slimming.graph.layers import NORMS, modules_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from job.slimming.graph.groups import ChannelGraph, ChannelGroup
+    from job.slimming.importance.scores import Scores
+
+
+def rank_without_batchnorm(
+    network: nn.Module,
+    graph: ChannelGraph,
+    scores: Scores,
+    norms_of_weights: Callable[[nn.Module, ChannelGraph], Scores],
+) -> Scores:
+    """Return ``scores`` (count,) with those of the groups that no BatchNorm ranks, where nan.
+
+    The mean of such a group is that of all channels with a score, or 1 where no channel has one.
+    ``norms_of_weights`` gives the L2 norms (count,) of the weights that produce each channel.
+    """
+    unranked = [
+        group
+        for group in graph.groups
+        if not group.norms and np.isnan(scores[group.channels]).any()
+    ]
+    if not unranked:
+        return scores
+    ranked = scores[np.concatenate([np.zeros(0, np.int64), *(g.channels for g in graph.groups)])]
+    ranked = ranked[np.isfinite(ranked)]
+    scale, gammas = ranked.mean() if len(ranked) else 1.0, _other_gammas(network, graph)
+    scores, weights = scores.copy(), norms_of_weights(network, graph)
+    for group in unranked:
+        scores[group.channels] = scale * _relative(group, gammas, weights)
+    return scores
+
+
+def _relative(group: ChannelGroup, gammas: Scores, weights: Scores) -> Scores:
+    """Return the scores of a group's channels relative to their mean."""
+    for values in (gammas[group.channels], weights[group.channels]):
+        if not np.isnan(values).any() and values.mean() > 0:
+            relative: Scores = values / values.mean()
+            return relative
+    return np.ones(group.size)
+
+
+def _other_gammas(network: nn.Module, graph: ChannelGraph) -> Scores:
+    """Return the mean |γ| of the norms other than BatchNorm that each channel passes through."""
+    modules = modules_of(network)
+    sums, counts = np.zeros(graph.count), np.zeros(graph.count)
+    for slot in graph.slots:
+        norm = modules.get(slot.layer)
+        weight = getattr(norm, "weight", None)
+        if isinstance(norm, NORMS) and weight is not None and slot.side == "through":
+            np.add.at(sums, slot.ids, weight.detach().double().abs().cpu().numpy())
+            np.add.at(counts, slot.ids, 1)
+    with np.errstate(invalid="ignore"):
+        means: Scores = sums / counts
+    return means
