@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from job.errors import UsageError, reason
@@ -30,4 +31,9 @@ def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) ->
         raise UsageError(
             f"the network does not run on {describe_inputs(example)}: {reason(error)}"
         ) from error
-    return drop_wrong_suspects(network, graph, example)
+    checked = drop_wrong_suspects(network, replace(graph, sizes=()), example)
+    if graph.sizes and checked.channel_count < graph.channel_count:
+        with_sizes = drop_wrong_suspects(network, graph, example)
+        if with_sizes.channel_count > checked.channel_count:
+            return with_sizes
+    return checked

@@ -119,6 +119,7 @@ def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:
         tuple(union.calls),
         _suspects(union, groups, numbers, count),
         reads=renumber_reads(union.reads, numbers),
+        sizes=tuple(replace(size, ids=numbers[size.ids]) for size in union.sizes),
     )
     unbalanced = [group.name for group in groups if not _is_balanced(group, blocks)]
     graph = graph.without(unbalanced, "only some of them must stay equally many in equal parts")

@@ -13,7 +13,7 @@ from job.slimming.graph.union import FIXED, ChannelSlot
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from job.slimming.graph.union import ChannelRead, Ids, LayerCall
+    from job.slimming.graph.union import AttributeSize, ChannelRead, Ids, LayerCall
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ChannelGraph:
     groups that may be misinterpreted, with the op that moves their channels. ``auxiliary`` tells
     that some layers run only in train mode, ``odd`` that some op is not supported or that train
     mode runs other ops. ``forward`` summarises a forward pass in eval mode. ``reads`` are ops that
-    compute over channels without a weight.
+    compute over channels without a weight, ``sizes`` attributes that count channels.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -70,6 +70,12 @@ class ChannelGraph:
     odd: bool = False
     forward: TraceSummary = NOTHING_TRACED
     reads: tuple[ChannelRead, ...] = ()
+    sizes: tuple[AttributeSize, ...] = ()
+
+    @property
+    def channel_count(self) -> int:
+        """The number of channels of all groups."""
+        return sum(group.size for group in self.groups)
 
     def without(self, names: Iterable[str], reason: str) -> ChannelGraph:
         """Return the graph with the groups ``names`` blocked for ``reason``."""
@@ -92,6 +98,7 @@ class ChannelGraph:
             slots=renumber_slots(self.slots, numbers),
             suspects=tuple(s for s in self.suspects if s[0] not in removed_names),
             reads=renumber_reads(self.reads, numbers),
+            sizes=tuple(replace(size, ids=numbers[size.ids]) for size in self.sizes),
         )
 
 

@@ -68,13 +68,19 @@ def reshape(state: PropagationState, op: Op) -> None:
     if outcome is None:
         return state.give_up(op, f"{op.name} that mixes channels")
     labels, split = outcome
+    maps = image.dim() == 2 and len(label_axes(labels)) > 2  # features become maps
     if split:  # (groups, channels per group): the same channels are kept in every group
         lines = flat_ids(labels).reshape(-1, labels.shape[label_axes(labels)[-1]])
-        if _leaves_groups(op, labels):  # the same number of channels in each group
+        if maps:
+            lines = lines.reshape(labels.shape[label_axes(labels)[0]], -1).T
+        elif _leaves_groups(op, labels):  # the same number of channels in each group
             lines = lines.T
         for line in lines[1:]:
             state.union.unite(lines[0], line)
     any_size = op.name == "flatten" or (op.name in ("view", "reshape") and op.args[-1] == -1)
+    state.note_sizes(op, [labels])
+    if maps:
+        labels = labels_along(lines[0], label_axes(labels)[0], labels.dim())
     if split or not any_size:
         state.union.suspects.append((op.name, flat_ids(labels)))
     return state.set_labels(result, labels)
@@ -140,6 +146,7 @@ def _set_rearranged(
     sources = [labels for t in op.inputs if (labels := state.labels_of(t)) is not None]
     before = np.concatenate([flat_ids(labels) for labels in sources])
     sliced = len(sources) == 1
+    state.note_sizes(op, results)
     if splits and len(results) > 1:
         parts = [flat_ids(labels) for labels in results]
         if {len(part) for part in parts} == {len(before) / len(parts)}:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
+from job.slimming.graph.constants import attribute_sizes
 from job.slimming.graph.layers import modules_of, owner_of
+from job.slimming.graph.trace import SIZED
 from job.slimming.graph.union import ChannelSlot, ChannelUnion, LayerCall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     import torch
     from torch import nn
@@ -176,6 +178,12 @@ class PropagationState:
         self.union.suspects.append((op.name, read.operands[0].ids))
         if self.main:
             self.union.reads.append(replace(read, call=self._calls[op.name] - 1))
+
+    def note_sizes(self, op: Op, results: Sequence[torch.Tensor]) -> None:
+        """Note the attributes that count the channels of an op that moves them."""
+        module, before = self._module_names.get(id(op.module)), self.labels_of(op.inputs[0])
+        if self.main and module is not None and before is not None and op.name in SIZED:
+            self.union.sizes += attribute_sizes(op, module, before, results)
 
     def read_elsewhere(self, op: Op, tensor: torch.Tensor) -> None:
         """Note an op that reads parameters in a way that no rule follows."""

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
 
 SIZE_QUERIES = frozenset({"size", "numel", "nelement"})
-NORMS = frozenset("batch_norm instance_norm group_norm layer_norm rms_norm".split())
+NORM_OPS = frozenset("batch_norm instance_norm group_norm layer_norm rms_norm".split())
+SIZED = frozenset("split split_with_sizes narrow __getitem__ view reshape".split())
+NO_CALLER: tuple[None, frozenset[str]] = (None, frozenset())
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
 
@@ -45,7 +47,8 @@ class Op:
     """Call of a torch function, with the tensors in its arguments and in its result.
 
     ``inputs`` and ``results`` include tensors in lists and dataclasses. ``module`` is the module
-    whose method calls the function.
+    whose method calls the function, ``names_used`` are the attributes that the method names. Both
+    are known for a few kinds of ops.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Op:
     inputs: tuple[torch.Tensor, ...]
     results: tuple[torch.Tensor, ...]
     module: nn.Module | None = None
+    names_used: frozenset[str] = frozenset()
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument that was passed by position or by name."""
@@ -160,23 +164,23 @@ class _Tracer(TorchFunctionMode):
         if results or name == "__setitem__":
             args, kwargs = _copy_lists(args), _copy_lists(kwargs)
             inputs = tuple(tensors_in((args, kwargs)))
-            module = _calling_module() if name in NORMS else None
-            self.ops.append(Op(name, func, args, kwargs, result, inputs, results, module))
+            caller = _calling_module() if name in NORM_OPS or name in SIZED else NO_CALLER
+            self.ops.append(Op(name, func, args, kwargs, result, inputs, results, *caller))
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
             self.measured.append(args[0])
         return result
 
 
-def _calling_module() -> nn.Module | None:
-    """The module of the innermost method that is running."""
+def _calling_module() -> tuple[nn.Module | None, frozenset[str]]:
+    """The module of the innermost method that is running, and the attributes that it names."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         names = frame.f_code.co_varnames
         value = frame.f_locals.get(names[0]) if frame.f_code.co_argcount else None
         if isinstance(value, nn.Module):
-            return value
+            return value, frozenset(frame.f_code.co_names)
         frame = frame.f_back
-    return None
+    return NO_CALLER
 
 
 LEAVES = frozenset([torch.Tensor, nn.Parameter, int, float, bool, str, NoneType])

@@ -72,6 +72,16 @@ class ChannelRead:
     call: int = 0
 
 
+@dataclass(frozen=True)
+class AttributeSize:
+    """An attribute of a module that counts the elements ``ids``: a number, or one of a sequence."""
+
+    module: str
+    attribute: str
+    place: int | None
+    ids: Ids
+
+
 @dataclass
 class ChannelUnion:
     """Elements, their unions, and the results of propagation.
@@ -81,6 +91,7 @@ class ChannelUnion:
     misinterpreted, with the op that moves them; ``fixes`` are elements that are never cut, with the
     reason. ``reads`` are ops that compute over channels without a weight. ``doubtful`` tells that
     some op is not supported. ``count`` includes the element FIXED.
+    ``sizes`` are attributes that may count channels.
     """
 
     slots: list[ChannelSlot] = field(default_factory=list)
@@ -90,6 +101,7 @@ class ChannelUnion:
     fixes: list[tuple[str, Ids]] = field(default_factory=list)
     calls: list[LayerCall] = field(default_factory=list)
     reads: list[ChannelRead] = field(default_factory=list)
+    sizes: list[AttributeSize] = field(default_factory=list)
     doubtful: bool = False
     count: int = 1
     pairs: list[tuple[Ids, Ids]] = field(default_factory=list)

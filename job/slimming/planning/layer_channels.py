@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from job.files import JsonObject
 
 Kept = tuple[int, ...]
+AttributeSizes = tuple[tuple[str, int | tuple[int, ...]], ...]
 MAX_AXES = 16
 SIDES = {"out": "out", "in": "in_", "select": "select"}
 
@@ -24,7 +25,8 @@ class LayerChannels:
     channels that a BatchNorm selects from an input that is not cut. With ``bias`` the layer gets a
     bias, for the constant of removed channels. A layer without any input is a constant, into which
     the BatchNorm ``norm`` after it is folded. ``axis`` is that of a parameter outside known layers;
-    None for the first one of a size above 1.
+    None for the first one of a size above 1. ``sizes`` are attributes of a module, by name, that
+    count channels.
     """
 
     out: Kept | None = None
@@ -33,6 +35,12 @@ class LayerChannels:
     bias: bool = False
     norm: str | None = None
     axis: int | None = None
+    sizes: AttributeSizes = ()
+
+    @property
+    def cuts_tensors(self) -> bool:
+        """Whether a side is cut, and not attributes alone."""
+        return not (self.out is None and self.in_ is None and self.select is None)
 
     @property
     def is_constant(self) -> bool:
@@ -48,6 +56,7 @@ class LayerChannels:
             self.bias or later.bias,
             later.norm or self.norm,
             self.axis if later.axis is None else later.axis,
+            tuple((dict(self.sizes) | dict(later.sizes)).items()),
         )
 
     def to_dict(self) -> JsonObject:
@@ -58,6 +67,8 @@ class LayerChannels:
         empty = [side for side, kept in sides.items() if kept == ()]
         record |= {"empty": empty} if empty else {}
         record |= {} if self.axis is None else {"axis": self.axis}
+        sizes_record = {n: v if isinstance(v, int) else list(v) for n, v in self.sizes}
+        record |= {"sizes": sizes_record} if sizes_record else {}
         return record | ({"norm": self.norm} if self.norm else {})
 
     @classmethod
@@ -82,7 +93,22 @@ class LayerChannels:
                 raise DataError(f"a layer keeps none and some of its channels on the side {side!r}")
             kept[SIDES[side]] = ()
         bias = values.get("bias", False)
-        return cls(kept["out"], kept["in_"], kept["select"], bias, norm, axis)
+        sizes = _read_sizes(values.get("sizes", {}))
+        return cls(kept["out"], kept["in_"], kept["select"], bias, norm, axis, sizes)
+
+
+def _read_sizes(values: object) -> AttributeSizes:
+    """Read attributes and their values from model.json; raises DataError."""
+    error = DataError("the sizes of a module are not numbers by the name of an attribute")
+    if not isinstance(values, dict):
+        raise error
+    sizes: list[tuple[str, int | tuple[int, ...]]] = []
+    for name, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not name.isidentifier() or any(type(n) is not int or n < 0 for n in numbers):
+            raise error
+        sizes.append((name, tuple(numbers) if isinstance(value, list) else numbers[0]))
+    return tuple(sizes)
 
 
 def _are_rising(kept: object) -> bool:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.slimming.planning.layer_channels import SIDES, Kept, LayerChannels, Layers
+from job.slimming.planning.layer_channels import (
+    SIDES,
+    AttributeSizes,
+    Kept,
+    LayerChannels,
+    Layers,
+)
 from job.slimming.planning.overview import plan_text
 
 if TYPE_CHECKING:
@@ -133,7 +139,27 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
     for layer, channels in plan.items():
         if channels.is_constant and (norm := folded_norm(graph, layer)):
             plan[layer] = replace(channels, norm=norm)
+    for module, sizes in _sizes_of_modules(graph, keep).items():
+        plan[module] = replace(plan.get(module, LayerChannels()), sizes=sizes)
     return plan
+
+
+def _sizes_of_modules(graph: ChannelGraph, keep: Ids) -> dict[str, AttributeSizes]:
+    """Return the attributes of modules that count channels, where some of these are removed."""
+    counts: dict[tuple[str, str], dict[int | None, int]] = {}
+    changed = set()
+    for size in graph.sizes:
+        key, kept = (size.module, size.attribute), keep[size.ids]
+        counts.setdefault(key, {})[size.place] = int(kept.sum())
+        if not kept.all():
+            changed.add(key)
+    sizes: dict[str, AttributeSizes] = {}
+    for module, attribute in sorted(changed):
+        by_place = counts[module, attribute]
+        places = sorted(place for place in by_place if place is not None)
+        value = by_place[None] if None in by_place else tuple(by_place[n] for n in places)
+        sizes[module] = (*sizes.get(module, ()), (attribute, value))
+    return sizes
 
 
 def folded_norm(graph: ChannelGraph, layer: str) -> str | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from job.slimming.graph.layer_rules import LayerRule
-    from job.slimming.planning.layer_channels import Kept, LayerChannels, Layers
+    from job.slimming.planning.layer_channels import AttributeSizes, Kept, LayerChannels, Layers
 
 Tensors = dict[str, torch.Tensor]
 
@@ -35,7 +35,7 @@ def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
     # narrow tensors and layers by id of the wide one, which is not copied
     memo: dict[int, Any] = {id(modules[name]): layer for name, layer in replaced.items()}
     for name, channels in layers.items():
-        if name in replaced:
+        if name in replaced or not channels.cuts_tensors:
             continue
         holder = _holder(modules, name)
         for attribute, tensor in _cut_tensors(modules, name, channels).items():
@@ -56,6 +56,8 @@ def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
     for name, channels in layers.items():
         if channels.out and name in modules and name not in replaced:
             _set_passed_sizes(modules[name], memo, channels.out)
+        if channels.sizes:
+            _set_attributes(_holder(modules, name), memo, channels.sizes)
         layer: Any = memo[id(modules[name])] if channels.bias else None
         if channels.bias and name not in replaced and layer.bias is None:
             weight = layer.weight
@@ -159,6 +161,16 @@ def _set_size(layer: nn.Module, attribute: str, size: int) -> None:
     """Set a number of channels, or a shape of one axis."""
     shape = isinstance(getattr(layer, attribute), tuple)
     setattr(layer, attribute, (size,) if shape else size)
+
+
+def _set_attributes(wide: nn.Module, memo: Mapping[int, Any], sizes: AttributeSizes) -> None:
+    """Set attributes of a module's copy that count channels; raises GammaslimError for others."""
+    for attribute, size in sizes:
+        value: Any = vars(wide).get(attribute)
+        kinds = (int,) if isinstance(size, int) else (tuple, list)
+        if type(value) not in kinds:
+            raise GammaslimError(f"{type(wide).__name__} has no number of channels {attribute!r}")
+        vars(memo[id(wide)])[attribute] = type(value)(size)
 
 
 def _set_passed_sizes(wide: Any, memo: Mapping[int, Any], kept: Kept) -> None:

@@ -8,6 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from unit.slimming.graph.test_layer_kinds import halve
 
+import job
+from job.errors import DataError, GammaslimError
+from job.slimming.planning.layer_channels import LayerChannels, compose
+from job.slimming.surgery.surgery import apply_plan
 from support.cuts import randomise
 from support.networks import Net, block
 
@@ -95,3 +99,119 @@ def test_nested_parts_stay_equally_large(kind: type[Net]) -> None:
     assert (narrow.one[0].out_channels, narrow.left[0].in_channels) == (16, 8)
     assert [part[0].in_channels for part in narrow.quarters] == [4, 4]
     assert {b.layer for b in plan.blocked} == {"head"}
+
+
+class Steps(nn.Module):
+    """Halves of an expansion; each step adds to the last part, and all are concatenated (C2f)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.hidden, self.parts, self.whole = how, 8, [8, 8], 16
+        self.expand, self.join = block(12, 16, 1), block(32, 12, 1)
+        self.steps = nn.ModuleList(nn.Sequential(block(8, 8), block(8, 8)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.expand(x)
+        if self.how == "numbers":
+            parts = list(x.split((self.hidden, self.hidden), 1))
+        elif self.how == "list":
+            parts = list(torch.split(x, self.parts, dim=1))
+        elif self.how == "slices":
+            parts = [x[:, : self.hidden], x[:, self.hidden :]]
+        elif self.how == "half":
+            parts = list(x.split(self.whole // 2, 1))
+        else:
+            parts = [x.narrow(1, 0, self.hidden), x.narrow(1, self.hidden, self.hidden)]
+        for step in self.steps:
+            parts.append(parts[-1] + step(parts[-1]))
+        return self.join(torch.cat(parts, 1))
+
+
+class Partial(Net):
+    def __init__(self, how: str) -> None:
+        self.how = how
+        super().__init__()
+
+    def build(self) -> None:
+        self.csp = Steps(self.how)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.csp(x)
+
+
+@pytest.mark.parametrize("how", ["numbers", "list", "slices", "half", "narrow"])
+def test_attributes_that_count_channels_are_those_of_the_narrow_network(how: str) -> None:
+    torch.manual_seed(0)
+    network = randomise(Partial(how))
+    narrow, plan = halve(network, IMAGE)
+    assert {b.layer for b in plan.blocked} == {"head"}
+    assert narrow.csp.expand[0].out_channels == 8
+    numbers = {"list": [4, 4], "half": 8}.get(how, 4)
+    name = {"list": "parts", "half": "whole"}.get(how, "hidden")
+    assert getattr(narrow.csp, name) == numbers
+    assert (network.csp.hidden, network.csp.parts, network.csp.whole) == (8, [8, 8], 16)
+    record = {layer: channels.to_dict() for layer, channels in plan.layers.items()}
+    assert record["csp"]["sizes"][name] == numbers
+    read = {layer: LayerChannels.from_dict(values) for layer, values in record.items()}
+    assert read == plan.layers
+    assert getattr(apply_plan(network, read).csp, name) == numbers
+    # a second cut of the narrow network composes with the first
+    narrower, later = job.slim(
+        apply_plan(network, plan.layers), IMAGE, policy="uniform", target="width=0.5"
+    )
+    whole = apply_plan(network, compose(plan.layers, later.layers))
+    torch.testing.assert_close(whole(IMAGE), narrower(IMAGE))
+
+
+@pytest.mark.parametrize("sizes", [{"hidden": "8"}, {"hidden": -1}, {"not a name": 8}, [8]])
+def test_sizes_that_are_no_numbers_are_refused(sizes: object) -> None:
+    with pytest.raises(DataError, match="sizes of a module"):
+        LayerChannels.from_dict({"sizes": sizes})
+
+
+def test_an_attribute_that_is_no_number_is_never_set() -> None:
+    layers = {"csp": LayerChannels(sizes=(("how", 4),))}
+    with pytest.raises(GammaslimError, match="no number of channels 'how'"):
+        apply_plan(Partial("list"), layers)
+
+
+class Unequal(nn.Module):
+    """Parts as large as the next layers' inputs, two of which share a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = block(3, 40)
+        self.small, self.large, self.head = block(10, 10), block(20, 10), nn.Linear(30, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        few, many = self.small[0].in_channels, self.large[0].in_channels
+        one, two, rest = torch.split(self.one(images), [few, few, many], 1)
+        parts = [self.small(one), self.small(two), self.large(rest)]
+        return self.head(torch.cat(parts, 1).mean((2, 3)))
+
+
+def test_parts_of_unequal_sizes_are_cut_with_the_layers_that_give_them() -> None:
+    torch.manual_seed(0)
+    narrow, plan = halve(randomise(Unequal()), IMAGE)
+    assert narrow.small[0].in_channels == 5
+    assert narrow.large[0].in_channels == 10
+    assert {b.layer for b in plan.blocked} == {"head"}
+
+
+class Generator(nn.Module):
+    """Features become a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(10, 192), nn.BatchNorm1d(192), nn.ReLU())
+        self.one, self.out = block(12, 8), nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, noise: torch.Tensor) -> torch.Tensor:
+        return self.out(self.one(self.fc(noise).view(-1, self.one[0].in_channels, 4, 4)))
+
+
+def test_features_that_become_a_map_are_cut_by_channels() -> None:
+    torch.manual_seed(0)
+    narrow, plan = halve(randomise(Generator()), torch.rand(2, 10))
+    assert (narrow.fc[0].out_features, narrow.one[0].in_channels) == (96, 6)
+    assert {b.layer for b in plan.blocked} == {"out"}

@@ -103,7 +103,7 @@ def test_floors_hold_and_an_unreachable_target_says_what_is_reachable(
     with pytest.raises(UsageError, match=r"^--target bytes=50.0: .*; did you mean bytes=0\.5\?$"):
         plan_of(network, graph, "bytes=50.0")
     nothing = torchvision.models.squeezenet1_0()
-    with pytest.raises(UsageError, match="no channel of this network is ranked"):
+    with pytest.raises(UsageError, match="no channel of this network can be cut"):
         plan_of(nothing, analyse(nothing, IMAGE), "macs=0.9")
 
 

@@ -1,0 +1,77 @@
+"""Numbers of channels that a module keeps as attributes and its code passes to ops.
+
+``x.split((self.c, self.c), 1)`` works for the present number of channels only, unless the attribute
+``c`` of the narrow network is the number of channels that are kept. The attributes are those that
+the calling method names and that equal the number in the op.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from job.slimming.graph.channel_labels import flat_ids, label_axes
+from job.slimming.graph.union import AttributeSize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+    from job.slimming.graph.trace import Op
+    from job.slimming.graph.union import Ids
+
+Sized = tuple[Any, "Ids"]  # an argument of an op, and the elements that it may count
+
+
+def attribute_sizes(
+    op: Op, module: str, before: torch.Tensor, after: Sequence[torch.Tensor]
+) -> Iterator[AttributeSize]:
+    """Yield the attributes of the calling module, named ``module``, that count channels in ``op``.
+
+    ``before`` are the labels of its input, ``after`` those of its results.
+    """
+    numbers = [(n, ids) for n, ids in _numbers(op, before, after) if n == len(ids) and n > 1]
+    whole = flat_ids(before)
+    for attribute in sorted(op.names_used):
+        value = vars(op.module).get(attribute)
+        if type(value) is int and value == len(whole):  # e.g. halves of this number
+            yield AttributeSize(module, attribute, None, whole)
+        elif type(value) is int:
+            yield from (
+                AttributeSize(module, attribute, None, ids) for n, ids in numbers if n == value
+            )
+        elif isinstance(value, (tuple, list)) and list(value) == [n for n, _ in numbers]:
+            for place, (_, ids) in enumerate(numbers):
+                yield AttributeSize(module, attribute, place, ids)
+
+
+def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Iterator[Sized]:
+    if op.name in ("split", "split_with_sizes"):
+        sections = op.argument(1, "split_size_or_sections", op.kwargs.get("split_size"))
+        parts = [flat_ids(labels) for labels in after]
+        each = [sections] * len(parts) if isinstance(sections, int) else list(sections or ())
+        yield from zip(each, parts, strict=False)
+    elif op.name == "narrow":
+        yield op.argument(3, "length"), flat_ids(after[0])
+        yield op.argument(2, "start"), flat_ids(before)[: op.argument(2, "start")]
+    elif op.name == "__getitem__":
+        index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+        for part in index:
+            for bound in (part.start, part.stop) if isinstance(part, slice) else ():
+                if isinstance(bound, int):
+                    yield bound, flat_ids(before)[:bound]
+    else:  # views
+        sizes: Sequence[object] = op.args[1:]
+        if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+            sizes = tuple(sizes[0])
+        if len(sizes) == after[0].dim():
+            for axis in label_axes(after[0]):
+                yield sizes[axis], _along(after[0], axis)
+
+
+def _along(labels: torch.Tensor, axis: int) -> Ids:
+    """The labels along one axis, at the first place of the others."""
+    lines = labels.movedim(axis, -1).reshape(-1, labels.shape[axis])
+    return np.ascontiguousarray(lines[0].numpy())
