@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from job.data.augmentation import center_crop_arrays
+from job.data.cache.cached_split import CachedSplit, ImageArray
 from job.data.presets import PRESETS
 from job.data.splits import UNLABELLED, ArraySplit, Split
 from job.errors import DataError, StorageError
@@ -44,10 +45,9 @@ class AugmentedImages:
         """
         size, indices = self.preprocessing.size, [draw.index for draw in draws]
         augment_arrays = PRESETS[self.preprocessing.preset].augment_arrays
-        resizes = self.preprocessing.resize.side > 0
-        if isinstance(self.split, ArraySplit) and augment_arrays and not resizes:
-            images = augment_arrays(self.split.images, draws, size)
-            return _batch(images, self.split, indices, size)
+        if augment_arrays and (array := _array_of(self.split, self.preprocessing, len(draws))):
+            rows = [replace(draw, index=int(array.rows[draw.index])) for draw in draws]
+            return _batch(augment_arrays(array.images, rows, size), self.split, indices, size)
         reader = ImageReader(self.split)
         try:
             crops = [self.preprocessing.train(reader.read(draw.index), draw) for draw in draws]
@@ -71,8 +71,9 @@ class PlainImages:
     def __getitems__(self, indices: list[int]) -> Batch | IncompleteBatch | Failure:
         """Return the batch of the images at ``indices``; errors as in ``AugmentedImages``."""
         size = self.preprocessing.size
-        if isinstance(self.split, ArraySplit) and not self.preprocessing.resize.side:
-            images = center_crop_arrays(self.split.images, indices, size)
+        if array := _array_of(self.split, self.preprocessing, len(indices)):
+            rows = [int(array.rows[index]) for index in indices]
+            images = center_crop_arrays(array.images, rows, size)
             return _batch(images, self.split, indices, size)
         reader = ImageReader(self.split)
         try:
@@ -124,6 +125,20 @@ class ImageReader:
     def with_reasons(self, batch: Batch) -> Batch | IncompleteBatch:
         """Return ``batch``, marked as incomplete if an image could not be read."""
         return IncompleteBatch(batch, tuple(self.reasons.values())) if self.reasons else batch
+
+
+def _array_of(split: Split, preprocessing: Preprocessing, count: int) -> ImageArray | None:
+    """Return all images as one array if they have one size and are not resized, else None.
+
+    ``count`` of them are read.
+    """
+    if preprocessing.resize.side:
+        return None
+    if isinstance(split, CachedSplit):  # its images are already reduced to max_side
+        return split.array(count)
+    if isinstance(split, ArraySplit) and not preprocessing.max_side:
+        return ImageArray(split.images, range(len(split)))
+    return None
 
 
 def _batch(images: Any, split: Split, indices: list[int], size: int) -> Batch:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
 from job.data.splits import FileSplit
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -36,6 +38,16 @@ class ImageCache:
         return CachedSplit(split, self.images.rows(split), self)
 
 
+class ImageArray(NamedTuple):
+    """Images of one size: image i of a split is number ``rows[i]`` of ``images``.
+
+    ``images`` are (N, height, width) or (N, height, width, 3) uint8.
+    """
+
+    images: NDArray[np.uint8]
+    rows: Sequence[int] | Labels
+
+
 @dataclass(frozen=True)
 class CachedSplit:
     """The images of ``files``; image i is number ``rows[i]`` of the ``cache``."""
@@ -60,6 +72,12 @@ class CachedSplit:
         if stored is None or not stored.has(row):
             return self.files.image(index)
         return CachedImage(stored.pixels(row))
+
+    def array(self, count: int) -> ImageArray | None:
+        """Return the images as one array if all have one size; ``count`` of them are read."""
+        stored = self.cache.stored
+        images = stored.array(count) if stored else None
+        return None if images is None else ImageArray(images, self.rows)
 
     def name(self, index: int) -> str:  # noqa: D102
         return self.files.name(index)

@@ -130,6 +130,7 @@ class StoredImages:
     index: NDArray[np.int64]
     _map: mmap.mmap | None = field(default=None, repr=False)
     _touched: int = 0  # bytes read since the mapped pages were released
+    _shape: tuple[int, ...] | None = None  # of all images as one array; () if sizes differ
 
     @classmethod
     def open(cls, path: Path, key: str) -> StoredImages | None:
@@ -152,7 +153,8 @@ class StoredImages:
         return cls(path, np.frombuffer(content, "<i8").reshape(-1, COLUMNS))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "index": self.index, "_map": None, "_touched": 0}
+        state = {"_map": None, "_touched": 0, "_shape": self._shape}
+        return {"path": self.path, "index": self.index, **state}
 
     def file_sizes(self, paths: Sequence[str]) -> dict[str, Size]:
         """Return the (width, height) in the file of each decoded image; ``paths`` names them."""
@@ -167,6 +169,28 @@ class StoredImages:
         """Return a view of image ``row``, (height, width, 3); raises StorageError."""
         offset, width, height = map(int, self.index[row, :3])
         length = height * width * CHANNELS
+        flat = np.frombuffer(self._mapped(length), np.uint8, length, offset)
+        return flat.reshape(height, width, CHANNELS)
+
+    def array(self, count: int) -> NDArray[np.uint8] | None:
+        """Return a view of all images (N, height, width, 3) if they have one size, else None.
+
+        ``count`` of them are read next. Raises StorageError.
+        """
+        if self._shape is None:
+            sizes = self.index[:, 1:3]
+            same = len(sizes) and sizes.all() and (sizes == sizes[0]).all()
+            self._shape = (len(sizes), int(sizes[0, 1]), int(sizes[0, 0])) if same else ()
+        if not self._shape:
+            return None
+        images, height, width = self._shape
+        length = height * width * CHANNELS
+        mapped = self._mapped(count * length)
+        flat = np.frombuffer(mapped, np.uint8, images * length, int(self.index[0, 0]))
+        return flat.reshape(images, height, width, CHANNELS)
+
+    def _mapped(self, length: int) -> mmap.mmap:
+        """Return the mapped file; ``length`` bytes of pixels are read next."""
         if self._map is None:
             with reading(self.path), self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -175,15 +199,4 @@ class StoredImages:
             # the pages stay in the system's cache, but no longer count as memory of this process
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = length
-        flat = np.frombuffer(self._map, np.uint8, length, offset)
-        return flat.reshape(height, width, CHANNELS)
-
-    def array(self) -> NDArray[np.uint8] | None:
-        """Return all images as one view (N, height, width, 3) if they have one size, else None."""
-        sizes = self.index[:, 1:3]
-        if not len(sizes) or not sizes.all() or (sizes != sizes[0]).any():
-            return None
-        first = self.pixels(0)
-        length = len(sizes) * first.size
-        flat = np.frombuffer(self._map, np.uint8, length, int(self.index[0, 0]))  # type: ignore[arg-type]
-        return flat.reshape(len(sizes), *first.shape)
+        return self._map

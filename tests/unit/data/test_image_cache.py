@@ -30,6 +30,7 @@ from job.data.image_check import check_images
 from job.data.layout import open_data
 from job.data.preprocessing import Preprocessing
 from job.data.sample_order import epoch_table
+from job.data.splits import ArraySplit
 from job.distributed.stop import Watch
 from job.errors import GammaslimError, OutputError, StorageError
 
@@ -92,6 +93,39 @@ def test_batches_are_the_same_with_and_without_a_cache(
     for plain, fast in pairs:
         assert torch.equal(plain[0], fast[0])  # type: ignore[index]
         assert torch.equal(plain[1], fast[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("size", [(20, 20), (60, 33), (32, 32)])
+@pytest.mark.parametrize("max_side", [None, 24])
+def test_images_of_one_size_are_augmented_in_whole_batches(
+    tmp_path: Path, size: tuple[int, int], max_side: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = image_set(write_images(tmp_path / "data", [size] * 9), max_side)
+    preprocessing = Preprocessing.of("small", 32)
+    preprocessing = Preprocessing.from_dict({**preprocessing.to_dict(), "max_side": max_side})
+    split = cached(images, fill(images, tmp_path / "cache")).select(np.arange(8, 1, -1))
+    draws = [draw for epoch in range(4) for draw in epoch_table(7, 1, 0, epoch).rows(range(7))]
+    single = [
+        AugmentedImages(split.files, preprocessing).__getitems__(draws),
+        PlainImages(split.files, preprocessing).__getitems__([4, 0, 6]),
+    ]
+    monkeypatch.setattr(CachedSplit, "image", None)  # not one by one
+    whole = [
+        AugmentedImages(split, preprocessing).__getitems__(draws),
+        PlainImages(split, preprocessing).__getitems__([4, 0, 6]),
+    ]
+    for one, many in zip(single, whole, strict=True):
+        assert torch.equal(one[0], many[0])  # type: ignore[index]
+        assert torch.equal(one[1], many[1])  # type: ignore[index]
+
+
+def test_arrays_are_reduced_too(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), dtype=np.uint8)
+    split = ArraySplit(pixels, np.arange(3, dtype=np.int64))
+    reduced = Preprocessing.from_dict({**Preprocessing.of("small", 32).to_dict(), "max_side": 32})
+    images, _ = PlainImages(split, reduced).__getitems__([2])  # type: ignore[misc]
+    small = Image.fromarray(pixels[2]).resize((32, 32), Image.Resampling.LANCZOS)
+    assert np.array_equal(images[0].numpy(), np.asarray(small))
 
 
 @pytest.mark.parametrize(
