@@ -56,7 +56,7 @@ def differing_options(histories: Sequence[History]) -> list[tuple[str, list[str]
 
 def value_text(value: Any) -> str:
     """Return the value of an option as it is written on a command line."""
-    if value is None:
+    if value is None or value in ([], ()):
         return "not set"
     if isinstance(value, list | tuple):
         return " ".join(value_text(item) for item in value)

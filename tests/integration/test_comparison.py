@@ -35,14 +35,14 @@ def test_the_runs_under_a_folder_are_compared(sweep: Path, tmp_path: Path) -> No
     assert [run["run"] for run in record["runs"]] == ["a", "b"]
     assert record["runs"][0]["latency"] == {"rounds/00": 0.02, "rounds/02": 0.0125}
     assert record["runs"][0]["relative"]["latency"] == 0.625
-    assert record["options"] == {"rate": ["0.9", "0.8"], "model-arg": ["", "base=8 width=2"]}
+    assert record["options"] == {"rate": ["0.9", "0.8"], "model-arg": ["not set", "base=8 width=2"]}
     assert record["pareto"]["latency"] == [
         {"path": str(sweep / "a"), "round": 2}, {"path": str(sweep / "a"), "round": 0},
     ]  # fmt: skip
     found = page(tmp_path / "report.html")
     place = found.rows.index(["", "run", "--rate", "--model-arg"])
     assert found.rows[place + 1 :] == [
-        ["1", "a", "0.9", ""], ["2", "b", "0.8", "base=8 width=2"],
+        ["1", "a", "0.9", "not set"], ["2", "b", "0.8", "base=8 width=2"],
     ]  # fmt: skip
     assert sorted(found.charts) == [
         "pareto-bytes", "pareto-latency", "pareto-macs", "pareto-params",

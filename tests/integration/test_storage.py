@@ -163,7 +163,7 @@ def assert_goes_on(call: Call, command: tuple[object, ...], undisturbed: Path) -
     status = json.loads((output / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("finished", 0)
     left = {"config.toml", "metrics.jsonl", "status.json", "summary.json", "rounds", "checkpoints"}
-    left |= {"report.html", "figures"}
+    left |= {"report.html", "figures", "metrics.prom"}
     assert {path.name for path in output.iterdir()} <= left | {"wandb", "wandb.json"}
     assert len(list((output / "checkpoints").iterdir())) == 2
 
