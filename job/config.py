@@ -191,10 +191,12 @@ class SlimmingConfig:
     )
     target: str | None = option(
         None,
-        "Size after the last round: width, channels, params, macs or bytes, as a fraction of the "
-        "base (at most 1) or an absolute number.",
+        "Size after the last round: width, channels, params, macs, bytes or latency, as a fraction "
+        "of the base (at most 1) or an absolute number. A latency is measured here; seconds have a "
+        "unit, e.g. latency=5ms.",
         default_text="--rate in each round",
     )
+    latency_batch: int = option(1, "Batch size that --target latency=… is measured at.", at_least=1)
     policy: PolicyName = option(
         "uniform",
         "Allocation of the cut: the same fraction of every channel group (uniform), or one "

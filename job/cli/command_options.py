@@ -114,10 +114,12 @@ class SlimOptions(ImageOptions):
         PruneConfig,
         "target",
         default="channels=0.5",
-        help="Size after the cut: width, channels, params, macs or bytes, as a fraction of MODEL's "
-        "base (at most 1) or an absolute number.",
+        help="Size after the cut: width, channels, params, macs, bytes or latency, as a fraction "
+        "of MODEL's base (at most 1) or an absolute number. A latency is measured here; seconds "
+        "have a unit, e.g. latency=5ms.",
         default_text=None,
     )
+    latency_batch: int = shared(PruneConfig, "latency_batch")
     policy: PolicyName | None = shared(
         PruneConfig, "policy", default=None, default_text="uniform for a width, else global"
     )

@@ -58,7 +58,9 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     image = example_image(card.preprocessing.size)
     graph, base = analyse(wide, image), card.base or base_of(wide, card)
     batches = tools.calibration.batches if tools.calibration else None
-    narrow, plan = cut_network(wide, graph, image, allocation, method, batches, base, SHOW)
+    narrow, plan = cut_network(
+        wide, graph, image, allocation, method, batches, base, SHOW, _uncut(wide, card)
+    )
     phase("")
     if options.recalibrate and batches:
         recalibrate_batchnorms(narrow, batches(options.recalibrate * PruneConfig.batch_size))
@@ -88,7 +90,16 @@ def _allocation(options: SlimOptions) -> Allocation:
     """Return the target, with the policy that fits it by default."""
     budget = Budget.parse(options.target)
     policy = options.policy or ("uniform" if budget.metric == "width" else "global")
-    return Allocation(policy, budget, options.round_to, options.min_keep)
+    return Allocation(
+        policy, budget, options.round_to, options.min_keep, latency_batch=options.latency_batch
+    )
+
+
+def _uncut(network: nn.Module, card: ModelCard) -> nn.Module:
+    """Return the network before all cuts, which a target of latency is a fraction of."""
+    if not card.layers:
+        return network
+    return replace(card, layers={}).build().eval().to(next(network.parameters()).device)
 
 
 def _new_folder(output: str) -> Path:
@@ -179,6 +190,8 @@ def _say_result(
     assert plan.after
     assert plan.proof
     say("\n".join([costs_table(plan.before, plan.after), *removed_lines(plan.layers)]))
+    if plan.latency:
+        say(str(plan.latency))
     proof = f"{plan.proof.precision}: relative error {plan.proof.error:.1e}"
     say(f"the cut is verified in {proof}; saved in {shown(output)}")
     before, cut, after = accuracies[0], accuracies[1], accuracies[-1]

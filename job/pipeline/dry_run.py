@@ -119,7 +119,7 @@ def _try_training(setup: Setup) -> str | None:
         if round_index:
             tools = config, setup.accelerator.device, setup.calibration
             wide = model
-            model, plan = cut(wide, round_index, *tools)
+            model, plan = cut(wide, round_index, *tools, base=setup.network)
             if config.recover:
                 recover_cut(wide, model, plan, *tools)
         setup.trainer.try_step(model.network, distillation)

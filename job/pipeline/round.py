@@ -129,8 +129,10 @@ def _slim(session: Session, wide: Model) -> tuple[Model, PrunedScores]:
     setup, index = session.setup, session.round.index
     show = partial(show_step, session.round_name)
     tools = setup.config, setup.accelerator.device, setup.calibration, show
-    narrow, plan = cut(wide, index, *tools)
+    narrow, plan = cut(wide, index, *tools, base=session.state.base)
     assert plan.proof
+    if plan.latency:
+        say(str(plan.latency))
     for line in removed_lines(plan.layers):
         say(line)
     pruned = _evaluate(session, narrow.network)

@@ -22,6 +22,7 @@ from job.slimming.cut import (
     plan_cut,
 )
 from job.slimming.importance.criteria import CRITERIA, score_channels
+from job.slimming.latency_target import meet_latency
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.base import Base, layer_widths
 from job.slimming.planning.cost import example_image, network_cost
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from job.config import PruneConfig
     from job.slimming.calibration.progress import Progress
     from job.slimming.importance.scores import Scores
+    from job.slimming.latency.network_latency import NetworkLatency
     from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.plan import Plan
     from job.slimming.recovery.recovery import Recovered
@@ -65,6 +67,10 @@ def allocation_of(
     if config.target:
         assert config.last_round is not None
         budget = Budget.parse(config.target)
+        if budget.metric == "latency":
+            share, batch = round_index / config.last_round, config.latency_batch
+            bounds = config.round_to, config.min_keep
+            return Allocation(config.policy, budget, *bounds, latency_batch=batch, share=share)
         budget = budget.spread(round_index, config.last_round, card.base.cost)
     elif POLICIES[config.policy].by_width:
         budget = Budget("width", card.width * config.rate**steps, f"--rate {config.rate:g}")
@@ -96,12 +102,28 @@ def method_of(config: PruneConfig) -> Method:
 def plan_round(config: PruneConfig, model: Model, round_index: int) -> Plan:
     """Return a forecast of a round's plan, made without calibration images.
 
-    Channels are ranked by gamma when the importance criterion needs images. Raises UsageError
+    A target of latency, which the cut measures, is taken as one of MACs; one in seconds as half of
+    them. Channels are ranked by gamma when the importance criterion needs images. Raises UsageError
     for a target that is out of reach.
     """
+    if config.target and Budget.parse(config.target).metric == "latency":
+        config = replace(config, target=_macs_instead(config, model, round_index))
     importance = "gamma" if CRITERIA[config.importance].images else config.importance
     scores = score_channels(importance, model.network, model.graph, CalibrationData(), config.seed)
     return _plan_by_scores(config, model, round_index, scores)
+
+
+def _macs_instead(config: PruneConfig, model: Model, round_index: int) -> str:
+    """Return the target of MACs that stands for one of latency in a forecast."""
+    budget = Budget.parse(str(config.target))
+    assert config.last_round is not None
+    assert model.card.base
+    assert model.card.base.cost
+    share = round_index / config.last_round
+    left = (0.5 if budget.absolute else budget.value) ** share
+    now = network_cost(model.network, model.card.preprocessing.size).macs
+    left = min(left, now / model.card.base.cost.macs) ** (1 / share)
+    return f"macs={left:.6g}"
 
 
 def _plan_by_scores(
@@ -119,6 +141,33 @@ def _plan_by_scores(
         return plan_cut(*parts, model.card.base, curves)
 
     return plan_after(1) if config.last_round is not None else _first_cut(plan_after)
+
+
+def _plan_by_latency(
+    config: PruneConfig,
+    model: Model,
+    round_index: int,
+    scores: Scores,
+    curves: Mapping[str, LossCurve],
+    base: nn.Module | None,
+    progress: Progress,
+) -> Plan | None:
+    """Return the plan of a round whose latency meets the target; None for another target."""
+    allocation = allocation_of(config, model.card, round_index)
+    if allocation.budget.metric != "latency":
+        return None
+    network, device = model.network, next(model.network.parameters()).device
+
+    def plan_with(limited: Allocation, latency: NetworkLatency | None) -> Plan:
+        parts = network, model.graph, scores, limited, method_of(config), model.card.base
+        return plan_cut(*parts, curves, latency)
+
+    image = example_image(model.card.preprocessing.size)
+    before = next((base or network).parameters()).device
+    reference = (base or network).to(device)
+    plan = meet_latency(network, model.graph, image, allocation, plan_with, reference, progress)
+    reference.to(before)
+    return plan
 
 
 def _first_cut(plan_after: Callable[[int], Plan]) -> Plan:
@@ -168,9 +217,11 @@ def cut(
     device: torch.device,
     calibration: Calibration,
     progress: Progress = no_progress,
+    base: nn.Module | None = None,
 ) -> tuple[Model, Plan]:
     """Return the narrow network of a round, on the CPU, with its card, and its plan with the proof.
 
+    ``base`` is the network that a target of latency is a fraction of, by default that of ``model``.
     ``progress`` is called before each step. Raises StopRequest on every process when a stop is
     requested.
     """
@@ -182,7 +233,13 @@ def cut(
     graph = on_main(lambda: model.graph, interrupt=True)
     scores, data = measure_importance(network, graph, method, calibration.batches, step)
     curves = measure_losses(network, graph, scores, method, data, image, step)
-    plan = on_main(lambda: _plan_by_scores(config, model, round_index, scores, curves))
+    plan = on_main(
+        lambda: (
+            _plan_by_latency(config, model, round_index, scores, curves, base, progress)
+            or _plan_by_scores(config, model, round_index, scores, curves)
+        ),
+        interrupt=True,
+    )
     sensitivity = None
     if curves:
         summarise = partial(summarise_losses, network, graph, curves, FRACTIONS, plan)

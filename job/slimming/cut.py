@@ -25,6 +25,7 @@ from job.slimming.compensation.cut_pair import CutPair
 from job.slimming.compensation.methods import COMPENSATIONS, compensate_cut
 from job.slimming.importance.criteria import CRITERIA, score_channels
 from job.slimming.inputs import sample_count
+from job.slimming.latency_target import meet_latency
 from job.slimming.planning.allocation import make_plan
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.policies import POLICIES
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
     from job.slimming.inputs import Example
+    from job.slimming.latency.network_latency import NetworkLatency
     from job.slimming.planning.allocation import Allocation
     from job.slimming.planning.base import Base
     from job.slimming.planning.loss_curves import LossCurve
@@ -239,6 +241,7 @@ def plan_cut(
     method: Method,
     base: Base | None = None,
     curves: Mapping[str, LossCurve] | None = None,
+    latency: NetworkLatency | None = None,
 ) -> Plan:
     """Return the plan of a cut: the channels to keep, by ``scores`` (count,), and new biases.
 
@@ -248,7 +251,7 @@ def plan_cut(
     gains_bias: frozenset[str] = frozenset()
     if COMPENSATIONS[method.compensate].apply:
         gains_bias = layers_without_constant(network, graph)
-    plan = make_plan(network, graph, scores, allocation, base, gains_bias, curves)
+    plan = make_plan(network, graph, scores, allocation, base, gains_bias, curves, latency)
     return replace(plan, layers=add_biases(plan.layers, gains_bias), method=str(method))
 
 
@@ -289,6 +292,7 @@ def cut_network(
     batches: Batches | None = None,
     base: Base | None = None,
     progress: Progress = no_progress,
+    timed_base: nn.Module | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Return the narrow network of ``allocation`` and the plan with its proof: all steps of a cut.
 
@@ -296,5 +300,15 @@ def cut_network(
     """
     scores, data = measure_importance(network, graph, method, batches, progress)
     curves = measure_losses(network, graph, scores, method, data, example, progress)
-    plan = on_main(lambda: plan_cut(network, graph, scores, allocation, method, base, curves))
+
+    def plan_with(own: Allocation, latency: NetworkLatency | None) -> Plan:
+        return plan_cut(network, graph, scores, own, method, base, curves, latency)
+
+    plan = on_main(
+        lambda: (
+            meet_latency(network, graph, example, allocation, plan_with, progress=progress)
+            if allocation.budget.metric == "latency"
+            else plan_with(allocation, None)
+        )
+    )
     return make_cut(plan, network, graph, example, method.compensate, data, progress)

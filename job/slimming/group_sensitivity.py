@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from job.distributed.collectives import on_main
+from job.errors import UsageError
 from job.slimming.calibration.progress import no_progress
 from job.slimming.cut import Method, measure_importance, measure_losses, plan_cut
 from job.slimming.sensitivity.summary import summarise_losses
@@ -44,6 +45,10 @@ def measure_sensitivity(
     Raises UsageError without images or for a budget that is out of reach, and DataError for values
     that are not finite.
     """
+    if allocation and allocation.budget.metric == "latency":
+        raise UsageError(
+            f"{allocation.budget}: sensitivity does not measure latency; give e.g. macs=0.5"
+        )
     scores, data = measure_importance(network, graph, METHOD, batches, progress)
     parts = network, graph, scores, METHOD, data, example, progress
     curves = measure_losses(*parts, more=TABLE_FRACTIONS)

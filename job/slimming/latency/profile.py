@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from job.slimming.graph.layer_rules import is_layer
 from job.slimming.graph.layers import modules_of
 from job.slimming.inputs import call_network, tensors_in
 
@@ -42,10 +43,14 @@ class Profile:
     """Times of all modules of a network, by name, in the order of their first calls.
 
     What a network computes outside layers, e.g. the sum of a residual block, counts for the module
-    whose code computes it. The whole network has the name "".
+    whose code computes it. The whole network has the name "". ``input_sizes`` are those of the
+    first input of each module. ``after_layers`` gives, for each layer with channels, the seconds of
+    what follows it before the next one begins; "" is for what comes before the first.
     """
 
     layers: Mapping[str, LayerTime]
+    input_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    after_layers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -76,19 +81,27 @@ class _Probe:
     def __init__(self, network: nn.Module, inputs: Example, clock: Clock) -> None:
         self.network, self.inputs, self.clock = network, inputs, clock
         self.names = {module: name for name, module in modules_of(network, once=True).items()}
-        self.passes: list[Counter[str]] = []
+        self.channel_layers = {name for module, name in self.names.items() if is_layer(module)}
+        self.passes: list[Mapping[str, float]] = []
+        self.gaps: list[Mapping[str, float]] = []  # by the layer before each
         self.elements: Counter[str] = Counter()
+        self.input_sizes: dict[str, tuple[int, ...]] = {}
         self.order: dict[str, None] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the marks of the last pass."""
         self.marks: list[Any] = []
-        self.owners: list[str] = []  # of the time after each mark
+        self.owners: list[tuple[str, str]] = []  # of the time after each mark, and the last layer
         self.stack: list[str] = []
+        self.last = ""
+        self.elements = Counter()
 
     def run(self) -> None:
-        """Run the network once; the first passes after each other warm it up."""
+        """Run the network once; a few passes before the first one warm it up."""
         for _ in range(0 if self.passes else WARM_PASSES):
             call_network(self.network, self.inputs)
-        self.marks, self.owners, self.stack = [], [], []
-        self.elements = Counter()
+        self.begin()
         hooks = [module.register_forward_pre_hook(self._enter) for module in self.names]
         hooks += [module.register_forward_hook(self._leave) for module in self.names]
         try:
@@ -96,22 +109,31 @@ class _Probe:
         finally:
             for hook in hooks:
                 hook.remove()
-        times: Counter[str] = Counter()
-        for owner, span in zip(self.owners, self.clock.spans(self.marks), strict=False):
-            times[owner] += span  # type: ignore[assignment]
+        times: dict[str, float] = defaultdict(float)
+        gaps: dict[str, float] = defaultdict(float)
+        for (owner, last), span in zip(self.owners, self.clock.spans(self.marks), strict=False):
+            times[owner] += span
+            if owner not in self.channel_layers:
+                gaps[last] += span
         self.passes.append(times)
+        self.gaps.append(gaps)
 
-    def _enter(self, module: nn.Module, _inputs: Any) -> None:
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
         name = self.names[module]
+        size = next((tuple(tensor.shape) for tensor in tensors_in(inputs)), None)
+        if size is not None:
+            self.input_sizes.setdefault(name, size)
         self.order.setdefault(name)
         self.stack.append(name)
-        self.owners.append(name)
+        self.owners.append((name, self.last))
         self.marks.append(self.clock.mark())
 
     def _leave(self, module: nn.Module, _inputs: Any, outputs: Any) -> None:
         self.marks.append(self.clock.mark())
         name = self.stack.pop()
-        self.owners.append(self.stack[-1] if self.stack else "")
+        if name in self.channel_layers:
+            self.last = name
+        self.owners.append((self.stack[-1] if self.stack else "", self.last))
         self.elements[name] += sum(
             tensor.numel() // max(1, len(tensor)) for tensor in tensors_in(outputs) if tensor.dim()
         )
@@ -121,18 +143,17 @@ class _Probe:
 
         Other programs interrupt some passes: the median of few passes moves with them.
         """
-        modules = {name: module for module, name in self.names.items()}
-        return Profile(
-            {
-                name: LayerTime(
-                    name,
-                    type(modules[name]).__name__,
-                    float(np.quantile([times[name] for times in self.passes], 0.25)),
-                    self.elements[name],
-                )
-                for name in self.order
-            }
-        )
+        kinds = {name: type(module).__name__ for module, name in self.names.items()}
+        layers = {
+            name: LayerTime(name, kinds[name], _quartile(self.passes, name), self.elements[name])
+            for name in self.order
+        }
+        gaps = {name: _quartile(self.gaps, name) for each in self.gaps[:1] for name in each}
+        return Profile(layers, self.input_sizes, gaps)
+
+
+def _quartile(passes: Sequence[Mapping[str, float]], name: str) -> float:
+    return float(np.quantile([times.get(name, 0.0) for times in passes], 0.25))
 
 
 def random_images(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -61,20 +61,24 @@ def latency_of(series: Series, batch_size: int) -> Latency:
     spread = max(1.4826 * float(np.median(np.abs(times - median))), MIN_SPREAD * median)
     return Latency(
         median, p90, p99, batch_size / median, len(times),
-        int((times > median + OUTLIER * spread).sum()), _drift(round_medians(series)),
+        int((times > median + OUTLIER * spread).sum()), _drift(round_times(series)),
     )  # fmt: skip
 
 
-def round_medians(series: Series) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Return the median of each round, (rounds,) seconds."""
-    return np.array([float(np.median(times)) for times in series.rounds])
+def round_times(series: Series) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Return the shortest time of each round, (rounds,) seconds.
+
+    Other programs interrupt long calls more often than short ones, so that on a busy machine the
+    ratio of two medians is not that of the work; they never shorten a call.
+    """
+    return np.array([min(times) for times in series.rounds])
 
 
-def _drift(medians: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
-    third = len(medians) // 3
+def _drift(times: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    third = len(times) // 3
     if not third:
         return 0.0
-    return float(np.median(medians[-third:]) / np.median(medians[:third]) - 1)
+    return float(np.median(times[-third:]) / np.median(times[:third]) - 1)
 
 
 def speedup(reference: Series, other: Series) -> Speedup:
@@ -83,7 +87,7 @@ def speedup(reference: Series, other: Series) -> Speedup:
     The interval is that of a median by order statistics (David and Nagaraja 2003, section 7.1):
     it assumes nothing about the distribution of the times.
     """
-    ratios = np.sort(round_medians(reference) / round_medians(other))
+    ratios = np.sort(round_times(reference) / round_times(other))
     count = len(ratios)
     reach = 0.98 * math.sqrt(count)  # 1.96 standard deviations of the rank of the median
     low = max(0, math.floor(count / 2 - reach) - 1)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
+    from job.slimming.latency.network_latency import NetworkLatency
     from job.slimming.planning.base import Base
     from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.plan import Plan
@@ -33,12 +34,17 @@ class Allocation:
 
     A group keeps at least the fraction ``min_keep`` of its channels, and a multiple of ``round_to``
     channels if it is large enough. A group whose curve is ``removable`` may also keep none.
+
+    A latency is that of a batch of ``latency_batch``. The target's fraction of it to the power
+    ``share`` remains, for one of several rounds.
     """
 
     policy: str
     budget: Budget
     round_to: int = 1
     min_keep: float = 0.1
+    latency_batch: int = 1
+    share: float = 1.0
 
 
 def make_plan(
@@ -49,13 +55,14 @@ def make_plan(
     base: Base | None = None,
     gains_bias: frozenset[str] = frozenset(),
     curves: Mapping[str, LossCurve] | None = None,
+    latency: NetworkLatency | None = None,
 ) -> Plan:
     """Return the plan that keeps the channels with the highest ``scores`` (count,).
 
     Fractions are relative to ``base``, by default the network itself. Layers in ``gains_bias`` get
     a bias when one of their inputs is cut, which the costs include. ``curves`` are the loss curves
-    of the groups, by name, if they were measured. Raises UsageError for a budget that is out of
-    reach or above the base.
+    of the groups, by name, if they were measured. ``latency`` predicts the seconds that a budget of
+    latency limits. Raises UsageError for a budget that is out of reach or above the base.
     """
     policy, sizes = POLICIES[allocation.policy], full_group_sizes(network, graph, base)
     floors = {n: _ceil(allocation.min_keep * size) for n, size in sizes.items()}
@@ -72,7 +79,7 @@ def make_plan(
         uniform_widths = getattr(network, "uniform_widths", None)
     if uniform_widths is not None:
         groups = [r for r in groups if r.group.name in uniform_widths]
-    costs = CostModel(network, graph, gains_bias)
+    costs = CostModel(network, graph, gains_bias, latency=latency)
     cost = base.cost if base else None
     exact = uniform_widths is not None
     planner = Planner(graph, costs, groups, sizes, cost, curves=curves, exact_widths=exact)

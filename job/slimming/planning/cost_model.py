@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
+    from job.slimming.latency.network_latency import NetworkLatency
 
 SlotNumbers = dict[tuple[str, str], int]  # by layer and side; from 1
 INDEX_BYTES = 8  # of one entry in the int64 indices of a BatchNorm that selects its channels
@@ -29,7 +30,7 @@ class CostModel:
     Slot 0 is for axes that are never cut. Layers in ``gains_bias`` get a bias as soon as one of
     their inputs is cut, other layers when all of them are. Arrays are indexed by slot (slots,) or
     by tensor (tensors,). Without ``removals`` costs at no channel are those of the channels alone:
-    layers without inputs or outputs are not replaced.
+    layers without inputs or outputs are not replaced. ``latency`` predicts the time.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class CostModel:
         gains_bias: frozenset[str] = frozenset(),
         *,
         removals: bool = True,
+        latency: NetworkLatency | None = None,
     ) -> None:
+        self.latency = latency
         numbers: SlotNumbers = {
             (slot.layer, slot.side): n for n, slot in enumerate(graph.slots, start=1)
         }
@@ -137,15 +140,21 @@ class CostModel:
     def cost(self, keep: Ids) -> Cost:
         """Return the cost with the channels of the mask ``keep`` (count,); keep[0] is true."""
         counts = self.slot_counts(keep)
-        return Cost(**{metric: self.metric(metric, counts) for metric in COST_METRICS})
+        return Cost(**{metric: self._count(metric, counts) for metric in COST_METRICS})
 
     def slot_counts(self, keep: Ids) -> Ids:
         """Return how many channels of the mask ``keep`` (count,) each slot has, as (slots,)."""
         counts: Ids = np.add.reduceat(keep[self.ids].astype(np.int64), self.starts)
         return counts
 
-    def metric(self, metric: str, counts: Ids) -> int:
-        """Return one of ``COST_METRICS`` with ``counts`` (slots,) channels in each slot."""
+    def metric(self, metric: str, counts: Ids) -> float:
+        """Return one of ``COST_METRICS``, or the latency in seconds, with ``counts`` (slots,)."""
+        if metric == "latency":
+            assert self.latency
+            return self.latency.seconds(counts)
+        return self._count(metric, counts)
+
+    def _count(self, metric: str, counts: Ids) -> int:
         if metric == "channels":
             there = counts[self.folding_norms] > 0
             cut = int((counts[self.norms] * there[: len(self.norms)]).sum())

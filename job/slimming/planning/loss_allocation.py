@@ -176,7 +176,7 @@ class _Search:
             return None
         return _Step(-float(losses[count] - losses[more[0]]), group, int(more[0]))
 
-    def _cost_with(self, group: int, count: int) -> int:
+    def _cost_with(self, group: int, count: int) -> float:
         counts = [*self.counts[:group], count, *self.counts[group + 1 :]]
         return self.planner.metric(self.metric, counts)
 

@@ -45,6 +45,22 @@ class Proof:
         return f"{self.error:.1e} in {self.precision}, where {self.tolerance:.0e} is allowed"
 
 
+@dataclass(frozen=True)
+class PlannedLatency:
+    """Measured seconds of a batch, of the base and after the cut, and the latter as a fraction.
+
+    Both networks are timed in turn: ``after`` is the ``fraction`` of ``base``.
+    """
+
+    base: float
+    after: float
+    fraction: float
+
+    def __str__(self) -> str:
+        times = f"{1000 * self.after:.3g} ms, {1000 * self.base:.3g} ms for the base"
+        return f"latency: {times} ({self.fraction:.1%})"
+
+
 @dataclass(frozen=True, repr=False)
 class Plan:
     """Plan of a cut: the channels to keep, and the costs; ``print(plan)`` shows a table.
@@ -60,6 +76,7 @@ class Plan:
         method: importance and compensation
         example: a batch of inputs without values
         proof: exactness of the cut before compensation
+        latency: measured latency, for a target of latency
     """
 
     policy: str
@@ -73,6 +90,7 @@ class Plan:
     method: str = ""
     example: Any = None
     proof: Proof | None = None
+    latency: PlannedLatency | None = None
 
     def __repr__(self) -> str:
         costs = ""

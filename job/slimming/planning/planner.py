@@ -56,7 +56,7 @@ class Planner:
             self.before, self.costs.cost(keep), self.graph.blocked, sizes_of(self.graph),
         )  # fmt: skip
 
-    def metric(self, metric: str, counts: Sequence[int]) -> int:
+    def metric(self, metric: str, counts: Sequence[int]) -> float:
         """Return one metric of the network that keeps ``counts`` (groups,) units."""
         return self.costs.metric(metric, self.costs.slot_counts(self.kept_channels(counts)))
 

@@ -20,6 +20,12 @@ OUTPUT, UNRANKED = "the network's output", "no importance ranks them"
 NOTHING = "no channel of this network can be cut"
 
 
+class OutOfReachError(UsageError):
+    """No cut meets a budget; ``least`` is the least that one leaves, in the unit of its metric."""
+
+    least = 0.0
+
+
 def first_within_budget(
     planner: Planner,
     budget: Budget,
@@ -48,7 +54,11 @@ def check_reachable(planner: Planner, budget: Budget, limit: float, floors: Sequ
         raise UsageError(f"{budget} cannot be reached: {NOTHING}{_main_obstacle(planner.graph)}")
     least = planner.metric(budget.metric, floors)
     if least > limit:
-        raise UsageError(budget.unreachable(least, planner.base))
+        error = OutOfReachError(
+            str(budget) if budget.metric == "latency" else budget.unreachable(least, planner.base)
+        )
+        error.least = least
+        raise error
 
 
 def restore_within_budget(

@@ -19,6 +19,7 @@ UNIT_NAMES = {
     "params": "parameters",
     "macs": "multiply-adds",
     "bytes": "bytes",
+    "latency": "seconds",
 }
 TARGET_METRICS = tuple(UNIT_NAMES)
 OTHER_NAMES = {
@@ -27,6 +28,8 @@ OTHER_NAMES = {
     "filters": "channels",
 }  # fmt: skip
 TYPED = re.compile(r"([a-z_-]*)\s*[=:]?\s*([\d.,_]+(?:e[+-]?\d+)?)\s*(%|percent|[kmg])?")
+SECONDS = re.compile(r"(.*?)(ms|us|µs|s)")
+SECOND_FACTORS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 FACTORS = {"": 1.0, "%": 0.01, "percent": 0.01, "k": 1e3, "m": 1e6, "g": 1e9}
 
 
@@ -35,19 +38,22 @@ class Budget:
     """Budget of a cut: the ``value`` of ``metric`` that it leaves, one of ``TARGET_METRICS``.
 
     A value of at most 1 is a fraction of the base, a larger one is absolute. ``typed`` is the text
-    that the user typed, for messages.
+    that the user typed, for messages. A latency in seconds is ``absolute`` if it was typed with a
+    unit, e.g. ``latency=5ms``, or is above 1.
     """
 
     metric: str
     value: float
     typed: str = field(default="", compare=False)
+    absolute: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Parse ``METRIC=VALUE``; raises UsageError."""
         metric, _, number = text.partition("=")
+        unit = SECONDS.fullmatch(number) if metric == "latency" else None
         try:
-            value = float(number)
+            value = float(unit[1]) * SECOND_FACTORS[unit[2]] if unit else float(number)
         except ValueError:
             value = math.nan
         quoted = printable(text)
@@ -63,14 +69,16 @@ class Budget:
                 f"{quoted!r} is not a target: a width is a fraction of the base, at most 1"
                 f"{_did_you_mean(text)}"
             )
-        return cls(metric, value, f"--target {quoted}")
+        absolute = metric == "latency" and (unit is not None or value > 1)
+        return cls(metric, value, f"--target {quoted}", absolute)
 
     def __str__(self) -> str:
         return self.typed or f"--target {self.metric}={self.value:g}"
 
     def fraction(self, base: Cost) -> float:
         """Return the budget as a fraction of the base; raises UsageError above the base."""
-        if self.value <= 1 or self.metric == "width":  # a StudentNet may be wider than 1
+        # a StudentNet may be wider than 1, and the costs of the base have no latency
+        if self.value <= 1 or self.metric in ("width", "latency"):
             return self.value
         whole = getattr(base, self.metric)
         if self.value > whole:
@@ -83,7 +91,7 @@ class Budget:
 
     def limit(self, base: Cost) -> float:
         """Return the budget in the unit of the metric."""
-        if self.metric == "width" or self.value > 1:
+        if self.metric in ("width", "latency") or self.value > 1:
             return self.value
         return self.value * float(getattr(base, self.metric))
 

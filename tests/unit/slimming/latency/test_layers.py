@@ -56,7 +56,7 @@ def test_random_images_use_a_generator_of_their_own() -> None:
 
 
 def profile(*layers: tuple[str, float, int]) -> Profile:
-    return Profile({name: LayerTime(name, "Conv2d", s, n) for name, s, n in layers})
+    return Profile({name: LayerTime(name, "Conv2d", s, n) for name, s, n in layers}, {}, {})
 
 
 def test_the_layers_whose_time_did_not_fall_are_named_the_worst_first() -> None:
