@@ -79,7 +79,9 @@ def _build(
     watch: Watch,
 ) -> None:
     """Build the files of the nodes that have none, each process a share. Collective."""
-    builder = _join(images, members, news[members[0]])
+    builder, failure = _join(images, members, news[members[0]])
+    if leader and failure:  # else it would begin again and again
+        leader.fail(failure)
     total = len(images) * sum(each is not None and each.state == "build" for each in news)
     try:
         while True:
@@ -102,20 +104,27 @@ def _build(
             builder.close()
 
 
-def _join(images: ImageSet, members: list[int], news: News | None) -> ShareBuilder | None:
-    """Return the builder of this process's share of its node's file, if the node builds one."""
-    writer = None
+def _join(
+    images: ImageSet, members: list[int], news: News | None
+) -> tuple[ShareBuilder | None, StorageError | None]:
+    """Return the builder of this process's share of its node's file, if the node builds one.
+
+    Returns the error if this process cannot open the file. Collective.
+    """
+    writer, failure = None, None
     if news and news.state == "build" and news.path:
         try:
             writer = StoreWriter(news.path, images.layout)
-        except StorageError:  # seen by the leader only: it decodes this share too
-            writer = None
+        except StorageError as error:  # the others decode this share too
+            failure = error
     joined = gather(writer is not None)
     builders = [member for member in members if joined[member]]
-    if writer is None:
-        return None
+    if writer is None or not joined[members[0]]:
+        if writer:
+            writer.close()
+        return None, failure
     rows = range(builders.index(rank()), len(images), len(builders))
-    return ShareBuilder(images, writer, rows, available_cores() // len(builders))
+    return ShareBuilder(images, writer, rows, available_cores() // len(builders)), None
 
 
 def _work(builder: ShareBuilder | None) -> _Report:

@@ -79,7 +79,7 @@ class StoreWriter:
         offset, width, height = map(int, self.index[row, :3])
         if pixels.shape != (height, width, CHANNELS):
             raise DataError(f"the image has changed its size to {pixels.shape[1::-1]}")
-        content = memoryview(pixels.tobytes())
+        content = np.ascontiguousarray(pixels).data.cast("B")
         with writing(self.path):
             while content:
                 count = os.pwrite(self._file, content, offset)

@@ -218,6 +218,23 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(
     assert fill(images, tmp_path / "cache", mode)
 
 
+@pytest.mark.parametrize("mode", ["auto", "disk", "ram"])
+def test_a_file_that_may_not_be_that_large_ends_the_build(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def truncate(*_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")  # ulimit -f
+
+    images = image_set(write_images(tmp_path / "data"))
+    monkeypatch.setattr(store_module.os, "truncate", truncate)
+    if mode == "auto":
+        assert fill(images, tmp_path / "cache", mode) is None
+    else:
+        with pytest.raises(StorageError, match="File too large"):
+            fill(images, tmp_path / "cache", mode)
+    assert not list(tmp_path.glob("cache/.*.tmp"))
+
+
 def test_too_little_space_is_an_error_with_advice_or_no_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
