@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from job.slimming.graph.layers import SUMMING, TRANSPOSED, modules_of, weight_rows
+from job.slimming.graph.layers import FEATURES_LAST, SUMMING, TRANSPOSED, modules_of, weight_rows
 
 if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
@@ -56,9 +56,9 @@ def consumers_of(network: nn.Module, graph: ChannelGraph) -> list[Consumer]:
             layer = network.get_submodule(slot.layer)
         except AttributeError:  # a parameter without a known layer: hooks do not see its inputs
             continue
-        if uses[id(layer.weight)] > 1:
+        if isinstance(layer, SUMMING) and uses[id(layer.weight)] > 1:
             continue
-        columns = _columns_per_channel(slot.ids) if isinstance(layer, nn.Linear) else 1
+        columns = _columns_per_channel(slot.ids) if isinstance(layer, FEATURES_LAST) else 1
         groups = int(getattr(layer, "groups", 1))
         consumers.append(Consumer(slot.layer, slot.ids[::columns], columns, groups))
     return consumers
@@ -72,7 +72,7 @@ def _columns_per_channel(ids: Ids) -> int:
 
 def input_values(layer: nn.Module, values: torch.Tensor, consumer: Consumer) -> torch.Tensor:
     """Return the input of a consumer as (B, C, P): P values of each channel."""
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, FEATURES_LAST):
         return values.reshape(-1, values.shape[-1] // consumer.columns, consumer.columns)
     return _without_skipped(layer, values).flatten(2)
 

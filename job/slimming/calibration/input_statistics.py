@@ -89,7 +89,7 @@ def measure_inputs(
 
 
 def _running(network: nn.Module, consumer: Consumer, products: torch.dtype) -> RunningStatistics:
-    weight = network.get_submodule(consumer.layer).get_parameter("weight")
+    weight = next(network.get_submodule(consumer.layer).parameters())
     size = len(consumer.channels)
     return RunningStatistics(size, size, weight.device, products)
 

@@ -49,8 +49,12 @@ class CutPair:
     example: Example
 
     def consumers(self) -> list[Consumer]:
-        """Return the consumers of the wide network in the order of the data flow."""
-        return consumers_of(self.wide, self.graph)
+        """Return the consumers of the wide network that can be fitted, in the order of the data."""
+        return [
+            consumer
+            for consumer in consumers_of(self.wide, self.graph)
+            if not isinstance(self.wide.get_submodule(consumer.layer), nn.RNNBase)
+        ]
 
     def kept_columns(self, consumer: Consumer) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield, for each group of a consumer, its channels and the mask (C,) of the kept ones."""

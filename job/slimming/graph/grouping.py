@@ -19,7 +19,7 @@ from job.slimming.graph.groups import (
 from job.slimming.graph.layer_rules import layer_rule
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.propagation import propagate_channels
-from job.slimming.graph.selection import batchnorms
+from job.slimming.graph.selection import batchnorms, unwrap_selection
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.ties import tie_overlapping
 from job.slimming.graph.trace import same_ops, trace_with_snapshot
@@ -89,6 +89,8 @@ def _unused_layers(network: nn.Module, trace: Trace) -> set[str]:
         if rule is None:
             continue
         tensors = ("weight", "running_mean") if "weight" in rule.tensors else tuple(rule.tensors)
+        if all(getattr(unwrap_selection(layer), tensor, None) is None for tensor in tensors):
+            continue  # a norm without tensors
         if not any(f"{name}.{tensor}" in names for tensor in tensors):
             unused.add(name)
     return unused

@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from job.slimming.graph.layers import BATCHNORM, CONVOLUTIONS, INSTANCENORM, TRANSPOSED, owner_of
+from job.slimming.graph.layers import (
+    BATCHNORM,
+    CONVOLUTIONS,
+    INPUT_WEIGHTS,
+    INSTANCENORM,
+    TRANSPOSED,
+    owner_of,
+)
 from job.slimming.graph.norm_rules import group_norm, instance_norm, layer_norm
+from job.slimming.graph.recurrent_rules import recurrent
 from job.slimming.graph.removed_layers import ConstantOutput
 from job.slimming.graph.selection import SelectedChannels
 from job.slimming.graph.union import ChannelSlot, Ids, Side
@@ -34,7 +42,7 @@ class LayerRule:
 
     ``propagate`` is the rule of the torch functions ``ops``, whose argument number 1 is the weight.
     ``tensors`` gives the side along each leading axis of the layer's tensors, ``sizes`` the side
-    that each of its attributes counts.
+    that each of its attributes counts; ``whole`` is an axis that is never cut.
     """
 
     types: tuple[type[nn.Module], ...]
@@ -190,6 +198,13 @@ LAYER_RULES: list[LayerRule] = [
         sizes={"out_channels": "out"},
     ),
     LayerRule(
+        types=(nn.RNNBase,),
+        ops=("lstm", "gru", "rnn_tanh", "rnn_relu"),
+        propagate=recurrent,
+        tensors=dict.fromkeys(INPUT_WEIGHTS, ("whole", "in")),
+        sizes={"input_size": "in", "hidden_size": "whole"},
+    ),
+    LayerRule(
         types=(INSTANCENORM,),
         ops=("instance_norm",),
         propagate=instance_norm,
@@ -233,5 +248,5 @@ def layer_sizes(layer: nn.Module) -> tuple[int, int]:
     rule = layer_rule(layer)
     assert rule is not None
     counts = {side: _size(getattr(layer, name)) for name, side in rule.sizes.items()}
-    through = counts.get("through", 0)
+    through = counts.get("through", counts.get("whole", 0))
     return counts.get("in", through), counts.get("out", through)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
-
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+INPUT_WEIGHTS = ("weight_ih_l0", "weight_ih_l0_reverse")  # of a recurrent layer
+FEATURES_LAST = (nn.Linear, nn.RNNBase)  # layers whose inputs are along the last axis
 SUMMING = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)  # layers that sum over channels
 INSTANCENORM = nn.modules.instancenorm._InstanceNorm
 NORMS = (INSTANCENORM, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # other than BatchNorm
@@ -57,12 +58,15 @@ def weight_rows(layer: Any) -> torch.Tensor:
 
     Transposed convolutions store their weight as (inputs, outputs of a group, …).
     """
+    if isinstance(layer, nn.RNNBase):
+        parts = [getattr(layer, name) for name in INPUT_WEIGHTS if hasattr(layer, name)]
+        return torch.cat(parts)[..., None]
     weight: torch.Tensor = layer.weight
     if not isinstance(layer, TRANSPOSED):
         return weight.reshape(*weight.shape[:2], -1)
     groups, (inputs, outputs) = layer.groups, weight.shape[:2]
-    parts = weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2)
-    return parts.reshape(groups * outputs, inputs // groups, -1)
+    grouped = weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2)
+    return grouped.reshape(groups * outputs, inputs // groups, -1)
 
 
 def weight_from_rows(layer: Any, rows: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-Side = Literal["out", "in", "through", "select"]
+Side = Literal["out", "in", "through", "select", "whole"]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 FIXED = 0  # element of all channels that are never cut
 

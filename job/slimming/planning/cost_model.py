@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from job.slimming.graph.layers import modules_of, owner_of, tensors_of, weight_rows
+from job.slimming.graph.layers import INPUT_WEIGHTS, modules_of, owner_of, tensors_of, weight_rows
 from job.slimming.graph.selection import batchnorms
 from job.slimming.planning.cost import COST_METRICS, Cost, count_channels, counted_layers
 from job.slimming.planning.plan import folded_norm
@@ -206,5 +206,6 @@ def _slots_of_tensor(
     through = _passed(layer, numbers)
     if through:
         return through, 0
-    is_weight = own_name == "weight" and isinstance(tensor, nn.Parameter)
+    own_weight = own_name in ("weight", *INPUT_WEIGHTS)
+    is_weight = own_weight and isinstance(tensor, nn.Parameter)
     return numbers.get((layer, "out"), 0), numbers.get((layer, "in"), 0) if is_weight else 0

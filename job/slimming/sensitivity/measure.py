@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from job.distributed.collectives import total
 from job.processes import rank, world_size
@@ -40,8 +41,6 @@ from job.slimming.surgery.surgery import apply_plan
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-
-    from torch import nn
 
     from job.slimming.calibration.batch import CalibrationBatch
     from job.slimming.calibration.consumers import Consumer
@@ -121,7 +120,13 @@ def _measured_consumers(
         r.group.name: [c for c in measured if np.isin(c.channels, r.group.channels).any()]
         for r in groups
     }
-    return {name: of_group for name, of_group in consumers.items() if of_group}
+    recurrent = {
+        name
+        for name, of_group in consumers.items()
+        for consumer in of_group
+        if isinstance(network.get_submodule(consumer.layer), nn.RNNBase)  # which is not fitted
+    }
+    return {name: of for name, of in consumers.items() if of and name not in recurrent}
 
 
 def _points(units: int, fractions: Sequence[float]) -> list[int]:

@@ -115,7 +115,7 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
             tensors[attribute] = _cut_grouped(holder, tensor, *(kept[side] for side in sides))
             continue
         for axis, side in enumerate(sides):
-            tensor = _keep_indices(tensor, kept[side], axis)
+            tensor = _keep_indices(tensor, kept.get(side), axis)
         tensors[attribute] = tensor
     return tensors
 
@@ -153,7 +153,7 @@ def _set_sizes(wide: Any, memo: Mapping[int, Any]) -> None:
         layer.groups = wide.groups * len(layer.weight) // len(wide.weight)
     for attribute, side in rule.sizes.items():
         size = _size_along(layer, rule, side)
-        if size is not None:
+        if size is not None and side != "whole":
             _set_size(layer, attribute, size)
 
 

@@ -222,16 +222,21 @@ def _masked(wide: nn.Module, layers: Layers, dtype: torch.dtype) -> nn.Module:
 
 def _zero_inputs(network: nn.Module, name: str, channels: LayerChannels) -> None:
     """Zero the weights of the layer or parameter ``name`` for removed inputs."""
-    axis, groups = 1, 1
     try:
-        weight = network.get_parameter(name)
-    except AttributeError:
         layer = network.get_submodule(name)
-        weight, groups = layer.get_parameter("weight"), int(getattr(layer, "groups", 1))
-        rule = layer_rule(layer)
-        axis = rule.tensors["weight"].index("in") if rule else axis
-        if is_depthwise(layer):
-            return  # a depthwise convolution does not sum over channels
+    except AttributeError:
+        return _zero_columns(network.get_parameter(name), channels, 1, 1)
+    rule = layer_rule(layer)
+    if is_depthwise(layer) or rule is None:
+        return None  # a depthwise convolution does not sum over channels
+    for attribute, sides in rule.tensors.items():
+        weight = getattr(layer, attribute, None)
+        if "in" in sides and weight is not None:
+            _zero_columns(weight, channels, sides.index("in"), int(getattr(layer, "groups", 1)))
+    return None
+
+
+def _zero_columns(weight: torch.Tensor, channels: LayerChannels, axis: int, groups: int) -> None:
     if axis == 0:
         groups = 1  # all inputs are along this axis
     used = torch.zeros(weight.shape[axis] * groups, dtype=weight.dtype)

@@ -127,3 +127,36 @@ def test_a_cut_before_a_transposed_convolution_is_compensated(compensate: str) -
             )
             errors.append(float((narrow(images) - wanted).square().mean()))
     assert errors[1] < 0.9 * errors[0]
+
+
+class Sequences(nn.Module):
+    """A CNN whose columns are the steps of a recurrent layer."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(block(3, 12), block(12, 8))
+        self.first = options.get("batch_first", False)
+        self.rnn = kind(8 * 4, 6, **options)
+        self.head = nn.Linear(12 if self.rnn.bidirectional else 6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).flatten(1, 2)
+        steps, _ = self.rnn(x.transpose(1, 2) if self.first else x.permute(2, 0, 1))
+        return self.head(steps)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{"batch_first": True}, {"bidirectional": True, "bias": False}])
+def test_channels_before_a_recurrent_layer_are_cut(
+    kind: type[nn.RNNBase], options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    network = randomise(Sequences(kind, **options))
+    narrow, plan = halve(network, torch.rand(2, 3, 4, 9))
+    assert (narrow.rnn.input_size, narrow.rnn.hidden_size) == (16, 6)
+    assert narrow.rnn.weight_ih_l0.shape[1] == 16
+    assert plan.layers["rnn"].in_ is not None
+    images = torch.rand(24, 3, 4, 9)
+    narrow, plan = job.slim(network, images[:1], target="channels=0.6", calibration=[images])
+    assert plan.after.channels <= 0.6 * plan.before.channels
+    assert narrow(images).isfinite().all()

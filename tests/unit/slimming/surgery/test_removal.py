@@ -108,6 +108,16 @@ def build(name: str) -> nn.Module:
     return randomise(NETWORKS[name]())
 
 
+def measured_channels(network: nn.Module) -> int:
+    """The channels of all norms, or in a network without any the outputs of its layers."""
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    if norms:
+        return sum(m.num_features for m in norms)
+    kinds = (nn.Conv2d, nn.Linear, ConstantOutput)
+    layers = [m for m in network.modules() if isinstance(m, kinds)]
+    return sum(len(getattr(m, "weight", m.bias)) for m in layers)
+
+
 def measured_cost(network: nn.Module) -> Cost:
     """The costs of a network that is there, counted by its tensors and its calls."""
     macs = sum(
@@ -117,7 +127,7 @@ def measured_cost(network: nn.Module) -> Cost:
     )
     state = network.state_dict().values()
     return Cost(
-        channels=sum(m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm2d)),
+        channels=measured_channels(network),
         params=sum(p.numel() for p in network.parameters()),
         macs=macs,
         bytes=sum(t.numel() * t.element_size() for t in state),
