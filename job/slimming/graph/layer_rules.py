@@ -60,7 +60,8 @@ def convolution(state: PropagationState, op: Op) -> None:
     name, outputs = state.trace.name(weight), weight.shape[0]
     state.count_call(op, name)
     if ids is None or name is None:
-        return state.give_up(op, "a convolution with a computed weight or mixed channels")
+        reason = _computed_weight(op) if name is None else None
+        return state.give_up(op, reason or "a convolution with a computed weight or mixed channels")
     if groups == len(ids) and groups > 1:
         passed = np.repeat(ids, outputs // groups)
         state.add_slot(name, "through", passed, outputs // groups)
@@ -71,6 +72,21 @@ def convolution(state: PropagationState, op: Op) -> None:
     if groups > 1:
         state.union.blocks += [ids.reshape(groups, -1), produced.reshape(groups, -1)]
     return state.set_ids(op.result, produced, 1)
+
+
+def _computed_weight(op: Op) -> str | None:
+    """Return why the weight of a layer is computed, and the line that makes it a parameter."""
+    if hasattr(op.module, "parametrizations"):
+        line = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+    elif hasattr(op.module, "weight_g"):
+        line = "torch.nn.utils.remove_weight_norm(layer)"
+    elif hasattr(op.module, "weight_u"):
+        line = "torch.nn.utils.remove_spectral_norm(layer)"
+    elif hasattr(op.module, "weight_mask"):
+        line = "torch.nn.utils.prune.remove(layer, 'weight')"
+    else:
+        return None
+    return f"a weight that is computed from others; {line} makes it a parameter"
 
 
 def transposed_convolution(state: PropagationState, op: Op) -> None:
@@ -105,7 +121,10 @@ def linear(state: PropagationState, op: Op) -> None:
         return state.set_labels(op.result, labels)  # channels are along another axis
     ids = state.ids_along(image, -1)
     if ids is None or name is None:
-        return state.give_up(op, "a linear layer with a computed weight or mixed channels")
+        reason = _computed_weight(op) if name is None else None
+        return state.give_up(
+            op, reason or "a linear layer with a computed weight or mixed channels"
+        )
     state.add_slot(name, "in", ids)
     produced = state.produce(op, name, weight.shape[0])
     return state.set_ids(op.result, produced, op.result.dim() - 1)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SIZE_QUERIES = frozenset({"size", "numel", "nelement"})
 NORM_OPS = frozenset("batch_norm instance_norm group_norm layer_norm rms_norm".split())
 SIZED = frozenset("split split_with_sizes narrow __getitem__ view reshape".split())
+CALLED_BY_MODULES = NORM_OPS | SIZED | {"conv1d", "conv2d", "conv3d", "linear"}
 NO_CALLER: tuple[None, frozenset[str]] = (None, frozenset())
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
@@ -164,7 +165,7 @@ class _Tracer(TorchFunctionMode):
         if results or name == "__setitem__":
             args, kwargs = _copy_lists(args), _copy_lists(kwargs)
             inputs = tuple(tensors_in((args, kwargs)))
-            caller = _calling_module() if name in NORM_OPS or name in SIZED else NO_CALLER
+            caller = _calling_module() if name in CALLED_BY_MODULES else NO_CALLER
             self.ops.append(Op(name, func, args, kwargs, result, inputs, results, *caller))
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
             self.measured.append(args[0])

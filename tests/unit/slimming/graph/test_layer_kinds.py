@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrizations
+import torch.nn.utils.prune
 from torch import nn
 from torch.nn import functional as F
 
@@ -160,3 +162,35 @@ def test_channels_before_a_recurrent_layer_are_cut(
     narrow, plan = job.slim(network, images[:1], target="channels=0.6", calibration=[images])
     assert plan.after.channels <= 0.6 * plan.before.channels
     assert narrow(images).isfinite().all()
+
+
+class Computed(Net):
+    def __init__(self, wrap: Any) -> None:
+        self.wrap = wrap
+        super().__init__()
+
+    def build(self) -> None:
+        self.one, self.two = self.wrap(nn.Conv2d(12, 12, 3, padding=1)), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x))
+
+
+WRAPPED = {
+    "remove_weight_norm(layer)": nn.utils.weight_norm,
+    "remove_spectral_norm(layer)": nn.utils.spectral_norm,
+    "remove_parametrizations(layer, 'weight')": nn.utils.parametrizations.weight_norm,
+    "prune.remove(layer, 'weight')": lambda layer: nn.utils.prune.l1_unstructured(
+        layer, "weight", 0.3
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("line", WRAPPED)
+def test_a_weight_that_is_computed_is_left_alone_with_the_line_that_frees_it(line: str) -> None:
+    torch.manual_seed(0)
+    network = randomise(Computed(WRAPPED[line]))
+    _, plan = job.slim(network, torch.rand(1, 3, 20, 28), target="channels=0.9")
+    reasons = {blocked.layer: blocked.reason for blocked in plan.blocked}
+    assert f"{line} makes it a parameter" in reasons["stem.0"]
