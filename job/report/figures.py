@@ -21,7 +21,7 @@ NAMED_GROUPS = 5  # channel groups that a legend names
 MAX_POINTS = 60  # of a line whose points are marked
 MIN_LOSS = 1e-9  # smaller losses are noise
 SHOWN_LOSSES = 1e-6  # of the highest: the range of the axis
-STEPS = Axis("steps (batches) since the run began", prefixes=True)
+STEP_AXIS = Axis("steps (batches) since the run began", prefixes=True)
 ACCURACY = Axis("validation accuracy (%)")
 COST_AXES = {
     "params": Axis("parameters", prefixes=True),
@@ -104,7 +104,7 @@ def training_chart(history: History, metric: str) -> Chart | None:
     return Chart(
         f"training-{name}",
         f"Training and validation {name} of each epoch; vertical lines end the rounds",
-        STEPS,
+        STEP_AXIS,
         Axis("accuracy (%)" if metric == "acc" else "loss"),
         series,
         marks=_round_marks(history),
@@ -121,7 +121,7 @@ def throughput_chart(history: History) -> Chart | None:
     return Chart(
         "throughput",
         "Images per second in training, by epoch",
-        STEPS,
+        STEP_AXIS,
         Axis("images per second"),
         (PlotSeries("training", points, "green", "o" if len(points) <= MAX_POINTS else ""),),
         marks=_round_marks(history),
