@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TABLE_WIDTHS = (0.125, 0.25, 0.5, 0.75)  # and all channels
 TILES = (1, 8, 16, 32, 64)
 SHORTEST = 1e-9  # seconds: a clock may show none
+MAX_TOGETHER = 2**18  # inputs times outputs of layers that are built together
 SWEEPS, CALLS = 3, 3  # the shortest of so many calls counts
 Times = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -91,12 +92,7 @@ def measure_table(
         del beyond[1]
     if half == ins[-1]:
         beyond.pop(0)
-    calls = {place: call(*place) for place in dict.fromkeys((*places, *beyond.values()))}
-    times = dict.fromkeys(calls, math.inf)
-    for _ in range(SWEEPS):  # the sweeps see different moments of a machine with other programs
-        for place, run in calls.items():
-            run()
-            times[place] = min(times[place], *(time_call(clock, run) for _ in range(CALLS)))
+    times = _shortest_times(shape, list(dict.fromkeys((*places, *beyond.values()))), call, clock)
     shortest = [max(times[place], SHORTEST) for place in places]
     seconds = np.array(shortest).reshape(len(ins), len(outs))
     for axis in (0, 1):  # more channels never take less time
@@ -107,6 +103,28 @@ def measure_table(
         counts = (ins, outs)[axis]
         tiles[axis] = _tile(counts, ends[axis], times[place])
     return LayerTable(ins, outs, seconds, (tiles[0], tiles[1]))
+
+
+def _shortest_times(
+    shape: LayerShape,
+    places: list[tuple[int, int]],
+    call: Callable[[int, int], Callable[[], object]],
+    clock: Clock,
+) -> dict[tuple[int, int], float]:
+    """The shortest time of a layer with each pair of numbers of channels.
+
+    The layers are timed in turn, in sweeps that see different moments of a machine with other
+    programs. Of a large layer there is one at a time: all of them together would fill the memory.
+    """
+    large = shape.inputs * shape.outputs > MAX_TOGETHER
+    times = dict.fromkeys(places, math.inf)
+    for group in [[place] for place in places] if large else [places]:
+        calls = {place: call(*place) for place in group}
+        for _ in range(SWEEPS):
+            for place, run in calls.items():
+                run()
+                times[place] = min(times[place], *(time_call(clock, run) for _ in range(CALLS)))
+    return times
 
 
 def _tile(counts: tuple[int, ...], seconds: Times, one_more: float) -> int:

@@ -46,6 +46,26 @@ def test_the_measurement_finds_the_tiles_of_the_hardware(tiles: tuple[int, int])
     assert table.at(0, 256) == table.at(128, 0) == 0
 
 
+def test_of_a_large_layer_one_is_built_at_a_time() -> None:
+    clock, alive = FakeClock(), [0, 0]
+
+    class Call:
+        def __init__(self) -> None:
+            alive[0] += 1
+            alive[1] = max(alive)
+
+        def __call__(self) -> None:
+            clock.work(1e-4)
+
+        def __del__(self) -> None:
+            alive[0] -= 1
+
+    measure_table(LayerShape("Linear", 4096, 4096, 1, ()), lambda _i, _o: Call(), clock)
+    assert alive[1] <= 2
+    measure_table(CONV, lambda _i, _o: Call(), clock)
+    assert alive[1] > 20
+
+
 def test_more_channels_never_take_less_time() -> None:
     clock, rng = FakeClock(), np.random.default_rng(0)
     noisy = measure_table(CONV, lambda i, o: clock.call(1e-8 * i * o * rng.uniform(0.5, 2)), clock)
