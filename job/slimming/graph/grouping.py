@@ -25,6 +25,7 @@ from job.slimming.graph.ties import tie_overlapping
 from job.slimming.graph.trace import same_ops, trace_with_snapshot
 from job.slimming.graph.trace_summary import summarise_trace
 from job.slimming.graph.union import FIXED, ChannelUnion, Ids
+from job.slimming.graph.unsupported import unsupported_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -64,6 +65,7 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
     odd = len(traces) > 1
     union.doubtful |= snapshot.custom_autograd or (odd and not unused)
     graph = _grouped(network, union)
+    graph = replace(graph, blocked=graph.blocked + unsupported_layers(network, graph))
     forward = summarise_trace(main)
     graph = replace(graph, auxiliary=auxiliary, odd=odd or union.doubtful, forward=forward)
     ignored = tuple(ignore)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import job
+from job.slimming.analysis import analyse
 from support.cuts import randomise
 from support.masked import assert_equal_to_masked
 from support.networks import Net, block
@@ -194,3 +195,23 @@ def test_a_weight_that_is_computed_is_left_alone_with_the_line_that_frees_it(lin
     _, plan = job.slim(network, torch.rand(1, 3, 20, 28), target="channels=0.9")
     reasons = {blocked.layer: blocked.reason for blocked in plan.blocked}
     assert f"{line} makes it a parameter" in reasons["stem.0"]
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.one = nn.Embedding(30, 6), nn.Conv1d(6, 12, 3)
+        self.mix, self.head = nn.Bilinear(12, 12, 5), nn.Linear(5, 3)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        x = self.one(self.words(words).transpose(1, 2)).relu().mean(2)
+        return self.head(self.mix(x, x))
+
+
+def test_every_layer_that_is_left_alone_is_named() -> None:
+    torch.manual_seed(0)
+    graph = analyse(Words().eval(), torch.randint(0, 30, (2, 9)))
+    reasons = {blocked.layer: blocked.reason for blocked in graph.blocked}
+    assert reasons.keys() == {"words", "one", "mix", "head"}
+    assert reasons["words"] == "layers of the kind Embedding are not supported"
+    assert reasons["one"] == "bilinear is not supported"

@@ -1,0 +1,30 @@
+"""Layers of kinds without a rule, so that nothing that is left alone goes unnamed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from job.slimming.graph.groups import BlockedChannels
+from job.slimming.graph.layer_rules import is_layer
+from job.slimming.graph.layers import modules_of, owner_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from job.slimming.graph.groups import ChannelGraph
+
+
+def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[BlockedChannels, ...]:
+    """Return the layers with a weight of two axes or more that no rule of a layer covers.
+
+    Parameters that are cut by their name, and containers of other modules, are left out.
+    """
+    covered = {name for slot in graph.slots for name in (slot.layer, owner_of(slot.layer))}
+    found = []
+    for name, module in modules_of(network, once=True).items():
+        weights = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+        contains = any(True for _ in module.children())
+        if weights and not (is_layer(module) or contains or name in covered):
+            kind = f"layers of the kind {type(module).__name__} are not supported"
+            found.append(BlockedChannels(name or "the network", len(weights[0]), kind))
+    return tuple(found)
