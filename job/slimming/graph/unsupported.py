@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from job.slimming.graph.groups import BlockedChannels
 from job.slimming.graph.layer_rules import is_layer
-from job.slimming.graph.layers import modules_of, owner_of
+from job.slimming.graph.layers import SUMMING, is_depthwise, modules_of, owner_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,17 +14,29 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
 
 
+COMPUTED = "its weight is computed from others or shared, or no pass in eval mode uses it"
+
+
 def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[BlockedChannels, ...]:
     """Return the layers with a weight of two axes or more that no rule of a layer covers.
+
+    Layers whose weight is computed before it is used, e.g. standardised, are among them.
 
     Parameters that are cut by their name, and containers of other modules, are left out.
     """
     covered = {name for slot in graph.slots for name in (slot.layer, owner_of(slot.layer))}
+    named = {layer for group in graph.groups for layer in group.layers}
+    named |= {blocked.layer for blocked in graph.blocked}
     found = []
     for name, module in modules_of(network, once=True).items():
         weights = [p for p in module.parameters(recurse=False) if p.dim() > 1]
         contains = any(True for _ in module.children())
-        if weights and not (is_layer(module) or contains or name in covered):
-            kind = f"layers of the kind {type(module).__name__} are not supported"
-            found.append(BlockedChannels(name or "the network", len(weights[0]), kind))
+        if not weights or contains or name in covered:
+            continue
+        reason = f"layers of the kind {type(module).__name__} are not supported"
+        if is_layer(module):
+            if not isinstance(module, SUMMING) or is_depthwise(module) or name in named:
+                continue
+            reason = COMPUTED
+        found.append(BlockedChannels(name or "the network", len(weights[0]), reason))
     return tuple(found)

@@ -215,3 +215,19 @@ def test_every_layer_that_is_left_alone_is_named() -> None:
     assert reasons.keys() == {"words", "one", "mix", "head"}
     assert reasons["words"] == "layers of the kind Embedding are not supported"
     assert reasons["one"] == "bilinear is not supported"
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight has mean 0 for each output."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_a_layer_whose_weight_is_computed_is_named() -> None:
+    torch.manual_seed(0)
+    network = randomise(Computed(lambda conv: Standardised(12, 12, 3, padding=1)))
+    graph = analyse(network, torch.rand(1, 3, 20, 28))
+    reasons = {blocked.layer: blocked.reason for blocked in graph.blocked}
+    assert reasons["one"].startswith("its weight is computed from others")
