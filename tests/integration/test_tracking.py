@@ -83,7 +83,7 @@ def test_the_offline_run_holds_what_the_run_directory_does(finished_run: Path) -
     rounds_of_models = [set(a.aliases) - {"latest"} for a in models]
     assert rounds_of_models == [{"round-0"}, {"round-1"}, {"round-2"}]
     assert {e.path for e in models[0].manifest.contents} == {
-            "evaluation.json", "model.json", "model.safetensors",
+            "evaluation.json", "latency.json", "model.json", "model.safetensors",
         }  # fmt: skip
     summary = {
         update.key: json.loads(update.value_json)

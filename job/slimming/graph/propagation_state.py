@@ -118,10 +118,12 @@ class PropagationState:
             self.union.fix(flat_ids(labels), reason if self.main else f"{reason} (in train mode)")
 
     def give_up(self, op: Op, reason: str) -> None:
-        """Block all channels that an op uses."""
+        """Block all channels that an op uses, and those of weights behind its inputs."""
         self.union.doubtful = True
         for tensor in op.inputs:
             self.fix(tensor, reason)
+            if self.trace.name(tensor) is None:
+                self.read_elsewhere(op, tensor)
         self.forget(op)
 
     def add_slot(

@@ -331,7 +331,7 @@ class ReadElsewhere(Net):
 def test_a_weight_that_is_read_elsewhere_is_left_alone() -> None:
     narrow, plan = job.slim(randomise(ReadElsewhere()), IMAGE, target="params=0.99")
     assert "c.0" not in plan.layers or plan.layers["c.0"].out is None
-    assert any("flip reads its weight" in blocked.reason for blocked in plan.blocked)
+    assert any("conv2d uses its weight too" in blocked.reason for blocked in plan.blocked)
     assert narrow.e.bias.shape == (12,)
 
 
