@@ -317,7 +317,7 @@ def test_more_rounds_that_were_stopped_in_their_first_are_resumed(
     run = tmp_path / "run"
     prune(config(noise, output=str(run)))
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

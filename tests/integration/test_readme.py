@@ -131,8 +131,8 @@ def known_options() -> set[str]:
     """The options of all commands, and those of the programs that the documents also name."""
     group = job.cli.main.gammaslim
     params = [param for command in [group, *group.commands.values()] for param in command.params]
-    options = {name for param in params if isinstance(param, click.Option) for name in param.opts}
-    return options | {"--help", "--all"}
+    options = [param for param in params if isinstance(param, click.Option)]
+    return {name for o in options for name in (*o.opts, *o.secondary_opts)} | {"--help", "--all"}
 
 
 @pytest.mark.parametrize("document", [README, ROOT / "job" / "README.md"], ids=["", "job"])
