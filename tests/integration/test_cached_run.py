@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import tarfile
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,9 +42,16 @@ def weights(run: Path) -> list[bytes]:
     return [file.read_bytes() for file in files]
 
 
-def test_weights_are_the_same_with_and_without_a_cache(tmp_path: Path, data: Path) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder with a short name: multiprocessing's sockets in TMPDIR take 107 characters."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_weights_are_the_same_with_and_without_a_cache(
+    tmp_path: Path, data: Path, scratch: Path
+) -> None:
     for mode in MODES:
         done = prune(data, tmp_path / mode, "--cache", mode)
         assert done.code == 0, done
@@ -52,6 +61,7 @@ def test_weights_are_the_same_with_and_without_a_cache(tmp_path: Path, data: Pat
         assert weights(tmp_path / mode) == weights(tmp_path / "off")
     for name in ("first", "second"):
         done = prune(data, tmp_path / name, scratch=str(scratch))
+        assert done.code == 0, done
         assert f"{scratch}/gammaslim-cache-{os.getuid()}" in done.out
         assert ("found" in done.out) == (name == "second")
         assert weights(tmp_path / name) == weights(tmp_path / "off")
