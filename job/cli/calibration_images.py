@@ -1,4 +1,4 @@
-"""Images for ``slim``: one split calibrates the cut, a labelled one measures accuracy."""
+"""Images of ``slim`` and ``sensitivity``: a split for calibration, a labelled one for accuracy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import valid_listing
 from job.artifacts.records import Lineage
 from job.cli.class_matching import in_classes_of
+from job.cli.evaluation_images import loader_workers
 from job.console import counted, progress
 from job.data.dataset import Dataset, hold_out_validation
 from job.data.folders import CURRENT_LISTING
@@ -18,10 +19,15 @@ from job.data.image_check import check_images
 from job.data.layout import open_data, open_unlabelled
 from job.data.splits import UNLABELLED, Split
 from job.errors import DataError
+from job.training.calibration import Calibration
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from accelerate import Accelerator
+
     from job.artifacts.model_card import ModelCard
-    from job.cli.command_options import ModelOptions
+    from job.cli.command_options import ModelOptions, SensitivityOptions, SlimOptions
 
 # the first split that exists is used
 CALIBRATE = ("training", "validation", "evaluation", "testing")
@@ -41,6 +47,25 @@ class SlimImages:
         self.calibration: Split = data.splits[self.calibrated]
         self.scoring = data.splits[self.scored] if self.scored else None
         self.unscored = f"{data.root} has no labels"
+
+    def calibrate(
+        self,
+        card: ModelCard,
+        accelerator: Accelerator,
+        options: SlimOptions | SensitivityOptions,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Calibration:
+        """Return the calibration images as the model of ``card`` takes them, in its classes."""
+        self.fit(card)
+        return Calibration(
+            self.calibration,
+            card.preprocessing,
+            accelerator,
+            loader_workers(options, accelerator.device),
+            options.seed,
+            most=options.calibration_images,
+            progress=progress,
+        )
 
     def fit(self, card: ModelCard) -> None:
         """Number the classes as the model does; drop the labels if the classes do not match."""

@@ -11,7 +11,6 @@ from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import find_run_data
 from job.artifacts.records import Lineage
 from job.cli.calibration_images import open_images
-from job.cli.evaluation_images import loader_workers
 from job.cli.model import open_model
 from job.console import phase, print_result, say, show_step, tick
 from job.data.preprocessing_options import PreprocessingOptions
@@ -24,7 +23,6 @@ from job.slimming.group_sensitivity import measure_sensitivity
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.cost import example_image
 from job.slimming.planning.target import Budget
-from job.training.calibration import Calibration
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,16 +75,7 @@ def _measure(
     images = open_images(_data(model, options), options.on_bad_image, model, options.seed)
     network, card = open_model(model, images.largest)
     network.to(accelerator.device)
-    workers = loader_workers(options, accelerator.device)
-    calibration = Calibration(
-        images.calibration,
-        card.preprocessing,
-        accelerator,
-        workers,
-        options.seed,
-        most=options.calibration_images,
-        progress=tick,
-    )
+    calibration = images.calibrate(card, accelerator, options, tick)
     image, allocation, base = example_image(card.preprocessing.size), None, None
     if budget:
         base = card.base or base_of(network, card)

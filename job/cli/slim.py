@@ -30,7 +30,6 @@ from job.slimming.planning.overview import costs_table, removed_lines
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.target import Budget
 from job.slimming.recovery.recovery import recover
-from job.training.calibration import Calibration
 from job.training.evaluation import Evaluator
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from job.cli.command_options import ModelOptions, SlimOptions
     from job.slimming.cut import Method
     from job.slimming.planning.plan import Plan
+    from job.training.calibration import Calibration
 
 
 SHOW = partial(show_step, "slimming")
@@ -141,18 +141,10 @@ def _open(model: ModelOptions, options: SlimOptions) -> tuple[nn.Module, ModelCa
     images = open_images(options.data, options.on_bad_image, model, options.seed)
     network, card = open_model(model, images.largest)
     network.to(accelerator.device)
-    workers = loader_workers(options, accelerator.device)
-    images.fit(card)
-    calibration = Calibration(
-        images.calibration,
-        card.preprocessing,
-        accelerator,
-        workers,
-        options.seed,
-        most=options.calibration_images,
-    )
+    calibration = images.calibrate(card, accelerator, options)
     if images.scoring is None:
         return network, card, _Tools(images, calibration)
+    workers = loader_workers(options, accelerator.device)
     evaluator = Evaluator(
         images.scoring, card.num_classes, card.preprocessing, accelerator, workers
     )
