@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from job.slimming.graph.layers import CONVOLUTIONS
+from job.slimming.graph.trace import Op
+from job.slimming.inputs import tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+KERNEL_OPS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 
 
 def row_count(layer: nn.Module, outputs: torch.Tensor) -> int:
@@ -96,34 +99,23 @@ def has_patches(layer: Any) -> bool:
         return False
 
 
-class _Ops(TorchFunctionMode):
-    """The calls of ops that read the weight of a layer: op, arguments and result."""
+class _OpsOnWeight(TorchFunctionMode):
+    """Record the ops that compute with the weight of a layer; its size may be read."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight = weight
-        self.calls: list[tuple[Any, inspect.BoundArguments, Any]] = []
+        self.ops: list[Op] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if any(value is self.weight for value in (*args, *(kwargs or {}).values())):
-            bound = _CONVOLUTION if func in _FUNCTIONS else _ANY
-            self.calls.append((func, bound.bind(*args, **(kwargs or {})), result))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        inputs, results = tuple(tensors_in((args, kwargs))), tuple(tensors_in(result))
+        if results and any(tensor is self.weight for tensor in inputs):
+            self.ops.append(Op(func.__name__, func, args, kwargs, result, inputs, results))
         return result
-
-
-def _convolution(
-    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, groups: Any = 1,
-) -> None:  # fmt: skip
-    """The arguments of torch's convolutions, and the first of them those of its linear function."""
-
-
-_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
-_CONVOLUTION = inspect.signature(_convolution)
-_ANY = inspect.signature(lambda *args, **kwargs: None)
 
 
 def _inputs_of_its_op(layer: Any, inputs: torch.Tensor) -> torch.Tensor | None:
@@ -131,27 +123,26 @@ def _inputs_of_its_op(layer: Any, inputs: torch.Tensor) -> torch.Tensor | None:
 
     None for a layer that does anything else with its weight.
     """
-    with torch.no_grad(), _Ops(layer.weight) as ops:
+    with torch.no_grad(), _OpsOnWeight(layer.weight) as recorded:
         outputs = layer.forward(inputs)
-    if len(ops.calls) != 1:
+    if len(recorded.ops) != 1:
         return None
-    func, bound, result = ops.calls[0]
-    if func not in _FUNCTIONS or result is not outputs:
+    op = recorded.ops[0]
+    if op.name not in KERNEL_OPS or op.result is not outputs:
         return None
-    bound.apply_defaults()
-    given = bound.arguments
-    if given["weight"] is not layer.weight or given["bias"] is not layer.bias:
+    if op.argument(1, "weight") is not layer.weight or op.argument(2, "bias") is not layer.bias:
         return None
+    values: torch.Tensor = op.argument(0, "input")
     if isinstance(layer, nn.Linear):
-        return given["input"]  # type: ignore[no-any-return]
-    dims = len(layer.kernel_size)
-    for name in ("stride", "dilation"):
-        if _each(given[name], dims) != _each(getattr(layer, name), dims):
+        return values
+    dims, padding = len(layer.kernel_size), op.argument(4, "padding", 0)
+    for position, name in ((3, "stride"), (5, "dilation")):
+        if _each(op.argument(position, name, 1), dims) != _each(getattr(layer, name), dims):
             return None
-    if isinstance(given["padding"], str) or given["groups"] != layer.groups:
+    if isinstance(padding, str) or op.argument(6, "groups", 1) != layer.groups:
         return None
-    sides = [side for side in reversed(_each(given["padding"], dims)) for _ in range(2)]
-    return F.pad(given["input"], sides)
+    sides = [side for side in reversed(_each(padding, dims)) for _ in range(2)]
+    return F.pad(values, sides)
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:

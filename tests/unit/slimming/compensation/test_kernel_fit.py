@@ -206,7 +206,7 @@ class SamePadded(nn.Conv2d):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         sides = []
         for size, kernel, stride in zip(
-            values.shape[-2:], self.kernel_size, self.stride, strict=True
+            values.shape[-2:], self.weight.shape[-2:], self.stride, strict=True
         ):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             sides = [total // 2, total - total // 2, *sides]
