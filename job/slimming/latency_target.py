@@ -101,9 +101,8 @@ class _Timer:
     def __init__(self, network: nn.Module, base: nn.Module, inputs: Example, clock: Clock) -> None:
         self.network, self.base, self.inputs, self.clock = network, base, inputs, clock
         self.seconds = 0.0  # of the base
-        self.own = 1.0 if base is network else self.fraction_of(network)
-        if base is network:
-            self.fraction_of(network)
+        fraction = self.fraction_of(network)
+        self.present = 1.0 if base is network else fraction
 
     def fraction_of(self, network: nn.Module) -> float:
         """Return the time of ``network`` as a fraction of the base's."""
@@ -135,7 +134,7 @@ def _search(
     budget = allocation.budget
     target = budget.value / timer.seconds if budget.absolute else budget.value
     target = min(target, 1.0) ** allocation.share
-    least, trials = 0.0, [_Trial(1.0, None, timer.own)]
+    least, trials = 0.0, [_Trial(1.0, None, timer.present)]
     for attempt in range(1, MAX_ATTEMPTS + 1):
         progress("timing the network", attempt, MAX_ATTEMPTS)
         aim = max(_next_aim(trials, target), least)

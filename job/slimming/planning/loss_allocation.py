@@ -40,20 +40,12 @@ def counts_by_loss(planner: Planner, budget: Budget, limit: float) -> list[int]:
         for number, r in enumerate(planner.groups)
         if r.removable
     }
-    narrow = _Search(planner, budget.metric, {})
-    if removals:
-        shallow = _Search(planner, budget.metric, removals)
-        check_reachable(planner, budget, limit, shallow.floors)
-        shallow.meet(limit)
-        if planner.metric(budget.metric, narrow.floors) > limit:
-            return shallow.counts
-    else:
-        check_reachable(planner, budget, limit, narrow.floors)
-    narrow.meet(limit)
-    noise = SMALLEST_LOSS * len(planner.groups)
-    if removals and shallow.loss() <= narrow.loss() + noise:
-        return shallow.counts
-    return narrow.counts
+    allowed = [removals, {}] if removals else [{}]
+    searches = [_Search(planner, budget.metric, each) for each in allowed]
+    check_reachable(planner, budget, limit, searches[0].floors)
+    met = [search for search in searches if search.meet(limit)]
+    noise = SMALLEST_LOSS * len(planner.groups)  # of equals, the one with removals
+    return min(met, key=lambda search: search.loss() - noise * bool(search.removals)).counts
 
 
 class _Search:
@@ -72,10 +64,11 @@ class _Search:
             for number, removed in removals.items()
         }
 
-    def meet(self, limit: float) -> None:
-        """Take the cheapest steps to ``limit``, then restore units that still fit."""
+    def meet(self, limit: float) -> bool:
+        """Take the cheapest steps to ``limit`` and restore what fits; return whether it is met."""
         self.cut(limit)
         self.restore(limit)
+        return self.cost <= limit
 
     def cut(self, limit: float) -> None:
         """Take the steps with the lowest rates until the cost is within ``limit``.

@@ -88,7 +88,7 @@ def measure_curves(
     count = round(PASSES * calibration.count / (evaluations * 0.5))
     count = min(max(count, MIN_MEASURED), MAX_MEASURED, calibration.count)
     points = [
-        _points(len(r.units), (*FRACTIONS, *more, *(0.0,) * (r.group.name in removable)))
+        _points(len(r.units), (*FRACTIONS, *more, *([0.0] if r.group.name in removable else [])))
         for r in chosen
     ]
     trial = _TrialNetwork(network, graph, example, calibration.statistics)
