@@ -316,6 +316,11 @@ class RunningConfig:
         "auto",
         "Floating-point precision. auto: fp32 on a CPU, bf16 on a GPU that supports it, else fp16.",
     )
+    compile: bool = option(
+        False,
+        "Train with torch.compile: each round compiles its network, which takes a minute or so, "
+        "and then trains faster on a GPU. Weights differ by rounding.",
+    )
     workers: int | None = option(
         None,
         "Number of data loader processes.",

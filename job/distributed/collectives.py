@@ -95,7 +95,8 @@ def _mixed_precision(precision: str, cpu: bool) -> str:
         return launched
     if cpu:
         return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    # older GPUs emulate bf16, slowly
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def _keep_freed_memory() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from job.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 AUXILIARY_WEIGHT = 0.3  # of an auxiliary classifier's loss (Szegedy et al. 2014, section 5)
 MAIN_OUTPUTS = ("logits", "out", "output", "prediction", "predictions")  # keys, by preference
@@ -49,12 +52,17 @@ def _parts(output: Any) -> list[Any]:
 
 
 class Logits(nn.Module):
-    """Network that returns a list: its logits, then those of its auxiliary classifiers."""
+    """Network that returns a list: its logits, then those of its auxiliary classifiers.
 
-    def __init__(self, network: nn.Module) -> None:
+    ``run`` maps inputs to the output of ``network`` with its parameters, e.g. compiled code.
+    """
+
+    def __init__(
+        self, network: nn.Module, run: Callable[[torch.Tensor], Any] | None = None
+    ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.run = network, run
 
     def forward(self, inputs: torch.Tensor) -> list[torch.Tensor]:
         """Map inputs (B, 3, S, S) to logits (B, C), then those of auxiliary classifiers."""
-        return all_logits(self.network(inputs))
+        return all_logits(self.run(inputs) if self.run else self.network(inputs))

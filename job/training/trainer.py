@@ -23,9 +23,11 @@ from job.errors import StopRequest
 from job.models.outputs import Logits
 from job.models.weights import load_tensors
 from job.processes import is_main, rank, world_size
+from job.training.compilation import CompiledNetwork, fast_matmul
 from job.training.epoch import EpochResult
 from job.training.gamma import gamma_histogram, gamma_layers, gamma_parameters, gamma_statistics
 from job.training.loss import batch_loss
+from job.training.micro_batches import micro_batches, part_sizes
 from job.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from job.training.position import Position, TrainingProgress
 from job.training.schedule import round_learning_rate
@@ -154,8 +156,10 @@ class TrainingRound:
             synchronised(self.trained, device)
         # with fp16 the gradient scaler decides on each step
         fused = self.accelerator.mixed_precision != "fp16"
+        sizes = part_sizes(trainer.sampler.sizes()[0], self.config.accumulate)
+        run = CompiledNetwork(self.trained, sizes) if self.config.compile else None
         self.prepared, self.optimizer = self.accelerator.prepare(
-            Logits(self.trained), build_optimizer(self.trained, self.config, fused=fused)
+            Logits(self.trained, run), build_optimizer(self.trained, self.config, fused=fused)
         )
         names = gamma_layers(network) if spec.gamma_layers is None else spec.gamma_layers
         self.gammas = gamma_parameters(self.trained, names)
@@ -204,7 +208,8 @@ class TrainingRound:
     def run_epoch(self) -> EpochResult:
         """Train on the rest of the epoch and evaluate it; keep its weights if it is the best."""
         state, earlier, began = self.state, self.state.seconds, time.perf_counter()
-        lr = self._train(began - earlier)
+        with fast_matmul(self.accelerator.device):
+            lr = self._train(began - earlier)
         speed = self.trainer.sampler.count / state.seconds
         average_running_statistics(self.trained)
         valid = self._evaluate()
@@ -306,12 +311,3 @@ class TrainingRound:
         self.accelerator.backward(loss * (world_size() / size))
         self.sums[0] += loss.detach()
         self.sums[1] += (logits.argmax(1) == labels).sum()
-
-
-def micro_batches(size: int, accumulate: int) -> int:
-    """Return the number of parts of a global batch of ``size`` images; the same on every process.
-
-    At most ``accumulate``, and so many that each process has two images or more in each: BatchNorm
-    with one value per channel of an image needs two.
-    """
-    return max(1, min(accumulate, size // (2 * world_size())))

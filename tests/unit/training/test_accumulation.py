@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from job.training.micro_batches import micro_batches, part_sizes
 from job.training.session import RoundSpec
-from job.training.trainer import micro_batches
 from support.training import Recorder, trainer
 
 
@@ -57,8 +57,21 @@ def test_the_weights_are_those_of_whole_batches(tmp_path: Path) -> None:
 
 def test_each_process_has_two_images_in_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [micro_batches(size, 4) for size in (1, 3, 4, 5, 8, 32)] == [1, 1, 2, 2, 4, 4]
-    monkeypatch.setattr("job.training.trainer.world_size", lambda: 3)
+    monkeypatch.setattr("job.training.micro_batches.world_size", lambda: 3)
     for size in range(1, 100):
         parts = micro_batches(size, 4)
         assert 1 <= parts <= 4
         assert parts == 1 or (size // 3) // parts >= 2
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 3), (3, 1), (3, 2)])
+def test_the_sizes_of_the_parts_are_those_of_the_batch_that_is_split(
+    monkeypatch: pytest.MonkeyPatch, world: int, accumulate: int
+) -> None:
+    monkeypatch.setattr("job.training.micro_batches.world_size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr("job.training.micro_batches.rank", lambda rank=rank: rank)
+        for size in (7, 16, 31, 32):
+            share = torch.arange(rank, size, world)
+            chunks = share.tensor_split(micro_batches(size, accumulate))
+            assert part_sizes(size, accumulate) == {len(chunk) for chunk in chunks}
