@@ -24,7 +24,7 @@ MAX_ASPECT_RATIO = 64  # of an image that is resized by its shorter side
 def augment_homework(
     image: Croppable, draw: Draw, size: int, _resampling: Image.Resampling
 ) -> Image.Image:
-    """Take a random crop, flip and rotate; sides that are too short are padded symmetrically.
+    """Take a random crop and flip; sides that are too short are padded symmetrically.
 
     Like torchvision's RandomCrop(pad_if_needed=True), pads both ends by the full shortfall.
     """
@@ -40,7 +40,12 @@ def augment_homework(
         padded = Image.fromarray(np.pad(np.asarray(crop), margins, "symmetric"))
         left, top = left * bool(short_x), top * bool(short_y)
         crop = padded.crop((left, top, left + size, top + size))
-    return _flip(crop, draw).rotate((2 * draw.angle - 1) * MAX_ANGLE)
+    return _flip(crop, draw)
+
+
+def draw_angle(draw: Draw) -> float:
+    """Return the degrees, within MAX_ANGLE, to rotate an image by."""
+    return (2 * draw.angle - 1) * MAX_ANGLE
 
 
 def augment_small(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch
 from job.data.augmentation import center_crop_arrays
 from job.data.cache.cached_split import CachedSplit, ImageArray
 from job.data.presets import PRESETS
+from job.data.rotation import rotation_coefficients
 from job.data.splits import UNLABELLED, ArraySplit, Split
 from job.errors import DataError, StorageError
 
@@ -22,23 +24,41 @@ if TYPE_CHECKING:
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (B, H, W, 3) uint8, labels (B,) int64
 Failure = DataError | StorageError
 FAILURES = (DataError, StorageError)
+AnyBatch = TypeVar("AnyBatch")
 
 
-class IncompleteBatch(NamedTuple):
+class UnrotatedBatch(NamedTuple):
+    """A batch that the device rotates, by coefficients (B, 6) int32 of `job.data.rotation`."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    rotation: torch.Tensor
+
+
+TrainingBatch = Batch | UnrotatedBatch
+
+
+class IncompleteBatch(NamedTuple, Generic[AnyBatch]):
     """A batch in which unreadable images are replaced; ``reasons`` has an error for each."""
 
-    batch: Batch
+    batch: AnyBatch
     reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class AugmentedImages:
-    """The augmented images of a split, indexed by rows of the epoch table."""
+    """The augmented images of a split, indexed by rows of the epoch table.
+
+    With ``rotate_later``, `job.data.device_batches` rotates them.
+    """
 
     split: Split
     preprocessing: Preprocessing
+    rotate_later: bool = False
 
-    def __getitems__(self, draws: list[Draw]) -> Batch | IncompleteBatch | Failure:
+    def __getitems__(
+        self, draws: list[Draw]
+    ) -> TrainingBatch | IncompleteBatch[TrainingBatch] | Failure:
         """Return one rank's share of a global batch, possibly empty.
 
         Errors are returned, because one raised in a loader process would show its traceback.
@@ -48,13 +68,18 @@ class AugmentedImages:
         if augment_arrays and (array := _array_of(self.split, self.preprocessing, len(draws))):
             rows = [replace(draw, index=int(array.rows[draw.index])) for draw in draws]
             return _batch(augment_arrays(array.images, rows, size), self.split, indices, size)
-        reader = ImageReader(self.split)
+        reader, angle = ImageReader(self.split), PRESETS[self.preprocessing.preset].angle
+        later = self.rotate_later and angle
+        train = partial(self.preprocessing.train, rotate=not later)
         try:
-            crops = [self.preprocessing.train(reader.read(draw.index), draw) for draw in draws]
+            arrays = [np.asarray(train(reader.read(draw.index), draw)) for draw in draws]
         except FAILURES as error:
             return error
-        arrays = [np.asarray(crop) for crop in crops]
-        return reader.with_reasons(_batch(arrays, self.split, indices, size))
+        batch: TrainingBatch = _batch(arrays, self.split, indices, size)
+        if later:
+            rotation = rotation_coefficients([later(draw) for draw in draws], size)
+            batch = UnrotatedBatch(batch[0], batch[1], rotation)
+        return reader.with_reasons(batch)
 
 
 @dataclass(frozen=True)
@@ -68,7 +93,7 @@ class PlainImages:
     preprocessing: Preprocessing
     mask_unreadable: bool = False
 
-    def __getitems__(self, indices: list[int]) -> Batch | IncompleteBatch | Failure:
+    def __getitems__(self, indices: list[int]) -> Batch | IncompleteBatch[Batch] | Failure:
         """Return the batch of the images at ``indices``; errors as in ``AugmentedImages``."""
         size = self.preprocessing.size
         if array := _array_of(self.split, self.preprocessing, len(indices)):
@@ -122,7 +147,7 @@ class ImageReader:
         position = int(np.searchsorted(same, index))
         return [*same[position + 1 :].tolist(), *same[:position].tolist()]
 
-    def with_reasons(self, batch: Batch) -> Batch | IncompleteBatch:
+    def with_reasons(self, batch: AnyBatch) -> AnyBatch | IncompleteBatch[AnyBatch]:
         """Return ``batch``, marked as incomplete if an image could not be read."""
         return IncompleteBatch(batch, tuple(self.reasons.values())) if self.reasons else batch
 

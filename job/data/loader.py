@@ -7,10 +7,12 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from job.console import warn
-from job.data.batches import FAILURES, Batch, IncompleteBatch
+from job.data.batches import FAILURES, Batch, IncompleteBatch, TrainingBatch
+from job.data.device_batches import move_batches
 from job.data.splits import ArraySplit
 from job.distributed.cores import available_cores
 from job.distributed.signals import end_with_parent, ignore_requests
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from job.data.batches import AugmentedImages, PlainImages
 
+CPU = torch.device("cpu")
 MAX_WORKERS = 8  # loader processes of a rank, unless --workers asks for more
 _reported: set[str] = set()  # reasons that this process has reported
 
@@ -43,11 +46,15 @@ def build_loader(
     )
 
 
-def iterate_batches(batches: DataLoader[Any]) -> Iterator[Batch]:
-    """Yield the batches of a loader; raise an error that a loader process returned.
+def iterate_batches(batches: DataLoader[Any], device: torch.device = CPU) -> Iterator[Batch]:
+    """Yield the batches of a loader on ``device``; raise an error that a loader process returned.
 
     Each process warns once about every image that --on-bad-image skip replaces.
     """
+    return move_batches(_checked(batches), device)
+
+
+def _checked(batches: DataLoader[Any]) -> Iterator[TrainingBatch]:
     for batch in batches:
         if isinstance(batch, FAILURES):
             raise batch

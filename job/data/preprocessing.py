@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
@@ -127,12 +128,16 @@ class Preprocessing:
             parts.append(f"images reduced to {self.max_side} pixels")
         return ", ".join([f"{self.preset} transforms at {self.size} pixels", *parts])
 
-    def train(self, image: Croppable, draw: Draw) -> Image.Image:
-        """Augment an image by the random numbers in ``draw``, to RGB of ``size`` x ``size``."""
+    def train(self, image: Croppable, draw: Draw, *, rotate: bool = True) -> Image.Image:
+        """Augment an image by the random numbers in ``draw``, to RGB of ``size`` x ``size``.
+
+        Without ``rotate``, the rotation of the preset is left to `job.data.rotation`.
+        """
         preset, image = PRESETS[self.preset], limit_side(image, self.max_side)
         if not preset.resizes_itself:
             image = self.resized(image)
-        return preset.augment(image, draw, self.size, resampling(self.interpolation))
+        crop = preset.augment(image, draw, self.size, resampling(self.interpolation))
+        return crop.rotate(preset.angle(draw)) if rotate and preset.angle else crop
 
     def evaluate(self, image: Croppable) -> Image.Image:
         """Resize an image and take the centre crop, RGB of ``size`` x ``size``."""
@@ -162,5 +167,12 @@ class Preprocessing:
         scaled = images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
         if (self.mean, self.std) == UNSCALED:
             return scaled
-        mean = scaled.new_tensor(self.mean).view(3, 1, 1)
-        return scaled.sub_(mean).div_(scaled.new_tensor(self.std).view(3, 1, 1))
+        mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
+        return scaled.sub_(mean).div_(std)
+
+
+@cache
+def _per_channel(values: Channels, device: torch.device) -> torch.Tensor:
+    """Return ``values`` as (3, 1, 1) float32; kept, because a copy to a GPU waits for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)

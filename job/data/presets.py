@@ -18,6 +18,7 @@ from job.data.augmentation import (
     augment_imagenet,
     augment_small,
     augment_small_arrays,
+    draw_angle,
 )
 from job.data.geometry import MAX_RESIZE, Channels, Croppable, Resize
 
@@ -46,6 +47,8 @@ class Preset:
     # side of the inputs -> resizing of evaluation, and of training unless the preset resizes itself
     resize: Callable[[int], Resize] = lambda _: Resize()
     resizes_itself: bool = False
+    # draw -> degrees to rotate the training image by
+    angle: Callable[[Draw], float] | None = None
     # mean and standard deviation of each channel
     scale: tuple[Channels, Channels] = UNSCALED
     # optional ``augment`` for a batch: images (N, H, W[, 3]) of a split, B draws, size -> (B, size,
@@ -67,6 +70,7 @@ PRESETS = {
     "homework": Preset(
         "random crop with symmetric padding, flip, rotation within 15 degrees",
         augment_homework,
+        angle=draw_angle,
         default_size=lambda _: 256,
     ),
     "small": Preset(

@@ -61,13 +61,12 @@ class Calibration:
         """
         device = self.accelerator.device
         self.sampler.count = self.most if count is None else count
-        for number, (images, labels) in enumerate(iterate_batches(self.loader)):
+        for number, (images, labels) in enumerate(iterate_batches(self.loader, device)):
             if number < self.sampler.common:
                 self.check()
             if self.progress:
                 self.progress(number, len(self.sampler))
-            inputs = self.preprocessing.to_input(images.to(device, non_blocking=True))
-            yield inputs, labels.to(device, non_blocking=True)
+            yield self.preprocessing.to_input(images), labels
 
 
 class _FirstShare:

@@ -108,9 +108,9 @@ class Evaluator:
             network.to(device)
         network.eval()
         with torch.inference_mode(), self.accelerator.autocast():
-            for images, labels in progress(iterate_batches(self.batches)):
-                inputs = self.preprocessing.to_input(images.to(device, non_blocking=True))
-                yield logits_of(network(inputs)).float(), labels.to(device, non_blocking=True)
+            for images, labels in progress(iterate_batches(self.batches, device)):
+                inputs = self.preprocessing.to_input(images)
+                yield logits_of(network(inputs)).float(), labels
 
     def try_batch(self, network: nn.Module) -> None:
         """Evaluate ``network`` on the first batch."""
@@ -129,7 +129,8 @@ class Evaluator:
         device, classes = self.accelerator.device, self.num_classes
         # the loss, and the number of images that can no longer be read and are left out
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+        # the last number counts the images without a label
+        confusion = torch.zeros(classes**2 + 1, dtype=torch.int64, device=device)
         # batches that every process has
         common = len(self.split) // world_size() // self.batch_size
         predicted = []
@@ -138,19 +139,20 @@ class Evaluator:
                 watch.check()
             readable, classes_of = labels != UNLABELLED, logits.argmax(1)
             predicted.append(torch.where(readable, classes_of, UNLABELLED))
-            if self.split.lenient and not readable.all():
-                sums[1] += len(labels) - int(readable.sum())
-                logits, labels = logits[readable], labels[readable]
-                classes_of = classes_of[readable]
-            sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-            confusion += torch.bincount(labels * classes + classes_of, minlength=classes**2)
+            if self.split.lenient:
+                sums[1] += (~readable).sum()
+            # nothing here waits for a GPU: a boolean index and bincount would
+            sums[0] += F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNLABELLED)
+            pairs = torch.where(readable, labels * classes + classes_of, classes**2)
+            confusion.index_add_(0, pairs, torch.ones_like(pairs))
         total(sums), total(confusion)
         loss, left_out = sums.tolist()
         count = len(self.split) - int(left_out)
         if not count:
             raise DataError("no image of the split can be read now")
         predictions = self._gathered(predicted, torch.int64).cpu()
-        result = Evaluation(loss / count, confusion.view(classes, classes).cpu(), predictions)
+        pairs = confusion[:-1].view(classes, classes).cpu()
+        result = Evaluation(loss / count, pairs, predictions)
         if result.count != count:
             raise GammaslimError(f"{result.count} of {count} images were evaluated")
         return result

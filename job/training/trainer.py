@@ -70,12 +70,9 @@ class Trainer:
         self.sampler = GlobalBatches(
             len(split), config.batch_size, config.seed, rank(), world_size(), least
         )
-        self.batches = build_loader(
-            AugmentedImages(split, preprocessing),
-            self.sampler,
-            workers=workers,
-            pin=accelerator.device.type == "cuda",
-        )
+        cuda = accelerator.device.type == "cuda"
+        images = AugmentedImages(split, preprocessing, rotate_later=cuda)
+        self.batches = build_loader(images, self.sampler, workers=workers, pin=cuda)
 
     @property
     def steps(self) -> int:
@@ -115,7 +112,7 @@ class Trainer:
         training = TrainingRound(self, network, spec, Unattended())
         self.sampler.set_epoch(0, 0)
         training.prepared.train()
-        images, labels = next(iter(iterate_batches(self.batches)))
+        images, labels = next(iterate_batches(self.batches, self.accelerator.device))
         training.step(images, labels, self.sampler.sizes()[0], 0)
         self.accelerator.free_memory()
 
@@ -258,20 +255,26 @@ class TrainingRound:
         sampler.set_epoch(self.spec.round_index, state.epoch, state.batch)
         self.prepared.train()
         rest = sizes[state.batch :]
-        batches = iterate_batches(self.trainer.batches) if rest else ()
+        device = self.accelerator.device
+        batches = iterate_batches(self.trainer.batches, device) if rest else ()
         followed = self.session.training(batches, state.epoch, state.batch)
         for (images, labels), size in zip(followed, rest, strict=True):
             self.step(images, labels, size, state.epoch * len(sizes) + state.batch)
             state.batch += 1
             answer = watch.poll() if watch else NOTHING
             if answer != NOTHING:
-                state.seconds = time.perf_counter() - began
+                self._finish_steps(began)
                 self.session.save(self.position())
             if answer == STOP:
                 raise StopRequest("stopped by request")
         if rest:
-            state.seconds = time.perf_counter() - began
+            self._finish_steps(began)
         return self.learning_rate((state.epoch + 1) * len(sizes) - 1)
+
+    def _finish_steps(self, began: float) -> None:
+        """Wait for the device, and record the time that its steps took since ``began``."""
+        torch.get_device_module(self.accelerator.device).synchronize()
+        self.state.seconds = time.perf_counter() - began
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate at ``step`` of the round."""
@@ -280,7 +283,8 @@ class TrainingRound:
     def step(self, images: torch.Tensor, labels: torch.Tensor, size: int, number: int) -> None:
         """Take the round's optimizer step ``number`` on this process's part of a global batch.
 
-        ``images`` (B, 3, H, W) uint8 and ``labels`` (B,), of ``size`` in the whole global batch.
+        ``images`` (B, H, W, 3) uint8 and ``labels`` (B,) on the device, of ``size`` in the whole
+        global batch. Does not wait for the device, except with fp16.
         """
         lr = self.learning_rate(number)
         for group in self.optimizer.param_groups:
@@ -298,10 +302,8 @@ class TrainingRound:
 
     def _add_gradient(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> None:
         """Add the gradient of the loss of some images of a global batch of ``size``."""
-        device = self.accelerator.device
-        inputs = self.trainer.preprocessing.to_input(images.to(device, non_blocking=True))
+        inputs = self.trainer.preprocessing.to_input(images)
         inputs = inputs.contiguous(memory_format=self.layout)
-        labels = labels.to(device, non_blocking=True)
         logits, *auxiliary = (output.float() for output in self.prepared(inputs))
         if not self.state.outputs_reported:
             self.state.outputs_reported = True

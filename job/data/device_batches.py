@@ -1,0 +1,54 @@
+"""Batches on their device: the next one is copied and rotated while one is trained on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from job.data.rotation import rotate_batch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from job.data.batches import Batch, TrainingBatch
+
+
+def move_batches(
+    batches: Iterable[TrainingBatch], device: torch.device, *, ahead: bool | None = None
+) -> Iterator[Batch]:
+    """Yield the images (B, H, W, 3) uint8 and labels (B,) of ``batches`` on ``device``.
+
+    On a GPU the copy of the next batch is queued before a batch is yielded, in a stream of its own;
+    nothing waits for it but the kernels that read it. ``ahead`` does the same on another device.
+    """
+    if not (device.type == "cuda" if ahead is None else ahead):
+        for batch in batches:
+            yield _move(batch, device)
+        return
+    backend: Any = torch.get_device_module(device)
+    copies = backend.Stream()
+    waiting: Batch | None = None
+    for batch in batches:
+        ready = _received(waiting, backend, copies) if waiting else None
+        with backend.stream(copies):
+            waiting = _move(batch, device)
+        if ready:
+            yield ready
+    if waiting:
+        yield _received(waiting, backend, copies)
+
+
+def _move(batch: TrainingBatch, device: torch.device) -> Batch:
+    images, labels, *rotation = (part.to(device, non_blocking=True) for part in batch)
+    return (rotate_batch(images, *rotation) if rotation else images), labels
+
+
+def _received(batch: Batch, backend: Any, copies: Any) -> Batch:
+    """Make the kernels that follow wait for the copies; return ``batch``."""
+    current = backend.current_stream()
+    current.wait_stream(copies)
+    for part in batch:
+        if part.is_cuda:  # else its memory might be given to the batch after the next one
+            part.record_stream(current)
+    return batch
