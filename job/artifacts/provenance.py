@@ -32,7 +32,8 @@ def stored_listing(run: Path) -> int:
 
 def valid_listing(value: object) -> int:
     """Return ``value`` if it is a version of the listing rules, else the current version."""
-    return value if value in (1, CURRENT_LISTING) and isinstance(value, int) else CURRENT_LISTING
+    known = type(value) is int and 1 <= value <= CURRENT_LISTING
+    return value if known and isinstance(value, int) else CURRENT_LISTING
 
 
 def find_dataset_table(model: str, lineage: Lineage) -> JsonObject | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.console import counted
+from job.data.folders import CURRENT_LISTING
 from job.data.sample_order import stable_order
 from job.data.splits import UNLABELLED, Split
 from job.errors import DataError, InputNotFound, shown
@@ -30,7 +31,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # images left out by --on-bad-image skip
     source: str = ""  # the value of --data
-    listing: int = 2  # version of the rules for listing folders, see job.data.folders
+    listing: int = CURRENT_LISTING  # version of the rules for listing folders, see job.data.folders
 
     def split(self, name: str) -> Split:
         """Return the split ``name``; ``testing`` and ``evaluation`` stand in for each other.

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Version of the rules for listing folders. A resumed run keeps its version, to find the same
-# images. Version 1 knew fewer suffixes and no split named dev.
-CURRENT_LISTING = 2
+# images. Version 1 knew fewer suffixes and no split named dev, version 2 no metadata files.
+CURRENT_LISTING = 3
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:

@@ -18,6 +18,7 @@ from job.data.dataset import Dataset
 from job.data.folders import CURRENT_LISTING, Lister, subfolders
 from job.data.food11_layout import open_food11_folder
 from job.data.idx_layout import open_idx_folder
+from job.data.metadata_layout import open_metadata_file, open_metadata_folder
 from job.data.shard_layout import expand_pattern, is_shard_pattern, open_shard_folder, open_shards
 from job.data.splits import FileSplit
 from job.errors import DataError, InputNotFound, shown
@@ -58,6 +59,12 @@ LAYOUTS = {
         "IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…; gzipped or not)",
         open_idx_folder,
         numbered_files=True,
+    ),
+    "metadata files": Layout(
+        "metadata.csv or metadata.jsonl in a folder or its splits (file_name, label)",
+        open_metadata_folder,
+        open_metadata_file,
+        suffix=".jsonl",
     ),
     "class folders": Layout(
         "class folders (train/CLASS/*.jpg, val/CLASS/…, test/CLASS/…)",
