@@ -91,8 +91,10 @@ def _without_skipped(layer: Any, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def sample_rows(values: torch.Tensor, width: int, *, sparse: bool = False) -> torch.Tensor:
-    """Return rows (N, C) of ``values`` (B, C, P): all B * P of them, or an even sample.
+def sample_rows(
+    values: torch.Tensor, width: int, *, sparse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows (N, C) of ``values`` (B, C, P), all B * P or an even sample, and their b (N,).
 
     The sample is limited so that the products of ``width`` columns are cheap, and if ``sparse``,
     cheap compared with a forward pass. It covers each of the P positions equally often.
@@ -101,11 +103,11 @@ def sample_rows(values: torch.Tensor, width: int, *, sparse: bool = False) -> to
     most = max(1, min(MAX_VALUES // width, MAX_PRODUCTS // width**2))
     if sparse:
         most = min(most, size * max(SPARSE_ROWS, SPARSE_PRODUCTS // width**2))
-    step = -(-size * positions // most)
-    rows = values.transpose(1, 2)
-    if step <= 1:
-        return rows.reshape(-1, channels)
-    while math.gcd(step, positions) > 1:  # else the sample would cover only some image columns
+    step = max(1, -(-size * positions // most))
+    while step > 1 and math.gcd(step, positions) > 1:  # else it would cover only some columns
         step += 1
     chosen = torch.arange(0, size * positions, step, device=values.device)
-    return rows[chosen // positions, chosen % positions]
+    places, rows = chosen // positions, values.transpose(1, 2)
+    if step == 1:
+        return rows.reshape(-1, channels), places
+    return rows[places, chosen % positions], places

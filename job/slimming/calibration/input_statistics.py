@@ -7,17 +7,17 @@ job.slimming.compensation.reconstruction.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from job.distributed.collectives import total
 from job.errors import DataError
 from job.slimming.calibration.batch import inputs_of
 from job.slimming.calibration.consumers import consumers_of, input_values, sample_rows
+from job.slimming.calibration.moments import Moments, SplitSums
 from job.slimming.graph.modes import eval_with_hooks
-from job.slimming.inputs import call_network
+from job.slimming.inputs import call_network, sample_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -28,16 +28,33 @@ if TYPE_CHECKING:
     from job.slimming.calibration.consumers import Consumer
     from job.slimming.graph.groups import ChannelGraph
 
-RIDGE = 1e-3  # added to the diagonal of covariances, as a fraction of the mean variance
-
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Mean (C,) and covariance (C, C) of ``count`` input rows, float64 on the CPU."""
+    """Moments of the inputs of one layer, of fitted and of held-out images, in one group."""
 
-    count: int
-    mean: torch.Tensor
-    covariance: torch.Tensor
+    fitted: Moments
+    held_out: Moments
+
+    @cached_property
+    def overall(self) -> Moments:
+        """Moments over all images."""
+        return self.fitted.merged(self.held_out)
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.overall.count
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean (C,), float64 on the CPU."""
+        return self.overall.mean[0]
+
+    @cached_property
+    def covariance(self) -> torch.Tensor:
+        """Covariance (C, C), float64 on the CPU."""
+        return self.overall.scatter[0] / max(1, self.count)
 
 
 @dataclass(frozen=True)
@@ -72,73 +89,34 @@ def measure_inputs(
     forward passes. Raises DataError if an input is not finite.
     """
     consumers = {consumer.layer: consumer for consumer in consumers_of(network, graph)}
-    products = torch.float32 if sparse else torch.float64
-    running = {name: _running(network, consumer, products) for name, consumer in consumers.items()}
+    dtype = torch.float32 if sparse else torch.float64
+    sums = {name: _sums(network, consumer) for name, consumer in consumers.items()}
+    earlier = size = 0  # images
 
     def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], name: str) -> None:
         consumer = consumers[name]
         values = input_values(layer, inputs[0], consumer)
-        running[name].add(sample_rows(values, len(consumer.channels), sparse=sparse))
+        rows, places = sample_rows(values, len(consumer.channels), sparse=sparse)
+        sums[name].add(rows[:, None].to(dtype), earlier + places * size // max(1, len(values)))
 
     hooks = [(network.get_submodule(name), partial(hook, name=name)) for name in consumers]
     with eval_with_hooks(network, hooks):
         for batch in batches:
+            size = sample_count(inputs_of(batch))
             call_network(network, inputs_of(batch))
-    statistics = {name: sums.result(name) for name, sums in running.items()}
+            earlier += size
+    statistics = {name: _result(name, split) for name, split in sums.items()}
     return {name: measured for name, measured in statistics.items() if measured.count}
 
 
-def _running(network: nn.Module, consumer: Consumer, products: torch.dtype) -> RunningStatistics:
+def _sums(network: nn.Module, consumer: Consumer) -> SplitSums:
     weight = next(network.get_submodule(consumer.layer).parameters())
-    size = len(consumer.channels)
-    return RunningStatistics(size, size, weight.device, products)
+    columns = len(consumer.channels)
+    return SplitSums(1, columns, columns, weight.device)
 
 
-class RunningStatistics:
-    """Mean and covariance of rows of ``size`` columns, accumulated in float64.
-
-    The covariances of the first ``leading`` columns with all columns are accumulated. Sums are
-    relative to the running mean, for accuracy. ``products`` is the dtype of the products within one
-    batch: in float32 the error of a covariance is about 1e-6 of the variances.
-    """
-
-    def __init__(
-        self,
-        leading: int,
-        size: int,
-        device: torch.device,
-        products: torch.dtype = torch.float64,
-    ) -> None:
-        self.mean = torch.zeros(size, dtype=torch.float64, device=device)
-        self.scatter = self.mean.new_zeros(leading, size)
-        self.leading, self.count, self.products = leading, 0, products
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Add ``rows`` (N, size)."""
-        rows = rows.double()
-        if not len(rows):
-            return
-        mean = rows.mean(0)
-        centred, shift = rows - mean, mean - self.mean
-        count = self.count + len(rows)
-        if self.products == torch.float64:
-            self.scatter.addmm_(centred[:, : self.leading].T, centred)
-        else:
-            narrow = centred.to(self.products)
-            self.scatter += narrow[:, : self.leading].T @ narrow
-        self.scatter.addr_(shift[: self.leading], shift, alpha=self.count * len(rows) / count)
-        self.mean.add_(shift, alpha=len(rows) / count)
-        self.count = count
-
-    def result(self, name: str) -> InputStatistics:
-        """Return the statistics over all processes (Chan et al. 1982).
-
-        Raises DataError, with the ``name`` of the layer, if they are not finite.
-        """
-        count = int(total(self.mean.new_tensor(float(self.count))))
-        mean = total(self.mean * self.count) / max(1, count)
-        shift = self.mean - mean
-        scatter = total(self.scatter.addr(shift[: self.leading], shift, alpha=self.count))
-        if not bool(scatter.isfinite().all()):
-            raise DataError(f"the inputs of {name} on the calibration images are not finite")
-        return InputStatistics(count, mean.cpu(), (scatter / max(1, count)).cpu())
+def _result(name: str, sums: SplitSums) -> InputStatistics:
+    statistics = InputStatistics(*sums.moments())
+    if not bool(statistics.overall.scatter.isfinite().all()):
+        raise DataError(f"the inputs of {name} on the calibration images are not finite")
+    return statistics

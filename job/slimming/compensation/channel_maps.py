@@ -11,67 +11,62 @@ from typing import TYPE_CHECKING
 import torch
 
 from job.slimming.calibration.consumers import input_values, sample_rows
-from job.slimming.calibration.input_statistics import RunningStatistics
+from job.slimming.compensation.normal_equations import NormalEquations
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from job.slimming.calibration.consumers import Consumer
-    from job.slimming.calibration.input_statistics import InputStatistics
-    from job.slimming.compensation.cut_pair import CutPair, Fit
+    from job.slimming.compensation.cut_pair import CutPair
+    from job.slimming.compensation.paired_passes import PairedValues
 
 
 def fit_channel_map(
-    pair: CutPair,
-    consumer: Consumer,
-    inputs: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    ridge: float,
+    pair: CutPair, consumer: Consumer, values: Iterable[PairedValues], ridge: float
 ) -> bool:
     """Fit wide inputs as M · x + b of narrow inputs x, and fold the map into a narrow consumer.
 
-    ``inputs`` are pairs of narrow and wide inputs on this process. At padded borders the fold is
-    approximate, since it adds b to the padding as well. Returns whether any process has inputs.
+    ``values`` are those of this process. The ridge, at least ``ridge``, pulls M to the plain cut,
+    which copies kept channels and sets others to zero. At padded borders the fold is approximate,
+    since it adds b to the padding as well. Returns whether any process has inputs.
     """
-    kept = int(pair.keep[consumer.channels].sum())
-    width = kept + len(consumer.channels)
+    parts = list(pair.kept_columns(consumer))
+    kept = [int(stays.sum()) for _, stays in parts]
+    device = pair.wide.get_submodule(consumer.layer).get_parameter("weight").device
+    equations = [
+        NormalEquations(1, columns, len(stays), device)
+        for columns, (_, stays) in zip(kept, parts, strict=True)
+    ]
+    for narrow, wide, images in _rows(pair, consumer, values, sum(kept)):
+        inputs = torch.split(narrow, kept, 1)
+        for sums, (part, stays), columns in zip(equations, parts, inputs, strict=True):
+            errors = wide[:, part] - columns @ _copies(stays).to(wide).T
+            sums.add(columns[:, None], errors[:, None], images)
+    fits = []
+    for sums, (_, stays) in zip(equations, parts, strict=True):
+        solution = sums.solve(consumer.layer, ridge, constant=True)
+        if solution is None:
+            return False
+        (change,), (constant,) = solution
+        fits.append((_copies(stays) + change.T, constant))
+    pair.apply_fits(consumer, fits)
+    return True
+
+
+def _rows(
+    pair: CutPair, consumer: Consumer, values: Iterable[PairedValues], kept: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield rows of narrow inputs (N, K), wide inputs (N, C), and their images (N,), float64."""
     layer = pair.wide.get_submodule(consumer.layer)
-    running = RunningStatistics(kept, width, layer.get_parameter("weight").device)
-    for narrow_and_wide in inputs:
-        rows = [sample_rows(input_values(layer, v, consumer), width) for v in narrow_and_wide]
-        running.add(torch.cat(rows, 1))
-    statistics = running.result(consumer.layer)
-    if statistics.count:
-        pair.apply_fits(consumer, _solve_fits(pair, consumer, kept, statistics, ridge))
-    return bool(statistics.count)
+    width, earlier = kept + len(consumer.channels), 0
+    for batch in values:
+        of_both = [input_values(layer, v, consumer) for v in (batch.inputs, batch.wide_inputs)]
+        (narrow, places), (wide, _) = (sample_rows(v.double(), width) for v in of_both)
+        size = sum(batch.sizes)
+        yield narrow, wide, earlier + places * size // max(1, len(of_both[0]))
+        earlier += size
 
 
-def _solve_fits(
-    pair: CutPair, consumer: Consumer, kept: int, statistics: InputStatistics, ridge: float
-) -> list[Fit]:
-    """Return M (C, K) and b (C,) for each group of a consumer."""
-    fits, start = [], 0
-    for part, stays in pair.kept_columns(consumer):
-        narrow = slice(start, start + int(stays.sum()))
-        wide = slice(kept + part.start, kept + part.stop)
-        start = narrow.stop
-        inner, cross = statistics.covariance[narrow, narrow], statistics.covariance[narrow, wide]
-        slope = ridge_slope(inner, cross, stays, ridge)
-        fits.append((slope, statistics.mean[wide] - slope @ statistics.mean[narrow]))
-    return fits
-
-
-def ridge_slope(
-    inner: torch.Tensor, cross: torch.Tensor, stays: torch.Tensor, ridge: float
-) -> torch.Tensor:
-    """Return M (C, K) that predicts C wide inputs from the K narrow ones in the mask ``stays``.
-
-    ``inner`` (K, K) and ``cross`` (K, C) are covariances, float64. The ridge is relative to the
-    mean variance and pulls M to the plain cut, which copies kept channels and sets others to zero.
-    """
-    slope = torch.eye(len(stays)).double()[:, stays]
-    scale = inner.diagonal().mean()
-    if scale > 0:
-        missed = cross - inner @ slope.T
-        damped = inner + ridge * scale * torch.eye(len(inner)).double()
-        slope = slope + torch.linalg.solve(damped, missed).T
-    return slope
+def _copies(stays: torch.Tensor) -> torch.Tensor:
+    """Return the matrix (C, K) that copies K inputs to the C channels of the mask ``stays``."""
+    return torch.eye(len(stays), dtype=torch.float64)[:, stays]

@@ -52,17 +52,20 @@ def fit_kernel(
     """Fit the narrow layer ``name`` to the wide outputs in ``values`` of this process.
 
     ``available`` is the number of rows, i.e. output positions, of all processes, of which an even
-    sample is used. The ridge pulls the kernel to that of the plain cut. Returns whether any process
-    has rows.
+    sample is used. The ridge, at least ``ridge``, pulls the kernel to that of the plain cut.
+    Returns whether any process has rows.
     """
     layer: Any = pair.narrow.get_submodule(name)
     weight, groups = layer.weight, int(getattr(layer, "groups", 1))
     columns, outputs = weight[0].numel(), len(weight) // groups
     equations = NormalEquations(groups, columns, outputs, weight.device)
     step = -(-available // _enough_rows(groups, columns, outputs))
+    earlier = 0  # images of earlier batches
     for batch in values:
-        for patches, errors in _rows(pair, name, batch, step):
-            equations.add(patches.reshape(-1, groups, columns), errors.reshape(-1, groups, outputs))
+        for patches, errors, images in _rows(pair, name, batch, step):
+            grouped = patches.reshape(-1, groups, columns), errors.reshape(-1, groups, outputs)
+            equations.add(*grouped, images + earlier)
+        earlier += sum(batch.sizes)
     solution = equations.solve(name, ridge, constant=pair.holds_constant(name))
     if solution is None:
         return False
@@ -82,8 +85,11 @@ def _enough_rows(groups: int, columns: int, outputs: int) -> int:
 
 def _rows(
     pair: CutPair, name: str, batch: PairedValues, step: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield patches (N, C, K) of narrow inputs and errors (N, O) of the outputs, in blocks."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield patches (N, C, K) of narrow inputs, errors (N, O) of the outputs, and images (N,).
+
+    They come in blocks. Images are indices into the batch.
+    """
     layer: Any = pair.narrow.get_submodule(name)
     kept_rows = pair.kept_rows(name).to(batch.outputs.device)
     padded = pad_inputs(layer, batch.inputs)
@@ -106,7 +112,7 @@ def _rows(
             kernels = weight.to(patches.dtype).view(groups, -1, weight.shape[1])
             outputs = (grouped @ kernels.transpose(1, 2)).transpose(0, 1).flatten(1)
             errors = wanted - (outputs if layer.bias is None else outputs + layer.bias)
-        yield patches, errors
+        yield patches, errors, part * sum(batch.sizes) // rows
 
 
 def _at_least_float32(values: torch.Tensor) -> torch.Tensor:

@@ -1,74 +1,107 @@
-"""Normal equations: ridge regression from sums over rows, over all processes."""
+"""Ridge regression from moments of rows: slopes and constants that predict the last columns.
+
+The ridge is chosen by held-out images: it is the one with the smallest error on them. Few images
+with many columns need a large one.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from job.distributed.collectives import total
 from job.errors import DataError
+from job.slimming.calibration.moments import Moments, SplitSums, products
+
+RIDGE = 1e-3  # the smallest, as a fraction of the mean variance of the columns
+RIDGE_STEP, MAX_RIDGE_STEPS = 10.0, 4  # tried are the smallest ridge and larger ones
+
+Solution = tuple[torch.Tensor, torch.Tensor]  # slopes (G, columns, outputs), constants (G, outputs)
 
 
 class NormalEquations:
     """Sums for the regression of ``outputs`` errors on ``columns`` values, in each of ``groups``.
 
-    Products are computed in the precision of the rows, at least float32, and accumulated in
-    float64: the relative error of sums of float32 rows is about 1e-6. Rows are shifted by the mean
-    of the first batch.
+    The relative error of sums of float32 rows is about 1e-6; see
+    job.slimming.calibration.moments.SplitSums.
     """
 
     def __init__(self, groups: int, columns: int, outputs: int, device: torch.device) -> None:
-        zeros = torch.zeros(groups, columns, columns + outputs, dtype=torch.float64, device=device)
-        self.products, self.columns, self.count = zeros, columns, 0
-        self.sums, self.shift = zeros.new_zeros(2, groups, columns + outputs)
+        self.sums = SplitSums(groups, columns, columns + outputs, device)
 
-    def add(self, values: torch.Tensor, errors: torch.Tensor) -> None:
-        """Add rows: ``values`` (N, G, columns) and ``errors`` (N, G, outputs)."""
-        rows = torch.cat([values, errors.to(values.dtype)], 2)
-        if not len(rows):
-            return
-        if not self.count:
-            self.shift = rows.mean(0, dtype=torch.float64)
-        rows = (rows - self.shift.to(rows.dtype)).transpose(0, 1)
-        self.products += rows[:, :, : self.columns].transpose(1, 2) @ rows
-        self.sums += rows.sum(1, dtype=torch.float64)
-        self.count += len(values)
+    def add(self, values: torch.Tensor, errors: torch.Tensor, images: torch.Tensor) -> None:
+        """Add rows: ``values`` (N, G, columns) and ``errors`` (N, G, outputs).
 
-    def solve(
-        self, name: str, ridge: float, *, constant: bool
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        ``images`` (N,) contains the index of each row's image among those of this process.
+        """
+        self.sums.add(torch.cat([values, errors.to(values.dtype)], 2), images)
+
+    def solve(self, name: str, ridge: float, *, constant: bool) -> Solution | None:
         """Return the slopes (G, columns, outputs) and constants (G, outputs); None without rows.
 
-        They are float64 on the CPU. The ``ridge`` is relative to the mean variance of the columns.
-        Without ``constant`` the constants are zero. Raises DataError, with the ``name`` of the
-        layer, if the sums are not finite.
+        They are float64 on the CPU. The ``ridge``, the smallest that is tried, is relative to the
+        mean variance of the columns. Without ``constant`` the constants are zero. Raises DataError,
+        with the ``name`` of the layer, if the sums are not finite.
         """
-        count, mean, products = self._combined()
-        if not count:
+        fitted, held_out = self.sums.moments()
+        moments = fitted.merged(held_out)
+        if not moments.count:
             return None
-        if not bool(products.isfinite().all()):
+        if not bool(moments.scatter.isfinite().all()):
             raise DataError(f"the inputs of {name} on the calibration images are not finite")
-        inputs, errors = mean[:, : self.columns], mean[:, self.columns :]
-        if not constant:
-            products = products + inputs[:, :, None] * mean[:, None]
-        gram, cross = products[:, :, : self.columns], products[:, :, self.columns :]
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1)
-        # constant columns have slope zero
-        damping = torch.where(scale > 0, ridge * scale, 1)[:, None]
-        slopes = _solve(gram + torch.diag_embed(damping.expand(-1, self.columns)), cross)
-        if not constant:
-            return slopes, torch.zeros_like(errors)
-        return slopes, errors - torch.einsum("gc,gco->go", inputs, slopes)
+        ridge, _ = fit_held_out(fitted, held_out, ridge, constant=constant)
+        return regression(moments, ridge, constant=constant)
 
-    def _combined(self) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Return the number of rows, their mean, and their covariances, over all processes."""
-        mean = self.shift + self.sums / max(1, self.count)
-        local = self.sums[:, : self.columns, None] * self.sums[:, None] / max(1, self.count)
-        count = int(total(mean.new_tensor(float(self.count))))
-        overall = total(mean * self.count) / max(1, count)
-        offset = mean - overall
-        of_means = self.count * offset[:, : self.columns, None] * offset[:, None]
-        products = total(self.products - local + of_means) / max(1, count)
-        return count, overall.cpu(), products.cpu()
+
+def fit_held_out(
+    fitted: Moments, held_out: Moments, ridge: float, *, constant: bool = True
+) -> tuple[float, Solution]:
+    """Return the best ridge by the error on held-out rows, and the regression of the fitted rows.
+
+    It is the first ridge, rising from ``ridge``, after which the error rises; ``ridge`` itself
+    without held-out rows.
+    """
+    best = ridge, regression(fitted, ridge, constant=constant)
+    if not held_out.count:
+        return best
+    least = _squared_error(held_out, best[1])
+    for step in range(1, MAX_RIDGE_STEPS):
+        larger = ridge * RIDGE_STEP**step
+        solution = regression(fitted, larger, constant=constant)
+        error = _squared_error(held_out, solution)
+        if not error < least:
+            break
+        best, least = (larger, solution), error
+    return best
+
+
+def regression(moments: Moments, ridge: float, *, constant: bool) -> Solution:
+    """Return the slopes (G, columns, outputs) and constants (G, outputs) of a ridge regression.
+
+    The last columns of the moments are the outputs.
+    """
+    columns = moments.scatter.shape[1]
+    covariance = moments.scatter / max(1, moments.count)
+    if not constant:
+        covariance = covariance + products(moments.mean, columns)
+    gram, cross = covariance[:, :, :columns], covariance[:, :, columns:]
+    scale = gram.diagonal(dim1=1, dim2=2).mean(1)
+    # constant columns have slope zero
+    damping = torch.where(scale > 0, ridge * scale, 1)[:, None]
+    slopes = _solve(gram + torch.diag_embed(damping.expand(-1, columns)), cross)
+    inputs, outputs = moments.mean[:, :columns], moments.mean[:, columns:]
+    if not constant:
+        return slopes, torch.zeros_like(outputs)
+    return slopes, outputs - torch.einsum("gc,gco->go", inputs, slopes)
+
+
+def _squared_error(moments: Moments, solution: Solution) -> float:
+    """Return the sum of squared errors of a regression, less that of predicting the means."""
+    slopes, constants = solution
+    columns = moments.scatter.shape[1]
+    gram, cross = moments.scatter[:, :, :columns], moments.scatter[:, :, columns:]
+    inputs, outputs = moments.mean[:, :columns], moments.mean[:, columns:]
+    bias = outputs - torch.einsum("gc,gco->go", inputs, slopes) - constants
+    around_means = slopes * (gram @ slopes - 2 * cross)
+    return float(around_means.sum() + moments.count * bias.square().sum())
 
 
 def _solve(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:

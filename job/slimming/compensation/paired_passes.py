@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from job.slimming.calibration.batch import inputs_of
+from job.slimming.calibration.batch import JoinedBatch, inputs_of, join_batches
 from job.slimming.calibration.paused_forward import ForwardPass, Summands, forward_passes
 from job.slimming.graph.modes import eval_with_hooks
 from job.slimming.graph.snapshot import Snapshot, preserve_state
 from job.slimming.inputs import (
-    batch_signature,
     call_network,
-    concatenate,
     sample_count,
     tensors_in,
 )
@@ -56,14 +54,6 @@ class PairedValues:
     narrow: ForwardPass | None = None
 
 
-@dataclass(frozen=True)
-class JoinedBatch:
-    """Concatenated batches of ``sizes`` samples."""
-
-    inputs: Example
-    sizes: tuple[int, ...]
-
-
 class PairedPasses:
     """Pairs of passes over the images of this process, which pause at each of ``layers``.
 
@@ -89,11 +79,11 @@ class PairedPasses:
         first = max(1, MAX_PAUSED_BYTES // max(1, 2 * largest[0]))  # samples
         inputs, self.unpaused = map(inputs_of, batches), Snapshot(pair.wide).has_locks
         if facts.keeps_activations:  # a paused pass could use activations of another one
-            joined = list(_joined(_first_samples(inputs, first), first * PARTS))
+            joined = list(join_batches(_first_samples(inputs, first), first * PARTS))
             self.unpaused = self.unpaused or len(joined) > 1
             largest, self.batches = [0] * len(layers), _Batches(iter(joined))
         else:
-            self.batches = _Batches(_joined(inputs, first // PARTS))
+            self.batches = _Batches(join_batches(inputs, first // PARTS))
         self.largest = dict(zip(layers, largest, strict=True))
         self.joined: list[JoinedBatch] = []
         self.passes: list[tuple[ForwardPass, ForwardPass]] = []
@@ -216,20 +206,3 @@ def _first_samples(batches: Iterable[Example], most: int) -> Iterator[Example]:
         most -= sample_count(batch)
         if most <= 0:
             return
-
-
-def _joined(batches: Iterable[Example], size: int) -> Iterator[JoinedBatch]:
-    """Yield batches of the same shape joined to at most ``size`` samples."""
-    for _, alike in itertools.groupby(batches, key=batch_signature):
-        part: list[Example] = []
-        for batch in alike:
-            if part and sum(map(sample_count, part)) + sample_count(batch) > size:
-                yield _join(part)
-                part = []
-            part.append(batch)
-        if part:
-            yield _join(part)
-
-
-def _join(batches: Sequence[Example]) -> JoinedBatch:
-    return JoinedBatch(concatenate(batches), tuple(map(sample_count, batches)))

@@ -18,12 +18,12 @@ from torch import nn
 
 from job.distributed.collectives import total
 from job.errors import UsageError
-from job.slimming.calibration.input_statistics import RIDGE
 from job.slimming.calibration.patches import row_count
 from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.channel_maps import fit_channel_map
 from job.slimming.compensation.constant_fit import fit_constant
 from job.slimming.compensation.kernel_fit import can_fit_kernel, fit_kernel
+from job.slimming.compensation.normal_equations import RIDGE
 from job.slimming.compensation.paired_passes import PairedPasses
 from job.slimming.graph.layers import SUMMING, modules_of
 from job.slimming.graph.removed_layers import ConstantOutput, NoOutput
@@ -109,5 +109,4 @@ def _fit_layer(pair: CutPair, name: str, values: Sequence[PairedValues], ridge: 
     if can_fit_kernel(layer, available):
         return fit_kernel(pair, name, values, available, ridge)
     consumer = next((c for c in pair.consumers() if c.layer == name), None)
-    inputs = [(batch.inputs, batch.wide_inputs) for batch in values]
-    return consumer is not None and fit_channel_map(pair, consumer, inputs, ridge)
+    return consumer is not None and fit_channel_map(pair, consumer, values, ridge)

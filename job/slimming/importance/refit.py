@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from job.slimming.calibration.consumers import consumers_of
-from job.slimming.calibration.input_statistics import RIDGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from job.slimming.importance.scores import Scores
 
 Matrix = np.ndarray[Any, np.dtype[Any]]  # float64
+RIDGE = 1e-3  # added to the diagonal of covariances, as a fraction of the mean variance
 STEPS = 256  # for one group; a larger group loses several channels in each step
 REMOVED = -1  # index of a removed channel
 COMPACT = 0.75  # fraction of remaining columns at which the matrices of a part are reduced

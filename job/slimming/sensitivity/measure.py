@@ -17,13 +17,13 @@ from torch import nn
 
 from job.distributed.collectives import total
 from job.processes import rank, world_size
-from job.slimming.calibration.batch import inputs_of
+from job.slimming.calibration.batch import inputs_of, join_batches
 from job.slimming.calibration.consumers import consumers_of
-from job.slimming.calibration.input_statistics import RIDGE
+from job.slimming.calibration.moments import Moments, is_held_out, overall_index
 from job.slimming.calibration.progress import no_progress
-from job.slimming.compensation.channel_maps import ridge_slope
 from job.slimming.compensation.constants import layers_without_constant
 from job.slimming.compensation.cut_pair import CutPair
+from job.slimming.compensation.normal_equations import RIDGE, fit_held_out
 from job.slimming.graph.modes import eval_with_hooks
 from job.slimming.graph.selection import unwrap_selection
 from job.slimming.inputs import map_batched, sample_count
@@ -86,13 +86,13 @@ def measure_curves(
     if not evaluations:
         return {}
     count = round(PASSES * calibration.count / (evaluations * 0.5))
-    count = min(max(count, MIN_MEASURED), MAX_MEASURED, calibration.count)
+    images = _measured_images(min(max(count, MIN_MEASURED), MAX_MEASURED), calibration.count)
     points = [
         _points(len(r.units), (*FRACTIONS, *more, *([0.0] if r.group.name in removable else [])))
         for r in chosen
     ]
     trial = _TrialNetwork(network, graph, example, calibration.statistics)
-    batches = list(_first_images(calibration.images(), count))
+    batches = list(_measured_batches(calibration.images(), images))
     losses = iter(trial.losses(chosen, points, batches, consumers, progress).tolist())
     kind = "kl" if trial.logits else "squared_error"
     curves = {}
@@ -102,8 +102,9 @@ def measure_curves(
         curve = fit_curve(through, [loss_at[n] for n in through], len(r.units), local)
         if r.group.name in removable:
             curve = curve.with_removal(loss_at[0])
+        numbers, measured = tuple(loss_at), tuple(loss_at.values())
         curves[r.group.name] = replace(
-            curve, counts=tuple(loss_at), losses=tuple(loss_at.values()), images=count, kind=kind
+            curve, counts=numbers, losses=measured, images=len(images), kind=kind
         )
     return curves
 
@@ -139,23 +140,33 @@ def units_at(units: int, fraction: float) -> int:
     return min(int(fraction * units), units - 1)
 
 
-def _first_images(batches: Iterable[CalibrationBatch], count: int) -> Iterator[Example]:
-    """Yield the inputs of this process among the first ``count`` samples over all processes.
+def _measured_images(count: int, overall: int) -> torch.Tensor:
+    """Return the indices, rising, of up to ``count`` of the ``overall`` images.
 
-    Images are distributed over the processes in turn. All processes read the same number of
-    batches.
+    They are held out of the fits, unless so few images have no held-out one among them.
     """
-    most = -(-count // world_size())
-    extra = most - (count // world_size() + (rank() < count % world_size()))
+    images = torch.arange(overall)
+    held_out = images[is_held_out(images)]
+    return (held_out if len(held_out) else images)[:count]
+
+
+def _measured_batches(
+    batches: Iterable[CalibrationBatch], images: torch.Tensor
+) -> Iterator[Example]:
+    """Yield the inputs of this process among ``images``, indices over all processes."""
+    seen = size = 0
+    parts: list[Example] = []
     for batch in batches:
         inputs = inputs_of(batch)
-        size = sample_count(inputs)
-        wanted = min(size, most - (extra if most <= size else 0))
-        if wanted:
-            yield inputs if wanted == size else map_batched(inputs, lambda t: t[:wanted])  # noqa: B023
-        most -= size
-        if most <= 0:
-            return
+        indices = overall_index(torch.arange(seen, seen + sample_count(inputs)))
+        wanted = torch.isin(indices, images)
+        if wanted.any():
+            parts.append(map_batched(inputs, lambda t: t[wanted]))  # noqa: B023
+        seen, size = seen + len(indices), max(size, len(indices))
+        if overall_index(torch.tensor(seen)) > images[-1]:
+            break
+    for joined in join_batches(parts, size):
+        yield joined.inputs
 
 
 class _TrialNetwork:
@@ -259,11 +270,16 @@ class _TrialNetwork:
         """Yield, for each group, the fit of all inputs by the kept ones: (C, C) and (C,)."""
         measured = self.statistics[consumer.layer]
         for part, stays in replace(self.pair, keep=keep).kept_columns(consumer):
-            mean, covariance = measured.mean[part], measured.covariance[part, part]
-            slope = torch.zeros_like(covariance)
-            inner = covariance[stays][:, stays]
-            slope[:, stays] = ridge_slope(inner, covariance[stays], stays, RIDGE)
-            yield slope, mean - slope @ mean
+            missing = (~stays).nonzero()[:, 0]
+            fitted, held_out = (
+                _of_missing(moments, part, stays)
+                for moments in (measured.fitted, measured.held_out)
+            )
+            _, (change, constant) = fit_held_out(fitted, held_out, RIDGE)
+            slope, constants = torch.diag(stays.double()), torch.zeros(len(stays)).double()
+            slope[:, stays] = slope[:, stays].index_copy(0, missing, change[0].T)
+            constants[missing] = constant[0]
+            yield slope, constants
 
     def _tensors(self, name: str) -> Iterator[torch.Tensor]:
         """Yield the tensors that a fit of the layer ``name`` may change."""
@@ -275,3 +291,10 @@ class _TrialNetwork:
             module = unwrap_selection(self.network.get_submodule(norm))
             if module.running_mean is not None:
                 yield module.get_buffer("running_mean")
+
+
+def _of_missing(moments: Moments, part: slice, stays: torch.Tensor) -> Moments:
+    """Return the moments that predict the missing inputs among ``part`` by those that stay."""
+    mean, scatter = moments.mean[:, part], moments.scatter[:, part, part]
+    order = torch.cat([stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]])
+    return Moments(moments.count, mean[:, order], scatter[:, stays][:, :, order])

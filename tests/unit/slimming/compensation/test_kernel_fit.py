@@ -65,7 +65,7 @@ def test_float32_sums_give_the_float64_solution(constant: bool) -> None:
     errors = torch.randn(5000, 2, 3, generator=GENERATOR) + values[:, :, :3] ** 2
     equations = NormalEquations(2, 12, 3, values.device)
     for part in (slice(0, 7), slice(7, 7), slice(7, 5000)):
-        equations.add(values[part], errors[part])
+        equations.add(values[part], errors[part], torch.arange(5000)[part] // 10)
     solution = equations.solve("layer", 1e-3, constant=constant)
     assert solution is not None
     for group, (slopes, constants) in enumerate(zip(*solution, strict=True)):
@@ -82,7 +82,8 @@ def test_float32_sums_give_the_float64_solution(constant: bool) -> None:
 
 def test_columns_that_are_constant_get_no_slope() -> None:
     equations = NormalEquations(1, 2, 1, torch.device("cpu"))
-    equations.add(torch.ones(9, 1, 2), torch.randn(9, 1, 1, generator=GENERATOR) + 4)
+    errors = torch.randn(9, 1, 1, generator=GENERATOR) + 4
+    equations.add(torch.ones(9, 1, 2), errors, torch.arange(9))
     solution = equations.solve("layer", 1e-3, constant=True)
     assert solution is not None
     assert not solution[0].any()

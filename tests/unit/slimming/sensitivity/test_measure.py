@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import job
 from job.slimming.analysis import analyse
 from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
+from job.slimming.calibration.moments import is_held_out
 from job.slimming.importance.criteria import score_channels
 from job.slimming.inputs import call_network
 from job.slimming.planning.loss_curves import fit_curve
@@ -89,17 +90,17 @@ def test_a_point_is_the_loss_of_a_network_with_that_group_cut_alone(make: type[n
     curves = measure_curves(wide, graph, groups, calibration, IMAGES[:1], accumulated=True)
     assert all(torch.equal(before[key], value) for key, value in wide.state_dict().items())
     assert set(curves) == {r.group.name for r in groups}
+    held_out = IMAGES[is_held_out(torch.arange(len(IMAGES)))]
     for ranked in groups:
         curve = curves[ranked.group.name]
+        assert curve.images == len(held_out)
         for count, loss in zip(curve.counts, curve.losses, strict=True):
             if not count:
                 continue
             assert curve.by_count[count] >= 0
             narrow = cut_alone(wide, graph, ranked, count, calibration)
             with torch.no_grad():
-                terms = sum(
-                    loss_terms(tensors(wide(batch)), narrow(batch)) for batch in IMAGES.split(10)
-                )
+                terms = loss_terms(tensors(wide(held_out)), narrow(held_out))
             assert loss == pytest.approx(float(mean_loss(terms)), rel=1e-3, abs=1e-7)
         assert (np.diff(curve.by_count) <= 0).all()
         assert curve.by_count[-1] == 0
@@ -119,14 +120,8 @@ def cut_alone(
     for slot in graph.slots:
         if slot.side != "in" or keep[slot.ids].all():
             continue
-        measured = calibration.statistics[slot.layer]
         stays = torch.from_numpy(keep[slot.ids])
-        inner = measured.covariance[stays][:, stays]
-        damped = inner + 1e-3 * inner.diagonal().mean() * torch.eye(len(inner)).double()
-        plain = torch.eye(len(stays)).double()[:, stays]
-        # ridge towards the plain cut: least squares of what it misses
-        slope = plain + torch.linalg.solve(damped, measured.covariance[stays] - inner @ plain.T).T
-        constant = measured.mean - slope @ measured.mean[stays]
+        slope, constant = best_slope(calibration.statistics[slot.layer], stays)
         hooks[slot.layer] = slope.float(), constant.float(), stays
     narrow = copy.deepcopy(wide)
     for name, (slope, constant, stays) in hooks.items():
@@ -143,6 +138,29 @@ def cut_alone(
 
         layer.register_forward_hook(hook)
     return narrow.eval()
+
+
+def best_slope(measured: Any, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit inputs by those that stay; the ridge is chosen on the held-out images."""
+    moments, errors, fits = measured.fitted, [], []
+    plain = torch.eye(len(stays)).double()[:, stays]
+    for ridge in (1e-3, 1e-2, 1e-1, 1.0):
+        covariance = moments.scatter[0] / moments.count
+        inner = covariance[stays][:, stays]
+        damped = inner + ridge * inner.diagonal().mean() * torch.eye(len(inner)).double()
+        # ridge towards the plain cut: least squares of what it misses
+        slope = plain + torch.linalg.solve(damped, covariance[stays] - inner @ plain.T).T
+        constant = moments.mean[0] - slope @ moments.mean[0][stays]
+        fits.append((slope, constant))
+        missed = torch.eye(len(stays)).double() - torch.zeros_like(covariance).index_copy(
+            1, stays.nonzero()[:, 0], slope
+        )
+        scatter, mean = measured.held_out.scatter[0], measured.held_out.mean[0]
+        bias = missed @ mean - constant
+        errors.append((missed @ scatter @ missed.T).trace() + measured.held_out.count * bias @ bias)
+        if len(errors) > 1 and errors[-1] >= errors[-2]:
+            return fits[-2]
+    return fits[-1]
 
 
 @pytest.mark.parametrize("make", [Residual, InPlace, OwnForward])

@@ -1,0 +1,109 @@
+"""Moments of rows over all processes, in two parts: of most images and of held-out ones.
+
+Least squares needs no more than moments. What is fitted to some images is judged by others: a layer
+with many inputs can be fitted to few images without an error, and be useless for any other image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from job.distributed.collectives import total
+from job.processes import rank, world_size
+
+GOLDEN_RATIO = 2654435769  # its inverse, times 2**32: multiples of it are evenly spread
+
+
+def is_held_out(images: torch.Tensor) -> torch.Tensor:
+    """Return the mask (N,) of the held-out images, a fourth, by the indices ``images`` (N,).
+
+    Of the images of each process the same fraction is held out, whatever their number.
+    """
+    return images * GOLDEN_RATIO % 2**32 >= 3 * 2**30
+
+
+def overall_index(images: torch.Tensor) -> torch.Tensor:
+    """Return the indices over all processes of the images with these indices on this process.
+
+    Images are distributed over the processes in turn.
+    """
+    return images * world_size() + rank()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (G, N) and scatter (G, columns, N) of ``count`` rows, in each of G groups.
+
+    The scatter contains sums of products of deviations from the mean, of the first columns with
+    all, float64.
+    """
+
+    count: int
+    mean: torch.Tensor
+    scatter: torch.Tensor
+
+    def merged(self, other: Moments) -> Moments:
+        """Return the moments of the rows of both (Chan et al. 1982)."""
+        count = self.count + other.count
+        shift, share = other.mean - self.mean, other.count / max(1, count)
+        offset = self.count * share * products(shift, self.scatter.shape[1])
+        return Moments(count, self.mean + share * shift, self.scatter + other.scatter + offset)
+
+
+class SplitSums:
+    """Sums over the rows of this process, for the moments of fitted and of held-out images.
+
+    Products are computed in the dtype of the rows and accumulated in float64: the relative error
+    of sums of float32 rows is about 1e-6.
+    """
+
+    def __init__(self, groups: int, columns: int, size: int, device: torch.device) -> None:
+        self.parts = [_Sums(groups, columns, size, device) for _ in range(2)]
+
+    def add(self, rows: torch.Tensor, images: torch.Tensor) -> None:
+        """Add ``rows`` (N, G, size) of the images (N,), by their index on this process."""
+        held_out = is_held_out(overall_index(images))
+        for sums, chosen in zip(self.parts, (~held_out, held_out), strict=True):
+            sums.add(rows[chosen])
+
+    def moments(self) -> tuple[Moments, Moments]:
+        """Return the moments over all processes, on the CPU."""
+        fitted, held_out = (sums.moments() for sums in self.parts)
+        return fitted, held_out
+
+
+class _Sums:
+    """Sums over rows, shifted by the mean of the first ones."""
+
+    def __init__(self, groups: int, columns: int, size: int, device: torch.device) -> None:
+        zeros = torch.zeros(groups, columns, size, dtype=torch.float64, device=device)
+        self.products, self.columns, self.count = zeros, columns, 0
+        self.sums, self.shift = zeros.new_zeros(2, groups, size)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add ``rows`` (N, G, size)."""
+        if not len(rows):
+            return
+        if not self.count:
+            self.shift = rows.mean(0, dtype=torch.float64)
+        rows = (rows - self.shift.to(rows.dtype)).transpose(0, 1)
+        self.products += rows[:, :, : self.columns].transpose(1, 2) @ rows
+        self.sums += rows.sum(1, dtype=torch.float64)
+        self.count += rows.shape[1]
+
+    def moments(self) -> Moments:
+        """Return the moments of the rows of all processes."""
+        mean = self.shift + self.sums / max(1, self.count)
+        local = self.sums[:, : self.columns, None] * self.sums[:, None] / max(1, self.count)
+        count = int(total(mean.new_tensor(float(self.count))))
+        overall = total(mean * self.count) / max(1, count)
+        of_means = self.count * products(mean - overall, self.columns)
+        scatter = total(self.products - local + of_means)
+        return Moments(count, overall.cpu(), scatter.cpu())
+
+
+def products(vectors: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return the products (G, columns, N) of the first columns of ``vectors`` (G, N) with all."""
+    return vectors[:, :columns, None] * vectors[:, None]
