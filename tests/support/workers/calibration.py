@@ -1,4 +1,4 @@
-"""Run by torchrun in test_refit: three processes, one of them without a batch."""
+"""Run by torchrun: three processes, one of them without a batch where there are two images."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ torch.manual_seed(0)
 network = StudentNet(base=4, num_classes=3).double().eval()
 images = torch.rand(12, 3, 32, 32, dtype=torch.float64)
 labels = torch.arange(12) % 3
-parts = [slice(0, 5), slice(5, 12), slice(0, 0)]
-mine = [(images[part], labels[part]) for part in parts[rank() : rank() + 1] if rank() < 2]
-both = [(images[part], labels[part]) for part in parts[:2]]
+turns = [(images[part::3], labels[part::3]) for part in range(3)]
+mine = turns[rank() : rank() + 1]
+both = [(images[part], labels[part]) for part in (slice(0, 5), slice(5, 12))]
+few = [(images[:2], labels[:2])]
+mine_of_few = [(images[rank() : rank() + 1], labels[rank() : rank() + 1])] if rank() < 2 else []
 recalibrate_batchnorms(network, both)  # else the outputs hardly depend on the images
 graph = analyse(network, images)
-together = measure_inputs(network, graph, mine)
+together, of_few = (measure_inputs(network, graph, batches) for batches in (mine, mine_of_few))
 taylor = taylor_importance(network, graph, mine)
 keep = keep_all(graph)
 keep[graph.groups[-1].channels[::2]] = False
@@ -47,31 +49,34 @@ recalibrate_batchnorms(tuned, mine)
 groups = rank_groups(graph, refit_importance(network, graph, together))
 sources = network, graph, groups
 curves = measure_curves(*sources, CalibrationData(lambda: mine, together, 12), images)
+of_two = measure_curves(*sources, CalibrationData(lambda: mine_of_few, of_few, 2), images)
 dist.barrier()
 dist.destroy_process_group()
-single = measure_inputs(network, graph, both)
-assert single.keys() == together.keys()
-for name, measured in single.items():
-    assert measured.count == together[name].count
-    torch.testing.assert_close(measured.mean, together[name].mean)
-    torch.testing.assert_close(measured.covariance, together[name].covariance)
-expected = torch.from_numpy(taylor_importance(network, graph, both))
+single, alone_of_few = (measure_inputs(network, graph, batches) for batches in (both, few))
+for of_one, of_three in ((single, together), (alone_of_few, of_few)):
+    assert of_one.keys() == of_three.keys()
+    for name, measured in of_one.items():
+        assert measured.held_out.count == of_three[name].held_out.count
+        assert (measured.held_out.count > 0) == (of_one is single)
+        for part in ("count", "mean", "covariance"):
+            torch.testing.assert_close(getattr(measured, part), getattr(of_three[name], part))
+expected = torch.from_numpy(taylor_importance(network, graph, turns))
 torch.testing.assert_close(torch.from_numpy(taylor), expected, equal_nan=True)
-# each process takes a third of the images, or as many as it has
-used = [(images[0:4], None), (images[5:9], None)]
-alone = measure_curves(*sources, CalibrationData(lambda: used, single, 8), images)
-assert curves.keys() == alone.keys() == {group.name for group in graph.groups}
-for name, curve in curves.items():
-    assert curve.counts == alone[name].counts
-    torch.testing.assert_close(
-        torch.tensor(curve.losses), torch.tensor(alone[name].losses), rtol=1e-6, atol=1e-12
-    )
+alone = measure_curves(*sources, CalibrationData(lambda: both, single, 12), images)
+alone_of_two = measure_curves(*sources, CalibrationData(lambda: few, alone_of_few, 2), images)
+for of_three, of_one, count in ((curves, alone, 3), (of_two, alone_of_two, 2)):
+    assert of_three.keys() == of_one.keys() == {group.name for group in graph.groups}
+    for name, curve in of_three.items():
+        assert (curve.counts, curve.images) == (of_one[name].counts, count)
+        torch.testing.assert_close(
+            torch.tensor(curve.losses), torch.tensor(of_one[name].losses), rtol=1e-6, atol=1e-12
+        )
 highest = max(max(curve.losses) for curve in curves.values())
 assert highest > 1e-4, highest
 other, again = apply_plan(network, layers), copy.deepcopy(narrow)
 pair = CutPair(network, other, graph, keep, layers, images)
 compensate_cut("regress", pair, CalibrationData(lambda: both, single))
-recalibrate_batchnorms(again, both)
+recalibrate_batchnorms(again, turns)
 for ours, theirs in ((narrow, other), (tuned, again)):
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, theirs.state_dict()[name], msg=name)
