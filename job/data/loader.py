@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
+import os
 import signal
 import sys
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +19,7 @@ from job.data.device_batches import move_batches
 from job.data.splits import ArraySplit
 from job.distributed.cores import available_cores
 from job.distributed.signals import end_with_parent, ignore_requests
+from job.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 MAX_WORKERS = 8  # loader processes of a rank, unless --workers asks for more
+SOCKET_PATH = 107  # bytes, on Linux
+SOCKET_NAME = len("/pymp-abcdefgh/listener-abcdefgh")
+SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
 _reported: set[str] = set()  # reasons that this process has reported
 
 
@@ -97,9 +104,31 @@ def _worker_server() -> Any:
     ignored = "ignore:resource_tracker"  # it warns about the semaphores of killed jobs
     if ignored not in sys.warnoptions:
         sys.warnoptions.append(ignored)
+    _shorten_socket_paths()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["job.data.worker"])
     return context
+
+
+def _shorten_socket_paths() -> None:
+    """Keep multiprocessing's sockets in a short folder if TMPDIR is long; raises ConfigError.
+
+    The path of a socket has 107 bytes at most, of which multiprocessing takes SOCKET_NAME.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) + SOCKET_NAME <= SOCKET_PATH:
+        return
+    short = next((name for name in SHORT_FOLDERS if os.access(name, os.W_OK | os.X_OK)), None)
+    if short is None:
+        raise ConfigError(
+            f"TMPDIR has {len(os.fsencode(folder))} characters, and sockets of loader processes "
+            f"there take {SOCKET_PATH - SOCKET_NAME} at most: set a shorter TMPDIR, or --workers 0"
+        )
+    tempfile.tempdir = short
+    try:
+        multiprocessing.util.get_temp_dir()  # made once, and passed on to the loader processes
+    finally:
+        tempfile.tempdir = folder
 
 
 def _as_is(batch: Any) -> Any:

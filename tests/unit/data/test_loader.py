@@ -1,0 +1,58 @@
+"""Loader processes where TMPDIR is longer than a socket's path may be."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from job.data import loader
+from job.data.loader import SHORT_FOLDERS
+from job.errors import ConfigError
+from support.commands import ROOT, run
+from support.datasets import write_flat
+
+LOAD = """
+import sys
+from job.data.batches import PlainImages
+from job.data.layout import open_data
+from job.data.loader import build_loader, iterate_batches
+from job.data.preprocessing import Preprocessing
+from job.data.samplers import RankShare
+from job.distributed.collectives import leave
+if __name__ == "__main__":
+    images = PlainImages(open_data(sys.argv[1]).splits["training"], Preprocessing.of("small", 32))
+    batches = build_loader(images, RankShare(12, 4, 0, 1), workers=2, pin=False)
+    print(sum(len(labels) for _, labels in iterate_batches(batches)), flush=True)
+    leave()  # as the job does: its loader processes ignore signals
+"""
+
+
+def left_folders() -> set[Path]:
+    return {path for folder in SHORT_FOLDERS for path in Path(folder).glob("pymp-*")}
+
+
+def test_images_load_below_a_long_tmpdir(tmp_path: Path) -> None:
+    data, script = write_flat(tmp_path / "data", {"training": 4}), tmp_path / "load.py"
+    script.write_text(LOAD)
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    before = left_folders()
+    env = {"TMPDIR": str(long), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = run(sys.executable, script, data, env=env, fork=False)
+    assert (done.code, done.out.strip()) == (0, "12"), done
+    assert left_folders() <= before
+
+
+def test_without_a_short_folder_the_error_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "SHORT_FOLDERS", (str(tmp_path / "none"),))
+    loader._shorten_socket_paths()  # this TMPDIR is short
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 99)
+    with pytest.raises(ConfigError, match=r"TMPDIR has 100 characters.* take 75 at most"):
+        loader._shorten_socket_paths()
+    assert tempfile.tempdir == "/" + "x" * 99
