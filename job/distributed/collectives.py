@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from job.distributed.memory import keep_freed_memory
 from job.distributed.signals import interruptible, starting
 from job.errors import ConfigError, GammaslimError, StopRequest, StorageError, UsageError
 from job.processes import is_main, world_size
@@ -44,7 +45,7 @@ def start(device: str, precision: str) -> Accelerator:
     if cpu:
         # without it, Accelerate gives each process that torchrun starts on a CPU a world of one
         os.environ["ACCELERATE_USE_CPU"] = "true"
-        _keep_freed_memory()
+        keep_freed_memory()
     # torch 2.14 renames the argument; Accelerate still uses the old name
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
     with starting():
@@ -97,18 +98,6 @@ def _mixed_precision(precision: str, cpu: bool) -> str:
         return "no"
     # older GPUs emulate bf16, slowly
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def _keep_freed_memory() -> None:
-    """Make glibc keep large freed blocks: page faults otherwise take half of a CPU step."""
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # not glibc
-        return
-    for option, value in ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 256 << 20)):
-        mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def leave() -> None:

@@ -1,17 +1,53 @@
-"""The memory that this node, container or Slurm job has left."""
+"""The memory that this node, container or Slurm job has left, and what this process keeps of it."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from job.distributed.cores import cgroup_folders
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD = -3, -1, -2  # options of glibc's mallopt
+UNLIMITED = 2**31 - 1  # bytes
 
 # files of a limit, the use, and the statistics with the reclaimable part: cgroup v2, v1
 _FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep large freed blocks: page faults otherwise take half of a CPU step."""
+    _set_malloc(MMAP_THRESHOLD, UNLIMITED)
+    _set_malloc(TRIM_THRESHOLD, UNLIMITED)
+    _set_malloc(TOP_PAD, 256 << 20)
+
+
+@contextmanager
+def return_freed_memory() -> Iterator[None]:
+    """Return large freed blocks to the system within the context, and all others at its end.
+
+    A cut takes more memory than training, in blocks of many sizes: kept, they fill up the memory.
+    """
+    _set_malloc(MMAP_THRESHOLD, 16 << 20)
+    try:
+        yield
+    finally:
+        _set_malloc(MMAP_THRESHOLD, UNLIMITED)
+        with suppress(AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set_malloc(option: int, value: int) -> None:
+    with suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def available_memory() -> int:

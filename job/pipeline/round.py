@@ -14,6 +14,7 @@ from job.artifacts.recommendation import points_lost
 from job.artifacts.records import LatencyRecord, RoundRecord, SlimRecord
 from job.console import say, say_cautions, show_step
 from job.distributed.collectives import digest, on_main
+from job.distributed.memory import return_freed_memory
 from job.errors import DataError, shown
 from job.pipeline.cautions import sample_caution
 from job.pipeline.model import Model
@@ -103,7 +104,8 @@ def slimming_round(session: Session, wide: Model, distillation: Distillation | N
         narrow = cut_before(wide, current.resume, session.run.path)
         pruned = current.resume.progress.scores
     else:
-        narrow, pruned = _slim(session, wide)
+        with return_freed_memory():
+            narrow, pruned = _slim(session, wide)
     spec = RoundSpec(
         round_index=current.index,
         epochs=session.setup.config.epochs,
