@@ -35,6 +35,8 @@ PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 LogFormat = Literal["text", "json"]
 WandbMode = Literal["auto", "online", "offline", "off"]
 
+CLASSIFICATION = "classification"
+LOGIT_TASKS = (CLASSIFICATION, "multi-label")  # whose networks return logits (B, classes)
 DEFAULT_BASE_EPOCHS = 24
 DEFAULT_SPARSITY = 1e-4  # Liu et al. 2017, for VGG
 MAX_DROP = 1.0  # percentage points of accuracy that a recommended model may lose
@@ -53,6 +55,11 @@ class DataConfig:
         metavar="PATH",
         default_text="built-in Fashion-MNIST",
         changes_result=False,  # the fingerprint of the content is compared instead
+    )
+    task: str = option(
+        CLASSIFICATION,
+        "What the network is trained for: classification, multi-label (images of several classes "
+        "each), or your own task as module:factory, with data, loss and metrics.",
     )
     on_bad_image: BadImageMode = option("fail", "What to do with an image that cannot be read.")
     cache: CacheMode = option(
@@ -405,8 +412,23 @@ class PruneConfig(  # Python orders the fields of the last base first
             raise UsageError(
                 f"--rounds auto never ends with --rate {self.rate:g}: give a rate below 1, e.g. 0.9"
             )
+        if ":" in self.task:
+            self._check_own_task()
+        if self.task != CLASSIFICATION and self.importance == "taylor":
+            raise UsageError(
+                "--importance taylor needs the labels of --task classification: take refit or gamma"
+            )
         if self.teacher and not self.distill_alpha:
             raise UsageError("--teacher has no effect without --distill-alpha: add e.g. 0.9")
+
+    def _check_own_task(self) -> None:
+        """Raise UsageError for options of images, which a task of the user makes itself."""
+        for name in ("mean", "std", "resize", "crop", "interpolation", "cache_max_side"):
+            if getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} has no effect with --task {self.task}: leave it out")
+        if self.transform != "auto":
+            raise UsageError(f"--transform has no effect with --task {self.task}: leave it out")
 
     @property
     def first_epochs(self) -> int:

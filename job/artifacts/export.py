@@ -161,9 +161,11 @@ def _strings(values: Mapping[str, object]) -> dict[str, str]:
 
 
 def _images(card: ModelCard, count: int) -> torch.Tensor:
-    """Return random images as the network takes them, (count, 3, H, W) float32."""
+    """Return random inputs as the network takes them, (count, 3, H, W) or another shape."""
     size = card.preprocessing.size
     generator = torch.Generator().manual_seed(count)
+    if shape := card.preprocessing.shape:
+        return torch.rand(count, *shape, generator=generator)
     pixels = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
     return card.preprocessing.to_input(pixels).contiguous()
 
@@ -185,7 +187,7 @@ def _compare(
         worst = max(worst, float((actual - expected).abs().max() / scale))
     if not worst <= TOLERANCE:  # also for NaN
         raise GammaslimError(f"{runtime} differs from torch by {worst:.1e}; nothing is written")
-    return f"{runtime} gives the same logits: relative difference {worst:.1e}"
+    return f"{runtime} gives the same {OUTPUT_NAME}: relative difference {worst:.1e}"
 
 
 def _onnx_runner(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job import __version__
-from job.artifacts.accuracy import accuracy_change, signed_points
+from job.artifacts.accuracy import accuracy_change, score_name, signed_points
 from job.artifacts.export import INPUT_NAME, OUTPUT_NAME
 from job.artifacts.json_records import from_json
 from job.artifacts.records import RoundRecord
@@ -20,6 +20,7 @@ from job.console import counted
 from job.data.layout import BUILT_IN
 from job.errors import printable, shown
 from job.files import read_json
+from job.models.input_size import input_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 CARD_NAME = "README.md"
 MARK = "<!-- written by gammaslim export -->"  # a README without it is the user's own
 SHOWN_CLASSES = 50
+CARD_TAGS = '"channel-pruning", "network-slimming", "gammaslim"'
 LIBRARIES = {"onnx": "onnx", "torch-export": "pytorch", "state-dict": "pytorch"}
 MIT_DATA = "a sample of Fashion-MNIST (MIT licence, Zalando SE)"
 
@@ -92,15 +94,16 @@ def _title(model: ExportedModel) -> str:
 def _metadata(model: ExportedModel) -> str:
     """Return the YAML head; strings are quoted as in JSON, which is YAML."""
     record, data = model.record, model.data
+    classifier = '"image-classification", ' if model.card.is_classifier else ""
     lines = [
         "---",
         f"library_name: {LIBRARIES[model.format]}",
-        "pipeline_tag: image-classification",
-        'tags: ["image-classification", "channel-pruning", "network-slimming", "gammaslim"]',
+        *(["pipeline_tag: image-classification"] if classifier else []),
+        f"tags: [{classifier}{CARD_TAGS}]",
     ]
     lines += ['datasets: ["zalando-datasets/fashion_mnist"]'] if _is_built_in(data) else []
-    lines += ['metrics: ["accuracy"]'] if record else []
-    if record and data:
+    lines += [f"metrics: [{json.dumps(score_name(record.metric))}]"] if record else []
+    if record and data and classifier:
         name = json.dumps(printable(_data_name(data)))
         lines += [
             "model-index:", f"- name: {json.dumps(printable(_title(model)))}", "  results:",
@@ -116,9 +119,12 @@ def _summary(model: ExportedModel) -> str:
         "onnx": "an ONNX model", "torch-export": "a program of `torch.export`",
         "state-dict": "a state dict",
     }[model.format]  # fmt: skip
+    card = model.card
+    what = f"an image classifier for {counted(card.num_classes, 'class')}"
+    if not card.is_classifier:
+        what = f"a network for the task {printable(card.task)}"
     return (
-        f"`{shown(model.file)}` is {how}: an image classifier for "
-        f"{counted(model.card.num_classes, 'class')}, made smaller by Gammaslim {__version__} "
+        f"`{shown(model.file)}` is {how}: {what}, made smaller by Gammaslim {__version__} "
         "(channels removed, not masked)."
     )
 
@@ -127,7 +133,7 @@ def _metrics(model: ExportedModel) -> str:
     record, base = model.record, model.base
     if not record:
         return ""
-    rows = [("accuracy on the validation split", f"{record.valid_acc:.2%}",
+    rows = [(f"{score_name(record.metric)} on the validation split", f"{record.valid_acc:.2%}",
              f"{base.valid_acc:.2%}" if base else "",
              f"{signed_points(accuracy_change(record.valid_acc, base.valid_acc))} points"
              if base else "")]  # fmt: skip
@@ -164,21 +170,35 @@ def _data_name(data: Mapping[str, object]) -> str:
 
 def _input(card: ModelCard) -> str:
     made = card.preprocessing
+    if not card.is_classifier:
+        return _task_input(card)
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (made.mean, made.std))
     resize = f"resize {made.resize} ({made.interpolation}), " if made.resize.side else ""
     steps = f"{resize}central crop of {made.size} x {made.size}, scale to [0, 1]"
-    names = [f"{number} {printable(name)}" for number, name in enumerate(card.class_names)]
-    classes = ", ".join(names[:SHOWN_CLASSES]) + (", …" if len(names) > SHOWN_CLASSES else "")
     return (
         f"## Input and output\n\nInput: `{INPUT_NAME}` (B, 3, {made.size}, {made.size}) float32, "
         f"RGB: {steps}, subtract the mean {mean}, divide by {std}.\n\n"
         f"Output: `{OUTPUT_NAME}` (B, {card.num_classes})"
-        + (f". Classes: {classes}" if names else "")
+        + (f". Classes: {_classes(card)}" if card.class_names else "")
     )
 
 
+def _task_input(card: ModelCard) -> str:
+    sides = ", ".join(map(str, input_shape(card.preprocessing.input_size)))
+    return (
+        f"## Input and output\n\nInput: `{INPUT_NAME}` (B, {sides}) float32, as the task makes it."
+        "\n\n"
+        f"Output: `{OUTPUT_NAME}`" + (f". Classes: {_classes(card)}" if card.class_names else "")
+    )
+
+
+def _classes(card: ModelCard) -> str:
+    names = [f"{number} {printable(name)}" for number, name in enumerate(card.class_names)]
+    return ", ".join(names[:SHOWN_CLASSES]) + (", …" if len(names) > SHOWN_CLASSES else "")
+
+
 def _loading(model: ExportedModel) -> str:
-    file, size = json.dumps(model.file), model.card.preprocessing.size
+    file, size = json.dumps(model.file), input_shape(model.card.preprocessing.input_size)
     if model.format == "onnx":
         return "\n\n".join((_code("python", _onnx_python(file, size)),
                             _code("cpp", _onnx_cpp(file, size))))  # fmt: skip
@@ -186,7 +206,7 @@ def _loading(model: ExportedModel) -> str:
         return _code("python", (
             "import torch\n\n"
             f"network = torch.export.load({file}).module()  # needs no code of the network\n"
-            f"logits = network(torch.zeros(1, 3, {size}, {size}))"
+            f"logits = network(torch.zeros(1, {_sides(size)}))"
         ))  # fmt: skip
     loader = (
         f"from safetensors.torch import load_file\n\nstate = load_file({file})"
@@ -199,16 +219,20 @@ def _loading(model: ExportedModel) -> str:
     )
 
 
-def _onnx_python(file: str, size: int) -> str:
+def _sides(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def _onnx_python(file: str, size: tuple[int, ...]) -> str:
     return (
         "import numpy as np\nimport onnxruntime\n\n"
         f"session = onnxruntime.InferenceSession({file})\n"
-        f"images = np.zeros((1, 3, {size}, {size}), np.float32)\n"
+        f"images = np.zeros((1, {_sides(size)}), np.float32)\n"
         f'(logits,) = session.run(["{OUTPUT_NAME}"], {{"{INPUT_NAME}": images}})'
     )
 
 
-def _onnx_cpp(file: str, size: int) -> str:
+def _onnx_cpp(file: str, size: tuple[int, ...]) -> str:
     return f"""#include <array>
 #include <vector>
 #include <onnxruntime_cxx_api.h>
@@ -216,8 +240,8 @@ def _onnx_cpp(file: str, size: int) -> str:
 int main() {{
   Ort::Env env;
   Ort::Session session(env, ORT_TSTR({file}), Ort::SessionOptions{{}});
-  std::vector<float> pixels(3 * {size} * {size});
-  std::array<int64_t, 4> shape{{1, 3, {size}, {size}}};
+  std::vector<float> pixels({" * ".join(map(str, size))});
+  std::array<int64_t, {len(size) + 1}> shape{{1, {_sides(size)}}};
   auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   auto images = Ort::Value::CreateTensor<float>(
       memory, pixels.data(), pixels.size(), shape.data(), shape.size());

@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from job.artifacts.accuracy import accuracy_change
+from job.artifacts.accuracy import accuracy_change, score_name
 from job.errors import shown
+from job.training.epoch import ACCURACY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,6 +80,17 @@ class History:
     def best(self) -> RoundRecord | None:
         """Round of the recommended model."""
         return next((entry for entry in self.rounds if entry.round == self.recommended), None)
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric that chooses models, as in the keys of records."""
+        records: tuple[RoundRecord | EpochRecord, ...] = (*self.rounds, *self.epochs)
+        return records[0].metric if records else ACCURACY
+
+    @property
+    def score_name(self) -> str:
+        """Name of the metric in sentences: ``accuracy`` for classification."""
+        return score_name(self.metric)
 
     def setting(self, table: str, key: str) -> object:
         """Return a value of config.toml, or None."""

@@ -1,9 +1,10 @@
 """Conversion of frozen dataclasses to and from JSON, for all records of a run directory.
 
 The keys are the field names, in order, without the trailing underscore of a name that would be a
-Python keyword. Metadata ``{"key": ...}`` sets another key. A field is omitted if it has its default
-value, unless the class sets ``WRITE_DEFAULTS``. Unknown keys are ignored, so that newer files can
-be read.
+Python keyword. Metadata ``{"key": ...}`` sets another key; ``{metric}`` in it stands for the field
+``metric`` of the record, as in ``valid_{metric}``. A field is omitted if it has its default value,
+unless the class sets ``WRITE_DEFAULTS``; metadata ``{"brief": True}`` omits it even then. Unknown
+keys are ignored, so that newer files can be read.
 
 A class with ``to_dict`` and ``from_dict`` defines its own format.
 """
@@ -16,6 +17,8 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from job.training.epoch import ACCURACY
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -24,14 +27,19 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound="DataclassInstance")
 
 
-def to_json(record: DataclassInstance) -> JsonObject:
-    """Return ``record`` as a new dict of plain values, for JSON."""
+def to_json(record: DataclassInstance, *, everything: bool = False) -> JsonObject:
+    """Return ``record`` as a new dict of plain values, for JSON.
+
+    With ``everything``, fields that have their default value are written too.
+    """
     content: JsonObject = {}
-    everything = getattr(record, "WRITE_DEFAULTS", False)
+    everything = everything or getattr(record, "WRITE_DEFAULTS", False)
+    metric = getattr(record, "metric", ACCURACY)
     for field in fields(record):
         value = getattr(record, field.name)
-        if everything or value != _default_of(field):
-            content[_key(field)] = _plain(value)
+        written = everything and not field.metadata.get("brief")
+        if written or value != _default_of(field):
+            content[_key(field, metric)] = _plain(value)
     return content
 
 
@@ -43,9 +51,9 @@ def from_json(kind: type[R], content: object, *, lenient: bool = False) -> R:
     """
     if not isinstance(content, dict):
         raise ValueError(f"{_short(content)} is not a table of values")
-    values = {}
+    values, metric = {}, str(content.get("metric", ACCURACY))
     for field in fields(kind):
-        key, hint = _key(field), _hints(kind)[field.name]
+        key, hint = _key(field, metric), _hints(kind)[field.name]
         has_default = _default_of(field) is not MISSING
         if key not in content:
             if not has_default:
@@ -64,8 +72,9 @@ def _default_of(field: Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _key(field: Field[Any]) -> str:
-    return str(field.metadata.get("key", field.name.removesuffix("_")))
+def _key(field: Field[Any], metric: str) -> str:
+    key = str(field.metadata.get("key", field.name.removesuffix("_")))
+    return key.replace("{metric}", metric)
 
 
 @cache

@@ -16,6 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from job.artifacts.json_records import from_json, to_json
 from job.artifacts.records import Lineage
 from job.artifacts.versions import package_versions
+from job.config import CLASSIFICATION, LOGIT_TASKS
 from job.console import counted
 from job.data.preprocessing import Preprocessing  # noqa: TC001
 from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown, writing
@@ -27,6 +28,7 @@ from job.models.weights_file import read_state
 from job.slimming.planning.base import Base  # noqa: TC001
 from job.slimming.planning.layer_channels import Layers, compose
 from job.slimming.surgery.surgery import apply_plan
+from job.training.epoch import BRIEF
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +44,8 @@ class ModelCard:
 
     ``layers`` holds the kept channels, as indices into the network that ``model`` builds.
     ``widths`` holds the number of outputs of each layer, ``versions`` those of the packages, and
-    ``metrics`` scores by name. Fractions are relative to ``base``.
+    ``metrics`` scores by name. Fractions are relative to ``base``. ``task`` is the value of --task;
+    without classes, ``num_classes`` is 0.
     """
 
     WRITE_DEFAULTS: ClassVar[bool] = True
@@ -60,10 +63,12 @@ class ModelCard:
     lineage: Lineage = field(default_factory=Lineage)
     base: Base | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    task: str = field(default=CLASSIFICATION, metadata=BRIEF)
 
     def __post_init__(self) -> None:
         """Raise DataError for values that are impossible for a network."""
-        if self.num_classes < 1 or len(self.class_names) not in (0, self.num_classes):
+        least = 1 if self.is_classifier else 0
+        if self.num_classes < least or len(self.class_names) not in (0, self.num_classes):
             names = counted(len(self.class_names), "class name")
             raise DataError(f"{names} for {counted(self.num_classes, 'class')}")
         if not (math.isfinite(self.width) and self.width > 0):
@@ -71,13 +76,24 @@ class ModelCard:
         if self.preprocessing.size > MAX_SIZE:
             raise DataError(f"inputs of {self.preprocessing.size} pixels")
 
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the network is trained for classification."""
+        return self.task == CLASSIFICATION
+
     def build(self) -> nn.Module:
         """Build the network of this card with new weights; torch's random state is not changed.
 
         The module of a ``module:factory`` must be importable. Raises UsageError.
         """
         with torch.random.fork_rng(devices=[]):
-            base = build_network(self.model, self.num_classes, self.args, from_card=True)
+            base = build_network(
+                self.model,
+                self.num_classes,
+                self.args,
+                from_card=True,
+                classifier=self.task in LOGIT_TASKS,
+            )
         return apply_plan(base, self.layers)
 
     def cut(self, layers: Layers, width: float) -> ModelCard:

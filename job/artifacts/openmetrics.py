@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from job.training.epoch import ACCURACY
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -51,8 +53,12 @@ def openmetrics_text(
     for record, names in ((status, OF_STATUS), (epoch, OF_EPOCH), (entry, OF_ROUND)):
         for name, words in names.items() if record else ():
             value = getattr(record, name)
-            if math.isfinite(value):
-                lines += [*_family(name, words), f"gammaslim_{name}{{{label}}} {value!r}"]
+            if not math.isfinite(value):
+                continue
+            metric = getattr(record, "metric", ACCURACY)
+            if metric != ACCURACY:
+                name, words = name.replace(ACCURACY, metric), words.replace("accuracy", metric)
+            lines += [*_family(name, words), f"gammaslim_{name}{{{label}}} {value!r}"]
     if status.exit_code is not None:
         words = "Exit code of the job that ended last."
         lines += [

@@ -66,3 +66,9 @@ def find_run_data(model: str, lineage: Lineage) -> str:
         named = f", {names[0]}," if names else ""
         raise InputNotFound(f"the data of {shown(model)}{named} are not here: pass --data D")
     return existing
+
+
+def find_task_data(model: str, lineage: Lineage) -> str | None:
+    """Return ``--data`` of the run of a task that a model comes from; None if it had none."""
+    path = (find_dataset_table(model, lineage) or {}).get("path")
+    return path if isinstance(path, str) else None

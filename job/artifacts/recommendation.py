@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from job.artifacts.accuracy import accuracy_change, signed_points
+from job.artifacts.accuracy import accuracy_change, score_name, signed_points
 from job.config import MAX_DROP
 
 if TYPE_CHECKING:
@@ -37,5 +37,5 @@ def recommend(entries: Sequence[RoundRecord], max_drop: float | None = None) -> 
     gain = signed_points(accuracy_change(chosen.valid_acc, base.valid_acc))
     return chosen.round, (
         f"the fewest parameters within {points} of the base: "
-        f"{chosen.params / base.params:.1%} of them, accuracy {gain} points"
+        f"{chosen.params / base.params:.1%} of them, {score_name(base.metric)} {gain} points"
     )

@@ -22,15 +22,18 @@ file                   record
 
 To add a summary metric, add a field to `RoundRecord` and the line that computes it. The field needs
 a default, because older files lack it. Keys keep their names and order: scripts rely on them.
+Scores of another task than classification have the name of its metric in place of ``acc``, as in
+``valid_miou``; the record then has the key ``metric``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping  # noqa: TC003  (from_json reads the types)
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from job.artifacts.json_records import to_json
-from job.training.epoch import EpochResult
+from job.training.epoch import ACCURACY, BRIEF, EpochResult
 
 if TYPE_CHECKING:
     from job.files import JsonObject
@@ -74,17 +77,21 @@ class RoundRecord(PlannedRound):
 
     EVENT: ClassVar[str] = "round"
 
-    valid_acc_pruned: float | None = None
-    valid_acc_recovered: float | None = None
-    valid_acc: float
+    valid_acc_pruned: float | None = field(default=None, metadata={"key": "valid_{metric}_pruned"})
+    valid_acc_recovered: float | None = field(
+        default=None, metadata={"key": "valid_{metric}_recovered"}
+    )
+    valid_acc: float = field(metadata={"key": "valid_{metric}"})
     valid_loss: float
     best_epoch: int | None = None
-    train_acc: float | None = None
+    train_acc: float | None = field(default=None, metadata={"key": "train_{metric}"})
     cautions: tuple[str, ...] = ()
     step: int
     seconds: float | None = None
     latency: float | None = None
     speedup: float | None = None
+    metric: str = field(default=ACCURACY, metadata=BRIEF)
+    metrics: Mapping[str, float] = field(default_factory=dict, metadata=BRIEF)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +116,14 @@ class SlimRecord:
 
     round: int
     width: float
-    valid_acc_pruned: float
+    valid_acc_pruned: float = field(metadata={"key": "valid_{metric}_pruned"})
     valid_loss_pruned: float
     verification_error: float
-    valid_acc_recovered: float | None = None
+    valid_acc_recovered: float | None = field(
+        default=None, metadata={"key": "valid_{metric}_recovered"}
+    )
     valid_loss_recovered: float | None = None
+    metric: str = field(default=ACCURACY, metadata=BRIEF)
 
 
 @dataclass(frozen=True)

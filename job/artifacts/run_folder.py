@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from job.artifacts.lock import Lock
 from job.artifacts.run_config import CONFIG_FILE
 from job.artifacts.run_directory import Run
+from job.config import CLASSIFICATION
 from job.errors import ConfigError, GammaslimError, InputNotFound, OtherRunError, shown
 from job.files import is_file
 
@@ -135,6 +136,11 @@ def default_run_name(config: PruneConfig) -> str:
     texts = [value for _, value in config.model_arg if isinstance(value, str)]
     rest = [f"{k}={json.dumps(v)}" for k, v in config.model_arg if not isinstance(v, str)]
     parts = [module, "" if texts and factory in GENERIC_FACTORIES else factory, *texts, *rest]
-    data = os.path.basename(os.path.abspath(config.data)) if config.data else "fashion-mnist"  # noqa: PTH100, PTH119
+    data = os.path.basename(os.path.abspath(config.data)) if config.data else _default_data(config)  # noqa: PTH100, PTH119
     name = re.sub(r"[^\w.=+-]+", "-", "-".join(part for part in parts if part))
     return f"{name[:120]}-{data}" if data else name[:120]
+
+
+def _default_data(config: PruneConfig) -> str:
+    """Return the name of the data without --data: the built-in ones, or those of a task."""
+    return "fashion-mnist" if config.task == CLASSIFICATION else config.task.replace(":", "-")

@@ -6,15 +6,17 @@ import math
 import statistics
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from job.artifacts.json_records import from_json
 from job.artifacts.records import LockRecord
 from job.artifacts.run_config import CONFIG_FILE
 from job.artifacts.run_reader import read_events, read_run
+from job.config import CLASSIFICATION
 from job.errors import shown
 from job.files import read_json, shell_word
+from job.training.epoch import ACCURACY, BRIEF
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,8 +54,8 @@ class RunStatus:
     epochs: int | None = None
     step: int | None = None
     recommended: str | None = None
-    best_acc: float | None = None
-    base_acc: float | None = None
+    best_acc: float | None = field(default=None, metadata={"key": "best_{metric}"})
+    base_acc: float | None = field(default=None, metadata={"key": "base_{metric}"})
     params: float | None = None
     images_per_second: float | None = None
     saved: float | None = None
@@ -62,6 +64,7 @@ class RunStatus:
     error: str | None = None
     next: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    metric: str = field(default=ACCURACY, metadata=BRIEF)
 
 
 def read_status(path: Path, now: float | None = None) -> RunStatus:
@@ -107,6 +110,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
         error=_last_error(path, history),
         next=next_commands(history),
         problems=history.problems,
+        metric=history.metric,
     )
 
 
@@ -162,19 +166,23 @@ def next_commands(history: History) -> tuple[str, ...]:
     if history.state == "running":
         return (f"touch {shell_word(str(history.path / 'STOP'))}",)
     if history.state == "finished":
-        return commands_after(history.path)
+        return commands_after(history.path, str(history.setting("prune", "task") or CLASSIFICATION))
     config = shell_word(str(history.path / CONFIG_FILE))
     data, root = history.setting("prune", "data"), history.setting("dataset", "path")
     given = f" --data {shell_word(root)}" if data and isinstance(root, str) else ""
     return (f"gammaslim prune --config {config} --output {run}{given}",)
 
 
-def commands_after(path: Path) -> tuple[str, ...]:
-    """Return the command lines to type after the run in ``path`` has finished."""
+def commands_after(path: Path, task: str) -> tuple[str, ...]:
+    """Return the command lines to type after the run in ``path`` has finished.
+
+    Only data for classification are known to have a test split.
+    """
     run = shell_word(str(path))
+    split = " --split testing" if task == CLASSIFICATION else ""
     return (
         f"gammaslim report {run}",
-        f"gammaslim evaluate {run} --split testing",
+        f"gammaslim evaluate {run}{split}",
         f"gammaslim export {run} --output model.onnx",
     )
 

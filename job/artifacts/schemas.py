@@ -30,6 +30,7 @@ from job.artifacts.run_status import RunStatus
 from job.data.preprocessing import Preprocessing
 from job.slimming.planning.layer_channels import LayerChannels
 from job.slimming.sensitivity.record import Sensitivity
+from job.training.epoch import ACCURACY
 
 Schema = dict[str, Any]
 SCHEMA_FOLDER = Path(__file__).parent.parent / "schemas"
@@ -39,6 +40,9 @@ SIMPLE: dict[object, Schema] = {
     int: {"type": "integer"}, float: {"type": "number"}, str: {"type": "string"},
     bool: {"type": "boolean"}, type(None): {"type": "null"}, Any: {}, object: {},
 }  # fmt: skip
+METRIC = (
+    "Metric of another task than classification: in keys, its name replaces acc, as valid_miou."
+)
 INDICES: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 OWN_FORMATS: dict[object, Schema] = {
     LayerChannels: {
@@ -77,13 +81,20 @@ def schema_of(kind: type) -> Schema:
     if kind in OWN_FORMATS:
         return OWN_FORMATS[kind]
     hints = get_type_hints(kind)
-    properties, required = {}, []
+    properties: Schema = {}
+    required: list[str] = []
+    scores: list[str] = []
     for field in fields(kind):
-        name = str(field.metadata.get("key", field.name.removesuffix("_")))
+        key = str(field.metadata.get("key", field.name.removesuffix("_")))
+        name = key.replace("{metric}", ACCURACY)
         properties[name] = _type_schema(hints[field.name], kind)
         if field.default is MISSING and field.default_factory is MISSING:
-            required.append(name)
-    return {"type": "object", "properties": properties, "required": required}
+            (required if name == key else scores).append(name)
+    if not scores:
+        return {"type": "object", "properties": properties, "required": required}
+    properties["metric"] = {"type": "string", "description": METRIC}
+    either = [{"required": scores}, {"required": ["metric"]}]
+    return {"type": "object", "properties": properties, "required": required, "anyOf": either}
 
 
 def _type_schema(hint: Any, owner: type) -> Schema:

@@ -13,6 +13,7 @@ from job.artifacts.model_card import find_model
 from job.cli.model import open_model
 from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown
 from job.files import is_file, read_bytes
+from job.models.input_size import input_shape
 from job.slimming.latency.benchmark import Subject
 from job.slimming.latency.runtimes import NotMeasured
 from job.slimming.planning.cost import Cost, layer_costs, network_cost
@@ -100,12 +101,12 @@ def _base_folder(folder: Path) -> Path | None:
 def _torch_network(
     name: str, path: str, network: nn.Module, card: ModelCard, export: bool
 ) -> BenchNetwork:
-    size = card.preprocessing.size
+    size = card.preprocessing.input_size
     macs: Counter[str] = Counter()
     for layer in layer_costs(network, size):
         macs[layer.name] += layer.macs
     onnx = _exporter(network, card) if export else None
-    subject = Subject(name, (3, size, size), network, macs, onnx)
+    subject = Subject(name, input_shape(size), network, macs, onnx)
     return BenchNetwork(subject, path, card.width, network_cost(network, size))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from job.cli.class_matching import in_classes_of
+from job.cli.evaluate_task import card_of_task, evaluate_task
 from job.cli.evaluation_images import loader_workers, open_evaluation_images
 from job.cli.model import open_model
 from job.console import counted, print_result, progress, say_cautions, table
@@ -25,6 +26,9 @@ LARGEST_CONFUSION = 20  # classes up to which the matrix is printed
 
 def evaluate(model: ModelOptions, options: EvaluateOptions, as_json: bool) -> None:
     """Print loss, accuracy, accuracy of each class, and the confusion matrix of one split."""
+    if card := card_of_task(model):
+        evaluate_task(model, options, card, as_json)
+        return
     accelerator = start(options.device, options.precision)
     images = on_main(lambda: open_evaluation_images(model, options, labelled=True))
     network, card = on_main(lambda: open_model(model, images.largest))

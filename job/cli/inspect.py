@@ -73,7 +73,7 @@ def inspect(model: ModelOptions, as_json: bool) -> None:
 
 
 def _inspect(network: nn.Module, card: ModelCard) -> Inspection:
-    size = card.preprocessing.size
+    size = card.preprocessing.input_size
     graph = analyse(network, example_image(size))
     gamma, sizes = gamma_importance(network, graph), full_group_sizes(network, graph, card.base)
     groups = tuple(
@@ -92,7 +92,7 @@ def _inspect(network: nn.Module, card: ModelCard) -> Inspection:
         width=card.width,
         num_classes=card.num_classes,
         class_names=card.class_names,
-        image_size=size,
+        image_size=card.preprocessing.size,
         cost=network_cost(network, size),
         groups=groups,
         blocked=graph.blocked,

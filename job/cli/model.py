@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from job.artifacts.model_card import ModelCard, find_model, load_model
 from job.artifacts.records import Lineage
+from job.config import LOGIT_TASKS
 from job.console import say, say_aside
 from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import digest
@@ -49,17 +50,19 @@ def open_model(options: ModelOptions, largest: int = 0) -> tuple[nn.Module, Mode
         card = replace(card, preprocessing=asked.override(card.preprocessing))
     else:
         network, card = _open_weights(options, path, largest)
-    check_size(network, card.preprocessing.size, trained=False)
+    size, classifier = card.preprocessing.input_size, card.task in LOGIT_TASKS
+    check_size(network, size, trained=False, classifier=classifier)
     return network, card
 
 
 def _check_own_size(network: nn.Module, card: ModelCard, folder: Path) -> None:
+    size, classifier = card.preprocessing.input_size, card.task in LOGIT_TASKS
     try:
-        check_size(network, card.preprocessing.size, trained=False)
+        check_size(network, size, trained=False, classifier=classifier)
     except UsageError as error:
         path = shown(folder / "model.json")
-        size = card.preprocessing.size
-        raise DataError(f"{path}: its network does not take inputs of {size} pixels") from error
+        inputs = f"{size} pixels" if isinstance(size, int) else str(size)
+        raise DataError(f"{path}: its network does not take inputs of {inputs}") from error
 
 
 def _preprocessing(options: ModelOptions, model: str, largest: int) -> Preprocessing:

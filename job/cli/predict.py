@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from job.cli.evaluate_task import refuse_task
 from job.cli.evaluation_images import (
     EvaluationImages,
     loader_workers,
@@ -40,6 +41,7 @@ def predict(model: ModelOptions, options: PredictOptions, output: str) -> None:
     homework's ``kaggle`` format. The Id is the number of the file (7 for 0007.jpg) if all files
     have distinct numbers, else the index of the image in the split.
     """
+    refuse_task(model, "predict", "load it in Python, gammaslim.load(PATH)")
     accelerator = start(options.device, options.precision)
     if output != STDOUT:
         on_main(lambda: check_output(Path(output)))

@@ -11,6 +11,7 @@ from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import find_run_data
 from job.artifacts.records import Lineage
 from job.cli.calibration_images import open_images
+from job.cli.evaluate_task import refuse_task
 from job.cli.model import open_model
 from job.console import phase, print_result, say, show_step, tick
 from job.data.preprocessing_options import PreprocessingOptions
@@ -50,6 +51,7 @@ def print_sensitivity(
     file = None if csv in (None, _STDOUT) else Path(csv)
     if file is not None:
         check_output(file)
+    refuse_task(model, "sensitivity", "each round of its run has a sensitivity.json")
     accelerator = start(options.device, options.precision)
     card, measured = _measure(model, options, budget, accelerator)
     rows = measured.to_csv().encode("utf-8", "surrogateescape")
@@ -76,7 +78,7 @@ def _measure(
     network, card = open_model(model, images.largest)
     network.to(accelerator.device)
     calibration = images.calibrate(card, accelerator, options, tick)
-    image, allocation, base = example_image(card.preprocessing.size), None, None
+    image, allocation, base = example_image(card.preprocessing.input_size), None, None
     if budget:
         base = card.base or base_of(network, card)
         allocation = Allocation("global", budget, options.round_to, options.min_keep)

@@ -11,6 +11,7 @@ import numpy as np
 
 from job.artifacts.model_card import save_model
 from job.cli.calibration_images import SlimImages, open_images
+from job.cli.evaluate_task import refuse_task
 from job.cli.evaluation_images import loader_workers
 from job.cli.model import open_model
 from job.config import PruneConfig
@@ -48,6 +49,8 @@ SHOW = partial(show_step, "slimming")
 def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     """Cut MODEL, verify the cut in float64, save it, and print its costs and accuracy."""
     _check_images_given(options)
+    if options.data is not None:
+        refuse_task(model, "slim --data", "cut it without --data, or by gammaslim prune --weights")
     PreprocessingOptions.of(model).check()
     folder = _new_folder(output)
     wide, card, tools = _open(model, options)
@@ -55,7 +58,7 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     method = _method(options, allocation.policy, tools)
     accuracies = [tools.accuracy(wide)]
     _say_caution(model, tools, accuracies[0])
-    image = example_image(card.preprocessing.size)
+    image = example_image(card.preprocessing.input_size)
     graph, base = analyse(wide, image), card.base or base_of(wide, card)
     batches = tools.calibration.batches if tools.calibration else None
     narrow, plan = cut_network(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from job.data.rotation import rotate_batch
+from job.data.task_items import ItemBatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 
 
 def move_batches(
-    batches: Iterable[TrainingBatch], device: torch.device, *, ahead: bool | None = None
-) -> Iterator[Batch]:
+    batches: Iterable[TrainingBatch | ItemBatch], device: torch.device, *, ahead: bool | None = None
+) -> Iterator[Batch | ItemBatch]:
     """Yield the images (B, H, W, 3) uint8 and labels (B,) of ``batches`` on ``device``.
+
+    The items of a task are moved as they are.
 
     On a GPU the copy of the next batch is queued before a batch is yielded, in a stream of its own;
     nothing waits for it but the kernels that read it. ``ahead`` does the same on another device.
@@ -28,7 +31,7 @@ def move_batches(
         return
     backend: Any = torch.get_device_module(device)
     copies = backend.Stream()
-    waiting: Batch | None = None
+    waiting: Batch | ItemBatch | None = None
     for batch in batches:
         ready = _received(waiting, backend, copies) if waiting else None
         with backend.stream(copies):
@@ -39,16 +42,18 @@ def move_batches(
         yield _received(waiting, backend, copies)
 
 
-def _move(batch: TrainingBatch, device: torch.device) -> Batch:
+def _move(batch: TrainingBatch | ItemBatch, device: torch.device) -> Batch | ItemBatch:
+    if isinstance(batch, ItemBatch):
+        return batch.to(device)
     images, labels, *rotation = (part.to(device, non_blocking=True) for part in batch)
     return (rotate_batch(images, *rotation) if rotation else images), labels
 
 
-def _received(batch: Batch, backend: Any, copies: Any) -> Batch:
+def _received(batch: Batch | ItemBatch, backend: Any, copies: Any) -> Batch | ItemBatch:
     """Make the kernels that follow wait for the copies; return ``batch``."""
     current = backend.current_stream()
     current.wait_stream(copies)
-    for part in batch:
+    for part in batch.tensors() if isinstance(batch, ItemBatch) else batch:
         if part.is_cuda:  # else its memory might be given to the batch after the next one
             part.record_stream(current)
     return batch

@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from job.console import warn
-from job.data.batches import FAILURES, Batch, IncompleteBatch, TrainingBatch
+from job.data.batches import FAILURES, IncompleteBatch
 from job.data.device_batches import move_batches
 from job.data.splits import ArraySplit
+from job.data.task_items import TaskItems
 from job.distributed.cores import available_cores
 from job.distributed.signals import end_with_parent, ignore_requests
 from job.errors import ConfigError
@@ -35,10 +36,11 @@ _reported: set[str] = set()  # reasons that this process has reported
 
 
 def build_loader(
-    images: AugmentedImages | PlainImages, sampler: Any, *, workers: int, pin: bool
+    images: AugmentedImages | PlainImages | TaskItems, sampler: Any, *, workers: int, pin: bool
 ) -> DataLoader[Any]:
     """Build a DataLoader over ``images``; arrays in memory need no loader processes."""
     workers = 0 if isinstance(images.split, ArraySplit) else workers
+    pin = pin and not isinstance(images, TaskItems)  # pinning turns tuples into lists
     dataset: Any = images  # a DataLoader with a batch sampler calls only __getitems__
     return DataLoader(
         dataset,
@@ -53,7 +55,7 @@ def build_loader(
     )
 
 
-def iterate_batches(batches: DataLoader[Any], device: torch.device = CPU) -> Iterator[Batch]:
+def iterate_batches(batches: DataLoader[Any], device: torch.device = CPU) -> Iterator[Any]:
     """Yield the batches of a loader on ``device``; raise an error that a loader process returned.
 
     Each process warns once about every image that --on-bad-image skip replaces.
@@ -61,7 +63,7 @@ def iterate_batches(batches: DataLoader[Any], device: torch.device = CPU) -> Ite
     return move_batches(_checked(batches), device)
 
 
-def _checked(batches: DataLoader[Any]) -> Iterator[TrainingBatch]:
+def _checked(batches: DataLoader[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, FAILURES):
             raise batch

@@ -32,6 +32,10 @@ class PreprocessingRecord(TypedDict):
     fit: str
     interpolation: str
     max_side: NotRequired[int]  # only if images are reduced
+    shape: NotRequired[tuple[int, ...]]  # only if inputs are not square RGB images
+
+
+MAX_INPUT = 2**24  # values along an axis of an input
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Preprocessing:
     Training augments as ``preset`` does; evaluation resizes and takes the centre crop. After
     scaling to [0, 1], ``mean`` is subtracted from each channel and the result is divided by
     ``std``. See ``of`` for the values of a preset. Before everything else, images are reduced to
-    sides of at most ``max_side`` pixels.
+    sides of at most ``max_side`` pixels. ``shape`` is that of one input, e.g. (C, H, W), if a task
+    makes inputs that are not RGB images of ``size`` x ``size``.
     """
 
     preset: str
@@ -51,6 +56,7 @@ class Preprocessing:
     mean: Channels
     std: Channels
     max_side: int | None = None
+    shape: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -90,9 +96,10 @@ class Preprocessing:
             max_side = values.get("max_side")
             if max_side is not None and (type(max_side) is not int or max_side < 1):
                 raise ValueError(f"sides of at most {max_side!r} pixels")
+            shape = _parse_shape(values.get("shape"))
         except (ValueError, TypeError, UsageError) as error:
             raise DataError(f"unknown preprocessing {dict(values)}: {error}") from error
-        return cls(preset, size, resize, interpolation, mean, std, max_side)
+        return cls(preset, size, resize, interpolation, mean, std, max_side, shape)
 
     def to_dict(self) -> PreprocessingRecord:
         """Return the record stored in model.json."""
@@ -107,13 +114,21 @@ class Preprocessing:
         }
         if self.max_side:
             record["max_side"] = self.max_side
+        if self.shape:
+            record["shape"] = self.shape
         return record
+
+    @property
+    def input_size(self) -> int | tuple[int, ...]:
+        """The side of RGB images in pixels, or the shape of one input."""
+        return self.shape or self.size
 
     @property
     def inputs(self) -> tuple[object, ...]:
         """All values that determine a network's inputs in evaluation."""
         interpolation = self.interpolation if self.resize.side else ""
-        return self.size, self.mean, self.std, self.resize, interpolation, self.max_side
+        values = self.size, self.mean, self.std, self.resize, interpolation, self.max_side
+        return (*values, self.shape) if self.shape else values
 
     def describe(self) -> str:
         """Return the preset, the size, and the values that differ from the preset, as text."""
@@ -176,3 +191,13 @@ def _per_channel(values: Channels, device: torch.device) -> torch.Tensor:
     """Return ``values`` as (3, 1, 1) float32; kept, because a copy to a GPU waits for it."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+
+
+def _parse_shape(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of one input; raises ValueError for anything else."""
+    if value is None:
+        return None
+    sides = tuple(value)
+    if not sides or any(type(side) is not int or not 1 <= side <= MAX_INPUT for side in sides):
+        raise ValueError(f"inputs of the shape {value!r}")
+    return sides

@@ -30,6 +30,8 @@ def call_factory(
 ) -> nn.Module:
     """Import ``module:factory`` and call it, with ``num_classes`` if it accepts that argument.
 
+    A task without classes has 0 of them, which are not passed on.
+
     ``from_card`` tells that the name comes from a model card. Raises UsageError if there is no such
     factory, if it fails, or if a card names a function that is not trusted.
     """
@@ -45,7 +47,8 @@ def call_factory(
         parameters = [*inspect.signature(factory).parameters.values()]
     except (TypeError, ValueError):
         parameters = []
-    if any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters):
+    takes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+    if takes and num_classes:
         args = {**args, "num_classes": num_classes}
     return call_builder(name, factory, args)
 
@@ -74,39 +77,44 @@ def call_builder(name: str, build: Callable[..., Any], args: Mapping[str, Any]) 
     return network
 
 
-def import_factory(name: str) -> Any:
-    """Import the callable that ``module:factory`` names; raises UsageError if there is none."""
+def import_factory(name: str, option: str = "--model") -> Any:
+    """Import the callable that ``module:factory`` names; raises UsageError if there is none.
+
+    ``option`` is the one that names it.
+    """
     module_name, _, path = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
-        raise UsageError(f"--model {name!r} is not of the form module:factory, e.g. nets:tiny")
+        raise UsageError(f"{option} {name!r} is not of the form module:factory, e.g. nets:tiny")
     if module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise UsageError(f"--model {name}: {module_name} is a module of Python itself")
-    factory = _import_module(name, module_name)
+        raise UsageError(f"{option} {name}: {module_name} is a module of Python itself")
+    factory = _import_module(name, module_name, option)
     for part in path.split("."):
         if not hasattr(factory, part):
             callables = [key for key, value in vars(factory).items() if callable(value)]
             near = did_you_mean(part, callables)
-            if module_name == "timm":  # the user may think of --transform timm:NAME
+            if (
+                module_name == "timm" and option == "--model"
+            ):  # the user may think of --transform timm:NAME
                 near = f"; type --model timm:create_model --model-arg model_name={part}"
-            raise UsageError(f"--model {name}: no {part} in {module_name}{near}")
+            raise UsageError(f"{option} {name}: no {part} in {module_name}{near}")
         factory = getattr(factory, part)
     if not callable(factory):
-        raise UsageError(f"--model {name} is a {type(factory).__name__}, which cannot be called")
+        raise UsageError(f"{option} {name} is a {type(factory).__name__}, which cannot be called")
     return factory
 
 
-def _import_module(name: str, module_name: str) -> Any:
+def _import_module(name: str, module_name: str, option: str) -> Any:
     try:
         return importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # user code may raise anything
         missing = isinstance(error, ModuleNotFoundError) and error.name
         if missing and f"{module_name}.".startswith(f"{missing}."):
             raise UsageError(
-                f"--model {name}: there is no module {missing}; run from the folder that has it, "
+                f"{option} {name}: there is no module {missing}; run from the folder that has it, "
                 "or name its folder in PYTHONPATH"
             ) from error
         why = f"{type(error).__name__}: {reason(error)}"
-        raise UsageError(f"--model {name}: importing {module_name} fails: {why}") from error
+        raise UsageError(f"{option} {name}: importing {module_name} fails: {why}") from error
 
 
 def _declares_network(factory: Any) -> bool:
@@ -122,8 +130,16 @@ def _declares_network(factory: Any) -> bool:
         returned = typing.get_type_hints(factory).get("return")
         if inspect.isclass(returned) and issubclass(returned, nn.Module):
             return True
+    except Exception:  # annotations cannot be resolved
+        return False
+    return is_own_code(factory)
+
+
+def is_own_code(factory: Any) -> bool:
+    """Return whether the source of ``factory`` is outside of installed packages and of Python."""
+    try:
         source = inspect.getfile(inspect.unwrap(factory))
-    except Exception:  # annotations cannot be resolved, or the callable has no source file
+    except TypeError:  # it has no source file
         return False
     installed = {"site-packages", "dist-packages"} & set(Path(source).parts)
     return not installed and not source.startswith(sysconfig.get_path("stdlib"))

@@ -54,7 +54,12 @@ OPTIONS_BY_ARG = {"num_classes": "--num-classes", "weights": "--weights"}
 
 
 def build_network(
-    name: str, num_classes: int, args: Mapping[str, Any], *, from_card: bool = False
+    name: str,
+    num_classes: int,
+    args: Mapping[str, Any],
+    *,
+    from_card: bool = False,
+    classifier: bool = True,
 ) -> nn.Module:
     """Build the network ``name`` with new weights and ``num_classes`` logits.
 
@@ -62,18 +67,27 @@ def build_network(
     an installed package is then called only if it is annotated to return a network. Raises
     UsageError for an unknown name or arguments that the network does not accept.
     """
-    return build_with_note(name, num_classes, args, from_card=from_card)[0]
+    made = build_with_note(name, num_classes, args, from_card=from_card, classifier=classifier)
+    return made[0]
 
 
 def build_with_note(
-    name: str, num_classes: int, args: Mapping[str, Any], *, from_card: bool = False
+    name: str,
+    num_classes: int,
+    args: Mapping[str, Any],
+    *,
+    from_card: bool = False,
+    classifier: bool = True,
 ) -> tuple[nn.Module, str]:
-    """Build a network; returns it and a message if its classifier was replaced, else ""."""
+    """Build a network; returns it and a message if its classifier was replaced, else "".
+
+    Only a ``classifier`` must return logits, and gets a new last layer for other classes.
+    """
     for key in sorted(OPTIONS_BY_ARG.keys() & args.keys()):
         raise UsageError(f"--model-arg {key} has its own option: {OPTIONS_BY_ARG[key]}")
     if ":" in name:
         network = call_factory(name, num_classes, args, from_card=from_card)
-        return network, replace_classifier(network, num_classes)
+        return network, replace_classifier(network, num_classes) if classifier else ""
     build = NETWORKS[name].build if name in NETWORKS else _torchvision_builder(name)
     return call_builder(name, build, {**args, "num_classes": num_classes}), ""
 

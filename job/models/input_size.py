@@ -11,24 +11,39 @@ from torch import nn
 from job.errors import UsageError, reason
 from job.models.outputs import logits_of
 
+InputSize = int | tuple[int, ...]  # side of an RGB image in pixels, or the shape of one input
 MAX_SIZE = 4096  # pixels: StudentNet needs about 1 GiB for one image of this size
 TYPICAL_SIZES = (32, 64, 96, 128, 224, 256, 299)  # pixels
 
 
-def check_size(network: nn.Module, size: int, *, trained: bool = True) -> None:
-    """Raise UsageError unless ``network`` accepts images (B, 3, size, size).
+def input_shape(size: InputSize) -> tuple[int, ...]:
+    """Return the shape of one input: (3, size, size) for the side of an image in pixels."""
+    return (3, size, size) if isinstance(size, int) else size
+
+
+def check_size(
+    network: nn.Module, size: InputSize, *, trained: bool = True, classifier: bool = True
+) -> None:
+    """Raise UsageError unless ``network`` accepts inputs of ``size``, and a classifier has logits.
 
     Shapes are propagated for a batch of two, without computing values, in eval mode and, if
     ``trained``, in train mode.
     """
-    check_memory(size)
+    if isinstance(size, int):
+        check_memory(size)
     shadow = copy_to_meta(network)
     modes = (False, True) if trained else (False,)
-    why = find_misfit(shadow, size, modes)
+    why = find_misfit(shadow, size, modes, classifier=classifier)
     if why is None:
         return
     kind = type(network).__name__
-    fits = [other for other in TYPICAL_SIZES if find_misfit(shadow, other, modes) is None]
+    if not isinstance(size, int):
+        raise UsageError(f"{kind} cannot be run on inputs of {input_shape(size)}: {why}")
+    fits = [
+        other
+        for other in TYPICAL_SIZES
+        if find_misfit(shadow, other, modes, classifier=classifier) is None
+    ]
     if not fits:
         raise UsageError(f"{kind} cannot be run on images of {size} pixels: {why}")
     small = size < fits[0]
@@ -54,20 +69,25 @@ def copy_to_meta(network: nn.Module) -> nn.Module:
     return shadow
 
 
-def find_misfit(shadow: nn.Module, size: int, modes: tuple[bool, ...]) -> str | None:
-    """Return why a network on the meta device rejects images of ``size`` pixels, or None.
+def find_misfit(
+    shadow: nn.Module, size: InputSize, modes: tuple[bool, ...], *, classifier: bool = True
+) -> str | None:
+    """Return why a network on the meta device rejects inputs of ``size``, or None.
 
-    ``modes`` are the modes to try: False for eval mode, True for train mode.
+    ``modes`` are the modes to try: False for eval mode, True for train mode. A ``classifier`` must
+    return logits.
     """
-    images = torch.empty(2, 3, size, size, device="meta")
+    images = torch.empty(2, *input_shape(size), device="meta")
     for training in modes:
         try:
             with torch.no_grad():
                 logits = shadow.train(training)(images)
-                if training:  # auxiliary classifiers may return logits as well
+                if training and classifier:  # auxiliary classifiers may return logits as well
                     logits = logits_of(logits)
         except Exception as error:  # user code may raise anything
             return reason(error)
+        if not classifier:
+            continue
         if not isinstance(logits, torch.Tensor):
             return f"it returns a {type(logits).__name__}, not a tensor of logits"
         if logits.dim() != 2:

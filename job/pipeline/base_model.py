@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from job.artifacts.model_card import ModelCard, find_model, load_model, read_card
-from job.artifacts.provenance import find_run_data
+from job.artifacts.provenance import find_run_data, find_task_data
 from job.artifacts.records import BaseRecord, Lineage
-from job.config import PruneConfig
+from job.config import LOGIT_TASKS, PruneConfig
 from job.console import counted, say
 from job.data.layout import BUILT_IN
 from job.distributed.collectives import digest
@@ -72,19 +72,24 @@ def adopt_slim_base(config: PruneConfig) -> tuple[PruneConfig, Path | None]:
     for option, given, default, stored in (
         ("--model", config.model, DEFAULTS.model, card.model),
         ("--model-arg", config.args, DEFAULTS.args, card.args),
-        ("--num-classes", config.num_classes, DEFAULTS.num_classes, card.num_classes),
+        ("--num-classes", config.num_classes, DEFAULTS.num_classes, card.num_classes or None),
     ):
         if given not in (default, stored):
             raise UsageError(f"{name} has its own network, {what}: leave out {option}")
+    if config.task not in (DEFAULTS.task, card.task):
+        raise UsageError(f"{name} was trained for the task {card.task}: leave out --task")
     data = config.data
-    if data is None:
+    if data is None and not card.is_classifier:
+        data = find_task_data(str(config.weights), card.lineage)
+    elif data is None:
         base_data = find_run_data(str(config.weights), card.lineage)
         say(f"data: {shown(base_data)}, the data of {shown(folder)}")
         data = None if base_data == BUILT_IN else base_data
     base_args = tuple(card.args.items())
     config = replace(
-        config, model=card.model, model_arg=base_args, num_classes=card.num_classes, data=data
-    )
+        config, model=card.model, model_arg=base_args, data=data, task=card.task,
+        num_classes=card.num_classes or None,
+    )  # fmt: skip
     return config, folder
 
 
@@ -202,10 +207,11 @@ def build_base_network(
             f"--num-classes {num_classes} is less than the {len(data.class_names)} of the data"
         )
     torch.manual_seed(config.seed)
-    network, note = build_with_note(config.model, num_classes, config.args)
+    classifier = config.task in LOGIT_TASKS
+    network, note = build_with_note(config.model, num_classes, config.args, classifier=classifier)
     if note:
         say(note)
-    check_size(network, preprocessing.size)
+    check_size(network, preprocessing.input_size, classifier=classifier)
     lineage = Lineage(seed=config.seed, listing=data.listing)
     if weights.state is not None:
         lineage = _load_base_weights(network, config, weights.state, lineage)
@@ -215,9 +221,10 @@ def build_base_network(
         args=config.args,
         num_classes=num_classes,
         preprocessing=preprocessing,
-        class_names=(*data.class_names, *unnamed),
+        class_names=(*data.class_names, *unnamed) if data.class_names or classifier else (),
         width=nominal_width(config.model, config.args),
         lineage=lineage,
+        task=config.task,
     )
     return network, replace(card, base=base_of(network, card))
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from job.artifacts.accuracy import accuracy_change, signed_points
 from job.errors import shown
-from job.training.evaluation import Evaluator
+from job.training.evaluation import Evaluation, Evaluator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from job.artifacts.records import RoundRecord
     from job.config import PruneConfig
     from job.data.dataset import Dataset
-    from job.training.evaluation import Evaluation
+    from job.training.objective import SplitScores
 
 SIGMAS = 2.0  # standard deviations of binomial noise that a difference must exceed
 LOW = 0.4  # fraction of the range from chance to 1; trained weights usually score higher
@@ -114,20 +114,22 @@ class Cautions:
 
     @classmethod
     def of(cls, config: PruneConfig, data: Dataset, card: ModelCard) -> Cautions:
-        """Return the cautions of a run whose base has ``card``."""
+        """Return the cautions of a run whose base has ``card``; none but for classification."""
+        if not card.is_classifier:
+            return cls((), (), weights=False, unchanged=False)
         counts: list[int] = np.bincount(data.splits["validation"].labels).tolist()
         trained = config.first_epochs + config.sparsity_epochs
         whole = bool(config.weights) and not card.lineage.fresh_classifier
         return cls(counts, data.class_names, bool(config.weights), whole and not trained)
 
-    def of_base(self, result: Evaluation) -> list[str]:
+    def of_base(self, result: Evaluation | SplitScores) -> list[str]:
         """Return the cautions about a base that is not trained."""
+        if not isinstance(result, Evaluation):
+            return []
         check = weights_caution if self.unchanged else self._base
         return _given(check(result.accuracy, self.counts), single_class_caution(result, self.names))
 
-    def of_round(
-        self, round_index: int, accuracy: float, evaluate: Callable[[], Evaluation]
-    ) -> list[str]:
+    def of_round(self, round_index: int, accuracy: float, evaluate: Callable[[], Any]) -> list[str]:
         """Return the cautions about a trained network, which may be the base.
 
         ``evaluate`` is called only when the accuracy is in doubt.
@@ -142,6 +144,8 @@ class Cautions:
     def of_run(self, entries: Sequence[RoundRecord]) -> list[str]:
         """Return the cautions of all entries, and the one about the whole run."""
         kept = [caution for entry in entries for caution in entry.cautions]
+        if not self.counts:
+            return kept
         return kept + _given(under_trained_caution(entries, sum(self.counts), self.weights))
 
     @staticmethod

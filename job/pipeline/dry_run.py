@@ -24,6 +24,7 @@ from job.pipeline.slim_round import cut, recover_cut
 from job.pipeline.wandb_check import check_wandb
 from job.processes import is_main, world_size
 from job.report.tables import rounds_table
+from job.training.evaluation import Evaluator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +111,8 @@ def _try_training(setup: Setup) -> str | None:
     model, config = Model(setup.network, setup.card), setup.config
     setup.evaluator.try_batch(model.network)
     caution = None
-    if config.weights and not model.card.lineage.fresh_classifier:
+    whole = config.weights and not model.card.lineage.fresh_classifier
+    if whole and isinstance(setup.evaluator, Evaluator):
         caution = sample_caution(setup.evaluator, model.network)
     distillation = distil_from(setup, setup.teacher or model.network)
     rounds = len(setup.planned) - 1

@@ -21,7 +21,7 @@ def live_facts(session: Session) -> str:
     if left is not None and state.forecast.rounds is not None:
         parts.append(f"round: {span(left)} left")
     if state.best_acc is not None:
-        parts.append(f"best acc {state.best_acc:.4f}")
+        parts.append(f"best {session.setup.metric} {state.best_acc:.4f}")
     if base and state.round and state.round.index:
         parts.append(f"base {base.valid_acc:.4f}")
     if state.saved_at is not None:

@@ -31,4 +31,4 @@ class Model:
     @cached_property
     def graph(self) -> ChannelGraph:
         """The channel groups of the network, which is traced once; see `analyse` for its errors."""
-        return analyse(self.network, example_image(self.card.preprocessing.size))
+        return analyse(self.network, example_image(self.card.preprocessing.input_size))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from job.artifacts.accuracy import signed_points
+from job.artifacts.accuracy import score_name, signed_points
 from job.artifacts.evaluation_record import find_evaluation
 from job.artifacts.json_records import to_json
 from job.artifacts.recommendation import points_lost
@@ -33,12 +33,14 @@ from job.slimming.planning.cost import network_cost
 from job.slimming.planning.overview import removed_lines
 from job.tracking.wandb_events import round_event
 from job.training.distillation import distillation
+from job.training.epoch import ACCURACY
+from job.training.evaluation import Evaluator
 from job.training.position import PrunedScores
 from job.training.session import RoundSpec
 from job.training.sparsity import describe_sparsity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from typing import Any
 
     from torch import nn
@@ -49,22 +51,32 @@ if TYPE_CHECKING:
     from job.training.distillation import Distillation
     from job.training.epoch import EpochResult
     from job.training.evaluation import Evaluation
+    from job.training.objective import SplitScores
 
 
 @dataclass(frozen=True)
 class BestScores:
-    """Scores of a round's best model on the validation split, and cautions about them."""
+    """SplitScores of a round's best model on the validation split, and cautions about them."""
 
     valid_acc: float
     valid_loss: float
     best_epoch: int | None = None
     train_acc: float | None = None
     cautions: tuple[str, ...] = ()
+    metric: str = ACCURACY
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, best: EpochResult) -> BestScores:
         """Return the scores of a round's best epoch."""
-        return cls(best.valid_acc, best.valid_loss, best.epoch, best.train_acc)
+        return cls(
+            best.valid_acc,
+            best.valid_loss,
+            best.epoch,
+            best.train_acc,
+            metric=best.metric,
+            metrics=best.metrics,
+        )
 
 
 def base_round(session: Session) -> Model:
@@ -77,7 +89,7 @@ def base_round(session: Session) -> Model:
         say(describe_sparsity(config, sparse, sparse * setup.trainer.steps))
     if config.first_epochs + sparse:
         new = current.resume or model.card.lineage.fresh_classifier
-        if session.cautions.weights and not new:
+        if isinstance(setup.evaluator, Evaluator) and session.cautions.weights and not new:
             say_cautions([sample_caution(setup.evaluator, model.network)])
         norms = on_main(lambda: ranking_norms(model, sparse))
         spec = RoundSpec(
@@ -138,11 +150,13 @@ def _slim(session: Session, wide: Model) -> tuple[Model, PrunedScores]:
     for line in removed_lines(plan.layers):
         say(line)
     pruned = _evaluate(session, narrow.network)
-    record = SlimRecord(index, narrow.card.width, pruned.accuracy, pruned.loss, plan.proof.error)
+    before = pruned.accuracy, pruned.loss, plan.proof.error
+    record = SlimRecord(index, narrow.card.width, *before, metric=pruned.metric)
     if setup.config.recover:
         recover_cut(wide, narrow, plan, *tools)
         scores = _evaluate(session, narrow.network)
-        say(f"recovery: valid acc {pruned.accuracy:6.4f} before, {scores.accuracy:6.4f} after")
+        name = f"recovery: valid {pruned.metric}"
+        say(f"{name} {pruned.accuracy:6.4f} before, {scores.accuracy:6.4f} after")
         record = replace(
             record, valid_acc_recovered=scores.accuracy, valid_loss_recovered=scores.loss
         )
@@ -150,7 +164,7 @@ def _slim(session: Session, wide: Model) -> tuple[Model, PrunedScores]:
     return narrow, PrunedScores(pruned.accuracy, record.valid_acc_recovered)
 
 
-def _evaluate(session: Session, network: nn.Module) -> Evaluation:
+def _evaluate(session: Session, network: nn.Module) -> Evaluation | SplitScores:
     """Evaluate ``network`` on the validation split."""
     evaluator = session.setup.evaluator
 
@@ -177,11 +191,17 @@ def _score_weights(session: Session, network: nn.Module) -> BestScores:
     valid = _evaluate(session, network)
     if not math.isfinite(valid.loss):
         raise DataError(f"the validation loss of --weights is {valid.loss}: they are damaged")
-    say(f"base: valid loss: {valid.loss:6.4f}, acc {valid.accuracy:6.4f}")
+    say(f"base: valid loss: {valid.loss:6.4f}, {valid.metric} {valid.accuracy:6.4f}")
     cautions = session.cautions.of_base(valid)
     say_cautions(cautions)
     session.best_evaluated(valid.predictions)
-    return BestScores(valid.accuracy, valid.loss, cautions=tuple(cautions))
+    return BestScores(
+        valid.accuracy,
+        valid.loss,
+        cautions=tuple(cautions),
+        metric=valid.metric,
+        metrics=valid.others,
+    )
 
 
 def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Module) -> Model:
@@ -239,7 +259,7 @@ def _with_latency(session: Session, entry: RoundRecord, network: nn.Module) -> R
 def _evaluation_record(session: Session, network: nn.Module) -> RoundEvaluation | None:
     """Return the record of the round's evaluation; None where its predictions are not known."""
     setup, current = session.setup, session.round
-    if current.predictions is None:
+    if current.predictions is None or not isinstance(setup.evaluator, Evaluator):
         return None
     base = find_evaluation(session.run.round_path(0)) if current.index else None
     images = setup.evaluator.split, setup.preprocessing, setup.card.num_classes
@@ -288,7 +308,8 @@ def _lost_too_much(session: Session) -> bool:
         return False
     option = "--rounds auto" if config.max_drop is None else "--max-drop"
     say(
-        f"round {len(entries) - 1}: accuracy {signed_points(-lost)} points compared with the base, "
+        f"round {len(entries) - 1}: {score_name(entries[0].metric)} "
+        f"{signed_points(-lost)} points compared with the base, "
         f"{option} allows -{limit:g}: no further rounds"
     )
     return True

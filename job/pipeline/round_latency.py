@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from job.console import warn
 from job.errors import reason
+from job.models.input_size import input_shape
 from job.slimming.graph.modes import eval_with_hooks
 from job.slimming.latency.alternation import TimeLimits, time_alternately
 from job.slimming.latency.clock import clock_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from job.models.input_size import InputSize
     from job.slimming.latency.clock import Clock
 
 # a tenth of a second shows what a cut gained; the command bench measures it well
@@ -27,12 +29,12 @@ QUICK = TimeLimits(seconds=0.1, warmup=0.02)
 
 
 def measure_round(
-    network: nn.Module, base: nn.Module | None, size: int, device: torch.device
+    network: nn.Module, base: nn.Module | None, size: InputSize, device: torch.device
 ) -> tuple[float | None, float | None]:
     """Return the median seconds of ``network`` for one image, and how many times as fast it is.
 
-    It is compared with ``base``, timed in turn; None for the base itself. Both networks, on images
-    (1, 3, size, size) in float32, are left as they were. Where they do not run, which is a warning,
+    It is compared with ``base``, timed in turn; None for the base itself. Both networks, on one
+    input of ``size`` in float32, are left as they were. Where they do not run, which is a warning,
     both numbers are None.
     """
     try:
@@ -43,7 +45,7 @@ def measure_round(
 
 
 def _measure(
-    network: nn.Module, base: nn.Module | None, size: int, device: torch.device, clock: Clock
+    network: nn.Module, base: nn.Module | None, size: InputSize, device: torch.device, clock: Clock
 ) -> tuple[float, float | None]:
     networks = [network, *([base] if base is not None else [])]
     with ExitStack() as stack:
@@ -51,7 +53,7 @@ def _measure(
             stack.enter_context(_on(each, device))
             stack.enter_context(eval_with_hooks(each, []))
         dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
-        images = random_images((1, 3, size, size), device, dtype)
+        images = random_images((1, *input_shape(size)), device, dtype)
         series = time_alternately([eager(each, images) for each in networks], clock, QUICK)
     gain = speedup(series[1], series[0]).value if base is not None else None
     return latency_of(series[0], 1).median, gain

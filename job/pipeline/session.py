@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from job.artifacts.checkpoint import save_position
 from job.artifacts.json_records import to_json
@@ -152,7 +152,7 @@ class Session(TrainingSession):
         say(f"\nrecommended: {summary.recommended} ({summary.reason})")
         say_cautions(summary.cautions)
         say(f"{counted(summary.seconds, 'second')}; all files are in {shown(self.run.path)}")
-        for line in commands_after(self.run.path):
+        for line in commands_after(self.run.path, self.setup.config.task):
             say(f"next: {line}")
         if self.tracker:
             self.tracker.finish(summary_values(summary))
@@ -192,9 +192,9 @@ class Session(TrainingSession):
         return self.state.tracker
 
     @property
-    def image_size(self) -> int:
-        """Side of the network's inputs, in pixels."""
-        return self.setup.preprocessing.size
+    def image_size(self) -> int | tuple[int, ...]:
+        """Side of the network's images in pixels, or the shape of one input."""
+        return self.setup.preprocessing.input_size
 
     # --- the round in progress
 
@@ -272,7 +272,7 @@ class Session(TrainingSession):
         if state.best_acc is None or result.valid_acc > state.best_acc:
             state.best_acc = result.valid_acc
         say(epoch_line(model.card.width, result), event=True)
-        costs = {"params": model.cost.params, "macs": model.cost.macs}
+        costs: dict[str, Any] = {"params": model.cost.params, "macs": model.cost.macs}
         record = EpochRecord(**asdict(result), width=model.card.width, **costs)
         self.log(record)
         if self.tracker:

@@ -14,10 +14,12 @@ import torch
 from job.artifacts.records import PlannedRound
 from job.artifacts.run_directory import Run
 from job.artifacts.run_folder import choose_run_folder, likely_run_folder
+from job.config import CLASSIFICATION
 from job.console import say, tick
 from job.data.cache.cached_split import ImageCache
 from job.data.cache.image_set import ImageSet
 from job.data.loader import default_workers
+from job.data.task_items import ItemSplit
 from job.distributed.collectives import on_main, start
 from job.distributed.stop import Watch
 from job.errors import UsageError
@@ -32,11 +34,16 @@ from job.pipeline.base_model import (
 )
 from job.pipeline.model import Model
 from job.pipeline.slim_round import plan_round
+from job.pipeline.task_data import open_task
 from job.pipeline.training_data import SPLITS, dataset_record, prepare_data
 from job.processes import local_world_size
 from job.slimming.surgery.surgery import apply_plan
+from job.tasks.loading import try_task
 from job.training.calibration import Calibration
+from job.training.epoch import ACCURACY
 from job.training.evaluation import Evaluator
+from job.training.objective import TaskObjective
+from job.training.task_evaluation import TaskEvaluator
 from job.training.trainer import Trainer
 from job.training.trial import least_batch
 
@@ -52,6 +59,7 @@ if TYPE_CHECKING:
     from job.config import PruneConfig
     from job.data.dataset import Dataset
     from job.data.preprocessing import Preprocessing
+    from job.training.task import Task
 
 MISSING: Any = object()  # the value of a field whose step has not run, or has failed
 PLANNED = 10  # rounds of --rounds auto that are planned in advance
@@ -68,6 +76,7 @@ class Setup:
     folder_reason: str = ""  # why another folder than the default is used
     model_folder: Path | None = MISSING  # of the slim model that --weights names
     data: Dataset = MISSING
+    task: Task | None = None  # None for classification
     preprocessing: Preprocessing = MISSING
     weights: BaseWeights = MISSING
     network: nn.Module = MISSING  # the base
@@ -77,10 +86,16 @@ class Setup:
     teacher: nn.Module | None = MISSING
     dataset_record: DatasetRecord = MISSING
     base_record: BaseRecord = MISSING
+    objective: TaskObjective | None = MISSING  # None for classification
     cache: ImageCache = MISSING  # of decoded images; a run fills it before the first epoch
-    evaluator: Evaluator = MISSING
+    evaluator: Evaluator | TaskEvaluator = MISSING
     trainer: Trainer = MISSING
     calibration: Calibration = MISSING
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric that chooses models, as in the keys of records."""
+        return self.objective.metric if self.objective else ACCURACY
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,10 @@ def adopt_model_folder(setup: Setup) -> Setup:
 
 
 def open_dataset(setup: Setup) -> Setup:
-    """Open the data set and check its images."""
+    """Open the data set and check its images, or build the task with its data."""
+    if setup.config.task != CLASSIFICATION:
+        task, data, preprocessing = open_task(setup.config)
+        return replace(setup, task=task, data=data, preprocessing=preprocessing)
     data, preprocessing = prepare_data(setup.config, setup.watch.check_here, setup.folder)
     return replace(setup, data=data, preprocessing=preprocessing)
 
@@ -146,9 +164,20 @@ def build_base(setup: Setup) -> Setup:
     return replace(setup, network=network, card=card, weights=BaseWeights())
 
 
+def try_objective(setup: Setup) -> Setup:
+    """Try loss and metrics of a task on the network."""
+    name, task, network = setup.config.task, setup.task, setup.network
+    if task is None:
+        return replace(setup, objective=None)
+    if setup.config.distill_alpha and not hasattr(task, "distillation_loss"):
+        raise UsageError(f"--distill-alpha needs distillation_loss() in --task {name}")
+    layout = on_main(lambda: try_task(name, task, network).layout, interrupt=True)
+    return replace(setup, objective=TaskObjective(task, layout))
+
+
 def find_smallest_batch(setup: Setup) -> Setup:
     """Find the smallest global batch that the network's BatchNorms allow."""
-    count, size = len(setup.data.splits["training"]), setup.preprocessing.size
+    count, size = len(setup.data.splits["training"]), setup.preprocessing.input_size
     least = on_main(lambda: least_batch(setup.network, setup.config, size, count))
     return replace(setup, smallest_batch=least)
 
@@ -192,14 +221,21 @@ def build_tools(setup: Setup) -> Setup:
     if workers is None:
         workers = default_workers(local_world_size(), accelerator.device.type == "cuda")
     shared = setup.preprocessing, accelerator, workers
-    cache = ImageCache(ImageSet.of(setup.data, SPLITS, setup.preprocessing.max_side))
+    objective, size = setup.objective, setup.preprocessing.size
+    images = None if objective else ImageSet.of(setup.data, SPLITS, setup.preprocessing.max_side)
+    cache = ImageCache(images)
     training, validation = (cache.over(setup.data.splits[name]) for name in SPLITS)
-    evaluator = Evaluator(validation, setup.card.num_classes, *shared)
+    evaluator: Evaluator | TaskEvaluator
+    if objective:
+        assert isinstance(validation, ItemSplit)
+        evaluator = TaskEvaluator(validation, objective, size, accelerator, workers)
+    else:
+        evaluator = Evaluator(validation, setup.card.num_classes, *shared)
     return replace(
         setup,
         cache=cache,
         evaluator=evaluator,
-        trainer=Trainer(training, evaluator, config, *shared, setup.smallest_batch),
+        trainer=Trainer(training, evaluator, config, *shared, setup.smallest_batch, objective),
         calibration=Calibration(
             training,
             *shared,
@@ -208,6 +244,7 @@ def build_tools(setup: Setup) -> Setup:
             # a trial takes one batch
             most=config.batch_size if config.dry_run else config.calibration_images,
             progress=None if config.dry_run else tick,
+            objective=objective,
         ),
     )
 
@@ -217,11 +254,12 @@ START_UP = (
     StartUpStep(open_dataset, needs=("model_folder",)),
     StartUpStep(read_weights, needs=("model_folder",)),
     StartUpStep(build_base, needs=("data", "weights")),
+    StartUpStep(try_objective, needs=("network",)),
     StartUpStep(find_smallest_batch, needs=("network",)),
     StartUpStep(plan_rounds, needs=("network",)),
     StartUpStep(load_teacher, needs=("card",)),
     StartUpStep(choose_folder, needs=("card", "teacher")),
-    StartUpStep(build_tools, needs=("card", "smallest_batch")),
+    StartUpStep(build_tools, needs=("card", "smallest_batch", "objective")),
 )
 
 

@@ -82,7 +82,7 @@ def allocation_of(
 
 def base_of(network: nn.Module, card: ModelCard) -> Base:
     """Return the base of a run: ``network`` before the first round."""
-    return Base(layer_widths(network), network_cost(network, card.preprocessing.size))
+    return Base(layer_widths(network), network_cost(network, card.preprocessing.input_size))
 
 
 def ranking_norms(model: Model, sparse_epochs: int) -> list[str] | None:
@@ -121,7 +121,7 @@ def _macs_instead(config: PruneConfig, model: Model, round_index: int) -> str:
     assert model.card.base.cost
     share = round_index / config.last_round
     left = (0.5 if budget.absolute else budget.value) ** share
-    now = network_cost(model.network, model.card.preprocessing.size).macs
+    now = network_cost(model.network, model.card.preprocessing.input_size).macs
     left = min(left, now / model.card.base.cost.macs) ** (1 / share)
     return f"macs={left:.6g}"
 
@@ -162,7 +162,7 @@ def _plan_by_latency(
         parts = network, model.graph, scores, limited, method_of(config), model.card.base
         return plan_cut(*parts, curves, latency)
 
-    image = example_image(model.card.preprocessing.size)
+    image = example_image(model.card.preprocessing.input_size)
     before = next((base or network).parameters()).device
     reference = (base or network).to(device)
     plan = meet_latency(network, model.graph, image, allocation, plan_with, reference, progress)
@@ -227,7 +227,7 @@ def cut(
     """
     step, network = _interruptible(calibration, progress), model.network
     card, method = model.card, method_of(config)
-    image = example_image(card.preprocessing.size)
+    image = example_image(card.preprocessing.input_size)
     network.to(device)
     step("tracing the network", 0, 0)
     graph = on_main(lambda: model.graph, interrupt=True)

@@ -110,7 +110,7 @@ def dataset_record(data: Dataset, max_side: int | None = None) -> DatasetRecord:
         layout=data.layout,
         root=str(data.root),
         listing=data.listing,
-        path=None if data.layout == "built-in" else path,
+        path=path if data.source and data.layout != "built-in" else None,
         training=len(data.splits["training"]),
         validation=len(data.splits["validation"]),
         skipped=tuple(shown(name) for name in data.skipped),

@@ -6,11 +6,13 @@ import csv
 import io
 import math
 from collections import Counter
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from job.artifacts.accuracy import score_name
+from job.artifacts.json_records import to_json
 from job.errors import shown
 from job.report.configuration import differing_options
+from job.training.epoch import ACCURACY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +21,17 @@ if TYPE_CHECKING:
     from job.artifacts.records import RoundRecord
 
 COSTS = ("params", "macs", "bytes", "latency")  # what accuracy is compared against
+
+
+def common_metric(histories: Sequence[History]) -> str:
+    """Return the name of the metric of all runs, or ``score`` if they have several."""
+    metrics = {history.metric for history in histories if history.rounds or history.epochs}
+    return metrics.pop() if len(metrics) == 1 else "score" if metrics else ACCURACY
+
+
+def common_score_name(histories: Sequence[History]) -> str:
+    """Return the name in sentences of the metric of all runs, or ``score``."""
+    return score_name(common_metric(histories))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -89,8 +102,9 @@ def comparison_csv(histories: Sequence[History]) -> str:
     options = differing_options(histories)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow((
-        "run", "path", "state", "round", "recommended", "width", "channels", *COSTS, "valid_acc",
-        "valid_loss", "points", *(f"pareto_{cost}" for cost in COSTS),
+        "run", "path", "state", "round", "recommended", "width", "channels", *COSTS,
+        f"valid_{common_metric(histories)}", "valid_loss", "points",
+        *(f"pareto_{cost}" for cost in COSTS),
         *(flag.removeprefix("--") for flag, _ in options),
     ))  # fmt: skip
     for index, (name, history) in enumerate(zip(run_names(histories), histories, strict=True)):
@@ -116,8 +130,8 @@ def _run_json(name: str, history: History) -> dict[str, Any]:
         "state": history.state,
         "exit_code": history.exit_code,
         "position": dict(position),
-        "base": asdict(base) if base else None,
-        "rounds": [asdict(entry) for entry in history.rounds if entry.round],
+        "base": to_json(base, everything=True) if base else None,
+        "rounds": [to_json(entry, everything=True) for entry in history.rounds if entry.round],
         "recommended": f"rounds/{best.round:02d}" if best else None,
         "reason": history.reason,
         "cautions": list(history.cautions),

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from job.report.comparison import COSTS, comparison_caution, pareto_models, run_names
+from job.report.comparison import (
+    COSTS,
+    common_score_name,
+    comparison_caution,
+    pareto_models,
+    run_names,
+)
 from job.report.configuration import differing_options
 from job.report.html import HtmlTable, render
 from job.report.run_page import COST_HEADINGS, cost_text
@@ -35,9 +41,10 @@ def comparison_page(histories: Sequence[History], charts: Sequence[Chart]) -> by
 
 def _runs_table(histories: Sequence[History]) -> HtmlTable:
     costs = [c for c in COSTS if c != "latency" or any(h.latencies for h in histories)]
+    score = common_score_name(histories)
     header = (
-        "", "run", "state", "base's accuracy", "recommended", *(COST_HEADINGS[c] for c in costs),
-        "accuracy", "points to the base", "Pareto-optimal in",
+        "", "run", "state", f"base's {score}", "recommended", *(COST_HEADINGS[c] for c in costs),
+        score, "points to the base", "Pareto-optimal in",
     )  # fmt: skip
     optimal, rows = pareto_models(histories), []
     for index, (name, history) in enumerate(zip(run_names(histories), histories, strict=True)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from job.errors import printable
 from job.report.chart import CYCLE, MARKERS, Axis, Chart, PlotSeries
-from job.report.comparison import COSTS, pareto_front
+from job.report.comparison import COSTS, common_score_name, pareto_front
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +22,6 @@ MAX_POINTS = 60  # of a line whose points are marked
 MIN_LOSS = 1e-9  # smaller losses are noise
 SHOWN_LOSSES = 1e-6  # of the highest: the range of the axis
 STEP_AXIS = Axis("steps (batches) since the run began", prefixes=True)
-ACCURACY = Axis("validation accuracy (%)")
 COST_AXES = {
     "params": Axis("parameters", prefixes=True),
     "macs": Axis("multiply-adds for one image (MACs)", prefixes=True),
@@ -74,8 +73,9 @@ def accuracy_chart(history: History, cost: str) -> Chart | None:
         f"{e.valid_acc:.2%}"
         for x, e in rounds
     )
-    caption = f"Accuracy of the base and of each round against {COST_AXES[cost].label}"
-    return Chart(f"accuracy-{cost}", caption, COST_AXES[cost], ACCURACY, tuple(series),
+    score = history.score_name
+    caption = f"{_capital(score)} of the base and of each round against {COST_AXES[cost].label}"
+    return Chart(f"accuracy-{cost}", caption, COST_AXES[cost], _score_axis(score), tuple(series),
                  summary=words)  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def training_chart(history: History, metric: str) -> Chart | None:
     """Return the accuracy (``acc``) or ``loss`` of each epoch over the steps, with the rounds."""
     if not history.epochs:
         return None
-    name, factor = ("accuracy", 100) if metric == "acc" else ("loss", 1)
+    name, factor = (history.score_name, 100) if metric == "acc" else ("loss", 1)
     marker = "o" if len(history.epochs) <= MAX_POINTS else ""
     series = tuple(
         PlotSeries(
@@ -102,10 +102,10 @@ def training_chart(history: History, metric: str) -> Chart | None:
     last = history.epochs[-1]
     value = factor * getattr(last, f"valid_{metric}")
     return Chart(
-        f"training-{name}",
+        "training-accuracy" if metric == "acc" else "training-loss",
         f"Training and validation {name} of each epoch; vertical lines end the rounds",
         STEP_AXIS,
-        Axis("accuracy (%)" if metric == "acc" else "loss"),
+        Axis(f"{name} (%)" if metric == "acc" else "loss"),
         series,
         marks=_round_marks(history),
         summary=f"Validation {name} of the last epoch: {value:.4g}",
@@ -246,18 +246,28 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
                 in_legend=len(histories) <= NAMED_RUNS,
             )
         )
+    score = common_score_name(histories)
     front = tuple(everything[index] for index in pareto_front(everything))
     series.append(PlotSeries("Pareto front", front, "black", "ring", ":", filled=False))
     return Chart(
         f"pareto-{cost}",
-        f"Accuracy of all rounds of all runs against {COST_AXES[cost].label}, with the Pareto "
-        "front",
+        f"{_capital(score)} of all rounds of all runs against {COST_AXES[cost].label}, with the "
+        "Pareto front",
         COST_AXES[cost],
-        ACCURACY,
+        _score_axis(score),
         tuple(series),
         summary="Pareto front: "
         + "; ".join(f"{COST_AXES[cost].text(x)}, {y:.2f}%" for x, y in front[:20]),
     )
+
+
+def _score_axis(name: str) -> Axis:
+    return Axis(f"validation {name} (%)")
+
+
+def _capital(name: str) -> str:
+    """Return the name of a metric at the start of a sentence; only ``accuracy`` is a word."""
+    return name.capitalize() if name == "accuracy" else name
 
 
 def _by_round(history: History, value: Callable[..., float]) -> tuple[tuple[float, float], ...]:

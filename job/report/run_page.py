@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from job.artifacts.accuracy import signed_points
+from job.config import CLASSIFICATION
 from job.console import counted, span
 from job.errors import shown
 from job.files import shell_word
@@ -101,7 +102,7 @@ def _headline(history: History) -> str:
     ]
     points = signed_points(history.change or 0.0)
     return (
-        f"Recommended: ★ rounds/{best.round:02d}. {', '.join(parts)}, accuracy "
+        f"Recommended: ★ rounds/{best.round:02d}. {', '.join(parts)}, {history.score_name} "
         f"{best.valid_acc:.2%} ({points} points)."
     )
 
@@ -111,7 +112,7 @@ def _answer(history: History) -> tuple[AnswerRow, ...]:
     if not base or not best:
         return ()
     points = format_points(history.change)
-    rows = [AnswerRow("accuracy", _percent(base.valid_acc), _percent(best.valid_acc),
+    rows = [AnswerRow(history.score_name, _percent(base.valid_acc), _percent(best.valid_acc),
                       f"{points} points" if best.round else "")]  # fmt: skip
     for cost, name in ANSWER_COSTS.items():
         before, after = history.cost(base, cost), history.cost(best, cost)
@@ -129,11 +130,11 @@ def _short(cost: str, value: float) -> str:
 
 def _rounds_table(history: History) -> HtmlTable:
     recovered = any(entry.valid_acc_recovered is not None for entry in history.rounds)
-    timed = bool(history.latencies)
+    timed, score = bool(history.latencies), history.score_name
     costs = [cost for cost in COST_HEADINGS if cost != "latency" or timed]
     header = (
-        "round", "accuracy after fine-tuning", "points to the base", "loss",
-        "accuracy after the cut", *(("accuracy after recovery",) if recovered else ()),
+        "round", f"{score} after fine-tuning", "points to the base", "loss",
+        f"{score} after the cut", *((f"{score} after recovery",) if recovered else ()),
         *(COST_HEADINGS[cost] for cost in costs), "width", "channels", "best epoch",
     )  # fmt: skip
     rows = tuple(
@@ -203,18 +204,32 @@ def _commands(history: History) -> dict[str, str]:
     """Return lines to copy: how to load and use the recommended model."""
     if not history.best:
         return {}
+    task = history.setting("prune", "task") or CLASSIFICATION
+    inputs, images, outputs = "images (B, 3, H, W) float32", "images", "logits"
+    if task != CLASSIFICATION:
+        inputs, images, outputs = f"inputs as {shown(str(task))} makes them", "inputs", "outputs"
     run, model = shown(history.path), f"{shown(history.path)}/rounds/{history.best.round:02d}"
     return {
         "In Python": (
             "import gammaslim\n"
-            f"network = gammaslim.load({model!r})  # eval mode; images (B, 3, H, W) float32\n"
-            "logits = network(images)"
+            f"network = gammaslim.load({model!r})  # eval mode; {inputs}\n"
+            f"{outputs} = network({images})"
         ),
-        "Evaluate on the test split": f"gammaslim evaluate {shell_word(run)} --split testing",
-        "Predict a folder of images": (
-            f"gammaslim predict {shell_word(run)} --data FOLDER --output classes.csv"
-        ),
+        **_scoring_commands(run, task),
         "Export": f"gammaslim export {shell_word(run)} --output model.onnx",
+    }
+
+
+def _scoring_commands(run: str, task: object) -> dict[str, str]:
+    """Return lines that evaluate and predict; other tasks are only evaluated."""
+    word = shell_word(run)
+    if task != CLASSIFICATION:
+        return {"Evaluate": f"gammaslim evaluate {word}"}
+    return {
+        "Evaluate on the test split": f"gammaslim evaluate {word} --split testing",
+        "Predict a folder of images": (
+            f"gammaslim predict {word} --data FOLDER --output classes.csv"
+        ),
     }
 
 

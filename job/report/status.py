@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from job.artifacts.accuracy import accuracy_change, signed_points
+from job.artifacts.accuracy import accuracy_change, score_name, signed_points
 from job.console import span, table
 from job.errors import printable
 
@@ -94,7 +94,7 @@ def _place(status: RunStatus) -> str:
 def _best(status: RunStatus) -> str:
     if status.best_acc is None:
         return ""
-    text = f"accuracy {status.best_acc:.4f}"
+    text = f"{score_name(status.metric)} {status.best_acc:.4f}"
     if status.recommended and status.params is not None:
         text = f"{status.recommended}, {text}, {status.params:.1%} of the parameters"
     if status.base_acc is not None and status.recommended not in (None, "rounds/00"):

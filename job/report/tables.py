@@ -8,7 +8,7 @@ from job.artifacts.accuracy import signed_points
 from job.artifacts.records import PlannedRound, RoundRecord
 from job.console import table
 from job.errors import printable
-from job.report.comparison import COSTS, comparison_caution, run_names
+from job.report.comparison import COSTS, common_metric, comparison_caution, run_names
 from job.report.configuration import differing_options
 from job.report.latency import milliseconds
 
@@ -24,8 +24,8 @@ def epoch_line(width: float, epoch: EpochResult) -> str:
     """Return the line of an epoch, in the homework's format."""
     return (
         f"rate {width:6.4f} epoch {epoch.epoch:>3d}: "
-        f"train loss: {epoch.train_loss:6.4f}, acc {epoch.train_acc:6.4f} "
-        f"valid loss: {epoch.valid_loss:6.4f}, acc {epoch.valid_acc:6.4f}"
+        f"train loss: {epoch.train_loss:6.4f}, {epoch.metric} {epoch.train_acc:6.4f} "
+        f"valid loss: {epoch.valid_loss:6.4f}, {epoch.metric} {epoch.valid_acc:6.4f}"
     )
 
 
@@ -40,7 +40,8 @@ def rounds_table(rounds: Sequence[PlannedRound]) -> str:
     trained = [entry for entry in rounds if isinstance(entry, RoundRecord)]
     recovered = any(entry.valid_acc_recovered is not None for entry in trained)
     timed = any(entry.latency is not None for entry in trained)
-    scores = ("acc after cut", *(("recovered",) if recovered else ()), "acc tuned")
+    metric = next((entry.metric for entry in trained), "")
+    scores = (f"{metric} after cut", *(("recovered",) if recovered else ()), f"{metric} tuned")
     header = (
         "round", "width", "channels", "params", "MACs", "bytes",
         *(("latency", "speed-up") if timed else ()), *(scores if trained else ()),
@@ -95,7 +96,7 @@ def comparison_table(histories: Sequence[History]) -> str:
     timed = any(history.latencies for history in histories)
     costs = [cost for cost in COSTS if cost != "latency" or timed]
     heads = ("params", "MACs", "bytes", *(("latency",) if timed else ()))
-    header = ("run", "state", "width", *heads, "base", "acc", "points")
+    header = ("run", "state", "width", *heads, "base", common_metric(histories), "points")
     rows = []
     for name, history in zip(run_names(histories), histories, strict=True):
         base, best = history.base, history.best

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from job.artifacts.records import EpochRecord, RoundRecord, SummaryRecord
     from job.files import JsonObject
+    from job.models.input_size import InputSize
     from job.tracking.process import Histogram, Table
 
 T = TypeVar("T")
@@ -64,22 +65,22 @@ class WandbEvent:
 
 def epoch_event(record: EpochRecord) -> WandbEvent:
     """Return what W&B gets of an epoch."""
-    return WandbEvent(_keyed("epoch", to_json(record)))
+    return WandbEvent(_keyed("epoch", _with_metrics(to_json(record))))
 
 
 def round_event(
     record: RoundRecord,
     before: nn.Module,
     after: nn.Module,
-    image_size: int,
+    image_size: InputSize,
     folder: Path,
 ) -> WandbEvent:
     """Return what W&B gets of a round.
 
-    ``before`` and ``after`` are the networks before and after it, for images of ``image_size``
-    pixels, and ``folder`` holds its model.
+    ``before`` and ``after`` are the networks before and after it, for inputs of
+    ``image_size``, and ``folder`` holds its model.
     """
-    content, layers = to_json(record), layer_costs(after, image_size)
+    content, layers = _with_metrics(to_json(record)), layer_costs(after, image_size)
     rows = [(c.name, c.kind, c.channels_in, c.channels_out, c.params, c.macs) for c in layers]
     return WandbEvent(
         values=_keyed("round", {k: v for k, v in content.items() if k != "cautions"}),
@@ -93,7 +94,7 @@ def round_event(
 def summary_values(summary: SummaryRecord) -> JsonObject:
     """Return W&B's summary of a run: the recommended round and its record."""
     recommended = summary.entries[summary.recommended_round]
-    return {"recommended": summary.recommended, **to_json(recommended)}
+    return {"recommended": summary.recommended, **_with_metrics(to_json(recommended))}
 
 
 def gamma_histograms(network: nn.Module) -> dict[str, Histogram]:
@@ -113,3 +114,10 @@ def _histogram(values: Any) -> Histogram:
 
 def _keyed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
     return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def _with_metrics(content: JsonObject) -> JsonObject:
+    """Return a record with the other metrics of a task as values of their own."""
+    metrics = content.pop("metrics", {})
+    assert isinstance(metrics, dict)
+    return content | {f"valid_{name}": value for name, value in metrics.items()}

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.data.batches import PlainImages
 from job.data.loader import build_loader, iterate_batches
+from job.data.task_items import plain_items
 from job.processes import rank, world_size
 from job.slimming.calibration.batch import MAX_IMAGES, image_limit
 from job.training.evaluation import batch_size_at
+from job.training.objective import ClassificationObjective
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from job.data.preprocessing import Preprocessing
     from job.data.splits import Split
     from job.distributed.stop import Watch
+    from job.training.objective import Objective
 
 
 class Calibration:
@@ -37,13 +39,16 @@ class Calibration:
         *,
         most: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        objective: Objective | None = None,
     ) -> None:
+        self.objective = objective or ClassificationObjective(preprocessing)
+        self.labelled = objective is None  # targets of other tasks are no labels
         self.preprocessing, self.accelerator, self.watch = preprocessing, accelerator, watch
         self.most = image_limit(preprocessing.size) if most is None else most
         self.progress = progress
         self.sampler = _FirstShare(len(split), batch_size_at(preprocessing.size), seed)
         self.loader = build_loader(
-            PlainImages(split, preprocessing),
+            plain_items(split, preprocessing),
             self.sampler,
             workers=workers,
             pin=accelerator.device.type == "cuda",
@@ -54,19 +59,22 @@ class Calibration:
         if self.watch:
             self.watch.check()
 
-    def batches(self, count: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(
+        self, count: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield this rank's share of the first ``count`` images: inputs (B, 3, S, S), labels (B,).
 
         By default ``count`` is ``most``. Collective. Raises StopRequest when a stop is requested.
         """
         device = self.accelerator.device
         self.sampler.count = self.most if count is None else count
-        for number, (images, labels) in enumerate(iterate_batches(self.loader, device)):
+        for number, batch in enumerate(iterate_batches(self.loader, device)):
             if number < self.sampler.common:
                 self.check()
             if self.progress:
                 self.progress(number, len(self.sampler))
-            yield self.preprocessing.to_input(images), labels
+            inputs, targets = self.objective.place(batch)
+            yield inputs, targets if self.labelled else None
 
 
 class _FirstShare:

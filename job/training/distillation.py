@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -25,13 +25,16 @@ class Distillation:
     temperature: float
     accelerator: Accelerator
 
+    def outputs(self, inputs: torch.Tensor) -> Any:
+        """Return the outputs of the teacher."""
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.teacher(inputs)
+
     def loss(
         self, logits: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         """Return the summed loss for a student's ``logits`` (B, C) and ``inputs`` (B, 3, H, W)."""
-        with torch.no_grad(), self.accelerator.autocast():
-            teacher_logits = logits_of(self.teacher(inputs))
-        soft_targets = teacher_logits.float()
+        soft_targets = logits_of(self.outputs(inputs)).float()
         return distillation_loss(logits, soft_targets, labels, self.alpha, self.temperature)
 
 

@@ -17,6 +17,7 @@ from job.distributed.collectives import total
 from job.errors import DataError, GammaslimError
 from job.models.outputs import logits_of
 from job.processes import rank, world_size
+from job.training.epoch import ACCURACY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -58,6 +59,16 @@ class Evaluation:
     def accuracy(self) -> float:
         """Fraction of correct predictions."""
         return int(self.confusion.diagonal().sum()) / self.count
+
+    @property
+    def metric(self) -> str:
+        """Name of the accuracy in keys."""
+        return ACCURACY
+
+    @property
+    def others(self) -> dict[str, float]:
+        """Metrics next to the accuracy: none."""
+        return {}
 
     @property
     def class_accuracy(self) -> list[float | None]:

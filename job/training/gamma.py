@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ def gamma_parameters(network: nn.Module, layers: Iterable[str]) -> list[torch.Te
     return [network.get_submodule(name).get_parameter("weight") for name in layers]
 
 
-def gamma_statistics(gammas: Sequence[torch.Tensor]) -> dict[str, float]:
+def gamma_statistics(gammas: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Return ``gamma_mean``, the mean of |γ|, and ``gamma_small``, the share of small ones.
 
     Empty for a network without γ.

@@ -42,6 +42,18 @@ class RoundSpec:
         return self.epochs + self.sparse_epochs
 
 
+@dataclass
+class RoundState:
+    """The state of a round, except for tensors: the next batch and the best epoch so far."""
+
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0  # spent on this epoch so far
+    best: EpochResult | None = None
+    predictions: torch.Tensor | None = None  # of the best epoch, on the validation split
+    outputs_reported: bool = False
+
+
 class TrainingSession(Protocol):
     """The interface that the trainer reports to during a round.
 

@@ -9,32 +9,35 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.data.batches import AugmentedImages
 from job.data.loader import build_loader, iterate_batches
 from job.data.samplers import GlobalBatches
+from job.data.task_items import training_items
 from job.distributed.collectives import check_same, digest, total
 from job.distributed.stop import NOTHING, STOP
 from job.errors import StopRequest
-from job.models.outputs import Logits
 from job.models.weights import load_tensors
 from job.processes import is_main, rank, world_size
 from job.training.compilation import CompiledNetwork, fast_matmul
 from job.training.epoch import EpochResult
 from job.training.gamma import gamma_histogram, gamma_layers, gamma_parameters, gamma_statistics
-from job.training.loss import batch_loss
-from job.training.micro_batches import micro_batches, part_sizes
+from job.training.micro_batches import (
+    divide_gradients,
+    micro_batches,
+    part_sizes,
+    split_samples,
+)
+from job.training.objective import ClassificationObjective
 from job.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from job.training.position import Position, TrainingProgress
 from job.training.schedule import round_learning_rate
-from job.training.session import RoundSpec, TrainingSession, Unattended
+from job.training.session import RoundSpec, RoundState, TrainingSession, Unattended
 from job.training.sparsity import apply_penalty
 from job.training.sync_batchnorm import average_running_statistics, synchronised
-from job.training.trial import has_unused_parameters, report_outputs
+from job.training.trial import report_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
     from job.data.splits import Split
     from job.training.distillation import Distillation
     from job.training.evaluation import Evaluation, Evaluator
+    from job.training.objective import Objective, SplitScores
+    from job.training.task_evaluation import TaskEvaluator
 
 
 class Trainer:
@@ -58,21 +63,23 @@ class Trainer:
     def __init__(
         self,
         split: Split,
-        evaluator: Evaluator,
+        evaluator: Evaluator | TaskEvaluator,
         config: PruneConfig,
         preprocessing: Preprocessing,
         accelerator: Accelerator,
         workers: int,
         least: int = 1,
+        objective: Objective | None = None,
     ) -> None:
         self.preprocessing, self.evaluator = preprocessing, evaluator
+        self.objective = objective or ClassificationObjective(preprocessing)
         self.accelerator, self.config = accelerator, config
         self.sampler = GlobalBatches(
             len(split), config.batch_size, config.seed, rank(), world_size(), least
         )
         cuda = accelerator.device.type == "cuda"
-        images = AugmentedImages(split, preprocessing, rotate_later=cuda)
-        self.batches = build_loader(images, self.sampler, workers=workers, pin=cuda)
+        samples = training_items(split, preprocessing, rotate_later=cuda)
+        self.batches = build_loader(samples, self.sampler, workers=workers, pin=cuda)
 
     @property
     def steps(self) -> int:
@@ -112,21 +119,9 @@ class Trainer:
         training = TrainingRound(self, network, spec, Unattended())
         self.sampler.set_epoch(0, 0)
         training.prepared.train()
-        images, labels = next(iterate_batches(self.batches, self.accelerator.device))
-        training.step(images, labels, self.sampler.sizes()[0], 0)
+        batch = next(iterate_batches(self.batches, self.accelerator.device))
+        training.step(batch, self.sampler.sizes()[0], 0)
         self.accelerator.free_memory()
-
-
-@dataclass
-class RoundState:
-    """The state of a round, except for tensors: the next batch and the best epoch so far."""
-
-    epoch: int = 0
-    batch: int = 0
-    seconds: float = 0.0  # spent on this epoch so far
-    best: EpochResult | None = None
-    predictions: torch.Tensor | None = None  # of the best epoch, on the validation split
-    outputs_reported: bool = False
 
 
 class TrainingRound:
@@ -139,7 +134,8 @@ class TrainingRound:
         self.config, self.accelerator = trainer.config, trainer.accelerator
         self.network, self.state = network, RoundState()
         device = self.accelerator.device
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct predictions
+        self.objective = trainer.objective
+        self.sums = torch.zeros(self.objective.length, dtype=torch.float64, device=device)
         self.trained = copy.deepcopy(network).to(device)
         shared = world_size() > 1 and self.config.batchnorm == "sync"
         # on a CPU torch's BatchNorm is accurate with channels first only: see sync_batchnorm
@@ -147,8 +143,7 @@ class TrainingRound:
         self.layout = torch.channels_last if last else torch.contiguous_format
         self.trained.to(memory_format=self.layout)
         if handler := self.accelerator.ddp_handler:
-            size = trainer.preprocessing.size
-            handler.find_unused_parameters = has_unused_parameters(self.trained, size)
+            handler.find_unused_parameters = self.objective.has_unused_parameters(self.trained)
         if shared:
             synchronised(self.trained, device)
         # with fp16 the gradient scaler decides on each step
@@ -156,7 +151,8 @@ class TrainingRound:
         sizes = part_sizes(trainer.sampler.sizes()[0], self.config.accumulate)
         run = CompiledNetwork(self.trained, sizes) if self.config.compile else None
         self.prepared, self.optimizer = self.accelerator.prepare(
-            Logits(self.trained, run), build_optimizer(self.trained, self.config, fused=fused)
+            self.objective.module(self.trained, run),
+            build_optimizer(self.trained, self.config, fused=fused),
         )
         names = gamma_layers(network) if spec.gamma_layers is None else spec.gamma_layers
         self.gammas = gamma_parameters(self.trained, names)
@@ -210,19 +206,21 @@ class TrainingRound:
         speed = self.trainer.sampler.count / state.seconds
         average_running_statistics(self.trained)
         valid = self._evaluate()
-        loss, accuracy = (total(self.sums.clone()) / self.trainer.sampler.count).tolist()
+        trained = self.objective.scores(total(self.sums.clone()), self.trainer.sampler.count)
         result = EpochResult(
             round=self.spec.round_index,
             epoch=state.epoch,
             step=self.spec.first_step + (state.epoch + 1) * self.trainer.steps,
-            train_loss=loss,
-            train_acc=accuracy,
+            train_loss=trained.loss,
+            train_acc=trained.accuracy,
             valid_loss=valid.loss,
             valid_acc=valid.accuracy,
             lr=lr,
             images_per_second=speed,
             seconds=earlier + time.perf_counter() - began,
             **gamma_statistics(self.gammas),
+            metric=trained.metric,
+            metrics=valid.others,
         )
         result.check_finite()
         if state.best is None or self.sparse or result.valid_acc > state.best.valid_acc:
@@ -232,7 +230,7 @@ class TrainingRound:
         self.sums.zero_()
         return result
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self) -> Evaluation | SplitScores:
         """Evaluate the trained network; on a request to stop, save the position and raise."""
         evaluator, session = self.trainer.evaluator, self.session
 
@@ -258,8 +256,8 @@ class TrainingRound:
         device = self.accelerator.device
         batches = iterate_batches(self.trainer.batches, device) if rest else ()
         followed = self.session.training(batches, state.epoch, state.batch)
-        for (images, labels), size in zip(followed, rest, strict=True):
-            self.step(images, labels, size, state.epoch * len(sizes) + state.batch)
+        for batch, size in zip(followed, rest, strict=True):
+            self.step(batch, size, state.epoch * len(sizes) + state.batch)
             state.batch += 1
             answer = watch.poll() if watch else NOTHING
             if answer != NOTHING:
@@ -280,36 +278,39 @@ class TrainingRound:
         """Return the learning rate at ``step`` of the round."""
         return round_learning_rate(self.config, self.spec, self.trainer.steps, step)
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor, size: int, number: int) -> None:
+    def step(self, batch: Any, size: int, number: int) -> None:
         """Take the round's optimizer step ``number`` on this process's part of a global batch.
 
-        ``images`` (B, H, W, 3) uint8 and ``labels`` (B,) on the device, of ``size`` in the whole
-        global batch. Does not wait for the device, except with fp16.
+        ``batch`` has inputs and targets on the device, of ``size`` samples in the whole global
+        batch. Does not wait for the device, except with fp16.
         """
         lr = self.learning_rate(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        parts = micro_batches(size, self.config.accumulate)
-        chunks = list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
+        chunks = split_samples(batch, micro_batches(size, self.config.accumulate))
         self.optimizer.zero_grad()
+        sums = torch.zeros_like(self.sums)
         for chunk in chunks[:-1]:
             with self.accelerator.no_sync(self.prepared):
-                self._add_gradient(*chunk, size)
-        self._add_gradient(*chunks[-1], size)
+                sums += self._add_gradient(chunk, size)
+        sums += self._add_gradient(chunks[-1], size)
+        if (count := self.objective.counted(sums)) is not None:
+            divide_gradients(self.trained, total(count.clone()) / size)
         self.optimizer.step()
         if self.sparse and not self.accelerator.optimizer_step_was_skipped:
             apply_penalty(self.config.sparsity, self.gammas, lr * self.config.sparsity_strength)
 
-    def _add_gradient(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> None:
-        """Add the gradient of the loss of some images of a global batch of ``size``."""
-        inputs = self.trainer.preprocessing.to_input(images)
-        inputs = inputs.contiguous(memory_format=self.layout)
-        logits, *auxiliary = (output.float() for output in self.prepared(inputs))
+    def _add_gradient(self, batch: Any, size: int) -> torch.Tensor:
+        """Add the gradient of some samples of a global batch of ``size``; return their sums."""
+        inputs, targets = self.objective.place(batch)
+        if inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=self.layout)
+        outputs = self.prepared(inputs)
         if not self.state.outputs_reported:
             self.state.outputs_reported = True
-            report_outputs(self.trained, len(auxiliary))
-        loss = batch_loss(logits, auxiliary, inputs, labels, self.spec.distillation)
+            report_outputs(self.trained, self.objective.auxiliary(outputs))
+        loss, sums = self.objective.measure(outputs, inputs, targets, self.spec.distillation)
         # DDP takes the mean over ranks; the gradient must be the mean over the global batch
         self.accelerator.backward(loss * (world_size() / size))
-        self.sums[0] += loss.detach()
-        self.sums[1] += (logits.argmax(1) == labels).sum()
+        self.sums += sums
+        return sums

@@ -12,6 +12,7 @@ from torch import nn
 from job.console import counted, say, warn
 from job.distributed.collectives import total
 from job.errors import DataError, UsageError
+from job.models.input_size import input_shape
 from job.models.outputs import AUXILIARY_WEIGHT, all_logits
 from job.processes import is_main, world_size
 from job.training.sync_batchnorm import BatchNorm, unsynchronised
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from job.config import PruneConfig
+    from job.models.input_size import InputSize
 
 
-def has_unused_parameters(network: nn.Module, size: int) -> bool:
+def has_unused_parameters(network: nn.Module, size: InputSize) -> bool:
     """Return whether a parameter gets no gradient on any process, as DDP must know; collective.
 
     Runs one pass of a copy of ``network``. Always False with one process.
@@ -52,7 +54,7 @@ def report_outputs(trained: nn.Module, auxiliary: int) -> None:
         )
 
 
-def least_batch(network: nn.Module, config: PruneConfig, size: int, count: int) -> int:
+def least_batch(network: nn.Module, config: PruneConfig, size: InputSize, count: int) -> int:
     """Return the least images of a global batch; a smaller last batch joins the one before.
 
     A BatchNorm with one value per channel of an image cannot train on one image. Raises UsageError
@@ -81,7 +83,7 @@ def least_batch(network: nn.Module, config: PruneConfig, size: int, count: int) 
     return least
 
 
-def one_value_per_channel(network: nn.Module, size: int) -> str | None:
+def one_value_per_channel(network: nn.Module, size: InputSize) -> str | None:
     """Return the name of the first BatchNorm with one value per channel of an image, or None."""
     names: list[str] = []
 
@@ -103,9 +105,9 @@ def one_value_per_channel(network: nn.Module, size: int) -> str | None:
     return names[0] if names else None
 
 
-def _two_images(network: nn.Module, size: int) -> torch.Tensor:
-    """Return two constant inputs (2, 3, size, size), on which every BatchNorm can train."""
-    return next(network.parameters()).new_full((2, 3, size, size), 0.5)
+def _two_images(network: nn.Module, size: InputSize) -> torch.Tensor:
+    """Return two constant inputs of ``size``, on which every BatchNorm can train."""
+    return next(network.parameters()).new_full((2, *input_shape(size)), 0.5)
 
 
 @contextmanager

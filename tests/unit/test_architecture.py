@@ -13,7 +13,7 @@ LAYERS = [
     "job", "distributed", "data", "models", "slimming.inputs", "slimming.graph",
     "slimming.calibration", "slimming.importance", "slimming.latency", "slimming.planning",
     "slimming.surgery", "slimming.compensation", "slimming.sensitivity", "slimming.recovery",
-    "slimming", "training", "artifacts", "tracking", "report", "pipeline", "cli",
+    "slimming", "training", "tasks", "artifacts", "tracking", "report", "pipeline", "cli",
 ]  # fmt: skip
 ENTRIES = {"job", "job.__main__", "job.gammaslim", "job.gammaslim.__main__"}  # above everything
 MODULES = {

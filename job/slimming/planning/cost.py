@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from job.models.input_size import InputSize, input_shape
 from job.slimming.graph.layer_rules import is_layer, layer_sizes
 from job.slimming.graph.layers import NORMS, SUMMING, modules_of, owner_of
 from job.slimming.graph.pause_points import CONSUMERS
@@ -53,13 +54,14 @@ class Cost:
         return asdict(self)
 
 
-def example_image(size: int) -> torch.Tensor:
-    """Return zeros (1, 3, size, size) of one element of memory, in place of an image."""
-    return torch.zeros(1, 3, 1, 1).expand(1, 3, size, size)
+def example_image(size: InputSize) -> torch.Tensor:
+    """Return zeros (1, *shape) of one element of memory, in place of an image."""
+    shape = input_shape(size)
+    return torch.zeros(1, *[1] * len(shape)).expand(1, *shape)
 
 
-def layer_costs(network: nn.Module, size: int) -> list[LayerCost]:
-    """Return the costs of all calls of layers with parameters, for an image (3, size, size)."""
+def layer_costs(network: nn.Module, size: InputSize) -> list[LayerCost]:
+    """Return the costs of all calls of layers with parameters, for an input of ``size``."""
     trace = trace_network(network, example_image(size))
     return [
         _layer_cost(network, layer, op, trace)
@@ -103,8 +105,8 @@ def count_channels(network: nn.Module) -> int:
     return sum(layer_sizes(layer)[1] for layer in set(counted_layers(network).values()))
 
 
-def network_cost(network: nn.Module, size: int) -> Cost:
-    """Return the costs of the whole network for an image (3, size, size)."""
+def network_cost(network: nn.Module, size: InputSize) -> Cost:
+    """Return the costs of the whole network for an input of ``size``."""
     trace = trace_network(network, example_image(size))
     return Cost(
         channels=count_channels(network),

@@ -1,0 +1,200 @@
+"""Load the task that ``--task`` names, and try it on a network before the first step."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import traceback
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from job.config import CLASSIFICATION
+from job.data.task_items import ItemSplit, TaskItems, stack_items
+from job.errors import GammaslimError, InputNotFound, UsageError, did_you_mean, reason
+from job.models.custom_network import import_factory, is_own_code
+from job.tasks.multi_label import NAME as MULTI_LABEL
+from job.tasks.multi_label import MultiLabel
+from job.training.epoch import ACCURACY
+from job.training.objective import TaskObjective, as_sums
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import nn
+
+    from job.training.task import Task
+
+TASKS: dict[str, Callable[..., Any]] = {MULTI_LABEL: MultiLabel}  # built-in tasks by name
+RESERVED = ("loss", ACCURACY)  # in keys of metrics.jsonl
+TRIED = 2  # items: a BatchNorm needs two
+
+
+def load_task(
+    name: str, given: Mapping[str, Any], typed: Sequence[str] = (), *, from_card: bool = False
+) -> Task:
+    """Build the task ``name`` with those of the ``given`` arguments that its factory takes.
+
+    It must take those that the user ``typed`` as options.
+
+    ``from_card`` tells that the name comes from a model card and not from the user: it must then be
+    code outside of installed packages. Raises UsageError, or InputNotFound for missing files.
+    """
+    factory = _find_factory(name)
+    if from_card and name not in TASKS and not is_own_code(factory):
+        raise UsageError(
+            f"{name} is the task of the model, and code of an installed package; if you trust it, "
+            f"pass --task {name}"
+        )
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        parameters = MappingProxyType({})
+    for argument in () if name in TASKS else typed:
+        if argument not in parameters:
+            option = "--" + argument.replace("_", "-")
+            raise UsageError(
+                f"--task {name} does not take {option}: leave it out, or add the parameter "
+                f"{argument} to {name.partition(':')[2]}"
+            )
+    try:
+        task = factory(**{key: value for key, value in given.items() if key in parameters})
+    except GammaslimError:
+        raise
+    except FileNotFoundError as error:
+        raise InputNotFound(f"--task {name}: {reason(error)}") from error
+    except Exception as error:  # user code may raise anything
+        raise UsageError(f"--task {name} cannot be built: {_problem(error)}") from error
+    _check_parts(name, task)
+    return task  # type: ignore[no-any-return]
+
+
+def _find_factory(name: str) -> Any:
+    if name in TASKS:
+        return TASKS[name]
+    if ":" not in name:
+        names = [CLASSIFICATION, *TASKS]
+        raise UsageError(
+            f"--task {name!r} is unknown{did_you_mean(name, names)}; tasks: {', '.join(names)}, or "
+            "your own as module:factory"
+        )
+    return import_factory(name, "--task")
+
+
+def _check_parts(name: str, task: Any) -> None:
+    """Raise UsageError for a task that lacks a part."""
+    for part in ("loss", "metrics"):
+        if not callable(getattr(task, part, None)):
+            raise UsageError(f"--task {name} returned {type(task).__name__}, which has no {part}()")
+    for part in ("training", "validation"):
+        items: Any = getattr(task, part, None)
+        if not hasattr(items, "__len__") or not _is_readable(items):
+            raise UsageError(
+                f"--task {name}: its {part} must be a data set with __len__ and __getitem__; got "
+                f"{type(items).__name__}"
+            )
+        if not len(items):
+            raise UsageError(f"--task {name}: its {part} has no items")
+
+
+def _is_readable(items: Any) -> bool:
+    return hasattr(items, "sample") or hasattr(items, "__getitem__")
+
+
+def split_of(task: Task, name: str, items: Any) -> ItemSplit:
+    """Return a data set of the task ``name`` as a split."""
+    identity = f"{name}\0{getattr(task, 'fingerprint', '')}"
+    return ItemSplit(items, getattr(task, "collate", stack_items), identity)
+
+
+def input_shape_of(name: str, task: Task) -> tuple[int, ...]:
+    """Return the shape of one input, e.g. (C, H, W), of the first training items."""
+    inputs, _ = _first_batch(name, task)
+    return tuple(inputs.shape[1:])
+
+
+def try_task(name: str, task: Task, network: nn.Module) -> TaskObjective:
+    """Return the objective of a task, after a pass of a copy of ``network`` over two items.
+
+    Raises UsageError when the network, the loss or the metrics fail, or return something else.
+    """
+    inputs, targets = _first_batch(name, task)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        network = copy.deepcopy(network).cpu().train()
+        shape = tuple(inputs.shape)
+        outputs = _attempt(f"--task {name}: the network fails on {shape}", network, inputs)
+        loss = _attempt(f"--task {name}: loss() fails", task.loss, outputs, targets)
+        found = _attempt(f"--task {name}: metrics() fails", task.metrics, outputs, targets)
+    pair = isinstance(loss, tuple | list) and len(loss) == 2
+    if not pair or not isinstance(loss[0], torch.Tensor) or loss[0].numel() != 1:
+        raise UsageError(f"--task {name}: loss() must return a sum, as a tensor, and a count")
+    return TaskObjective(task, _layout(name, found))
+
+
+def _layout(name: str, found: Any) -> dict[str, int]:
+    """Return the number of elements of each metric."""
+    layout, cpu = {}, torch.device("cpu")
+    if not isinstance(found, dict) or not found:
+        raise UsageError(f"--task {name}: metrics() must return a dict of sums and counts by name")
+    for metric, pair in found.items():
+        if not str(metric).isidentifier() or not str(metric).isascii() or metric in RESERVED:
+            raise UsageError(
+                f"--task {name}: a metric is named {metric!r}: names are letters, digits and _, "
+                f"and not {' or '.join(RESERVED)}"
+            )
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise UsageError(f"--task {name}: the metric {metric} must be a sum and a count")
+        sizes = {len(as_sums(part, cpu)) for part in pair}
+        if len(sizes) > 1:
+            raise UsageError(f"--task {name}: sums and counts of {metric} differ in number")
+        layout[metric] = sizes.pop()
+    return layout
+
+
+def _first_batch(name: str, task: Task) -> tuple[torch.Tensor, Any]:
+    """Return inputs and targets of the first training items, on the CPU."""
+    items = TaskItems(split_of(task, name, task.training))
+    numbers = [index % len(task.training) for index in range(TRIED)]
+    message = f"--task {name}: its training items cannot be read"
+    if not hasattr(task, "collate"):
+        item = _attempt(message, items.split.read, 0, 0)
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            kind = type(item).__name__
+            raise UsageError(f"--task {name}: an item must be a pair (inputs, targets); got {kind}")
+    batch = _attempt(message, items.__getitems__, numbers)
+    if isinstance(batch, GammaslimError):
+        raise batch
+    inputs, targets = batch
+    if convert := getattr(task, "inputs", None):
+        inputs = _attempt(f"--task {name}: inputs() fails", convert, inputs)
+    fits = isinstance(inputs, torch.Tensor) and inputs.is_floating_point() and inputs.dim() > 1
+    if not fits or len(inputs) != TRIED:
+        what = f"{tuple(inputs.shape)} {inputs.dtype}" if hasattr(inputs, "shape") else type(inputs)
+        raise UsageError(
+            f"--task {name}: a batch of {TRIED} items must have one float tensor ({TRIED}, …) as "
+            f"inputs; got {what}: add inputs() to convert it"
+        )
+    return inputs, targets
+
+
+def _attempt(message: str, work: Callable[..., Any], *args: Any) -> Any:
+    """Call ``work``; raises UsageError, with the line of the user's code, if it fails."""
+    try:
+        return work(*args)
+    except GammaslimError:
+        raise
+    except Exception as error:  # user code may raise anything
+        raise UsageError(f"{message}: {_problem(error)}") from error
+
+
+def _problem(error: Exception) -> str:
+    """Return the error in one line, with the last line of code outside of installed packages."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "site-packages" not in frame.filename and "/job/" not in frame.filename
+    ]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {reason(error)}{place}"

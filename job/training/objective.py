@@ -1,0 +1,215 @@
+"""Objectives: how a batch reaches the network, its loss, and sums for the metrics of an epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from job.models.outputs import Logits
+from job.processes import world_size
+from job.slimming.inputs import map_tensors, tensors_in
+from job.training.epoch import ACCURACY
+from job.training.loss import batch_loss
+from job.training.trial import has_unused_parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+    from job.data.preprocessing import Preprocessing
+    from job.training.distillation import Distillation
+    from job.training.task import Task
+
+    Run = Callable[[torch.Tensor], Any]
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """Means over a split: the loss, and metrics by name."""
+
+    loss: float
+    metric: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """The metric that chooses models."""
+        return self.metrics[self.metric]
+
+    @property
+    def others(self) -> dict[str, float]:
+        """The other metrics."""
+        return {name: value for name, value in self.metrics.items() if name != self.metric}
+
+    @property
+    def predictions(self) -> None:
+        """None: there are no predicted classes."""
+
+
+class Objective(Protocol):
+    """What the trainer needs to know of a task."""
+
+    @property
+    def length(self) -> int:
+        """Number of sums."""
+
+    def module(self, network: nn.Module, run: Run | None = None) -> nn.Module:
+        """Return the module that is trained, around ``network``, or what ``run`` computes."""
+
+    def has_unused_parameters(self, network: nn.Module) -> bool:
+        """Return whether DDP must look for parameters without a gradient; collective."""
+
+    def place(self, batch: Any) -> tuple[torch.Tensor, Any]:
+        """Return the inputs of the network and the targets of a batch on the device."""
+
+    def measure(
+        self,
+        outputs: Any,
+        inputs: torch.Tensor,
+        targets: Any,
+        distillation: Distillation | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the summed loss of a batch, a scalar, and its sums (length,) float64."""
+
+    def auxiliary(self, outputs: Any) -> int:
+        """Return the number of auxiliary classifiers in ``outputs``."""
+
+    def counted(self, sums: torch.Tensor) -> torch.Tensor | None:
+        """Return the count that the loss is divided by; None for the number of samples."""
+
+    def scores(self, sums: torch.Tensor, samples: int) -> SplitScores:
+        """Return the means of the summed sums of ``samples`` samples."""
+
+
+@dataclass(frozen=True)
+class ClassificationObjective:
+    """Cross entropy and accuracy of images with one label each. The sums are those two."""
+
+    preprocessing: Preprocessing
+    length: int = 2
+
+    def module(self, network: nn.Module, run: Run | None = None) -> nn.Module:  # noqa: D102
+        return Logits(network, run)
+
+    def has_unused_parameters(self, network: nn.Module) -> bool:  # noqa: D102
+        return has_unused_parameters(network, self.preprocessing.input_size)
+
+    def place(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs (B, 3, S, S) float32 and labels (B,)."""
+        images, labels = batch
+        return self.preprocessing.to_input(images), labels
+
+    def measure(  # noqa: D102
+        self,
+        outputs: Any,
+        inputs: torch.Tensor,
+        targets: Any,
+        distillation: Distillation | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, *auxiliary = (output.float() for output in outputs)
+        loss = batch_loss(logits, auxiliary, inputs, targets, distillation)
+        correct = (logits.argmax(1) == targets).sum()
+        return loss, torch.stack([loss.detach().double(), correct.double()])
+
+    def auxiliary(self, outputs: Any) -> int:  # noqa: D102
+        return len(outputs) - 1
+
+    def counted(self, _sums: torch.Tensor) -> None:  # noqa: D102
+        return None
+
+    def scores(self, sums: torch.Tensor, samples: int) -> SplitScores:  # noqa: D102
+        loss, accuracy = (sums / samples).tolist()
+        return SplitScores(loss, ACCURACY, {ACCURACY: accuracy})
+
+
+class Outputs(torch.nn.Module):
+    """Network that returns the outputs of ``network``, or those that ``run`` computes."""
+
+    def __init__(self, network: nn.Module, run: Run | None = None) -> None:
+        super().__init__()
+        self.network, self.run = network, run
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        """Return the outputs for ``inputs``."""
+        return self.run(inputs) if self.run else self.network(inputs)
+
+
+@dataclass(frozen=True)
+class TaskObjective:
+    """Loss and metrics of a user's task; ``layout`` gives the elements of each metric, by name.
+
+    The sums are the loss and its count, then the sums and the counts of each metric.
+    """
+
+    task: Task
+    layout: Mapping[str, int]
+
+    @property
+    def metric(self) -> str:
+        """The metric that chooses models: the first one."""
+        return next(iter(self.layout))
+
+    @property
+    def length(self) -> int:  # noqa: D102
+        return 2 + 2 * sum(self.layout.values())
+
+    def module(self, network: nn.Module, run: Run | None = None) -> nn.Module:  # noqa: D102
+        return Outputs(network, run)
+
+    def has_unused_parameters(self, network: nn.Module) -> bool:
+        """Return True with several processes: the loss may leave out any output."""
+        return world_size() > 1
+
+    def place(self, batch: Any) -> tuple[torch.Tensor, Any]:  # noqa: D102
+        inputs, targets = batch
+        convert = getattr(self.task, "inputs", None)
+        return convert(inputs) if convert else inputs, targets
+
+    def measure(  # noqa: D102
+        self,
+        outputs: Any,
+        inputs: torch.Tensor,
+        targets: Any,
+        distillation: Distillation | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = map_tensors(outputs, lambda t: t.float() if t.is_floating_point() else t)
+        if not len(inputs):  # this process has no sample of the global batch
+            loss = torch.stack([t.sum() for t in tensors_in(outputs) if t.is_floating_point()])
+            return loss.sum() * 0, torch.zeros(self.length, dtype=torch.float64, device=loss.device)
+        loss, count = self.task.loss(outputs, targets)
+        with torch.no_grad():
+            found = self.task.metrics(map_tensors(outputs, torch.Tensor.detach), targets)
+        parts = [loss.detach(), count, *(part for name in self.layout for part in found[name])]
+        sums = torch.cat([as_sums(part, loss.device) for part in parts])
+        if distillation:
+            wide = distillation.outputs(inputs)
+            soft = self.task.distillation_loss(outputs, wide, distillation.temperature)  # type: ignore[attr-defined]
+            loss = distillation.alpha * soft + (1 - distillation.alpha) * loss
+            sums[0] = loss.detach()
+        return loss, sums
+
+    def auxiliary(self, _outputs: Any) -> int:  # noqa: D102
+        return 0
+
+    def counted(self, sums: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return sums[1]
+
+    def scores(self, sums: torch.Tensor, _samples: int) -> SplitScores:  # noqa: D102
+        loss, count, start, metrics = float(sums[0]), float(sums[1]), 2, {}
+        for name, size in self.layout.items():
+            parts, counts = sums[start : start + size], sums[start + size : start + 2 * size]
+            has_count = counts > 0
+            ratios = parts[has_count] / counts[has_count]
+            metrics[name] = float(ratios.mean()) if len(ratios) else 0.0
+            start += 2 * size
+        return SplitScores(loss / count if count else float("nan"), self.metric, metrics)
+
+
+def as_sums(value: Any, device: torch.device) -> torch.Tensor:
+    """Return a number, or numbers, as a flat tensor (n,) float64 on the device."""
+    if isinstance(value, bool | int | float):  # a copy to a GPU would wait for it
+        return torch.full((1,), float(value), dtype=torch.float64, device=device)
+    return torch.as_tensor(value, dtype=torch.float64, device=device).detach().reshape(-1)

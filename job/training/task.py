@@ -1,0 +1,62 @@
+"""Tasks: what a network is trained for. The interface of a class that ``--task`` names.
+
+class Shapes:
+    def __init__(self, data=None):
+        self.training, self.validation = ShapeImages(data, "train"), ShapeImages(data, "val")
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets, reduction="sum"), targets.numel()
+
+    def metrics(self, outputs, targets):
+        return {"pixel_acc": ((outputs.argmax(1) == targets).sum(), targets.numel())}
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+Number = Any  # a number, or a tensor with one for each class
+
+
+class Task(Protocol):
+    """What a network is trained for: data, loss and metrics. Classes need not inherit from it.
+
+    ``training`` and ``validation`` are map-style data sets of pairs (inputs, targets): they have a
+    length and ``__getitem__(index)``. The global generators of Python, NumPy and torch are seeded
+    from the table of the epoch while an item is read, so random augmentation resumes exactly. A
+    data set with its own generators has ``sample(index, seed)`` instead. Inputs are one tensor.
+
+    Optional attributes and methods:
+
+    - ``class_names``: a factory of networks receives their number as ``num_classes``.
+    - ``testing``: a data set for ``gammaslim evaluate --split testing``.
+    - ``fingerprint``: a string that identifies the data; a run resumes only with the same one.
+    - ``collate(items)``: make a batch (inputs, targets) of a list of pairs. By default tensors are
+      stacked. Tensors of a batch have the samples along their first axis, lists an entry for each.
+    - ``inputs(batch)``: convert a batch of inputs on the device, e.g. uint8 to float32.
+    - ``distillation_loss(outputs, teacher_outputs, temperature)``: the sum that ``--distill-alpha``
+      weights against the loss.
+    """
+
+    training: Any
+    validation: Any
+
+    def loss(self, outputs: Any, targets: Any) -> tuple[torch.Tensor, Number]:
+        """Return the loss of a batch as its sum and the count that it is divided by.
+
+        The gradient is that of the summed losses of the global batch over their summed counts, on
+        any number of processes.
+        """
+
+    def metrics(self, outputs: Any, targets: Any) -> Mapping[str, tuple[Number, Number]]:
+        """Return the sum and the count of each metric by name; the first one chooses models.
+
+        A metric is the sum of its sums over that of its counts, over the whole split; with tensors,
+        e.g. intersections and unions of classes, the mean of these over the classes with a count.
+        Higher is better, and 1 is the best: differences are shown in percentage points.
+        """
