@@ -297,7 +297,7 @@ class RunningConfig:
 
     output: str | None = option(
         None,
-        "Run folder.",
+        "Run folder, or the URL of one in an object store, e.g. s3://bucket/runs/one.",
         metavar="RUN",
         default_text="runs/MODEL-DATA, or the next free number if its options differ",
         changes_result=False,

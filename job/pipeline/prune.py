@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from job.artifacts.stored_output import stored_output
 from job.console import run_progress
 from job.distributed.signals import deferred
 from job.pipeline.dry_run import dry_run
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 def prune(config: PruneConfig) -> None:
     """Run the main job, or with ``--dry-run`` check what it needs. Raises GammaslimError."""
+    with stored_output(config) as local:
+        _prune(local)
+
+
+def _prune(config: PruneConfig) -> None:
     setup = configure(config)
     with deferred():  # from here on, a request to stop waits until the position can be saved
         if config.dry_run:
