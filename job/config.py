@@ -78,8 +78,8 @@ class DataConfig:
     )
     cache_max_side: int | None = option(
         None,
-        "Reduce images to this many pixels on their longer side before anything else. For large "
-        "photographs; it changes what the network sees.",
+        "Largest number of pixels on the longer side of an image; larger images are reduced before "
+        "any other preprocessing. For large photographs; it changes the inputs of the network.",
         at_least=1,
         default_text="no limit",
         changes_result=False,  # whether an image is larger is compared instead
@@ -165,8 +165,8 @@ class TrainingConfig:
     batch_size: int = option(32, "Global batch size, split over the processes.", at_least=1)
     accumulate: int = option(
         1,
-        "Parts of each batch that are trained one after another before the optimizer's step, to "
-        "save memory. BatchNorm sees one part at a time.",
+        "Number of parts of each batch, whose gradients are accumulated before the optimizer's "
+        "step, to save memory. BatchNorm normalises each part by its own statistics.",
         at_least=1,
     )
     optimizer: OptimizerName = option(
@@ -199,11 +199,13 @@ class SlimmingConfig:
     target: str | None = option(
         None,
         "Size after the last round: width, channels, params, macs, bytes or latency, as a fraction "
-        "of the base (at most 1) or an absolute number. A latency is measured here; seconds have a "
-        "unit, e.g. latency=5ms.",
+        "of the base (at most 1) or an absolute number. A latency is measured on this device, e.g. "
+        "latency=0.6 or latency=5ms.",
         default_text="--rate in each round",
     )
-    latency_batch: int = option(1, "Batch size that --target latency=… is measured at.", at_least=1)
+    latency_batch: int = option(
+        1, "Batch size at which --target latency=… is measured.", at_least=1
+    )
     policy: PolicyName = option(
         "uniform",
         "Allocation of the cut: the same fraction of every channel group (uniform), or one "
@@ -217,15 +219,15 @@ class SlimmingConfig:
     )
     allocate: AllocationName | None = option(
         None,
-        "What the global policy compares channel groups by: the loss of the network's outputs when "
-        "a group is cut, measured on calibration images (outputs), or the importance of channels "
-        "alone (local).",
+        "Measure by which the global policy compares channel groups: the loss of the network's "
+        "outputs when a group is cut, on calibration images (outputs), or the importance of "
+        "channels alone (local).",
         default_text="outputs with --compensate regress, else local",
     )
     depth: DepthName = option(
         "auto",
-        "Removal of whole residual branches, where --allocate outputs finds that the outputs lose "
-        "least by it (auto), or never (off).",
+        "Removal of whole residual branches: where the outputs lose least by it, with --allocate "
+        "outputs (auto), or never (off).",
     )
     compensate: CompensationName = option(
         "regress",
@@ -234,7 +236,8 @@ class SlimmingConfig:
     )
     calibration_images: int | None = option(
         None,
-        "Images that the cut is measured on and fitted to, without their labels.",
+        "Number of calibration images, on which cuts are measured and to which they are fitted. "
+        "Labels are used by --importance taylor only.",
         default_text="4096, or fewer above 64 pixels: 512 at 224",
         at_least=1,
     )
@@ -244,7 +247,7 @@ class SlimmingConfig:
     recover: int = option(
         0,
         "Epochs of recovery after each cut: the narrow network learns the outputs and features of "
-        "the one before the cut on the calibration images, without labels.",
+        "the network before the cut, on the calibration images, without labels.",
         at_least=0,
     )
     round_to: int = option(1, "Keep a multiple of N channels in each group.", at_least=1)
@@ -337,7 +340,7 @@ class RunningConfig:
     )
     log: LogFormat = option(
         "text",
-        "Format of the lines that the job prints: text, or one JSON object each (json).",
+        "Format of console output: text, or one JSON object a line (json).",
         changes_result=False,
     )
     dry_run: bool = option(

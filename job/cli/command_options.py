@@ -115,8 +115,8 @@ class SlimOptions(ImageOptions):
         "target",
         default="channels=0.5",
         help="Size after the cut: width, channels, params, macs, bytes or latency, as a fraction "
-        "of MODEL's base (at most 1) or an absolute number. A latency is measured here; seconds "
-        "have a unit, e.g. latency=5ms.",
+        "of MODEL's base (at most 1) or an absolute number. A latency is measured on this device, "
+        "e.g. latency=0.6 or latency=5ms.",
         default_text=None,
     )
     latency_batch: int = shared(PruneConfig, "latency_batch")
@@ -173,14 +173,15 @@ class BenchOptions:
     memory_format: Literal["contiguous", "channels-last"] = option(
         "contiguous", "Memory format of weights and images."
     )
-    compile: bool = option(False, "Measure the networks compiled by torch.compile too.")
+    compile: bool = option(False, "Also measure the networks compiled by torch.compile.")
     onnx: Literal["auto", "off"] = option(
         "auto",
-        "auto: on a CPU in fp32 measure the networks in onnxruntime too, if it is installed.",
+        "Whether to measure the networks in onnxruntime too. auto: on a CPU in fp32, if it is "
+        "installed. off: only ONNX files.",
     )
     seconds: float = option(
         2.0,
-        "Time to measure each network at each batch size in each runtime.",
+        "Seconds of measurement for each network at each batch size in each runtime.",
         metavar="SECONDS",
         above=0,
     )
@@ -199,8 +200,8 @@ class SensitivityOptions(ImageOptions):
     target: str | None = shared(
         PruneConfig,
         "target",
-        help="Size after a cut, of which the channels that it would keep are shown: channels, "
-        "params, macs or bytes, as a fraction of MODEL's base (at most 1) or an absolute number.",
+        help="Size after a cut: channels, params, macs or bytes, as a fraction of MODEL's base (at "
+        "most 1) or an absolute number. A column shows how many channels the cut would keep.",
         default_text=None,
     )
     calibration_images: int | None = shared(PruneConfig, "calibration_images")

@@ -180,11 +180,11 @@ def inspect_command(json: bool, **options: Any) -> None:
 @model_options
 @click_options(SensitivityOptions)
 @click.option(
-    "--csv", metavar="FILE", help="CSV file to write as well, or - for CSV on standard output."
+    "--csv", metavar="FILE", help="CSV file to write too, or - for CSV on standard output."
 )
 @json_option
 def sensitivity_command(csv: str | None, json: bool, **options: Any) -> None:
-    """Show what outputs lose when each channel group is reduced.
+    """Show what the outputs lose when each channel group is reduced.
 
     Each group alone keeps 90, 75, 50, 25 and 0 % of its channels, the most important ones, and the
     next layers are refitted, as in a cut. Nothing is cut. The loss is the KL divergence of the
@@ -225,8 +225,8 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
     """Measure latency and throughput of each MODEL and its base.
 
     The networks are timed in turn, and each is compared with the first one: the base of the first
-    MODEL, or that MODEL itself. MODEL can also be an ONNX file. For a network that is not faster,
-    the layers that are why are named.
+    MODEL, or that MODEL itself. MODEL can also be an ONNX file. If a network is not faster, the
+    layers responsible are listed.
     """
     model = _model({"path": paths[0], **options})
     for name in (field.name for field in fields(ModelOptions)):
@@ -249,7 +249,7 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
 @click.option(
     "--card/--no-card",
     default=True,
-    help="Whether to write a README next to the file: metrics, data, input, how to load it.",
+    help="Whether to write a model card next to the file: metrics, data, inputs, how to load it.",
 )
 def export_command(format: str | None, output: str, card: bool, **options: Any) -> None:
     """Export MODEL as a state dict, ONNX or torch.export program.
@@ -268,12 +268,12 @@ def export_command(format: str | None, output: str, card: bool, **options: Any) 
 @click.option(
     "--output",
     metavar="FILE.html",
-    help="Page to write. Default: RUN/report.html, or report.html here for several runs.",
+    help="Page to write. Default: RUN/report.html; for several runs, report.html in this folder.",
 )
 @click.option(
     "--csv",
     metavar="FILE",
-    help="CSV file to write as well, a line for each model, or - for CSV on standard output.",
+    help="CSV file to write too, with a line for each model, or - for standard output.",
 )
 @json_option
 def report_command(runs: tuple[str, ...], output: str | None, csv: str | None, json: bool) -> None:
@@ -294,8 +294,8 @@ def report_command(runs: tuple[str, ...], output: str | None, csv: str | None, j
 def status_command(runs: tuple[str, ...], watch: bool, json: bool) -> None:
     """Show the state and progress of runs, and what to type next.
 
-    RUN is a run folder, or a folder of runs. Only its files are read, so that it works from another
-    machine.
+    RUN is a run folder, or a folder of runs. The command reads only files, so it works from any
+    machine that can read the folder.
     """
     from job.cli.status import print_status
 
