@@ -27,6 +27,8 @@ from job.errors import (
 if TYPE_CHECKING:
     from job.artifacts.saving import load, save
     from job.slimming.api import sensitivity, slim
+    from job.slimming.application import apply
+    from job.slimming.loop_optimizer import new_optimizer
     from job.slimming.planning.plan import Plan
     from job.slimming.sensitivity.record import Sensitivity
 
@@ -34,7 +36,9 @@ __version__ = "0.1.0"  # pyproject.toml reads it from here
 
 # imported on first use: torch takes a second, and `gammaslim --help` must not wait for it
 LAZY = {
+    "apply": "job.slimming.application",
     "load": "job.artifacts.saving",
+    "new_optimizer": "job.slimming.loop_optimizer",
     "save": "job.artifacts.saving",
     "sensitivity": "job.slimming.api",
     "slim": "job.slimming.api",
@@ -53,7 +57,9 @@ __all__ = [
     "StorageError",
     "UsageError",
     "__version__",
+    "apply",
     "load",
+    "new_optimizer",
     "save",
     "sensitivity",
     "slim",

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from job import Plan as Plan
     from job import Sensitivity as Sensitivity
     from job import __version__ as __version__
+    from job import apply as apply
     from job import load as load
+    from job import new_optimizer as new_optimizer
     from job import save as save
     from job import sensitivity as sensitivity
     from job import slim as slim

@@ -34,6 +34,7 @@ from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.policies import POLICIES
 from job.slimming.recovery.recovery import recover as recover_outputs
+from job.slimming.surgery.origin import record_origin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -122,6 +123,7 @@ def slim(
         _log(reason)
         with _preserve_weights(model, runs=bool(images)):
             narrow, plan = cut_network(model, graph, inputs, allocation, method, batches)
+    record_origin(narrow, model, plan.layers)
     if recalibrate:
         recalibrate_batchnorms(narrow, images[:recalibrate])
     if recover and batches:

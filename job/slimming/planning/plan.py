@@ -10,55 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from job.errors import UsageError
 from job.slimming.planning.layer_channels import (
     SIDES,
     AttributeSizes,
     Kept,
     LayerChannels,
     Layers,
+    compose,
 )
 from job.slimming.planning.overview import plan_text
+from job.slimming.planning.plan_file import read_plan, write_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from job.slimming.graph.groups import BlockedChannels, ChannelGraph
     from job.slimming.graph.union import Ids
     from job.slimming.planning.cost import Cost
     from job.slimming.planning.overview import Sizes
-
-
-@dataclass(frozen=True)
-class Proof:
-    """Measured exactness of a cut.
-
-    ``error`` is the largest error of the narrow network's outputs, relative to the largest value of
-    each output. It is computed in ``precision``: float64, or the precision of the network if it
-    does not run in float64. ``tolerance`` is the largest error that is allowed.
-    """
-
-    error: float
-    precision: str
-    tolerance: float
-
-    def __str__(self) -> str:
-        return f"{self.error:.1e} in {self.precision}, where {self.tolerance:.0e} is allowed"
-
-
-@dataclass(frozen=True)
-class PlannedLatency:
-    """Measured seconds of a batch, of the base and after the cut, and the latter as a fraction.
-
-    Both networks are timed in turn: ``after`` is the ``fraction`` of ``base``.
-    """
-
-    base: float
-    after: float
-    fraction: float
-
-    def __str__(self) -> str:
-        times = f"{1000 * self.after:.3g} ms, {1000 * self.base:.3g} ms for the base"
-        return f"latency: {times} ({self.fraction:.1%})"
+    from job.slimming.planning.proof import PlannedLatency, Proof
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,6 +74,60 @@ class Plan:
 
     def __str__(self) -> str:
         return plan_text(repr(self), self.sizes, self.layers, self.before, self.after, self.blocked)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a new file ``path``, as JSON.
+
+        Raises OutputError if ``path`` already exists, StorageError if it cannot be written.
+        """
+        write_plan(path, vars(self))
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan that ``save`` wrote; raises InputNotFound, or DataError for other files."""
+        return Plan(**read_plan(path))
+
+    def then(self, later: Plan) -> Plan:
+        """Return this plan and one of the network that it makes, ``later``, as one plan.
+
+        The result applies to the network before this cut, and has no proof until ``apply`` proves
+        it. Raises UsageError if ``later`` is a plan of another network.
+        """
+        if why := mismatch(self, later):
+            raise UsageError(f"later is not a plan of the network that this plan makes: {why}")
+        groups = dict(self.groups)
+        for name, kept in later.groups.items():
+            groups[name] = tuple(groups[name][i] for i in kept) if name in groups else kept
+        methods = dict.fromkeys(filter(None, (self.method, later.method)))
+        return replace(
+            later,
+            policy=self.policy if self.policy == later.policy else f"{self.policy}, {later.policy}",
+            width=self.width * later.width,
+            groups=groups,
+            layers=compose(self.layers, later.layers),
+            before=self.before,
+            sizes={**later.sizes, **self.sizes},
+            method=", then ".join(methods),
+            proof=None,
+            latency=None,
+        )
+
+
+def mismatch(first: Plan, later: Plan) -> str | None:
+    """Return why ``later`` is not a plan of the network that ``first`` makes; None if it is."""
+    for name, sizes in later.sizes.items():
+        channels, before = first.layers.get(name, LayerChannels()), first.sizes.get(name)
+        inputs = channels.in_ if channels.select is None else channels.select
+        for what, kept, size, old in zip(
+            ("inputs", "outputs"), (inputs, channels.out), sizes, before or sizes, strict=True
+        ):
+            remaining = old if kept is None else len(kept)
+            if None not in (size, remaining) and size != remaining:
+                return f"{name} has {remaining} {what} and not {size}"
+    for name, kept in later.groups.items():
+        if kept and name in first.groups and kept[-1] >= len(first.groups[name]):
+            return f"the channel group {name} has {len(first.groups[name])} channels"
+    return None
 
 
 def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:

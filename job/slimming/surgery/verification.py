@@ -18,7 +18,8 @@ from job.slimming.graph.modes import training_mode
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.trace import trace_network
 from job.slimming.inputs import call_network, map_tensors, tensors_in
-from job.slimming.planning.plan import Proof, keep_in
+from job.slimming.planning.plan import keep_in
+from job.slimming.planning.proof import Proof
 from job.slimming.surgery.clone import clone_module, clone_to
 from job.slimming.surgery.comparison import explain_mismatch, relative_difference
 from job.slimming.surgery.kept_channels import KeptReads
