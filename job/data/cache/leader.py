@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from job.data.cache.place import cache_folders, choose_place, prepare_folder
+from job.console import amount, counted, say
+from job.data.cache.place import (
+    UNUSED,
+    cache_folders,
+    choose_place,
+    mark_used,
+    prepare_folder,
+    remove_unused,
+)
 from job.data.cache.store import StoredImages, StoreWriter, publish
 from job.errors import GammaslimError, StorageError, cannot_begin
 from job.files import remove
@@ -70,6 +78,7 @@ class Leader:
 
     def _look(self) -> News:
         if stored := self.options.find(self.images.key):
+            mark_used(stored.path)
             self._news = News("ready", stored.path, found=True)
             return self._news
         options, needed = self.options, self.images.layout.length
@@ -89,6 +98,10 @@ class Leader:
         key = self.images.key
         try:
             prepare_folder(folder)
+            count, size = remove_unused(folder)
+            if count:
+                unused = f"{counted(count, 'file')} unused for {UNUSED} days"
+                say(f"cache: {unused}, {amount(size)}, deleted")
             if self._lock is None:
                 self._lock = os.open(folder / f".{key}.lock", os.O_RDWR | os.O_CREAT, 0o666)
             if not _locked(self._lock):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 SCRATCH = ("SLURM_TMPDIR", "TMPDIR")  # environment variables that name node-local folders
 MEMORY_SHARE = 0.25  # of the available memory that --cache auto takes at most
 DISK_SHARE = 0.5  # of the free space that --cache auto takes at most
+UNUSED = 30  # days after which a cache that no job has used is deleted
 SPARE = 64 << 20  # bytes that a cache leaves free on a disk
 OFF_ADVICE = "free some space, choose another --cache-dir, or pass --cache off"
 
@@ -108,6 +111,28 @@ def free_space(folder: Path) -> int:
         except OSError:
             break
     return 0
+
+
+def mark_used(path: Path) -> None:
+    """Set the time at which a job last used the cache at ``path``, if that is allowed."""
+    with suppress(OSError):
+        os.utime(path)
+
+
+def remove_unused(folder: Path) -> tuple[int, int]:
+    """Delete the caches in ``folder`` that no job has used for UNUSED days; return count and bytes.
+
+    Unfinished files of killed jobs count too. Files of other users that cannot be deleted stay.
+    """
+    count = size = 0
+    for pattern in ("*.images", ".*.tmp"):
+        for path in folder.glob(pattern):
+            with suppress(OSError):
+                status = path.stat()
+                if time.time() - status.st_mtime > UNUSED * 24 * 3600:
+                    path.unlink()
+                    count, size = count + 1, size + status.st_size
+    return count, size
 
 
 def prepare_folder(folder: Path) -> None:

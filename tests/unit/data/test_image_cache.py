@@ -64,6 +64,33 @@ def cached(images: ImageSet, stored: StoredImages | None) -> CachedSplit:
     return split
 
 
+def test_caches_that_no_job_has_used_for_a_month_are_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = image_set(write_images(tmp_path / "first"))
+    second = image_set(write_images(tmp_path / "second"))
+    third = image_set(write_images(tmp_path / "third"))
+    folder, day = tmp_path / "cache", 24 * 3600
+    kept, old = fill(first, folder), fill(second, folder)
+    assert kept
+    assert old
+    left, new = folder / f".{'0' * 32}.host.1.tmp", folder / ".new.host.1.tmp"
+    foreign = folder / "notes.txt"
+    for path in (left, new, foreign):
+        path.write_text("x")
+    for path in (kept.path, old.path, left, foreign):
+        os.utime(path, (time.time() - 31 * day,) * 2)
+    assert fill(first, folder)  # used again: it counts from now
+    capsys.readouterr()
+    assert fill(third, folder)
+    assert "cache: 2 files unused for 30 days" in capsys.readouterr().out
+    assert kept.path.exists()
+    assert new.exists()
+    assert foreign.exists()
+    assert not old.path.exists()
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("mode", ["disk", "ram"])
 @pytest.mark.parametrize("max_side", [None, 60])
 @pytest.mark.parametrize("preset", ["homework", "small", "imagenet"])
