@@ -14,6 +14,7 @@ from job.pipeline.live import live_facts
 from job.pipeline.round import base_round, distil_from, slimming_round, wants_round
 from job.pipeline.session import open_session
 from job.pipeline.setup import configure, start_up
+from job.tracking.kubeflow import trainjob_progress
 
 if TYPE_CHECKING:
     from job.config import PruneConfig
@@ -32,7 +33,7 @@ def _prune(config: PruneConfig) -> None:
             dry_run(setup)
             return
         setup = start_up(setup)
-        with open_session(setup) as session:
+        with open_session(setup) as session, trainjob_progress(session.run.path):
             if not session.claim.finished:
                 fill_cache(setup, session.run.path)
             with run_progress(session.time_left, partial(live_facts, session)):

@@ -12,9 +12,9 @@ import pytest
 from job.cli.main import prune_command
 from support.commands import ROOT
 from support.manifests import K8S, documents, kustomize, problems
-from support.schemas import VERSIONS, Document, as_job, lint, schema
+from support.schemas import VERSIONS, Document, as_controller, as_job, lint, schema
 
-OVERLAYS = ("multinode", "jobset", "kueue")
+OVERLAYS = ("multinode", "jobset", "kueue", "volcano")
 
 
 def wrong(text: str) -> list[str]:
@@ -50,7 +50,72 @@ def test_an_overlay_is_complete_in_itself(overlay: str) -> None:
     assert [*schema(found), *problems(found)] == []
     kinds = {"ConfigMap", "PersistentVolumeClaim"}
     own = {"JobSet"} if overlay == "jobset" else {"Job", "Service"}
+    own |= {"PodGroup"} if overlay == "volcano" else set()
     assert {d["kind"] for d in found} == kinds | own
+
+
+def test_a_trainjob_becomes_the_jobset() -> None:
+    """What Kubeflow Trainer makes of it is the JobSet of ``k8s/jobset``, but for two names."""
+    text = (K8S / "trainjob.yaml").read_text()
+    found = documents(text)
+    assert [*lint(text), *schema(found)] == []
+    made = as_controller(found)
+    assert [*schema(made), *problems(made)] == []
+    job, jobset = (
+        as_job(next(d for d in all_of if d["kind"] == "JobSet"))
+        for all_of in (made, documents(kustomize(K8S / "jobset")))
+    )
+    pods = [each["spec"]["template"]["spec"] for each in (job, jobset)]
+    for pod in pods:
+        pod["containers"][0].pop("name")
+        pod["containers"][0]["env"].sort(key=lambda entry: str(entry["name"]))
+    for each in (job, jobset):
+        for rule in each["spec"]["podFailurePolicy"]["rules"]:
+            rule.get("onExitCodes", {}).pop("containerName", None)
+    assert job["spec"] == jobset["spec"]
+
+
+def test_each_recipe_of_the_sweep_has_its_index_and_fails_alone(tmp_path: Path) -> None:
+    text = (K8S / "sweep.yaml").read_text()
+    found = documents(text)
+    assert [*lint(text), *schema(found)] == []
+    (config,) = [d for d in found if d["kind"] == "ConfigMap"]
+    spec = job_of(text)["spec"]
+    assert list(config["data"]) == [f"{index}.toml" for index in range(spec["completions"])]
+    assert spec["parallelism"] <= spec["completions"]
+    rates = set()
+    for recipe in config["data"].values():
+        (tmp_path / "recipe.toml").write_text(recipe.replace("# data =", "data ="))
+        context = prune_command.make_context("prune", ["--config", str(tmp_path / "recipe.toml")])
+        rates.add(context.params["rate"])
+    assert len(rates) == spec["completions"]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["args"][-2:] == [
+        "--config=/etc/gammaslim/$(INDEX).toml", "--output=/runs/$(JOB_NAME)/$(INDEX)",
+    ]  # fmt: skip
+    # a pod of the sweep is that of job.yaml in all else
+    single = job_of((K8S / "job.yaml").read_text())["spec"]
+    assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == [
+        "FailIndex", "Ignore", "Ignore",
+    ]  # fmt: skip
+    spec["podFailurePolicy"]["rules"][0]["action"] = "FailJob"
+    assert spec["podFailurePolicy"] == single["podFailurePolicy"]
+    pods = [each["template"]["spec"] for each in (spec, single)]
+    container["args"][-2:] = pods[1]["containers"][0]["args"][-2:]
+    container["env"] = [entry for entry in container["env"] if entry["name"] != "INDEX"]
+    next(v for v in pods[0]["volumes"] if v["name"] == "recipe")["configMap"]["name"] = "gammaslim"
+    assert pods[0] == pods[1]
+
+
+def test_volcano_starts_all_pods_of_the_group_together(tmp_path: Path) -> None:
+    found = documents(edited(tmp_path / "k8s", "volcano"))
+    (group,) = [d for d in found if d["kind"] == "PodGroup"]
+    (job,) = [d for d in found if d["kind"] == "Job"]
+    assert group["spec"]["minMember"] == job["spec"]["completions"] == 5
+    pod = job["spec"]["template"]
+    assert pod["spec"]["schedulerName"] == "volcano"
+    named = pod["metadata"]["annotations"]["scheduling.k8s.io/group-name"]
+    assert named == group["metadata"]["name"] == "other"
 
 
 def test_files_holds_the_volumes_of_the_job() -> None:
