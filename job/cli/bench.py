@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +17,7 @@ from job.console import phase, print_result, show_step
 from job.errors import UsageError
 from job.report.latency import benchmark_text
 from job.slimming.latency.alternation import TimeLimits
-from job.slimming.latency.benchmark import BenchmarkPlan, run_benchmark
+from job.slimming.latency.benchmark import BenchmarkPlan, Conditions, run_benchmark
 from job.slimming.latency.machine import device_name
 from job.slimming.latency.runtimes import COMPILED, EAGER, ONNX, Placement
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from job.cli.bench_models import BenchNetwork
     from job.cli.command_options import BenchOptions, ModelOptions
+    from job.files import JsonObject
     from job.slimming.latency.benchmark import BenchmarkResult
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -49,12 +50,12 @@ def bench(model: ModelOptions, paths: Sequence[str], options: BenchOptions, as_j
     subjects = [network.subject for network in networks]
     result = run_benchmark(subjects, plan, partial(show_step, "measuring"))
     phase("")
-    facts = _facts(plan)
+    conditions = _conditions(plan)
     if as_json:
-        print_result(json.dumps(_record(facts, networks, result), indent=1))
+        print_result(json.dumps(_record(conditions, networks, result), indent=1))
     else:
         costs = {network.name: network.cost for network in networks}
-        print_result(benchmark_text(facts, costs, result))
+        print_result(benchmark_text(conditions, costs, result))
 
 
 def _placement(options: BenchOptions) -> Placement:
@@ -80,30 +81,30 @@ def _runtimes(
     return (*runtimes, ONNX) if export or files else runtimes
 
 
-def _facts(plan: BenchmarkPlan) -> dict[str, Any]:
-    """The conditions of the measurement, by the keys of ``--json``."""
-    place = plan.placement
+def _conditions(plan: BenchmarkPlan) -> Conditions:
+    placement = plan.placement
     versions = package_versions()
     if importlib.util.find_spec("onnxruntime"):
         import onnxruntime
 
         versions["onnxruntime"] = onnxruntime.__version__
-    return {
-        "device": place.device.type,
-        "device_name": device_name(place.device),
-        "threads": plan.threads,
-        "precision": place.precision,
-        "memory_format": place.memory_format,
-        "batch_sizes": list(plan.batch_sizes),
-        "seconds": plan.limits.seconds,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-    }
+    return Conditions(
+        device=placement.device.type,
+        device_name=device_name(placement.device),
+        threads=plan.threads,
+        precision=placement.precision,
+        memory_format=placement.memory_format,
+        batch_sizes=plan.batch_sizes,
+        seconds=plan.limits.seconds,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions,
+    )
 
 
 def _record(
-    facts: dict[str, Any], networks: Sequence[BenchNetwork], result: BenchmarkResult
-) -> dict[str, Any]:
+    conditions: Conditions, networks: Sequence[BenchNetwork], result: BenchmarkResult
+) -> JsonObject:
+    """Return the object that ``--json`` prints."""
     described = [
         {
             "network": network.name,
@@ -114,12 +115,12 @@ def _record(
         }
         for network in networks
     ]
-    measurements = []
+    measurements: list[JsonObject] = []
     for each in result.measurements:
-        gain = each.speedup
-        measurements.append({**asdict(each), "faster": gain.faster if gain else None})
+        faster = each.speedup.faster if each.speedup else None
+        measurements.append({**asdict(each), "faster": faster})
     return {
-        **facts,
+        **asdict(conditions),
         "reference": networks[0].name,
         "networks": described,
         "measurements": measurements,

@@ -1,4 +1,4 @@
-"""The networks that ``bench`` measures: each MODEL, and the base of the first one."""
+"""Networks to measure with ``bench``: each MODEL, and the base of the first one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ONNX_SUFFIX = ".onnx"
 
 @dataclass(frozen=True, eq=False)
 class BenchNetwork:
-    """A network to measure: its name in tables, where it is from, and its costs if known."""
+    """Network to measure, with its ``path``, and its width and costs if they are known."""
 
     subject: Subject
     path: str
@@ -40,16 +40,16 @@ class BenchNetwork:
 
     @property
     def name(self) -> str:
-        """The name in tables."""
+        """Name in tables."""
         return self.subject.name
 
 
 def open_networks(
     options: ModelOptions, paths: Sequence[str], *, export: bool
 ) -> list[BenchNetwork]:
-    """Open each MODEL, and the base of the first one as the first network where it has one.
+    """Open each MODEL; the first network is the base of the first MODEL if it has one.
 
-    With ``export``, networks of torch can be converted to ONNX. Raises InputNotFound, DataError
+    With ``export``, torch networks can be converted to ONNX. Raises InputNotFound, DataError
     or UsageError.
     """
     seen: set[Path] = set()
@@ -73,7 +73,7 @@ Opened = tuple["str | None", str, "nn.Module | None", "ModelCard | None"]
 
 
 def _opened(options: ModelOptions, paths: Sequence[str]) -> Iterator[Opened]:
-    """Yield a name (None: the path), a path, and a network with its card unless it is ONNX."""
+    """Yield the name (None: the path), the path, and the network and card (None: an ONNX file)."""
     for number, path in enumerate(paths):
         file = Path(path)
         if file.suffix.lower() == ONNX_SUFFIX:
@@ -121,7 +121,7 @@ def _exporter(network: nn.Module, card: ModelCard) -> Callable[[], bytes]:
 
 
 def _onnx_subject(options: ModelOptions, path: Path) -> Subject:
-    """The ONNX file ``path``; raises UsageError without onnxruntime, or DataError."""
+    """Open the ONNX file ``path``; raises UsageError without onnxruntime, or DataError."""
     if importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(f"{shown(path)} needs onnxruntime: pip install 'gammaslim[onnx]'")
     import onnxruntime

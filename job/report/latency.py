@@ -1,30 +1,36 @@
-"""Tables of measured latency, and sentences that say what became faster and what did not."""
+"""Tables of measured latency, and sentences about what became faster and what did not."""
 
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from job.console import counted, table
-from job.slimming.latency.explanation import obstacles
+from job.slimming.latency.explanation import bottlenecks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from job.slimming.latency.benchmark import BenchmarkResult, LayerComparison, Measurement
+    from job.slimming.latency.benchmark import (
+        BenchmarkResult,
+        Conditions,
+        LayerComparison,
+        Measurement,
+    )
     from job.slimming.latency.explanation import LayerChange
     from job.slimming.planning.cost import Cost
 
-MAX_LAYER_ROWS = 12  # rows of a table of layers; the others are added up
-DRIFTED = 0.1  # relative change of the median that is reported
-PROMISED = 0.75  # of the ratio of MACs: a smaller speed-up is explained
+MAX_LAYER_ROWS = 12  # rows of a table of layers; the last row is the sum of all others
+MAX_DRIFT = 0.1  # relative; a larger drift is reported
+MAX_OUTLIERS = 0.05  # share of the calls; more outliers are reported
+EXPECTED = 0.75  # of the ratio of MACs; a smaller speed-up is explained
 
 
 def benchmark_text(
-    facts: Mapping[str, Any], costs: Mapping[str, Cost | None], result: BenchmarkResult
+    conditions: Conditions, costs: Mapping[str, Cost | None], result: BenchmarkResult
 ) -> str:
-    """Return the conditions, a table for each runtime and batch size, and what it says."""
-    parts = [_conditions(facts)]
+    """Return the conditions, and a table with its conclusions for each runtime and batch size."""
+    parts = [_conditions_text(conditions)]
     for (runtime, size), group in groupby(
         result.measurements, key=lambda each: (each.runtime, each.batch_size)
     ):
@@ -42,12 +48,13 @@ def benchmark_text(
     return "\n\n".join(parts)
 
 
-def _conditions(facts: Mapping[str, Any]) -> str:
+def _conditions_text(conditions: Conditions) -> str:
     text = (
-        f"{facts['device_name']}, {counted(facts['threads'], 'thread')}, {facts['precision']}, "
-        f"{facts['memory_format']}, torch {facts['versions']['torch']}"
+        f"{conditions.device_name}, {counted(conditions.threads, 'thread')}, "
+        f"{conditions.precision}, {conditions.memory_format}, "
+        f"torch {conditions.versions['torch']}"
     )
-    return text if facts["device"] == "cuda" else f"{text}; not measured on a GPU"
+    return text if conditions.device == "cuda" else f"{text}; not measured on a GPU"
 
 
 def milliseconds(seconds: float) -> str:
@@ -71,7 +78,7 @@ def _times(row: Measurement) -> tuple[str, ...]:
 
 
 def _ratios(base: Cost | None, cost: Cost | None) -> tuple[str, str]:
-    """How many times fewer multiply-adds and parameters a network has than the reference."""
+    """Return the ratios of multiply-adds and of parameters of the reference to a network's."""
     if base is None or cost is None or base is cost:
         return "", ""
     pairs = (base.macs, cost.macs), (base.params, cost.params)
@@ -80,20 +87,20 @@ def _ratios(base: Cost | None, cost: Cost | None) -> tuple[str, str]:
 
 
 def _notes(rows: Sequence[Measurement]) -> Iterator[str]:
-    """Lines about drift and outliers, where there were many."""
-    drifted = [row for row in rows if abs(row.latency.drift) > DRIFTED]
+    """Yield lines about a large drift and many outliers."""
+    drifted = [row for row in rows if abs(row.latency.drift) > MAX_DRIFT]
     if drifted:
         most = max(drifted, key=lambda row: abs(row.latency.drift)).latency.drift
         yield (
-            f"the machine became {abs(most):.0%} {'slower' if most > 0 else 'faster'} meanwhile; "
-            "speed-ups compare calls made one after the other"
+            f"the machine became {abs(most):.0%} {'slower' if most > 0 else 'faster'} during the "
+            "measurement; speed-ups are not affected, since they compare successive calls"
         )
-    disturbed = [row for row in rows if row.latency.outliers > 0.05 * row.latency.samples]
+    disturbed = [row for row in rows if row.latency.outliers > MAX_OUTLIERS * row.latency.samples]
     if disturbed:
         share = max(row.latency.outliers / row.latency.samples for row in disturbed)
         yield (
-            f"up to {share:.0%} of the calls took far longer than the median: other programs "
-            "run here"
+            f"up to {share:.0%} of the calls took much longer than the median: other programs use "
+            "this machine"
         )
 
 
@@ -103,7 +110,7 @@ def _verdict(
     costs: Mapping[str, Cost | None],
     comparison: LayerComparison | None,
 ) -> str:
-    """Say whether a network is faster than the reference, and which layers are why it is not."""
+    """Return whether a network is faster than the reference, and which layers limit it."""
     assert row.speedup
     base, cost = costs.get(reference.network), costs.get(row.network)
     fewer = base.macs / cost.macs if base and cost and cost.macs else None
@@ -113,17 +120,17 @@ def _verdict(
         text = f"{row.network} is {word} than {reference.network}: {row.speedup}{macs}"
     else:
         text = f"{row.network} is faster than {reference.network}: {row.speedup}{macs}"
-        if fewer is None or row.speedup.value >= PROMISED * fewer:
+        if fewer is None or row.speedup.value >= EXPECTED * fewer:
             return text
-    reasons = obstacles(comparison.layers) if comparison else []
-    if not reasons:
+    layers = bottlenecks(comparison.layers) if comparison else []
+    if not layers:
         return text
     where = "" if row.runtime == "eager" else ", timed in eager mode"
-    return f"{text}\nlayers that are why{where}:\n" + "\n".join(f"  {layer}" for layer in reasons)
+    return f"{text}\nlayers responsible{where}:\n" + "\n".join(f"  {layer}" for layer in layers)
 
 
 def _layers_table(comparison: LayerComparison) -> str:
-    """A row for each of the layers that take most of the time after the cut."""
+    """Return a table of the layers that take most of the time after the cut."""
     header = ("layer", "kind", "before", "after", "share before", "share after", "speed-up", "work")
     changes = sorted(comparison.layers, key=lambda change: -change.after)
     first = sorted(changes[:MAX_LAYER_ROWS], key=comparison.layers.index)

@@ -1,7 +1,7 @@
-"""A cut to a latency: planned by the measured times of layers, checked against the whole network.
+"""Cuts to a latency, planned by measured layer times and checked on the whole network.
 
-The sum of layers is not the time of a network. After each plan the narrow network is built and
-timed in turn with the base, and the limit of the next plan is corrected by what that shows.
+The latency of a network is not the sum of its layers' times. After each plan the narrow network is
+built and timed in turn with the base, and the budget of the next plan is corrected accordingly.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
     PlanWith = Callable[[Allocation, NetworkLatency], Plan]
 
-NEAR = 1.03  # times the target: a plan that takes at most so much, and at least 1 / so much
+TOLERANCE = 1.03  # largest factor between a latency and the target that it meets
 MAX_ATTEMPTS = 8
-LIMITS = TimeLimits(seconds=1.0, burst=0.1)  # the shortest of several calls counts
+LIMITS = TimeLimits(seconds=1.0, burst=0.1)  # per network; the shortest call of a burst counts
 
 
 def meet_latency(
@@ -55,11 +55,11 @@ def meet_latency(
     progress: Progress = no_progress,
     clock: Clock | None = None,
 ) -> Plan:
-    """Return the plan whose network takes the time of ``allocation``'s budget, within 3 %.
+    """Return the plan whose network meets the latency budget of ``allocation`` within 3 %.
 
-    ``plan_with`` makes the plan of an allocation, by predicted latencies. Fractions are relative
-    to ``base``, by default ``network``. All networks run where ``network`` is, on inputs like
-    ``example``. Raises UsageError, with what is reachable, for a latency that no cut reaches.
+    ``plan_with`` makes the plan of an allocation from predicted latencies. Fractions are relative
+    to ``base``, by default ``network``. All networks run on the device of ``network``, on inputs
+    like ``example``. Raises UsageError, with the lowest latency, if no cut meets the budget.
     """
     weight = next(network.parameters())
     clock = clock or clock_of(weight.device)
@@ -88,11 +88,11 @@ def timing_inputs(example: Example, batch: int, weight: torch.Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A plan, the fraction ``aim`` of the predicted time that it was made for, and what it is."""
+    """Plan for the fraction ``aim`` of the predicted time, and its measured ``fraction``."""
 
     aim: float
     plan: Plan | None  # None for the network as it is
-    fraction: float  # of the base's time
+    fraction: float  # of the base's measured time
 
 
 class _Timer:
@@ -100,24 +100,24 @@ class _Timer:
 
     def __init__(self, network: nn.Module, base: nn.Module, inputs: Example, clock: Clock) -> None:
         self.network, self.base, self.inputs, self.clock = network, base, inputs, clock
-        self.seconds = 0.0  # of the base
+        self.seconds = 0.0  # measured time of the base
         fraction = self.fraction_of(network)
-        self.present = 1.0 if base is network else fraction
+        self.uncut_fraction = 1.0 if base is network else fraction
 
     def fraction_of(self, network: nn.Module) -> float:
         """Return the time of ``network`` as a fraction of the base's."""
         calls = [lambda: call_network(self.base, self.inputs),
                  lambda: call_network(network, self.inputs)]  # fmt: skip
-        base, own = time_alternately(calls, self.clock, LIMITS)
+        base, other = time_alternately(calls, self.clock, LIMITS)
         self.seconds = latency_of(base, 1).median
-        return 1 / speedup(base, own).value
+        return 1 / speedup(base, other).value
 
     def trial(self, aim: float, plan: Plan, target: float) -> _Trial:
         """Build the narrow network of ``plan``, and time it."""
         narrow = apply_plan(self.network, plan.layers).eval()
         fraction = self.fraction_of(narrow)
-        if 1 / NEAR <= fraction / target <= NEAR:
-            # a trial that seems to fit is timed again: of several, chance alone makes one fit
+        if 1 / TOLERANCE <= fraction / target <= TOLERANCE:
+            # timed again: by chance alone, one of several plans seems to meet the target
             fraction = math.sqrt(fraction * self.fraction_of(narrow))
         times = PlannedLatency(self.seconds, fraction * self.seconds, fraction)
         return _Trial(aim, replace(plan, latency=times), fraction)
@@ -134,7 +134,7 @@ def _search(
     budget = allocation.budget
     target = budget.value / timer.seconds if budget.absolute else budget.value
     target = min(target, 1.0) ** allocation.share
-    least, trials = 0.0, [_Trial(1.0, None, timer.present)]
+    least, trials = 0.0, [_Trial(1.0, None, timer.uncut_fraction)]
     for attempt in range(1, MAX_ATTEMPTS + 1):
         progress("timing the network", attempt, MAX_ATTEMPTS)
         aim = max(_next_aim(trials, target), least)
@@ -145,10 +145,10 @@ def _search(
             plan = plan_at(aim)
         trial = timer.trial(aim, plan, target)
         trials.append(trial)
-        fits = trial.fraction <= target * NEAR
-        if (fits and trial.fraction >= target / NEAR) or (aim == least and not fits):
+        fits = trial.fraction <= target * TOLERANCE
+        if (fits and trial.fraction >= target / TOLERANCE) or (aim == least and not fits):
             break
-    fitting = [t for t in trials[1:] if t.fraction <= target * NEAR]
+    fitting = [t for t in trials[1:] if t.fraction <= target * TOLERANCE]
     if not fitting:
         raise UsageError(_unreachable(budget, min(trials[1:], key=lambda t: t.fraction)))
     best = max(fitting, key=lambda trial: trial.fraction).plan
@@ -157,7 +157,7 @@ def _search(
 
 
 def _next_aim(trials: list[_Trial], target: float) -> float:
-    """Return the predicted fraction to plan next: between the trials next to the target."""
+    """Return the fraction of the predicted time to plan next, between the nearest trials."""
     slower = min((t for t in trials if t.fraction > target), key=lambda t: t.aim, default=trials[0])
     faster = [t for t in trials if t.fraction <= target and t.aim < slower.aim]
     if not faster:
@@ -172,6 +172,6 @@ def _unreachable(budget: Budget, best: _Trial) -> str:
     assert best.plan
     assert best.plan.latency
     return (
-        f"{budget} cannot be reached here: the least is latency={best.fraction:.3g} of the base, "
+        f"{budget} cannot be reached here: the minimum is latency={best.fraction:.3g} of the base, "
         f"{1000 * best.plan.latency.after:.3g} ms; lower --min-keep or --round-to to go further"
     )

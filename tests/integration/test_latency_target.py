@@ -31,7 +31,7 @@ def test_slim_cuts_to_a_latency(weights: Path, tmp_path: Path) -> None:
     assert all("Conv2d" in key or "Linear" in key or "BatchNorm2d" in key
                for key in json.loads(cached.read_text()))  # fmt: skip
     if done.code:
-        assert (done.code, "cannot be reached here: the least is" in done.err) == (2, True), done
+        assert (done.code, "cannot be reached here: the minimum is" in done.err) == (2, True), done
     else:
         assert "\nlatency: " in done.out
         assert " for the base (" in done.out
@@ -44,7 +44,7 @@ def test_a_run_cuts_to_a_latency(tmp_path: Path) -> None:
         env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
     )
     if done.code:
-        assert (done.code, "cannot be reached here: the least is" in done.err) == (2, True), done
+        assert (done.code, "cannot be reached here: the minimum is" in done.err) == (2, True), done
     else:
         assert "\nlatency: " in done.out
         assert json.loads((output / "summary.json").read_text())["state"] == "finished"

@@ -1,12 +1,12 @@
-"""Networks compared on one device: latency at several batch sizes in several runtimes, and layers.
+"""Benchmark of networks on one device: latency by runtime and batch size, and layer times.
 
-All networks are timed in turn in one run. The first network is the reference of speed-ups.
+All networks are timed in turn in one process. The first network is the reference of speed-ups.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,16 +36,17 @@ if TYPE_CHECKING:
 
     from job.slimming.calibration.progress import Progress
     from job.slimming.latency.clock import Clock
+    from job.slimming.latency.runtimes import OnnxSession
 
-LAYER_SECONDS = 0.5  # for the profile of each network, of the seconds of a measurement
+LAYER_SHARE = 0.5  # seconds of the layer profile of a network, relative to a measurement
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
     """Network to measure on images of ``shape`` (C, H, W).
 
-    ``macs`` are the multiply-adds of its layers, by name. ``onnx`` returns it as an ONNX model; a
-    subject without a ``network`` is one already. Raises NotMeasured if that is not possible.
+    ``macs`` has the multiply-adds of its layers, by name. ``onnx`` returns the content of its ONNX
+    file, or raises NotMeasured. An ONNX file has no ``network``.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Latency of one network; ``speedup`` is relative to the reference, if there is one."""
+    """Latency of one network; ``speedup`` is relative to the reference, None for the reference."""
 
     runtime: str
     batch_size: int
@@ -68,7 +69,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """Layers of one network compared with those of the reference, in eager mode."""
+    """Comparison of the layers of one network with the layers of the reference, in eager mode."""
 
     batch_size: int
     network: str
@@ -77,7 +78,7 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """Result of a benchmark: all measurements, and the reasons for missing ones."""
+    """Result of a benchmark; ``not_measured`` has a sentence for each missing measurement."""
 
     measurements: tuple[Measurement, ...]
     comparisons: tuple[LayerComparison, ...]
@@ -85,8 +86,27 @@ class BenchmarkResult:
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """Conditions of a benchmark; the fields are keys of ``bench --json``.
+
+    ``seconds`` is the time of each measurement, ``time`` the date in ISO format, and ``versions``
+    has the version of each package.
+    """
+
+    device: str
+    device_name: str
+    threads: int
+    precision: str
+    memory_format: str
+    batch_sizes: tuple[int, ...]
+    seconds: float
+    time: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class BenchmarkPlan:
-    """Plan of a benchmark. ``threads`` is the number of threads of torch, for other runtimes."""
+    """Plan of a benchmark. Other runtimes use ``threads`` threads, as torch does."""
 
     placement: Placement
     batch_sizes: tuple[int, ...]
@@ -101,7 +121,7 @@ def run_benchmark(
     progress: Progress = no_progress,
     clock: Clock | None = None,
 ) -> BenchmarkResult:
-    """Measure all ``subjects``; their networks are moved to the device and stay there."""
+    """Measure all ``subjects``. Moves their networks to the device, in place."""
     for subject in subjects:
         if subject.network is not None:
             plan.placement.put(subject.network.eval())
@@ -113,7 +133,7 @@ def run_benchmark(
         if runtime == EAGER:
             run.compare_layers(size)
     return BenchmarkResult(
-        tuple(run.measurements), tuple(run.comparisons), tuple(dict.fromkeys(run.left_out))
+        tuple(run.measurements), tuple(run.comparisons), tuple(dict.fromkeys(run.not_measured))
     )
 
 
@@ -124,11 +144,11 @@ class _Benchmark:
         self.subjects, self.plan, self.clock = subjects, plan, clock
         self.measurements: list[Measurement] = []
         self.comparisons: list[LayerComparison] = []
-        self.left_out: list[str] = []
-        self.sessions: dict[str, Any] = {}  # of onnxruntime, by the name of the network
+        self.not_measured: list[str] = []
+        self.sessions: dict[str, OnnxSession] = {}  # by the name of the network
 
     def measure(self, runtime: str, batch_size: int) -> None:
-        """Time all networks that the runtime takes, in turn."""
+        """Time all networks that the runtime supports, in turn."""
         if runtime == COMPILED:
             forget_compiled(len(self.subjects))
         # torch.compile guards against inference tensors
@@ -140,10 +160,10 @@ class _Benchmark:
             series = time_alternately(list(calls.values()), self.clock, self.plan.limits)
         measured = dict(zip(calls, series, strict=True))
         reference = measured.get(self.subjects[0].name)
-        for name, own in measured.items():
-            gain = speedup(reference, own) if reference and own is not reference else None
-            latency = latency_of(own, batch_size)
-            self.measurements.append(Measurement(runtime, batch_size, name, latency, gain))
+        for name, times in measured.items():
+            ratio = speedup(reference, times) if reference and times is not reference else None
+            latency = latency_of(times, batch_size)
+            self.measurements.append(Measurement(runtime, batch_size, name, latency, ratio))
 
     def _calls(self, runtime: str, batch_size: int) -> Iterator[tuple[str, Callable[[], object]]]:
         for subject in self.subjects:
@@ -152,7 +172,7 @@ class _Benchmark:
             try:
                 yield subject.name, self._call(subject, runtime, batch_size)
             except NotMeasured as error:
-                self.left_out.append(f"{subject.name}, batch {batch_size}: {error}")
+                self.not_measured.append(f"{subject.name}, batch {batch_size}: {error}")
 
     def _call(self, subject: Subject, runtime: str, batch_size: int) -> Callable[[], object]:
         place = self.plan.placement
@@ -182,7 +202,7 @@ class _Benchmark:
         ]
         if self.subjects[0].network is None or len(networks) < 2:
             return
-        seconds = LAYER_SECONDS * self.plan.limits.seconds
+        seconds = LAYER_SHARE * self.plan.limits.seconds
         with torch.inference_mode():
             profiles = profile_alternately(networks, self.clock, seconds)
         measured = [subject for subject in self.subjects if subject.network is not None]

@@ -1,4 +1,4 @@
-"""Clocks: marks in the work of a device, and the seconds between them."""
+"""Clocks of devices: marks in the stream of work, and the seconds between them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Clock(Protocol):
-    """Measures the work of one device. Marks are cheap; ``spans`` waits for the device."""
+    """Clock of one device. Marks are cheap; ``spans`` waits for the device."""
 
     def mark(self) -> Any:
-        """Return a mark at this place in the work of the device."""
+        """Return a mark at this point in the work of the device."""
 
     def spans(self, marks: Sequence[Any]) -> list[float]:
         """Return the seconds between consecutive ``marks`` (M,), as (M - 1,)."""
@@ -44,7 +44,7 @@ class HostClock:
 class CudaClock(HostClock):
     """Clock of a GPU: events in its stream, which runs asynchronously.
 
-    The time between two events includes the time in which the GPU waits for the CPU, as at small
+    The time between two events includes the time in which the GPU waits for the CPU, e.g. at small
     batch sizes.
     """
 

@@ -1,4 +1,4 @@
-"""Which layers take the time of a slim network, and which did not get faster."""
+"""Comparison of layer times before and after a cut, and the layers that limit the speed-up."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 
     from job.slimming.latency.profile import LayerTime, Profile
 
-MAX_OBSTACLES = 5
-EXPLAINED = 0.8  # of the time above what the saved work promises
-MIN_SHARE = 0.01  # of the network's time; less is noise
+MAX_BOTTLENECKS = 5
+EXPLAINED = 0.8  # share of the excess time that the named layers have together
+MIN_SHARE = 0.01  # of the network's time; smaller shares are noise
 
 
 @dataclass(frozen=True)
 class LayerChange:
-    """One module before and after a cut: seconds of a pass, and shares of the network's time.
+    """Seconds of one module in a pass before and after a cut, and shares of the network's time.
 
-    ``work`` is what is left of its multiply-adds, or of its outputs where it has none, as a
-    fraction; None if it is unknown.
+    ``work`` is the remaining fraction of its multiply-adds, or of its outputs if it has none; None
+    if it is unknown.
     """
 
     layer: str
@@ -33,7 +33,7 @@ class LayerChange:
 
     @property
     def excess(self) -> float:
-        """Seconds above those before the cut times ``work``."""
+        """Seconds beyond ``before`` times ``work``, the time expected from the work."""
         return 0.0 if self.work is None else self.after - self.before * self.work
 
     def __str__(self) -> str:
@@ -77,14 +77,14 @@ def _work(
     return after.elements / before.elements if before.elements else None
 
 
-def obstacles(changes: Sequence[LayerChange]) -> list[LayerChange]:
-    """Return the modules that explain why time did not fall as the work did, the worst first."""
+def bottlenecks(changes: Sequence[LayerChange]) -> list[LayerChange]:
+    """Return the modules whose time fell less than their work, the largest excess first."""
     worst = sorted(
         (c for c in changes if c.excess > 0 and c.share_after >= MIN_SHARE),
         key=lambda change: -change.excess,
     )
     total, explained, chosen = sum(change.excess for change in worst), 0.0, list[LayerChange]()
-    for change in worst[:MAX_OBSTACLES]:
+    for change in worst[:MAX_BOTTLENECKS]:
         if explained >= EXPLAINED * total:
             break
         chosen.append(change)

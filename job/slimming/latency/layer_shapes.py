@@ -1,4 +1,4 @@
-"""Layers of any width for timing: what a layer's time depends on, and modules of that shape."""
+"""Shapes of layers, on which their times depend, and layers of any width to time."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The type and options of a layer, and its input (B, …) with the channels left out.
+    """Type and options of a layer, and the size of its input (B, …).
 
-    ``inputs`` and ``outputs`` are its numbers of channels. A layer with ``together`` has as many
-    outputs as inputs: a BatchNorm or a depthwise convolution.
+    ``inputs`` and ``outputs`` are its numbers of channels. A ``channelwise`` layer, which is a
+    BatchNorm or a depthwise convolution, has as many outputs as inputs.
     """
 
     kind: str
     inputs: int
     outputs: int
     batch: int
-    rest: tuple[int, ...]  # sizes of the input beyond batch and channels
+    other_sizes: tuple[int, ...]  # of the input, without batch and channels
     options: tuple[tuple[str, str], ...] = ()
-    together: bool = False
+    channelwise: bool = False
 
     @property
     def key(self) -> str:
-        """The shape as text, for a cache."""
-        sizes = f"{self.kind} {self.inputs} {self.outputs} {self.batch} {self.rest}"
+        """Key of the shape in a cache, as text."""
+        sizes = f"{self.kind} {self.inputs} {self.outputs} {self.batch} {self.other_sizes}"
         return f"{sizes} {self.options}"
 
 
@@ -44,11 +44,13 @@ def shape_of(layer: nn.Module, size: Sequence[int]) -> LayerShape | None:
     if isinstance(layer, BATCHNORM) and len(size) > 1:
         channels = int(layer.num_features)
         kind = type(layer).__name__
-        return LayerShape(kind, channels, channels, size[0], tuple(size[2:]), together=True)
+        return LayerShape(kind, channels, channels, size[0], tuple(size[2:]), channelwise=True)
     if isinstance(layer, nn.Linear):
-        rest = tuple(size[1:-1])
+        other_sizes = tuple(size[1:-1])
         bias = (("bias", str(layer.bias is not None)),)
-        return LayerShape("Linear", layer.in_features, layer.out_features, size[0], rest, bias)
+        return LayerShape(
+            "Linear", layer.in_features, layer.out_features, size[0], other_sizes, bias
+        )
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or layer.padding_mode != "zeros":
         return None
     depthwise = layer.groups == layer.in_channels == layer.out_channels and layer.groups > 1
@@ -68,12 +70,12 @@ def shape_of(layer: nn.Module, size: Sequence[int]) -> LayerShape | None:
 def narrow_call(
     layer: nn.Module, shape: LayerShape, inputs: int, outputs: int
 ) -> Callable[[], object]:
-    """Return a call of a layer like ``layer`` with so many channels, on random inputs."""
+    """Return a call, on random inputs, of ``layer`` with ``inputs`` and ``outputs`` channels."""
     weight = next(layer.parameters(), torch.empty(0))
     narrow = _narrow_layer(layer, inputs, outputs).to(weight.device, weight.dtype).eval()
-    size = [shape.batch, inputs, *shape.rest]
+    size = [shape.batch, inputs, *shape.other_sizes]
     if isinstance(layer, nn.Linear):
-        size = [shape.batch, *shape.rest, inputs]
+        size = [shape.batch, *shape.other_sizes, inputs]
     images = random_images(size, weight.device, weight.dtype)
     if weight.dim() == 4 and not weight.is_contiguous():
         narrow.to(memory_format=torch.channels_last)
@@ -82,23 +84,23 @@ def narrow_call(
 
 
 def _narrow_layer(layer: nn.Module, inputs: int, outputs: int) -> nn.Module:
-    """A layer with the options of ``layer``; its weights are cut from those of the layer."""
+    """Return a layer with the options of ``layer`` and its first weights."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         if isinstance(layer, BATCHNORM):
-            made: nn.Module = type(layer)(inputs)
+            narrow: nn.Module = type(layer)(inputs)
         elif isinstance(layer, nn.Linear):
-            made = nn.Linear(inputs, outputs, layer.bias is not None)
+            narrow = nn.Linear(inputs, outputs, layer.bias is not None)
         else:
             assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
             groups = inputs if layer.groups > 1 else 1
-            made = type(layer)(
+            narrow = type(layer)(
                 inputs, outputs, layer.kernel_size, layer.stride, layer.padding, layer.dilation,  # type: ignore[arg-type]
                 groups, layer.bias is not None,
             )  # fmt: skip
-    made.to_empty(device="cpu")
+    narrow.to_empty(device="cpu")
     with torch.no_grad():
-        for name, tensor in made.state_dict().items():
+        for name, tensor in narrow.state_dict().items():
             if tensor.is_floating_point():
-                own = layer.state_dict()[name].cpu()
-                tensor.copy_(own[tuple(map(slice, tensor.shape))])
-    return made
+                weights = layer.state_dict()[name].cpu()
+                tensor.copy_(weights[tuple(map(slice, tensor.shape))])
+    return narrow

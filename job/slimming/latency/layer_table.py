@@ -1,7 +1,7 @@
-"""A layer's time by its numbers of channels: measured at some widths, monotone, interpolated.
+"""Tables of a layer's time by its channels: measured at some widths, monotone, interpolated.
 
-Hardware works in tiles of 8, 16 or more channels: one channel more than a multiple takes the time
-of the next one. Times at half of the channels and at one more tell the size of the tiles.
+Hardware works in tiles of 8, 16 or more channels: one channel more than a multiple takes as long as
+the next multiple. The times at half of the channels and at one more give the size of the tiles.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from job.slimming.latency.clock import Clock
     from job.slimming.latency.layer_shapes import LayerShape
 
-TABLE_WIDTHS = (0.125, 0.25, 0.5, 0.75)  # and all channels
+TABLE_WIDTHS = (0.125, 0.25, 0.5, 0.75)  # fractions of the channels; and 1
 TILES = (1, 8, 16, 32, 64)
-SHORTEST = 1e-9  # seconds: a clock may show none
-MAX_TOGETHER = 2**18  # inputs times outputs of layers that are built together
-SWEEPS, CALLS = 3, 3  # the shortest of so many calls counts
+MIN_SECONDS = 1e-9  # a clock may measure 0
+MAX_LAYER_SIZE = 2**18  # inputs times outputs; larger layers are built one at a time
+SWEEPS, CALLS = 3, 3  # of a layer; the shortest call of all sweeps counts
 Times = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -42,14 +42,14 @@ class LayerTable:
     tiles: tuple[int, int] = (1, 1)
 
     def at(self, inputs: float, outputs: float) -> float:
-        """Return the seconds with so many channels; no channel takes no time."""
+        """Return the seconds with ``inputs`` and ``outputs`` channels; 0 without channels."""
         if not inputs or not outputs:
             return 0.0
-        rows = [np.interp(self._whole(outputs, 1), self.outputs, row) for row in self.seconds]
-        return float(np.interp(self._whole(inputs, 0), self.inputs, rows))
+        rows = [np.interp(self._round_up(outputs, 1), self.outputs, row) for row in self.seconds]
+        return float(np.interp(self._round_up(inputs, 0), self.inputs, rows))
 
-    def _whole(self, channels: float, axis: int) -> float:
-        """The channels of whole tiles, at most all of them."""
+    def _round_up(self, channels: float, axis: int) -> float:
+        """Return ``channels`` rounded up to whole tiles, at most all channels."""
         tile = self.tiles[axis]
         return min(math.ceil(channels / tile) * tile, (self.inputs, self.outputs)[axis][-1])
 
@@ -66,8 +66,8 @@ class LayerTable:
         inputs, outputs = (tuple(map(int, values[side])) for side in ("inputs", "outputs"))
         seconds = np.array(values["seconds"], np.float64)
         tiles = tuple(map(int, values["tiles"]))
-        right = seconds.shape == (len(inputs), len(outputs)) and bool((seconds > 0).all())
-        if not right or len(tiles) != 2 or min(tiles) < 1 or not np.isfinite(seconds).all():
+        valid = seconds.shape == (len(inputs), len(outputs)) and bool((seconds > 0).all())
+        if not valid or len(tiles) != 2 or min(tiles) < 1 or not np.isfinite(seconds).all():
             raise ValueError("not a table of times")
         return cls(inputs, outputs, seconds, (tiles[0], tiles[1]))
 
@@ -84,16 +84,16 @@ def measure_table(
 ) -> LayerTable:
     """Return the table of ``shape``; ``call(inputs, outputs)`` makes a call of a layer to time."""
     ins = widths_of(shape.inputs)
-    outs = (shape.outputs,) if shape.together else widths_of(shape.outputs)
-    places = [(i, i) if shape.together else (i, o) for i in ins for o in outs]
+    outs = (shape.outputs,) if shape.channelwise else widths_of(shape.outputs)
+    places = [(i, i) if shape.channelwise else (i, o) for i in ins for o in outs]
     half, more = ins[len(ins) // 2], outs[len(outs) // 2]
-    beyond = {0: (half + 1, half + 1 if shape.together else outs[-1]), 1: (ins[-1], more + 1)}
-    if shape.together or more == outs[-1]:
+    beyond = {0: (half + 1, half + 1 if shape.channelwise else outs[-1]), 1: (ins[-1], more + 1)}
+    if shape.channelwise or more == outs[-1]:
         del beyond[1]
     if half == ins[-1]:
         beyond.pop(0)
     times = _shortest_times(shape, list(dict.fromkeys((*places, *beyond.values()))), call, clock)
-    shortest = [max(times[place], SHORTEST) for place in places]
+    shortest = [max(times[place], MIN_SECONDS) for place in places]
     seconds = np.array(shortest).reshape(len(ins), len(outs))
     for axis in (0, 1):  # more channels never take less time
         seconds = np.maximum.accumulate(seconds, axis)
@@ -111,12 +111,12 @@ def _shortest_times(
     call: Callable[[int, int], Callable[[], object]],
     clock: Clock,
 ) -> dict[tuple[int, int], float]:
-    """The shortest time of a layer with each pair of numbers of channels.
+    """Return the shortest time of a layer with each pair (inputs, outputs) of channels.
 
-    The layers are timed in turn, in sweeps that see different moments of a machine with other
-    programs. Of a large layer there is one at a time: all of them together would fill the memory.
+    The layers are timed in turn, in sweeps, so that a short load by other programs does not affect
+    all calls of one width. Large layers are built one at a time, to save memory.
     """
-    large = shape.inputs * shape.outputs > MAX_TOGETHER
+    large = shape.inputs * shape.outputs > MAX_LAYER_SIZE
     times = dict.fromkeys(places, math.inf)
     for group in [[place] for place in places] if large else [places]:
         calls = {place: call(*place) for place in group}
@@ -128,9 +128,9 @@ def _shortest_times(
 
 
 def _tile(counts: tuple[int, ...], seconds: Times, one_more: float) -> int:
-    """The size of tiles, by the time with one channel more than at the middle of ``counts``.
+    """Return the size of tiles, from the time with one channel more than the middle of ``counts``.
 
-    The share of the growth up to the next count that the first channel takes is that of a tile.
+    The first channel takes the share of the growth up to the next count that a whole tile has.
     """
     middle = len(counts) // 2
     growth = float(seconds[middle + 1] - seconds[middle])

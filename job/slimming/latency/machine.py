@@ -1,4 +1,4 @@
-"""Names of devices that latency is measured on."""
+"""Names of the devices on which latency is measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-CPU_FACTS = Path("/proc/cpuinfo")
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def device_name(device: torch.device) -> str:
@@ -15,7 +15,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:
-        lines = CPU_FACTS.read_text("utf-8", "replace").splitlines()
+        lines = CPU_INFO.read_text("utf-8", "replace").splitlines()
     except OSError:  # not Linux
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

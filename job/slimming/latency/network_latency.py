@@ -1,8 +1,8 @@
-"""The latency of a network as a function of the channels kept, from measured layers.
+"""Model of a network's latency as a function of its kept channels, from measured layers.
 
-A profile gives the time of each layer within the network as it is; the table of its shape says how
-that time falls with its channels. What follows a layer, such as an activation or a sum, falls with
-the layer's outputs.
+A profile gives the time of each layer within the uncut network, and the table of its shape how that
+time falls with its channels. The time of the ops after a layer, such as an activation or a sum,
+falls with the outputs of the layer.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from job.slimming.latency.clock import Clock
     from job.slimming.latency.profile import Profile
 
-OVERHEAD = 0.05  # share of the time of other code that does not fall with its channels
+OVERHEAD = 0.05  # share of the time of an op that does not depend on its channels
 PROFILE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class LayerLatency:
-    """One layer: ``seconds`` at its full ``inputs`` and ``outputs``, and those of what follows it.
+    """Seconds of one layer at its full ``inputs`` and ``outputs``, and of the ops ``following`` it.
 
     ``input_slot`` and ``output_slot`` number the channel slots that count its channels; 0 is for
-    channels that are never cut. ``table`` is None where the time is taken to fall with the product.
+    channels that are never cut. Without a ``table`` the time falls with the product of both.
     """
 
     seconds: float
@@ -54,7 +54,7 @@ class LayerLatency:
     table: LayerTable | None
 
     def at(self, kept_inputs: float, kept_outputs: float) -> float:
-        """Return the seconds where the fractions ``kept_…`` of its channels are kept."""
+        """Return the seconds when the fractions ``kept_…`` of its channels are kept."""
         if not kept_inputs or not kept_outputs:
             return 0.0
         if self.table is not None:
@@ -66,7 +66,10 @@ class LayerLatency:
 
 
 class NetworkLatency:
-    """Predicts the seconds of a pass from the channels in each slot of a graph."""
+    """Prediction of the seconds of a pass from the number of channels in each slot of a graph.
+
+    ``other`` are the seconds before the first layer, and ``lengths`` (slots,) the full numbers.
+    """
 
     def __init__(
         self, layers: Sequence[LayerLatency], other: float, lengths: Sequence[int]
@@ -80,7 +83,7 @@ class NetworkLatency:
         return self.seconds(self.lengths)
 
     def seconds(self, counts: Ids | Sequence[int]) -> float:
-        """Return the seconds with ``counts`` (slots,) channels; slot 0 is for those never cut."""
+        """Return the seconds with ``counts`` (slots,) channels; slot 0 has those never cut."""
         return self.other + sum(
             self._layer(n, layer, counts) for n, layer in enumerate(self.layers)
         )
@@ -104,7 +107,7 @@ def measure_network(
     clock: Clock,
     progress: Progress = no_progress,
 ) -> NetworkLatency:
-    """Profile ``network`` on ``inputs`` and measure the shapes of its layers that are not cached.
+    """Profile ``network`` on ``inputs``, and measure its layer shapes that are not cached.
 
     The caller puts the network in eval mode and disables gradients.
     """
@@ -115,9 +118,11 @@ def measure_network(
     modules = modules_of(network)
     layers = []
     for name, table in tables.items():
-        own = name.removesuffix(".norm")
-        through = next((numbers[own, s] for s in ("through", "select") if (own, s) in numbers), 0)
-        slots = numbers.get((own, "in"), through), numbers.get((own, "out"), through)
+        layer = name.removesuffix(".norm")
+        through = next(
+            (numbers[layer, s] for s in ("through", "select") if (layer, s) in numbers), 0
+        )
+        slots = numbers.get((layer, "in"), through), numbers.get((layer, "out"), through)
         shape = shape_of(modules[name], profile.input_sizes.get(name, ()))
         sizes = (shape.inputs, shape.outputs) if shape else (1, 1)
         following = profile.after_layers.get(name, 0.0)
@@ -133,7 +138,7 @@ def _tables(
     four = next((p for p in network.parameters() if p.dim() == 4), weight)
     layout = "contiguous" if four.is_contiguous() else "channels_last"
     path = cache_file(weight.device, weight.dtype, layout)
-    known = read_tables(path)
+    tables = read_tables(path)
     modules = modules_of(network)
     layers = [name for name in profile.layers if is_layer(modules[name])]
     changed = False
@@ -142,11 +147,11 @@ def _tables(
         if shape is None:
             yield name, None
             continue
-        if shape.key not in known:
+        if shape.key not in tables:
             progress("timing layers", number, len(layers))
             call = partial(narrow_call, modules[name], shape)
-            known[shape.key] = measure_table(shape, call, clock)
+            tables[shape.key] = measure_table(shape, call, clock)
             changed = True
-        yield name, known[shape.key]
+        yield name, tables[shape.key]
     if changed:
-        write_tables(path, known)
+        write_tables(path, tables)

@@ -1,4 +1,4 @@
-"""Profile: the time of each layer of a network, measured by hooks."""
+"""Profiles of networks: the time of each layer, measured by hooks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from job.slimming.latency.clock import Clock
 
 MIN_PASSES, MAX_PASSES = 5, 200
-WARM_PASSES = 2
+WARMUP_PASSES = 2
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Time of one module in a pass, in ``seconds``, without the modules within it.
+    """Time of one module in a pass, in ``seconds``, without its submodules.
 
     ``elements`` is the number of values in its outputs for one sample.
     """
@@ -42,10 +42,10 @@ class LayerTime:
 class Profile:
     """Times of all modules of a network, by name, in the order of their first calls.
 
-    What a network computes outside layers, e.g. the sum of a residual block, counts for the module
-    whose code computes it. The whole network has the name "". ``input_sizes`` are those of the
-    first input of each module. ``after_layers`` gives, for each layer with channels, the seconds of
-    what follows it before the next one begins; "" is for what comes before the first.
+    The time of ops outside layers, e.g. the sum of a residual block, belongs to the module whose
+    code calls them. The whole network has the name "". ``input_sizes`` has the size of the first
+    input of each module. ``after_layers`` has, for each layer with channels, the seconds from its
+    end to the next layer with channels; "" is for the time before the first one.
     """
 
     layers: Mapping[str, LayerTime]
@@ -76,14 +76,14 @@ def profile_alternately(
 
 
 class _Probe:
-    """Network with the times of its modules in each pass."""
+    """Measurement of the times of the modules of a network in each pass."""
 
     def __init__(self, network: nn.Module, inputs: Example, clock: Clock) -> None:
         self.network, self.inputs, self.clock = network, inputs, clock
         self.names = {module: name for name, module in modules_of(network, once=True).items()}
         self.channel_layers = {name for module, name in self.names.items() if is_layer(module)}
         self.passes: list[Mapping[str, float]] = []
-        self.gaps: list[Mapping[str, float]] = []  # by the layer before each
+        self.gaps: list[Mapping[str, float]] = []  # of each pass, by the layer before the gap
         self.elements: Counter[str] = Counter()
         self.input_sizes: dict[str, tuple[int, ...]] = {}
         self.order: dict[str, None] = {}
@@ -92,14 +92,14 @@ class _Probe:
     def begin(self) -> None:
         """Forget the marks of the last pass."""
         self.marks: list[Any] = []
-        self.owners: list[tuple[str, str]] = []  # of the time after each mark, and the last layer
+        self.owners: list[tuple[str, str]] = []  # module and last layer, after each mark
         self.stack: list[str] = []
         self.last = ""
         self.elements = Counter()
 
     def run(self) -> None:
-        """Run the network once; a few passes before the first one warm it up."""
-        for _ in range(0 if self.passes else WARM_PASSES):
+        """Run the network once; the first call warms it up by a few more passes."""
+        for _ in range(0 if self.passes else WARMUP_PASSES):
             call_network(self.network, self.inputs)
         self.begin()
         hooks = [module.register_forward_pre_hook(self._enter) for module in self.names]
@@ -141,7 +141,7 @@ class _Probe:
     def profile(self) -> Profile:
         """Return the lower quartile of each module's times over the passes.
 
-        Other programs interrupt some passes: the median of few passes moves with them.
+        Other programs interrupt some passes, which affects the median of few passes.
         """
         kinds = {name: type(module).__name__ for module, name in self.names.items()}
         layers = {
@@ -157,9 +157,9 @@ def _quartile(passes: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 def random_images(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return normally distributed images of ``shape``; torch's own generators are not used.
+    """Return normally distributed images of ``shape``; torch's global generators are not used.
 
-    Zeros would be unlike images: a processor takes other times for denormal numbers.
+    Zeros would distort the times, because processors are slower on denormal numbers.
     """
     generator = torch.Generator().manual_seed(0)
     return torch.randn(tuple(shape), generator=generator).to(device, dtype)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from job.errors import GammaslimError, reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -40,6 +40,16 @@ class Placement:
         return placed.contiguous(memory_format=FORMATS[self.memory_format])
 
 
+class OnnxSession(Protocol):
+    """The methods of ``onnxruntime.InferenceSession`` that are used here."""
+
+    def get_inputs(self) -> Sequence[Any]:
+        """Return the inputs, which have a ``name`` and a ``shape``."""
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]) -> list[Any]:
+        """Return the outputs, for arrays by input name."""
+
+
 class NotMeasured(GammaslimError):  # noqa: N818  (it is a result, not a failure)
     """Error of a runtime that cannot run a network here; the message is the reason."""
 
@@ -50,34 +60,37 @@ def eager(network: nn.Module, images: torch.Tensor) -> Callable[[], object]:
 
 
 def compiled(network: nn.Module, images: torch.Tensor) -> Callable[[], object]:
-    """Return a call that runs the compiled ``network``; raises NotMeasured.
+    """Return a call that runs the compiled ``network`` on ``images``; raises NotMeasured.
 
-    Code that was compiled for other shapes is kept: see ``forget_compiled``.
+    Code compiled earlier for other shapes is kept; ``forget_compiled`` removes it.
     """
-    whole: Any = torch.compile(network, dynamic=False)
+    compiled_network: Any = torch.compile(network, dynamic=False)
     try:
-        whole(images)
+        compiled_network(images)
     except Exception as error:  # the compiler may raise anything, e.g. without a C++ compiler
         raise NotMeasured(f"torch.compile: {reason(error)}") from error
-    return lambda: whole(images)
+    return lambda: compiled_network(images)
 
 
 def forget_compiled(networks: int) -> None:
-    """Forget compiled code, and allow it for so many ``networks`` of one class.
+    """Remove compiled code, and raise torch's limit to ``networks`` of one class.
 
-    Beyond a limit torch.compile would run a network uncompiled without an error.
+    Beyond its limit torch.compile runs a network uncompiled, without an error.
     """
     dynamo: Any = torch._dynamo
     dynamo.reset()
-    for name in ("recompile_limit", "cache_size_limit"):  # since torch 2.7, before
+    for name in (
+        "recompile_limit",
+        "cache_size_limit",
+    ):  # in torch 2.7 and later, in earlier versions
         if hasattr(dynamo.config, name):
             setattr(dynamo.config, name, max(networks + 1, getattr(dynamo.config, name)))
 
 
-def onnx_session(content: bytes, device: torch.device, threads: int) -> Any:
-    """Open an ONNX model in onnxruntime; raises NotMeasured.
+def onnx_session(content: bytes, device: torch.device, threads: int) -> OnnxSession:
+    """Open an ONNX model in onnxruntime, with ``threads`` threads; raises NotMeasured.
 
-    Its threads do not spin while they wait, because another session is timed in turn.
+    Its threads do not spin while they wait, because other networks are timed in turn.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise NotMeasured("onnxruntime is not installed: pip install 'gammaslim[onnx]'")
@@ -91,12 +104,13 @@ def onnx_session(content: bytes, device: torch.device, threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(content, options, providers=[provider])
+        session: OnnxSession = onnxruntime.InferenceSession(content, options, providers=[provider])
     except Exception as error:  # onnxruntime has its own exceptions
         raise NotMeasured(f"onnxruntime: {reason(error)}") from error
+    return session
 
 
-def onnx_call(session: Any, images: torch.Tensor) -> Callable[[], object]:
+def onnx_call(session: OnnxSession, images: torch.Tensor) -> Callable[[], object]:
     """Return a call that runs ``session`` on ``images`` (B, C, H, W); raises NotMeasured."""
     inputs = {session.get_inputs()[0].name: images.float().contiguous().cpu().numpy()}
     try:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-OUTLIER = 5.0  # scaled median absolute deviations above the median
-MIN_SPREAD = 0.02  # of the median: times on an idle machine vary by less
-FASTER = 1.02  # a smaller speed-up does not count: the layout of memory alone can cause it
+OUTLIER_DEVIATIONS = 5.0  # scaled median absolute deviations above the median
+MIN_SPREAD = 0.02  # of the median; times on an idle machine vary by less
+MIN_SPEEDUP = 1.02  # memory alignment alone can cause a smaller one
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Latency:
     """Seconds of one batch: ``median``, 90th and 99th percentile of all ``samples`` calls.
 
     ``images_per_second`` follows from the median. ``outliers`` is the number of calls far above it,
-    as when another program takes the processor; percentiles include them. ``drift`` is how much
-    slower the last third of the calls was than the first.
+    e.g. while another program used the processor; percentiles include them. ``drift`` is the
+    relative change from the first third of the rounds to the last.
     """
 
     median: float
@@ -48,7 +48,7 @@ class Speedup:
     @property
     def faster(self) -> bool:
         """Whether the network is significantly faster than the reference."""
-        return self.low > 1 and self.value >= FASTER
+        return self.low > 1 and self.value >= MIN_SPEEDUP
 
     def __str__(self) -> str:
         return f"{self.value:.2f}x ({self.low:.2f} to {self.high:.2f})"
@@ -61,15 +61,15 @@ def latency_of(series: Series, batch_size: int) -> Latency:
     spread = max(1.4826 * float(np.median(np.abs(times - median))), MIN_SPREAD * median)
     return Latency(
         median, p90, p99, batch_size / median, len(times),
-        int((times > median + OUTLIER * spread).sum()), _drift(round_times(series)),
+        int((times > median + OUTLIER_DEVIATIONS * spread).sum()), _drift(round_times(series)),
     )  # fmt: skip
 
 
 def round_times(series: Series) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Return the shortest time of each round, (rounds,) seconds.
 
-    Other programs interrupt long calls more often than short ones, so that on a busy machine the
-    ratio of two medians is not that of the work; they never shorten a call.
+    Other programs interrupt long calls more often than short ones, which distorts the ratio of two
+    medians on a busy machine; they never shorten a call.
     """
     return np.array([min(times) for times in series.rounds])
 
@@ -84,12 +84,12 @@ def _drift(times: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
 def speedup(reference: Series, other: Series) -> Speedup:
     """Return the median over the rounds of the reference's time divided by the other's.
 
-    The interval is that of a median by order statistics (David and Nagaraja 2003, section 7.1):
-    it assumes nothing about the distribution of the times.
+    The interval is the distribution-free one of a median by order statistics (David and Nagaraja
+    2003, section 7.1).
     """
     ratios = np.sort(round_times(reference) / round_times(other))
     count = len(ratios)
-    reach = 0.98 * math.sqrt(count)  # 1.96 standard deviations of the rank of the median
-    low = max(0, math.floor(count / 2 - reach) - 1)
-    high = min(count - 1, math.ceil(count / 2 + reach))
+    half_width = 0.98 * math.sqrt(count)  # 1.96 standard deviations of the rank of the median
+    low = max(0, math.floor(count / 2 - half_width) - 1)
+    high = min(count - 1, math.ceil(count / 2 + half_width))
     return Speedup(float(np.median(ratios)), float(ratios[low]), float(ratios[high]))

@@ -1,7 +1,7 @@
-"""Tables of layers on disk, so that a layer is measured once on a device.
+"""Cache of layer tables on disk, so that a layer is measured once on a device.
 
-A file of JSON for each device, number of threads, precision, memory format and version of torch
-holds the tables by the shape of the layer, batch size included.
+A JSON file for each device, number of threads, precision, memory format and version of torch has
+the tables by the shape of the layer, including the batch size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TABLES_FORMAT = 1
 
 
 def cache_file(device: torch.device, dtype: torch.dtype, layout: str) -> Path:
-    """Return the file for tables of a device, in $XDG_CACHE_HOME or ~/.cache."""
+    """Return the path of the tables of a device, in $XDG_CACHE_HOME or ~/.cache."""
     conditions = (
         TABLES_FORMAT, device.type, device_name(device), torch.get_num_threads(), str(dtype),
         layout, torch.__version__, torch.version.cuda,
@@ -39,7 +39,7 @@ def cache_file(device: torch.device, dtype: torch.dtype, layout: str) -> Path:
 
 
 def read_tables(path: Path) -> dict[str, LayerTable]:
-    """Return the tables of a file by shape; none where it is missing or damaged."""
+    """Return the tables of a file by shape; empty if it is missing or damaged."""
     try:
         content = json.loads(path.read_text("utf-8"))
         return {key: LayerTable.from_dict(values) for key, values in content.items()}
@@ -48,7 +48,7 @@ def read_tables(path: Path) -> dict[str, LayerTable]:
 
 
 def write_tables(path: Path, tables: Mapping[str, LayerTable]) -> bool:
-    """Write ``tables``; return whether that was possible: a cache need not be."""
+    """Write ``tables``; return whether it succeeded. A failure is no error of the caller."""
     content = json.dumps({key: table.to_dict() for key, table in tables.items()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ class Budget:
         unit = UNIT_NAMES[self.metric]
         number = f": above 1 is an absolute number of {unit}; it" if absolute else ""
         return (
-            f"{self}{number} cannot be reached: the least is {self.metric}={least:,.0f} of "
+            f"{self}{number} cannot be reached: the minimum is {self.metric}={least:,.0f} of "
             f"{whole:,} ({share:g}); lower --min-keep or --round-to to go further"
             f"{self.hint() if absolute else ''}"
         )

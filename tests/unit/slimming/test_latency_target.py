@@ -59,7 +59,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeClock:
     monkeypatch.setattr(Net, "forward", whole)
     monkeypatch.setattr(latency_target, "clock_of", lambda _device: clock)
     # nothing varies, so that few calls are enough
-    monkeypatch.setattr(latency_target, "LIMITS", TimeLimits(0, 0, 0, least_rounds=1))
+    monkeypatch.setattr(latency_target, "LIMITS", TimeLimits(0, 0, 0, min_rounds=1))
     monkeypatch.setattr(network_latency, "PROFILE_SECONDS", 0)
     return clock
 
@@ -95,7 +95,7 @@ def test_a_target_in_seconds(clock: FakeClock) -> None:
 
 
 def test_what_is_out_of_reach_is_named_with_what_is_not(clock: FakeClock) -> None:
-    with pytest.raises(UsageError, match=r"cannot be reached here: the least is latency=0\.\d+"):
+    with pytest.raises(UsageError, match=r"cannot be reached here: the minimum is latency=0\.\d+"):
         slim(Chain().eval(), "latency=0.01", min_keep=0.3)
 
 

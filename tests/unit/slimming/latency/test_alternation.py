@@ -64,8 +64,8 @@ def test_the_limits_hold_for_short_and_long_calls() -> None:
     clock = FakeClock()
     limits = TimeLimits(seconds=1, warmup=0.1)
     short, long = time_alternately([clock.call(1e-4), clock.call(1.5)], clock, limits)
-    assert len(short.rounds) == len(long.rounds) == limits.least_rounds
-    assert {len(times) for times in short.rounds} == {limits.most_calls}
+    assert len(short.rounds) == len(long.rounds) == limits.min_rounds
+    assert {len(times) for times in short.rounds} == {limits.max_calls}
     assert {len(times) for times in long.rounds} == {1}
     before = clock.now()
     time_alternately([clock.call(1e-4)], clock, limits)
@@ -80,7 +80,7 @@ def test_the_order_of_the_calls_is_reversed_each_round() -> None:
         calls += name
         clock.work(0.03)
 
-    limits = TimeLimits(seconds=0, warmup=0, least_rounds=3)
+    limits = TimeLimits(seconds=0, warmup=0, min_rounds=3)
     time_alternately([lambda: named("a"), lambda: named("b"), lambda: named("c")], clock, limits)
     assert calls.endswith("abccbaabc")
 

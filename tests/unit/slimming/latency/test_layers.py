@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from job.slimming.latency.explanation import compare_profiles, obstacles
+from job.slimming.latency.explanation import bottlenecks, compare_profiles
 from job.slimming.latency.profile import LayerTime, Profile, profile_alternately, random_images
 from support.clocks import FakeClock
 
@@ -69,7 +69,7 @@ def test_the_layers_whose_time_did_not_fall_are_named_the_worst_first() -> None:
     assert by_name["act"].work == 0.5  # by its outputs: it has no multiply-adds
     assert by_name["deep"].share_before == pytest.approx(0.6)
     assert by_name["deep"].share_after == pytest.approx(5.8 / 8.7)
-    assert [change.layer for change in obstacles(changes)] == ["deep"]
+    assert [change.layer for change in bottlenecks(changes)] == ["deep"]
     assert str(by_name["deep"]) == "deep (Conv2d, 67% of the time: 1.03x for 4.00x less work)"
 
 
@@ -77,4 +77,4 @@ def test_a_layer_that_is_gone_takes_no_time() -> None:
     one, other = profile(("a", 1.0, 8), ("b", 1.0, 8)), profile(("a", 1.0, 8))
     gone = compare_profiles(one, other, {}, {})[1]
     assert (gone.after, gone.work, gone.excess) == (0, None, 0)
-    assert obstacles([gone]) == []
+    assert bottlenecks([gone]) == []

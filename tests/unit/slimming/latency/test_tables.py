@@ -76,7 +76,7 @@ def test_more_channels_never_take_less_time() -> None:
 
 def test_a_layer_with_as_many_outputs_as_inputs_has_one_column() -> None:
     clock = FakeClock()
-    shape = LayerShape("BatchNorm2d", 64, 64, 1, (8, 8), together=True)
+    shape = LayerShape("BatchNorm2d", 64, 64, 1, (8, 8), channelwise=True)
     table = measure_table(shape, lambda i, o: clock.call(1e-6 * i), clock)
     assert table.seconds.shape == (5, 1)
     assert table.at(32, 32) == pytest.approx(table.at(64, 64) / 2)

@@ -84,7 +84,7 @@ def test_floors_hold_and_an_unreachable_target_says_what_is_reachable(
     sizes = {group.name: group.size for group in graph.groups}
     assert all(len(kept) >= 0.25 * sizes[name] for name, kept in plan.groups.items())
     with pytest.raises(
-        UsageError, match=r"cannot be reached: the least is macs=[\d,]+ of"
+        UsageError, match=r"cannot be reached: the minimum is macs=[\d,]+ of"
     ) as found:
         plan_of(network, graph, "macs=0.05", min_keep=0.25)
     least = int(str(found.value).split("macs=")[2].split(" ")[0].replace(",", ""))
