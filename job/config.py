@@ -59,7 +59,8 @@ class DataConfig:
     task: str = option(
         CLASSIFICATION,
         "What the network is trained for: classification, multi-label (images of several classes "
-        "each), or your own task as module:factory, with data, loss and metrics.",
+        "each), segmentation (images and masks), or your own task as module:factory, with data, "
+        "loss and metrics.",
     )
     on_bad_image: BadImageMode = option("fail", "What to do with an image that cannot be read.")
     cache: CacheMode = option(

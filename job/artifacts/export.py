@@ -20,6 +20,7 @@ from safetensors.torch import save as safetensors_bytes
 from job.artifacts.model_card import unshare_tensors
 from job.artifacts.versions import package_versions
 from job.errors import GammaslimError, UsageError, reason, shown
+from job.models.outputs import main_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -103,6 +104,7 @@ def onnx_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
         )
     import onnx
 
+    network = _with_one_output(network, card)
     with _tracing("onnx"):
         program = torch.onnx.export(
             network,
@@ -130,6 +132,7 @@ def torch_export_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]
     Raises UsageError for a network that cannot be traced, GammaslimError when the exported program
     gives other logits than the network.
     """
+    network = _with_one_output(network, card)
     with _tracing("torch-export"):
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(network, (_images(card, 2),), dynamic_shapes=shapes)
@@ -139,6 +142,24 @@ def torch_export_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]
         buffer.seek(0)
         loaded = torch.export.load(buffer).module()
     return buffer.getvalue(), _compare("torch.export.load", network, card, loaded)
+
+
+class _MainOutput(torch.nn.Module):
+    """Network that returns the main one of several outputs, e.g. ``out`` of a dict."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return main_output(self.network(images))
+
+
+def _with_one_output(network: nn.Module, card: ModelCard) -> nn.Module:
+    """Return a network that returns one tensor, as exported files do."""
+    with torch.no_grad():
+        outputs = network(_images(card, 1))
+    return network if isinstance(outputs, torch.Tensor) else _MainOutput(network).eval()
 
 
 def export_metadata(card: ModelCard) -> ExportMetadata:

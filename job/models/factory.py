@@ -88,7 +88,9 @@ def build_with_note(
     if ":" in name:
         network = call_factory(name, num_classes, args, from_card=from_card)
         return network, replace_classifier(network, num_classes) if classifier else ""
-    build = NETWORKS[name].build if name in NETWORKS else _torchvision_builder(name)
+    if not num_classes:
+        raise UsageError(f"--model {name} needs the number of classes: pass --num-classes")
+    build = NETWORKS[name].build if name in NETWORKS else _torchvision_builder(name, classifier)
     return call_builder(name, build, {**args, "num_classes": num_classes}), ""
 
 
@@ -125,10 +127,19 @@ def torchvision_names() -> list[str]:
     return names
 
 
-def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
+def segmentation_names() -> list[str]:
+    """Return the names of the segmentation networks of torchvision."""
     import torchvision.models as models
 
-    names = torchvision_names()
+    names: list[str] = models.list_models(module=models.segmentation)
+    return names
+
+
+def _torchvision_builder(name: str, classifier: bool) -> Callable[..., nn.Module]:
+    import torchvision.models as models
+
+    more = [] if classifier else segmentation_names()
+    names = [*torchvision_names(), *more]
     if name not in names:
         near = did_you_mean(name, [*NETWORKS, *names])
         raise UsageError(
@@ -136,10 +147,11 @@ def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
             "classification networks (resnet50 and others), or your own as module:factory"
         )
 
+    # torchvision would download the weights of the backbone
+    defaults = {"weights_backbone": None} if name in more else TORCHVISION_ARGS.get(name, {})
+
     def build(**args: Any) -> nn.Module:
-        network: nn.Module = models.get_model(
-            name, weights=None, **{**TORCHVISION_ARGS.get(name, {}), **args}
-        )
+        network: nn.Module = models.get_model(name, weights=None, **{**defaults, **args})
         return network
 
     return build

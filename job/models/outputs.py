@@ -26,6 +26,17 @@ def logits_of(output: Any) -> torch.Tensor:
     return all_logits(output)[0]
 
 
+def main_output(output: Any) -> Any:
+    """Return the main tensor of an output: itself, its part named in MAIN_OUTPUTS, or the first.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    parts = [part for part in _parts(output) if isinstance(part, torch.Tensor)]
+    return parts[0] if parts else output
+
+
 def all_logits(output: Any) -> list[torch.Tensor]:
     """Return the logits (B, C), then those of auxiliary classifiers, of the same shape.
 

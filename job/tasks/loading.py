@@ -15,8 +15,8 @@ from job.config import CLASSIFICATION
 from job.data.task_items import ItemSplit, TaskItems, stack_items
 from job.errors import GammaslimError, InputNotFound, UsageError, did_you_mean, reason
 from job.models.custom_network import import_factory, is_own_code
-from job.tasks.multi_label import NAME as MULTI_LABEL
-from job.tasks.multi_label import MultiLabel
+from job.tasks.multi_label import MULTI_LABEL, MultiLabel
+from job.tasks.segmentation import SEGMENTATION, Segmentation
 from job.training.epoch import ACCURACY
 from job.training.objective import TaskObjective, as_sums
 
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
     from job.training.task import Task
 
-TASKS: dict[str, Callable[..., Any]] = {MULTI_LABEL: MultiLabel}  # built-in tasks by name
+TASKS: dict[str, Callable[..., Any]] = {  # built-in tasks by name
+    MULTI_LABEL: MultiLabel,
+    SEGMENTATION: Segmentation,
+}
 RESERVED = ("loss", ACCURACY)  # in keys of metrics.jsonl
 TRIED = 2  # items: a BatchNorm needs two
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from job.tasks.image_task import TaskOptions
 
-NAME = "multi-label"
-EXPECTED = (
+MULTI_LABEL = "multi-label"
+MULTI_LABEL_DATA = (
     "a CSV file, or a folder with train.csv and val.csv: a column of paths, and one of class names "
     "separated by |, or a column of 0 and 1 for each class"
 )
@@ -49,7 +49,7 @@ class MultiLabel:
     """Images with a target (C,) of 0 and 1; binary cross entropy, and the mean F1 of classes."""
 
     def __init__(self, options: TaskOptions) -> None:
-        root, rows, self.class_names = _read(Path(options.path(NAME, EXPECTED)))
+        root, rows, self.class_names = _read(Path(options.path(MULTI_LABEL, MULTI_LABEL_DATA)))
         known = {(row.split, row.path): row for row in rows}
         splits = {name: _split(root, name, rows) for name in SPLIT_NAMES}
         present = {name: split for name, split in splits.items() if len(split)}
@@ -113,7 +113,7 @@ def _read(path: Path) -> tuple[Path, list[LabelledRow], tuple[str, ...]]:
     if path.is_dir() and len(files) > 1:
         files = [file for file in files if file.stem.lower() in CANONICAL]
     if not files:
-        raise DataError(f"--data {shown(path)} has no list of images: {EXPECTED}")
+        raise DataError(f"--data {shown(path)} has no list of images: {MULTI_LABEL_DATA}")
     rows = [row for file in files for row in _rows(file)]
     names = {label for row in rows if row.split == "training" for label in row.classes}
     if unknown := {label for row in rows for label in row.classes} - names:
@@ -137,7 +137,7 @@ def _rows(file: Path) -> list[LabelledRow]:
         for names in (FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS)
     )
     if path is None:
-        raise DataError(f"{shown(file)} has no column of image paths: {EXPECTED}")
+        raise DataError(f"{shown(file)} has no column of image paths: {MULTI_LABEL_DATA}")
     default = CANONICAL.get(file.stem.lower(), "training")
     columns = [name for name in header.values() if name not in (path, split)]
     rows = []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from job.artifacts.saving import load
 from support.commands import HOMEWORK_CUT, ROOT, Result, gammaslim, run
 from support.interrupted_runs import KILL_AT, TORCHRUN, assert_same_run, metrics
-from support.shapes import Segmentation
+from support.shapes import Segmentation, write_masks
 
 TASK = "support.shapes:Segmentation"
 HERE = {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
@@ -144,3 +144,19 @@ def test_a_slim_model_is_the_base_of_another_run_of_its_task(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["base"]["valid_miou"] == pytest.approx(before["valid_miou"], rel=1e-6)
     assert summary["rounds"][0]["params"] < before["params"]
+
+
+def test_a_killed_run_on_folders_of_masks_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    data = write_masks(tmp_path / "data", {"train": 17, "val": 6})
+    arguments = [
+        "prune", "--task", "segmentation", "--data", data, "--model", "support.shapes:rgb_unet",
+        "--base-epochs", 2, "--rounds", 1, "--epochs", 1, "--batch-size", 4, "--workers", 0,
+        "--wandb", "off", "--checkpoint-every", 0, "--output",
+    ]  # fmt: skip
+    proof, runs = tmp_path / "proof", (tmp_path / "one", tmp_path / "two")
+    assert command(*arguments, runs[0]).code == 0
+    killed = run(sys.executable, KILL_AT, "step", 12, proof, *arguments, runs[1], env=HERE)
+    assert killed.code == -signal.SIGKILL, killed
+    again = command(*arguments, runs[1])
+    assert again.code == 0, again
+    assert_same_run(runs[1], runs[0])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -89,3 +91,30 @@ class UNet(nn.Module):
         one = self.back_one(torch.cat([self.up_one(two), one], 1))
         logits: torch.Tensor = self.head(one)
         return logits
+
+
+def rgb_unet(num_classes: int) -> nn.Module:
+    return UNet(num_classes, channels=3)
+
+
+def write_masks(
+    folder: Path, counts: dict[str, int], *, by_split: bool = True, side: int = 32
+) -> Path:
+    """Grey images of a disc and a square as PNG, and masks of 0, 1, 2 and 255."""
+    number = 0
+    for split, count in counts.items():
+        parts = (split, "{}") if by_split else ("{}", split)
+        images, masks = (
+            folder / "/".join(part for part in parts if part).format(kind)
+            for kind in ("images", "masks")
+        )
+        images.mkdir(parents=True)
+        masks.mkdir(parents=True)
+        for _ in range(count):
+            image, mask = draw(number, side)
+            pixels = (image * 120 + 60).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(images / f"{number}.png")
+            labels = np.where(mask == IGNORED, 255, mask).astype(np.uint8)
+            Image.fromarray(labels).save(masks / f"{number}.png")
+            number += 1
+    return folder

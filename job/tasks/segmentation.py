@@ -1,0 +1,281 @@
+"""Semantic segmentation: folders of images, and of masks whose pixels are class numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from job.data.augmentation import resampling
+from job.data.dataset import Dataset
+from job.data.folders import Lister, subfolders
+from job.data.geometry import limited_size
+from job.data.split_names import CANONICAL
+from job.data.splits import FileSplit
+from job.distributed.cores import available_cores
+from job.errors import DataError, InputNotFound, reason, shown
+from job.models.outputs import main_output
+from job.tasks.image_task import LabelledImages, prepare_images
+
+if TYPE_CHECKING:
+    from job.data.preprocessing import Preprocessing
+    from job.data.sample_order import Draw
+    from job.tasks.image_task import TaskOptions
+
+SEGMENTATION = "segmentation"
+SEGMENTATION_DATA = (
+    "a folder with train/images, train/masks, val/images, val/masks, or images/train, masks/train, "
+    "…, or images and masks alone"
+)
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
+MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "segmentationclass", "gt")
+MASK_ENDINGS = ("", "_mask", "_labels", "_gt")  # after the name of an image
+CLASSES_FILE = "classes.txt"  # a name a line, in the order of the numbers
+IGNORED = 255  # pixels without a class
+AUXILIARY_SHARE = 0.5  # of the loss of a network's output "aux", as in torchvision's reference
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images of a split, relative to ``root``, and their masks."""
+
+    root: Path
+    images: tuple[str, ...]
+    masks: tuple[str, ...]
+
+
+class Segmentation:
+    """Images with masks (S, S): cross entropy over pixels, and the mean IoU of classes."""
+
+    def __init__(self, options: TaskOptions) -> None:
+        root = Path(options.path(SEGMENTATION, SEGMENTATION_DATA))
+        pairs = _find_pairs(root)
+        masks: dict[str, str] = {}
+        for each in pairs.values():
+            masks |= zip(each.images, each.masks, strict=True)
+        splits = {
+            name: FileSplit(each.root, each.images, np.zeros(len(each.images), np.int64))
+            for name, each in pairs.items()
+        }
+        files, self.preprocessing = prepare_images(Dataset(shown(root), (), splits), options)
+        self.values = _check_masks(root, files, masks)
+        self.class_names = _class_names(root, self.values)
+        self.sets: dict[str, LabelledImages] = {}
+        self.fingerprint = ""
+        for name, split in files.items():
+            paths = tuple(masks[path] for path in split.paths)
+            target = Masks(root, paths, self.preprocessing, self.values)
+            augment = name == "training"
+            self.sets[name] = LabelledImages(split, self.preprocessing, target, augment)
+            of_masks = FileSplit(root, paths, split.labels).digest().hex()
+            self.fingerprint += split.digest().hex() + of_masks
+        self.training, self.validation = self.sets["training"], self.sets["validation"]
+        self.testing = self.sets.get("testing") or self.sets.get("evaluation")
+
+    def inputs(self, images: torch.Tensor) -> torch.Tensor:
+        """Convert images (B, S, S, 3) uint8 to inputs (B, 3, S, S) float32."""
+        return self.preprocessing.to_input(images)
+
+    def loss(self, outputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cross entropy, summed over the pixels that have a class, and their number."""
+        targets = targets.long()
+        loss = _pixel_loss(logits_at(outputs, targets), targets)
+        if torch.is_grad_enabled() and isinstance(outputs, Mapping) and "aux" in outputs:
+            auxiliary = _pixel_loss(_resized(outputs["aux"], targets), targets)
+            loss = loss + AUXILIARY_SHARE * auxiliary
+        return loss, (targets != IGNORED).sum()
+
+    def metrics(self, outputs: Any, targets: torch.Tensor) -> dict[str, Any]:
+        """Return IoU of each class, and the share of pixels of the right class."""
+        logits = logits_at(outputs, targets)
+        classes = logits.shape[1]
+        known = targets != IGNORED
+        true, predicted = targets[known].long(), logits.argmax(1)[known]
+        confusion = torch.bincount(true * classes + predicted, minlength=classes**2)
+        confusion = confusion.view(classes, classes)
+        shared = confusion.diagonal()
+        either = confusion.sum(0) + confusion.sum(1) - shared
+        return {"miou": (shared, either), "pixel_acc": (shared.sum(), known.sum())}
+
+    def distillation_loss(
+        self, outputs: Any, teacher_outputs: Any, temperature: float
+    ) -> torch.Tensor:
+        """Return T² times the divergence of the classes of pixels, summed (Hinton et al. 2015)."""
+        student, teacher = (
+            logits_of_pixels(each) / temperature for each in (outputs, teacher_outputs)
+        )
+        wide, narrow = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
+        return temperature**2 * F.kl_div(narrow, wide, log_target=True, reduction="sum")
+
+
+def logits_of_pixels(outputs: Any) -> torch.Tensor:
+    """Return the logits (B, C, H, W) of a network; raises DataError if it has no such output."""
+    logits = main_output(outputs)
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 4:
+        kind = tuple(logits.shape) if hasattr(logits, "shape") else type(logits).__name__
+        raise DataError(
+            f"the network returns {kind}: --task {SEGMENTATION} needs logits (images, classes, H, "
+            "W), e.g. of --model lraspp_mobilenet_v3_large, or your own as module:factory"
+        )
+    return logits
+
+
+def logits_at(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    """Return the logits (B, C, H, W) at the size of the masks ``targets`` (B, H, W)."""
+    return _resized(logits_of_pixels(outputs), targets)
+
+
+def _resized(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    size = targets.shape[-2:]
+    if logits.shape[-2:] == size:
+        return logits
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def _pixel_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Targets of a split: masks (S, S) uint8, cropped and turned as their images."""
+
+    root: Path
+    paths: tuple[str, ...]
+    preprocessing: Preprocessing
+    values: tuple[int, ...]
+
+    def __call__(self, index: int, draw: Draw | None) -> torch.Tensor:
+        """Return the mask of an image; pixels that padding adds are IGNORED."""
+        mask = _numbered(read_mask(self.root / self.paths[index]), self.values)
+        # shifted by one, so that the zeros of padding become IGNORED: geometry is that of an image
+        plane = Image.fromarray(mask + np.uint8(1))
+        plane = plane.resize(limited_size(plane.size, self.preprocessing.max_side), NEAREST)
+        image = Image.merge("RGB", [plane] * 3)
+        how = replace(self.preprocessing, interpolation="nearest", mean=(0.0, 0.0, 0.0))
+        made = how.train(image, draw) if draw else how.evaluate(image)
+        return torch.from_numpy(np.array(made)[..., 0] - np.uint8(1))
+
+
+NEAREST = resampling("nearest")
+
+
+def read_mask(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the values (H, W) uint8 of a mask; raises DataError for an image of colours."""
+    try:
+        with Image.open(path) as image:
+            values = np.array(image)
+    except Exception as error:  # Pillow raises nearly anything on a corrupt file
+        raise DataError(f"{shown(path)} cannot be read as a mask: {reason(error)}") from error
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
+    if values.ndim == 3 and (values == values[..., :1])[..., :3].all():
+        values = values[..., 0]
+    if values.ndim != 2:
+        raise DataError(
+            f"{shown(path)} has colours: the value of a pixel of a mask is the number of its class "
+            f"(grey or palette PNG), or {IGNORED} without one"
+        )
+    if values.max(initial=0) > IGNORED:
+        raise DataError(f"{shown(path)} has the class {values.max()}: at most {IGNORED - 1}")
+    return values.astype(np.uint8)
+
+
+def _numbered(
+    mask: np.ndarray[Any, np.dtype[np.uint8]], values: tuple[int, ...]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return a mask of class numbers; masks of 0 and 255 alone have two classes."""
+    return (mask // 255).astype(np.uint8) if values == (0, 255) else mask
+
+
+def _check_masks(
+    root: Path, splits: Mapping[str, FileSplit], masks: Mapping[str, str]
+) -> tuple[int, ...]:
+    """Return the values that masks have, sorted; raises DataError for one of another size."""
+
+    def check(job: tuple[str, tuple[int, int]]) -> set[int]:
+        path, size = job
+        mask = read_mask(root / masks[path])
+        if mask.shape[::-1] != size:
+            raise DataError(
+                f"{shown(root / masks[path])} has {mask.shape[1]} x {mask.shape[0]} pixels, its "
+                f"image {size[0]} x {size[1]}"
+            )
+        return set(np.unique(mask).tolist())
+
+    jobs = []
+    for split in splits.values():
+        sizes = [] if split.sizes is None else split.sizes.tolist()
+        jobs += [(path, (w, h)) for path, (w, h) in zip(split.paths, sizes, strict=False)]
+    with ThreadPoolExecutor(min(16, available_cores())) as pool:
+        return tuple(sorted(set().union(*pool.map(check, jobs))))
+
+
+def _class_names(root: Path, values: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the names of classes.txt, else the numbers; raises DataError for too few names."""
+    highest = 1 if values == (0, 255) else max((v for v in values if v != IGNORED), default=0)
+    file = root / CLASSES_FILE
+    if not file.is_file():
+        return tuple(map(str, range(highest + 1)))
+    names = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
+    if len(names) <= highest:
+        raise DataError(f"{shown(file)} names {len(names)} classes, but a mask has class {highest}")
+    return names
+
+
+def _find_pairs(root: Path) -> dict[str, Pairs]:
+    """Return the images and masks of each split; raises InputNotFound or DataError."""
+    if not root.exists():
+        raise InputNotFound(f"--data {shown(root)} does not exist")
+    takes = f"--task {SEGMENTATION} takes {SEGMENTATION_DATA}"
+    if not root.is_dir():
+        raise DataError(
+            f"--data {shown(root)} is a file: --task {SEGMENTATION} takes {SEGMENTATION_DATA}"
+        )
+    own = _named(root, IMAGE_FOLDERS), _named(root, MASK_FOLDERS)
+    found: dict[str, Pairs] = {}
+    if own[0] and own[1]:
+        within = Lister().split_folders(own[0])
+        if not within:
+            return {"training": _pair(root, own[0], own[1])}
+        masks = Lister().split_folders(own[1])
+        if missing := sorted(set(within) - set(masks)):
+            raise DataError(f"{shown(own[1])} has no masks of the {missing[0]} split")
+        return {n: _pair(root, own[0] / within[n].name, own[1] / masks[n].name) for n in within}
+    for entry in subfolders(root):
+        split, folder = CANONICAL.get(entry.lower()), root / entry
+        images, masks_folder = _named(folder, IMAGE_FOLDERS), _named(folder, MASK_FOLDERS)
+        if split and images and masks_folder:
+            found[split] = _pair(root, images, masks_folder)
+    if not found:
+        raise DataError(f"--data {shown(root)} has no images with masks: {takes}")
+    return found
+
+
+def _named(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """Return the sub-folder of one of the names, in any case."""
+    entries = {entry.lower(): entry for entry in subfolders(folder)}
+    return next((folder / entries[name] for name in names if name in entries), None)
+
+
+def _pair(root: Path, images: Path, masks: Path) -> Pairs:
+    """Pair images and masks by name; raises DataError for an image without a mask."""
+    by_name = {Path(name).stem: name for name in Lister().images(masks)}
+    names, paired = Lister().images(images), []
+    for name in names:
+        stem = Path(name).stem
+        mask = next((by_name[stem + e] for e in MASK_ENDINGS if stem + e in by_name), None)
+        if mask is None:
+            raise DataError(f"{shown(images / name)} has no mask {stem}.png in {shown(masks)}")
+        paired.append(str((masks / mask).relative_to(root)))
+    if not names:
+        raise DataError(f"{shown(images)} holds no images")
+    paths = tuple(str((images / name).relative_to(root)) for name in names)
+    return Pairs(root, paths, tuple(paired))
