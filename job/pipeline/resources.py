@@ -44,9 +44,11 @@ def space_needed(config: PruneConfig, planned: Sequence[PlannedRound]) -> int:
     one is written before the oldest is deleted.
     """
     models = sum(entry.bytes for entry in planned)
+    largest = max(entry.bytes for entry in planned)
     states = {"adamw": 2, "sgd": 1}[config.optimizer]
-    positions = (KEPT + 1) * (2 + states) * max(entry.bytes for entry in planned)
-    copies = models if config.wandb != "off" else 0  # W&B copies each model
+    positions = (KEPT + 1) * (2 + states) * largest
+    # W&B copies each model, the recommended one twice
+    copies = models + largest if config.wandb != "off" else 0
     return models + positions + copies + 2**22  # 4 MiB for tables and logs
 
 

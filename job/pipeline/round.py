@@ -233,8 +233,8 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
     session.summarise("running")
     folder = run.round_path(current.index)
     if session.tracker:
-        size = session.image_size
-        session.tracker.log(lambda: round_event(entry, wide, network, size, folder))
+        entries = tuple(session.entries)
+        session.tracker.log(lambda: round_event(entries, wide, network, card, folder))
     if current.index != session.setup.config.last_round:  # finish() writes the report of the last
         session.report()
     return Model(network, card)

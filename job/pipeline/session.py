@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from job.artifacts.checkpoint import save_position
 from job.artifacts.json_records import to_json
+from job.artifacts.model_card import read_card
 from job.artifacts.records import EpochRecord, GammaRecord, RoundRecord, to_line
 from job.artifacts.run_status import commands_after
 from job.console import counted, phase, progress, say, say_cautions, say_event, warn
@@ -25,7 +26,7 @@ from job.pipeline.session_state import Place, RoundInProgress, SessionState
 from job.report.page import write_run_report
 from job.report.tables import describe_position, epoch_line, rounds_table
 from job.tracking.tracker import Tracker
-from job.tracking.wandb_events import epoch_event, summary_values
+from job.tracking.wandb_events import epoch_event, recommended_event, run_inputs, summary_values
 from job.training.position import CutRecord, RoundProgress
 from job.training.session import TrainingSession
 
@@ -97,7 +98,10 @@ class Session(TrainingSession):
     def _track(self) -> None:
         config = self.setup.config
         settings = config.to_dict() | to_json(self.setup.dataset_record)
-        self.state.tracker = Tracker(config.wandb, config.wandb_project, self.run.path, settings)
+        inputs = run_inputs(self.setup.dataset_record, self.setup.base_record, config.weights)
+        self.state.tracker = Tracker(
+            config.wandb, config.wandb_project, self.run.path, settings, inputs
+        )
 
     def write(self, work: Callable[[], _T]) -> _T:
         """Call ``work`` on the main process, as long as this job holds the run."""
@@ -155,6 +159,8 @@ class Session(TrainingSession):
         for line in commands_after(self.run.path, self.setup.config.task):
             say(f"next: {line}")
         if self.tracker:
+            folder = self.run.path / summary.recommended
+            self.tracker.log(lambda: recommended_event(summary, read_card(folder), folder))
             self.tracker.finish(summary_values(summary))
 
     def abandon(self, code: int, error: str | None = None) -> None:

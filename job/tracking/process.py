@@ -7,6 +7,8 @@ lines: `Settings`, then `LogEvent` and at last `FinishEvent`. It writes JSON lin
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import signal
@@ -42,8 +44,17 @@ class Settings(TypedDict):
     mode: str
     config: dict[str, object]
     axes: Mapping[str, str]
+    inputs: Sequence[RunInput]
     offline: OfflineNames
     argv: list[str]
+
+
+class RunInput(TypedDict):
+    """What a run starts from: an artifact of the W&B type ``kind`` that holds its metadata."""
+
+    name: str
+    kind: str
+    metadata: Mapping[str, object]
 
 
 class ModelUpload(TypedDict):
@@ -51,17 +62,31 @@ class ModelUpload(TypedDict):
 
     name: str
     folder: str
-    alias: str
+    aliases: Sequence[str]
     metadata: Mapping[str, object]
 
 
+class WandbChart(TypedDict):
+    """A chart over a table: ``fields`` maps the fields of W&B's preset ``spec`` to columns."""
+
+    spec: str
+    title: str
+    fields: Mapping[str, str]
+    table: Table
+
+
 class LogEvent(TypedDict):
-    """Values that W&B logs together, and what belongs to a round: see `WandbEvent`."""
+    """Values that W&B logs together, and what belongs to a round: see `WandbEvent`.
+
+    The first column of the tables in ``galleries`` holds images, as data URLs.
+    """
 
     event: Literal["log"]
     values: Mapping[str, object]
     histograms: Mapping[str, Histogram]
     tables: Mapping[str, Table]
+    charts: Mapping[str, WandbChart]
+    galleries: Mapping[str, Table]
     model: ModelUpload | None
 
 
@@ -97,6 +122,7 @@ def main() -> None:
     folder = os.path.dirname(run.dir)  # noqa: PTH120  (keeps "." in the path)
     _reply(replies, {"folder": folder, "mode": settings["mode"], "url": run.url or ""})
     run_logger = RunLogger(run, replies)
+    run_logger.use(settings["inputs"])
     for line in events:
         event: LogEvent | FinishEvent = json.loads(line)
         if event["event"] == "finish":
@@ -116,14 +142,27 @@ class RunLogger:
         # W&B waits for its server at each artifact or table; scalar values must not wait with it
         self.uploads = ThreadPoolExecutor(1)
 
+    def use(self, inputs: Sequence[RunInput]) -> None:
+        """Declare what the run starts from."""
+        for item in inputs:
+            self.uploads.submit(self._try, partial(self._use, item))
+
     def log(self, event: LogEvent) -> None:
-        """Log the values and histograms of ``event``; its tables and model follow in a thread."""
-        counts = event["histograms"].items()
-        self._try(
-            lambda: self.run.log({**event["values"], **{k: _histogram(*h) for k, h in counts}})
+        """Log the values and histograms of ``event``; the rest follows in a thread."""
+        histograms = event["histograms"].items()
+        if event["values"] or histograms:
+            self._try(
+                lambda: self.run.log(
+                    {**event["values"], **{k: _histogram(*h) for k, h in histograms}}
+                )
+            )
+        drawn = (
+            [partial(self._log_drawn, k, _table, t) for k, t in event["tables"].items()]
+            + [partial(self._log_drawn, k, _chart, c) for k, c in event["charts"].items()]
+            + [partial(self._log_drawn, k, _gallery, t) for k, t in event["galleries"].items()]
         )
-        for name, table in event["tables"].items():
-            self.uploads.submit(self._try, partial(self._log_table, name, table))
+        for call in drawn:
+            self.uploads.submit(self._try, call)
         if model := event["model"]:
             self.uploads.submit(self._try, partial(self._upload, model))
 
@@ -140,11 +179,8 @@ class RunLogger:
             self._try(self.run.mark_preempting)
         self._try(lambda: self.run.finish(exit_code=event["exit_code"]))
 
-    def _log_table(self, name: str, table: Table) -> None:
-        import wandb
-
-        columns, rows = table
-        self.run.log({name: wandb.Table(columns=list(columns), data=list(rows))})
+    def _log_drawn(self, name: str, draw: Callable[[Any], object], content: object) -> None:
+        self.run.log({name: draw(content)})
 
     def _upload(self, model: ModelUpload) -> None:
         import wandb
@@ -152,7 +188,16 @@ class RunLogger:
         artifact = wandb.Artifact(model["name"], "model", metadata=dict(model["metadata"]))
         for file in sorted(Path(model["folder"]).iterdir()):
             artifact.add_file(str(file))
-        self.run.log_artifact(artifact, aliases=[model["alias"]])
+        self.run.log_artifact(artifact, aliases=list(model["aliases"]))
+
+    def _use(self, item: RunInput) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(item["name"], item["kind"], metadata=dict(item["metadata"]))
+        with artifact.new_file(f"{item['kind']}.json") as file:
+            json.dump(item["metadata"], file, indent=2)
+        # use_artifact refuses offline runs and waits for the server; what it calls does neither
+        self.run._log_artifact(artifact, use_after_commit=True)
 
     def _try(self, call: Callable[[], object]) -> None:
         try:
@@ -190,6 +235,33 @@ def _histogram(counts: list[int], edges: list[float]) -> Any:
     import wandb
 
     return wandb.Histogram(np_histogram=(counts, edges))
+
+
+def _table(table: Table) -> Any:
+    import wandb
+
+    columns, rows = table
+    return wandb.Table(columns=list(columns), data=list(rows))
+
+
+def _chart(chart: WandbChart) -> Any:
+    import wandb
+
+    return wandb.plot_table(
+        chart["spec"], _table(chart["table"]), dict(chart["fields"]), {"title": chart["title"]}
+    )
+
+
+def _gallery(table: Table) -> Any:
+    import wandb
+    from PIL import Image
+
+    def image(url: object) -> Any:
+        content = base64.b64decode(str(url).partition(",")[2])
+        return wandb.Image(Image.open(io.BytesIO(content)))
+
+    columns, rows = table
+    return _table((columns, [[image(url), *rest] for url, *rest in rows]))
 
 
 def _take_pipes() -> tuple[IO[str], IO[str]]:

@@ -25,9 +25,16 @@ from job.tracking.segments import Segments
 from job.tracking.wandb_events import AXES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    from job.tracking.process import FinishEvent, LogEvent, ModelUpload, Reply, Settings
+    from job.tracking.process import (
+        FinishEvent,
+        LogEvent,
+        ModelUpload,
+        Reply,
+        RunInput,
+        Settings,
+    )
     from job.tracking.wandb_events import WandbEvent, WandbModel
 
 INIT_TIMEOUT = 30  # seconds; training does not wait for it
@@ -41,8 +48,15 @@ LINGER = 30  # seconds that W&B may continue to send after a finished job
 class Tracker:
     """The W&B run of the main process. No method raises; with mode ``off`` none does anything."""
 
-    def __init__(self, mode: str, project: str, run: Path, config: Mapping[str, object]) -> None:
-        self.project, self.run, self.config = project, run, dict(config)
+    def __init__(
+        self,
+        mode: str,
+        project: str,
+        run: Path,
+        config: Mapping[str, object],
+        inputs: Sequence[RunInput] = (),
+    ) -> None:
+        self.project, self.run, self.config, self.inputs = project, run, dict(config), inputs
         self.start_time = time.monotonic()
         self.mode = mode  # the requested mode, then the mode that W&B started in
         self._events: SimpleQueue[LogEvent | FinishEvent] = SimpleQueue()
@@ -70,19 +84,26 @@ class Tracker:
         """
         if not self._thread or not self._thread.is_alive():
             return
-        event = build()
+        try:
+            event = build()
+        except GammaslimError as error:  # e.g. the storage fails
+            _warn(f"W&B did not log everything: {error}")
+            return
         self._events.put({
             "event": "log",
             "values": event.values,
             "histograms": event.histograms,
             "tables": event.tables,
+            "charts": event.charts,
+            "galleries": event.galleries,
             "model": self._upload(event.model) if event.model else None,
         })  # fmt: skip
 
     def _upload(self, model: WandbModel) -> ModelUpload:
         name = re.sub(r"[^\w.-]", "_", f"model-{self.segments.id}")
         return {
-            "name": name, "folder": model.folder, "alias": model.alias, "metadata": model.metadata,
+            "name": name, "folder": model.folder, "aliases": model.aliases,
+            "metadata": model.metadata,
         }  # fmt: skip
 
     def finish(self, summary: Mapping[str, object]) -> None:
@@ -144,6 +165,7 @@ class Tracker:
             "mode": mode,
             "config": self.config,
             "axes": AXES,
+            "inputs": self.inputs,
             "offline": self.segments.offline(self.run.name, instead=instead),
             "argv": sys.argv,
         }

@@ -7,11 +7,20 @@ key                      value
 ``round/NAME``           each field of `RoundRecord` but the cautions, over
                          ``round/round``
 ``round/gamma_…/LAYER``  histograms of γ, before and after a round
+``accuracy/by_COST``     charts of accuracy against parameters, multiply-adds and
+                         latency, a point for each round so far
+``confusion/…``          confusion matrix of the ``base`` and the ``recommended``
+                         model
+``examples/…``           images that the base alone, or the recommended model alone,
+                         classifies correctly
 ``layers``               a table of the layers' channels and costs
-``model-ID``             the model of a round, an artifact
+``model-ID``             the models of the rounds, an artifact; its aliases are
+                         ``base``, ``round-K`` and ``recommended``
+``data-…``, ``base-…``   artifacts that the run starts from: data, weights
 =======================  ==========================================================
 
-A new value is a field of one of the records, or an entry in the function here that makes its event.
+W&B groups its panels by the part of a key before the slash. A new value is a field of one of the
+records, or an entry in the function here that makes its event.
 """
 
 from __future__ import annotations
@@ -22,17 +31,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from torch import nn
 
+from job.artifacts.accuracy import accuracy_change
+from job.artifacts.evaluation_record import find_evaluation
 from job.artifacts.json_records import to_json
 from job.slimming.planning.cost import layer_costs
+from job.tracking.wandb_charts import accuracy_charts, confusion_chart, example_images
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from job.artifacts.records import EpochRecord, RoundRecord, SummaryRecord
+    from job.artifacts.model_card import ModelCard
+    from job.artifacts.records import (
+        BaseRecord,
+        DatasetRecord,
+        EpochRecord,
+        RoundRecord,
+        SummaryRecord,
+    )
     from job.files import JsonObject
-    from job.models.input_size import InputSize
-    from job.tracking.process import Histogram, Table
+    from job.tracking.process import Histogram, RunInput, Table, WandbChart
 
 T = TypeVar("T")
 
@@ -46,7 +64,7 @@ class WandbModel:
     """A model to upload as an artifact: the files of ``folder``."""
 
     folder: str
-    alias: str
+    aliases: tuple[str, ...]
     metadata: Mapping[str, object]
 
 
@@ -54,13 +72,16 @@ class WandbModel:
 class WandbEvent:
     """Values that W&B logs together.
 
-    ``histograms`` are (counts, edges of bins), ``tables`` are (columns, rows).
+    ``histograms`` are (counts, edges of bins), ``tables`` are (columns, rows). ``galleries`` are
+    tables whose first column holds images, as data URLs.
     """
 
-    values: Mapping[str, object]
+    values: Mapping[str, object] = field(default_factory=dict)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
     model: WandbModel | None = None
+    charts: Mapping[str, WandbChart] = field(default_factory=dict)
+    galleries: Mapping[str, Table] = field(default_factory=dict)
 
 
 def epoch_event(record: EpochRecord) -> WandbEvent:
@@ -69,32 +90,75 @@ def epoch_event(record: EpochRecord) -> WandbEvent:
 
 
 def round_event(
-    record: RoundRecord,
+    entries: Sequence[RoundRecord],
     before: nn.Module,
     after: nn.Module,
-    image_size: InputSize,
+    card: ModelCard,
     folder: Path,
 ) -> WandbEvent:
-    """Return what W&B gets of a round.
+    """Return what W&B gets of the round of the last of ``entries``, which begin with the base.
 
-    ``before`` and ``after`` are the networks before and after it, for inputs of
-    ``image_size``, and ``folder`` holds its model.
+    ``before`` and ``after`` are the networks before and after it, ``card`` describes the latter,
+    and ``folder`` holds it.
     """
-    content, layers = _with_metrics(to_json(record)), layer_costs(after, image_size)
+    record = entries[-1]
+    content = _with_metrics(to_json(record))
+    layers = layer_costs(after, card.preprocessing.input_size)
     rows = [(c.name, c.kind, c.channels_in, c.channels_out, c.params, c.macs) for c in layers]
+    evaluation = None if record.round else find_evaluation(folder)
+    aliases = (f"round-{record.round}",) if record.round else ("round-0", "base")
     return WandbEvent(
         values=_keyed("round", {k: v for k, v in content.items() if k != "cautions"}),
         histograms=_keyed("round/gamma_before", gamma_histograms(before))
         | _keyed("round/gamma_after", gamma_histograms(after)),
         tables={"layers": (LAYER_COLUMNS, rows)},
-        model=WandbModel(str(folder), f"round-{record.round}", content),
+        charts=accuracy_charts(entries) | confusion_chart("base", evaluation, card.class_names),
+        model=WandbModel(str(folder), aliases, {**content, "lineage": to_json(card.lineage)}),
     )
 
 
+def recommended_event(summary: SummaryRecord, card: ModelCard, folder: Path) -> WandbEvent:
+    """Return what W&B gets of the recommended model of a finished run.
+
+    ``card`` describes the model, and ``folder`` holds it.
+    """
+    evaluation, names = find_evaluation(folder), card.class_names
+    lineage = {"reason": summary.reason, "lineage": to_json(card.lineage)}
+    return WandbEvent(
+        charts=confusion_chart("recommended", evaluation, names),
+        galleries=example_images(evaluation, names),
+        model=WandbModel(str(folder), ("recommended",), {**summary_values(summary), **lineage}),
+    )
+
+
+def run_inputs(data: DatasetRecord, base: BaseRecord, weights: str | None) -> list[RunInput]:
+    """Return the artifacts that a run starts from: its data and, if given, its ``weights``.
+
+    Their names follow from their content, so runs that share them are connected in W&B.
+    """
+    inputs: list[RunInput] = [
+        {"name": f"data-{data.fingerprint[:12]}", "kind": "dataset", "metadata": to_json(data)}
+    ]
+    if weights:
+        sha256 = base.weights_sha256
+        metadata = {"weights": weights, "sha256": sha256}
+        inputs.append({"name": f"base-{sha256[:12]}", "kind": "weights", "metadata": metadata})
+    return inputs
+
+
 def summary_values(summary: SummaryRecord) -> JsonObject:
-    """Return W&B's summary of a run: the recommended round and its record."""
-    recommended = summary.entries[summary.recommended_round]
-    return {"recommended": summary.recommended, **_with_metrics(to_json(recommended))}
+    """Return W&B's summary of a run: the recommended round, its record and the change to the base.
+
+    ``points`` are percentage points of accuracy, ``params_of_base`` and the like fractions.
+    """
+    recommended, base = summary.entries[summary.recommended_round], summary.base
+    change = {
+        "points": accuracy_change(recommended.valid_acc, base.valid_acc),
+        "params_of_base": recommended.params / max(base.params, 1),
+        "macs_of_base": recommended.macs / max(base.macs, 1),
+        "bytes_of_base": recommended.bytes / max(base.bytes, 1),
+    }
+    return {"recommended": summary.recommended, **_with_metrics(to_json(recommended)), **change}
 
 
 def gamma_histograms(network: nn.Module) -> dict[str, Histogram]:

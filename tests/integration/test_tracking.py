@@ -8,9 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from wandb.proto import wandb_internal_pb2 as pb
 
-from support.commands import gammaslim
+from support.commands import ROOT, gammaslim
 from support.datasets import write_flat
 
 
@@ -41,6 +42,13 @@ def history(found: list[Any]) -> dict[str, list[Any]]:
             for item in record.history.item:
                 values[item.key or "/".join(item.nested_key)].append(json.loads(item.value_json))
     return values
+
+
+def table(run: Path, path: str) -> list[list[Any]]:
+    """The rows of a table that the offline run of ``run`` stored at ``path``."""
+    (file,) = run.glob(f"wandb/offline-run-*/files/{path}")
+    rows: list[list[Any]] = json.loads(file.read_text())["data"]
+    return rows
 
 
 def test_the_offline_run_holds_what_the_run_directory_does(finished_run: Path) -> None:
@@ -81,10 +89,14 @@ def test_the_offline_run_holds_what_the_run_directory_does(finished_run: Path) -
     ]
     models = [a for a in artifacts if a.type == "model"]
     rounds_of_models = [set(a.aliases) - {"latest"} for a in models]
-    assert rounds_of_models == [{"round-0"}, {"round-1"}, {"round-2"}]
+    assert rounds_of_models == [{"round-0", "base"}, {"round-1"}, {"round-2"}, {"recommended"}]
     assert {e.path for e in models[0].manifest.contents} == {
             "evaluation.json", "latency.json", "model.json", "model.safetensors",
         }  # fmt: skip
+    (data,) = (a for a in artifacts if a.use_after_commit)
+    assert (data.name, data.type) == (f"data-{config['fingerprint'][:12]}", "dataset")
+    assert json.loads(models[0].metadata)["lineage"]["base_sha256"]
+    assert json.loads(models[-1].metadata)["reason"]
     summary = {
         update.key: json.loads(update.value_json)
         for record in found
@@ -92,7 +104,60 @@ def test_the_offline_run_holds_what_the_run_directory_does(finished_run: Path) -
         for update in record.summary.update
     }
     assert summary["recommended"].startswith("rounds/")
-    assert summary["valid_acc"] in [line["valid_acc"] for line in rounds]
+    recommended = rounds[int(summary["recommended"].removeprefix("rounds/"))]
+    for name in ("valid_acc", "params", "macs", "bytes", "latency"):
+        assert summary[name] == recommended[name]
+    assert summary["params_of_base"] == recommended["params"] / rounds[0]["params"]
+
+
+def test_the_offline_run_has_charts_of_accuracy_and_of_classes(finished_run: Path) -> None:
+    found = records(finished_run)
+    charts = {
+        update.nested_key[2]: json.loads(update.value_json)["panel_config"]
+        for record in found
+        if record.HasField("config")
+        for update in record.config.update
+        if list(update.nested_key[:2]) == ["_wandb", "visualize"]
+    }
+    costs = {f"accuracy/by_{cost}" for cost in ("params", "macs", "latency")}
+    assert set(charts) == {*costs, "confusion/base", "confusion/recommended"}
+    fields = charts["accuracy/by_params"]["fieldSettings"]
+    assert fields == {"x": "params", "y": "valid_acc"}
+    logged = history(found)
+    rounds = [json.loads(s) for s in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    rounds = [line for line in rounds if line["event"] == "round"]
+    points = table(finished_run, logged["accuracy/by_params_table/path"][-1])
+    numbers = [[line["params"], line["valid_acc"]] for line in rounds]
+    assert points == [[n, *rest] for n, rest in zip(("base", "1", "2"), numbers, strict=True)]
+    cells = table(finished_run, logged["confusion/base_table/path"][0])
+    evaluation = json.loads((finished_run / "rounds/00/evaluation.json").read_text())
+    assert sum(count for *_, count in cells) == sum(evaluation["counts"])
+    wrong = sum(count for true, predicted, count in cells if true != predicted)
+    assert wrong == len(evaluation["errors"]["index"])
+
+
+def test_the_command_of_the_sweep_runs(flat_data: Path, tmp_path: Path) -> None:
+    sweep = yaml.safe_load((ROOT / "job" / "recipes" / "sweep.yaml").read_text())
+    assert sweep["method"] == "grid"
+    options = {name: entry["values"][0] for name, entry in sweep["parameters"].items()}
+    args = [f"--{name}={value}" for name, value in options.items()]  # as W&B's agent gives them
+    words = {"${env}": [], "${program}": [], "${args}": args}
+    command = [word for item in sweep["command"] for word in words.get(item, [item])]
+    small = {"data": flat_data, "output": tmp_path / "run", "base_epochs": 0, "epochs": 1,
+             "model_arg": "base=4", "workers": 0, "recover": 0}  # fmt: skip
+    variables = {f"GAMMASLIM_PRUNE_{name.upper()}": str(value) for name, value in small.items()}
+    done = gammaslim(*command, env={**variables, "WANDB_MODE": "offline", "WANDB_SWEEP_ID": "s1"})
+    assert done.code == 0, done
+    summary = {
+        ".".join(update.nested_key) or update.key: update.value_json
+        for record in records(tmp_path / "run")
+        if record.HasField("summary")
+        for update in record.summary.update
+    }
+    assert sweep["metric"]["name"] in summary
+    for name, entry in sweep["parameters"].items():
+        for value in entry["values"]:
+            assert gammaslim("prune", f"--{name}={value}", "--help").code == 0
 
 
 def test_off_means_off(tmp_path: Path) -> None:

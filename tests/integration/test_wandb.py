@@ -91,7 +91,7 @@ def log_some(tracker: Tracker, first: int) -> None:
         epoch = WandbEvent({"epoch/step": step, "epoch/loss": 1 / (step + 1)})
         tracker.log(partial(lambda event: event, epoch))
     values = {"round/round": first, "round/valid_acc": 0.5}
-    model = WandbModel(str(tracker.run.parent / "model"), f"round-{first}", {"round": first})
+    model = WandbModel(str(tracker.run.parent / "model"), (f"round-{first}",), {"round": first})
     histograms = gamma_histograms(nn.Sequential(nn.BatchNorm2d(9)))
     tables = {"layers": (LAYER_COLUMNS, list[list[Any]]())}
     tracker.log(lambda: WandbEvent(values, histograms, tables, model))
@@ -149,7 +149,8 @@ def test_a_requeued_job_goes_on_with_its_wandb_run(place: Path, server: WandbSer
     assert wandb_run.summary["recommended"].startswith("rounds/")
     models = [a for a in server.artifacts if a["artifactTypeName"] == "model"]
     aliases = [{entry["alias"] for entry in a["aliases"]} for a in models]
-    assert aliases == [{"round-0", "latest"}, {"round-1", "latest"}]
+    recommended = {"recommended", "latest"}
+    assert aliases == [{"round-0", "base", "latest"}, {"round-1", "latest"}, recommended]
     assert any(name.endswith("model.safetensors") for name in server.uploads)
     assert again.out.count("W&B: http") == 1
     assert not leaks(first.out, first.err, again.out, again.err, json.dumps(wandb_run.fields))
