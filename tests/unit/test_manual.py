@@ -12,7 +12,8 @@ from support.commands import ROOT
 
 MANUAL = (ROOT / "job" / "README.md").read_text("utf-8")
 DOCUMENTS = [
-    "README.md", "job/README.md", "job/slimming/README.md", "job/slimming/training_loops.md", "slurm/README.md", "k8s/README.md",
+    "README.md", "job/README.md", "job/slimming/README.md", "job/slimming/training_loops.md",
+    "slurm/README.md", "k8s/README.md",
     "tests/benchmarks/README.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md",
 ]  # fmt: skip
 
