@@ -1,4 +1,4 @@
-"""Status of a run, from its files alone: alive or dead, how far, what it saved, how it ended."""
+"""Status of a run, read from its files: alive or dead, progress, saved position, last error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from job.artifacts.history import History
 
-RECENT = 5  # epochs that the time left is estimated from
+RECENT_EPOCHS = 5  # number of epochs from which the time left is estimated
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class RunStatus:
     """Status of a run; times are in Unix seconds, ``seconds_left`` and ages in seconds.
 
     ``state`` is running, stopped, finished, failed, died or unknown. ``since`` is when the run
-    ended, or gave its last sign of life; ``saved`` is when its last position was saved.
-    ``best_acc`` is the accuracy of the recommended model, or of the best epoch of the base as long
-    as no round is finished; ``params`` is the share of the base's parameters. ``error`` is the
+    ended, or its last heartbeat; ``saved`` is when its last position was saved.
+    ``best_acc`` is the accuracy of the recommended model, or of the best epoch of the base
+    until a round is finished; ``params`` is the share of the base's parameters. ``error`` is the
     message that ended the run.
     """
 
@@ -76,11 +76,11 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     history = read_run(path)
     alive = history.state == "running"
     lock = _lock(path)
-    beat = _modified(path / "lock.json")
+    heartbeat = _modified(path / "lock.json")
     ended = history.state in ("stopped", "finished", "failed")
-    since = history.time if ended or beat is None else beat
+    since = history.time if ended or heartbeat is None else heartbeat
     saved = _last_save(path)
-    place = history.position or (None, None, None)
+    position = history.position or (None, None, None)
     best, last = history.best, history.epochs[-1] if history.epochs else None
     scores = [e.valid_acc for e in history.epochs if math.isfinite(e.valid_acc)]
     speed = last.images_per_second if last else math.nan
@@ -94,11 +94,11 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
         age=None if since is None else max(0.0, now - since),
         host=lock[0],
         pid=lock[1],
-        round=place[0],
+        round=position[0],
         rounds=planned_rounds_of(history),
-        epoch=place[1],
-        epochs=None if place[0] is None else epochs_of_round(history, place[0]),
-        step=place[2],
+        epoch=position[1],
+        epochs=None if position[0] is None else epochs_of_round(history, position[0]),
+        step=position[2],
         recommended=f"rounds/{best.round:02d}" if best else None,
         best_acc=best.valid_acc if best else max(scores, default=None),
         base_acc=history.base.valid_acc if history.base else None,
@@ -132,10 +132,10 @@ def epochs_of_round(history: History, round_index: int) -> int | None:
 
 
 def seconds_left(history: History) -> float | None:
-    """Return the time that the rest of a run takes, or of its round with ``--rounds auto``.
+    """Estimate the seconds until a run ends, or its current round with ``--rounds auto``.
 
-    It follows from the last epochs and the cuts so far; None while there is no epoch, or nothing
-    is left.
+    The estimate uses the last epochs and all cuts. None before the first epoch and for a finished
+    run.
     """
     if not history.epochs or history.state == "finished" or not history.position:
         return None
@@ -149,7 +149,7 @@ def seconds_left(history: History) -> float | None:
     times = [e.seconds for e in history.epochs if math.isfinite(e.seconds)]
     if not times:
         return None
-    epoch = statistics.median(times[-RECENT:])
+    epoch = statistics.median(times[-RECENT_EPOCHS:])
     cuts = [
         entry.seconds - sum(e.seconds for e in history.epochs if e.round == entry.round)
         for entry in history.rounds
@@ -169,8 +169,8 @@ def next_commands(history: History) -> tuple[str, ...]:
         return commands_after(history.path, str(history.setting("prune", "task") or CLASSIFICATION))
     config = shell_word(str(history.path / CONFIG_FILE))
     data, root = history.setting("prune", "data"), history.setting("dataset", "path")
-    given = f" --data {shell_word(root)}" if data and isinstance(root, str) else ""
-    return (f"gammaslim prune --config {config} --output {run}{given}",)
+    data_option = f" --data {shell_word(root)}" if data and isinstance(root, str) else ""
+    return (f"gammaslim prune --config {config} --output {run}{data_option}",)
 
 
 def commands_after(path: Path, task: str) -> tuple[str, ...]:

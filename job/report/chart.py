@@ -1,4 +1,4 @@
-"""Description of a chart, which is drawn as SVG for the page and as PNG for a file."""
+"""Charts, independent of how they are drawn: as SVG for the page, as PNG for a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-# Okabe & Ito 2008: colours that the colour-blind tell apart; markers and dashes differ too
+# Okabe & Ito 2008: distinct for colour-blind readers; markers and dashes differ too
 PALETTE = {
     "black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73",
     "blue": "#0072B2", "vermillion": "#D55E00", "purple": "#CC79A7", "grey": "#999999",
@@ -21,7 +21,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Axis:
-    """Axis of a chart. ``names`` labels the positions 0, 1, …; ``unit`` gets prefixes: 1.5 MB."""
+    """Axis of a chart. ``names`` are labels at 0, 1, …; with ``prefixes``, texts are as 1.5 MB."""
 
     label: str
     unit: str = ""
@@ -55,8 +55,8 @@ def _power(value: float) -> str:
 class PlotSeries:
     """Points of one kind: a line, markers, or filled steps.
 
-    A point that is not finite interrupts the line. ``names`` are texts at the points. The points
-    of ``steps`` are left edges and heights; the last one is the right edge.
+    A point that is not finite interrupts the line. ``names`` are labels of the points. With
+    ``steps``, points are left edges and heights; the last one is the right edge.
     """
 
     label: str
@@ -73,9 +73,9 @@ class PlotSeries:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: its name, a caption, axes, series, and vertical ``marks`` with their texts.
+    """Chart with a name, caption, axes, series, and labelled vertical lines at ``marks``.
 
-    ``summary`` says in words what it shows, for those who do not see it.
+    ``summary`` describes the data in words, for screen readers.
     """
 
     name: str
@@ -115,7 +115,7 @@ def ticks(axis: Axis, low: float, high: float, count: int = 5) -> list[float]:
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(s * size for s in (1, 2, 2.5, 5, 10) if s * size >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    found: list[float] = []
-    while (first + len(found)) * step <= high + 1e-9 * step:
-        found.append((first + len(found)) * step)
-    return found
+    values: list[float] = []
+    while (first + len(values)) * step <= high + 1e-9 * step:
+        values.append((first + len(values)) * step)
+    return values

@@ -1,4 +1,4 @@
-"""Classes of the validation split: confusion of base and recommended model, and what changed."""
+"""Classes of the validation split: confusion matrices, and changes of accuracy."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from job.artifacts.evaluation_record import RoundEvaluation
     from job.artifacts.history import History
 
-MATRIX_CLASSES = 20  # classes up to which a matrix is shown
-CHANGED_CLASSES = 10  # classes whose accuracy changed most
-CONFUSED = 2  # predictions that a class is most often confused with
+MAX_MATRIX_CLASSES = 20  # of a confusion matrix
+MAX_CHANGED_CLASSES = 10  # of the table of changes
+MAX_CONFUSIONS = 2  # other classes, for each class of the table
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a confusion matrix: images, and their share of the true class, 0 to 100."""
+    """Cell of a confusion matrix: number of images, and percentage of the true class."""
 
     count: int
     share: int
@@ -28,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class ConfusionMatrix:
-    """A confusion matrix: a row for each true class, with its name."""
+    """Confusion matrix with a row for each true class; ``names`` are the classes."""
 
     title: str
     names: tuple[str, ...]
@@ -44,17 +44,17 @@ def confusion_matrices(history: History) -> tuple[ConfusionMatrix, ...]:
         _matrix(history, titles[number], history.evaluations[number])
         for number in titles
         if number in history.evaluations
-        and len(history.evaluations[number].counts) <= MATRIX_CLASSES
+        and len(history.evaluations[number].counts) <= MAX_MATRIX_CLASSES
     )
 
 
-def _matrix(history: History, title: str, found: RoundEvaluation) -> ConfusionMatrix:
-    cells, classes = found.confusion(), range(len(found.counts))
+def _matrix(history: History, title: str, evaluation: RoundEvaluation) -> ConfusionMatrix:
+    cells, classes = evaluation.confusion(), range(len(evaluation.counts))
     rows = tuple(
         tuple(
             Cell(
                 cells[true, predicted],
-                round(100 * cells[true, predicted] / max(1, found.counts[true])),
+                round(100 * cells[true, predicted] / max(1, evaluation.counts[true])),
                 true == predicted,
             )
             for predicted in classes
@@ -76,8 +76,8 @@ def changed_classes(history: History) -> HtmlTable | None:
         if before is not None and after is not None:
             rows.append((accuracy_change(after, before), number, before, after))
     rows.sort(key=lambda row: (-abs(row[0]), row[1]))
-    shown = sorted(rows[:CHANGED_CLASSES])
-    header = ("class", "images", "base", "recommended", "points", "now most often taken for")
+    shown = sorted(rows[:MAX_CHANGED_CLASSES])
+    header = ("class", "images", "base", "recommended", "points", "most often misclassified as")
     return HtmlTable(
         header,
         tuple(
@@ -97,12 +97,14 @@ def changed_classes(history: History) -> HtmlTable | None:
     )
 
 
-def _confused(history: History, found: RoundEvaluation, true: int) -> str:
-    """Return the classes that images of a class are most often taken for, with their numbers."""
+def _confused(history: History, evaluation: RoundEvaluation, true: int) -> str:
+    """Return the classes that a class is most often misclassified as, with image counts."""
     wrong = sorted(
         (-count, predicted)
-        for (label, predicted), count in found.confusion().items()
+        for (label, predicted), count in evaluation.confusion().items()
         if label == true != predicted
     )
-    names = [f"{history.class_name(number)} ({-count:,})" for count, number in wrong[:CONFUSED]]
-    return ", ".join(names) or "no other"
+    names = [
+        f"{history.class_name(number)} ({-count:,})" for count, number in wrong[:MAX_CONFUSIONS]
+    ]
+    return ", ".join(names) or "none"

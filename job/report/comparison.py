@@ -94,9 +94,9 @@ def comparison_json(histories: Sequence[History]) -> dict[str, Any]:
 
 
 def comparison_csv(histories: Sequence[History]) -> str:
-    """Return a line for each model of each run, with the options on which the runs differ.
+    """Return a line for each model of each run, with the options that differ between the runs.
 
-    Accuracies are fractions, ``points`` percentage points against the base, ``latency`` seconds.
+    Accuracies are fractions, ``points`` percentage points above the base, ``latency`` seconds.
     """
     text, fronts = io.StringIO(), pareto_models(histories)
     options = differing_options(histories)

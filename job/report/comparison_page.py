@@ -1,4 +1,4 @@
-"""Page of several runs: a row each, the options on which they differ, and the Pareto charts."""
+"""Page of several runs: a row for each run, the options that differ, and the Pareto charts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _runs_table(histories: Sequence[History]) -> HtmlTable:
     score = common_score_name(histories)
     header = (
         "", "run", "state", f"base's {score}", "recommended", *(COST_HEADINGS[c] for c in costs),
-        score, "points to the base", "Pareto-optimal in",
+        score, "points relative to base", "Pareto-optimal in",
     )  # fmt: skip
     optimal, rows = pareto_models(histories), []
     for index, (name, history) in enumerate(zip(run_names(histories), histories, strict=True)):
@@ -63,13 +63,13 @@ def _runs_table(histories: Sequence[History]) -> HtmlTable:
 
 
 def _options_table(histories: Sequence[History]) -> HtmlTable:
-    """Return a row for each run, and a column for each option on which runs differ."""
+    """Return a table with a row for each run and a column for each option that differs."""
     options = differing_options(histories)
     header = ("", "run", *(flag for flag, _ in options))
     rows = tuple(
         (str(index + 1), name, *(values[index] for _, values in options))
         for index, name in enumerate(run_names(histories))
     )
-    title = "Options on which the runs differ"
+    title = "Options that differ between the runs"
     return HtmlTable(header, rows if options else (), title=title, left=2, cards=True,
                      sortable=True)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Configuration of a run in groups: what differs from the defaults first, then everything."""
+"""Options of runs: changed ones, all of them in sections, and ones that differ between runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def changed_options(history: History) -> list[tuple[str, str, str]]:
 
 
 def grouped_options(history: History) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return (section, rows of flag and value) of all options; unknown ones are the last group."""
+    """Return sections with the flags and values of all options; unknown options are the last."""
     values = dict(history.settings.get(OPTION_TABLE, {}))
     groups = []
     for title, record in SECTIONS.items():
@@ -39,19 +39,19 @@ def grouped_options(history: History) -> list[tuple[str, list[tuple[str, str]]]]
 
 
 def differing_options(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
-    """Return the flag and the values, by run, of each option on which runs differ.
+    """Return the flag and the values, by run, of each option that differs between runs.
 
-    Options that do not change a result, e.g. ``--workers``, are left out. The default is the value
-    of a run that does not state the option.
+    Options that do not change a result, e.g. ``--workers``, are left out. A run without the option
+    has its default.
     """
     tables: list[Mapping[str, Any]] = [h.settings.get(OPTION_TABLE, {}) for h in histories]
     names = dict.fromkeys(name for table in tables for name in table if _matters(name))
-    found = []
+    options = []
     for name in names:
         values = [table.get(name, OPTION_DEFAULTS.get(name)) for table in tables]
         if len({repr(_plain(value)) for value in values}) > 1:
-            found.append((_flag(name), [value_text(value) for value in values]))
-    return found
+            options.append((_flag(name), [value_text(value) for value in values]))
+    return options
 
 
 def value_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Charts as PNG, drawn by matplotlib: no display, one style, the same bytes for the same chart.
+"""Charts drawn as PNG by matplotlib. The same chart gives the same bytes; no display is needed.
 
 matplotlib is imported when the first chart is drawn. It ignores the user's style and needs no
 writable home folder.
@@ -31,8 +31,8 @@ STYLE = {
     "axes.formatter.useoffset": False,
 }  # fmt: skip
 SIZE, DPI = (6.4, 4.0), 100  # inches, dots per inch
-MAX_LABELS = 48  # most labels that remain readable
-NAMED = 10  # most series that a legend names
+MAX_LABELS = 48  # of an axis or a series, to remain readable
+MAX_NAMED = 10  # series in a legend
 
 
 def draw_charts(charts: Sequence[Chart]) -> list[bytes]:
@@ -47,14 +47,14 @@ def _draw(figure_class: Any, chart: Chart) -> bytes:
     canvas = figure_class(figsize=SIZE, dpi=DPI)
     axes = canvas.subplots()
     axes.locator_params(nbins=6)  # a tick costs a millisecond
-    # fixed margins: measuring them takes as long as drawing
+    # fixed margins: computing them takes as long as drawing
     bottom = 0.3 if chart.x.names else 0.14
     canvas.subplots_adjust(left=0.12, right=0.97, top=0.93, bottom=bottom)
     for series in chart.series:
         _draw_series(axes, series)
     _set_axes(axes, chart)
     _draw_marks(axes, chart)
-    shown = [series for series in chart.series if series.in_legend][: NAMED + 1]
+    shown = [series for series in chart.series if series.in_legend][: MAX_NAMED + 1]
     handles = list(axes.get_legend_handles_labels()[0])[: len(shown)]
     if handles:
         for text in axes.legend(handles=handles).get_texts():
@@ -69,8 +69,9 @@ def _draw_series(axes: Axes, series: PlotSeries) -> None:
     label = series.label if series.in_legend else "_"
     xs, ys = [x for x, _ in series.points], [y for _, y in series.points]
     if series.steps:
-        style: dict[str, Any] = {"fill": series.filled, "color": color, "label": label}
-        axes.stairs(ys[:-1], xs, linestyle=series.dash, **style)
+        axes.stairs(
+            ys[:-1], xs, fill=series.filled, color=color, label=label, linestyle=series.dash
+        )
         return
     ring = series.marker == "ring"
     axes.plot(
@@ -106,13 +107,13 @@ def _set_axes(axes: Axes, chart: Chart) -> None:
         axes.grid(visible=False, axis="x")
 
 
-def _set_axis(shown: Any, axis: Axis) -> None:
+def _set_axis(drawn: Any, axis: Axis) -> None:
     from matplotlib.ticker import EngFormatter
 
     if axis.log:
-        shown.axes.set_yscale("log")
+        drawn.axes.set_yscale("log")
     elif axis.prefixes:
-        shown.set_major_formatter(EngFormatter(axis.unit))
+        drawn.set_major_formatter(EngFormatter(axis.unit))
 
 
 def _draw_marks(axes: Axes, chart: Chart) -> None:
@@ -138,7 +139,7 @@ def _matplotlib() -> Iterator[Any]:
             f"the figures need matplotlib, which cannot be imported: {reason(error)}"
         ) from error
     with warnings.catch_warnings(), matplotlib.rc_context():
-        warnings.simplefilter("ignore")  # about letters that its font does not have
+        warnings.simplefilter("ignore")  # about characters that its font lacks
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         yield Figure

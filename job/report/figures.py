@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from job.artifacts.history import History
 
-NAMED_RUNS = 10  # most runs that a legend names; more runs are only numbered
-NAMED_GROUPS = 5  # channel groups that a legend names
-MAX_POINTS = 60  # of a line whose points are marked
+MAX_NAMED_RUNS = 10  # in a legend; if there are more, points have numbers only
+MAX_NAMED_GROUPS = 5  # in a legend
+MAX_MARKED_POINTS = 60  # of a line; longer lines have no markers
 MIN_LOSS = 1e-9  # smaller losses are noise
-SHOWN_LOSSES = 1e-6  # of the highest: the range of the axis
+MIN_LOSS_SHARE = 1e-6  # lower end of the axis, relative to the highest loss
 STEP_AXIS = Axis("steps (batches) since the run began", prefixes=True)
 COST_AXES = {
     "params": Axis("parameters", prefixes=True),
@@ -41,7 +41,7 @@ def comparison_charts(histories: Sequence[History]) -> list[Chart]:
 
 
 def accuracy_chart(history: History, cost: str) -> Chart | None:
-    """Return the accuracy of each round, after surgery and after fine-tuning, against ``cost``."""
+    """Return the chart of the accuracy of each round, after surgery and tuning, by ``cost``."""
     rounds = [(x, e) for e in history.rounds if (x := history.cost(e, cost)) is not None]
     if not rounds or (cost == "latency" and len(rounds) < 2):
         return None
@@ -80,11 +80,11 @@ def accuracy_chart(history: History, cost: str) -> Chart | None:
 
 
 def training_chart(history: History, metric: str) -> Chart | None:
-    """Return the accuracy (``acc``) or ``loss`` of each epoch over the steps, with the rounds."""
+    """Return the chart of the accuracy (``acc``) or ``loss`` of each epoch over the steps."""
     if not history.epochs:
         return None
     name, factor = (history.score_name, 100) if metric == "acc" else ("loss", 1)
-    marker = "o" if len(history.epochs) <= MAX_POINTS else ""
+    marker = "o" if len(history.epochs) <= MAX_MARKED_POINTS else ""
     series = tuple(
         PlotSeries(
             label,
@@ -103,7 +103,7 @@ def training_chart(history: History, metric: str) -> Chart | None:
     value = factor * getattr(last, f"valid_{metric}")
     return Chart(
         "training-accuracy" if metric == "acc" else "training-loss",
-        f"Training and validation {name} of each epoch; vertical lines end the rounds",
+        f"Training and validation {name} of each epoch; vertical lines mark the ends of rounds",
         STEP_AXIS,
         Axis(f"{name} (%)" if metric == "acc" else "loss"),
         series,
@@ -113,7 +113,7 @@ def training_chart(history: History, metric: str) -> Chart | None:
 
 
 def throughput_chart(history: History) -> Chart | None:
-    """Return the images per second of each epoch of training."""
+    """Return the chart of the images per second of each epoch of training."""
     if not history.epochs:
         return None
     points = _by_round(history, lambda epoch: epoch.images_per_second)
@@ -123,14 +123,14 @@ def throughput_chart(history: History) -> Chart | None:
         "Images per second in training, by epoch",
         STEP_AXIS,
         Axis("images per second"),
-        (PlotSeries("training", points, "green", "o" if len(points) <= MAX_POINTS else ""),),
+        (PlotSeries("training", points, "green", "o" if len(points) <= MAX_MARKED_POINTS else ""),),
         marks=_round_marks(history),
         summary=f"Mean: {mean:,.0f} images per second",
     )
 
 
 def channels_chart(history: History) -> Chart | None:
-    """Return the kept channels of each layer over the channels of the base."""
+    """Return the chart of the channels of each layer, in the recommended model and the base."""
     layers = history.layers
     if not layers:
         return None
@@ -148,13 +148,13 @@ def channels_chart(history: History) -> Chart | None:
             PlotSeries("base", full, "pale", steps=True, names=names),
             PlotSeries("kept", kept, "blue", steps=True, names=names),
         ),
-        summary="Cut most: "
+        summary="Reduced most: "
         + "; ".join(f"{printable(la.name)} keeps {la.kept} of {la.full}" for la in cut),
     )
 
 
 def sensitivity_chart(history: History) -> Chart | None:
-    """Return the loss of the outputs over the kept channels: a line per group, the worst named."""
+    """Return the chart of the loss of the outputs by kept channels, with a line per group."""
     measured, lines = history.measured, []
     for row in measured.sensitivity.rows if measured else ():
         points = tuple(
@@ -170,31 +170,31 @@ def sensitivity_chart(history: History) -> Chart | None:
     lines.sort(key=lambda line: -line[0])
     series = [
         PlotSeries(group[-32:], points, CYCLE[number], MARKERS[number])
-        if number < NAMED_GROUPS
+        if number < MAX_NAMED_GROUPS
         else PlotSeries(group, points, "pale", in_legend=False)
         for number, (_, group, points) in enumerate(lines)
     ]
     highest = max(loss for line in lines for _, loss in line[2])
     lowest = min(loss for line in lines for _, loss in line[2])
-    bottom = max(MIN_LOSS, highest * SHOWN_LOSSES, lowest) / 2
+    bottom = max(MIN_LOSS, highest * MIN_LOSS_SHARE, lowest) / 2
     return Chart(
         "sensitivity",
-        "Loss of the outputs when each channel group alone is reduced; the groups that lose most "
+        "Loss of the outputs when each channel group alone is reduced; the most sensitive groups "
         "are named",
         Axis(f"channels kept of one group (%), before the cut of round {measured.round}",
              limits=(0.0, 100.0)),
         Axis("loss of the outputs", log=True, limits=(bottom, 2 * highest)),
-        (*series[NAMED_GROUPS:], *reversed(series[:NAMED_GROUPS])),
-        summary="Most sensitive: " + ", ".join(group for _, group, _ in lines[:NAMED_GROUPS]),
+        (*series[MAX_NAMED_GROUPS:], *reversed(series[:MAX_NAMED_GROUPS])),
+        summary="Most sensitive: " + ", ".join(group for _, group, _ in lines[:MAX_NAMED_GROUPS]),
     )  # fmt: skip
 
 
 def gamma_chart(history: History) -> Chart | None:
-    """Return the histograms of γ of the base and of the recommended model."""
+    """Return the chart of the histograms of γ of the base and of the recommended model."""
     series, words = [], []
     for name, number in (("base", 0), ("recommended", history.recommended)):
-        found = history.evaluations.get(-1 if number is None else number)
-        gamma = found.gamma if found else None
+        evaluation = history.evaluations.get(-1 if number is None else number)
+        gamma = evaluation.gamma if evaluation else None
         if not gamma or not gamma.bins or (name != "base" and number == 0):
             continue
         width = gamma.max / len(gamma.bins)
@@ -219,7 +219,7 @@ def gamma_chart(history: History) -> Chart | None:
 
 
 def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
-    """Return accuracy against ``cost``: a line per run, and the Pareto front."""
+    """Return the chart of accuracy by ``cost``, with a line per run and the Pareto front."""
     lines = []
     for number, history in enumerate(histories, start=1):
         points = [
@@ -228,8 +228,8 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
             if (x := history.cost(entry, cost)) is not None
         ]
         lines.append((number, history, points))
-    everything = [point for _, _, points in lines for _, point in points]
-    if not everything:
+    all_points = [point for _, _, points in lines for _, point in points]
+    if not all_points:
         return None
     series = []
     for number, history, points in lines:
@@ -243,11 +243,11 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
                 CYCLE[(number - 1) % len(CYCLE)],
                 MARKERS[(number - 1) % len(MARKERS)],
                 names=tuple(str(number) if e is chosen else "" for e, _ in points),
-                in_legend=len(histories) <= NAMED_RUNS,
+                in_legend=len(histories) <= MAX_NAMED_RUNS,
             )
         )
     score = common_score_name(histories)
-    front = tuple(everything[index] for index in pareto_front(everything))
+    front = tuple(all_points[index] for index in pareto_front(all_points))
     series.append(PlotSeries("Pareto front", front, "black", "ring", ":", filled=False))
     return Chart(
         f"pareto-{cost}",

@@ -1,4 +1,4 @@
-"""Rendering of the templates: tables, charts, escaping."""
+"""Rendering of HTML templates, with tables, charts, and escaped text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ STYLE_SHEET, SCRIPT = "style.css.j2", "script.js.j2"
 
 @dataclass(frozen=True)
 class HtmlTable:
-    """Table whose first ``left`` columns are left-aligned and whose row ``best`` is marked.
+    """Table whose first ``left`` columns are left-aligned and whose row ``best`` is highlighted.
 
-    On a narrow screen a table with ``cards`` shows a card for each row.
+    On a narrow screen a table with ``cards`` shows each row as a card.
     """
 
     header: tuple[str, ...]
@@ -35,7 +35,7 @@ class HtmlTable:
 
 
 def render(template: str, **content: Any) -> bytes:
-    """Return the page that ``template`` makes of ``content``, in UTF-8."""
+    """Return the page of ``template`` with ``content``, in UTF-8."""
     return _environment().get_template(template).render(**content).encode()
 
 

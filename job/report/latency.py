@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_LAYER_ROWS = 12  # rows of a table of layers; the last row is the sum of all others
 MAX_DRIFT = 0.1  # relative; a larger drift is reported
 MAX_OUTLIERS = 0.05  # share of the calls; more outliers are reported
-EXPECTED = 0.75  # of the ratio of MACs; a smaller speed-up is explained
+EXPECTED_SPEEDUP = 0.75  # of the ratio of MACs; a smaller speed-up is explained
 
 
 def benchmark_text(
@@ -120,7 +120,7 @@ def _verdict(
         text = f"{row.network} is {word} than {reference.network}: {row.speedup}{macs}"
     else:
         text = f"{row.network} is faster than {reference.network}: {row.speedup}{macs}"
-        if fewer is None or row.speedup.value >= EXPECTED * fewer:
+        if fewer is None or row.speedup.value >= EXPECTED_SPEEDUP * fewer:
             return text
     layers = bottlenecks(comparison.layers) if comparison else []
     if not layers:

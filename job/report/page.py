@@ -1,7 +1,7 @@
 """HTML page of one run, or of several runs compared.
 
 The page contains its charts and images and loads nothing else. The templates escape all text from
-files, and show control characters as escapes. A script sorts tables; without it everything reads.
+files, and show control characters as escapes. A script sorts tables; it is optional.
 """
 
 from __future__ import annotations

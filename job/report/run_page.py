@@ -1,4 +1,4 @@
-"""Page of one run: the answer first, then how the run came to it, then its configuration."""
+"""Page of one run: its result first, then the details, then the configuration."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from job.report.chart import Chart
 
 _TEMPLATE = "run.html.j2"
-ANSWER_COSTS = {
+RESULT_COSTS = {
     "params": "parameters", "macs": "MACs", "latency": "latency", "bytes": "size",
 }  # fmt: skip
 COST_HEADINGS = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "latency": "latency"}
 IMAGE = re.compile(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]{1,100000}={0,2}")
-EXACT = 10**7  # a larger cost is shown in four digits
+MAX_EXACT_COST = 10**7  # larger costs are rounded to four digits
 SIZE = Axis("", unit="B", prefixes=True)
 
 
 @dataclass(frozen=True)
-class AnswerRow:
-    """A number of the recommended model next to the base's; ``change`` says the difference."""
+class ResultRow:
+    """Value of the base and of the recommended model, and the ``change`` between them."""
 
     name: str
     base: str
@@ -49,7 +49,7 @@ class AnswerRow:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """An image that the base and the recommended model classify differently."""
+    """Image that the base and the recommended model classify differently."""
 
     image: str
     name: str
@@ -70,7 +70,7 @@ def run_page(history: History, charts: Sequence[Chart]) -> bytes:
         state=f"State: {describe_state(history)}{_when(history)}.",
         cautions=(*history.cautions, *history.problems),
         headline=_headline(history),
-        answer=_answer(history),
+        result=_result_rows(history),
         first=first,
         charts=by_name,
         rounds=_rounds_table(history),
@@ -89,7 +89,7 @@ def run_page(history: History, charts: Sequence[Chart]) -> bytes:
 
 
 def _headline(history: History) -> str:
-    """Return the answer in a sentence."""
+    """Return the result in a sentence."""
     base, best = history.base, history.best
     if not base or not best:
         return "No round is finished yet." if not base else "No model is recommended yet."
@@ -107,19 +107,19 @@ def _headline(history: History) -> str:
     )
 
 
-def _answer(history: History) -> tuple[AnswerRow, ...]:
+def _result_rows(history: History) -> tuple[ResultRow, ...]:
     base, best = history.base, history.best
     if not base or not best:
         return ()
     points = format_points(history.change)
-    rows = [AnswerRow(history.score_name, _percent(base.valid_acc), _percent(best.valid_acc),
+    rows = [ResultRow(history.score_name, _percent(base.valid_acc), _percent(best.valid_acc),
                       f"{points} points" if best.round else "")]  # fmt: skip
-    for cost, name in ANSWER_COSTS.items():
+    for cost, name in RESULT_COSTS.items():
         before, after = history.cost(base, cost), history.cost(best, cost)
         if before is None or after is None:
             continue
         change = f"× {after / before:.3f}" if before and best.round else ""
-        rows.append(AnswerRow(name, _short(cost, before), _short(cost, after), change))
+        rows.append(ResultRow(name, _short(cost, before), _short(cost, after), change))
     return tuple(rows)
 
 
@@ -133,7 +133,7 @@ def _rounds_table(history: History) -> HtmlTable:
     timed, score = bool(history.latencies), history.score_name
     costs = [cost for cost in COST_HEADINGS if cost != "latency" or timed]
     header = (
-        "round", f"{score} after fine-tuning", "points to the base", "loss",
+        "round", f"{score} after fine-tuning", "points relative to base", "loss",
         f"{score} after the cut", *((f"{score} after recovery",) if recovered else ()),
         *(COST_HEADINGS[cost] for cost in costs), "width", "channels", "best epoch",
     )  # fmt: skip
@@ -170,26 +170,26 @@ def _times_table(history: History) -> HtmlTable:
             f"{sum(epoch.seconds for epoch in epochs):,.0f}" if epochs else "",
             "" if speed is None else f"{speed:,.0f}",
         ))  # fmt: skip
-    header = ("round", "seconds", "of which epochs", "images per second")
+    header = ("round", "seconds", "seconds in epochs", "images per second")
     return HtmlTable(header, tuple(rows), title="Time of each round")
 
 
 def _sensitivity_table(history: History) -> HtmlTable | None:
-    """Return the table of the channel groups that a cut measured; None if none did."""
+    """Return the table of the channel groups that a cut measured; None without one."""
     measured = history.measured
     if measured is None:
         return None
-    found = measured.sensitivity
-    title = f"Channel groups before the cut of round {measured.round}: {found.describe()}"
-    return HtmlTable(found.header(), tuple(found.cells()), title=title, sortable=True)
+    record = measured.sensitivity
+    title = f"Channel groups before the cut of round {measured.round}: {record.describe()}"
+    return HtmlTable(record.header(), tuple(record.cells()), title=title, sortable=True)
 
 
 def _examples(history: History) -> tuple[list[ShownExample], list[ShownExample]]:
-    """Return images that the base alone, and that the recommended model alone, gets right."""
-    found = history.evaluations.get(history.recommended or 0)
+    """Return the examples that only the base, and that only the recommended model, gets right."""
+    evaluation = history.evaluations.get(history.recommended or 0)
     lost: list[ShownExample] = []
     won: list[ShownExample] = []
-    for each in found.examples if found else ():
+    for each in evaluation.examples if evaluation else ():
         if IMAGE.fullmatch(each.image):
             (lost if each.base == each.label else won).append(_example(history, each))
     return lost, won
@@ -201,7 +201,7 @@ def _example(history: History, each: ExampleImage) -> ShownExample:
 
 
 def _commands(history: History) -> dict[str, str]:
-    """Return lines to copy: how to load and use the recommended model."""
+    """Return code and command lines that load and use the recommended model, by title."""
     if not history.best:
         return {}
     task = history.setting("prune", "task") or CLASSIFICATION
@@ -255,6 +255,6 @@ def cost_text(history: History, entry: RoundRecord, cost: str) -> str:
     value, share = history.cost(entry, cost), history.share(entry, cost)
     if value is None:
         return ""
-    exact = cost != "latency" and value < EXACT
+    exact = cost != "latency" and value < MAX_EXACT_COST
     text = f"{value:,.0f}" if exact else COST_AXES[cost].text(value)
     return text + ("" if share is None or not entry.round else f" ({share:.1%})")

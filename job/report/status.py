@@ -1,4 +1,4 @@
-"""Status of runs on the console: lines for one run, a table for several."""
+"""Console output of the status of runs: lines for one run, a table for several."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from job.artifacts.run_status import RunStatus
 
 STATES = {
-    "running": "alive: last sign of life {} ago",
-    "died": "dead: last sign of life {} ago",
+    "running": "alive: last heartbeat {} ago",
+    "died": "dead: last heartbeat {} ago",
     "stopped": "stopped by request {} ago",
     "finished": "finished {} ago",
     "failed": "failed {} ago",
@@ -23,7 +23,7 @@ STATES = {
 
 
 def status_text(statuses: Sequence[RunStatus]) -> str:
-    """Return lines about one run, or a table of several with what to type next."""
+    """Return lines about one run, or a table of several and the commands to resume them."""
     return _one(statuses[0]) if len(statuses) == 1 else _several(statuses)
 
 
@@ -32,7 +32,7 @@ def _one(status: RunStatus) -> str:
         ("run", status.path),
         ("state", _state(status)),
         ("job", _job(status)),
-        ("place", _place(status)),
+        ("position", _position(status)),
         ("best so far", _best(status)),
         ("speed", _speed(status)),
         ("last saved", _ago(status.saved_age)),
@@ -83,7 +83,7 @@ def _job(status: RunStatus) -> str:
     return f"process {status.pid} on {status.host}"
 
 
-def _place(status: RunStatus) -> str:
+def _position(status: RunStatus) -> str:
     if status.round is None or status.state == "finished":
         return ""
     name = "the base" if status.round == 0 else f"round {_of(status.round, status.rounds)}"
@@ -99,7 +99,7 @@ def _best(status: RunStatus) -> str:
         text = f"{status.recommended}, {text}, {status.params:.1%} of the parameters"
     if status.base_acc is not None and status.recommended not in (None, "rounds/00"):
         points = signed_points(accuracy_change(status.best_acc, status.base_acc))
-        text += f", {points} points to the base"
+        text += f", {points} points relative to the base"
     return text
 
 

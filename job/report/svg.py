@@ -1,4 +1,4 @@
-"""Charts as SVG within a page, whose style sheet colours them: they follow its dark mode."""
+"""Charts drawn as SVG, coloured by the style sheet of the page, including its dark mode."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from job.report.chart import Axis, Chart, PlotSeries, Point
 
 WIDTH, LEFT, RIGHT, BOTTOM, PLOT = 380, 50, 10, 40, 200  # pixels at full size
-NAMES = 74  # pixels below the axis for names of categories
-LETTER = 5.9  # pixels, mean width of a letter
-ROW = 15  # pixels, height of a row of the legend
-HOVERED = 200  # points of a series that have a text to hover
+NAMES_HEIGHT = 74  # pixels below the axis, for its names
+LETTER = 5.9  # pixels; mean width of a letter
+ROW = 15  # pixels; height of a row of the legend
+MAX_HOVER_TEXTS = 200  # of a series
 DASHES = {"-": "", "--": "5 3", ":": "1.5 3", "-.": "6 3 1.5 3"}
 SHAPES = {
     "o": "M-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0z",
@@ -48,13 +48,13 @@ def to_svg(chart: Chart) -> Markup:
 
 @dataclass(frozen=True)
 class _Frame:
-    """The plot of a chart, and where a value is in it."""
+    """Layout of a chart, and the place of a value in it, in pixels."""
 
     chart: Chart
 
     @cached_property
     def rows(self) -> list[list[PlotSeries]]:
-        """PlotSeries by row of the legend."""
+        """Series in each row of the legend."""
         rows: list[list[PlotSeries]] = [[]]
         used = 0.0
         for series in self.chart.series:
@@ -78,7 +78,7 @@ class _Frame:
 
     @property
     def height(self) -> int:
-        return self.bottom + (NAMES if self.chart.x.names else BOTTOM)
+        return self.bottom + (NAMES_HEIGHT if self.chart.x.names else BOTTOM)
 
     @cached_property
     def ranges(self) -> tuple[Point, Point]:
@@ -165,7 +165,7 @@ def _line(frame: _Frame, series: PlotSeries) -> Iterator[str]:
     if series.marker:
         for number, (point, (x, y)) in enumerate(points):
             title = ""
-            if number < HOVERED:
+            if number < MAX_HOVER_TEXTS:
                 title = f"<title>{_hover(frame.chart, series, number, point)}</title>"
             yield (
                 f'<path class="{"dot" if series.filled else "open"} {series.color}" '
@@ -182,7 +182,7 @@ def _hover(chart: Chart, series: PlotSeries, number: int, point: Point) -> str:
 
 
 def _steps(frame: _Frame, series: PlotSeries) -> Iterator[str]:
-    """Draw filled or outlined columns; each column has a text to hover if there are names."""
+    """Yield filled or outlined columns; named columns have a hover text."""
     base = frame.place((0, 0))[1]
     path = ""
     for (left, height), (right, _) in zip(series.points, series.points[1:], strict=False):
@@ -193,7 +193,7 @@ def _steps(frame: _Frame, series: PlotSeries) -> Iterator[str]:
     dash = f' stroke-dasharray="{DASHES[series.dash]}"' if DASHES[series.dash] else ""
     kind = "area" if series.filled else "line"
     yield f'<path class="{kind} {series.color}"{dash} d="{path}"/>'
-    for number, name in enumerate(series.names[:HOVERED]):
+    for number, name in enumerate(series.names[:MAX_HOVER_TEXTS]):
         (left, height), (right, _) = series.points[number : number + 2]
         x0, y = frame.place((left, height))
         x1 = frame.place((right, height))[0]
@@ -205,7 +205,7 @@ def _steps(frame: _Frame, series: PlotSeries) -> Iterator[str]:
 
 
 def _names(frame: _Frame) -> Iterator[str]:
-    """Write the names of points, except where one would cover another."""
+    """Yield the names of points, except names that would overlap earlier ones."""
     used: list[Point] = []
     for series in frame.chart.series:
         if series.steps:
@@ -234,14 +234,14 @@ def _legend(frame: _Frame) -> Iterator[str]:
 def _sample(series: PlotSeries, x: float, y: float) -> str:
     if series.steps and series.filled:
         return f'<path class="area {series.color}" d="M{x:.1f} {y - 4}h18v8h-18z"/>'
-    found = ""
+    parts = ""
     if series.line or series.steps:
         dash = f' stroke-dasharray="{DASHES[series.dash]}"' if DASHES[series.dash] else ""
-        found = f'<path class="line {series.color}"{dash} d="M{x:.1f} {y}h18"/>'
+        parts = f'<path class="line {series.color}"{dash} d="M{x:.1f} {y}h18"/>'
     if series.marker:
         kind = "dot" if series.filled else "open"
-        found += (
+        parts += (
             f'<path class="{kind} {series.color}" transform="translate({x + 9:.1f} {y})" '
             f'd="{SHAPES[series.marker]}"/>'
         )
-    return found
+    return parts

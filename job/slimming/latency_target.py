@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     PlanWith = Callable[[Allocation, NetworkLatency], Plan]
 
-TOLERANCE = 1.03  # largest factor between a latency and the target that it meets
+LATENCY_TOLERANCE = 1.03  # largest factor between a latency and the target that it meets
 MAX_ATTEMPTS = 8
 LIMITS = TimeLimits(seconds=1.0, burst=0.1)  # per network; the shortest call of a burst counts
 
@@ -116,7 +116,7 @@ class _Timer:
         """Build the narrow network of ``plan``, and time it."""
         narrow = apply_plan(self.network, plan.layers).eval()
         fraction = self.fraction_of(narrow)
-        if 1 / TOLERANCE <= fraction / target <= TOLERANCE:
+        if 1 / LATENCY_TOLERANCE <= fraction / target <= LATENCY_TOLERANCE:
             # timed again: by chance alone, one of several plans seems to meet the target
             fraction = math.sqrt(fraction * self.fraction_of(narrow))
         times = PlannedLatency(self.seconds, fraction * self.seconds, fraction)
@@ -145,10 +145,10 @@ def _search(
             plan = plan_at(aim)
         trial = timer.trial(aim, plan, target)
         trials.append(trial)
-        fits = trial.fraction <= target * TOLERANCE
-        if (fits and trial.fraction >= target / TOLERANCE) or (aim == least and not fits):
+        fits = trial.fraction <= target * LATENCY_TOLERANCE
+        if (fits and trial.fraction >= target / LATENCY_TOLERANCE) or (aim == least and not fits):
             break
-    fitting = [t for t in trials[1:] if t.fraction <= target * TOLERANCE]
+    fitting = [t for t in trials[1:] if t.fraction <= target * LATENCY_TOLERANCE]
     if not fitting:
         raise UsageError(_unreachable(budget, min(trials[1:], key=lambda t: t.fraction)))
     best = max(fitting, key=lambda trial: trial.fraction).plan

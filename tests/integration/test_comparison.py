@@ -71,7 +71,7 @@ def test_runs_with_the_same_options_have_no_table_of_options(tmp_path: Path) -> 
         make_run(tmp_path / name)
     done = gammaslim("report", tmp_path, "--output", tmp_path / "c.html", "--json")
     assert json.loads(done.out)["options"] == {}
-    assert "Options on which" not in page(tmp_path / "c.html").text
+    assert "Options that differ between" not in page(tmp_path / "c.html").text
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ def test_a_run_on_another_machine_is_alive_or_dead_by_its_heartbeat(tmp_path: Pa
     done = gammaslim("status", tmp_path / "dead")
     assert (done.code, done.err) == (0, ""), done
     lines = dict(line.split("  ", 1) for line in done.out.splitlines())
-    assert lines["state"].strip() == "died, dead: last sign of life 60 min ago"
+    assert lines["state"].strip() == "died, dead: last heartbeat 60 min ago"
     assert lines["job"].strip() == "process 7 on node7"
-    assert lines["place"].strip() == "round 3 of 5, epoch 1 of 2, step 80"
+    assert lines["position"].strip() == "round 3 of 5, epoch 1 of 2, step 80"
     assert lines["best so far"].startswith("rounds/02, accuracy 0.8800, 80.0% of the parameters")
     assert lines["time left"].strip() == "about 10 s, once resumed"
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from job.slimming.importance.scores import Scores
 
 Matrix = np.ndarray[Any, np.dtype[Any]]  # float64
-RIDGE = 1e-3  # added to the diagonal of covariances, as a fraction of the mean variance
+COVARIANCE_RIDGE = 1e-3  # fraction of the mean variance, added to the diagonal
 STEPS = 256  # for one group; a larger group loses several channels in each step
 REMOVED = -1  # index of a removed channel
 COMPACT = 0.75  # fraction of remaining columns at which the matrices of a part are reduced
@@ -40,7 +40,7 @@ def refit_importance(
     graph: ChannelGraph,
     statistics: Mapping[str, InputStatistics],
     *,
-    ridge: float = RIDGE,
+    ridge: float = COVARIANCE_RIDGE,
 ) -> Scores:
     """Return the loss (count,) of removing each channel together with all less important ones.
 

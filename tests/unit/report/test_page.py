@@ -221,12 +221,12 @@ def test_the_page_shows_what_the_recommended_model_gets_wrong(tmp_path: Path) ->
     assert "62.5% of the latency" in found.text
     assert "10 values up to 2, 1 zero; recommended: 8 values" in found.charts["gamma"]
     place = found.rows.index(
-        ["class", "images", "base", "recommended", "points", "now most often taken for"]
+        ["class", "images", "base", "recommended", "points", "most often misclassified as"]
     )
     assert found.rows[place + 1 : place + 4] == [
         ["wide\\nbag", "2", "100.0%", "0.0%", "-100.00", "T-shirt <b> (1), trouser (1)"],
         ["T-shirt <b>", "4", "75.0%", "75.0%", "+0.00", "wide\\nbag (1)"],
-        ["trouser", "4", "75.0%", "100.0%", "+25.00", "no other"],
+        ["trouser", "4", "75.0%", "100.0%", "+25.00", "none"],
     ]
     rows = [row for row in found.rows if row[0] == "0 T-shirt <b>"]
     assert rows == [["0 T-shirt <b>", "3", "1", ""], ["0 T-shirt <b>", "3", "", "1"]]
