@@ -50,6 +50,7 @@ from speed_worker import job_turn, parse
 DEVICE = os.environ.get("GPU_CHECKS_DEVICE", "cuda")
 CUDA = DEVICE == "cuda"
 PRECISIONS = ("fp32", "bf16")
+PRECISION = "auto" if CUDA else "bf16"  # of all checks in this process: Accelerate keeps one
 SMALL = Preprocessing.of("small", 32)
 ROWS: list[dict[str, Any]] = []  # what was measured
 CHECKS: list[dict[str, Any]] = []  # what was checked
@@ -205,6 +206,14 @@ def stop_after_an_epoch(run: Path, *args: object, **more: str) -> None:
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
 
 
+def assert_alike(one: Path, other: Path) -> None:
+    """Training magnifies the rounding of a device: the first epoch agrees closely."""
+    losses = [[entry["train_loss"] for entry in events(run, "epoch")] for run in (one, other)]
+    first, second = (values[0] for values in losses)
+    assert first == pytest.approx(second, rel=0.03)
+    assert losses[0] == pytest.approx(losses[1], abs=0.2)
+
+
 def test_a_position_of_the_processor_resumes_on_the_gpu_and_back(
     noise: Path, tmp_path: Path
 ) -> None:
@@ -219,19 +228,24 @@ def test_a_position_of_the_processor_resumes_on_the_gpu_and_back(
     assert done.code == 0, done
     mine, theirs = events(run, "epoch"), events(whole, "epoch")
     assert [e["step"] for e in mine] == [e["step"] for e in theirs]
-    for one, other in zip(mine[:6], theirs[:6], strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.05)
+    assert_alike(run, whole)
 
 
-def test_nccl_with_one_process_is_one_process(noise: Path, tmp_path: Path) -> None:
-    losses = []
-    for name, launcher in (("one", ()), ("launched", ("launch", "--nproc", 1, "--"))):
-        args = short(noise, tmp_path / name, "--precision", "fp32", "--device", DEVICE)
-        done = gammaslim(*launcher, *args)
-        assert done.code == 0, done
-        assert f"1 process, {DEVICE}, fp32" in done.out
-        losses.append([entry["train_loss"] for entry in events(tmp_path / name, "epoch")])
-    assert losses[0][:6] == pytest.approx(losses[1][:6], rel=0.02)
+@pytest.fixture(scope="module")
+def plain(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The short run on the device, in one process that is not launched, not compiled."""
+    run = tmp_path_factory.mktemp("plain") / "run"
+    done = gammaslim(*short(noise, run, "--precision", "fp32", "--device", DEVICE))
+    assert done.code == 0, done
+    return run
+
+
+def test_nccl_with_one_process_is_one_process(noise: Path, plain: Path, tmp_path: Path) -> None:
+    args = short(noise, tmp_path / "run", "--precision", "fp32", "--device", DEVICE)
+    done = gammaslim("launch", "--nproc", 1, "--", *args)
+    assert done.code == 0, done
+    assert f"1 process, {DEVICE}, fp32" in done.out
+    assert_alike(plain, tmp_path / "run")
 
 
 COLLECTIVES = """
@@ -240,7 +254,11 @@ from job.distributed.collectives import check_same, gather, leave, on_main, star
 device = start("auto", "fp32").device
 assert dist.get_backend() == ("nccl" if device.type == "cuda" else "gloo"), dist.get_backend()
 values = total(torch.arange(4.0, device=device))
+dist.all_reduce(values)  # the job leaves it out with one process
 assert values.tolist() == [0, 1, 2, 3]
+network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2).to(device))
+network(values).sum().backward()
+assert network.module.weight.grad.tolist() == [[0, 1, 2, 3]] * 2
 assert gather("x") == ["x"] and on_main(lambda: 3) == 3
 check_same("a", "this")
 print("all collectives", flush=True)
@@ -259,18 +277,14 @@ def test_the_collectives_work_over_nccl(tmp_path: Path) -> None:
     assert "all collectives" in done.stdout, done
 
 
-def test_a_compiled_run_is_compiled_once_a_round(noise: Path, tmp_path: Path) -> None:
-    losses = []
-    for name, more in (("plain", ()), ("compiled", ("--compile",))):
-        args = short(noise, tmp_path / name, "--precision", "fp32", "--device", DEVICE, *more)
-        began = time.perf_counter()
-        done = gammaslim(*args)
-        assert done.code == 0, done
-        assert done.out.count("the network is compiled") == 2 * len(more)
-        if more:
-            note("short run with --compile, two compilations", time.perf_counter() - began, "s")
-        losses.append([entry["train_loss"] for entry in events(tmp_path / name, "epoch")])
-    assert losses[0][:6] == pytest.approx(losses[1][:6], rel=0.05)
+def test_a_compiled_run_is_compiled_once_a_round(noise: Path, plain: Path, tmp_path: Path) -> None:
+    run, began = tmp_path / "run", time.perf_counter()
+    args = short(noise, run, "--precision", "fp32", "--device", DEVICE, "--compile")
+    done = gammaslim(*args)
+    assert done.code == 0, done
+    assert done.out.count("the network is compiled") == 2
+    note("short run with --compile, two compilations", time.perf_counter() - began, "s")
+    assert_alike(plain, run)
 
 
 # --- a step: precision, optimizer, copies
@@ -297,7 +311,7 @@ def small_network() -> nn.Module:
 def training_round(noise: Path, **more: Any) -> TrainingRound:
     data = open_data(str(noise))
     config = PruneConfig(device=DEVICE, batch_size=32, **more)  # type: ignore[arg-type]
-    accelerator = start(DEVICE, "auto" if CUDA else "bf16")
+    accelerator = start(DEVICE, PRECISION)
     evaluator = Evaluator(data.splits["validation"], 4, SMALL, accelerator, 0)
     trainer = Trainer(data.splits["training"], evaluator, config, SMALL, accelerator, 0)
     training = TrainingRound(trainer, small_network(), RoundSpec(0, 1), Unattended())
@@ -312,7 +326,7 @@ def test_autocast_computes_in_bf16_and_keeps_float32_weights(noise: Path) -> Non
     kinds = []
     training.trained[0].register_forward_hook(lambda *args: kinds.append(args[2].dtype))
     images, labels = next(iterate_batches(training.trainer.batches, training.accelerator.device))
-    training.step(images, labels, len(labels), 0)
+    training.step((images, labels), len(labels), 0)
     assert kinds == [torch.bfloat16]
     assert {p.dtype for p in training.trained.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in training.trained.parameters()} == {torch.float32}
@@ -336,7 +350,7 @@ def test_the_optimizer_is_fused_and_exact(noise: Path, name: Any) -> None:
     for step in range(3):
         for mine, theirs in zip(training.trained.parameters(), exact, strict=True):
             torch.manual_seed(step)
-            mine.grad = torch.randn(mine.shape).to(mine.device)
+            mine.grad = torch.empty_like(mine).copy_(torch.randn(mine.shape))  # in its layout
             theirs.grad = mine.grad.double().cpu()
         optimizer.step()
         reference.step()
@@ -352,11 +366,11 @@ def test_nothing_waits_within_an_epoch(noise: Path) -> None:
     for number, (images, labels) in enumerate(iterate_batches(trainer.batches, device)):
         if number == 1:  # the first step reports the network's outputs
             break
-        training.step(images, labels, len(labels), number)
+        training.step((images, labels), len(labels), number)
     with nothing_waits():
         for images, labels in iterate_batches(trainer.batches, device):
             number += 1
-            training.step(images, labels, len(labels), number)
+            training.step((images, labels), len(labels), number)
     assert number > 8
     evaluator = trainer.evaluator
     outputs = evaluator._outputs(training.trained, lambda batches: batches)
@@ -469,7 +483,7 @@ def test_compensation_on_the_device_keeps_the_outputs() -> None:
 
 
 def worker(kind: str, data: Path, *more: str) -> Namespace:
-    size = ("--size", "256" if CUDA else "64", "--device", DEVICE)
+    size = ("--size", "256" if CUDA else "64", "--device", DEVICE, "--precision", PRECISION)
     args = parse([kind, "--data", str(data), "--workers", "4" if CUDA else "1", *size, *more])
     args.idle = 0.0
     return args

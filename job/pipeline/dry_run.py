@@ -124,7 +124,8 @@ def _try_training(setup: Setup) -> str | None:
             model, plan = cut(wide, round_index, *tools, base=setup.network)
             if config.recover:
                 recover_cut(wide, model, plan, *tools)
-        setup.trainer.try_step(model.network, distillation)
+        # a compilation takes a minute: that of the base shows that it works
+        setup.trainer.try_step(model.network, distillation, compiled=not round_index)
     cuts = f", the cuts of {counted(rounds, 'round')}" if rounds else ""
     say(f"tried: an evaluation batch, a training step{cuts}")
     return caution

@@ -35,6 +35,7 @@ class RoundSpec:
     )
     distillation: Distillation | None = None
     resume: Position | None = None  # None: train from the first batch
+    compiled: bool = True  # with --compile
 
     @property
     def all_epochs(self) -> int:

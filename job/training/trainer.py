@@ -113,9 +113,11 @@ class Trainer:
         self.accelerator.free_memory()
         return state.best
 
-    def try_step(self, network: nn.Module, distillation: Distillation | None = None) -> None:
+    def try_step(
+        self, network: nn.Module, distillation: Distillation | None = None, compiled: bool = True
+    ) -> None:
         """Train a copy of ``network`` for one step, on the first global batch."""
-        spec = RoundSpec(round_index=0, epochs=1, distillation=distillation)
+        spec = RoundSpec(round_index=0, epochs=1, distillation=distillation, compiled=compiled)
         training = TrainingRound(self, network, spec, Unattended())
         self.sampler.set_epoch(0, 0)
         training.prepared.train()
@@ -149,7 +151,8 @@ class TrainingRound:
         # with fp16 the gradient scaler decides on each step
         fused = self.accelerator.mixed_precision != "fp16"
         sizes = part_sizes(trainer.sampler.sizes()[0], self.config.accumulate)
-        run = CompiledNetwork(self.trained, sizes) if self.config.compile else None
+        compiled = self.config.compile and spec.compiled
+        run = CompiledNetwork(self.trained, sizes) if compiled else None
         self.prepared, self.optimizer = self.accelerator.prepare(
             self.objective.module(self.trained, run),
             build_optimizer(self.trained, self.config, fused=fused),

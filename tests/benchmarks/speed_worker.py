@@ -128,7 +128,7 @@ def job_turn(args: argparse.Namespace, part: str) -> Turn:
 
     def steps() -> int:
         for number in range(args.steps):
-            training.step(images, labels, len(labels), number)
+            training.step((images, labels), len(labels), number)
         torch.get_device_module(device).synchronize()
         return args.steps * len(labels)
 

@@ -70,6 +70,15 @@ def test_every_round_compiles_its_network(tmp_path: Path, compiler: Compiler) ->
     assert compiler.sizes == rounds * [16]
 
 
+def test_a_trial_compiles_only_where_it_is_asked_to(tmp_path: Path, compiler: Compiler) -> None:
+    """A dry run tries a step of every round, and compiles the base."""
+    training = trainer(tmp_path, compile=True)
+    training.try_step(small_network(), compiled=False)
+    assert compiler.sizes == []
+    training.try_step(small_network())
+    assert compiler.sizes == [16]
+
+
 def test_a_missing_compiler_is_an_error_that_names_the_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
