@@ -33,6 +33,7 @@ SparsityName = Literal["none", "l1", "polarize"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 LogFormat = Literal["text", "json"]
+TrackerName = Literal["wandb", "tensorboard", "mlflow", "none"]
 WandbMode = Literal["auto", "online", "offline", "off"]
 
 CLASSIFICATION = "classification"
@@ -351,8 +352,13 @@ class RunningConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Weights & Biases."""
+    """Where the numbers of a run are logged."""
 
+    tracker: tuple[TrackerName, ...] = option(
+        ("wandb",),
+        "Where to log the run: several are separated by commas, or the option is repeated.",
+        changes_result=False,
+    )
     wandb: WandbMode = option(
         "auto",
         "Whether to log the run to Weights & Biases. auto: online if an API key is configured, "
@@ -424,6 +430,18 @@ class PruneConfig(  # Python orders the fields of the last base first
             )
         if self.teacher and not self.distill_alpha:
             raise UsageError("--teacher has no effect without --distill-alpha: add e.g. 0.9")
+        names = ",".join(self.tracker)
+        if "none" in self.tracker and len(self.tracker) > 1:
+            raise UsageError(f"--tracker {names}: none excludes the others, leave it out")
+        if self.wandb in ("online", "offline") and "wandb" not in self.tracker:
+            raise UsageError(
+                f"--wandb {self.wandb} has no effect with --tracker {names}: leave one out"
+            )
+
+    @property
+    def wandb_mode(self) -> WandbMode:
+        """How W&B runs; off unless it is among the trackers."""
+        return self.wandb if "wandb" in self.tracker else "off"
 
     def _check_own_task(self) -> None:
         """Raise UsageError for options of images, which a task of the user makes itself."""

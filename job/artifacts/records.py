@@ -18,6 +18,7 @@ file                   record
                        `job.artifacts.evaluation_record`
 ``config.toml``        `DatasetRecord`, `BaseRecord`
 ``wandb.json``         `WandbRecord`
+``mlflow.json``        `MlflowRecord`
 =====================  =====================================================
 
 To add a summary metric, add a field to `RoundRecord` and the line that computes it. The field needs
@@ -298,3 +299,12 @@ class WandbRecord:
     id: str = ""
     attempts: int = 0
     unsent: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MlflowRecord:
+    """Id of the MLflow run that all attempts of a run share."""
+
+    WRITE_DEFAULTS: ClassVar[bool] = True
+
+    id: str = ""

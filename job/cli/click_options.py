@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 import click
 
-from job.cli.option_types import OPTION_TYPES, Finite, KeyValue
+from job.cli.option_types import OPTION_TYPES, Finite, KeyValue, TrackerChoice
 from job.options import Option, options_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def _click_option(name: str, hint: Any, declared: Option, default: Any) -> Calla
         flag_of(name),
         type=kind,
         default=default or (None if default == () else default),
-        multiple=isinstance(kind, KeyValue),
+        multiple=isinstance(kind, (KeyValue, TrackerChoice)),
+        callback=TrackerChoice.joined if isinstance(kind, TrackerChoice) else None,
         metavar=metavar_of(name, hint, declared),
         show_default=True,
         help=help_of(declared),

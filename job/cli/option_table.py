@@ -46,6 +46,8 @@ def _default(value: Any, declared: Option) -> str:
         return declared.default_text
     if value is None or value is False or value == ():
         return ""
+    if isinstance(value, tuple):
+        return ", ".join(f"`{item}`" for item in value)
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from job.config import PresetName, WeightsPackage
+from job.config import PresetName, TrackerName, WeightsPackage
 from job.data.geometry import Channels, Resize, parse_channels, parse_crop
 from job.data.split_names import CANONICAL, SPLIT_NAMES
 from job.errors import UsageError, did_you_mean
@@ -36,6 +36,23 @@ class SplitChoice(click.Choice):  # type: ignore[type-arg]
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Return the canonical name."""
         return super().convert(CANONICAL.get(str(value).lower(), value), param, ctx)
+
+
+class TrackerChoice(click.Choice):  # type: ignore[type-arg]
+    """One of the trackers, or several that are separated by commas."""
+
+    def __init__(self) -> None:
+        super().__init__(get_args(TrackerName))
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return a tuple of the names."""
+        words = value if isinstance(value, (tuple, list)) else str(value).split(",")
+        return tuple(super(TrackerChoice, self).convert(str(w).strip(), param, ctx) for w in words)
+
+    @staticmethod
+    def joined(_ctx: click.Context, _param: click.Parameter, values: Any) -> tuple[str, ...]:
+        """Return the names of all repetitions of the option, each once."""
+        return tuple(dict.fromkeys(name for names in values for name in names))
 
 
 class ProcessCount(click.ParamType):  # type: ignore[type-arg]
@@ -210,6 +227,7 @@ OPTION_TYPES: dict[str, click.ParamType[Any]] = {
     "crop": Crop(),
     "model_arg": KeyValue(),
     "rounds": RoundCount(),
+    "tracker": TrackerChoice(),
     "target": Target(),
     "batch_sizes": BatchSizes(),
 }

@@ -83,7 +83,7 @@ def dry_run(setup: Setup) -> None:
         findings.attempt(lambda: on_main(lambda: check_disk(config, planned, folder)))
     if setup.cache is not MISSING:
         findings.attempt(lambda: on_main(lambda: forecast_cache(setup)))
-    fallback = findings.attempt(lambda: on_main(lambda: check_wandb(config.wandb)))
+    fallback = findings.attempt(lambda: on_main(lambda: check_wandb(config.wandb_mode)))
     findings.warnings += [fallback] if fallback else []
     if not findings.errors:
         _show_plan(setup)

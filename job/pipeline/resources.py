@@ -48,7 +48,7 @@ def space_needed(config: PruneConfig, planned: Sequence[PlannedRound]) -> int:
     states = {"adamw": 2, "sgd": 1}[config.optimizer]
     positions = (KEPT + 1) * (2 + states) * largest
     # W&B copies each model, the recommended one twice
-    copies = models + largest if config.wandb != "off" else 0
+    copies = models + largest if config.wandb_mode != "off" else 0
     return models + positions + copies + 2**22  # 4 MiB for tables and logs
 
 

@@ -1,6 +1,6 @@
 """The session of a job: owns the state of the run.
 
-This is the run directory and its lock, the W&B tracker, the entries of finished rounds, the
+This is the run directory and its lock, the trackers, the entries of finished rounds, the
 forecast and the watch for stop requests. The trainer reports to it.
 """
 
@@ -25,7 +25,9 @@ from job.pipeline.forecast import Forecast
 from job.pipeline.session_state import Place, RoundInProgress, SessionState
 from job.report.page import write_run_report
 from job.report.tables import describe_position, epoch_line, rounds_table
+from job.tracking.scalar_tracker import TrackedRun
 from job.tracking.tracker import Tracker
+from job.tracking.trackers import Trackers
 from job.tracking.wandb_events import epoch_event, recommended_event, run_inputs, summary_values
 from job.training.position import CutRecord, RoundProgress
 from job.training.session import TrainingSession
@@ -88,7 +90,7 @@ class Session(TrainingSession):
     # --- the run
 
     def begin(self) -> None:
-        """Print the run and its resources, and start its W&B run."""
+        """Print the run and its resources, and start its trackers."""
         if not self.claim.finished:
             self._status("running", None)
             on_main(self._track, interrupt=True)
@@ -99,9 +101,10 @@ class Session(TrainingSession):
         config = self.setup.config
         settings = config.to_dict() | to_json(self.setup.dataset_record)
         inputs = run_inputs(self.setup.dataset_record, self.setup.base_record, config.weights)
-        self.state.tracker = Tracker(
-            config.wandb, config.wandb_project, self.run.path, settings, inputs
-        )
+        path = self.run.path
+        wandb = Tracker(config.wandb_mode, config.wandb_project, path, settings, inputs)
+        tracked = TrackedRun.of(path, settings, self.place.step)
+        self.state.tracker = Trackers(wandb, config.tracker, tracked)
 
     def write(self, work: Callable[[], _T]) -> _T:
         """Call ``work`` on the main process, as long as this job holds the run."""
@@ -193,8 +196,8 @@ class Session(TrainingSession):
         return self.state.place
 
     @property
-    def tracker(self) -> Tracker | None:
-        """The W&B run, on the main process."""
+    def tracker(self) -> Trackers | None:
+        """The trackers of the run, on the main process."""
         return self.state.tracker
 
     @property

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from job.pipeline.forecast import Forecast
     from job.slimming.planning.cost import Cost
     from job.slimming.sensitivity.record import Sensitivity
-    from job.tracking.tracker import Tracker
+    from job.tracking.trackers import Trackers
     from job.training.position import Position, PrunedScores
 
 
@@ -61,7 +61,7 @@ class SessionState:
     place: Place
     resume: Position | None  # for the first round that is not saved yet
     round: RoundInProgress | None = None
-    tracker: Tracker | None = None  # of the main process
+    tracker: Trackers | None = None  # of the main process
     resume_reported: bool = False
     report_problem: str = ""  # why the last report was not written
     speed: float | None = None  # images per second in the epoch in progress

@@ -39,6 +39,7 @@ from job.pipeline.training_data import SPLITS, dataset_record, prepare_data
 from job.processes import local_world_size
 from job.slimming.surgery.surgery import apply_plan
 from job.tasks.loading import try_task
+from job.tracking.scalar_tracker import check_trackers
 from job.training.calibration import Calibration
 from job.training.epoch import ACCURACY
 from job.training.evaluation import Evaluator
@@ -115,6 +116,7 @@ class StartUpStep:
 
 def configure(config: PruneConfig) -> Setup:
     """Join the other processes, and start to watch for stop requests."""
+    check_trackers(config.tracker)
     folder = likely_run_folder(config)
     watch = Watch(folder / "STOP", config.checkpoint_every)
     return Setup(config, start(config.device, config.precision), watch, folder)

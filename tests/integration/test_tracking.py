@@ -8,7 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2 as pb
 
 from support.commands import ROOT, gammaslim
@@ -160,11 +162,17 @@ def test_the_command_of_the_sweep_runs(flat_data: Path, tmp_path: Path) -> None:
             assert gammaslim("prune", f"--{name}={value}", "--help").code == 0
 
 
-def test_off_means_off(tmp_path: Path) -> None:
+def test_wandb_is_off_next_to_tensorboard(tmp_path: Path) -> None:
     data = write_flat(tmp_path / "data", {"training": 3, "validation": 2})
     done = gammaslim(
         "prune", "--data", data, "--base-epochs", 1, "--rounds", 0, "--wandb", "off",
-        "--output", tmp_path / "run",
+        "--tracker", "wandb,tensorboard", "--output", tmp_path / "run",
     )  # fmt: skip
     assert done.code == 0, done
     assert not (tmp_path / "run" / "wandb").exists()
+    lines = [json.loads(s) for s in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for event in ("epoch", "round"):
+        expected = [line["valid_acc"] for line in lines if line["event"] == event]
+        logged = [scalar.value for scalar in events.Scalars(f"{event}/valid_acc")]
+        assert logged == pytest.approx(expected, abs=1e-6)
