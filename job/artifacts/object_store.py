@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,7 +16,7 @@ from job.errors import GammaslimError, OutputError, StorageError, UsageError, pr
 from job.files import remove
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "cloud", "gcs": "cloud"}
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -59,13 +60,16 @@ class Store:
         """The last part of the URL."""
         return self.url.rpartition("/")[2]
 
-    def list(self) -> dict[str, int]:
-        """Return the sizes of all files in bytes, by name."""
+    def list(self) -> dict[str, float | None]:
+        """Return the times of change of all files in Unix seconds, by name; None if unknown.
 
-        def found(files: Any) -> dict[str, int]:
+        The name is "" if the URL is that of a file.
+        """
+
+        def found(files: Any) -> dict[str, float | None]:
             infos = files.find(self._root, detail=True)
             prefix = self._root.rstrip("/") + "/"
-            return {path[len(prefix) :]: info["size"] for path, info in sorted(infos.items())}
+            return {path[len(prefix) :]: _changed(info) for path, info in sorted(infos.items())}
 
         try:
             return dict(self._call(found))
@@ -120,7 +124,7 @@ class Store:
         files.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}"
+        return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
     def _write(self, work: Callable[[Any], object]) -> None:
         try:
@@ -173,6 +177,17 @@ class Store:
             f"{printable(self.url)} does not respond: {why}; run the same command again when it "
             "does"
         ) from error
+
+
+def _changed(info: Mapping[str, Any]) -> float | None:
+    """Return when a file changed, from the fields of S3, of disks, and of other stores."""
+    time = next((info[key] for key in ("LastModified", "mtime", "updated") if key in info), None)
+    if isinstance(time, str):
+        with suppress(ValueError):
+            time = datetime.fromisoformat(time)
+    if isinstance(time, datetime):
+        return time.timestamp()
+    return float(time) if isinstance(time, int | float) else None
 
 
 def _replace(target: Path, source: Path | bytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import click
@@ -37,7 +37,17 @@ def model_options(function: Any) -> Any:
 def _model(options: dict[str, Any]) -> ModelOptions:
     """Move the options of MODEL out of ``options``."""
     names = [field.name for field in fields(ModelOptions)]
-    return ModelOptions(**{name: options.pop(name) for name in names})
+    model = ModelOptions(**{name: options.pop(name) for name in names})
+    return replace(model, path=_local(model.path))
+
+
+def _local(path: str) -> str:
+    """Return MODEL, or a local copy of one in an object store."""
+    if "://" not in path:
+        return path
+    from job.artifacts.stored_copy import local_path
+
+    return local_path(path, weights=True)
 
 
 @click.group(
@@ -228,6 +238,7 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
     MODEL, or that MODEL itself. MODEL can also be an ONNX file. If a network is not faster, the
     layers responsible are listed.
     """
+    paths = tuple(map(_local, paths))
     model = _model({"path": paths[0], **options})
     for name in (field.name for field in fields(ModelOptions)):
         options.pop(name, None)

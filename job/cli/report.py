@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from job.artifacts.object_store import is_store_url
 from job.artifacts.run_reader import find_runs, read_run
+from job.artifacts.stored_copy import local_path
 from job.console import print_result, say, warn
 from job.errors import shown
 from job.files import check_output, check_writable, write_output
@@ -35,9 +37,11 @@ def report(
     """
     histories = _read_runs(paths)
     alone = histories[0] if len(histories) == 1 else None
-    target = Path(output or (alone.path / "report.html" if alone else "report.html"))
+    stored = any(map(is_store_url, paths))  # a copy of it is read
+    target = Path(output or (alone.path / "report.html" if alone and not stored else "report.html"))
     path = check_output(target)
-    folder = path.with_name(f"{path.stem}_figures" if output or not alone else "figures")
+    own = alone and not output and not stored
+    folder = path.with_name("figures" if own else f"{path.stem}_figures")
     keeps_figures = not path.exists() or path.is_file()  # not next to a pipe or a device
     if keeps_figures:
         check_writable(folder)
@@ -63,6 +67,6 @@ def _read_runs(paths: Sequence[str]) -> list[History]:
     """Read the runs in ``paths`` and in the folders under them, without duplicates."""
     unique: dict[str, Path] = {}
     for path in paths:
-        for run in find_runs(Path(path)):
+        for run in find_runs(Path(local_path(path, weights=False))):
             unique.setdefault(os.path.realpath(run), run)
     return [read_run(path) for path in unique.values()]

@@ -6,19 +6,23 @@ import json
 import os
 import shutil
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import fsspec
 import pytest
+from click.testing import CliRunner
 
 from job.artifacts.mirror import Mirror
 from job.artifacts.object_store import Store, is_store_url
 from job.artifacts.store_lock import StoreLock
 from job.artifacts.stored_output import stored_output
+from job.cli.main import gammaslim
 from job.config import PruneConfig
 from job.errors import OutputError, StorageError, UsageError
+from support.commands import ROOT
 
 URL = "memory://bucket/runs/a"
 
@@ -403,3 +407,56 @@ def test_two_jobs_on_one_machine_do_not_share_a_run(
                 code = error.exit_code
             finally:
                 os._exit(code)
+
+
+# --- commands that read
+
+
+def store_run(url: str, run: Path) -> None:
+    for path in run.rglob("*"):
+        if path.is_file():
+            Store(url).put(path, path.relative_to(run).as_posix())
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_commands_read_a_run_in_a_store(
+    tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = "memory://bucket" if scheme == "memory" else f"file://{tmp_path}/bucket"
+    url = f"{base}/runs/a"
+    store_run(url, ROOT / "tests" / "support" / "old_runs" / "finished")
+    status = json.loads(invoke("status", url, "--json"))["runs"][0]
+    assert (status["path"], status["run"], status["state"]) == (url, "a", "finished")
+    assert status["next"][0] == f"gammaslim report {url}"
+    assert "accuracy" in invoke("report", url)
+    assert (tmp_path / "report.html").is_file()
+    assert "5,337 params" in invoke("inspect", url)
+    assert "5,337 params" in invoke("inspect", f"{url}/rounds/01")
+    weights = f"{url}/rounds/00/model.safetensors"
+    assert "10 classes" in invoke("inspect", weights, "--model", "student", "--model-arg", "base=2")
+    store_run(f"{base}/runs/b", ROOT / "tests" / "support" / "old_runs" / "stopped")
+    runs = json.loads(invoke("status", f"{base}/runs", "--json"))["runs"]
+    assert [run["path"] for run in runs] == [f"{base}/runs/a", f"{base}/runs/b"]
+    assert runs[1]["next"][0].endswith(f"--output {base}/runs/b")
+    assert invoke("status", f"{base}/runs/none", code=66).endswith("holds no files\n")
+
+
+def test_a_dead_job_of_another_machine_is_seen_in_the_store(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(ROOT / "tests" / "support" / "old_runs" / "stopped", run)
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    store_run(URL, run)
+    lock = {**json.loads(lock_of(7, "1")), "host": "far-away"}
+    for age, state in ((1, "running"), (100, "died")):
+        beat = int((time.time() - age) * 1e9)
+        Store(URL).write("lock.json", json.dumps(lock | {"beat": beat}).encode())
+        found = json.loads(invoke("status", URL, "--json"))["runs"][0]
+        assert (found["state"], found["host"]) == (state, "far-away")
+
+
+def invoke(*args: str, code: int = 0) -> str:
+    done = CliRunner().invoke(gammaslim, list(args))
+    assert done.exit_code == code, done.output
+    return done.output
