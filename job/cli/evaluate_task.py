@@ -15,10 +15,9 @@ from job.console import counted, print_result, progress
 from job.data.task_items import ItemSplit
 from job.distributed.collectives import on_main, start
 from job.errors import DataError, InputNotFound, UsageError, shown
-from job.pipeline.task_data import task_dataset
+from job.pipeline.task_data import agree_objective, task_dataset
 from job.tasks.image_task import TaskOptions
-from job.tasks.loading import load_task, try_task
-from job.training.objective import TaskObjective
+from job.tasks.loading import load_task
 from job.training.task_evaluation import TaskEvaluator
 
 if TYPE_CHECKING:
@@ -68,9 +67,9 @@ def evaluate_task(
     split = dataset.splits[name]
     assert isinstance(split, ItemSplit)
     network, _ = on_main(lambda: open_model(model))
-    layout = on_main(lambda: try_task(card.task, task, network).layout)
+    objective = agree_objective(card.task, task, network)
     workers = loader_workers(options, accelerator.device)
-    evaluator = TaskEvaluator(split, TaskObjective(task, layout), size, accelerator, workers)
+    evaluator = TaskEvaluator(split, objective, size, accelerator, workers)
     bar = progress("evaluating")
     scores = evaluator(network, lambda batches: bar(batches, len(evaluator.batches)))
     if not math.isfinite(scores.loss):

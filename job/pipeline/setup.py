@@ -34,16 +34,14 @@ from job.pipeline.base_model import (
 )
 from job.pipeline.model import Model
 from job.pipeline.slim_round import plan_round
-from job.pipeline.task_data import open_task
+from job.pipeline.task_data import agree_objective, open_task
 from job.pipeline.training_data import SPLITS, dataset_record, prepare_data
 from job.processes import local_world_size
 from job.slimming.surgery.surgery import apply_plan
-from job.tasks.loading import try_task
 from job.tracking.scalar_tracker import check_trackers
 from job.training.calibration import Calibration
 from job.training.epoch import ACCURACY
 from job.training.evaluation import Evaluator
-from job.training.objective import TaskObjective
 from job.training.task_evaluation import TaskEvaluator
 from job.training.trainer import Trainer
 from job.training.trial import least_batch
@@ -60,6 +58,7 @@ if TYPE_CHECKING:
     from job.config import PruneConfig
     from job.data.dataset import Dataset
     from job.data.preprocessing import Preprocessing
+    from job.training.objective import TaskObjective
     from job.training.task import Task
 
 MISSING: Any = object()  # the value of a field whose step has not run, or has failed
@@ -173,8 +172,7 @@ def try_objective(setup: Setup) -> Setup:
         return replace(setup, objective=None)
     if setup.config.distill_alpha and not hasattr(task, "distillation_loss"):
         raise UsageError(f"--distill-alpha needs distillation_loss() in --task {name}")
-    layout = on_main(lambda: try_task(name, task, network).layout, interrupt=True)
-    return replace(setup, objective=TaskObjective(task, layout))
+    return replace(setup, objective=agree_objective(name, task, network))
 
 
 def find_smallest_batch(setup: Setup) -> Setup:

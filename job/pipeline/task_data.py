@@ -14,9 +14,14 @@ from job.distributed.collectives import on_main
 from job.pipeline.base_model import slim_base_preprocessing
 from job.processes import is_main
 from job.tasks.image_task import TaskOptions
-from job.tasks.loading import TASKS, input_shape_of, load_task, split_of
+from job.tasks.loading import TASKS, input_shape_of, load_task, split_of, try_task
+from job.training.objective import TaskObjective
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
     from job.config import PruneConfig
     from job.training.task import Task
 
@@ -62,6 +67,19 @@ def image_options(config: PruneConfig) -> TaskOptions:
     options.check()
     how = options.override(base) if base else options
     return TaskOptions(config.data, how, config.on_bad_image, config.seed, config.cache_max_side)
+
+
+def agree_objective(name: str, task: Task, network: nn.Module) -> TaskObjective:
+    """Return the objective of a task that is tried on the main process; collective.
+
+    Raises UsageError when loss or metrics fail.
+    """
+
+    def try_it() -> tuple[Mapping[str, int], tuple[str, ...]]:
+        tried = try_task(name, task, network)
+        return tried.layout, tried.names
+
+    return TaskObjective(task, *on_main(try_it, interrupt=True))
 
 
 def task_dataset(name: str, task: Task, path: str | None) -> Dataset:

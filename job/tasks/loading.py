@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from job.training.epoch import ACCURACY
 from job.training.objective import TaskObjective, as_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -133,7 +134,27 @@ def try_task(name: str, task: Task, network: nn.Module) -> TaskObjective:
     pair = isinstance(loss, tuple | list) and len(loss) == 2
     if not pair or not isinstance(loss[0], torch.Tensor) or loss[0].numel() != 1:
         raise UsageError(f"--task {name}: loss() must return a sum, as a tensor, and a count")
-    return TaskObjective(task, _layout(name, found))
+    objective = TaskObjective(task, _layout(name, found))
+    if not hasattr(task, "scores"):
+        _check_names(name, found)
+        return objective
+    cpu = torch.device("cpu")
+    totals = {key: tuple(as_sums(part, cpu) for part in pair) for key, pair in found.items()}
+    scores = _attempt(f"--task {name}: scores() fails", task.scores, totals)
+    if not isinstance(scores, dict) or not scores:
+        raise UsageError(f"--task {name}: scores() must return a dict of metrics by name")
+    _check_names(name, scores)
+    return replace(objective, names=tuple(scores))
+
+
+def _check_names(name: str, metrics: Iterable[str]) -> None:
+    """Raise UsageError for a name that cannot be in keys."""
+    for metric in metrics:
+        if not str(metric).isidentifier() or not str(metric).isascii() or metric in RESERVED:
+            raise UsageError(
+                f"--task {name}: a metric is named {metric!r}: names are letters, digits and _, "
+                f"and not {' or '.join(RESERVED)}"
+            )
 
 
 def _layout(name: str, found: Any) -> dict[str, int]:
@@ -142,11 +163,6 @@ def _layout(name: str, found: Any) -> dict[str, int]:
     if not isinstance(found, dict) or not found:
         raise UsageError(f"--task {name}: metrics() must return a dict of sums and counts by name")
     for metric, pair in found.items():
-        if not str(metric).isidentifier() or not str(metric).isascii() or metric in RESERVED:
-            raise UsageError(
-                f"--task {name}: a metric is named {metric!r}: names are letters, digits and _, "
-                f"and not {' or '.join(RESERVED)}"
-            )
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise UsageError(f"--task {name}: the metric {metric} must be a sum and a count")
         sizes = {len(as_sums(part, cpu)) for part in pair}

@@ -139,18 +139,20 @@ class Outputs(torch.nn.Module):
 
 @dataclass(frozen=True)
 class TaskObjective:
-    """Loss and metrics of a user's task; ``layout`` gives the elements of each metric, by name.
+    """Loss and metrics of a user's task; ``layout`` gives the elements of the sums, by name.
 
-    The sums are the loss and its count, then the sums and the counts of each metric.
+    The sums are the loss and its count, then those of ``metrics`` and their counts. ``names`` are
+    those of the metrics, if the task has a method ``scores``.
     """
 
     task: Task
     layout: Mapping[str, int]
+    names: tuple[str, ...] = ()
 
     @property
     def metric(self) -> str:
         """The metric that chooses models: the first one."""
-        return next(iter(self.layout))
+        return next(iter(self.names or self.layout))
 
     @property
     def length(self) -> int:  # noqa: D102
@@ -198,14 +200,23 @@ class TaskObjective:
         return sums[1]
 
     def scores(self, sums: torch.Tensor, _samples: int) -> SplitScores:  # noqa: D102
-        loss, count, start, metrics = float(sums[0]), float(sums[1]), 2, {}
+        loss, count, start, totals = float(sums[0]), float(sums[1]), 2, {}
         for name, size in self.layout.items():
-            parts, counts = sums[start : start + size], sums[start + size : start + 2 * size]
-            has_count = counts > 0
-            ratios = parts[has_count] / counts[has_count]
-            metrics[name] = float(ratios.mean()) if len(ratios) else 0.0
+            totals[name] = sums[start : start + size], sums[start + size : start + 2 * size]
             start += 2 * size
+        if self.names:
+            found = self.task.scores({n: (s.cpu(), c.cpu()) for n, (s, c) in totals.items()})  # type: ignore[attr-defined]
+            metrics = {name: float(found[name]) for name in self.names}
+        else:
+            metrics = {name: mean_ratio(*pair) for name, pair in totals.items()}
         return SplitScores(loss / count if count else float("nan"), self.metric, metrics)
+
+
+def mean_ratio(sums: torch.Tensor, counts: torch.Tensor) -> float:
+    """Return the mean of ``sums`` (n,) over ``counts`` (n,) where there are any, else 0."""
+    has_count = counts > 0
+    ratios = sums[has_count] / counts[has_count]
+    return float(ratios.mean()) if len(ratios) else 0.0
 
 
 def as_sums(value: Any, device: torch.device) -> torch.Tensor:

@@ -39,6 +39,8 @@ class Task(Protocol):
     - ``collate(items)``: make a batch (inputs, targets) of a list of pairs. By default tensors are
       stacked. Tensors of a batch have the samples along their first axis, lists an entry for each.
     - ``inputs(batch)``: convert a batch of inputs on the device, e.g. uint8 to float32.
+    - ``scores(totals)``: return the metrics by name, of the sums and counts (n,) float64 of the
+      whole split by name, e.g. average precision of histograms; the first one chooses models.
     - ``distillation_loss(outputs, teacher_outputs, temperature)``: the sum that ``--distill-alpha``
       weights against the loss.
     """

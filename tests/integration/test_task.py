@@ -160,3 +160,26 @@ def test_a_killed_run_on_folders_of_masks_resumes_to_the_same_bytes(tmp_path: Pa
     again = command(*arguments, runs[1])
     assert again.code == 0, again
     assert_same_run(runs[1], runs[0])
+
+
+def test_an_anchor_free_detector_ends_smaller_and_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    arguments = [
+        "prune", "--task", "support.boxes:Detection", "--model", "support.boxes:Detector",
+        "--base-epochs", 4, "--rounds", 1, "--epochs", 2, "--batch-size", 8, "--lr", "0.005",
+        "--workers", 0, "--wandb", "off", "--checkpoint-every", 0, "--policy", "global",
+        "--target", "params=0.6", "--output",
+    ]  # fmt: skip
+    proof, runs = tmp_path / "proof", (tmp_path / "one", tmp_path / "two")
+    done = command(*arguments, runs[0])
+    assert done.code == 0, done
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    base, last = summary["base"], summary["rounds"][0]
+    assert last["params"] <= 0.6 * base["params"]
+    assert base["valid_ap50"] > 0.8
+    assert last["valid_ap50"] > base["valid_ap50"] - 0.02
+    assert last["metrics"]["recall"] > 0.8
+    killed = run(sys.executable, KILL_AT, "step", 70, proof, *arguments, runs[1], env=HERE)
+    assert killed.code == -signal.SIGKILL, killed
+    again = command(*arguments, runs[1])
+    assert again.code == 0, again
+    assert_same_run(runs[1], runs[0])

@@ -144,6 +144,9 @@ def fails(*_: Any) -> Any:
         ({"metrics": lambda *_: {"a b": (1, 1)}}, "a metric is named 'a b'"),
         ({"metrics": lambda *_: {"a": 1}}, "must be a sum and a count"),
         ({"metrics": lambda *_: {"a": (torch.ones(2), 1)}}, "sums and counts of a differ"),
+        ({"scores": fails}, r"scores\(\) fails: ValueError"),
+        ({"scores": lambda totals: list(totals)}, r"scores\(\) must return a dict"),
+        ({"scores": lambda _: {"loss": 1}}, "a metric is named 'loss'"),
         ({"inputs": fails}, r"inputs\(\) fails"),
         ({"inputs": lambda x: x.long()}, r"must have one float tensor.*got \(2, 2, 8\) t"),
         ({"inputs": lambda x: x[..., :3]}, r"the network fails on \(2, 2, 3\)"),
@@ -314,6 +317,18 @@ def test_a_metric_is_the_mean_over_the_classes_that_have_a_count() -> None:
     assert scores.metrics == {"iou": 0.5 * (1 / 2 + 3 / 4), "right": 0.75}
     assert (scores.accuracy, scores.others) == (0.625, {"right": 0.75})
     assert goal.scores(torch.zeros(10), 0).accuracy == 0
+
+
+def test_scores_are_made_of_the_sums_of_the_whole_split() -> None:
+    def scores(totals: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+        sums, counts = totals["right"]
+        assert (sums.shape, counts.dtype) == ((1,), torch.float64)
+        return {"kappa": 2 * float(sums / counts) - 1, "share": float(sums / counts)}
+
+    goal = objective(Signals(scores=scores), signal_network())
+    assert goal.metric == "kappa"
+    found = goal.scores(torch.tensor([6.0, 4, 3, 4], dtype=torch.float64), 4)
+    assert found.metrics == {"kappa": 0.5, "share": 0.75}
 
 
 def test_signals_are_trained_by_the_trainer_and_with_a_teacher() -> None:
