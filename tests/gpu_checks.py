@@ -33,7 +33,7 @@ from job.data.loader import build_loader, iterate_batches
 from job.data.preprocessing import Preprocessing
 from job.data.samplers import GlobalBatches
 from job.data.splits import ArraySplit
-from job.distributed.collectives import start
+from job.distributed.collectives import leave, start
 from job.training.evaluation import Evaluator
 from job.training.session import RoundSpec, Unattended
 from job.training.sync_batchnorm import synchronised
@@ -65,6 +65,7 @@ def table() -> Iterator[None]:
     publish("Measured", ROWS, found, output)
     content = json.loads(output.read_text()) | {"checks": CHECKS}
     output.write_text(json.dumps(content, indent=2) + "\n")
+    leave()  # loader processes ignore signals
 
 
 @pytest.fixture(autouse=True)

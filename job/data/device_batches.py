@@ -33,12 +33,12 @@ def move_batches(
     copies = backend.Stream()
     waiting: Batch | ItemBatch | None = None
     for batch in batches:
-        ready = _received(waiting, backend, copies) if waiting else None
+        ready = None if waiting is None else _received(waiting, backend, copies)
         with backend.stream(copies):
             waiting = _move(batch, device)
-        if ready:
+        if ready is not None:
             yield ready
-    if waiting:
+    if waiting is not None:
         yield _received(waiting, backend, copies)
 
 
