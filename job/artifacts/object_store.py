@@ -97,6 +97,18 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._call(lambda files: files.get_file(self._path(name), str(path)))
 
+    def get_all(self, path: Path) -> None:
+        """Copy the whole folder, or the file of this URL, to ``path``; several files at a time."""
+        names = self.list()
+        if set(names) == {""}:
+            self.get("", path)
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        here = [str(path / name) for name in names]
+        for parent in {os.path.dirname(name) for name in here}:  # noqa: PTH120
+            os.makedirs(parent, exist_ok=True)  # noqa: PTH103
+        self._call(lambda files: files.get([self._path(name) for name in names], here))
+
     def put(self, path: Path, name: str) -> None:
         """Replace a file by the content of ``path``: completely, or not at all."""
         if self._on_disk:

@@ -35,10 +35,21 @@ def model_options(function: Any) -> Any:
 
 
 def _model(options: dict[str, Any]) -> ModelOptions:
-    """Move the options of MODEL out of ``options``."""
+    """Move the options of MODEL out of ``options``; copy data from an object store."""
+    if "data" in options:
+        options["data"] = _local_data(options["data"])
     names = [field.name for field in fields(ModelOptions)]
     model = ModelOptions(**{name: options.pop(name) for name in names})
     return replace(model, path=_local(model.path))
+
+
+def _local_data(path: str | None) -> str | None:
+    """Return --data, or a local copy of a data set in an object store."""
+    if path is None or "://" not in path:
+        return path
+    from job.artifacts.stored_data import local_data
+
+    return local_data(path)
 
 
 def _local(path: str) -> str:
@@ -78,7 +89,7 @@ def prune_command(**options: Any) -> None:
         ensure_processes()
         from job.pipeline.prune import prune
 
-    prune(config)
+    prune(replace(config, data=_local_data(config.data)))
 
 
 @gammaslim.command("launch", cls=Command, context_settings={"allow_interspersed_args": False})

@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
         server.kill()
 
 
-def options(data: Path, output: object, *more: object) -> tuple[object, ...]:
+def options(data: object, output: object, *more: object) -> tuple[object, ...]:
     cut = ("--importance", "gamma", "--compensate", "none", "--workers", 0)
     brief = ("--base-epochs", 1, "--rounds", 1)
     return small_run(data, output, "--model-arg", "base=4", *brief, *cut, *more)  # type: ignore[arg-type]
@@ -95,7 +95,8 @@ def wait_for(server: ObjectServer, name: str, job: Started) -> None:
 def test_a_killed_run_goes_on_from_the_store_on_another_machine(
     noise: Path, undisturbed: Path, server: ObjectServer, tmp_path: Path
 ) -> None:
-    args = options(noise, f"s3://{BUCKET}/runs/killed")
+    server.files().put(str(noise), f"{BUCKET}/noise", recursive=True)
+    args = options(f"s3://{BUCKET}/noise", f"s3://{BUCKET}/runs/killed")
     job = begin(server, tmp_path / "a", *args)
     wait_for(server, "killed/checkpoints", job)
     job.process.kill()

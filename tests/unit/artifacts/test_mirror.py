@@ -18,10 +18,11 @@ from click.testing import CliRunner
 from job.artifacts.mirror import Mirror
 from job.artifacts.object_store import Store, is_store_url
 from job.artifacts.store_lock import StoreLock
+from job.artifacts.stored_data import local_data
 from job.artifacts.stored_output import stored_output
 from job.cli.main import gammaslim
 from job.config import PruneConfig
-from job.errors import OutputError, StorageError, UsageError
+from job.errors import InputNotFound, OutputError, StorageError, UsageError
 from support.commands import ROOT
 
 URL = "memory://bucket/runs/a"
@@ -460,3 +461,31 @@ def invoke(*args: str, code: int = 0) -> str:
     done = CliRunner().invoke(gammaslim, list(args))
     assert done.exit_code == code, done.output
     return done.output
+
+
+# --- data
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_data_in_a_store_are_copied_once(
+    tmp_path: Path, scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = "memory://bucket" if scheme == "memory" else f"file://{tmp_path}/bucket"
+    store = Store(f"{base}/photos")
+    for name in ("train/cat/0 a.png", "train/dog/ü.png", "val/cat/1.png"):
+        store.write(name, name.encode())
+    copy = Path(str(local_data(f"{base}/photos")))
+    files = {path.relative_to(copy).as_posix(): path.read_text() for path in copy.rglob("*.png")}
+    assert files == {name: name for name in store.list()}
+    assert copy.name == "photos"
+    assert "copying 3 files" in capsys.readouterr().out
+    assert local_data(f"{base}/photos/") == str(copy)
+    assert capsys.readouterr().out == ""
+    store.write("val/dog/2.png", b"2")
+    assert local_data(f"{base}/photos") != str(copy)
+    archive = Path(str(local_data(f"{base}/photos/train/dog/ü.png")))
+    assert (archive.name, archive.read_text()) == ("ü.png", "train/dog/ü.png")
+    with pytest.raises(InputNotFound, match="holds no files"):
+        local_data(f"{base}/none")
+    assert local_data("photos") == "photos"
+    assert local_data(None) is None
