@@ -26,6 +26,7 @@ from job.slimming.calibration.user_batches import read_batches
 from job.slimming.compensation.methods import COMPENSATIONS
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
 from job.slimming.cut import ALLOCATIONS, DEPTHS, choose_method, cut_network
+from job.slimming.forward_call import forward_pass, own_forward_pass
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.group_sensitivity import measure_sensitivity
 from job.slimming.importance.criteria import CRITERIA
@@ -37,7 +38,7 @@ from job.slimming.recovery.recovery import recover as recover_outputs
 from job.slimming.surgery.origin import record_origin
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from job.slimming.calibration.batch import CalibrationBatch
     from job.slimming.graph.groups import ChannelGraph
@@ -65,11 +66,15 @@ def slim(
     calibration: Iterable[Any] | None = None,
     calibration_images: int | None = None,
     ignore: Iterable[str | nn.Module] = (),
+    forward: Callable[..., Any] | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Return a narrow copy of ``model``, verified in float64, and the plan of the cut.
 
     ``example`` is a batch of inputs of ``model``: a tensor such as (B, C, H, W), a tuple or list
-    of inputs, or a dict of keyword arguments. Only its sizes and integers matter.
+    of inputs, or a dict of keyword arguments. Only its sizes and integers matter. ``forward`` is a
+    function ``forward(model, …)`` of the network and these inputs, called in place of the forward
+    pass: of a detector, which answers with boxes, the layers that it trains, e.g. ``lambda model,
+    images: model.head(list(model.backbone(images).values()))`` of torchvision's RetinaNet.
 
     ``calibration`` is an iterable of batches like the example, or of pairs of such a batch and its
     labels (B,). The first ``calibration_images`` are used, by default at most 4,096, or 512 of 224
@@ -112,8 +117,8 @@ def slim(
     check_number("recalibrate", recalibrate, 0)
     check_number("recover", recover, 0)
     allocation = _allocation(policy, target, round_to, min_keep)
-    inputs, names = example_of(model, example), ignored_layers(model, ignore)
-    with _naming_arguments():
+    with forward_pass(model, forward), _naming_arguments():
+        inputs, names = example_of(model, example), ignored_layers(model, ignore)
         graph = _analyse_example(model, inputs, names)
         images = _read_images(model, inputs, calibration, calibration_images, recalibrate, recover)
         batches = (lambda: images) if images else None
@@ -123,12 +128,13 @@ def slim(
         _log(reason)
         with _preserve_weights(model, runs=bool(images)):
             narrow, plan = cut_network(model, graph, inputs, allocation, method, batches)
-    record_origin(narrow, model, plan.layers)
-    if recalibrate:
-        recalibrate_batchnorms(narrow, images[:recalibrate])
-    if recover and batches:
-        recover_outputs(model, narrow, graph, keep_of(graph, plan.groups), batches, int(recover))
-    return narrow, replace(plan, example=strip_values(inputs))
+        if recalibrate:
+            recalibrate_batchnorms(narrow, images[:recalibrate])
+        if recover and batches:
+            keep = keep_of(graph, plan.groups)
+            recover_outputs(model, narrow, graph, keep, batches, int(recover))
+    record_origin(own_forward_pass(narrow), model, plan.layers)
+    return narrow, replace(plan, example=None if forward else strip_values(inputs))
 
 
 def sensitivity(
@@ -139,6 +145,7 @@ def sensitivity(
     calibration_images: int | None = None,
     ignore: Iterable[str | nn.Module] = (),
     target: str | None = None,
+    forward: Callable[..., Any] | None = None,
 ) -> Sensitivity:
     """Return the loss of the outputs of ``model`` when each channel group alone is reduced.
 
@@ -149,10 +156,10 @@ def sensitivity(
     relative to the squares of the outputs. ``print(result)`` shows a table, ``result.to_dict()``
     returns plain values for JSON.
 
-    ``example``, ``calibration``, ``calibration_images`` and ``ignore`` are those of ``slim``;
-    labels are not used. With a ``target``, e.g. "macs=0.5", each row also has the number of
-    channels that ``slim`` keeps with the same ``calibration`` and its other defaults. ``model`` is
-    not changed.
+    ``example``, ``calibration``, ``calibration_images``, ``ignore`` and ``forward`` are those of
+    ``slim``; labels are not used. With a ``target``, e.g. "macs=0.5", each row also has the number
+    of channels that ``slim`` keeps with the same ``calibration`` and its other defaults. ``model``
+    is not changed.
 
     Raises UsageError for invalid arguments, a network that does not run on ``example``, or a target
     that is out of reach; DataError for weights or inputs of layers that are not finite.
@@ -167,8 +174,8 @@ def sensitivity(
     """
     check_network(model)
     allocation = None if target is None else Allocation("global", budget_of(target))
-    inputs, names = example_of(model, example), ignored_layers(model, ignore)
-    with _naming_arguments():
+    with forward_pass(model, forward), _naming_arguments():
+        inputs, names = example_of(model, example), ignored_layers(model, ignore)
         graph = _analyse_example(model, inputs, names)
         images = read_batches(model, inputs, calibration, most=calibration_images)
         with _preserve_weights(model, runs=True):

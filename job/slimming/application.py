@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.errors import GammaslimError, UsageError, reason
 from job.slimming.arguments import check_network, example_of
+from job.slimming.forward_call import forward_pass, own_forward_pass
 from job.slimming.graph.grouping import channel_graph
 from job.slimming.inputs import describe_inputs, kind_of
 from job.slimming.planning.plan import Plan, sizes_of
@@ -14,17 +15,27 @@ from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.inputs import Example
 
 
-def apply(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    example: Any = None,
+    *,
+    forward: Callable[..., Any] | None = None,
+) -> nn.Module:
     """Return a narrow copy of ``model``, cut by ``plan`` and verified in float64.
 
     ``model`` has the architecture of the network that ``plan`` was made for, with any weights. Its
-    weights are cut and not compensated; load others by ``load_state_dict``. ``example`` is as for
-    ``slim``, by default that of the plan. ``model`` is not changed.
+    weights are cut and not compensated; load others by ``load_state_dict``. ``example``
+    and ``forward`` are as for ``slim``; by default the example is that of the plan, which has one
+    if it was made without ``forward``. ``model`` is not changed.
 
     Raises UsageError if the plan belongs to another architecture or there is no example;
     GammaslimError if verification fails.
@@ -42,7 +53,16 @@ def apply(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
         raise UsageError(f"plan must be a Plan, e.g. Plan.load(path); got {kind_of(plan)}")
     if example is None and plan.example is None:
         raise UsageError("the plan has no example: give one, apply(model, plan, example)")
-    inputs = example_of(model, plan.example if example is None else example)
+    with forward_pass(model, forward):
+        narrow = _verified(
+            model, plan, example_of(model, plan.example if example is None else example)
+        )
+    record_origin(own_forward_pass(narrow), model, plan.layers)
+    return narrow
+
+
+def _verified(model: nn.Module, plan: Plan, inputs: Example) -> nn.Module:
+    """Return the narrow copy of ``model``; raises UsageError or GammaslimError."""
     other = f"plan was made for another network than the {type(model).__name__} given"
     try:
         graph = channel_graph(model, inputs)
@@ -57,7 +77,6 @@ def apply(model: nn.Module, plan: Plan, example: Any = None) -> nn.Module:
     except (GammaslimError, IndexError, AttributeError, KeyError, RuntimeError) as error:
         raise UsageError(f"{other}: {reason(error)}") from error
     verify(model, narrow, plan.layers, inputs, graph)
-    record_origin(narrow, model, plan.layers)
     return narrow
 
 

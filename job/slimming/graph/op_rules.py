@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from job.slimming.graph.channel_labels import (
     flat_ids,
@@ -23,8 +24,6 @@ from job.slimming.graph.move_rules import cat, pad, pixel_shuffle, rearrange, re
 from job.slimming.graph.union import ChannelRead, Operand
 
 if TYPE_CHECKING:
-    import torch
-
     from job.slimming.graph.propagation_state import PropagationState, Rule
     from job.slimming.graph.trace import Op
     from job.slimming.graph.union import Side
@@ -191,9 +190,31 @@ def new_tensor(state: PropagationState, op: Op) -> None:
     state.forget(op)
 
 
+def sampled(state: PropagationState, op: Op) -> None:
+    """Keep the channels of images that are sampled at points or in boxes."""
+    image, *places = op.inputs
+    ids = state.ids_along(image, 1)
+    if ids is None or any(state.labels_of(place) is not None for place in places):
+        return state.give_up(op, f"{op.name} at places that are computed from channels to cut")
+    return state.set_labels(op.result, labels_along(ids, 1, op.result.dim()))
+
+
 def write(state: PropagationState, op: Op) -> None:
-    """Block channels in an assignment to a slice, which is not supported."""
-    state.give_up(op, "assignment to a slice is not supported")
+    """Keep the channels of values that are assigned to samples of a new tensor."""
+    target, index, value = op.args
+    labels = state.labels_of(value)
+    earlier = state.labels_of(target)
+    known = id(target) in state.trace.constants or state.derived.sources(target)
+    whole = isinstance(value, torch.Tensor) and value.dim() == target.dim() and not known
+    of_samples = isinstance(index, torch.Tensor) and index.dim() == 1
+    if labels is None or not (whole and of_samples) or 0 in label_axes(labels):
+        return state.give_up(op, "assignment to a slice is not supported")
+    if earlier is not None:
+        if label_axes(earlier) != label_axes(labels):
+            return state.give_up(op, "assignment to a slice is not supported")
+        state.union.unite(flat_ids(earlier), flat_ids(labels))
+    state.union.suspects.append((op.name, flat_ids(labels)))
+    return state.set_labels(target, labels[:1])
 
 
 def _for_each(names: str, rule: Rule) -> dict[str, Rule]:
@@ -242,6 +263,7 @@ OP_RULES: dict[str, Rule] = {
     **_for_each("chunk split tensor_split", partial(rearrange, splits=True)),
     **_for_each("matmul __matmul__ mm", partial(matrix_of_train_mode, side="through")),
     **_for_each("new_empty new_zeros new_ones new_full new_tensor no_output", new_tensor),
+    **_for_each("roi_align roi_pool grid_sample grid_sampler", sampled),
     "local_response_norm": neighbours,
     "pixel_shuffle": pixel_shuffle,
     "cdist": partial(matrix_of_train_mode, side="in"),

@@ -80,7 +80,9 @@ def explain_mismatch(network: nn.Module, noise: Example) -> None:
             "the network returns no finite number for noise in [0, 1), so that a cut cannot be "
             "verified: look for a division by zero, or a root or logarithm of negative values"
             if any(tensor.numel() for tensor in outputs)
-            else "the network returns no tensor with values, so that a cut cannot be verified"
+            else "the network returns no tensor with values, so that a cut cannot be verified; if "
+            "it answers with boxes, call slim in Python with forward=, a function that returns "
+            "what its layers compute"
         )
     if relative_difference(_pass(network, noise, seed=1), outputs) > 0:
         raise UsageError(
