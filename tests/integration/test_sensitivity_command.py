@@ -27,8 +27,8 @@ from support.report_pages import page
 GLOBAL = ("--policy", "global", "--target", "macs=0.6")
 INTERRUPTED = """
 import os, signal, sys
-import job.slimming.sensitivity.measure as measure
-measure.Replay.run_from = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+from job.slimming.sensitivity.replay import Replay
+Replay.run_from = lambda *_: os.kill(os.getpid(), signal.SIGINT)
 from job.__main__ import main
 sys.exit(main())
 """

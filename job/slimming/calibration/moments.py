@@ -1,7 +1,7 @@
-"""Moments of rows over all processes, in two parts: of most images and of held-out ones.
+"""Moments of rows over all processes, of fitted and of held-out images.
 
-Least squares needs no more than moments. What is fitted to some images is judged by others: a layer
-with many inputs can be fitted to few images without an error, and be useless for any other image.
+Least squares needs only moments. Fits are evaluated on held-out images, because a layer with many
+inputs can fit few images without an error and still be wrong on all others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GOLDEN_RATIO = 2654435769  # its inverse, times 2**32: multiples of it are evenl
 def is_held_out(images: torch.Tensor) -> torch.Tensor:
     """Return the mask (N,) of the held-out images, a fourth, by the indices ``images`` (N,).
 
-    Of the images of each process the same fraction is held out, whatever their number.
+    The fraction is the same on each process, for any number of processes.
     """
     return images * GOLDEN_RATIO % 2**32 >= 3 * 2**30
 
@@ -36,8 +36,8 @@ def overall_index(images: torch.Tensor) -> torch.Tensor:
 class Moments:
     """Mean (G, N) and scatter (G, columns, N) of ``count`` rows, in each of G groups.
 
-    The scatter contains sums of products of deviations from the mean, of the first columns with
-    all, float64.
+    The scatter contains the sums of products of deviations from the mean, float64, of the first
+    columns with all N columns.
     """
 
     count: int

@@ -32,8 +32,8 @@ def sample_positions(
     """Return every ``step``-th of ``rows`` output positions, as flat indices (N,).
 
     ``sizes`` are the batch sizes of the batches that are joined. The positions within a batch do
-    not depend on how batches are joined. The step is increased if it would otherwise cover only
-    some columns of the images.
+    not depend on how batches are joined. The step is increased if it has a common divisor with the
+    positions of an image, of which it would otherwise sample only some columns.
     """
     each, rest = divmod(rows, sum(sizes))
     if rest:
@@ -57,9 +57,9 @@ def values_at(layer: nn.Module, outputs: torch.Tensor, where: torch.Tensor) -> t
 
 
 def pad_inputs(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """Pad ``inputs`` (B, C, …) as ``layer`` does, by its attributes or by code of its own."""
+    """Pad ``inputs`` (B, C, …) as ``layer`` does, by its attributes or a custom forward pass."""
     if not is_standard(layer):
-        padded = _inputs_of_its_op(layer, inputs)
+        padded = _kernel_op_inputs(layer, inputs)
         assert padded is not None  # see has_patches
         return padded
     if isinstance(layer, nn.Linear) or not any(layer._reversed_padding_repeated_twice):
@@ -82,8 +82,8 @@ def is_standard(layer: Any) -> bool:
 def has_patches(layer: Any) -> bool:
     """Return whether the outputs of a layer are its kernel times patches of its inputs.
 
-    A forward pass of its own may prepare the inputs, e.g. pad them by their size; what its one
-    convolution returns must be its output. This is tried on zeros.
+    A custom forward pass may prepare the inputs, e.g. pad them by their size, but must return the
+    result of its one convolution. This is tested on zeros.
     """
     if is_standard(layer):
         return True
@@ -94,13 +94,13 @@ def has_patches(layer: Any) -> bool:
         sides = [2 * kernel * dilation + stride for kernel, dilation, stride in reach]
         shape = [1, layer.in_channels, *sides]
     try:
-        return _inputs_of_its_op(layer, layer.weight.new_zeros(shape)) is not None
-    except Exception:  # whatever a layer raises: it may take some sizes only
+        return _kernel_op_inputs(layer, layer.weight.new_zeros(shape)) is not None
+    except Exception:  # user code may raise anything, e.g. for an unsupported size
         return False
 
 
 class _OpsOnWeight(TorchFunctionMode):
-    """Record the ops that compute with the weight of a layer; its size may be read."""
+    """Recorder of the ops that compute with the weight of a layer."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -118,10 +118,10 @@ class _OpsOnWeight(TorchFunctionMode):
         return result
 
 
-def _inputs_of_its_op(layer: Any, inputs: torch.Tensor) -> torch.Tensor | None:
-    """Return the padded inputs of the one convolution that a layer returns the result of.
+def _kernel_op_inputs(layer: Any, inputs: torch.Tensor) -> torch.Tensor | None:
+    """Return the padded inputs of the one convolution whose result a layer returns.
 
-    None for a layer that does anything else with its weight.
+    None if the layer uses its weight in any other way.
     """
     with torch.no_grad(), _OpsOnWeight(layer.weight) as recorded:
         outputs = layer.forward(inputs)
@@ -146,7 +146,7 @@ def _inputs_of_its_op(layer: Any, inputs: torch.Tensor) -> torch.Tensor | None:
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
-    """An argument of a convolution as one number for each dimension."""
+    """Return an argument of a convolution as one number for each dimension."""
     return (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value))
 
 

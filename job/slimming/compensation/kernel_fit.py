@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from job.slimming.compensation.paired_passes import PairedValues
 
 MAX_COLUMNS = 5000  # of the normal equations; a 3 x 3 kernel of 512 channels has 4608
-FEWEST_ROWS = 4  # for each column
+MIN_ROWS_PER_COLUMN = 4
 ENOUGH_ROWS = 100  # for each column, in addition to MIN_ROWS
 MIN_ROWS = 4000
 MAX_KERNEL_PRODUCTS = 2**36  # for one layer: about two seconds on two cores
@@ -42,7 +42,7 @@ def can_fit_kernel(layer: Any, rows: int) -> bool:
     if isinstance(layer, TRANSPOSED):
         return False
     columns = layer.weight[0].numel()
-    enough = columns <= MAX_COLUMNS and rows >= FEWEST_ROWS * columns
+    enough = columns <= MAX_COLUMNS and rows >= MIN_ROWS_PER_COLUMN * columns
     return enough and has_patches(layer)
 
 
@@ -79,7 +79,7 @@ def fit_kernel(
 
 def _enough_rows(groups: int, columns: int, outputs: int) -> int:
     products = groups * columns * (columns + outputs)
-    cheap = max(FEWEST_ROWS * columns, MAX_KERNEL_PRODUCTS // products)
+    cheap = max(MIN_ROWS_PER_COLUMN * columns, MAX_KERNEL_PRODUCTS // products)
     return min(MIN_ROWS + ENOUGH_ROWS * columns, cheap)
 
 

@@ -1,8 +1,9 @@
-"""Values that are computed from parameters and buffers, such as ``scale.view(1, -1, 1, 1)``.
+"""Tensors that are computed from parameters and buffers, such as ``scale.view(1, -1, 1, 1)``.
 
-The *sources* of such a value are the parameters that it comes from, each with indices: an int64
-tensor that broadcasts to the value's shape, with the flat index of the number that each value of it
-comes from. Where the value meets channels, its sources tell which axis of a parameter they are on.
+The *sources* of such a tensor are the parameters that it is computed from, each with indices: an
+int64 tensor that broadcasts to its shape, with the flat index of the parameter value that each of
+its values comes from. Where the tensor is combined with channels, its sources give the axis of the
+parameter that the channels are along.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ if TYPE_CHECKING:
     from job.slimming.graph.trace import Op, Trace
     from job.slimming.graph.union import Ids
 
-MAX_NUMBERS = 1 << 20  # of a parameter that is followed
+MAX_FOLLOWED_VALUES = 1 << 20  # of a parameter
 
 
 @dataclass(frozen=True)
 class Source:
-    """The parameter ``name`` of ``shape``, and the flat ``indices`` of its numbers in a value."""
+    """Parameter ``name`` of ``shape``, and the flat ``indices`` of its values in a tensor."""
 
     name: str
     shape: torch.Size
     indices: torch.Tensor
 
     def ids_on_axis(self, labels: torch.Tensor) -> tuple[int, Ids] | None:
-        """The axis of the parameter that ``labels`` of as many axes are along, and its elements.
+        """Return the axis of the parameter that ``labels`` are along, and the channels (N,) on it.
 
-        None where labels do not depend on one axis alone.
+        None if the labels do not follow exactly one axis.
         """
         sizes = labels.shape, self.indices.shape
         shape = torch.broadcast_shapes(*sizes)  # type: ignore[no-untyped-call]
@@ -49,10 +50,10 @@ class Source:
 
 
 class DerivedValues:
-    """The sources of the values in one trace that are computed from parameters alone.
+    """Sources of the tensors in one trace that are computed from parameters alone.
 
-    ``moving`` and ``pointwise`` are the names of ops that move numbers, and of those that compute
-    each result from the numbers in the same place.
+    ``moving`` and ``pointwise`` are the names of the ops that move values, and of those that
+    compute each value from the values at the same position.
     """
 
     def __init__(self, trace: Trace, moving: Collection[str], pointwise: Collection[str]) -> None:
@@ -60,16 +61,16 @@ class DerivedValues:
         self._sources: dict[int, tuple[Source, ...]] = {}
 
     def sources(self, tensor: torch.Tensor) -> tuple[Source, ...]:
-        """The sources of a value; none for one that is not computed from parameters alone."""
-        found = self._sources.get(id(tensor))
+        """Return the sources of a tensor; empty if it is not computed from parameters alone."""
+        sources = self._sources.get(id(tensor))
         name = self.trace.name(tensor)
-        if found is None and name is not None and 0 < tensor.numel() <= MAX_NUMBERS:
+        if sources is None and name is not None and 0 < tensor.numel() <= MAX_FOLLOWED_VALUES:
             indices = torch.arange(tensor.numel()).reshape(tensor.shape)
             return (Source(name, tensor.shape, indices),)
-        return found or ()
+        return sources or ()
 
     def derive(self, op: Op, inputs: tuple[torch.Tensor, ...]) -> bool:
-        """Note the sources of the results of an op on values without channels, if it has any."""
+        """Record the sources of the results of an op; return whether all have sources."""
         for result in op.results:
             self._sources.pop(id(result), None)
         if op.name in self.moving:

@@ -1,4 +1,4 @@
-"""Rules of ops that move channels: views, slices, transposes, concatenations, shuffles, padding."""
+"""Rules of ops that move data: views, slices, transposes, concatenations, shuffles, padding."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def cat(state: PropagationState, op: Op) -> None:
 def _followed(
     state: PropagationState, op: Op, tensor: torch.Tensor, axis: int
 ) -> torch.Tensor | None:
-    """Labels of a parameter that is concatenated along another axis than that of the channels."""
+    """Return labels for a parameter that is concatenated along another axis than the channels."""
     for other in op.argument(0, "tensors"):
         labels = state.labels_of(other)
         if labels is not None and label_axes(labels) and axis not in label_axes(labels):
@@ -68,12 +68,12 @@ def reshape(state: PropagationState, op: Op) -> None:
     if outcome is None:
         return state.give_up(op, f"{op.name} that mixes channels")
     labels, split = outcome
-    maps = image.dim() == 2 and len(label_axes(labels)) > 2  # features become maps
-    if split:  # (groups, channels per group): the same channels are kept in every group
+    maps = image.dim() == 2 and len(label_axes(labels)) > 2  # features become feature maps
+    if split:  # (groups, channels per group): the same channels are kept in each group
         lines = flat_ids(labels).reshape(-1, labels.shape[label_axes(labels)[-1]])
         if maps:
             lines = lines.reshape(labels.shape[label_axes(labels)[0]], -1).T
-        elif _leaves_groups(op, labels):  # the same number of channels in each group
+        elif _leaves_group_count_open(op, labels):  # the same number of channels in each group
             lines = lines.T
         for line in lines[1:]:
             state.union.unite(lines[0], line)
@@ -86,8 +86,8 @@ def reshape(state: PropagationState, op: Op) -> None:
     return state.set_labels(result, labels)
 
 
-def _leaves_groups(op: Op, labels: torch.Tensor) -> bool:
-    """Return whether a view leaves the number of groups open, and not their size."""
+def _leaves_group_count_open(op: Op, labels: torch.Tensor) -> bool:
+    """Return whether a view fixes the size of its groups and leaves their number open."""
     axes = label_axes(labels)
     sizes: Any = op.args[1:]
     sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
@@ -99,7 +99,7 @@ def _leaves_groups(op: Op, labels: torch.Tensor) -> bool:
 
 
 def pixel_shuffle(state: PropagationState, op: Op) -> None:
-    """Cut the channels together that become one."""
+    """Unite the channels that become one channel."""
     image, result = op.inputs[0], op.result
     axis = image.dim() - 3
     ids = state.ids_along(image, axis)
@@ -116,8 +116,8 @@ def rearrange(
 ) -> None:
     """Apply the op to the labels: slices, transposes, shuffles and other moves of data.
 
-    ``any_size`` tells that the op is valid for any number of channels, ``splits`` that its results
-    are parts that may have to stay equally large.
+    With ``any_size`` the op is valid for any number of channels. With ``splits`` its results are
+    parts that may have to remain equally large.
     """
     _set_rearranged(state, op, run_on_labels(op, state.labels_of), any_size, splits)
 

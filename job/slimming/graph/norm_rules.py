@@ -1,8 +1,8 @@
 """Rules of norms other than BatchNorm.
 
-InstanceNorm computes each channel for itself. LayerNorm, RMSNorm and GroupNorm compute statistics
-over channels; in the narrow network over those that are kept. The proof compares with the wide
-network whose removed channels take no part in the statistics.
+InstanceNorm normalises each channel separately. LayerNorm, RMSNorm and GroupNorm compute statistics
+over channels; in the narrow network, over the kept channels. Verification compares it with the wide
+network in which the statistics ignore the removed channels.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from job.slimming.graph.trace import Op
     from job.slimming.graph.union import Ids
 
-FEWEST_OF_GROUP = 4  # channels of a GroupNorm's group; of smaller ones whole groups are cut
+MIN_GROUP_CHANNELS = 4  # of a GroupNorm's group; smaller groups are cut as a whole
 
 
 def instance_norm(state: PropagationState, op: Op) -> None:
-    """InstanceNorm: channels pass."""
+    """Keep the labels of InstanceNorm, whose parameters are cut with its channels."""
     image = op.argument(0, "input")
     names = "running_mean", "running_var", "weight", "bias"
     tensors = [op.argument(place, name) for place, name in enumerate(names, 1)]
@@ -36,7 +36,7 @@ def instance_norm(state: PropagationState, op: Op) -> None:
 
 
 def layer_norm(state: PropagationState, op: Op) -> None:
-    """LayerNorm and RMSNorm over channels along the last axis, or channel by channel."""
+    """Keep the labels of LayerNorm and RMSNorm, over all channels or within each channel."""
     image, shape = op.argument(0, "input"), op.argument(1, "normalized_shape")
     tensors = [op.argument(2, "weight")]
     tensors += [op.argument(3, "bias")] if op.name == "layer_norm" else []
@@ -47,7 +47,9 @@ def layer_norm(state: PropagationState, op: Op) -> None:
         return state.set_labels(op.result, labels)  # channels are along another axis
     ids = state.ids_along(image, axis)
     if ids is None or len(shape) != 1 or not _add_tensors(state, op, tensors, ids):
-        return state.give_up(op, f"{op.name} of places, or with computed parameters")
+        return state.give_up(
+            op, f"{op.name} over several axes or mixed channels, or with computed parameters"
+        )
     operands = [Operand(0, "input", axis, ids)]
     operands += [
         Operand(place, name, 0, ids)
@@ -59,7 +61,10 @@ def layer_norm(state: PropagationState, op: Op) -> None:
 
 
 def group_norm(state: PropagationState, op: Op) -> None:
-    """GroupNorm: equally many channels stay in each group, or whole groups are cut."""
+    """Keep the labels of GroupNorm, and the same number of channels in each of its groups.
+
+    Small groups are cut as a whole.
+    """
     image, groups = op.argument(0, "input"), int(op.argument(1, "num_groups"))
     tensors = [op.argument(2, "weight"), op.argument(3, "bias")]
     labels = state.labels_of(image)
@@ -69,7 +74,7 @@ def group_norm(state: PropagationState, op: Op) -> None:
     if ids is None or not _add_tensors(state, op, tensors, ids):
         return state.give_up(op, "a GroupNorm with computed parameters or mixed channels")
     parts = ids.reshape(groups, -1)
-    if groups > 1 and parts.shape[1] >= FEWEST_OF_GROUP:
+    if groups > 1 and parts.shape[1] >= MIN_GROUP_CHANNELS:
         state.union.blocks.append(parts)
     elif groups > 1:
         for column in parts.T[1:]:
@@ -87,7 +92,7 @@ def group_norm(state: PropagationState, op: Op) -> None:
 def _add_tensors(
     state: PropagationState, op: Op, tensors: list[torch.Tensor | None], ids: Ids
 ) -> bool:
-    """Note the tensors of a norm along ``ids``; False where one has no name."""
+    """Add channel slots for the parameters of a norm along ``ids``; False if one is computed."""
     named = [state.trace.name(tensor) for tensor in tensors if tensor is not None]
     if None in named:
         return False

@@ -71,7 +71,7 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
 
 
 def _across_channels(state: PropagationState, op: Op, channel_axes: set[int]) -> None:
-    """Reductions over all channels, which read those that are kept."""
+    """Reduce over all channels; the narrow network reduces over the kept channels."""
     image, axis = op.inputs[0], min(channel_axes)
     ids = state.ids_along(image, axis)
     indices = [result for result in op.results[1:] if state.trace.is_read(result)]
@@ -86,7 +86,7 @@ def _across_channels(state: PropagationState, op: Op, channel_axes: set[int]) ->
 
 
 def neighbours(state: PropagationState, op: Op) -> None:
-    """LocalResponseNorm, whose neighbours are those among the channels that are kept."""
+    """Keep the labels of LocalResponseNorm, which normalises over neighbouring kept channels."""
     ids, image = state.ids_along(op.inputs[0], 1), op.inputs[0]
     if ids is None:
         return state.give_up(op, f"{op.name} of mixed channels")
@@ -150,12 +150,12 @@ def pairwise(state: PropagationState, op: Op) -> None:
 def _follows_cut(
     state: PropagationState, op: Op, tensor: torch.Tensor, labels: torch.Tensor
 ) -> bool:
-    """Return whether an operand without labels broadcasts, or comes from parameters to cut too."""
+    """Return whether an operand without labels broadcasts, or is derived from parameters to cut."""
     missing = labels.dim() - tensor.dim()
     if any(axis < missing for axis in label_axes(labels)):
         if all(axis < missing for axis in label_axes(labels)):
             return True
-        labels = labels[(0,) * missing]  # those of the axes that the operand has
+        labels = labels[(0,) * missing]  # along the axes of the operand
         return not label_axes(labels) or all(tensor.shape[a] == 1 for a in label_axes(labels))
     return state.follow(op, tensor, labels.reshape(labels.shape[missing:]))
 
@@ -273,7 +273,7 @@ OP_RULES: dict[str, Rule] = {
     "__setitem__": write,
 }
 
-# ops on parameters alone whose results are followed to the channels that they meet
+# ops on parameters, whose results are followed to the channels that they are combined with
 POINTWISE = frozenset(name for name, rule in OP_RULES.items() if rule in (elementwise, pairwise))
 MOVING = frozenset(
     name

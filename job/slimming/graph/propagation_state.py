@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from job.slimming.graph.attribute_sizes import attribute_sizes
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
-from job.slimming.graph.constants import attribute_sizes
 from job.slimming.graph.layers import modules_of, owner_of
 from job.slimming.graph.trace import SIZED
 from job.slimming.graph.union import ChannelSlot, ChannelUnion, LayerCall

@@ -1,4 +1,4 @@
-"""Rules of recurrent layers: their inputs can be cut, their hidden states are not."""
+"""Rules of recurrent layers, whose inputs are cut and whose hidden states are not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def recurrent(state: PropagationState, op: Op) -> None:
-    """LSTM, GRU and RNN, whose inputs are along the last axis."""
+    """Consume the channels along the last axis by an LSTM, GRU or RNN."""
     image, weights = op.argument(0, "input"), op.argument(2, "params")
     packed = not isinstance(weights, (list, tuple))
     name = None if packed or not weights else state.trace.name(weights[0])

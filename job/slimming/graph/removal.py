@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class DataFlow:
-    """Data flow of a network: dependence on its input, and use by its outputs, after a removal."""
+    """Data flow of a network, to find what is constant or unused after a removal."""
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.graph = graph
@@ -37,13 +37,13 @@ class DataFlow:
 
     def closure(self, names: Iterable[str]) -> frozenset[str]:
         """Return all groups that are removed when the groups ``names`` keep no channel."""
-        asked = frozenset(names)
-        if asked not in self._closures:
-            removed = asked
+        names_removed = frozenset(names)
+        if names_removed not in self._closures:
+            removed = names_removed
             while not (idle := self._idle_groups(removed) - self.idle) <= removed:
                 removed |= idle
-            self._closures[asked] = removed
-        return self._closures[asked]
+            self._closures[names_removed] = removed
+        return self._closures[names_removed]
 
     def outputs_depend(self, removed: frozenset[str]) -> bool:
         """Return whether all outputs still depend on the input of the network."""
@@ -60,8 +60,8 @@ class DataFlow:
 
     def _constants(self, removed: frozenset[str]) -> set[str]:
         """Return the layers without any remaining input channel."""
-        gone = self.channels_of(removed)
-        return {slot.layer for slot in self.inputs if gone[slot.ids].all()}
+        mask = self.channels_of(removed)
+        return {slot.layer for slot in self.inputs if mask[slot.ids].all()}
 
     def _dependent(self, constants: set[str]) -> list[bool]:
         """Return for each step whether its result depends on the input of the network."""
@@ -86,25 +86,25 @@ class DataFlow:
         return used
 
     def _idle_groups(self, removed: frozenset[str]) -> frozenset[str]:
-        """Return the groups with constant or unused channels without the groups ``removed``."""
+        """Return the groups whose channels are constant or unused after ``removed`` are removed."""
         constants = self._constants(removed)
         depends, used = self._dependent(constants), self._used(constants)
-        readers: dict[str, list[int]] = defaultdict(list)
-        unseen = set()  # groups with a consumer that runs only in train mode
+        consumers: dict[str, list[int]] = defaultdict(list)
+        train_only = set()  # groups with a consumer that runs only in train mode
         for group in self.graph.groups:
             for layer, side in group.slots:
                 if side == "in":
-                    readers[group.name] += self.calls.get(layer, ())
+                    consumers[group.name] += self.calls.get(layer, ())
                     if layer not in self.calls:
-                        unseen.add(group.name)
+                        train_only.add(group.name)
         return frozenset(
             group.name
             for group in self.graph.groups
-            if group.name not in unseen
+            if group.name not in train_only
             and (
                 self._is_constant(group, depends)
                 or not any(
-                    used[n] and self.steps[n].layer not in constants for n in readers[group.name]
+                    used[n] and self.steps[n].layer not in constants for n in consumers[group.name]
                 )
             )
         )

@@ -1,7 +1,7 @@
-"""Parts that must stay equally large and overlap, e.g. nested halves of a shuffled stream.
+"""Ties of channels in overlapping parts of equal size, e.g. nested halves of a shuffled stream.
 
-Channels of such parts get *colours*, so that each part has each colour equally often. Channels of
-one colour are cut together: whatever colours are cut, the parts stay equally large.
+Each channel gets a *colour*, so that every part has each colour equally often. Channels of one
+colour are cut together, so that the parts remain equally large whichever colours are cut.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Rows = list[list[int]]  # elements of parts
 
 
 def tie_overlapping(union: ChannelUnion, roots: Ids) -> bool:
-    """Unite channels of overlapping blocks by colours; returns whether any are united."""
+    """Unite the channels of overlapping blocks by colour; return whether any were united."""
     count = len(union.pairs)
     for blocks in _overlapping(_distinct_blocks(union, roots)):
         rows = [row for block in blocks for row in block.tolist()]
@@ -39,7 +39,7 @@ def tie_overlapping(union: ChannelUnion, roots: Ids) -> bool:
 
 
 def _distinct_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
-    """The blocks, as roots, except those whose rows are equal or of another block's rows."""
+    """Return the blocks, as roots, without duplicates and blocks of equal rows."""
     blocks: dict[bytes, Ids] = {}
     for block in union.blocks:
         rows = np.sort(roots[block], axis=1)
@@ -50,7 +50,7 @@ def _distinct_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
 
 
 def _overlapping(blocks: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Sets of blocks that share elements; single blocks only where rows share some."""
+    """Yield the sets of blocks that share elements, and single blocks whose rows do."""
     parts: list[tuple[set[int], list[Ids]]] = []
     for block in blocks:
         elements, together = set(block.reshape(-1).tolist()), [block]
@@ -64,7 +64,7 @@ def _overlapping(blocks: Sequence[Ids]) -> Iterator[list[Ids]]:
 
 
 def _colours(rows: Rows) -> dict[int, int] | None:
-    """A colour for each element, so that a row has each colour equally often."""
+    """Return a colour for each element, so that a row has each colour equally often."""
     counts = [Counter(row) for row in rows]
     if any(len(set(count.values())) > 1 for count in counts):
         return None  # some elements are in a row more often than others
@@ -77,7 +77,7 @@ def _colours(rows: Rows) -> dict[int, int] | None:
 
 
 def _with_colours(rows: Rows, number: int) -> dict[int, int] | None:
-    """Colours from 0 to ``number`` - 1, given row by row; None where a row gets one too often."""
+    """Return colours from 0 to ``number`` - 1, assigned row by row; None if a row has too many."""
     colours: dict[int, int] = {}
     for row in sorted(rows, key=len):
         left = dict.fromkeys(range(number), len(row) // number)
@@ -94,7 +94,7 @@ def _with_colours(rows: Rows, number: int) -> dict[int, int] | None:
 
 
 def _in_turn(left: dict[int, int]) -> Iterator[int]:
-    """Each colour as often as it is left, in turn."""
+    """Yield each colour in turn, as often as ``left`` says."""
     by_round: dict[int, list[int]] = defaultdict(list)
     for colour, times in left.items():
         for turn in range(times):

@@ -55,7 +55,7 @@ def _is_replaceable(group: ChannelGroup, modules: dict[str, nn.Module]) -> bool:
     for layer, side in group.slots:
         module = modules.get(layer)
         if module is None:
-            if side in ("in", "out"):  # a parameter that no known layer owns
+            if side in ("in", "out"):  # a parameter without a supported layer
                 return False
         elif not (can_be_replaced(module) or isinstance(module, (BATCHNORM, SelectedChannels))):
             return False
@@ -71,7 +71,7 @@ class _Trial:
         self.network, self.graph, self.flow, self.example = network, graph, flow, example
         self.varying = _varying(network, example)
 
-    def is_right(self, names: list[str]) -> bool:
+    def is_verified(self, names: list[str]) -> bool:
         """Return whether the joint removal of groups is verified, and the outputs still vary."""
         keep = ~self.flow.channels_of(self.flow.closure(names))
         layers = layers_of(self.graph, keep)
@@ -88,8 +88,8 @@ class _Trial:
 
 
 def _verified(trial: _Trial, names: list[str], base: list[str]) -> list[str]:
-    """Return ``base`` and those of ``names`` that can be removed with it, the first ones first."""
-    if trial.is_right([*base, *names]):
+    """Return ``base`` and the ``names`` that can be removed with it; earlier ones have priority."""
+    if trial.is_verified([*base, *names]):
         return [*base, *names]
     if len(names) == 1:
         return base

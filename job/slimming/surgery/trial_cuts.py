@@ -36,7 +36,7 @@ def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Exampl
         return graph
     if not graph.auxiliary:
         example = smallest_equivalent_input(network, example, graph.forward.treatment)
-    if _is_right(network, graph, names, example):
+    if _is_verified(network, graph, names, example):
         return graph
     reasons = dict(graph.suspects)
     for name in _wrong_suspects(network, graph, names, example):
@@ -44,7 +44,7 @@ def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Exampl
         graph = graph.without([name], reason)
     unblocked = {group.name for group in graph.groups}
     remaining = [name for name in names if name in unblocked]
-    if remaining and not _is_right(network, graph, remaining, example):
+    if remaining and not _is_verified(network, graph, remaining, example):
         graph = graph.without(remaining, "rearranged in a way that is not supported")
     return graph
 
@@ -56,11 +56,13 @@ def _wrong_suspects(
     if len(names) == 1:
         return names
     halves = names[: len(names) // 2], names[len(names) // 2 :]
-    wrong = [half for half in halves if not _is_right(network, graph, half, example)]
+    wrong = [half for half in halves if not _is_verified(network, graph, half, example)]
     return [name for half in wrong for name in _wrong_suspects(network, graph, half, example)]
 
 
-def _is_right(network: nn.Module, graph: ChannelGraph, names: list[str], example: Example) -> bool:
+def _is_verified(
+    network: nn.Module, graph: ChannelGraph, names: list[str], example: Example
+) -> bool:
     """Return whether a cut of about a third of the channels of the groups ``names`` is right."""
     layers = layers_of(graph, _trial(graph, names))
     try:

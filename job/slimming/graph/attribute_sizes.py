@@ -1,8 +1,8 @@
-"""Numbers of channels that a module keeps as attributes and its code passes to ops.
+"""Attributes of modules that count channels, and that their code passes to ops.
 
-``x.split((self.c, self.c), 1)`` works for the present number of channels only, unless the attribute
-``c`` of the narrow network is the number of channels that are kept. The attributes are those that
-the calling method names and that equal the number in the op.
+``x.split((self.c, self.c), 1)`` is valid for the current number of channels only, unless the
+attribute ``c`` of the narrow network is set to the number of kept channels. Candidates are the
+attributes that the calling method names and that equal the number in the op.
 """
 
 from __future__ import annotations
@@ -72,6 +72,6 @@ def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Ite
 
 
 def _along(labels: torch.Tensor, axis: int) -> Ids:
-    """The labels along one axis, at the first place of the others."""
+    """Return the labels along one axis, at index 0 of the other axes."""
     lines = labels.movedim(axis, -1).reshape(-1, labels.shape[axis])
     return np.ascontiguousarray(lines[0].numpy())
