@@ -1,7 +1,7 @@
 """Archives of images, read without unpacking: zip, tar, compressed tar, WebDataset shards.
 
 Members are read in place by their offset. Nothing is written under a name that an archive contains.
-An archive with a member that could mislead or harm is refused as a whole.
+An archive with an unsafe member, e.g. a link, is refused as a whole.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ def _archive(paths: tuple[Path, ...], versions: tuple[tuple[int, int, int], ...]
 
 
 def _plain(path: Path) -> Path:
-    """Return the file whose bytes members are read from: that of a compressed tar is unpacked."""
+    """Return the file from which members are read: ``path``, or the unpacked compressed tar."""
     return unpacked_tar(path) if path.name.lower().endswith(COMPRESSED_TARS) else path
 
 
 @dataclass(frozen=True, eq=False)
 class Archive:
-    """The members of one or several archive files, by name."""
+    """Members of one or several archive files, by name."""
 
     paths: tuple[Path, ...]
-    versions: tuple[tuple[int, int, int], ...]  # size and times of change of the files
+    versions: tuple[tuple[int, int, int], ...]  # size, mtime_ns and ctime_ns of each file
     members: Mapping[str, Member] = field(repr=False)
     _open: dict[int, BinaryIO] = field(default_factory=dict, repr=False)
 
@@ -102,7 +102,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class MemberStatus:
-    """What ``Path.stat`` returns of a file, for a member: its size, its archive's times."""
+    """Size of a member and times of its archive, as in ``os.stat_result``."""
 
     st_size: int
     st_mtime_ns: int
@@ -111,7 +111,7 @@ class MemberStatus:
 
 @dataclass(frozen=True)
 class ArchivePath:
-    """A file or folder in an archive, with the methods of ``pathlib.Path`` that reading needs."""
+    """File or folder in an archive, with the methods of ``pathlib.Path`` to read it."""
 
     archive: Archive
     inner: str = ""  # "" is the root
@@ -161,7 +161,7 @@ class ArchivePath:
         return False
 
     def names(self) -> list[str]:
-        """Return the names in this folder, sorted, without hidden ones and macOS's own."""
+        """Return the names in this folder, sorted, without hidden names and __MACOSX."""
         names = self.archive.folders.get(self.inner, [])
         return [name for name in names if not name.startswith(".") and name != "__MACOSX"]
 
@@ -179,4 +179,4 @@ class ArchivePath:
         return io.BytesIO(self.archive.read(self.inner))
 
 
-FilePath = Path | ArchivePath  # what images and lists are read from
+FilePath = Path | ArchivePath  # a file on disk or in an archive

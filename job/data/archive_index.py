@@ -1,4 +1,4 @@
-"""The members of an archive file: where they are, and which archives are refused."""
+"""Index of the members of archive files, and checks that refuse unsafe archives."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-MAX_RATIO = 100  # of unpacked to packed size; images reach at most 10
-UNCHECKED_SIZE = 64 << 20  # bytes; files that unpack to less may have any ratio
-ZIP_HEADER = 30  # bytes of a member's own header in a zip file, without its name
+MAX_RATIO = 100  # of unpacked to packed size; images have at most 10
+UNCHECKED_SIZE = 64 << 20  # bytes; smaller unpacked files may have any ratio
+ZIP_HEADER = 30  # bytes of a member's local header in a zip file, without its name
 _DAMAGED = tarfile.TarError, zipfile.BadZipFile, EOFError
 BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file in an archive: ``packed`` bytes at ``offset`` hold its ``size`` bytes."""
+    """File in an archive: its ``size`` bytes are stored in ``packed`` bytes at ``offset``."""
 
-    offset: int  # in a zip file, of the member's header
+    offset: int  # of the content; in a zip file, of the member's local header
     size: int
     packed: int
     method: int = STORED
-    crc: int | None = None  # of a zip file
+    crc: int | None = None  # None in a tar file
     file: int = 0  # number of the archive file
 
     def in_file(self, number: int) -> Member:
@@ -41,7 +41,7 @@ class Member:
         return replace(self, file=number) if number else self
 
     def read(self, descriptor: int) -> bytes | None:
-        """Return its content from the open archive; None if it is damaged. Raises OSError."""
+        """Return the content, from the open archive; None if it is damaged. Raises OSError."""
         begin = self.offset
         if self.crc is not None:
             header = os.pread(descriptor, ZIP_HEADER, begin)
@@ -55,15 +55,15 @@ class Member:
                 content = unpacker.decompress(content, self.size + 1)
             except zlib.error:
                 return None
-        sound = len(content) == self.size and (self.crc is None or zlib.crc32(content) == self.crc)
-        return content if sound else None
+        intact = len(content) == self.size and (self.crc is None or zlib.crc32(content) == self.crc)
+        return content if intact else None
 
 
 def index_of(path: Path, plain: Path) -> dict[str, Member]:
-    """Return the files in the archive ``path`` by name; ``plain`` is it, or its unpacked tar.
+    """Return the files in the archive ``path`` by name; ``plain`` is ``path`` or its unpacked tar.
 
-    Raises DataError for a damaged archive, and for one with links, devices, names outside it,
-    the same name twice, encryption, or files that unpack to more than a hundred times their size.
+    Raises DataError for a damaged archive, and for one with links, devices, paths outside the
+    archive, duplicate names, encryption, or files that unpack to over 100 times their size.
     """
     is_zip = path.name.lower().endswith(".zip")
     members: dict[str, Member] = {}
@@ -112,13 +112,13 @@ def _tar_members(path: Path, plain: Path) -> Iterator[tuple[str, Member | None]]
             if not info.isreg() or info.issparse():
                 raise _refuse(path, info.name, "neither a file nor a folder")
             if info.offset_data + info.size > length:
-                raise DataError(f"{shown(path)} is cut short inside {shown(info.name)}")
+                raise DataError(f"{shown(path)} is truncated inside {shown(info.name)}")
             yield info.name, Member(info.offset_data, info.size, info.size)
         end = archive.offset
     with plain.open("rb") as file:
         file.seek(end)
         if file.read(BLOCK) != bytes(BLOCK):  # tarfile ends at a damaged header without an error
-            raise DataError(f"{shown(path)} is cut short or damaged at byte {end:,}")
+            raise DataError(f"{shown(path)} is truncated or damaged at byte {end:,}")
 
 
 def _zip_members(path: Path) -> Iterator[tuple[str, Member | None]]:
@@ -138,10 +138,10 @@ def _zip_members(path: Path) -> Iterator[tuple[str, Member | None]]:
         if info.flag_bits & 1:
             raise _refuse(path, info.filename, "encrypted")
         if info.compress_type not in (STORED, DEFLATED):
-            raise _refuse(path, info.filename, "compressed by an unusual method: zip it by deflate")
+            raise _refuse(path, info.filename, "compressed by an unsupported method: use deflate")
         packed, size = info.compress_size, info.file_size
         if size > max(UNCHECKED_SIZE, MAX_RATIO * packed):
-            raise _refuse(path, info.filename, f"a file of {size:,} bytes packed into {packed:,}")
+            raise _refuse(path, info.filename, f"a file of {size:,} bytes compressed to {packed:,}")
         if info.header_offset + ZIP_HEADER + packed > following[info.header_offset]:
             raise DataError(f"{shown(path)} is refused: its files overlap")
         method = info.compress_type

@@ -67,5 +67,5 @@ def _read_header(
         raise DataError(f"{shown(path)} has {magic[3]} dimensions; images and labels have 1 to 4")
     sizes = file.read(4 * magic[3])
     if len(sizes) < 4 * magic[3]:
-        raise DataError(f"{shown(path)} is cut short inside its header")
+        raise DataError(f"{shown(path)} is truncated inside its header")
     return _DTYPES[magic[2]], struct.unpack(f">{magic[3]}I", sizes)

@@ -121,7 +121,8 @@ def listed_dataset(root: FilePath, rows: Sequence[Row], file: FilePath | None = 
         for row in members:
             if row.label and row.label not in index:
                 raise DataError(
-                    f"{row.where} has the class {shown(row.label)!r}, which training lacks"
+                    f"{row.where} has the class {shown(row.label)!r}, which is not in the "
+                    "training split"
                 )
         if members:
             paths = tuple(row.path for row in members)

@@ -1,4 +1,4 @@
-"""Data sets of image folders with metadata files, as Hugging Face's ``imagefolder`` has them.
+"""Data sets of image folders with metadata files, as in Hugging Face's ``imagefolder``.
 
 ``metadata.csv`` or ``metadata.jsonl`` has the path of each image, relative to the file, and its
 label. It is in the folder of the data set, or in each split folder.
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from job.data.folders import Lister
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
-FIRST_LISTING = 3  # version of the listing rules that knows these files
+MIN_LISTING = 3  # first version of the listing rules with these files
 TRAINED = ("training", "validation")
 
 
 def open_metadata_folder(root: FilePath, lister: Lister) -> Dataset | None:
     """Open the metadata file of ``root``, or those of its split folders.
 
-    Returns None if none has labels, e.g. but captions. Raises DataError for invalid lines.
+    Returns None if none has labels, e.g. only captions. Raises DataError for invalid lines.
     """
-    if lister.listing < FIRST_LISTING:
+    if lister.listing < MIN_LISTING:
         return None
     if (file := _metadata(root)) and _has_labels(file):
         return listed_dataset(root, _rows(file, _split_by_folder))
@@ -111,7 +111,7 @@ def _is_json(file: FilePath) -> bool:
 
 
 def _objects(file: FilePath) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """Return the line number and the object of each line; raises DataError."""
+    """Yield the line number and the object of each line; raises DataError."""
     for number, line in enumerate(read_text(file).split("\n"), 1):
         if line.strip():
             try:
@@ -127,7 +127,7 @@ def _picked(file: FilePath) -> Iterator[tuple[int, tuple[str, str, str]]]:
     for number, values in _objects(file):
         columns = Columns.of(values)
         if columns is None:
-            raise DataError(f"{shown(file)} line {number} has no path: it is named file_name")
+            raise DataError(f"{shown(file)} line {number} has no path: its key is file_name")
         cells = list(values.values())
         if columns.label is not None and isinstance(cells[columns.label], list | dict | float):
             raise DataError(

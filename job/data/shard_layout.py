@@ -1,7 +1,7 @@
 """Data sets of WebDataset shards: tar files of samples, each an image and its label.
 
-Files of one sample have one name before the first dot: 0001.jpg with 0001.cls (a class number or
-name), or with 0001.json ({"label": …}).
+The files of a sample have the same name before the first dot: 0001.jpg with 0001.cls (a class
+number or name), or with 0001.json ({"label": …}).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from job.data.archive import FilePath
     from job.data.folders import Lister
 
-JSON_LABELS = ("label", "cls", "class", "target", "category")  # of a sample's JSON
+JSON_LABELS = ("label", "cls", "class", "target", "category")  # keys in a sample's JSON
 MAX_SHARDS = 100_000
 _RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}|\{([^{}]*,[^{}]*)\}")
 
@@ -39,7 +39,7 @@ def is_shard_pattern(path: str) -> bool:
 def expand_pattern(pattern: str) -> list[Path]:
     """Return the paths of ``train-{000..147}.tar`` or ``{train,val}-{0..7}.tar``, in order.
 
-    Raises DataError for too many, InputNotFound for the first that does not exist.
+    Raises DataError for too many shards, InputNotFound if one does not exist.
     """
     parts, choices, end = [], [], 0
     for match in _RANGE.finditer(pattern):
@@ -73,9 +73,9 @@ def open_shard_folder(root: FilePath, lister: Lister) -> Dataset | None:
 
 
 def open_shards(paths: list[Path], root: Path, lister: Lister) -> Dataset | None:
-    """Open shards; the split is the beginning of their names, else ``training``.
+    """Open shards, whose names begin with their split; it is ``training`` by default.
 
-    Returns None if they do not hold samples with labels.
+    Returns None if they contain no labels.
     """
     if not paths:
         return None
@@ -128,7 +128,9 @@ def _label(folder: ArchivePath, extensions: dict[str, str]) -> str | None:
             return next(str(values[key]) for key in JSON_LABELS if key in values)
         except (ValueError, TypeError, RecursionError, StopIteration) as error:
             where = shown(ArchivePath(folder.archive, name))
-            raise DataError(f"{where} is not a label: a number, a name or JSON with one") from error
+            raise DataError(
+                f"{where} is not a label: it must be a number, a name, or JSON with a label"
+            ) from error
     return None
 
 
@@ -147,11 +149,13 @@ def _dataset(
     for split in SPLIT_NAMES:
         for path, label in samples.get(split, ()):
             if label is None and split in ("training", "validation"):
-                raise DataError(f"{shown(archive / path)} has no .cls or .json of its name")
+                raise DataError(
+                    f"{shown(archive / path)} has no .cls or .json file of the same name"
+                )
             if label is not None and label not in index:
                 raise DataError(
-                    f"{shown(archive / path)} is of class {label!r}, which training lacks; "
-                    f"it has: {list_names(names)}"
+                    f"{shown(archive / path)} has the class {label!r}, which is not in the "
+                    f"training split; its classes: {list_names(names)}"
                 )
         if members := samples.get(split):
             labels = [UNLABELLED if label is None else index[label] for _, label in members]

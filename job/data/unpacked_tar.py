@@ -1,4 +1,4 @@
-"""The plain tar file of a compressed one, unpacked once per node into scratch.
+"""Compressed tar files, unpacked once per node to plain tar files in scratch.
 
 A compressed tar can only be read from its beginning, but training reads images in random order.
 """
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 _CHUNK = 1 << 20  # bytes unpacked at a time
-_unpacked: dict[tuple[str, int, int, int], Path] = {}  # by path, size and times of change
+_unpacked: dict[tuple[str, int, int, int], Path] = {}  # by path, size, mtime_ns and ctime_ns
 
 
 def unpacked_tar(path: Path) -> Path:
     """Return the plain tar file of ``path``, unpacked by the first process of the node.
 
-    Raises DataError for a damaged file or one that unpacks to more than a hundred times its size,
-    StorageError without space.
+    Raises DataError for a damaged file or one that unpacks to more than 100 times its size, and
+    StorageError if there is too little space.
     """
     with reading(path):
         status = path.stat()

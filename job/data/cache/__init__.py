@@ -7,9 +7,9 @@ The data flow, and the modules in its order:
 - ``sharing`` lets all processes of a node write one file, whose format ``store`` defines;
 - ``cached_split`` reads crops of images out of the memory-mapped file, in loader processes.
 
-Three hardest cases shape the design. A builder killed at any instant: the file has a temporary
-name until it is complete, its manifest is written last, and a builder holds a lock that ends with
-it. Other processes that wait for an image decoded elsewhere: nobody waits in a lock, all processes
-meet in short collective steps, which also carry errors, stop requests and progress. Memory: the
-mapped pages are released again, so a process holds as much for ten times the images.
+Three cases shape the design. A builder may be killed at any instant: the file has a temporary name
+until it is complete, its manifest is written last, and the lock of a builder ends with its process.
+A process may need images that others decode: no process waits for a lock, and all of them take
+short collective steps, which also exchange errors, stop requests and progress. Memory must not
+grow with the number of images: mapped pages are released again.
 """

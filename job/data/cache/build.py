@@ -1,4 +1,4 @@
-"""Decode a share of the images of a cache, with threads, in slices of time."""
+"""Decoding of a share of the images of a cache, by threads, in slices of time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ShareBuilder:
-    """Decodes the images ``rows`` of a set into a file, with ``threads`` threads."""
+    """Builder that decodes the images ``rows`` of a set into a file, by ``threads`` threads."""
 
     def __init__(
         self, images: ImageSet, writer: StoreWriter, rows: Iterable[int], threads: int
@@ -48,7 +48,7 @@ class ShareBuilder:
                 self.done += not self.finished
 
     def _submit(self) -> None:
-        """Keep a few images per thread in progress, not all of them: futures take memory."""
+        """Keep a few images per thread in progress; futures of all images would fill the memory."""
         while len(self._running) < 4 * self._threads:
             row = next(self.rows, None)
             if row is None:
@@ -64,7 +64,7 @@ class ShareBuilder:
                 image = limit_side(split.image(row), self.images.max_side)
                 pixels = np.asarray(image)
             self.writer.write(row, pixels)
-        except DataError:  # its reader reports it, or replaces it
+        except DataError:  # training reports or replaces the image when it reads it
             return row
         return None
 

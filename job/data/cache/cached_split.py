@@ -1,4 +1,4 @@
-"""A split whose images come out of a cache once it is complete, else out of their files."""
+"""Splits whose images are read from a cache once it is complete, else from their files."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class ImageCache:
-    """The cache of a job for ``images``: empty until its file is complete, or without a cache."""
+    """Cache of a job for ``images``; ``stored`` is None until its file is complete."""
 
     images: ImageSet | None = None
     stored: StoredImages | None = None
 
-    def __getstate__(self) -> dict[str, object]:  # loader processes need no list of all images
+    def __getstate__(
+        self,
+    ) -> dict[str, object]:  # without the list of all images, for loader processes
         return {"images": None, "stored": self.stored}
 
     def over(self, split: Split) -> Split:
-        """Return ``split``, to be read from this cache if its images are files of the set."""
+        """Return ``split`` read from this cache; unchanged if its images are not in the set."""
         if self.images is None or not isinstance(split, FileSplit):
             return split
         return CachedSplit(split, self.images.rows(split), self)
 
 
 class ImageArray(NamedTuple):
-    """Images of one size: image i of a split is number ``rows[i]`` of ``images``.
+    """Images of one size; image i of a split is ``images[rows[i]]``.
 
     ``images`` are (N, height, width) or (N, height, width, 3) uint8.
     """
@@ -50,7 +52,7 @@ class ImageArray(NamedTuple):
 
 @dataclass(frozen=True)
 class CachedSplit:
-    """The images of ``files``; image i is number ``rows[i]`` of the ``cache``."""
+    """Split with the images of ``files``; image i is number ``rows[i]`` of the ``cache``."""
 
     files: FileSplit
     rows: Labels
@@ -74,7 +76,7 @@ class CachedSplit:
         return CachedImage(stored.pixels(row))
 
     def array(self, count: int) -> ImageArray | None:
-        """Return the images as one array if all have one size; ``count`` of them are read."""
+        """Return the images as one array if all have one size, of which ``count`` are read next."""
         stored = self.cache.stored
         images = stored.array(count) if stored else None
         return None if images is None else ImageArray(images, self.rows)
@@ -90,9 +92,9 @@ class CachedSplit:
 
 
 class CachedImage:
-    """An image (height, width, 3) in a cache. Only the parts that are needed are copied.
+    """Image (height, width, 3) in a cache, of which only the requested parts are copied.
 
-    The methods return what those of a decoded ``PIL.Image.Image`` return.
+    Its methods are equivalent to those of a decoded ``PIL.Image.Image``.
     """
 
     def __init__(self, pixels: NDArray[np.uint8]) -> None:

@@ -1,4 +1,4 @@
-"""The images of a cache: a sorted list of files, their key, and their decoded sizes."""
+"""Set of the images of a cache: a sorted list of files, their key, and their decoded sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images of one cache: ``split`` has each file once, sorted by path.
+    """Images of one cache: ``split`` has each file once, sorted by path.
 
     ``max_side`` limits the sides of images in the cache. ``key`` is "" until it is computed.
     """
@@ -43,21 +43,21 @@ class ImageSet:
         files = [split for split in splits if isinstance(split, FileSplit)]
         sizes: dict[str, list[int]] = {}
         for split in files:
-            known = split.sizes.tolist() if split.sizes is not None else [[0, 0]] * len(split)
-            sizes |= zip(split.paths, known, strict=True)
+            listed = split.sizes.tolist() if split.sizes is not None else [[0, 0]] * len(split)
+            sizes |= zip(split.paths, listed, strict=True)
         paths = tuple(sorted(sizes))
         if not paths or len(files) < len(splits):
             return None
         checked = np.array([sizes[path] for path in paths], np.int64)
-        nothing = np.zeros(len(paths), np.int64)
-        return cls(replace(files[0], paths=paths, labels=nothing, sizes=checked), max_side)
+        no_labels = np.zeros(len(paths), np.int64)
+        return cls(replace(files[0], paths=paths, labels=no_labels, sizes=checked), max_side)
 
     def __len__(self) -> int:
         return len(self.split)
 
     @property
     def layout(self) -> StoreLayout:
-        """The layout of the file, once all images are checked."""
+        """Layout of the file; available when all images are checked."""
         assert self.split.sizes is not None
         sizes = [limited_size((w, h), self.max_side) for w, h in self.split.sizes.tolist()]
         return StoreLayout(np.array(sizes, np.int64), self.split.sizes)
@@ -68,10 +68,10 @@ class ImageSet:
         return np.array([number[path] for path in split.paths], np.int64)
 
     def with_key(self) -> ImageSet:
-        """Return the set with its key: the files, the decoder and the settings.
+        """Return the set with its key, a hash of the files, the decoder and the settings.
 
-        The time of the last change of a file is part of it, so an image that is replaced by one of
-        the same size is decoded again. Raises OSError when a file is missing.
+        The times of the files are included, so that an image that is replaced by one of the same
+        size is decoded again. Raises OSError if a file is missing.
         """
         decoder = CACHE_FORMAT, __version__, PIL.__version__, features.version("jpg"), self.max_side
         sha = hashlib.sha256(repr(decoder).encode())

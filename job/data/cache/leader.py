@@ -1,4 +1,4 @@
-"""The process of a node that finds, locks, creates and completes the file of the cache."""
+"""Leader of a node: the process that finds, locks, creates and completes its cache file."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _memory: list[int] = []  # open files in memory, which last as long as this proc
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """``--cache``, ``--cache-dir`` and the run folder."""
+    """Values of ``--cache`` and ``--cache-dir``, and the run folder."""
 
     mode: CacheMode
     cache_dir: str | None
     run: Path
 
     def find(self, key: str) -> StoredImages | None:
-        """Return the finished cache of ``key`` that this node can read, or None."""
+        """Return the complete cache of ``key`` that this node can read, or None."""
         for folder in cache_folders(self.mode, self.cache_dir, self.run):
             if stored := StoredImages.open(folder / f"{key}.images", key):
                 return stored
@@ -46,41 +46,43 @@ class CacheOptions:
 
 
 @dataclass(frozen=True)
-class News:
-    """What the processes of a node do now: build the file at ``path``, wait for another job, …"""
+class NodeStep:
+    """Next step of the processes of a node: build the file at ``path``, wait for another job, or
+    continue with the file (ready) or without one (off).
+    """
 
     state: Literal["build", "wait", "ready", "off"]
     path: Path | None = None
     reason: str = ""  # why there is no cache
     error: tuple[type[GammaslimError], str] | None = None
-    found: bool = False  # whether the file was there before this job
+    found: bool = False  # whether the file existed before this job
 
 
 class Leader:
-    """Finds, locks, creates and completes the file of one node."""
+    """Finds, locks, creates and completes the cache file of one node."""
 
     def __init__(self, images: ImageSet, options: CacheOptions) -> None:
         self.images, self.options = images, options
-        self._news: News | None = None  # once it is final
+        self._final_step: NodeStep | None = None  # None until it is decided
         self._lock: int | None = None
         self._temporary: Path | None = None
         self._final: Path | None = None
 
-    def look(self) -> News:
+    def next_step(self) -> NodeStep:
         """Find the cache, or begin to build it if no other job does."""
-        if self._news is None:
+        if self._final_step is None:
             try:
-                return self._look()
+                return self._find_or_begin()
             except (GammaslimError, OSError) as error:
                 self.fail(error)
-        assert self._news
-        return self._news
+        assert self._final_step
+        return self._final_step
 
-    def _look(self) -> News:
+    def _find_or_begin(self) -> NodeStep:
         if stored := self.options.find(self.images.key):
             mark_used(stored.path)
-            self._news = News("ready", stored.path, found=True)
-            return self._news
+            self._final_step = NodeStep("ready", stored.path, found=True)
+            return self._final_step
         options, needed = self.options, self.images.layout.length
         place = choose_place(options.mode, options.cache_dir, options.run, needed)
         if place.folder:
@@ -89,11 +91,11 @@ class Leader:
             file = os.memfd_create("gammaslim-cache")
             _memory.append(file)
             self._temporary = Path(f"/proc/{os.getpid()}/fd/{file}")
-            return News("build", self._temporary)
-        self._news = News("off", reason=place.reason)
-        return self._news
+            return NodeStep("build", self._temporary)
+        self._final_step = NodeStep("off", reason=place.reason)
+        return self._final_step
 
-    def _begin(self, folder: Path) -> News:
+    def _begin(self, folder: Path) -> NodeStep:
         """Acquire the lock and create a temporary file; wait if another job holds the lock."""
         key = self.images.key
         try:
@@ -104,11 +106,11 @@ class Leader:
                 say(f"cache: {unused}, {amount(size)}, deleted")
             if self._lock is None:
                 self._lock = os.open(folder / f".{key}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-            if not _locked(self._lock):
-                return News("wait")
+            if not _acquire(self._lock):
+                return NodeStep("wait")
             if stored := self.options.find(key):  # it was completed meanwhile
-                self._news = News("ready", stored.path, found=True)
-                return self._news
+                self._final_step = NodeStep("ready", stored.path, found=True)
+                return self._final_step
             for left in folder.glob(f".{key}.*.tmp"):  # of a killed job: nobody holds the lock
                 remove(left)
             name = f".{key}.{socket.gethostname()}.{os.getpid()}.tmp"
@@ -116,7 +118,7 @@ class Leader:
             self._temporary.touch()
         except OSError as error:
             raise cannot_begin(folder, error) from error
-        return News("build", self._temporary)
+        return NodeStep("build", self._temporary)
 
     def finish(self, writer: StoreWriter, missing: list[int]) -> None:
         """Complete the file and give it its final name."""
@@ -124,20 +126,22 @@ class Leader:
             writer.finish(self.images.key, missing)
             if self._final and self._temporary:
                 publish(self._temporary, self._final)
-            self._news = News("ready", self._final or self._temporary)
+            self._final_step = NodeStep("ready", self._final or self._temporary)
         except StorageError as error:
             self.fail(error)
 
     def fail(self, error: GammaslimError | OSError) -> None:
-        """Give up: ``auto`` continues without a cache, the other modes end the job."""
+        """Abandon the cache: ``auto`` continues without one, the other modes end the job."""
         kind = type(error) if isinstance(error, GammaslimError) else StorageError
         automatic = self.options.mode == "auto"
-        self._news = News("off", reason=str(error), error=None if automatic else (kind, str(error)))
+        self._final_step = NodeStep(
+            "off", reason=str(error), error=None if automatic else (kind, str(error))
+        )
         self.close()
 
     def close(self) -> None:
-        """Remove what is not complete, and release the lock."""
-        complete = self._news is not None and self._news.state == "ready"
+        """Remove an incomplete file, and release the lock."""
+        complete = self._final_step is not None and self._final_step.state == "ready"
         if self._temporary and not complete:
             if self._final:
                 remove(self._temporary)
@@ -149,8 +153,8 @@ class Leader:
             self._lock = None
 
 
-def _locked(file: int) -> bool:
-    """Acquire a lock that ends with this process; True where the storage has no locks."""
+def _acquire(file: int) -> bool:
+    """Acquire a lock that ends with this process; True if the storage has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

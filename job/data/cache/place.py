@@ -1,4 +1,4 @@
-"""Where a cache is stored: node-local scratch, the run folder, or shared memory."""
+"""Place of a cache: node-local scratch, the run folder, or shared memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OFF_ADVICE = "free some space, choose another --cache-dir, or pass --cache off"
 
 @dataclass(frozen=True)
 class CachePlace:
-    """A place for a cache: a ``folder``, shared memory (None), or none at all for a ``reason``."""
+    """Place of a cache: a ``folder``, shared ``memory``, or neither, for a ``reason``."""
 
     folder: Path | None = None
     memory: bool = False
@@ -65,8 +65,8 @@ def cache_folders(mode: CacheMode, cache_dir: str | None, run: Path) -> Iterator
 def choose_place(mode: CacheMode, cache_dir: str | None, run: Path, needed: int) -> CachePlace:
     """Choose a place for ``needed`` bytes on this node.
 
-    ``auto`` takes --cache-dir or scratch if the file fills at most half of the free space, else a
-    quarter of the available memory, and never fills the run folder. Raises StorageError if a place
+    ``auto`` uses --cache-dir or scratch if the file fills at most half of the free space, else
+    memory if it fills at most a quarter, and never the run folder. Raises StorageError if a place
     that the user has chosen has too little space.
     """
     if mode == "off":

@@ -1,4 +1,4 @@
-"""All processes of each node build the cache together, in short collective steps."""
+"""Construction of the cache by all processes of each node, in short collective steps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from job.processes import is_main, rank
 
 if TYPE_CHECKING:
     from job.data.cache.image_set import ImageSet
-    from job.data.cache.leader import CacheOptions, News
+    from job.data.cache.leader import CacheOptions, NodeStep
     from job.distributed.stop import Watch
 
-SLICE = 1.0  # seconds of work between two collective steps
+SLICE = 1.0  # seconds of work between collective steps
 
 
 @dataclass(frozen=True)
 class _Report:
-    """How far a process is."""
+    """Progress of one process."""
 
     done: int = 0
     finished: bool = True
@@ -38,7 +38,7 @@ class _Report:
 def share_cache(images: ImageSet, options: CacheOptions, watch: Watch) -> StoredImages | None:
     """Return this node's cache, built by all of its processes; None without a cache. Collective.
 
-    Raises StopRequest, and GammaslimError if the cache that the user has asked for cannot be made.
+    Raises StopRequest, and GammaslimError if a cache that the user requested cannot be built.
     """
     began = time.monotonic()
     nodes = gather(_this_node())
@@ -46,10 +46,10 @@ def share_cache(images: ImageSet, options: CacheOptions, watch: Watch) -> Stored
     leader = Leader(images, options) if rank() == members[0] else None
     try:
         while True:
-            news = gather(leader.look() if leader else None)
-            states = {each.state for each in news if each}
+            steps = gather(leader.next_step() if leader else None)
+            states = {each.state for each in steps if each}
             if "build" in states:
-                _build(images, leader, members, news, watch)
+                _build(images, leader, members, steps, watch)
             elif "wait" in states:
                 phase("waiting for the cache that another job builds")
                 time.sleep(SLICE)
@@ -60,7 +60,7 @@ def share_cache(images: ImageSet, options: CacheOptions, watch: Watch) -> Stored
         phase("")
         if leader:
             leader.close()
-    return _conclude(images, [each for each in news if each], news[members[0]], began)
+    return _conclude(images, [each for each in steps if each], steps[members[0]], began)
 
 
 def _this_node() -> tuple[str, int]:
@@ -75,14 +75,14 @@ def _build(
     images: ImageSet,
     leader: Leader | None,
     members: list[int],
-    news: list[News | None],
+    steps: list[NodeStep | None],
     watch: Watch,
 ) -> None:
-    """Build the files of the nodes that have none, each process a share. Collective."""
-    builder, failure = _join(images, members, news[members[0]])
-    if leader and failure:  # else it would begin again and again
+    """Build the files of the nodes that have none; each process builds a share. Collective."""
+    builder, failure = _join(images, members, steps[members[0]])
+    if leader and failure:  # otherwise it would begin again forever
         leader.fail(failure)
-    total = len(images) * sum(each is not None and each.state == "build" for each in news)
+    total = len(images) * sum(each is not None and each.state == "build" for each in steps)
     try:
         while True:
             reports = gather(_work(builder))
@@ -105,17 +105,17 @@ def _build(
 
 
 def _join(
-    images: ImageSet, members: list[int], news: News | None
+    images: ImageSet, members: list[int], step: NodeStep | None
 ) -> tuple[ShareBuilder | None, StorageError | None]:
     """Return the builder of this process's share of its node's file, if the node builds one.
 
     Returns the error if this process cannot open the file. Collective.
     """
     writer, failure = None, None
-    if news and news.state == "build" and news.path:
+    if step and step.state == "build" and step.path:
         try:
-            writer = StoreWriter(news.path, images.layout)
-        except StorageError as error:  # the others decode this share too
+            writer = StoreWriter(step.path, images.layout)
+        except StorageError as error:  # the other processes decode this share too
             failure = error
     joined = gather(writer is not None)
     builders = [member for member in members if joined[member]]
@@ -142,38 +142,39 @@ def _work(builder: ShareBuilder | None) -> _Report:
 
 
 def _conclude(
-    images: ImageSet, news: list[News], mine: News | None, began: float
+    images: ImageSet, steps: list[NodeStep], own_step: NodeStep | None, began: float
 ) -> StoredImages | None:
-    """Open the file, and report what the cache is; raises the error of any node."""
-    for each in news:
+    """Open the file, and log a summary of the cache; raises the error of any node."""
+    for each in steps:
         if each.error:
             kind, message = each.error
             failure = kind(message)
             failure.reported = not is_main()
             raise failure
-    assert mine
+    assert own_step
     stored = None
-    if mine.state == "ready" and mine.path:
-        stored = StoredImages.open(mine.path, images.key)
-    if stored is None and mine.state == "ready":
-        warn(f"rank {rank()} decodes images again: {shown(mine.path or '')} cannot be opened here")
+    if own_step.state == "ready" and own_step.path:
+        stored = StoredImages.open(own_step.path, images.key)
+    if stored is None and own_step.state == "ready":
+        file = shown(own_step.path or "")
+        warn(f"rank {rank()} decodes images in every epoch: {file} cannot be opened here")
     if is_main():
-        say(_summary(images, mine, time.monotonic() - began))
-        without = [each for each in news if each.state == "off"]
-        if without and len(news) > 1:
-            nodes = f"{len(without)} of {counted(len(news), 'node')}"
+        say(_summary(images, own_step, time.monotonic() - began))
+        without = [each for each in steps if each.state == "off"]
+        if without and len(steps) > 1:
+            nodes = f"{len(without)} of {counted(len(steps), 'node')}"
             warn(f"{nodes} decode images in every epoch: {without[0].reason}")
     return stored
 
 
-def _summary(images: ImageSet, news: News, seconds: float) -> str:
+def _summary(images: ImageSet, step: NodeStep, seconds: float) -> str:
     count = counted(len(images), "decoded image")
-    if news.state == "off":
-        return f"cache: none, images are decoded in every epoch: {news.reason}"
-    if news.path and news.path.is_relative_to("/proc"):
+    if step.state == "off":
+        return f"cache: none, images are decoded in every epoch: {step.reason}"
+    if step.path and step.path.is_relative_to("/proc"):
         where = "in memory"
     else:
-        where = f"in {shown(news.path or '')}"
+        where = f"in {shown(step.path or '')}"
     size = amount(images.layout.length)
-    how = "found" if news.found else f"built in {seconds:.1f} s"
+    how = "found" if step.found else f"built in {seconds:.1f} s"
     return f"cache: {count}, {size}, {where}, {how}"

@@ -1,4 +1,4 @@
-"""The file of a cache: a manifest, an index of sizes and offsets, and the pixels of all images.
+"""File of a cache: a manifest, an index of sizes and offsets, and the pixels of all images.
 
 The first ``HEADER`` bytes hold the manifest as JSON, zeros until the file is complete. The index
 (N, 5) int64 follows, with offset, width and height of each image, and the width and height in its
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 CACHE_FORMAT = 1
 HEADER = 4096  # bytes
 CHANNELS, COLUMNS = 3, 5
-MAPPED = 64 << 20  # bytes of pixels that a process reads before it releases the mapped pages
+MAX_MAPPED = 64 << 20  # bytes of pixels that a process reads before it releases the mapped pages
 
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """Where the images are in the file.
+    """Positions of the images in the file.
 
     ``sizes`` (N, 2) are widths and heights in the cache, ``file_sizes`` those of the image files.
     """
@@ -62,9 +62,9 @@ class StoreLayout:
 
 
 class StoreWriter:
-    """Writes images into a file at ``path`` that ``create`` has made; several processes may.
+    """Writer of images into the existing file ``path``; several processes may write at a time.
 
-    Methods raise StorageError.
+    The methods raise StorageError.
     """
 
     def __init__(self, path: Path, layout: StoreLayout) -> None:
@@ -86,9 +86,9 @@ class StoreWriter:
                 content, offset = content[count:], offset + count
 
     def finish(self, key: str, missing: list[int]) -> None:
-        """Complete the file: flush the pixels, then write the index and at last the manifest.
+        """Complete the file: flush the pixels, then write the index, then the manifest.
 
-        Images ``missing`` could not be decoded.
+        ``missing`` are the numbers of the images that could not be decoded.
         """
         index = self.index.copy()
         index[missing, 1:3] = 0
@@ -121,7 +121,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 @dataclass
 class StoredImages:
-    """The images of a complete file, mapped when they are first read.
+    """Images of a complete file, which is mapped at the first access.
 
     A copy in another process, e.g. a loader process, maps the file again.
     """
@@ -195,7 +195,7 @@ class StoredImages:
             with reading(self.path), self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self._touched += length
-        if self._touched > MAPPED:
+        if self._touched > MAX_MAPPED:
             # the pages stay in the system's cache, but no longer count as memory of this process
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = length

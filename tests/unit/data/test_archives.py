@@ -207,7 +207,7 @@ TARS = {
     "device": "neither a file nor a folder", "pipe": "neither a file nor a folder",
     "twice": "two files named training/0_0.png", "cut short": "unexpected end of data",
     "file and folder": "a file and a folder named training/0_0.png",
-    "no end": "cut short or damaged", "damaged header": "cut short or damaged",
+    "no end": "truncated or damaged", "damaged header": "truncated or damaged",
 }  # fmt: skip
 
 
@@ -257,7 +257,7 @@ def hostile_zip(path: Path, case: str) -> None:
 
 ZIPS = {
     "traversal": "leads outside the archive", "link": "is a link", "bomb": "68,157,440 bytes",
-    "method": "unusual method", "encrypted": "is encrypted", "overlap": "files overlap",
+    "method": "unsupported method", "encrypted": "is encrypted", "overlap": "files overlap",
     "grown": "files overlap", "cut short": "cannot be read as an archive",
 }  # fmt: skip
 

@@ -393,7 +393,7 @@ def test_an_image_lost_before_it_is_decoded_is_reported_by_its_reader(tmp_path: 
 def test_memory_of_a_reader_does_not_grow_with_the_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAPPED", 1 << 20)
+    monkeypatch.setattr(store_module, "MAX_MAPPED", 1 << 20)
     images = image_set(write_images(tmp_path / "data", [(512, 490)] * 40))  # 30 MB
     stored = fill(images, tmp_path / "cache")
     assert stored

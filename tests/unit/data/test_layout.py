@@ -136,7 +136,7 @@ def test_idx_files_may_have_a_prefix_and_a_folder_of_their_own(tmp_path: Path) -
     [
         (lambda c: c[:-5], "needs"),
         (lambda c: b"\1" + c[1:], "not an IDX file"),
-        (lambda c: c[:6], "cut short"),
+        (lambda c: c[:6], "truncated"),
         (lambda c: b"", "not an IDX file"),
     ],
 )
