@@ -20,6 +20,7 @@ from job.slimming.graph.removed_layers import ConstantOutput, NoOutput
 from job.slimming.graph.selection import unwrap_selection
 from job.slimming.planning.layer_channels import LayerChannels, Layers
 from job.slimming.surgery.removal import constant_of
+from job.slimming.surgery.scales import row_scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -80,6 +81,9 @@ class CutPair:
             group_rows = weight[rows[rows // outputs == group]]
             weights.append(torch.einsum("ocp,ck->okp", group_rows, slope))
             constants.append(group_rows.sum(2) @ constant * taps)
+        scales = self.row_scales(consumer.layer)
+        weights = [torch.cat(weights) * scales[:, None, None]]
+        constants = [torch.cat(constants) * scales]
         with torch.no_grad():
             if not isinstance(layer, ConstantOutput):
                 layer.weight.copy_(weight_from_rows(layer, torch.cat(weights)))
@@ -90,6 +94,10 @@ class CutPair:
         kept = self._kept(layer).out
         rows = len(weight_rows(self.wide.get_submodule(layer)))
         return torch.arange(rows) if kept is None else torch.tensor(kept)
+
+    def row_scales(self, layer: str) -> torch.Tensor:
+        """Return the factors (O,) of the outputs of a narrow layer relative to the wide one."""
+        return row_scales(self._kept(layer), len(self.kept_rows(layer)))
 
     def summand(self, layer: str) -> str | None:
         """Return the module whose output is only added to another, so that ``layer`` fits a sum.
@@ -120,6 +128,7 @@ class CutPair:
         if layer.bias is not None:
             bias = getattr(self.wide.get_submodule(name), "bias", None)
             wide_bias = 0 if bias is None else bias.detach().cpu().double()[rows]
+            wide_bias = wide_bias * self.row_scales(name)
             layer.bias.copy_(wide_bias + constant)
             return
         for norm in self._norms_after(name):

@@ -92,7 +92,7 @@ def _rows(
     """
     layer: Any = pair.narrow.get_submodule(name)
     kept_rows = pair.kept_rows(name).to(batch.outputs.device)
-    padded = pad_inputs(layer, batch.inputs)
+    scales, padded = pair.row_scales(name), pad_inputs(layer, batch.inputs)
     sizes = batch.outputs.shape[2:]
     rows = row_count(layer, batch.outputs)
     where = sample_positions(rows, step, batch.sizes, padded.device)
@@ -104,6 +104,7 @@ def _rows(
     for part in torch.split(where, block):
         patches = _at_least_float32(patches_at(layer, padded, part, sizes))
         wanted = _at_least_float32(values_at(layer, batch.outputs, part)[:, kept_rows])
+        wanted = wanted * scales.to(wanted)
         if batch.narrow_sum is not None:
             errors = wanted - values_at(layer, batch.narrow_sum, part)
             errors = errors * _inverse_gain(pair, name).to(errors)

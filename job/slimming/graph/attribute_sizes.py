@@ -67,8 +67,16 @@ def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Ite
         if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
             sizes = tuple(sizes[0])
         if len(sizes) == after[0].dim():
-            for axis in label_axes(after[0]):
+            for axis in _cut_axes(after[0]):
                 yield sizes[axis], _along(after[0], axis)
+
+
+def _cut_axes(labels: torch.Tensor) -> list[int]:
+    """The axes of a view that lose channels: of groups their size, of pairs their number."""
+    axes = label_axes(labels)
+    if len(axes) == 2 and labels.shape[axes[1]] == 2 < labels.shape[axes[0]]:
+        return axes
+    return axes[-1:]
 
 
 def _along(labels: torch.Tensor, axis: int) -> Ids:

@@ -16,6 +16,7 @@ from job.slimming.graph.groups import (
     renumber_reads,
     renumber_slots,
 )
+from job.slimming.graph.head_blocks import merge_head_blocks
 from job.slimming.graph.layer_rules import layer_rule
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.propagation import propagate_channels
@@ -24,7 +25,7 @@ from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.ties import tie_overlapping
 from job.slimming.graph.trace import same_ops, trace_with_snapshot
 from job.slimming.graph.trace_summary import summarise_trace
-from job.slimming.graph.union import FIXED, ChannelUnion, Ids
+from job.slimming.graph.union import FIXED, ChannelUnion, Ids, ScaledRows
 from job.slimming.graph.unsupported import unsupported_layers
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def _unused_layers(network: nn.Module, trace: Trace) -> set[str]:
 def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:
     """Return the graph of a finished union, whose channels are the unions that can be cut."""
     roots = union.roots()
+    if union.heads:
+        merge_head_blocks(union, roots)
     if tie_overlapping(union, roots):
         roots = union.roots()
     blocks = _balanced_blocks(union, roots)
@@ -124,6 +127,7 @@ def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:
         _suspects(union, groups, numbers, count),
         reads=renumber_reads(union.reads, numbers),
         sizes=tuple(replace(size, ids=numbers[size.ids]) for size in union.sizes),
+        scaled=tuple(ScaledRows(layer, rows, numbers[ids]) for layer, rows, ids in union.scaled),
     )
     unbalanced = [group.name for group in groups if not _is_balanced(group, blocks)]
     graph = graph.without(unbalanced, "only some of them must stay equally many in equal parts")

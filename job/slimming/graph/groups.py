@@ -13,7 +13,7 @@ from job.slimming.graph.union import FIXED, ChannelSlot
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from job.slimming.graph.union import AttributeSize, ChannelRead, Ids, LayerCall
+    from job.slimming.graph.union import AttributeSize, ChannelRead, Ids, LayerCall, ScaledRows
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class ChannelGraph:
     groups that may be misinterpreted, with the op that moves their channels. ``auxiliary`` tells
     that some layers run only in train mode, ``odd`` that some op is not supported or that train
     mode runs other ops. ``forward`` summarises a forward pass in eval mode. ``reads`` are ops that
-    compute over channels without a weight, ``sizes`` attributes that count channels.
+    compute over channels without a weight, ``sizes`` attributes that count channels. ``scaled`` are
+    the weights that make up for the scale of attention.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -71,6 +72,7 @@ class ChannelGraph:
     forward: TraceSummary = NOTHING_TRACED
     reads: tuple[ChannelRead, ...] = ()
     sizes: tuple[AttributeSize, ...] = ()
+    scaled: tuple[ScaledRows, ...] = ()
 
     @property
     def channel_count(self) -> int:
@@ -99,6 +101,7 @@ class ChannelGraph:
             suspects=tuple(s for s in self.suspects if s[0] not in removed_names),
             reads=renumber_reads(self.reads, numbers),
             sizes=tuple(replace(size, ids=numbers[size.ids]) for size in self.sizes),
+            scaled=tuple(replace(rows, ids=numbers[rows.ids]) for rows in self.scaled),
         )
 
 

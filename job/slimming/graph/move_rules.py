@@ -73,10 +73,8 @@ def reshape(state: PropagationState, op: Op) -> None:
         lines = flat_ids(labels).reshape(-1, labels.shape[label_axes(labels)[-1]])
         if maps:
             lines = lines.reshape(labels.shape[label_axes(labels)[0]], -1).T
-        elif _leaves_group_count_open(op, labels):  # the same number of channels in each group
-            lines = lines.T
-        for line in lines[1:]:
-            state.union.unite(lines[0], line)
+        leaves_groups = not maps and _leaves_group_count_open(op, labels)  # and not their size
+        state.heads.add(np.ascontiguousarray(lines), whole=leaves_groups, held=_is_held(op))
     any_size = op.name == "flatten" or (op.name in ("view", "reshape") and op.args[-1] == -1)
     state.note_sizes(op, [labels])
     if maps:
@@ -84,6 +82,14 @@ def reshape(state: PropagationState, op: Op) -> None:
     if split or not any_size:
         state.union.suspects.append((op.name, flat_ids(labels)))
     return state.set_labels(result, labels)
+
+
+def _is_held(op: Op) -> bool:
+    """Return whether the last size of a view is an attribute, which a cut can change."""
+    sizes: Any = op.args[1:]
+    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    values = [vars(op.module).get(name) for name in op.names_used] if op.module else []
+    return any(type(value) is int and value in tuple(sizes[-1:]) for value in values)
 
 
 def _leaves_group_count_open(op: Op, labels: torch.Tensor) -> bool:

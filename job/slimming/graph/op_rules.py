@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from job.slimming.graph.attention_rules import attention, matmul
 from job.slimming.graph.channel_labels import (
     flat_ids,
     label_axes,
@@ -176,6 +177,8 @@ def matrix_of_train_mode(state: PropagationState, op: Op, *, side: Side) -> None
     """Consume channels by a matrix parameter that only train mode uses, e.g. class centres."""
     image, matrix = op.args[:2] if len(op.args) > 1 else (None, None)
     name = state.trace.name(matrix)
+    if name is None and op.name in ("matmul", "__matmul__"):
+        return matmul(state, op)
     ids = None if state.labels_of(image) is None else state.ids_along(image, -1)
     if state.main or ids is None or name is None or matrix.dim() != 2:
         return state.give_up(op, f"{op.name} is not supported")
@@ -230,8 +233,9 @@ OP_RULES: dict[str, Rule] = {
         tanh tanh_ leaky_relu leaky_relu_ elu elu_ selu selu_ celu mish softplus softsign
         logsigmoid hardshrink softshrink tanhshrink threshold threshold_ rrelu dropout dropout1d
         dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout clone contiguous
-        detach to float double half bfloat16 type type_as requires_grad_ cpu cuda neg __neg__ abs
-        exp log sqrt rsqrt square pow __pow__ clamp clamp_ clip sin cos erf reciprocal max_pool1d
+        detach data to float double half bfloat16 type type_as requires_grad_ cpu cuda neg __neg__
+        abs exp log sqrt
+        rsqrt square pow __pow__ clamp clamp_ clip sin cos erf reciprocal max_pool1d
         max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool2d adaptive_avg_pool1d
         adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d _max_pool2d
         _adaptive_max_pool2d max_pool2d_with_indices adaptive_max_pool2d_with_indices interpolate
@@ -251,7 +255,7 @@ OP_RULES: dict[str, Rule] = {
     **dict.fromkeys(CONCATENATIONS, cat),
     **_for_each("view reshape flatten unflatten view_as reshape_as", reshape),
     **_for_each(
-        """permute transpose movedim moveaxis swapaxes swapdims squeeze unsqueeze t stack flip
+        """permute transpose movedim moveaxis swapaxes swapdims squeeze unsqueeze t T mT stack flip
         repeat""",
         partial(rearrange, any_size=True),
     ),
@@ -262,6 +266,8 @@ OP_RULES: dict[str, Rule] = {
     ),
     **_for_each("chunk split tensor_split", partial(rearrange, splits=True)),
     **_for_each("matmul __matmul__ mm", partial(matrix_of_train_mode, side="through")),
+    "bmm": matmul,
+    "scaled_dot_product_attention": attention,
     **_for_each("new_empty new_zeros new_ones new_full new_tensor no_output", new_tensor),
     **_for_each("roi_align roi_pool grid_sample grid_sampler", sampled),
     "local_response_norm": neighbours,

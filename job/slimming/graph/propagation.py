@@ -13,6 +13,7 @@ import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids
 from job.slimming.graph.derived import DerivedValues
+from job.slimming.graph.heads import SCALINGS
 from job.slimming.graph.layer_rules import LAYER_RULES, is_layer
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.op_rules import CONCATENATIONS, LIKE, MOVING, OP_RULES, POINTWISE
@@ -38,6 +39,7 @@ def propagate_channels(network: nn.Module, traces: Sequence[Trace]) -> ChannelUn
         for number, trace in enumerate(traces):
             state.begin(trace, DerivedValues(trace, MOVING, POINTWISE), main=number == 0)
             _propagate_trace(state, layer_ops)
+        state.heads.end(state.union)
         mixed = state.union.united_with_others(set(state.selected))
         mixed |= state.selected.keys() & state.passed
         if not mixed:
@@ -69,6 +71,8 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
 def _propagate_op(
     state: PropagationState, op: Op, layer_ops: Mapping[str, Rule], shared: bool
 ) -> None:
+    if op.name in SCALINGS:
+        state.heads.note_scale(op, state.labels_of(op.inputs[0]) if op.inputs else None)
     labelled = [tensor for tensor in op.inputs if state.labels_of(tensor) is not None]
     state.begin_op(op, labelled, result_shared=shared)
     if op.name in layer_ops:
@@ -83,6 +87,9 @@ def _propagate_op(
         OP_RULES[op.name](state, op)
     else:
         state.give_up(op, f"{op.name} is not supported")
+    for result in op.results:
+        if (labels := state.labels_of(result)) is not None:
+            state.heads.check(labels)
 
 
 def _skip(state: PropagationState, op: Op) -> None:

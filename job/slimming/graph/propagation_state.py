@@ -13,6 +13,7 @@ import numpy as np
 
 from job.slimming.graph.attribute_sizes import attribute_sizes
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
+from job.slimming.graph.heads import Heads
 from job.slimming.graph.layers import modules_of, owner_of
 from job.slimming.graph.trace import SIZED
 from job.slimming.graph.union import ChannelSlot, ChannelUnion, LayerCall
@@ -47,7 +48,7 @@ class PropagationState:
     ) -> None:
         self.network, self.layers, self.not_selecting = network, layers, not_selecting
         self.modules = modules_of(network)
-        self.union = ChannelUnion()
+        self.union, self.heads = ChannelUnion(), Heads()
         self._module_names = {id(m): n for n, m in modules_of(network, once=True).items()}
         self.twins = _twins(network, layers)
         self.produced: dict[str, Ids] = {}  # elements by weight
@@ -64,6 +65,7 @@ class PropagationState:
         self.trace, self.derived, self.main = trace, derived, main
         self._calls: Counter[str] = Counter()
         self._labels, self._shared = {}, set()
+        self.heads.begin_trace()
 
     def begin_op(self, op: Op, inputs: Collection[torch.Tensor], *, result_shared: bool) -> None:
         """Continue with the next op, whose labelled inputs are ``inputs``."""

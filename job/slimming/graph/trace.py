@@ -38,6 +38,7 @@ SIZE_QUERIES = frozenset({"size", "numel", "nelement"})
 NORM_OPS = frozenset("batch_norm instance_norm group_norm layer_norm rms_norm".split())
 SIZED = frozenset("split split_with_sizes narrow __getitem__ view reshape".split())
 CALLED_BY_MODULES = NORM_OPS | SIZED | {"conv1d", "conv2d", "conv3d", "linear"}
+CALLED_BY_MODULES |= {"scaled_dot_product_attention"}
 NO_CALLER: tuple[None, frozenset[str]] = (None, frozenset())
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
@@ -158,6 +159,8 @@ class _Tracer(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name, kwargs = func.__name__, kwargs or {}
+        if name == "__get__":  # of a property such as ``mT``
+            name = func.__self__.__name__
         result = infer_result(name, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
@@ -165,7 +168,8 @@ class _Tracer(TorchFunctionMode):
         if results or name == "__setitem__":
             args, kwargs = _copy_lists(args), _copy_lists(kwargs)
             inputs = tuple(tensors_in((args, kwargs)))
-            caller = _calling_module() if name in CALLED_BY_MODULES else NO_CALLER
+            known = name in CALLED_BY_MODULES or any(type(arg) is float for arg in args)
+            caller = _calling_module() if known else NO_CALLER
             self.ops.append(Op(name, func, args, kwargs, result, inputs, results, *caller))
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
             self.measured.append(args[0])

@@ -63,13 +63,16 @@ class ChannelRead:
 
     It is call number ``call`` of the op ``name`` in eval mode. Its result has the channels of the
     first operand along ``result_axis``; None where it has none. The wide network without the
-    removed channels is one where this op is computed from the other channels alone.
+    removed channels is one where this op is computed from the other channels alone. Of a read that
+    is ``zeroed`` the first operand is zero for removed channels instead; its elements have the axes
+    of the operand.
     """
 
     name: str
     operands: tuple[Operand, ...]
     result_axis: int | None = None
     call: int = 0
+    zeroed: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,19 @@ class AttributeSize:
     ids: Ids
 
 
+@dataclass(frozen=True)
+class ScaledRows:
+    """Outputs ``rows`` (n,) of ``layer``, which are the queries or keys ``ids`` of attention.
+
+    Their weights grow with the root of the fraction of channels that is kept, since the scale of
+    the attention, computed as 1/sqrt(channels), shrinks with it.
+    """
+
+    layer: str
+    rows: Ids
+    ids: Ids
+
+
 @dataclass
 class ChannelUnion:
     """Elements, their unions, and the results of propagation.
@@ -91,7 +107,8 @@ class ChannelUnion:
     misinterpreted, with the op that moves them; ``fixes`` are elements that are never cut, with the
     reason. ``reads`` are ops that compute over channels without a weight. ``doubtful`` tells that
     some op is not supported. ``count`` includes the element FIXED.
-    ``sizes`` are attributes that may count channels.
+    ``sizes`` are attributes that may count channels. ``heads`` are blocks of the heads of
+    attention, ``scaled`` the layers, rows and elements whose weights make up for its scale.
     """
 
     slots: list[ChannelSlot] = field(default_factory=list)
@@ -102,6 +119,8 @@ class ChannelUnion:
     calls: list[LayerCall] = field(default_factory=list)
     reads: list[ChannelRead] = field(default_factory=list)
     sizes: list[AttributeSize] = field(default_factory=list)
+    heads: list[Ids] = field(default_factory=list)
+    scaled: list[tuple[str, Ids, Ids]] = field(default_factory=list)
     doubtful: bool = False
     count: int = 1
     pairs: list[tuple[Ids, Ids]] = field(default_factory=list)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from job.files import JsonObject
 
 Kept = tuple[int, ...]
+Scaled = tuple[tuple[Kept, int, int], ...]
 AttributeSizes = tuple[tuple[str, int | tuple[int, ...]], ...]
 MAX_AXES = 16
 SIDES = {"out": "out", "in": "in_", "select": "select"}
@@ -26,7 +27,8 @@ class LayerChannels:
     bias, for the constant of removed channels. A layer without any input is a constant, into which
     the BatchNorm ``norm`` after it is folded. ``axis`` is that of a parameter outside known layers;
     None for the first one of a size above 1. ``sizes`` are attributes of a module, by name, that
-    count channels.
+    count channels. ``scaled`` are outputs after the cut, and two numbers of channels: their weights
+    are multiplied by the square root of the first number over the second.
     """
 
     out: Kept | None = None
@@ -36,6 +38,7 @@ class LayerChannels:
     norm: str | None = None
     axis: int | None = None
     sizes: AttributeSizes = ()
+    scaled: Scaled = ()
 
     @property
     def cuts_tensors(self) -> bool:
@@ -57,6 +60,7 @@ class LayerChannels:
             later.norm or self.norm,
             self.axis if later.axis is None else later.axis,
             tuple((dict(self.sizes) | dict(later.sizes)).items()),
+            (*_cut_rows(self.scaled, later.out), *later.scaled),
         )
 
     def to_dict(self) -> JsonObject:
@@ -69,6 +73,7 @@ class LayerChannels:
         record |= {} if self.axis is None else {"axis": self.axis}
         sizes_record = {n: v if isinstance(v, int) else list(v) for n, v in self.sizes}
         record |= {"sizes": sizes_record} if sizes_record else {}
+        record |= {"scaled": [[list(r), n, d] for r, n, d in self.scaled]} if self.scaled else {}
         return record | ({"norm": self.norm} if self.norm else {})
 
     @classmethod
@@ -94,7 +99,8 @@ class LayerChannels:
             kept[SIDES[side]] = ()
         bias = values.get("bias", False)
         sizes = _read_sizes(values.get("sizes", {}))
-        return cls(kept["out"], kept["in_"], kept["select"], bias, norm, axis, sizes)
+        sides = kept["out"], kept["in_"], kept["select"]
+        return cls(*sides, bias, norm, axis, sizes, _read_scaled(values.get("scaled", [])))
 
 
 def _read_sizes(values: object) -> AttributeSizes:
@@ -109,6 +115,29 @@ def _read_sizes(values: object) -> AttributeSizes:
             raise error
         sizes.append((name, tuple(numbers) if isinstance(value, list) else numbers[0]))
     return tuple(sizes)
+
+
+def _cut_rows(scaled: Scaled, kept: Kept | None) -> Scaled:
+    """Return scaled outputs after another cut, which keeps the outputs ``kept``."""
+    if kept is None:
+        return scaled
+    return tuple(
+        (tuple(place for place, row in enumerate(kept) if row in rows), over, under)
+        for indices, over, under in scaled
+        for rows in (set(indices),)
+    )
+
+
+def _read_scaled(values: object) -> Scaled:
+    """Read scaled outputs from model.json; raises DataError."""
+    scaled = []
+    for value in values if isinstance(values, list) else [None]:
+        if not isinstance(value, list) or len(value) != 3 or not _are_rising(value[0]):
+            raise DataError("the scaled outputs of a layer are not indices and two numbers")
+        if any(type(number) is not int or number < 1 for number in value[1:]):
+            raise DataError("the scale of a layer's outputs is not a fraction of two numbers")
+        scaled.append((tuple(value[0]), value[1], value[2]))
+    return tuple(scaled)
 
 
 def _are_rising(kept: object) -> bool:

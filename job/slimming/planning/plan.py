@@ -183,9 +183,22 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
     for layer, channels in plan.items():
         if channels.is_constant and (norm := folded_norm(graph, layer)):
             plan[layer] = replace(channels, norm=norm)
+    _add_scales(graph, keep, plan)
     for module, sizes in _sizes_of_modules(graph, keep).items():
         plan[module] = replace(plan.get(module, LayerChannels()), sizes=sizes)
     return plan
+
+
+def _add_scales(graph: ChannelGraph, keep: Ids, plan: Layers) -> None:
+    """Add to ``plan`` the outputs whose weights make up for the scale of attention."""
+    for scaled in graph.scaled:
+        kept = keep[scaled.ids]
+        channels = plan.get(scaled.layer, LayerChannels())
+        if kept.all() or not kept.any() or channels.out is None:
+            continue
+        rows = tuple(np.flatnonzero(np.isin(channels.out, scaled.rows)).tolist())
+        ratio = int(kept.sum()), len(kept)
+        plan[scaled.layer] = replace(channels, scaled=(*channels.scaled, (rows, *ratio)))
 
 
 def _sizes_of_modules(graph: ChannelGraph, keep: Ids) -> dict[str, AttributeSizes]:

@@ -68,6 +68,11 @@ class KeptChannelsOnly(TorchFunctionMode):
     def _from_kept(
         self, read: ChannelRead, func: Any, args: list[Any], kwargs: dict[str, Any]
     ) -> Any:
+        if read.zeroed:
+            operand = read.operands[0]
+            stays = torch.from_numpy(self.keep[operand.ids])
+            _set(args, kwargs, operand.position, operand.name, _get(args, kwargs, operand) * stays)
+            return func(*args, **kwargs)
         kept = torch.from_numpy(self.keep[read.operands[0].ids].nonzero()[0])
         size = len(read.operands[0].ids)
         if not len(kept):

@@ -14,6 +14,7 @@ from job.slimming.graph.selection import SelectedChannels, unwrap_selection
 from job.slimming.surgery.clone import clone_module
 from job.slimming.surgery.kept_channels import groups_that_stay
 from job.slimming.surgery.removal import Modules, replacements
+from job.slimming.surgery.scales import scaled_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,6 +117,8 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
             continue
         for axis, side in enumerate(sides):
             tensor = _keep_indices(tensor, kept.get(side), axis)
+        if channels.scaled and sides[0] == "out":
+            tensor = scaled_rows(tensor.detach(), channels).to(tensor.dtype)
         tensors[attribute] = tensor
     return tensors
 

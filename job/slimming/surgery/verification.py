@@ -25,6 +25,7 @@ from job.slimming.surgery.comparison import explain_mismatch, relative_differenc
 from job.slimming.surgery.kept_channels import KeptReads
 from job.slimming.surgery.probe import probe_batch, smallest_equivalent_input
 from job.slimming.surgery.removal import set_exact_constants
+from job.slimming.surgery.scales import set_exact_scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,6 +93,7 @@ def _narrow_outputs(
     try:
         copy = clone_to(narrow, "cpu", precision).cpu()
         set_exact_constants(copy, wide, layers)
+        set_exact_scales(copy, wide, layers)
         # another seed, since outputs that depend on random numbers prove nothing
         return _probe_outputs(copy, example, auxiliary, seed=1)
     except Exception as failure:  # user code may raise anything

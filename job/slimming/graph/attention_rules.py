@@ -1,0 +1,124 @@
+"""Rules of attention: products of activations, and scaled_dot_product_attention.
+
+The channels of queries and keys are summed over in pairs and cut together. Those of the values pass
+to the result. The proof compares with the wide network in which removed channels of the queries are
+zero.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from job.slimming.graph.channel_labels import flat_ids, label_axes
+from job.slimming.graph.union import ChannelRead, Operand
+
+if TYPE_CHECKING:
+    import torch
+
+    from job.slimming.graph.propagation_state import PropagationState
+    from job.slimming.graph.trace import Op
+
+
+def matmul(state: PropagationState, op: Op) -> None:
+    """Products of two activations: over their channels, or passing those of one of them."""
+    one, other = (op.args[0], op.args[1]) if len(op.args) > 1 else op.inputs[:2]
+    dims = one.dim()
+    if dims != other.dim() or dims < 3:
+        return state.give_up(op, f"{op.name} is not supported")
+    summed = _depends(state, one, -1), _depends(state, other, -2)
+    free = _depends(state, one, -2), _depends(state, other, -1)
+    if all(summed) and not any(free):
+        labels, transposed = state.labels_of(one), state.labels_of(other)
+        assert labels is not None
+        assert transposed is not None
+        if not unite_products(state, op, labels, transposed.mT, _name_of_first(op)):
+            return state.give_up(op, f"{op.name} of channels along different axes")
+        return None
+    passing = one if free[0] else other
+    labels = state.labels_of(passing)
+    if any(summed) or sum(free) != 1 or labels is None:
+        return state.give_up(op, f"{op.name} with channels that are never cut")
+    heads = state.labels_of(other if passing is one else one)
+    if heads is not None and not _unite_heads(state, heads, labels):
+        return state.give_up(op, f"{op.name} of channels along different axes")
+    state.heads.attend(labels)
+    state.union.suspects.append((op.name, flat_ids(labels)))
+    return state.set_labels(op.result, labels)
+
+
+def attention(state: PropagationState, op: Op) -> None:
+    """scaled_dot_product_attention, whose scale is 1/sqrt(channels) unless it is given."""
+    query, key, value = (
+        op.argument(place, name) for place, name in enumerate(("query", "key", "value"))
+    )
+    mask, scale = op.argument(3, "attn_mask"), op.kwargs.get("scale")
+    labels, passing = state.labels_of(query), state.labels_of(value)
+    masked = mask is not None and state.labels_of(mask) is not None
+    grouped = op.kwargs.get("enable_gqa") and query.shape[-3] != key.shape[-3]
+    alike = (labels is None) == (state.labels_of(key) is None)
+    if masked or grouped or not alike:
+        return state.give_up(op, f"{op.name} of grouped queries or of channels never cut")
+    if labels is not None:
+        keys = state.labels_of(key)
+        if keys is None or not unite_products(state, op, labels, keys, "query"):
+            return state.give_up(op, f"{op.name} of channels along different axes")
+        ids = flat_ids(labels)
+        if scale is None or state.heads.is_computed(op, float(scale), ids):
+            state.heads.scaled.append(ids)
+    heads = state.labels_of(op.result)
+    if passing is None:
+        return state.forget(op)
+    if heads is not None and not _unite_heads(state, heads, passing):
+        return state.give_up(op, f"{op.name} of other heads")
+    if set(label_axes(passing)) & {passing.dim() - 2}:
+        return state.give_up(op, f"{op.name} over channels of values")
+    state.heads.attend(passing)
+    state.union.suspects.append((op.name, flat_ids(passing)))
+    return state.set_labels(op.result, passing)
+
+
+def unite_products(
+    state: PropagationState,
+    op: Op,
+    one: torch.Tensor,
+    other: torch.Tensor,
+    first: str,
+) -> bool:
+    """Unite channels of queries with those of keys, which are summed over.
+
+    ``one`` and ``other`` are their labels, with the channels along the last axis; ``first`` is the
+    name of the argument of the queries. Returns False where channels are along other axes.
+    """
+    last = one.dim() - 1
+    if one.shape != other.shape or last not in label_axes(one) or last - 1 in label_axes(one):
+        return False
+    state.union.unite(flat_ids(one), flat_ids(other))
+    state.heads.attend(one)
+    state.heads.attend(other)
+    state.heads.note_scores(op.result, one)
+    state.forget(op)
+    if state.heads.are_cut_whole(one):
+        state.set_labels(op.result, one.narrow(last, 0, 1))
+    operand = Operand(0, first, last, one.numpy())
+    state.add_read(op, ChannelRead(op.name, (operand,), zeroed=True))
+    return True
+
+
+def _unite_heads(state: PropagationState, heads: torch.Tensor, labels: torch.Tensor) -> bool:
+    """Unite whole heads of queries with those of values; False where axes are others."""
+    axes = label_axes(heads)
+    if not set(axes) <= set(label_axes(labels)) or max(axes, default=0) >= heads.dim() - 2:
+        return False
+    if heads.dim() != labels.dim() or not axes:
+        return False
+    state.union.unite(flat_ids(heads.expand_as(labels)), flat_ids(labels))
+    return True
+
+
+def _depends(state: PropagationState, tensor: torch.Tensor, axis: int) -> bool:
+    labels = state.labels_of(tensor)
+    return labels is not None and labels.shape[axis] > 1
+
+
+def _name_of_first(op: Op) -> str:
+    return "self" if op.name.startswith("__") else "input"
