@@ -123,7 +123,7 @@ def onnx_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
     content: bytes = model.SerializeToString()
     if not _installed("onnxruntime"):
         return content, "not compared: onnxruntime is not installed"
-    return content, _compare("onnxruntime", network, card, _onnx_runner(content))
+    return content, _compare("onnxruntime", network, card, open_onnx(content))
 
 
 def torch_export_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
@@ -211,7 +211,8 @@ def _compare(
     return f"{runtime} gives the same {OUTPUT_NAME}: relative difference {worst:.1e}"
 
 
-def _onnx_runner(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
+def open_onnx(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Open an ONNX model in onnxruntime, on the CPU: a function from images to logits."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

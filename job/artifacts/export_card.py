@@ -41,7 +41,8 @@ MIT_DATA = "a sample of Fashion-MNIST (MIT licence, Zalando SE)"
 class ExportedModel:
     """An exported file: its name and format, the card of its network, and what is known of its run.
 
-    ``data`` is the table [dataset] of the run, ``base`` the record of the run's base.
+    ``data`` is the table [dataset] of the run, ``base`` the record of the run's base. Metrics are
+    those before quantisation.
     """
 
     file: str
@@ -49,6 +50,7 @@ class ExportedModel:
     card: ModelCard
     data: JsonObject | None = None
     base: RoundRecord | None = None
+    int8: str = ""  # how it was quantised, and its accuracy before and after
 
     @property
     def record(self) -> RoundRecord | None:
@@ -126,6 +128,12 @@ def _summary(model: ExportedModel) -> str:
     return (
         f"`{shown(model.file)}` is {how}: {what}, made smaller by Gammaslim {__version__} "
         "(channels removed, not masked)."
+        + (
+            f"\n\nIt is quantised: {printable(model.int8)}. The metrics below are those before "
+            "quantisation."
+            if model.int8
+            else ""
+        )
     )
 
 

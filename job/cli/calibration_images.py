@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.artifacts.model_card import find_model, read_card
-from job.artifacts.provenance import valid_listing
+from job.artifacts.provenance import find_run_data, valid_listing
 from job.artifacts.records import Lineage
 from job.cli.class_matching import in_classes_of
 from job.cli.evaluation_images import loader_workers
@@ -18,7 +18,7 @@ from job.data.folders import CURRENT_LISTING
 from job.data.image_check import check_images
 from job.data.layout import open_data, open_unlabelled
 from job.data.splits import UNLABELLED, Split
-from job.errors import DataError
+from job.errors import DataError, UsageError
 from job.training.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from job.artifacts.model_card import ModelCard
-    from job.cli.command_options import ModelOptions, SensitivityOptions, SlimOptions
+    from job.cli.command_options import (
+        ModelOptions,
+        QuantisationOptions,
+        SensitivityOptions,
+        SlimOptions,
+    )
 
 # the first split that exists is used
 CALIBRATE = ("training", "validation", "evaluation", "testing")
@@ -52,7 +57,7 @@ class SlimImages:
         self,
         card: ModelCard,
         accelerator: Accelerator,
-        options: SlimOptions | SensitivityOptions,
+        options: SlimOptions | SensitivityOptions | QuantisationOptions,
         progress: Callable[[int, int], None] | None = None,
     ) -> Calibration:
         """Return the calibration images as the model of ``card`` takes them, in its classes."""
@@ -103,6 +108,17 @@ class SlimImages:
         what = f"the {self.scored} split of {self.data.root} ({counted(count, 'image')}"
         same = ", which also calibrated it" if self.scored == self.calibrated else ""
         return f"{what}{same})"
+
+
+def calibration_data(model: ModelOptions, given: str | None) -> str:
+    """Return the path of the images: ``given`` by --data, or the data of MODEL's run."""
+    if given == "":  # e.g. a shell variable that is not set
+        raise UsageError("--data is empty: give a path, or leave the option out")
+    if given is not None:
+        return given
+    folder = Path(model.path)
+    lineage = Lineage() if folder.is_file() else read_card(find_model(folder)).lineage
+    return find_run_data(model.path, lineage)
 
 
 def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) -> SlimImages:

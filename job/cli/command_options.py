@@ -208,3 +208,24 @@ class SensitivityOptions(ImageOptions):
     round_to: int = shared(PruneConfig, "round_to")
     min_keep: float = shared(PruneConfig, "min_keep")
     seed: int = shared(PruneConfig, "seed", help="Seed of the image order.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisationOptions:
+    """Options of ``export`` for 8-bit models."""
+
+    int8: bool = option(
+        False,
+        "Quantise the ONNX model to 8 bits on calibration images, and print its accuracy before "
+        "and after.",
+    )
+    data: str | None = shared(
+        PruneConfig,
+        "data",
+        help="Images of --int8: the training split calibrates, the validation split is scored.",
+        default_text="the data of MODEL's run",
+    )
+    calibration_images: int | None = shared(PruneConfig, "calibration_images")
+    on_bad_image: BadImageMode = shared(PruneConfig, "on_bad_image")
+    workers: int | None = shared(PruneConfig, "workers")
+    seed: int = shared(PruneConfig, "seed", help="Seed of the order of the calibration images.")

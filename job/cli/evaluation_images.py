@@ -34,7 +34,12 @@ if TYPE_CHECKING:
     import torch
 
     from job.artifacts.model_card import ModelCard
-    from job.cli.command_options import ImageOptions, ModelOptions, ScoringOptions
+    from job.cli.command_options import (
+        ImageOptions,
+        ModelOptions,
+        QuantisationOptions,
+        ScoringOptions,
+    )
     from job.data.splits import Split
 
 
@@ -75,7 +80,7 @@ class EvaluationImages:
         return [indices[self.split.name(index)] for index in range(len(self.split))]
 
 
-def loader_workers(options: ImageOptions, device: torch.device) -> int:
+def loader_workers(options: ImageOptions | QuantisationOptions, device: torch.device) -> int:
     """Return the number of loader processes of each process: --workers, or by the cores."""
     if options.workers is not None:
         return options.workers

@@ -16,6 +16,7 @@ from job.cli.command_options import (
     EvaluateOptions,
     ModelOptions,
     PredictOptions,
+    QuantisationOptions,
     SensitivityOptions,
     SlimOptions,
 )
@@ -273,16 +274,20 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
     default=True,
     help="Whether to write a model card next to the file: metrics, data, inputs, how to load it.",
 )
+@click_options(QuantisationOptions)
 def export_command(format: str | None, output: str, card: bool, **options: Any) -> None:
     """Export MODEL as a state dict, ONNX or torch.export program.
 
     The state dict of a StudentNet loads into the homework's StudentNet(width_mult=…). ONNX needs
     the extra gammaslim[onnx]. torch.export.load reads a .pt2 file without the code of the network.
     """
+    model = _model(options)
+    for name in (field.name for field in fields(ModelOptions)):
+        options.pop(name, None)
     with starting():
         from job.cli.export import export
 
-    export(_model(options), output, format, card=card)
+    export(model, output, format, card=card, quantisation=QuantisationOptions(**options))
 
 
 @gammaslim.command("report", cls=Command)

@@ -7,10 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.artifacts.model_card import find_model, read_card
-from job.artifacts.provenance import find_run_data
-from job.artifacts.records import Lineage
-from job.cli.calibration_images import open_images
+from job.cli.calibration_images import calibration_data, open_images
 from job.cli.evaluate_task import refuse_task
 from job.cli.model import open_model
 from job.console import phase, print_result, say, show_step, tick
@@ -74,7 +71,8 @@ def _measure(
     budget: Budget | None,
     accelerator: Accelerator,
 ) -> tuple[ModelCard, Sensitivity]:
-    images = open_images(_data(model, options), options.on_bad_image, model, options.seed)
+    data = calibration_data(model, options.data)
+    images = open_images(data, options.on_bad_image, model, options.seed)
     network, card = open_model(model, images.largest)
     network.to(accelerator.device)
     calibration = images.calibrate(card, accelerator, options, tick)
@@ -87,17 +85,6 @@ def _measure(
     measured = measure_sensitivity(network, graph, batches, image, allocation, base, progress=show)
     phase("")
     return card, measured
-
-
-def _data(model: ModelOptions, options: SensitivityOptions) -> str:
-    """The path of the images: --data, or the data of MODEL's run."""
-    if options.data == "":  # e.g. a shell variable that is not set
-        raise UsageError("--data is empty: give a path, or leave the option out")
-    if options.data is not None:
-        return options.data
-    folder = Path(model.path)
-    lineage = Lineage() if folder.is_file() else read_card(find_model(folder)).lineage
-    return find_run_data(model.path, lineage)
 
 
 def _record(card: ModelCard, measured: Sensitivity) -> JsonObject:

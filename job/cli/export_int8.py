@@ -1,0 +1,78 @@
+"""``export --int8``: quantise an ONNX model on calibration images, and compare accuracies."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from job.artifacts.accuracy import accuracy_change, signed_points
+from job.artifacts.export import onnx_bytes
+from job.artifacts.onnx_int8 import OnnxNetwork, quantise
+from job.cli.calibration_images import calibration_data, open_images
+from job.cli.evaluate_task import refuse_task
+from job.cli.model import open_model
+from job.console import amount, counted, progress, tick
+from job.data.preprocessing_options import PreprocessingOptions
+from job.distributed.collectives import start
+from job.errors import UsageError
+from job.training.evaluation import Evaluator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from job.artifacts.model_card import ModelCard
+    from job.cli.calibration_images import SlimImages
+    from job.cli.command_options import ModelOptions, QuantisationOptions
+
+
+def check_int8(format: str, options: QuantisationOptions) -> None:
+    """Raise UsageError if the options contradict each other, or without onnxruntime."""
+    if not options.int8:
+        for name in ("data", "calibration_images"):
+            if getattr(options, name) is not None:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} has no effect without --int8: leave it out")
+        return
+    if format != "onnx":
+        raise UsageError(f"--int8 needs --format onnx, not {format}: name the file e.g. model.onnx")
+    if find_spec("onnxruntime") is None:
+        raise UsageError("--int8 needs the package onnxruntime: pip install 'gammaslim[onnx]'")
+
+
+def int8_bytes(model: ModelOptions, options: QuantisationOptions) -> tuple[ModelCard, bytes, str]:
+    """Return the card of MODEL, its quantised ONNX model, and a sentence with both accuracies.
+
+    Raises UsageError for a network of another task, and InputNotFound or DataError for the images.
+    """
+    refuse_task(model, "export --int8", "leave out --int8")
+    PreprocessingOptions.of(model).check()
+    accelerator = start("cpu", "fp32")
+    data = calibration_data(model, options.data)
+    images = open_images(data, options.on_bad_image, model, options.seed)
+    network, card = open_model(model, images.largest)
+    plain, _ = onnx_bytes(network, card)
+    calibration = images.calibrate(card, accelerator, options, tick)
+    quantised = quantise(plain, (inputs for inputs, _ in calibration.batches()))
+    used = min(calibration.most, len(images.calibration))
+    sizes = f"{amount(len(plain))} before, {amount(len(quantised))} after"
+    how = f"int8, calibrated on {counted(used, 'image')}; {sizes}; "
+    scores = _compared(images, card, accelerator, plain, quantised)
+    return card, quantised, how + scores
+
+
+def _compared(
+    images: SlimImages, card: ModelCard, accelerator: Accelerator, plain: bytes, quantised: bytes
+) -> str:
+    """Return the accuracies before and after, or why there are none."""
+    if images.scoring is None:
+        return f"accuracy not measured: {images.unscored}"
+    evaluator = Evaluator(images.scoring, card.num_classes, card.preprocessing, accelerator, 0)
+    bar, count = progress("evaluating"), len(evaluator.batches)
+    before, after = (
+        evaluator(OnnxNetwork(content), lambda batches: bar(batches, count)).accuracy
+        for content in (plain, quantised)
+    )
+    change = signed_points(accuracy_change(after, before))
+    return f"accuracy {before:.4f} before, {after:.4f} after ({change} points) on " + (
+        images.describe()
+    )
