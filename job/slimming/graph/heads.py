@@ -52,6 +52,15 @@ class HeadSplit:
         """Channels of a line."""
         return int(self.lines.shape[1])
 
+    def count_with(self, stream: Ids, *, whole: bool) -> None:
+        """Keep as many of the channels ``stream`` as of all lines, or of a part of them."""
+        fits = len(stream) % self.width == 0 and self.lines.size % len(stream) == 0
+        if whole:
+            fits = fits and len(stream) > self.width
+        own = np.isin(stream, self.lines).any()
+        if fits and not own and not any(np.array_equal(stream, s) for s in self.streams):
+            self.streams.append(stream)
+
     @property
     def narrows(self) -> bool:
         """Whether each line loses channels of its own."""

@@ -16,6 +16,7 @@ from job.slimming.graph.channel_labels import (
     reshape_labels,
     run_on_labels,
 )
+from job.slimming.graph.heads import fixed_size
 
 if TYPE_CHECKING:
     from job.slimming.graph.propagation_state import PropagationState
@@ -79,9 +80,20 @@ def reshape(state: PropagationState, op: Op) -> None:
     state.note_sizes(op, [labels])
     if maps:
         labels = labels_along(lines[0], label_axes(labels)[0], labels.dim())
+    _count_with_streams(state, op, labels)
     if split or not any_size:
         state.union.suspects.append((op.name, flat_ids(labels)))
     return state.set_labels(result, labels)
+
+
+def _count_with_streams(state: PropagationState, op: Op, labels: torch.Tensor) -> None:
+    """Note channels whose number decides the size of a view, as in ``C // heads``."""
+    axis = max(label_axes(labels), default=0)
+    if not state.heads.splits or fixed_size(op, axis, labels.dim()) is None:
+        return
+    for split in state.heads.of(flat_ids(labels)):
+        for stream in state.measured_channels(op.module):
+            split.count_with(stream, whole=labels.shape[axis] > split.width)
 
 
 def _is_held(op: Op) -> bool:

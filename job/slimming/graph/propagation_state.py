@@ -19,7 +19,7 @@ from job.slimming.graph.trace import SIZED
 from job.slimming.graph.union import ChannelSlot, ChannelUnion, LayerCall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     import torch
     from torch import nn
@@ -223,6 +223,13 @@ class PropagationState:
             places = uses.numel() // (len(tensor) * self.trace.sample_count)
             places = places if weight else places * tensor.numel()
             self.union.calls.append(LayerCall(weight, places))
+
+    def measured_channels(self, module: nn.Module | None) -> Iterator[Ids]:
+        """Yield the elements of the activations of which ``module`` has read the size."""
+        for tensor, by in zip(self.trace.measured, self.trace.measured_by, strict=True):
+            labels = self.labels_of(tensor) if by is module else None
+            if labels is not None and len(label_axes(labels)) == 1:
+                yield flat_ids(labels)
 
     def add_slice(self, before: Ids, after: Ids) -> None:
         """Add a slice ``after`` of the channels ``before`` (n,)."""

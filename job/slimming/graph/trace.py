@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType, NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ class Trace:
 
     ``names`` are the names of parameters and buffers by id. ``constants`` are the ids of other
     tensors that the network or its code keeps. ``measured`` are tensors whose size along an axis
-    other than the first was read.
+    other than the first was read, ``measured_by`` the modules whose methods did so.
     """
 
     ops: list[Op]
@@ -86,6 +86,7 @@ class Trace:
     sample_count: int
     outputs: list[torch.Tensor]
     measured: list[torch.Tensor]
+    measured_by: list[nn.Module | None] = field(default_factory=list)
 
     def name(self, value: Any) -> str | None:
         """Return the name of a parameter or buffer; None for anything else."""
@@ -154,6 +155,7 @@ class _Tracer(TorchFunctionMode):
         super().__init__()
         self.ops: list[Op] = []
         self.measured: list[torch.Tensor] = []
+        self.measured_by: list[nn.Module | None] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -173,6 +175,7 @@ class _Tracer(TorchFunctionMode):
             self.ops.append(Op(name, func, args, kwargs, result, inputs, results, *caller))
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
             self.measured.append(args[0])
+            self.measured_by.append(_calling_module()[0])
         return result
 
 
@@ -239,6 +242,7 @@ def trace_on(
         sample_count(batch),
         list(tensors_in(outputs)),
         tracer.measured,
+        tracer.measured_by,
     )
 
 

@@ -59,11 +59,14 @@ class Attention(nn.Module):
         return q * self.scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = x.shape
         q, k, v = self.split(x)
         if self.how == "fused":
             x = F.scaled_dot_product_attention(q, k, v)
         else:
             x = self.products(q, k).softmax(-1) @ v
+        if self.how == "stream":
+            return self.proj(x.transpose(1, 2).reshape(shape))
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -104,7 +107,7 @@ def without_outputs(network: nn.Module, plan: Any) -> nn.Module:
     return masked
 
 
-@pytest.mark.parametrize("how", ["fused", "attribute", "separate", "chunks"])
+@pytest.mark.parametrize("how", ["fused", "attribute", "separate", "chunks", "stream"])
 def test_heads_lose_width_or_leave_and_the_scale_stays(how: str) -> None:
     network, example = transformer(how), IMAGE.double()
     narrow, plan = job.slim(
@@ -119,6 +122,8 @@ def test_heads_lose_width_or_leave_and_the_scale_stays(how: str) -> None:
         assert {c // WIDTH for c in kept} == {c // WIDTH for c in kept if c % WIDTH == 0}
         assert len(kept) in (WIDTH, 2 * WIDTH)
     else:
+        if how == "stream":  # C // heads: the width of heads is that of the stream
+            assert narrow.embed.out_channels == narrow.blocks[0].proj.in_features == 12
         kept = plan.layers["blocks.0.qkv"].out
         of_heads = [[c % WIDTH for c in kept if c // WIDTH == head] for head in range(9)]
         assert len({len(channels) for channels in of_heads}) == 1  # equally many of each head
