@@ -142,7 +142,9 @@ def launch_command(
     if name not in ("prune", "evaluate", "predict"):
         raise click.UsageError(f"launch runs prune, evaluate or predict, not {name}", ctx)
     assert ctx.parent
-    gammaslim.commands[name].make_context(name, list(args), ctx.parent)  # reports errors once
+    # reports errors once
+    started = gammaslim.commands[name].make_context(name, list(args), ctx.parent)
+    log_as_json(started.params.get("log") == "json")
     nodes = find_nodes(
         os.environ, count=nnodes, rank=node_rank, address=master_addr, port=master_port
     )
