@@ -25,6 +25,7 @@ from job.artifacts.run_status import epochs_of_round, planned_rounds_of, seconds
 from job.console import warn
 from job.errors import GammaslimError, printable, reason
 from job.processes import is_main
+from job.training.epoch import ACCURACY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,9 +86,9 @@ def _metrics(history: History) -> list[JsonObject]:
     if history.epochs:
         last = history.epochs[-1]
         names = ("round", "epoch", "train_loss", "train_acc", "valid_loss", "valid_acc", "params")
-        values |= {name: getattr(last, name) for name in names}
+        values |= {name.replace(ACCURACY, last.metric): getattr(last, name) for name in names}
     if history.best:
-        values["recommended_valid_acc"] = history.best.valid_acc
+        values[f"recommended_valid_{history.metric}"] = history.best.valid_acc
         values["recommended_params"] = history.best.params
     return [
         {"name": name, "value": f"{value:.6g}" if isinstance(value, float) else str(value)}

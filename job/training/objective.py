@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.data.preprocessing import Preprocessing
+    from job.models.input_size import InputSize
     from job.training.distillation import Distillation
     from job.training.task import Task
 
@@ -59,7 +60,7 @@ class Objective(Protocol):
     def module(self, network: nn.Module, run: Run | None = None) -> nn.Module:
         """Return the module that is trained, around ``network``, or what ``run`` computes."""
 
-    def has_unused_parameters(self, network: nn.Module) -> bool:
+    def has_unused_parameters(self, network: nn.Module, size: InputSize) -> bool:
         """Return whether DDP must look for parameters without a gradient; collective."""
 
     def place(self, batch: Any) -> tuple[torch.Tensor, Any]:
@@ -94,8 +95,8 @@ class ClassificationObjective:
     def module(self, network: nn.Module, run: Run | None = None) -> nn.Module:  # noqa: D102
         return Logits(network, run)
 
-    def has_unused_parameters(self, network: nn.Module) -> bool:  # noqa: D102
-        return has_unused_parameters(network, self.preprocessing.input_size)
+    def has_unused_parameters(self, network: nn.Module, size: InputSize) -> bool:  # noqa: D102
+        return has_unused_parameters(network, size)
 
     def place(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs (B, 3, S, S) float32 and labels (B,)."""
@@ -161,9 +162,8 @@ class TaskObjective:
     def module(self, network: nn.Module, run: Run | None = None) -> nn.Module:  # noqa: D102
         return Outputs(network, run)
 
-    def has_unused_parameters(self, network: nn.Module) -> bool:
-        """Return True with several processes: the loss may leave out any output."""
-        return world_size() > 1
+    def has_unused_parameters(self, network: nn.Module, size: InputSize) -> bool:  # noqa: D102
+        return has_unused_parameters(network, size, _floats_in)
 
     def place(self, batch: Any) -> tuple[torch.Tensor, Any]:  # noqa: D102
         inputs, targets = batch
@@ -179,9 +179,11 @@ class TaskObjective:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         outputs = map_tensors(outputs, lambda t: t.float() if t.is_floating_point() else t)
         if not len(inputs):  # this process has no sample of the global batch
-            loss = torch.stack([t.sum() for t in tensors_in(outputs) if t.is_floating_point()])
+            loss = torch.stack([tensor.sum() for tensor in _floats_in(outputs)])
             return loss.sum() * 0, torch.zeros(self.length, dtype=torch.float64, device=loss.device)
         loss, count = self.task.loss(outputs, targets)
+        if world_size() > 1:  # DDP waits for outputs that the loss of this batch leaves out
+            loss = loss + torch.stack([t[:0].sum() for t in _floats_in(outputs) if t.dim()]).sum()
         with torch.no_grad():
             found = self.task.metrics(map_tensors(outputs, torch.Tensor.detach), targets)
         parts = [loss.detach(), count, *(part for name in self.layout for part in found[name])]
@@ -210,6 +212,11 @@ class TaskObjective:
         else:
             metrics = {name: mean_ratio(*pair) for name, pair in totals.items()}
         return SplitScores(loss / count if count else float("nan"), self.metric, metrics)
+
+
+def _floats_in(outputs: Any) -> list[torch.Tensor]:
+    """Return the floating-point tensors in the outputs of a network."""
+    return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
 
 
 def mean_ratio(sums: torch.Tensor, counts: torch.Tensor) -> float:

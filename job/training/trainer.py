@@ -145,7 +145,8 @@ class TrainingRound:
         self.layout = torch.channels_last if last else torch.contiguous_format
         self.trained.to(memory_format=self.layout)
         if handler := self.accelerator.ddp_handler:
-            handler.find_unused_parameters = self.objective.has_unused_parameters(self.trained)
+            parts = self.trained, trainer.preprocessing.input_size
+            handler.find_unused_parameters = self.objective.has_unused_parameters(*parts)
         if shared:
             synchronised(self.trained, device)
         # with fp16 the gradient scaler decides on each step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,17 +24,22 @@ if TYPE_CHECKING:
     from job.models.input_size import InputSize
 
 
-def has_unused_parameters(network: nn.Module, size: InputSize) -> bool:
+def has_unused_parameters(
+    network: nn.Module,
+    size: InputSize,
+    outputs_in: Callable[[Any], list[torch.Tensor]] = all_logits,
+) -> bool:
     """Return whether a parameter gets no gradient on any process, as DDP must know; collective.
 
-    Runs one pass of a copy of ``network``. Always False with one process.
+    Runs one pass of a copy of ``network``; ``outputs_in`` returns the outputs that are trained.
+    Always False with one process.
     """
     if world_size() == 1:
         return False
     inputs = _two_images(network, size)
     with _preserve_rng():
         network = copy.deepcopy(network).train()
-        outputs = all_logits(network(inputs))
+        outputs = outputs_in(network(inputs))
         torch.stack([output.float().sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
     unused = any(p.requires_grad and p.grad is None for p in network.parameters())
     return bool(total(inputs.new_tensor(float(unused))))
