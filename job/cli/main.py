@@ -20,6 +20,7 @@ from job.cli.command_options import (
     SensitivityOptions,
     SlimOptions,
 )
+from job.cli.model_argument import data_of, local_model, model_of, model_options
 from job.cli.option_types import POSITIVE, ProcessCount
 from job.config import PruneConfig
 from job.console import counted, lines_on_stderr, log_as_json, warn
@@ -28,38 +29,6 @@ from job.distributed.signals import starting
 from job.distributed.topology import find_nodes, nodes_left_out
 
 json_option = click.option("--json", is_flag=True, help="Print JSON.")
-
-
-def model_options(function: Any) -> Any:
-    """Add the argument MODEL and the options that describe it to a command."""
-    return click.argument("path", metavar="MODEL")(click_options(ModelOptions)(function))
-
-
-def _model(options: dict[str, Any]) -> ModelOptions:
-    """Move the options of MODEL out of ``options``; copy data from an object store."""
-    if "data" in options:
-        options["data"] = _local_data(options["data"])
-    names = [field.name for field in fields(ModelOptions)]
-    model = ModelOptions(**{name: options.pop(name) for name in names})
-    return replace(model, path=_local(model.path))
-
-
-def _local_data(path: str | None) -> str | None:
-    """Return --data, or a local copy of a data set in an object store."""
-    if path is None or "://" not in path:
-        return path
-    from job.artifacts.stored_data import local_data
-
-    return local_data(path)
-
-
-def _local(path: str) -> str:
-    """Return MODEL, or a local copy of one in an object store."""
-    if "://" not in path:
-        return path
-    from job.artifacts.stored_copy import local_path
-
-    return local_path(path, weights=True)
 
 
 @click.group(
@@ -90,7 +59,7 @@ def prune_command(**options: Any) -> None:
         ensure_processes()
         from job.pipeline.prune import prune
 
-    prune(replace(config, data=_local_data(config.data)))
+    prune(replace(config, data=data_of(config.data)))
 
 
 @gammaslim.command("launch", cls=Command, context_settings={"allow_interspersed_args": False})
@@ -166,7 +135,7 @@ def evaluate_command(json: bool, **options: Any) -> None:
         ensure_processes()
         from job.cli.evaluate import evaluate
 
-    model = _model(options)
+    model = model_of(options)
     with lines_on_stderr(json):
         evaluate(model, EvaluateOptions(**options), json)
 
@@ -183,7 +152,7 @@ def predict_command(output: str, **options: Any) -> None:
         ensure_processes()
         from job.cli.predict import predict
 
-    model = _model(options)
+    model = model_of(options)
     with lines_on_stderr(output == "-"):
         predict(model, PredictOptions(**options), output)
 
@@ -197,7 +166,7 @@ def inspect_command(json: bool, **options: Any) -> None:
         from job.cli.inspect import inspect
 
     with lines_on_stderr(json):
-        inspect(_model(options), json)
+        inspect(model_of(options), json)
 
 
 @gammaslim.command("sensitivity", cls=Command)
@@ -214,7 +183,7 @@ def sensitivity_command(csv: str | None, json: bool, **options: Any) -> None:
     next layers are refitted, as in a cut. Nothing is cut. The loss is the KL divergence of the
     softmax for a classifier, else the squared error relative to the squares of the outputs.
     """
-    model = _model(options)
+    model = model_of(options)
     with starting():
         from job.cli.sensitivity import print_sensitivity
 
@@ -233,7 +202,7 @@ def slim_command(output: str, **options: Any) -> None:
     fine-tuned. With images (--data, labels are not needed), the next layers are refitted to their
     previous outputs, which keeps most of the accuracy.
     """
-    model = _model(options)
+    model = model_of(options)
     with starting():
         from job.cli.slim import slim_model
 
@@ -252,8 +221,8 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
     MODEL, or that MODEL itself. MODEL can also be an ONNX file. If a network is not faster, the
     layers responsible are listed.
     """
-    paths = tuple(map(_local, paths))
-    model = _model({"path": paths[0], **options})
+    paths = tuple(map(local_model, paths))
+    model = model_of({"path": paths[0], **options})
     for name in (field.name for field in fields(ModelOptions)):
         options.pop(name, None)
     with starting():
@@ -283,7 +252,7 @@ def export_command(format: str | None, output: str, card: bool, **options: Any) 
     The state dict of a StudentNet loads into the homework's StudentNet(width_mult=…). ONNX needs
     the extra gammaslim[onnx]. torch.export.load reads a .pt2 file without the code of the network.
     """
-    model = _model(options)
+    model = model_of(options)
     for name in (field.name for field in fields(ModelOptions)):
         options.pop(name, None)
     with starting():

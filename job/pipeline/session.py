@@ -15,16 +15,16 @@ from job.artifacts.checkpoint import save_position
 from job.artifacts.json_records import to_json
 from job.artifacts.model_card import read_card
 from job.artifacts.records import EpochRecord, GammaRecord, RoundRecord, to_line
-from job.artifacts.run_status import commands_after
-from job.console import counted, phase, progress, say, say_cautions, say_event, warn
+from job.console import counted, phase, progress, say, say_event, warn
 from job.distributed.collectives import accelerator_name, on_main
 from job.errors import StopRequest, describe_error, exit_code, reason, shown
 from job.pipeline.cautions import Cautions
 from job.pipeline.claim import claim_run, record_end
+from job.pipeline.console_summary import print_summary
 from job.pipeline.forecast import Forecast
 from job.pipeline.session_state import Place, RoundInProgress, SessionState
 from job.report.page import write_run_report
-from job.report.tables import describe_position, epoch_line, rounds_table
+from job.report.tables import describe_position, epoch_line
 from job.tracking.scalar_tracker import TrackedRun
 from job.tracking.tracker import Tracker
 from job.tracking.trackers import Trackers
@@ -153,14 +153,7 @@ class Session(TrainingSession):
             self._move(last, self.epochs_of(last), self.entries[last].step)
             self._status("finished", 0)
         self.report()
-        say_event({"event": "summary", "path": shown(self.run.path), **to_json(summary)})
-        say("")
-        say(rounds_table(self.entries), event=True)
-        say(f"\nrecommended: {summary.recommended} ({summary.reason})")
-        say_cautions(summary.cautions)
-        say(f"{counted(summary.seconds, 'second')}; all files are in {shown(self.run.path)}")
-        for line in commands_after(self.run.path, self.setup.config.task):
-            say(f"next: {line}")
+        print_summary(self.run.path, summary, self.entries, self.setup.config.task)
         if self.tracker:
             folder = self.run.path / summary.recommended
             self.tracker.log(lambda: recommended_event(summary, read_card(folder), folder))

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from job.artifacts.accuracy import score_name
 from job.artifacts.json_records import to_json
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from job.artifacts.history import History
     from job.artifacts.records import RoundRecord
+    from job.files import JsonObject
 
 COSTS = ("params", "macs", "bytes", "latency")  # what accuracy is compared against
 
@@ -77,20 +78,57 @@ def comparison_caution(histories: Sequence[History]) -> str | None:
     return f"these runs were validated on {len(data)} different data sets"
 
 
-def comparison_json(histories: Sequence[History]) -> dict[str, Any]:
-    """Return the comparison as ``report --json`` prints it.
+class ParetoModel(TypedDict):
+    """Pareto-optimal model: the path of its run, and its round."""
 
-    Accuracies are fractions, ``points_lost`` percentage points.
-    """
+    path: str
+    round: int
+
+
+class MeasuredLatency(TypedDict, total=False):
+    """Measured seconds of a batch, by round, e.g. ``rounds/01``; absent without measurements."""
+
+    latency: dict[str, float]
+
+
+class RunJson(MeasuredLatency):
+    """Run in a comparison. Accuracies are fractions, ``points_lost`` percentage points."""
+
+    run: str
+    path: str
+    state: str
+    exit_code: int | None
+    position: dict[str, int]
+    base: JsonObject | None
+    rounds: list[JsonObject]
+    recommended: str | None
+    reason: str
+    cautions: list[str]
+    relative: dict[str, float | None]
+    points_lost: float | None
+    problems: list[str]
+
+
+class ComparisonJson(TypedDict):
+    """Comparison of runs; ``pareto`` is by cost, ``options`` has the values of each run."""
+
+    format: int
+    runs: list[RunJson]
+    pareto: dict[str, list[ParetoModel]]
+    options: dict[str, list[str]]
+
+
+def comparison_json(histories: Sequence[History]) -> ComparisonJson:
+    """Return the comparison as ``report --json`` prints it."""
     names = run_names(histories)
     paths = [shown(history.path) for history in histories]
-    front = {
+    fronts: dict[str, list[ParetoModel]] = {
         cost: [{"path": paths[index], "round": number} for index, number in models]
         for cost, models in pareto_models(histories).items()
     }
     runs = [_run_json(name, history) for name, history in zip(names, histories, strict=True)]
     options = {flag.removeprefix("--"): values for flag, values in differing_options(histories)}
-    return {"format": 1, "runs": runs, "pareto": front, "options": options}
+    return {"format": 1, "runs": runs, "pareto": fronts, "options": options}
 
 
 def comparison_csv(histories: Sequence[History]) -> str:
@@ -120,9 +158,10 @@ def comparison_csv(histories: Sequence[History]) -> str:
     return text.getvalue()
 
 
-def _run_json(name: str, history: History) -> dict[str, Any]:
+def _run_json(name: str, history: History) -> RunJson:
     base, best = history.base, history.best
-    timed = {f"rounds/{n:02d}": latency.seconds for n, latency in history.latencies.items()}
+    seconds = {f"rounds/{n:02d}": latency.seconds for n, latency in history.latencies.items()}
+    measured: MeasuredLatency = {"latency": seconds} if seconds else {}
     position = zip(("round", "epoch", "step"), history.position or (), strict=False)
     return {
         "run": name,
@@ -137,7 +176,7 @@ def _run_json(name: str, history: History) -> dict[str, Any]:
         "cautions": list(history.cautions),
         "relative": _shares(history, best) if best else {},
         "points_lost": None if history.change is None else 0.0 - history.change,
-        **({"latency": timed} if timed else {}),
+        **measured,
         "problems": list(history.problems),
     }
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Settings = Mapping[str, str | int | float | bool]
 
 FINAL_FLUSH = 10.0  # seconds that the end of a job waits for a tracker
-PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # tracker -> package to import
+TRACKER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # by name of the tracker
 EXPERIMENT = "gammaslim"
 SERVER_VARIABLES = ("MLFLOW_TRACKING_URI", "DATABRICKS_HOST")
 
@@ -37,7 +37,7 @@ SERVER_VARIABLES = ("MLFLOW_TRACKING_URI", "DATABRICKS_HOST")
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UsageError if the package of a tracker is not installed."""
     for name in names:
-        package = PACKAGES.get(name)
+        package = TRACKER_PACKAGES.get(name)
         if package and find_spec(package) is None:
             raise UsageError(
                 f"--tracker {name} needs the package {package}: pip install 'gammaslim[{name}]', "

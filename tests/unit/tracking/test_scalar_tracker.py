@@ -144,6 +144,6 @@ def test_a_tracker_without_its_package_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     check_trackers(("wandb", "none", "tensorboard"))
-    monkeypatch.setitem(scalar_tracker.PACKAGES, "mlflow", "not_installed_here")
+    monkeypatch.setitem(scalar_tracker.TRACKER_PACKAGES, "mlflow", "not_installed_here")
     with pytest.raises(UsageError, match=r"pip install 'gammaslim\[mlflow\]'"):
         check_trackers(("mlflow",))

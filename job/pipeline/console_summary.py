@@ -1,0 +1,31 @@
+"""Console output at the end of a run: its rounds, the recommended model, and the next commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from job.artifacts.json_records import to_json
+from job.artifacts.run_status import commands_after
+from job.console import counted, say, say_cautions, say_event
+from job.errors import shown
+from job.report.tables import rounds_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from job.artifacts.records import RoundRecord, SummaryRecord
+
+
+def print_summary(
+    run: Path, summary: SummaryRecord, entries: Sequence[RoundRecord], task: str
+) -> None:
+    """Print the summary of a finished run in the folder ``run``, whose rounds are ``entries``."""
+    say_event({"event": "summary", "path": shown(run), **to_json(summary)})
+    say("")
+    say(rounds_table(entries), event=True)
+    say(f"\nrecommended: {summary.recommended} ({summary.reason})")
+    say_cautions(summary.cautions)
+    say(f"{counted(summary.seconds, 'second')}; all files are in {shown(run)}")
+    for line in commands_after(run, task):
+        say(f"next: {line}")
