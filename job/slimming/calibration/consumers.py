@@ -44,7 +44,8 @@ class Consumer:
 def consumers_of(network: nn.Module, graph: ChannelGraph) -> list[Consumer]:
     """Return the consumers of channels that can be cut, in the order of the data flow.
 
-    Parameters outside of known layers, and weights that several layers share, are left out.
+    Parameters outside of known layers, weights that several layers share, and the packed weights of
+    nn.MultiheadAttention are left out.
     """
     layers = modules_of(network, once=True).values()
     uses = Counter(id(m.weight) for m in layers if isinstance(m, SUMMING))
@@ -55,6 +56,8 @@ def consumers_of(network: nn.Module, graph: ChannelGraph) -> list[Consumer]:
         try:
             layer = network.get_submodule(slot.layer)
         except AttributeError:  # a parameter without a known layer: hooks do not see its inputs
+            continue
+        if isinstance(layer, nn.MultiheadAttention):
             continue
         if isinstance(layer, SUMMING) and uses[id(layer.weight)] > 1:
             continue

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from job.slimming.graph.channel_labels import flat_ids, label_axes
-from job.slimming.graph.union import ChannelRead, Operand
+from job.slimming.graph.layers import owner_of
+from job.slimming.graph.union import ChannelRead, LayerCall, Operand
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +105,51 @@ def unite_products(
     operand = Operand(0, first, last, one.numpy())
     state.add_read(op, ChannelRead(op.name, (operand,), zeroed=True))
     return True
+
+
+def multi_head_attention(state: PropagationState, op: Op) -> None:
+    """nn.MultiheadAttention, whose heads together have as many channels as its inputs."""
+    tensors, heads = op.args[:3], int(op.argument(4, "num_heads"))
+    weight, bias = op.argument(5, "in_proj_weight"), op.argument(6, "in_proj_bias")
+    names = [state.trace.name(t) for t in (weight, op.argument(11, "out_proj_weight"))]
+    inputs = [state.ids_along(tensor, -1) for tensor in tensors]
+    module = owner_of(names[0] or "")
+    extra = op.argument(7, "bias_k") is not None or op.argument(8, "bias_v") is not None
+    known = all(ids is not None and ids.any() for ids in inputs)
+    if not known or None in names or extra or module not in state.layers:
+        return state.give_up(op, f"{op.name} of separate weights or of inputs that are never cut")
+    stream, keys, values = (ids for ids in inputs if ids is not None)
+    packed, out = f"{module}.weight", str(names[1])
+    state.union.unite(stream, keys)
+    state.union.unite(stream, values)
+    state.add_slot(packed, "in", stream)
+    for name, count in ((packed, len(weight)), (out, len(stream))):
+        if name not in state.produced:
+            state.produced[name] = state.union.produce(owner_of(name), count)
+            state.add_slot(name, "out", state.produced[name])
+    made = state.produced[packed]
+    query, key, value = made.reshape(3, -1)
+    state.union.unite(query, key)
+    split = state.heads.add(made.reshape(3 * heads, -1))
+    split.attended = True
+    split.count_with(stream, whole=True)
+    state.heads.scaled.append(query)
+    state.add_slot(out, "in", value)
+    operands = [Operand(5, "in_proj_weight", 0, made[:, None])]
+    operands += [] if bias is None else [Operand(6, "in_proj_bias", 0, made)]
+    state.add_read(op, ChannelRead(op.name, tuple(operands), zeroed=True))
+    state.union.suspects.append((op.name, np.concatenate([stream, made])))
+    _count_projections(state, op, str(names[0]), out)
+    state.forget(op)
+    result = op.results[0]
+    return state.set_ids(result, state.produced[out], result.dim() - 1)
+
+
+def _count_projections(state: PropagationState, op: Op, packed: str, out: str) -> None:
+    """Count the calls of the two weights of nn.MultiheadAttention, used once a token."""
+    if state.main:
+        tokens = op.results[0].numel() // op.results[0].shape[-1] // state.trace.sample_count
+        state.union.calls += [LayerCall(name, max(1, tokens)) for name in (packed, out)]
 
 
 def _unite_heads(state: PropagationState, heads: torch.Tensor, labels: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from job.slimming.graph.attention_rules import multi_head_attention
 from job.slimming.graph.layers import (
     BATCHNORM,
     CONVOLUTIONS,
@@ -222,6 +223,13 @@ LAYER_RULES: list[LayerRule] = [
         propagate=recurrent,
         tensors=dict.fromkeys(INPUT_WEIGHTS, ("whole", "in")),
         sizes={"input_size": "in", "hidden_size": "whole"},
+    ),
+    LayerRule(
+        types=(nn.MultiheadAttention,),
+        ops=("multi_head_attention_forward",),
+        propagate=multi_head_attention,
+        tensors={"in_proj_weight": ("out", "in"), "in_proj_bias": ("out",)},
+        sizes=dict.fromkeys(("embed_dim", "kdim", "vdim"), "in"),
     ),
     LayerRule(
         types=(INSTANCENORM,),

@@ -61,6 +61,9 @@ def weight_rows(layer: Any) -> torch.Tensor:
     if isinstance(layer, nn.RNNBase):
         parts = [getattr(layer, name) for name in INPUT_WEIGHTS if hasattr(layer, name)]
         return torch.cat(parts)[..., None]
+    if isinstance(layer, nn.MultiheadAttention):
+        packed: torch.Tensor = layer.in_proj_weight
+        return packed[..., None]
     weight: torch.Tensor = layer.weight
     if not isinstance(layer, TRANSPOSED):
         return weight.reshape(*weight.shape[:2], -1)

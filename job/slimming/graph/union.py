@@ -64,8 +64,8 @@ class ChannelRead:
     It is call number ``call`` of the op ``name`` in eval mode. Its result has the channels of the
     first operand along ``result_axis``; None where it has none. The wide network without the
     removed channels is one where this op is computed from the other channels alone. Of a read that
-    is ``zeroed`` the first operand is zero for removed channels instead; its elements have the axes
-    of the operand.
+    is ``zeroed`` the operands are zero for removed channels instead; their elements have the axes
+    of the operands.
     """
 
     name: str

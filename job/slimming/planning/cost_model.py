@@ -123,7 +123,7 @@ class CostModel:
         layers = sorted(
             layer
             for layer, side in numbers
-            if side == "in" and layer in modules and modules[layer].bias is None
+            if side == "in" and layer in modules and getattr(modules[layer], "bias", True) is None
         )
         weights = [weight_rows(modules[layer]) for layer in layers]
         self.bias_inputs = np.array([numbers[layer, "in"] for layer in layers], np.int64)
@@ -206,6 +206,6 @@ def _slots_of_tensor(
     through = _passed(layer, numbers)
     if through:
         return through, 0
-    own_weight = own_name in ("weight", *INPUT_WEIGHTS)
+    own_weight = own_name in ("weight", "in_proj_weight", *INPUT_WEIGHTS)
     is_weight = own_weight and isinstance(tensor, nn.Parameter)
     return numbers.get((layer, "out"), 0), numbers.get((layer, "in"), 0) if is_weight else 0

@@ -69,9 +69,9 @@ class KeptChannelsOnly(TorchFunctionMode):
         self, read: ChannelRead, func: Any, args: list[Any], kwargs: dict[str, Any]
     ) -> Any:
         if read.zeroed:
-            operand = read.operands[0]
-            stays = torch.from_numpy(self.keep[operand.ids])
-            _set(args, kwargs, operand.position, operand.name, _get(args, kwargs, operand) * stays)
+            for operand in read.operands:
+                value = _get(args, kwargs, operand) * torch.from_numpy(self.keep[operand.ids])
+                _set(args, kwargs, operand.position, operand.name, value)
             return func(*args, **kwargs)
         kept = torch.from_numpy(self.keep[read.operands[0].ids].nonzero()[0])
         size = len(read.operands[0].ids)

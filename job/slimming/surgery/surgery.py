@@ -158,6 +158,8 @@ def _set_sizes(wide: Any, memo: Mapping[int, Any]) -> None:
         size = _size_along(layer, rule, side)
         if size is not None and side != "whole":
             _set_size(layer, attribute, size)
+    if isinstance(layer, nn.MultiheadAttention):
+        layer.head_dim = layer.embed_dim // layer.num_heads
 
 
 def _set_size(layer: nn.Module, attribute: str, size: int) -> None:

@@ -173,3 +173,37 @@ def test_a_plan_cuts_another_network_with_the_same_scale() -> None:
         apply_plan(network, plan.layers).parameters(), narrow.parameters(), strict=True
     ):
         assert one.equal(other)
+
+
+class TorchBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+        self.attention = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return x + self.attention(y, y, y, need_weights=False)[0]
+
+
+def test_multihead_attention_is_as_wide_as_its_stream() -> None:
+    network = transformer("fused")
+    network.blocks = nn.ModuleList(TorchBlock() for _ in range(2)).double()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    narrow, plan = job.slim(
+        network, IMAGE.double(), policy="uniform", target="width=0.5", importance="l2", min_keep=0
+    )
+    assert plan.proof.error <= 1e-12
+    assert plan.after.params == sum(p.numel() for p in narrow.parameters())
+    attention = narrow.blocks[0].attention
+    assert (attention.embed_dim, attention.head_dim, attention.num_heads) == (12, 4, 3)
+    assert attention.in_proj_weight.shape == (36, 12)
+    assert attention.out_proj.weight.shape == (12, 12)
+    assert plan.layers["blocks.0.attention"].scaled[0][1:] == (12, 24)
+    narrow.train()(torch.rand(4, 3, 16, 16, dtype=torch.float64)).sum().backward()
+    images = torch.rand(64, 3, 16, 16)
+    _, plan = job.slim(
+        network.float(), IMAGE, target="channels=0.8", calibration=[images], compensate="regress"
+    )
+    assert plan.proof.error <= 1e-9
