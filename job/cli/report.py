@@ -16,7 +16,7 @@ from job.files import check_output, check_writable, write_output
 from job.report.comparison import comparison_csv, comparison_json
 from job.report.comparison_page import comparison_page
 from job.report.figures import comparison_charts, run_charts
-from job.report.page import write_figures
+from job.report.page import write_comparison, write_figures
 from job.report.run_page import run_page
 from job.report.tables import comparison_table, run_overview
 
@@ -48,6 +48,8 @@ def report(
     charts = run_charts(alone) if alone else comparison_charts(histories)
     if keeps_figures:
         write_figures(folder, charts)
+        if not alone:
+            write_comparison(folder, charts)
     write_output(path, run_page(alone, charts) if alone else comparison_page(histories, charts))
     for history in histories:
         for problem in history.problems:

@@ -43,13 +43,33 @@ def draw_charts(charts: Sequence[Chart]) -> list[bytes]:
         return [_draw(figure_class, chart) for chart in charts]
 
 
+def draw_panels(charts: Sequence[Chart]) -> bytes:
+    """Return charts without marks as the panels of one PNG, side by side.
+
+    Raises GammaslimError when matplotlib cannot be imported.
+    """
+    width, height = SIZE
+    with _matplotlib() as figure_class:
+        canvas = figure_class(figsize=(width * len(charts), height), dpi=DPI)
+        panels = canvas.subplots(1, len(charts), squeeze=False)[0]
+        margin = 0.12 / len(charts)
+        canvas.subplots_adjust(left=margin, right=1 - margin / 4, top=0.93, bottom=0.14)
+        for axes, chart in zip(panels, charts, strict=True):
+            _draw_chart(axes, chart)
+        return _png(canvas)
+
+
 def _draw(figure_class: Any, chart: Chart) -> bytes:
     canvas = figure_class(figsize=SIZE, dpi=DPI)
-    axes = canvas.subplots()
-    axes.locator_params(nbins=6)  # a tick costs a millisecond
     # fixed margins: computing them takes as long as drawing
     bottom = 0.3 if chart.x.names else 0.14
     canvas.subplots_adjust(left=0.12, right=0.97, top=0.93, bottom=bottom)
+    _draw_chart(canvas.subplots(), chart)
+    return _png(canvas)
+
+
+def _draw_chart(axes: Axes, chart: Chart) -> None:
+    axes.locator_params(nbins=6)  # a tick costs a millisecond
     for series in chart.series:
         _draw_series(axes, series)
     _set_axes(axes, chart)
@@ -59,6 +79,9 @@ def _draw(figure_class: Any, chart: Chart) -> bytes:
     if handles:
         for text in axes.legend(handles=handles).get_texts():
             text.set_parse_math(False)  # a name can hold dollars
+
+
+def _png(canvas: Any) -> bytes:
     content = io.BytesIO()
     canvas.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from job.artifacts.run_reader import read_run
 from job.errors import writing
 from job.files import write_bytes
-from job.report.drawing import draw_charts
+from job.report.drawing import draw_charts, draw_panels
 from job.report.figures import run_charts
 from job.report.run_page import run_page
 
@@ -40,3 +40,12 @@ def write_figures(folder: Path, charts: Sequence[Chart]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for chart, image in zip(charts, images, strict=True):
         write_bytes(folder / f"{chart.name}.png", image)
+
+
+def write_comparison(folder: Path, charts: Sequence[Chart]) -> None:
+    """Write the charts of several runs as the panels of ``folder``/comparison.png.
+
+    Raises StorageError, or GammaslimError.
+    """
+    if charts:
+        write_bytes(folder / "comparison.png", draw_panels(charts))

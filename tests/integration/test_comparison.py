@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from support.commands import gammaslim
 from support.report_pages import entry, make_run, page, write_evaluations
@@ -48,6 +49,8 @@ def test_the_runs_under_a_folder_are_compared(sweep: Path, tmp_path: Path) -> No
         "pareto-bytes", "pareto-latency", "pareto-macs", "pareto-params",
     ]  # fmt: skip
     assert "12.5 ms (62.5%)" in found.rows[1]
+    with Image.open(tmp_path / "report_figures" / "comparison.png") as figure:
+        assert figure.size == (4 * 640, 400)  # a panel for each cost
 
 
 def test_the_csv_has_a_line_for_each_model(sweep: Path, tmp_path: Path) -> None:
