@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -28,6 +29,12 @@ _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
 def is_store_url(path: str) -> bool:
     """Return whether ``path`` is a URL, e.g. s3://bucket/runs/a."""
     return _URL.fullmatch(path) is not None
+
+
+def local_scratch() -> Path:
+    """Return the folder for local files on this machine: SLURM_TMPDIR, TMPDIR, or /tmp."""
+    named = (os.environ.get(name) for name in ("SLURM_TMPDIR", "TMPDIR"))
+    return Path(next(filter(None, named), None) or tempfile.gettempdir())
 
 
 class Store:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import tempfile
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from job.artifacts.object_store import Store, is_store_url
+from job.artifacts.object_store import Store, is_store_url, local_scratch
 from job.console import counted, say
 from job.errors import InputNotFound, OutputError, StorageError, shown, writing
 from job.files import remove
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def local_data(path: str | None) -> str | None:
@@ -31,7 +33,7 @@ def local_data(path: str | None) -> str | None:
     if not names:
         raise InputNotFound(f"--data {store.url} holds no files")
     key = hashlib.sha256(repr((store.url, sorted(names.items()))).encode()).hexdigest()[:16]
-    base = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir())
+    base = local_scratch()
     folder = base / f"gammaslim-data-{os.getuid()}"
     copy = folder / key / store.name
     with writing(folder):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 import time
 import uuid
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.artifacts.mirror import Mirror
-from job.artifacts.object_store import Store, is_store_url
+from job.artifacts.object_store import Store, is_store_url, local_scratch
 from job.console import say
 from job.distributed.collectives import on_main
 from job.distributed.signals import deferred
@@ -22,6 +20,7 @@ from job.processes import is_main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from job.config import PruneConfig
 
@@ -119,7 +118,7 @@ def _uploading(mirror: Mirror) -> Iterator[None]:
 
 def scratch_of(store: Store) -> Path:
     """Return the local folder of a run in ``store``: the same for each job of this user here."""
-    base = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir())
+    base = local_scratch()
     mine = base / f"gammaslim-runs-{os.getuid()}"
     try:
         mine.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -102,7 +102,7 @@ def test_a_killed_run_goes_on_from_the_store_on_another_machine(
     job.process.kill()
     assert job.end().code == -signal.SIGKILL
     shutil.rmtree(tmp_path / "a")
-    done = run(sys.executable, "-m", "job", *args, env=environ(server, tmp_path / "b"), fork=False)
+    done = run(sys.executable, "-m", "job", *args, env=environ(server, tmp_path / "b"))
     assert done.code == 0, done
     assert "fetching" in done.out
     assert SECRET not in done.out + done.err
@@ -131,7 +131,7 @@ def test_a_run_outlives_a_server_that_pauses_and_dies_and_is_stored_later(
     assert "stored in" not in done.out
     assert SECRET not in done.out + done.err
     server.start()
-    done = run(sys.executable, "-m", "job", *args, env=environ(server, tmp_path / "a"), fork=False)
+    done = run(sys.executable, "-m", "job", *args, env=environ(server, tmp_path / "a"))
     assert done.code == 0, done
     assert "the run is finished and only shown" in done.out
     server.files().get(f"{BUCKET}/runs/unplugged", str(tmp_path / "fetched"), recursive=True)
@@ -149,11 +149,8 @@ def test_a_run_outlives_a_server_that_pauses_and_dies_and_is_stored_later(
 def test_a_store_that_cannot_be_used_ends_the_job_before_it_trains(
     noise: Path, server: ObjectServer, tmp_path: Path, keys: dict[str, str], code: int
 ) -> None:
-    env = environ(server, tmp_path / "a", **keys)
-    env = {key: value for key, value in env.items() if value}
     args = options(noise, f"s3://{BUCKET}/runs/refused")
-    whole = {k: v for k, v in clean_environ().items() if not k.startswith("AWS_")} | env
-    done = Started([sys.executable, "-m", "job", *map(str, args)], whole).end()
+    done = run(sys.executable, "-m", "job", *args, env=environ(server, tmp_path / "a", **keys))
     assert done.code == code, done
     assert done.err.startswith("Error: s3://bucket/runs/refused ")
     assert len(done.err.splitlines()) == 1
@@ -166,7 +163,7 @@ def test_a_bucket_that_does_not_exist_is_named(
     noise: Path, server: ObjectServer, tmp_path: Path
 ) -> None:
     args = options(noise, "s3://no-such-bucket/runs/a", "--dry-run")
-    done = run(sys.executable, "-m", "job", *args, env=environ(server, tmp_path / "a"), fork=False)
+    done = run(sys.executable, "-m", "job", *args, env=environ(server, tmp_path / "a"))
     assert done.code == 73, done
     assert "s3://no-such-bucket/runs/a refuses access" in done.err
     assert os.listdir(tmp_path / "a")

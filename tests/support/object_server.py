@@ -31,7 +31,6 @@ class ObjectServer:
         self.ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
-        self.files().mkdir(BUCKET)
 
     @property
     def environ(self) -> dict[str, str]:
@@ -68,7 +67,7 @@ class ObjectServer:
             )
         until = time.monotonic() + 60
         while time.monotonic() < until:
-            if self._responds():
+            if self._responds() and self._takes_files():
                 return
             time.sleep(0.2)
         raise AssertionError((self.folder / "log").read_text()[-2000:])
@@ -83,6 +82,17 @@ class ObjectServer:
         except OSError:
             return False
         return True
+
+    def _takes_files(self) -> bool:
+        """Return whether files can be written: its parts find each other after it responds."""
+        files = self.files()
+        try:
+            if not files.exists(BUCKET):
+                files.mkdir(BUCKET)
+            files.pipe_file(f"{BUCKET}/.ready", b"?")
+            return bool(files.cat_file(f"{BUCKET}/.ready") == b"?")
+        except OSError:
+            return False
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the server: SIGSTOP pauses it, SIGCONT continues it."""
