@@ -43,7 +43,7 @@ class _Line:
         self.began = self.tick = self.logged = time.monotonic()
 
     def update(self, phase: str, detail: str = "", share: float | None = None) -> None:
-        """Show the present phase, unless the line was drawn a moment ago; main process only."""
+        """Show the current phase, unless the line was drawn a moment ago; main process only."""
         if not is_main():
             return
         with self.lock:
@@ -222,7 +222,7 @@ def _is_terminal(stream: Any) -> bool:
 
 
 def phase(name: str, detail: str = "", share: float | None = None) -> None:
-    """Show a phase of the work until the next one; "" ends the present phase."""
+    """Show a phase of the work until the next one; "" ends the current phase."""
     if name:
         _line.update(name, detail, share)
     else:
@@ -237,7 +237,7 @@ def show_step(name: str, step: str, number: int = 0, count: int = 0) -> None:
 
 
 def tick(done: int, count: int) -> None:
-    """Show how much of the present phase is done."""
+    """Show how much of the current phase is done."""
     _line.update(_line.phase, _line.detail, done / count if count else None)
 
 

@@ -40,7 +40,7 @@ def read_run_config(run: Path) -> Tables:
 
 
 def stored_rounds(run: Path) -> object:
-    """Return the present ``--rounds`` of the run; None if the file cannot be read."""
+    """Return the current ``--rounds`` of the run; None if the file cannot be read."""
     return _stored(run, "prune", "rounds", PruneConfig.rounds)
 
 

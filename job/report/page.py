@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def write_run_report(run: Path) -> None:
-    """Write ``run``/report.html and ``run``/figures for the present state of the run.
+    """Write ``run``/report.html and ``run``/figures for the current state of the run.
 
     Raises GammaslimError.
     """

@@ -1,8 +1,8 @@
 """Rules of attention: products of activations, and scaled_dot_product_attention.
 
-The channels of queries and keys are summed over in pairs and cut together. Those of the values pass
-to the result. The proof compares with the wide network in which removed channels of the queries are
-zero.
+The channels of queries and keys are summed over in pairs and cut together. The channels of the
+values pass to the result. Verification compares with the wide network in which removed channels of
+the queries are zero.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def matmul(state: PropagationState, op: Op) -> None:
-    """Products of two activations: over their channels, or passing those of one of them."""
+    """Multiply two activations: sum over the channels of both, or pass the channels of one."""
     one, other = (op.args[0], op.args[1]) if len(op.args) > 1 else op.inputs[:2]
     dims = one.dim()
     if dims != other.dim() or dims < 3:
@@ -50,7 +50,7 @@ def matmul(state: PropagationState, op: Op) -> None:
 
 
 def attention(state: PropagationState, op: Op) -> None:
-    """scaled_dot_product_attention, whose scale is 1/sqrt(channels) unless it is given."""
+    """Apply scaled_dot_product_attention, whose scale is 1/sqrt(channels) by default."""
     query, key, value = (
         op.argument(place, name) for place, name in enumerate(("query", "key", "value"))
     )
@@ -87,10 +87,10 @@ def unite_products(
     other: torch.Tensor,
     first: str,
 ) -> bool:
-    """Unite channels of queries with those of keys, which are summed over.
+    """Unite the channels of queries with the channels of keys, which are summed over in pairs.
 
     ``one`` and ``other`` are their labels, with the channels along the last axis; ``first`` is the
-    name of the argument of the queries. Returns False where channels are along other axes.
+    name of the argument of the queries. Returns False if channels are along other axes.
     """
     last = one.dim() - 1
     if one.shape != other.shape or last not in label_axes(one) or last - 1 in label_axes(one):
@@ -153,7 +153,7 @@ def _count_projections(state: PropagationState, op: Op, packed: str, out: str) -
 
 
 def _unite_heads(state: PropagationState, heads: torch.Tensor, labels: torch.Tensor) -> bool:
-    """Unite whole heads of queries with those of values; False where axes are others."""
+    """Unite whole heads of queries and values; return False if they are along other axes."""
     axes = label_axes(heads)
     if not set(axes) <= set(label_axes(labels)) or max(axes, default=0) >= heads.dim() - 2:
         return False

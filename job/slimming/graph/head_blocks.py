@@ -16,7 +16,7 @@ def merge_head_blocks(union: ChannelUnion, roots: Ids) -> None:
     """Replace the heads of ``union`` by blocks of distinct lines.
 
     Blocks with a common line become one, since all of its lines keep the same number of channels. A
-    block whose rows consist of whole lines joins these: equal lines make equal rows.
+    block whose rows consist of whole lines joins them, because equal lines give equal rows.
     """
     parts = [_lines(roots[block]) for block in union.heads]
     parts = _joined(parts)

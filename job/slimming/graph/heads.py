@@ -1,8 +1,8 @@
-"""Heads of attention: views that split channels into heads, of which each keeps equally many.
+"""Heads of attention: views that split channels into heads, which keep the same number each.
 
-In ``x.view(B, N, heads, width)`` the channels of one head are a *line*. Where attention uses the
-view, each line may lose other channels, as long as all keep the same number, and as long as no op
-combines channels in the same place of different lines. Other views keep the same places of all
+In ``x.view(B, N, heads, width)`` the channels of one head are a *line*. If attention uses the
+view, each line may lose different channels, provided that all keep the same number and that no op
+combines channels at the same index of different lines. Other views keep the same indices in all
 lines.
 """
 
@@ -35,9 +35,9 @@ NOT_LINEAR = "the scale of attention depends on the number of channels after a n
 class HeadSplit:
     """Lines (R, D) of channels.
 
-    Of a view that leaves their number open ``whole`` lines are cut, unless their width is ``held``
-    by an attribute and attention uses them. ``streams`` are other channels that the size of the
-    view counts.
+    If a view leaves their number open, ``whole`` lines are cut, unless their width is ``held`` by
+    an attribute and attention uses them. ``streams`` are other channels that the size of the view
+    counts.
     """
 
     lines: Ids
@@ -49,7 +49,7 @@ class HeadSplit:
 
     @property
     def width(self) -> int:
-        """Channels of a line."""
+        """Number of channels of a line."""
         return int(self.lines.shape[1])
 
     def count_with(self, stream: Ids, *, whole: bool) -> None:
@@ -63,7 +63,7 @@ class HeadSplit:
 
     @property
     def narrows(self) -> bool:
-        """Whether each line loses channels of its own."""
+        """Whether each line may lose different channels."""
         return self.attended and not self.mixed and (self.held or not self.whole)
 
 
@@ -74,14 +74,14 @@ class Heads:
         self.splits: dict[bytes, HeadSplit] = {}
         self._numbers: list[Ids] = []  # arrays of the number of a split by element, -1 for none
         self._scores: dict[int, Ids] = {}  # queries by id of their products with keys
-        self.scaled: list[Ids] = []  # queries or keys with a scale that their number decides
+        self.scaled: list[Ids] = []  # queries or keys whose scale depends on their number
 
     def begin_trace(self) -> None:
         """Forget the activations of another trace."""
         self._scores.clear()
 
     def add(self, lines: Ids, *, whole: bool = False, held: bool = False) -> HeadSplit:
-        """Note the lines (R, D) of a view."""
+        """Record the lines (R, D) of a view."""
         key = lines.tobytes() + bytes([lines.shape[1] % 251])
         if key not in self.splits:
             self._number(lines, len(self.splits))
@@ -108,28 +108,28 @@ class Heads:
             yield from (splits[n] for n in np.unique(numbers[known]) if n >= 0)
 
     def attend(self, labels: torch.Tensor) -> None:
-        """Note that attention uses channels."""
+        """Record that attention uses the channels of ``labels``."""
         for split in self.of(flat_ids(labels)):
             split.attended = True
 
     def are_cut_whole(self, labels: torch.Tensor) -> bool:
-        """Return whether whole heads are cut from channels."""
+        """Return whether the channels of ``labels`` are cut as whole heads."""
         return any(split.whole and not split.held for split in self.of(flat_ids(labels)))
 
     def check(self, labels: torch.Tensor) -> None:
-        """Note the views of which an op does not leave the lines whole and in order."""
+        """Record the views whose lines are not whole and in order in the inputs of an op."""
         for split in self.of(flat_ids(labels)) if self.splits else ():
             if not split.whole or split.held:
                 split.mixed = split.mixed or not _is_whole(labels, split.lines)
 
     def note_scores(self, result: torch.Tensor, queries: torch.Tensor) -> None:
-        """Note that ``result`` are products of ``queries`` with keys."""
+        """Record that ``result`` has the products of ``queries`` with keys."""
         self._scores[id(result)] = flat_ids(queries)
 
     def note_scale(self, op: Op, labels: torch.Tensor | None) -> None:
-        """Note a scale 1/sqrt(D) that is computed from the width D at each pass.
+        """Record a scale 1/sqrt(D) that is computed from the width D in each pass.
 
-        ``labels`` are those of the tensor that is scaled.
+        ``labels`` are the labels of the scaled tensor.
         """
         number = next((arg for arg in op.args if type(arg) is float), None)
         if number is None or not op.inputs:
@@ -139,7 +139,7 @@ class Heads:
             self.scaled.append(ids)
 
     def is_computed(self, op: Op, scale: float, ids: Ids) -> bool:
-        """Return whether ``scale`` is computed from a width, and not an attribute."""
+        """Return whether ``scale`` is computed from a width rather than read from an attribute."""
         widths = {split.width for split in self.of(ids)}
         roots = [root for width in widths for root in (width**0.5, width**-0.5)]
         if not any(math.isclose(scale, root, rel_tol=1e-6) for root in roots):
@@ -159,11 +159,11 @@ class Heads:
                     union.unite(together[0], line)
         for ids in {ids.tobytes(): ids for ids in self.scaled}.values():
             if all(split.narrows or not split.whole for split in self.of(ids)):
-                _add_scale(union, ids)  # the width of whole heads stays
+                _add_scale(union, ids)  # the width of whole heads does not change
 
 
 def _add_scale(union: ChannelUnion, ids: Ids) -> None:
-    """Note the rows of the layer that produces ``ids``, whose weights make up for a scale."""
+    """Record the rows of the layer that produces ``ids``, whose weights make up for a scale."""
     passing = (s for s in union.slots if s.side == "through" and np.isin(ids, s.ids).any())
     layers = [(layer, made) for layer, made in union.producers if np.isin(ids, made).any()]
     if next(passing, None) is not None or len(layers) != 1 or not np.isin(ids, layers[0][1]).all():

@@ -22,7 +22,7 @@ class Base:
     """Widths and cost of a network before any cut.
 
     ``widths`` is the number of output channels of each layer, by name. ``cost`` is None if it is
-    the cost of the present network. If ``slim``, the base is itself the result of a cut, and
+    the cost of the current network. If ``slim``, the base is itself the result of a cut, and
     fractions are not relative to width 1 of a network's width argument.
     """
 

@@ -1,9 +1,9 @@
-"""Scales of rows: weights that make up for the scale of attention.
+"""Scales of rows, which compensate for a changed scale of attention.
 
 Attention divides products of queries and keys by sqrt(D), where D is their number of channels.
-Where code computes this from the present number, the narrow network divides by the root of a
-smaller number. The weights of its queries are multiplied by the root of the fraction that is kept,
-so that the products are those of the wide network.
+If code computes D from the current number, the narrow network divides by the root of a smaller
+number. The weights of its queries are multiplied by the root of the kept fraction, so that the
+products equal the products in the wide network.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trial cuts of suspects: channel groups that the analysis may have misinterpreted.
 
-A view or a slice with fixed sizes is valid for the present number of channels, but perhaps not for
+A view or a slice with fixed sizes is valid for the current number of channels, but perhaps not for
 fewer. A cut of the group and its verification show whether it is.
 """
 
@@ -40,7 +40,7 @@ def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Exampl
         return graph
     reasons = dict(graph.suspects)
     for name in _wrong_suspects(network, graph, names, example):
-        reason = f"{reasons[name]} works only for the present number of channels"
+        reason = f"{reasons[name]} works only for the current number of channels"
         graph = graph.without([name], reason)
     unblocked = {group.name for group in graph.groups}
     remaining = [name for name in names if name in unblocked]
