@@ -84,8 +84,7 @@ def example_of(model: nn.Module, example: Any) -> Example:
 
     Raises UsageError for anything that is not a batch of inputs.
     """
-    is_container = isinstance(example, (torch.Tensor, tuple, list, Mapping))
-    if not is_container or next(tensors_in(example), None) is None:
+    if next(tensors_in(example), None) is None:
         numbers = isinstance(example, (tuple, list)) and all(type(n) is int for n in example)
         shape = ", ".join(map(str, example)) if numbers and example else "1, 3, 224, 224"
         raise UsageError(

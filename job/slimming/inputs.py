@@ -1,9 +1,15 @@
-"""Inputs of a network: one tensor, a tuple of arguments, or a dict of keyword arguments."""
+"""Inputs of a network: one tensor, a tuple of arguments, or a dict of keyword arguments.
+
+An argument, and the output of a network, may contain tensors in tuples, lists, dicts, dataclasses,
+and objects of a user's own classes.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
+from enum import Enum
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +20,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+WITHOUT_TENSORS = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device, slice])
+LIBRARIES = frozenset("builtins collections torch numpy threading weakref _thread io".split())
 Example = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -32,6 +40,8 @@ def arguments_for(network: nn.Module, given: Any) -> Example:
     """
     if isinstance(given, (torch.Tensor, tuple)):
         return tuple(given) if isinstance(given, tuple) else given
+    if not isinstance(given, (list, Mapping)):
+        return (given,)
     spread: Example = dict(given) if isinstance(given, Mapping) else tuple(given)
     return (given,) if not _binds(network, spread) and _binds(network, (given,)) else spread
 
@@ -49,44 +59,88 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
     """Apply ``change`` to each tensor in ``value``, including nested tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    return _rebuild(value, lambda part: map_tensors(part, change), (tuple, list, Mapping))
+    return _map_parts(value, change, (tuple, list, Mapping), ())
 
 
-def _rebuild(value: Any, change: Callable[[Any], Any], kinds: tuple[Any, ...]) -> Any:
-    if not isinstance(value, kinds):
+def _map_parts(
+    value: Any,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    kinds: tuple[Any, ...],
+    within: tuple[int, ...],
+) -> Any:
+    """Apply ``change`` to the tensors in containers of ``kinds`` and in objects.
+
+    ``within`` are the ids of the objects that contain ``value``, which it may refer to.
+    """
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Mapping) and isinstance(value, kinds):
+        return {key: _map_parts(part, change, kinds, within) for key, part in value.items()}
+    if isinstance(value, kinds):
+        parts: list[Any] = [_map_parts(part, change, kinds, within) for part in value]
+        kind: Any = type(value)
+        return kind(*parts) if hasattr(value, "_fields") else kind(parts)
+    if id(value) in within or next(tensors_in(fields_of(value)), None) is None:
         return value
-    if isinstance(value, Mapping):
-        return {key: change(part) for key, part in value.items()}
-    parts: list[Any] = [change(part) for part in value]
-    kind: Any = type(value)
-    return kind(*parts) if hasattr(value, "_fields") else kind(parts)
+    new = copy.copy(value)
+    for name, part in fields_of(value).items():
+        changed = _map_parts(part, change, kinds, (*within, id(value)))
+        object.__setattr__(new, name, new if part is value else changed)
+    return new
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested tuples, lists, dicts and dataclasses, in order."""
+def tensors_in(value: Any, within: tuple[int, ...] = ()) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested tuples, lists, dicts, dataclasses and objects, in order.
+
+    ``within`` are the ids of the objects that contain ``value``, which it may refer to.
+    """
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from tensors_in(part)
+            yield from tensors_in(part, within)
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from tensors_in(part)
-    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-        for name in value.__dataclass_fields__:
-            yield from tensors_in(getattr(value, name, None))
-    elif isinstance(value, SimpleNamespace):
-        yield from tensors_in(vars(value))
+            yield from tensors_in(part, within)
+    elif type(value) not in WITHOUT_TENSORS and id(value) not in within:
+        for part in fields_of(value).values():
+            yield from tensors_in(part, (*within, id(value)))
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of a dataclass or an object of a user's class, by name.
+
+    There are none for values of Python and torch, functions, types, and modules.
+    """
+    kind = type(value)
+    if hasattr(kind, "__dataclass_fields__"):
+        return {name: getattr(value, name, None) for name in kind.__dataclass_fields__}
+    if isinstance(value, SimpleNamespace):
+        return vars(value)
+    if isinstance(value, (type, Enum, torch.nn.Module)) or callable(value):
+        return {}
+    if kind.__module__.partition(".")[0] in LIBRARIES:
+        return {}
+    slots = (name for each in kind.__mro__ for name in _names(each.__dict__.get("__slots__", ())))
+    fields = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return fields | getattr(value, "__dict__", {})
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if not name.startswith("__"))
 
 
 def sample_count(example: Any) -> int:
     """Return the batch size: the length of the first tensor; 1 for a list or without tensors."""
     if isinstance(example, torch.Tensor):
         return len(example) if example.dim() else 1
-    if isinstance(example, (tuple, Mapping)):
-        for part in example.values() if isinstance(example, Mapping) else example:
-            if isinstance(part, (torch.Tensor, tuple, list, Mapping)):
-                return sample_count(part)
+    if isinstance(example, list):
+        return 1
+    parts = example.values() if isinstance(example, Mapping) else example
+    for part in parts if isinstance(example, (tuple, Mapping)) else fields_of(example).values():
+        if isinstance(part, (torch.Tensor, tuple, list, Mapping)) or fields_of(part):
+            return sample_count(part)
     return 1
 
 
@@ -97,12 +151,10 @@ def map_batched(example: Any, change: Callable[[torch.Tensor], torch.Tensor]) ->
     """
     count = sample_count(example)
 
-    def change_part(part: Any) -> Any:
-        if isinstance(part, torch.Tensor):
-            return change(part) if part.dim() and len(part) == count and part.numel() > 1 else part
-        return _rebuild(part, change_part, (tuple, Mapping))
+    def change_batch(part: torch.Tensor) -> torch.Tensor:
+        return change(part) if part.dim() and len(part) == count and part.numel() > 1 else part
 
-    return change_part(example)
+    return _map_parts(example, change_batch, (tuple, Mapping), ())
 
 
 def repeat_first_sample(example: Example, count: int) -> Any:

@@ -13,6 +13,7 @@ from job.slimming.graph.trace import trace_network
 from job.slimming.inputs import (
     arguments_for,
     batch_signature,
+    fields_of,
     kind_of,
     move_like,
     sample_count,
@@ -72,7 +73,7 @@ def _split(
     model: nn.Module, example: Example, batch: Any, where: str
 ) -> tuple[Example, torch.Tensor | None]:
     """Split a batch into inputs of the network and labels; None without labels."""
-    if not isinstance(batch, (torch.Tensor, tuple, list, Mapping)):
+    if not isinstance(batch, (torch.Tensor, tuple, list, Mapping)) and not _matches(example, batch):
         raise UsageError(f"{where} is a {type(batch).__name__}: {FORMS}")
     if _matches(example, batch):
         return arguments_for(model, _in_form_of(example, batch)), _labels_in(batch)
@@ -101,7 +102,9 @@ def _split(
 def _in_form_of(example: Example, batch: Any) -> Any:
     if isinstance(example, dict) and isinstance(batch, Mapping):
         return {key: batch[key] for key in example}
-    return tuple(batch) if isinstance(example, tuple) else batch
+    if isinstance(example, tuple):
+        return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    return batch
 
 
 def _matches(example: Any, batch: Any) -> bool:
@@ -122,6 +125,10 @@ def _matches(example: Any, batch: Any) -> bool:
         if isinstance(example, list) and isinstance(batch, list):
             return bool(batch) and all(_matches(example[0], part) for part in batch)
         return len(example) == len(batch) and all(map(_matches, example, batch))
+    if fields_of(example):  # an object: its tensors are compared
+        wanted, given = list(tensors_in(example)), list(tensors_in(batch))
+        alike = isinstance(batch, type(example)) and len(wanted) == len(given)
+        return alike and all(map(_matches, wanted, given))
     return not isinstance(batch, torch.Tensor)  # a number or None, which may differ between batches
 
 

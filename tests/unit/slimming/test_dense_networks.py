@@ -61,13 +61,24 @@ def test_small_ones_are_cut_to_a_third(name: str) -> None:
     train_a_step(narrow, IMAGES)
 
 
+class Tensors(nn.Module):
+    """The outputs as a list: ONNX has no dataclasses."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return list(tensors_in(self.network(images)))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore")
 def test_they_are_exported_to_onnx(name: str) -> None:
     narrow, _ = job.slim(made(NETWORKS[name]), IMAGES[:1])
     file = io.BytesIO()
-    torch.onnx.export(narrow.eval(), (IMAGES,), file, dynamo=False)
+    torch.onnx.export(Tensors(narrow).eval(), (IMAGES,), file, dynamo=False)
     session = onnxruntime.InferenceSession(file.getvalue())
     found = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
     with torch.no_grad():

@@ -199,3 +199,58 @@ def test_a_damaged_weight_is_named(name: str) -> None:
     wide.state_dict()[name].view(-1)[1] = NAN
     with pytest.raises(DataError, match=f"{name} of the network contains NaN"):
         job.slim(wide, IMAGE)
+
+
+class Nested:
+    """Tensors and a mask in an object, as the batches and answers of DETR are."""
+
+    def __init__(self, tensors: Any, mask: torch.Tensor | None = None) -> None:
+        self.tensors, self.mask, self.parent = tensors, mask, self
+
+
+class Slotted:
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: torch.Tensor) -> None:
+        self.tensors = tensors
+
+
+@dataclass(frozen=True)
+class Frozen:
+    tensors: torch.Tensor
+    sizes: tuple[int, ...] = (1, 2)
+
+
+class OfObjects(Trunk):
+    def forward(self, batch: Any) -> Any:
+        return Nested([Slotted(self.logits(batch.tensors))])
+
+
+@pytest.mark.parametrize("kind", [Nested, Slotted, Frozen, lambda t: SimpleNamespace(tensors=t)])
+@pytest.mark.parametrize("alone", [True, False])
+def test_inputs_and_outputs_may_be_objects_that_hold_tensors(kind: Any, alone: bool) -> None:
+    wide = network(OfObjects)
+    example = kind(torch.rand(2, 3, 16, 16))
+    batches = [kind(torch.rand(4, 3, 16, 16)) for _ in range(2)]
+    narrow, plan = job.slim(
+        wide, example if alone else (example,), calibration=batches, target="channels=0.6"
+    )
+    assert plan.proof.precision == "float64"
+    assert plan.before.macs == job.slim(network(Trunk), example.tensors[:1])[1].before.macs
+    assert narrow(batches[0]).tensors[0].tensors.shape == (4, 3)
+    assert example.tensors.dtype == torch.float32
+
+
+class Features(Trunk):
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.logits(images), Nested(self.one(images))
+
+
+def test_channels_that_are_returned_in_an_object_are_not_cut() -> None:
+    _, plan = job.slim(network(Features), IMAGE, target="channels=0.8")
+    assert {b.layer for b in plan.blocked} == {"one.0", "head"}
+
+
+def test_a_batch_of_one_input_fits_an_example_in_a_tuple() -> None:
+    narrow, _ = job.slim(network(Trunk), (IMAGE,), calibration=[IMAGE.expand(6, -1, -1, -1)])
+    assert narrow(IMAGE).shape == (1, 3)
