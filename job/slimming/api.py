@@ -71,10 +71,11 @@ def slim(
     """Return a narrow copy of ``model``, verified in float64, and the plan of the cut.
 
     ``example`` is a batch of inputs of ``model``: a tensor such as (B, C, H, W), a tuple or list
-    of inputs, or a dict of keyword arguments; an input may be an object that holds tensors. Only its sizes and integers matter. ``forward`` is a
-    function ``forward(model, …)`` of the network and these inputs, called in place of the forward
-    pass: of a detector, which answers with boxes, the layers that it trains, e.g. ``lambda model,
-    images: model.head(list(model.backbone(images).values()))`` of torchvision's RetinaNet.
+    of inputs, or a dict of keyword arguments; an input may be an object that holds tensors. Only
+    its sizes and integers matter. ``forward`` is a function ``forward(model, …)`` of the network
+    and these inputs, called in place of the forward pass: of a detector, which answers with boxes,
+    the layers that it trains, e.g. ``lambda model, images: model.head(list(model.backbone(images)
+    .values()))`` of torchvision's RetinaNet.
 
     ``calibration`` is an iterable of batches like the example, or of pairs of such a batch and its
     labels (B,). The first ``calibration_images`` are used, by default at most 4,096, or 512 of 224
