@@ -121,7 +121,10 @@ def _text(found: Inspection) -> str:
         for g in found.groups
         if g.gamma
     ]
-    blocked = [(b.layer, str(b.channels), b.reason) for b in found.blocked]
+    blocked = [
+        (b.layer, str(b.channels), f"{b.reason} ({b.place})" if b.place else b.reason)
+        for b in found.blocked
+    ]
     blocked += [
         (g.group, str(g.channels), "no BatchNorm ranks them: ranked by other norms or L2")
         for g in found.groups

@@ -241,10 +241,17 @@ def _blocked(union: ChannelUnion, roots: Ids) -> tuple[BlockedChannels, ...]:
     order = {reason: number for number, reason in enumerate(reasons, 1)}
     why = np.zeros(union.count, np.int64)  # of a root: the number of its first reason
     why[roots[FIXED]] = len(order)
-    for reason, ids in reversed(union.fixes):
-        why[roots[ids]] = order[reason]
+    places, where = ["", *union.places], np.zeros(union.count, np.int64)
+    for number in range(len(union.fixes), 0, -1):
+        reason, ids = union.fixes[number - 1]
+        why[roots[ids]], where[roots[ids]] = order[reason], number
     return tuple(
-        BlockedChannels(layer, int((why[roots[ids]] == number).sum()), reason)
+        BlockedChannels(
+            layer,
+            int((why[roots[ids]] == number).sum()),
+            reason,
+            places[where[roots[ids]][why[roots[ids]] == number][0]],
+        )
         for layer, ids in union.producers
         for reason, number in order.items()
         if (why[roots[ids]] == number).any()

@@ -41,11 +41,12 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class BlockedChannels:
-    """Output channels of ``layer`` that are not cut, and the reason."""
+    """Output channels of ``layer`` that are not cut, the reason, and the line of code, if known."""
 
     layer: str
     channels: int
     reason: str
+    place: str = ""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
             union.fix(np.arange(union.count), f"{op.name} of a tensor of unknown origin")
         _propagate_op(state, op, layer_ops, shared)
         known.update(map(id, op.results))
+    union.place = ""
     for output in trace.outputs:
         state.fix(output, "the network's output")
         for source in state.derived.sources(output):

@@ -70,6 +70,7 @@ class PropagationState:
     def begin_op(self, op: Op, inputs: Collection[torch.Tensor], *, result_shared: bool) -> None:
         """Continue with the next op, whose labelled inputs are ``inputs``."""
         self._calls[op.name] += 1
+        self.union.place = op.line
         self.result_shared = result_shared
         self.input_shared = result_shared or any(self.is_shared(tensor) for tensor in inputs)
 

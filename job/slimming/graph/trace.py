@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType, NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ CALLED_BY_MODULES = NORM_OPS | SIZED | {"conv1d", "conv2d", "conv3d", "linear"}
 CALLED_BY_MODULES |= {"scaled_dot_product_attention"}
 NO_CALLER: tuple[None, frozenset[str]] = (None, frozenset())
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+TORCH = str(Path(torch.__file__).parent)
 BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
 
 
@@ -50,7 +52,7 @@ class Op:
 
     ``inputs`` and ``results`` include tensors in lists and dataclasses. ``module`` is the module
     whose method calls the function, ``names_used`` are the attributes that the method names. Both
-    are known for a few kinds of ops.
+    are known for a few kinds of ops. ``line`` is that of the network's code, e.g. ``net.py:12``.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Op:
     results: tuple[torch.Tensor, ...]
     module: nn.Module | None = None
     names_used: frozenset[str] = frozenset()
+    line: str = ""
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument that was passed by position or by name."""
@@ -172,7 +175,8 @@ class _Tracer(TorchFunctionMode):
             inputs = tuple(tensors_in((args, kwargs)))
             known = name in CALLED_BY_MODULES or any(type(arg) is float for arg in args)
             caller = _calling_module() if known else NO_CALLER
-            self.ops.append(Op(name, func, args, kwargs, result, inputs, results, *caller))
+            line = _line_of_network()
+            self.ops.append(Op(name, func, args, kwargs, result, inputs, results, *caller, line))
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
             self.measured.append(args[0])
             self.measured_by.append(_calling_module()[0])
@@ -189,6 +193,14 @@ def _calling_module() -> tuple[nn.Module | None, frozenset[str]]:
             return value, frozenset(frame.f_code.co_names)
         frame = frame.f_back
     return NO_CALLER
+
+
+def _line_of_network() -> str:
+    """The file and line of the innermost frame outside torch."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(TORCH):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
 
 
 LEAVES = frozenset([torch.Tensor, nn.Parameter, int, float, bool, str, NoneType])

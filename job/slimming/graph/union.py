@@ -109,6 +109,7 @@ class ChannelUnion:
     some op is not supported. ``count`` includes the element FIXED.
     ``sizes`` are attributes that may count channels. ``heads`` are blocks of the heads of
     attention, ``scaled`` the layers, rows and elements whose weights make up for its scale.
+    ``places`` are the lines of code of the ``fixes``, ``place`` is the present one.
     """
 
     slots: list[ChannelSlot] = field(default_factory=list)
@@ -121,6 +122,8 @@ class ChannelUnion:
     sizes: list[AttributeSize] = field(default_factory=list)
     heads: list[Ids] = field(default_factory=list)
     scaled: list[tuple[str, Ids, Ids]] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    place: str = ""
     doubtful: bool = False
     count: int = 1
     pairs: list[tuple[Ids, Ids]] = field(default_factory=list)
@@ -135,6 +138,7 @@ class ChannelUnion:
         ids = np.unique(ids[ids != FIXED])
         if len(ids):
             self.fixes.append((reason, ids))
+            self.places.append(self.place)
 
     def produce(self, layer: str, count: int) -> Ids:
         """Add ``count`` elements that ``layer`` produces; returns them."""

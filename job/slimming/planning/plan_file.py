@@ -75,8 +75,13 @@ def _record(layers: Layers, **fields: Any) -> JsonObject:
         "layers": {name: channels.to_dict() for name, channels in layers.items()},
         "groups": {name: list(kept) for name, kept in fields["groups"].items()},
         "sizes": {name: list(sizes) for name, sizes in fields["sizes"].items()},
-        "blocked": [[each.layer, each.channels, each.reason] for each in fields["blocked"]],
+        "blocked": [_blocked_record(each) for each in fields["blocked"]],
     }
+
+
+def _blocked_record(blocked: BlockedChannels) -> list[str | int]:
+    record: list[str | int] = [blocked.layer, blocked.channels, blocked.reason]
+    return [*record, blocked.place] if blocked.place else record
 
 
 def _fields_of(content: Any) -> dict[str, Any]:
@@ -91,13 +96,16 @@ def _fields_of(content: Any) -> dict[str, Any]:
         fields[key] = content[key]
     for key, kind in (("proof", Proof), ("latency", PlannedLatency)):
         fields[key] = None if content[key] is None else kind(**content[key])
-    blocked = ((str(name), int(count), str(why)) for name, count, why in content["blocked"])
+    blocked = (
+        BlockedChannels(str(name), int(count), str(why), "".join(map(str, place)))
+        for name, count, why, *place in content["blocked"]
+    )
     return fields | {
         "groups": {name: _indices(kept) for name, kept in content["groups"].items()},
         "layers": {n: LayerChannels.from_dict(values) for n, values in content["layers"].items()},
         "before": _cost_of(content["before"]),
         "after": _cost_of(content["after"]),
-        "blocked": tuple(BlockedChannels(*each) for each in blocked),
+        "blocked": tuple(blocked),
         "sizes": {name: _sizes_of(sizes) for name, sizes in content["sizes"].items()},
         "example": _example_of(content["example"]),
     }

@@ -90,6 +90,9 @@ def cut(network: nn.Module) -> tuple[nn.Module, Layers]:
 def test_an_op_is_added_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     network = randomise(Sinc())
     assert blocked(network)["stem.0"] == "sinc is not supported"
+    (each,) = (b for b in analyse(network, IMAGE).blocked if b.layer == "stem.0")
+    line = Sinc.body.__code__.co_firstlineno + 1
+    assert each.place == f"test_rules.py:{line}"
     monkeypatch.setitem(OP_RULES, "sinc", elementwise)
     assert "stem.0" not in blocked(network)
     narrow, _ = cut(network)
