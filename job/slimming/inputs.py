@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 WITHOUT_TENSORS = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device, slice])
-LIBRARIES = frozenset("builtins collections torch numpy threading weakref _thread io".split())
+OWNERS_WITHOUT_TENSORS = frozenset(
+    "builtins collections torch numpy threading weakref _thread io".split()
+)
 Example = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -119,7 +121,7 @@ def fields_of(value: Any) -> dict[str, Any]:
         return vars(value)
     if isinstance(value, (type, Enum, torch.nn.Module)) or callable(value):
         return {}
-    if kind.__module__.partition(".")[0] in LIBRARIES:
+    if kind.__module__.partition(".")[0] in OWNERS_WITHOUT_TENSORS:
         return {}
     slots = (name for each in kind.__mro__ for name in _names(each.__dict__.get("__slots__", ())))
     fields = {name: getattr(value, name) for name in slots if hasattr(value, name)}
