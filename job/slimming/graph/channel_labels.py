@@ -66,7 +66,7 @@ def reshape_labels(
         labels = labels.expand(*labels.shape[:first], *before[first:last], *labels.shape[last:])
     start = _leading_axes(after, math.prod(before[:first]))
     if start is None:
-        return None
+        return _merged_with_earlier(labels, before, after, last)
     size = math.prod(before[first:last])
     rest = len(after) - start
     width = _leading_axes(after[start:], size)
@@ -77,6 +77,17 @@ def reshape_labels(
         repeated = labels.reshape(-1).repeat_interleave(after[start] // size)
         return repeated.reshape([1] * start + [-1] + [1] * (rest - 1)), False
     return None
+
+
+def _merged_with_earlier(
+    labels: torch.Tensor, before: torch.Size, after: torch.Size, last: int
+) -> tuple[torch.Tensor, bool] | None:
+    """Return the labels where channels are merged with axes before them, as in Swin's merging."""
+    end, flat = _leading_axes(after, math.prod(before[:last])), labels.reshape(-1)
+    if not end or after[end - 1] % len(flat):
+        return None
+    tiled = flat.repeat(after[end - 1] // len(flat))
+    return tiled.reshape([1] * (end - 1) + [-1] + [1] * (len(after) - end)), False
 
 
 def _leading_axes(shape: torch.Size, product: int) -> int | None:

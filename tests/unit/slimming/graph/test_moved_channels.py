@@ -215,3 +215,24 @@ def test_features_that_become_a_map_are_cut_by_channels() -> None:
     narrow, plan = halve(randomise(Generator()), torch.rand(2, 10))
     assert (narrow.fc[0].out_features, narrow.one[0].in_channels) == (96, 6)
     assert {b.layer for b in plan.blocked} == {"out"}
+
+
+class Merging(Net):
+    """Patches of 2 x 2 places become one, channels last (Liu et al. 2021)."""
+
+    def build(self) -> None:
+        self.merge = nn.Linear(48, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 2, 3, 1)
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.merge(x).permute(0, 3, 1, 2)
+
+
+def test_channels_of_merged_patches_are_cut() -> None:
+    torch.manual_seed(0)
+    narrow, plan = halve(randomise(Merging()), IMAGE)
+    assert (narrow.stem[0].out_channels, narrow.merge.in_features) == (6, 24)
+    assert {b.layer for b in plan.blocked} == {"head"}
