@@ -36,25 +36,20 @@ class InputStatistics:
     fitted: Moments
     held_out: Moments
 
-    @cached_property
-    def overall(self) -> Moments:
-        """Moments over all images."""
-        return self.fitted.merged(self.held_out)
-
     @property
     def count(self) -> int:
         """Number of rows."""
-        return self.overall.count
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """Mean (C,), float64 on the CPU."""
-        return self.overall.mean[0]
+        return self.fitted.count + self.held_out.count
 
     @cached_property
+    def mean(self) -> torch.Tensor:
+        """Mean (C,), float64 on the CPU."""
+        return self.fitted.merged(self.held_out).mean[0]
+
+    @property
     def covariance(self) -> torch.Tensor:
-        """Covariance (C, C), float64 on the CPU."""
-        return self.overall.scatter[0] / max(1, self.count)
+        """Covariance (C, C), float64 on the CPU, computed at each access."""
+        return self.fitted.merged(self.held_out).scatter[0] / max(1, self.count)
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def measure_inputs(
     """
     consumers = {consumer.layer: consumer for consumer in consumers_of(network, graph)}
     dtype = torch.float32 if sparse else torch.float64
-    sums = {name: _sums(network, consumer) for name, consumer in consumers.items()}
+    sums = {name: _sums(network, consumer, dtype) for name, consumer in consumers.items()}
     earlier = size = 0  # images
 
     def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], name: str) -> None:
@@ -105,18 +100,19 @@ def measure_inputs(
             size = sample_count(inputs_of(batch))
             call_network(network, inputs_of(batch))
             earlier += size
-    statistics = {name: _result(name, split) for name, split in sums.items()}
+    statistics = {name: _result(name, sums.pop(name)) for name in consumers}
     return {name: measured for name, measured in statistics.items() if measured.count}
 
 
-def _sums(network: nn.Module, consumer: Consumer) -> SplitSums:
+def _sums(network: nn.Module, consumer: Consumer, held_out: torch.dtype) -> SplitSums:
     weight = next(network.get_submodule(consumer.layer).parameters())
     columns = len(consumer.channels)
-    return SplitSums(1, columns, columns, weight.device)
+    return SplitSums(1, columns, columns, weight.device, held_out)
 
 
 def _result(name: str, sums: SplitSums) -> InputStatistics:
     statistics = InputStatistics(*sums.moments())
-    if not bool(statistics.overall.scatter.isfinite().all()):
+    parts = statistics.fitted, statistics.held_out
+    if not all(bool(moments.scatter.isfinite().all()) for moments in parts):
         raise DataError(f"the inputs of {name} on the calibration images are not finite")
     return statistics

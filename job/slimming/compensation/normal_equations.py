@@ -97,7 +97,8 @@ def _squared_error(moments: Moments, solution: Solution) -> float:
     """Return the sum of squared errors of a regression, less that of predicting the means."""
     slopes, constants = solution
     columns = moments.scatter.shape[1]
-    gram, cross = moments.scatter[:, :, :columns], moments.scatter[:, :, columns:]
+    scatter = moments.scatter.to(slopes)
+    gram, cross = scatter[:, :, :columns], scatter[:, :, columns:]
     inputs, outputs = moments.mean[:, :columns], moments.mean[:, columns:]
     bias = outputs - torch.einsum("gc,gco->go", inputs, slopes) - constants
     around_means = slopes * (gram @ slopes - 2 * cross)

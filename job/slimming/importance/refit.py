@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from job.slimming.calibration.consumers import Consumer
     from job.slimming.calibration.input_statistics import InputStatistics
-    from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.graph.groups import ChannelGraph, ChannelGroup
     from job.slimming.graph.union import Ids
     from job.slimming.importance.scores import Scores
 
@@ -48,18 +48,27 @@ def refit_importance(
     the channel. Channels of other groups are kept. The loss is nan for channels without a consumer
     in ``statistics``.
     """
-    parts: list[list[_Part]] = [[] for _ in graph.groups]
     unknown = np.zeros(graph.count, bool)
     for slot in graph.slots:
         unknown[slot.ids] |= slot.side == "in"
-    for consumer in consumers_of(network, graph):
-        if consumer.layer in statistics:
-            unknown[consumer.channels] = False
-            measured = _parts_of(network, consumer, statistics[consumer.layer], ridge)
-            _distribute(graph, consumer, measured, parts)
+    consumers = [c for c in consumers_of(network, graph) if c.layer in statistics]
+    for consumer in consumers:
+        unknown[consumer.channels] = False
+    of_group = _consumers_of_groups(graph, consumers)
+    last = {place: number for number, places in enumerate(of_group) for place in places}
+    parts: dict[int, list[_Part]] = {}  # of each consumer that this and a later group have
     scores = np.full(graph.count, np.nan)
-    for group, group_parts in zip(graph.groups, parts, strict=True):
-        scores[group.channels] = _elimination_losses(group_parts, group.size)
+    for number, group in enumerate(graph.groups):
+        of_this: list[_Part] = []
+        for place in of_group[number]:
+            consumer = consumers[place]
+            if place not in parts:
+                measured = statistics[consumer.layer]
+                parts[place] = _parts_of(network, consumer, measured, ridge)
+            of_this += _select_group(group, consumer, parts[place])
+            if last[place] == number:  # the matrices of all consumers would not fit into memory
+                del parts[place]
+        scores[group.channels] = _elimination_losses(of_this, group.size)
     scores[unknown] = np.nan
     return scores
 
@@ -132,11 +141,11 @@ def _parts_of(
 ) -> list[_Part]:
     """Return the parts of a consumer, one for each group of a grouped convolution."""
     size = len(consumer.channels) // consumer.groups
-    parts, variance = [], 0.0
+    parts, variance, overall = [], 0.0, statistics.covariance
     for group, rows in enumerate(consumer.weight(network).chunk(consumer.groups)):
         columns = slice(group * size, (group + 1) * size)
         flat = rows.transpose(0, 1).flatten(1)
-        gram, covariance = (flat @ flat.T).numpy(), statistics.covariance[columns, columns].numpy()
+        gram, covariance = (flat @ flat.T).numpy(), overall[columns, columns].numpy()
         variance += float((gram * covariance).sum())
         scale = float(covariance.diagonal().mean())
         if scale > 0:  # else the inputs are constant
@@ -148,20 +157,30 @@ def _parts_of(
     return parts if variance > 0 else []
 
 
-def _distribute(
-    graph: ChannelGraph, consumer: Consumer, measured: Sequence[_Part], parts: list[list[_Part]]
-) -> None:
-    """Append the columns of each channel group in a consumer to the ``parts`` of the group."""
+def _consumers_of_groups(graph: ChannelGraph, consumers: Sequence[Consumer]) -> list[list[int]]:
+    """Return, for each channel group, the places of the consumers that have channels of it."""
     group_of = np.full(graph.count, -1)
-    index_of = np.zeros(graph.count, np.int64)  # within the group
     for number, group in enumerate(graph.groups):
-        group_of[group.channels], index_of[group.channels] = number, np.arange(group.size)
-    for part in measured:
-        channels = consumer.channels[part.members]
-        for number in np.unique(group_of[channels]).tolist():
+        group_of[group.channels] = number
+    of_group: list[list[int]] = [[] for _ in graph.groups]
+    for place, consumer in enumerate(consumers):
+        for number in np.unique(group_of[consumer.channels]).tolist():
             if number >= 0:
-                columns = np.flatnonzero(group_of[channels] == number)
-                parts[number].append(part.select(columns, index_of[channels[columns]]))
+                of_group[number].append(place)
+    return of_group
+
+
+def _select_group(
+    group: ChannelGroup, consumer: Consumer, parts: Sequence[_Part]
+) -> Iterator[_Part]:
+    """Yield the columns of a channel group in each of the ``parts`` of a consumer."""
+    for part in parts:
+        channels = consumer.channels[part.members]
+        columns = np.flatnonzero(np.isin(channels, group.channels))
+        if len(columns):
+            order = np.argsort(group.channels)
+            places = order[np.searchsorted(group.channels, channels[columns], sorter=order)]
+            yield part.select(columns, places)
 
 
 def _elimination_losses(parts: Sequence[_Part], size: int) -> Scores:
