@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from job.tracking.process import Table, WandbChart
 
 AXIS_TITLES = {"params": "parameters", "macs": "multiply-adds", "latency": "latency in seconds"}
-MOST_ROWS = 10_000  # of a W&B table
+MAX_ROWS = 10_000  # of a W&B table
 EXAMPLE_COLUMNS = ("image", "file", "class", "base", "recommended")
 
 
@@ -43,7 +43,7 @@ def confusion_chart(
     """
     if evaluation is None:
         return {}
-    cells = evaluation.confusion().most_common(MOST_ROWS)
+    cells = evaluation.confusion().most_common(MAX_ROWS)
     columns = ("Actual", "Predicted", "nPredictions")
     rows = [
         (_class_name(class_names, true), _class_name(class_names, predicted), count)

@@ -16,7 +16,7 @@ from job.errors import StopRequest, StorageError
 from support.commands import ROOT
 from support.schemas import lint
 
-CLOUD = ROOT / "cloud"
+CLOUD = ROOT / "k8s" / "cloud"
 TEXT = {"type": "string", "minLength": 1}
 CODE = {"type": "integer", "minimum": 0, "maximum": 255}
 # the documented keys that the files use, of SkyPilot 0.14 and dstack 0.22
