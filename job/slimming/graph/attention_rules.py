@@ -49,6 +49,29 @@ def matmul(state: PropagationState, op: Op) -> None:
     return state.set_labels(op.result, labels)
 
 
+def einsum(state: PropagationState, op: Op) -> None:
+    """Products of queries with keys, and of weights with values, as equations."""
+    sides = str(op.args[0]).replace(" ", "").replace("->", ",").split(",")
+    if len(sides) != 3 or len(op.args) != 3 or "." in str(op.args[0]):
+        return state.give_up(op, "einsum is not supported")
+    first, second, result = sides
+    labels = [state.labels_of(tensor) for tensor in op.args[1:]]
+    batch, one, last = first[:-2], first[-2:-1], first[-1:]
+    if second[:-2] == batch and second[-1] == last and result == batch + one + second[-2]:
+        queries, keys = labels
+        if queries is None or keys is None:
+            return state.give_up(op, "einsum with channels that are never cut")
+        if unite_products(state, op, queries, keys, "operands"):
+            return None
+    elif second[:-1] == batch + last and result == batch + one + second[-1]:
+        values = labels[1]
+        if labels[0] is None and values is not None and values.shape[-2] == 1:
+            state.heads.attend(values)
+            state.union.suspects.append((op.name, flat_ids(values)))
+            return state.set_labels(op.result, values)
+    return state.give_up(op, "einsum is not supported")
+
+
 def attention(state: PropagationState, op: Op) -> None:
     """Apply scaled_dot_product_attention, whose scale is 1/sqrt(channels) by default."""
     query, key, value = (
@@ -102,7 +125,7 @@ def unite_products(
     state.forget(op)
     if state.heads.are_cut_whole(one):
         state.set_labels(op.result, one.narrow(last, 0, 1))
-    operand = Operand(0, first, last, one.numpy())
+    operand = Operand(int(op.name == "einsum"), first, last, one.numpy())
     state.add_read(op, ChannelRead(op.name, (operand,), zeroed=True))
     return True
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from job.slimming.graph.attention_rules import attention, matmul
+from job.slimming.graph.attention_rules import attention, einsum, matmul
 from job.slimming.graph.channel_labels import (
     flat_ids,
     label_axes,
@@ -267,6 +267,7 @@ OP_RULES: dict[str, Rule] = {
     **_for_each("chunk split tensor_split", partial(rearrange, splits=True)),
     **_for_each("matmul __matmul__ mm", partial(matrix_of_train_mode, side="through")),
     "bmm": matmul,
+    "einsum": einsum,
     "scaled_dot_product_attention": attention,
     **_for_each("new_empty new_zeros new_ones new_full new_tensor no_output", new_tensor),
     **_for_each("roi_align roi_pool grid_sample grid_sampler", sampled),

@@ -45,7 +45,9 @@ class Attention(nn.Module):
             parts = self.qkv(x).chunk(3, dim=-1)
             return (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
         batch, tokens, channels = x.shape
-        width = self.width if self.how in ("fused", "attribute") else channels // self.heads
+        width = (
+            self.width if self.how in ("fused", "attribute", "einsum") else channels // self.heads
+        )
         return self.qkv(x).reshape(batch, tokens, 3, self.heads, width).permute(2, 0, 3, 1, 4)
 
     def products(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -63,6 +65,9 @@ class Attention(nn.Module):
         q, k, v = self.split(x)
         if self.how == "fused":
             x = F.scaled_dot_product_attention(q, k, v)
+        elif self.how == "einsum":
+            x = torch.einsum("b h i d, b h j d -> b h i j", self.scaled(q), k).softmax(-1)
+            x = torch.einsum("b h i j, b h j d -> b h i d", x, v)
         else:
             x = self.products(q, k).softmax(-1) @ v
         if self.how == "stream":
@@ -107,7 +112,7 @@ def without_outputs(network: nn.Module, plan: Any) -> nn.Module:
     return masked
 
 
-@pytest.mark.parametrize("how", ["fused", "attribute", "separate", "chunks", "stream"])
+@pytest.mark.parametrize("how", ["fused", "attribute", "separate", "chunks", "stream", "einsum"])
 def test_heads_lose_width_or_leave_and_the_scale_stays(how: str) -> None:
     network, example = transformer(how), IMAGE.double()
     narrow, plan = job.slim(
