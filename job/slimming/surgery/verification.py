@@ -26,6 +26,7 @@ from job.slimming.surgery.kept_channels import KeptReads
 from job.slimming.surgery.probe import probe_batch, smallest_equivalent_input
 from job.slimming.surgery.removal import set_exact_constants
 from job.slimming.surgery.scales import set_exact_scales
+from job.slimming.surgery.zero_weights import fill_zero_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,6 +52,7 @@ def verify(
     Both run on the CPU on noise like ``example``, or on smaller images that prove as much. In a
     copy of the wide network, the removed channels are zeroed before every layer that sums over
     them, and take no part in ops that compute over channels without a weight, such as a LayerNorm.
+    Weights that are all zero are replaced by noise in both, since they hide what is before them.
     With ``graph``, the graph of the wide network on ``example``, the network is not traced again.
     If the graph is ``auxiliary``, the heads that run only in train mode are compared too.
 
@@ -60,11 +62,12 @@ def verify(
     """
     auxiliary, odd = (graph.auxiliary, graph.odd) if graph else (False, False)
     small = example
+    filled, cut = fill_zero_weights(wide, narrow, layers)
     if not auxiliary:  # auxiliary heads need images of the full size
         small = smallest_equivalent_input(wide, example, graph.forward.treatment if graph else None)
     kept = None if graph is None else KeptReads(graph.reads, keep_in(graph, layers))
-    masked, expected, precision = _expected(wide, layers, small, auxiliary, kept)
-    actual = _narrow_outputs(narrow, wide, layers, small, auxiliary, precision)
+    masked, expected, precision = _expected(filled, layers, small, auxiliary, kept)
+    actual = _narrow_outputs(cut, filled, layers, small, auxiliary, precision)
     tolerance = PROOF_TOLERANCE
     if precision != torch.float64:
         tolerance = _rounding_tolerance(masked, expected, small, auxiliary, kept)

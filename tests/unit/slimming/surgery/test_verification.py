@@ -94,3 +94,39 @@ def test_a_network_that_trains_is_cut_to_one_that_trains() -> None:
 def _fails_in_training(module: nn.Module, _: object) -> None:
     if module.training:
         raise ValueError("not in here")
+
+
+class ZeroHead(nn.Module):
+    """A residual block whose last BatchNorm, and a head, are initialised with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner, self.inner_norm = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.back, self.last = nn.Conv2d(12, 8, 1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+        for layer in (self.last, self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.last(self.back(torch.relu(self.inner_norm(self.inner(x)))))
+        outputs: torch.Tensor = self.head(x.mean((2, 3)))
+        return outputs
+
+
+def test_weights_that_are_zero_hide_no_wrong_cut() -> None:
+    torch.manual_seed(0)
+    wide, example = ZeroHead(), torch.rand(1, 3, 16, 16)
+    narrow, plan = job.slim(wide, example, target="channels=0.5", importance="l2")
+    assert plan.proof is not None
+    assert 0 < plan.proof.error <= plan.proof.tolerance
+    assert not narrow.head.weight.any()
+    assert not wide.last.weight.any()
+    for layer in ("stem", "inner"):
+        wrong = copy.deepcopy(narrow)
+        with torch.no_grad():
+            wrong.get_submodule(layer).weight[0] += 1
+        with pytest.raises(GammaslimError, match="the cut is wrong"):
+            verify(wide, wrong, plan.layers, example)
