@@ -93,7 +93,7 @@ def test_a_target_shows_what_slim_keeps(cut_run: Path, tmp_path: Path) -> None:
     done = measure(cut_run / "rounds" / "00", "--target", "macs=0.7", "--csv", file)
     lines = done.out.splitlines()  # the data are the run's
     assert lines[0] == "student at width 1.0000, 32 pixels"
-    assert lines[1].startswith("loss of the outputs (KL divergence of the softmax, in nats) on 16")
+    assert lines[1].startswith("loss of the outputs (KL divergence of the softmax, in nats) on 11")
     assert lines[-1] == f"the table is saved in {file}"
     header = next(line for line in lines if line.startswith("group"))
     assert "90 %" in header
@@ -172,7 +172,7 @@ def test_weights_of_a_factory_and_images_without_labels(tmp_path: Path) -> None:
     )  # fmt: skip
     record = json.loads(done.out)
     assert [row["group"] for row in record["groups"]] == ["0", "3"]
-    assert (record["images"], record["image_size"]) == (4, 32)
+    assert (record["images"], record["image_size"]) == (1, 32)  # one is held out
     assert record["blocked"] == [{"layer": "8", "channels": 4, "reason": "the network's output"}]
 
 

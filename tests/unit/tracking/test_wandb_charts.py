@@ -54,7 +54,7 @@ def test_a_confusion_matrix_names_the_classes() -> None:
 
 
 def test_a_large_confusion_matrix_keeps_its_largest_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb_charts, "MOST_ROWS", 1)
+    monkeypatch.setattr(wandb_charts, "MAX_ROWS", 1)
     (chart,) = confusion_chart("base", evaluation(), ("bread", "egg")).values()
     assert chart["table"][1] == [("egg", "egg", 2)]
 
