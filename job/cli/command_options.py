@@ -151,6 +151,15 @@ class SlimOptions(ImageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """Options of ``prepare``."""
+
+    on_bad_image: BadImageMode = shared(PruneConfig, "on_bad_image")
+    cache_dir: str | None = shared(PruneConfig, "cache_dir", default_text="SLURM_TMPDIR or TMPDIR")
+    cache_max_side: int | None = shared(PruneConfig, "cache_max_side")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """Options of ``bench``."""
 

@@ -16,6 +16,7 @@ from job.cli.command_options import (
     EvaluateOptions,
     ModelOptions,
     PredictOptions,
+    PrepareOptions,
     QuantisationOptions,
     SensitivityOptions,
     SlimOptions,
@@ -100,7 +101,7 @@ def launch_command(
     master_addr: str | None,
     master_port: int | None,
 ) -> None:
-    """Run prune, evaluate or predict in several processes.
+    """Run prune, evaluate, predict or prepare in several processes.
 
     Signals become stop requests. The exit code is that of the processes. Several machines find
     each other through the options, or through the variables NNODES, NODE_RANK, MASTER_ADDR and
@@ -108,8 +109,8 @@ def launch_command(
     Job needs only NNODES.
     """
     name, *args = command
-    if name not in ("prune", "evaluate", "predict"):
-        raise click.UsageError(f"launch runs prune, evaluate or predict, not {name}", ctx)
+    if name not in ("prune", "evaluate", "predict", "prepare"):
+        raise click.UsageError(f"launch runs prune, evaluate, predict or prepare, not {name}", ctx)
     assert ctx.parent
     # reports errors once
     started = gammaslim.commands[name].make_context(name, list(args), ctx.parent)
@@ -207,6 +208,22 @@ def slim_command(output: str, **options: Any) -> None:
         from job.cli.slim import slim_model
 
     slim_model(model, output, SlimOptions(**options))
+
+
+@gammaslim.command("prepare", cls=Command)
+@click.option("--data", metavar="PATH", required=True, help="Data set, as for prune.")
+@click_options(PrepareOptions)
+def prepare_command(data: str, **options: Any) -> None:
+    """Decode the images of a data set into a cache, ahead of prune.
+
+    All processes of launch share the work. prune finds the cache with the same --data, --cache-dir
+    and --cache-max-side.
+    """
+    with starting():
+        ensure_processes()
+        from job.cli.prepare import prepare
+
+    prepare(data_of(data), PrepareOptions(**options))
 
 
 @gammaslim.command("bench", cls=Command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from support.commands import HOMEWORK_CUT, Result, gammaslim
-from support.datasets import write_flat
+from support.datasets import write_flat, write_noise_idx
 
 MODES = ("off", "auto", "ram", "disk")
 
@@ -161,3 +162,33 @@ def test_a_run_reads_webdataset_shards(tmp_path: Path, data: Path) -> None:
     assert "18 training, 6 validation, 3 classes" in done.out
     scored = gammaslim("evaluate", tmp_path / "run", "--json", "--device", "cpu")
     assert scored.code == 0, scored
+
+
+def test_prepare_builds_the_cache_that_prune_finds(tmp_path: Path, data: Path) -> None:
+    folder = tmp_path / "ca che"
+    for expected in ("built in", "found"):
+        done = gammaslim("prepare", "--data", data, "--cache-dir", folder)
+        assert done.code == 0, done
+        assert f"next: gammaslim prune --data {data} --cache-dir '{folder}'" in done.out
+        assert expected in done.out
+    shared = gammaslim(
+        "launch", "--nproc", 2, "--", "prepare", "--data", data, "--cache-dir", tmp_path / "two"
+    )
+    assert shared.code == 0, shared
+    (one,), (two,) = folder.glob("*.images"), (tmp_path / "two").glob("*.images")
+    assert one.read_bytes() == two.read_bytes()
+    run = prune(data, tmp_path / "run", "--cache-dir", folder)
+    assert run.code == 0, run
+    assert re.search(r"cache: .*\.images, found", run.out)
+
+
+def test_prepare_says_what_it_cannot_do(tmp_path: Path, data: Path) -> None:
+    nowhere = gammaslim("prepare", "--data", data, env={"TMPDIR": "", "SLURM_TMPDIR": ""})
+    assert nowhere.code == 2
+    assert "add --cache-dir PATH" in nowhere.err
+    missing = gammaslim("prepare", "--data", tmp_path / "none", "--cache-dir", tmp_path)
+    assert missing.code == 66
+    write_noise_idx(tmp_path / "idx", 8, 4)
+    arrays = gammaslim("prepare", "--data", tmp_path / "idx", "--cache-dir", tmp_path)
+    assert arrays.code == 2
+    assert "nothing to decode" in arrays.err
