@@ -42,6 +42,11 @@ EXAMPLES = {
         ("gammaslim slim RUN --output half --target macs=0.5", "half of the MACs"),
         ("gammaslim slim w.pt --model resnet18 --output half --data D", "calibrated with images"),
     ),
+    "prepare": (
+        ("gammaslim prepare --data D", "into SLURM_TMPDIR or TMPDIR"),
+        ("gammaslim prepare --data D --cache-dir /scratch/cache", ""),
+        ("gammaslim launch --nproc 4 -- prepare --data D", "four processes"),
+    ),
     "sensitivity": (
         ("gammaslim sensitivity RUN", "images of the run"),
         ("gammaslim sensitivity w.pt --model resnet18 --data D --target macs=0.5", ""),
