@@ -11,6 +11,7 @@ from job.errors import DataError, UsageError, shown
 from job.pipeline.model import Model
 from job.slimming.calibration.input_statistics import CalibrationData
 from job.slimming.calibration.progress import no_progress
+from job.slimming.compensation.methods import data_of_compensation
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
 from job.slimming.cut import (
     Method,
@@ -233,6 +234,7 @@ def cut(
     graph = on_main(lambda: model.graph, interrupt=True)
     scores, data = measure_importance(network, graph, method, calibration.batches, step)
     curves = measure_losses(network, graph, scores, method, data, image, step)
+    data = data_of_compensation(method.compensate, data)
     plan = on_main(
         lambda: (
             _plan_by_latency(config, model, round_index, scores, curves, base, progress)

@@ -22,7 +22,7 @@ from job.slimming.calibration.input_statistics import CalibrationData, measure_i
 from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.constants import add_biases, layers_without_constant
 from job.slimming.compensation.cut_pair import CutPair
-from job.slimming.compensation.methods import COMPENSATIONS, compensate_cut
+from job.slimming.compensation.methods import COMPENSATIONS, compensate_cut, data_of_compensation
 from job.slimming.importance.criteria import CRITERIA, score_channels
 from job.slimming.inputs import sample_count
 from job.slimming.latency_target import meet_latency
@@ -300,6 +300,7 @@ def cut_network(
     """
     scores, data = measure_importance(network, graph, method, batches, progress)
     curves = measure_losses(network, graph, scores, method, data, example, progress)
+    data = data_of_compensation(method.compensate, data)
 
     def plan_with(own: Allocation, latency: NetworkLatency | None) -> Plan:
         return plan_cut(network, graph, scores, own, method, base, curves, latency)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +58,14 @@ COMPENSATIONS: dict[str, Compensation] = {
         images=True,
     ),
 }
+
+
+def data_of_compensation(name: str, calibration: CalibrationData) -> CalibrationData:
+    """Return what the compensation ``name`` needs of the calibration data.
+
+    Statistics are C x C numbers a layer: of a large network more than its weights.
+    """
+    return calibration if COMPENSATIONS[name].statistics else replace(calibration, statistics={})
 
 
 def compensate_cut(
