@@ -84,6 +84,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("path/to/images", "food-11", "D"):
         write_flat(folder / name, {"training": 8, "validation": 4, "testing": 2})
     (folder / "nets.py").write_text(NETS)
+    text = (ROOT / "job" / "README.md").read_text()
+    (task,) = re.findall(r"<!-- task: begin -->\n```python\n(.*?)^```", text, re.M | re.S)
+    (folder / "shapes.py").write_text(task)
     torch.save(build_network("resnet18", 3, {}).state_dict(), folder / "resnet18.pt")
     short = {f"GAMMASLIM_PRUNE_{name}": "1" for name in ("BASE_EPOCHS", "EPOCHS", "ROUNDS")}
     done = FIRST.run(folder, **short)

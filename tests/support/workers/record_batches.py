@@ -23,15 +23,16 @@ original = job.training.trainer.TrainingRound.step
 steps = 0
 
 
-def recording(self: Any, images: Any, labels: Any, size: int, number: int) -> None:
+def recording(self: Any, batch: Any, size: int, number: int) -> None:
     global steps
+    images, labels = batch
     hashes = [
         hashlib.sha256(image.numpy().tobytes() + bytes([label])).hexdigest()[:16]
         for image, label in zip(images, labels.tolist(), strict=True)
     ]
     with file.open("a") as lines:
         lines.write(json.dumps([self.spec.round_index, number, hashes]) + "\n")
-    original(self, images, labels, size, number)
+    original(self, batch, size, number)
     steps += 1
     if steps == last:
         os.kill(os.getpid(), signal.SIGKILL)
