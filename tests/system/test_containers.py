@@ -19,8 +19,6 @@ from support.engine import IMAGE, Engine, wait_for
 from support.manifests import K8S, documents, kustomize
 from support.schemas import Document
 
-pytestmark = pytest.mark.xdist_group("containers")
-
 UID = 654_321  # nobody's
 HARDENED = (
     "--read-only", "--cap-drop", "all", "--security-opt", "no-new-privileges", "--network", "none",

@@ -13,10 +13,9 @@ from support.browser import CHROMIUM, Browser, browser
 from support.commands import gammaslim
 from support.report_pages import entry, make_run, write_evaluations
 
-pytestmark = [
-    pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed (tests/run.sh installs it)"),
-    pytest.mark.xdist_group("chromium"),
-]
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM, reason="chromium is not installed (tests/run.sh installs it)"
+)
 LONG = "a-very-long-name-of-a-layer.that.cannot-be-broken.anywhere-0123456789"
 LIGHTNESS = (
     "((c) => c.map(Number).slice(0, 3).reduce((a, b) => a + b))"

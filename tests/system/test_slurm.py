@@ -18,8 +18,6 @@ from support.commands import ROOT, run
 from support.datasets import write_noise_idx
 from support.slurm.cluster import Cluster, Job, has_freezer
 
-pytestmark = pytest.mark.xdist_group("slurm")
-
 VENV = Path(sys.executable).parent.parent
 PRUNE, SWEEP = ROOT / "slurm" / "prune.sh", ROOT / "slurm" / "sweep.sh"
 SCRIPTS = [
