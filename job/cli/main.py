@@ -270,8 +270,6 @@ def export_command(format: str | None, output: str, card: bool, **options: Any) 
     the extra gammaslim[onnx]. torch.export.load reads a .pt2 file without the code of the network.
     """
     model = model_of(options)
-    for name in (field.name for field in fields(ModelOptions)):
-        options.pop(name, None)
     with starting():
         from job.cli.export import export
 
