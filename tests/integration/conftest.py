@@ -7,6 +7,13 @@ from pathlib import Path
 import pytest
 
 from support.brightness import put, write_run
+from support.datasets import write_noise_idx
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """IDX files of 48 training and 20 validation images."""
+    return write_noise_idx(tmp_path_factory.mktemp("noise") / "idx", 48, 20)
 
 
 @pytest.fixture

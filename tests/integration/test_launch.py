@@ -19,16 +19,11 @@ from job.distributed.cores import PATIENCE, available_cores
 from job.distributed.topology import Nodes, find_nodes, nodes_left_out
 from job.errors import UsageError
 from support.commands import gammaslim, run
-from support.datasets import write_flat, write_noise_idx
+from support.datasets import write_flat
 
 pytestmark = pytest.mark.alone
 
 LAUNCH = (sys.executable, "-m", "job", "launch", "--nproc", "2", "--")
-
-
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_noise_idx(tmp_path_factory.mktemp("noise") / "idx", 48, 20)
 
 
 def options(data: Path, output: Path) -> tuple[object, ...]:

@@ -8,18 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from job.artifacts.lock import Lock
 from support.commands import gammaslim
-from support.datasets import write_noise_idx
 
 OPTIONS = ("--base-epochs", 60, "--rounds", 0, "--batch-size", 16, "--wandb", "off")
-
-
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_noise_idx(tmp_path_factory.mktemp("noise") / "idx", 48, 20)
 
 
 def test_a_second_job_is_refused_while_the_first_lives(noise: Path, tmp_path: Path) -> None:

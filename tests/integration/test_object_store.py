@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from support.commands import ROOT, Result, clean_environ, run
-from support.datasets import write_noise_idx
 from support.interrupted_runs import assert_same_run, small_run
 from support.object_server import ACCESS, BUCKET, SECRET, ObjectServer
 
@@ -26,11 +25,6 @@ stored_output.STORE_PATIENCE = 1.0
 from job.__main__ import main
 sys.exit(main())
 """
-
-
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_noise_idx(tmp_path_factory.mktemp("noise") / "idx", 48, 20)
 
 
 @pytest.fixture(scope="module")

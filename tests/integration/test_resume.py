@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.commands import HOMEWORK_CUT, Result, gammaslim, run
-from support.datasets import write_flat, write_noise_idx
+from support.datasets import write_flat
 from support.interrupted_runs import (
     KILL_AT,
     RECORD,
@@ -35,11 +35,6 @@ POINTS = [
     ("round to be saved", 2), ("round saved", 1), ("round saved", 2), ("summary", 2),
     ("old checkpoint", 3),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_noise_idx(tmp_path_factory.mktemp("noise") / "idx", 48, 20)
 
 
 @pytest.fixture(scope="module")

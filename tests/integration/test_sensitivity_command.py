@@ -20,7 +20,7 @@ from job.artifacts.model_card import load_model
 from job.slimming.group_sensitivity import TABLE_FRACTIONS
 from job.slimming.sensitivity.measure import FRACTIONS
 from support.commands import Result, gammaslim, run
-from support.datasets import draw_image, write_noise_idx
+from support.datasets import draw_image
 from support.interrupted_runs import KILL_AT, assert_same_run, small_run
 from support.report_pages import page
 
@@ -42,11 +42,6 @@ def tiny(num_classes=4):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes),
     )
 """
-
-
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_noise_idx(tmp_path_factory.mktemp("noise") / "idx", 48, 20)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import pytest
 from job.errors import StorageError
 from job.files import append_line
 from support.commands import ROOT, Result, clean_environ, run
-from support.datasets import write_flat, write_noise_idx
+from support.datasets import write_flat
 from support.interrupted_runs import TORCHRUN, assert_same_run, metrics, small_run
 
 FAULTS = ROOT / "tests" / "support" / "workers" / "faults.py"
@@ -33,11 +33,6 @@ Mount = Callable[[str], Path]
 
 def options(data: Path, output: Path, *more: object) -> tuple[object, ...]:
     return small_run(data, output, "--model-arg", "base=4", *more)
-
-
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_noise_idx(tmp_path_factory.mktemp("noise") / "idx", 48, 20)
 
 
 @pytest.fixture(scope="module")
