@@ -50,19 +50,20 @@ export WANDB_MODE=${WANDB_MODE:-offline}
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy" --strict job
 pytest=("$venv/bin/python" -m pytest)
-one_thread=(env OMP_NUM_THREADS=1 "${pytest[@]}" -n 2)
-if [ "${1:-}" = unit ]; then exec "${one_thread[@]}" --dist worksteal tests/unit "${@:2}"; fi
+one_thread=(env OMP_NUM_THREADS=1 "${pytest[@]}")
+if [ "${1:-}" = unit ]; then exec "${one_thread[@]}" -n 2 --dist worksteal tests/unit "${@:2}"; fi
 if [ $# -gt 0 ]; then exec "${pytest[@]}" "$@"; fi
-# two at a time on one thread each: first those that measure the coverage of job/ (90 % at least),
-# whose tracer costs time, so that they are the fast ones; then the others, groups first, because
-# containers and the cluster wait for much; then those that need the machine to themselves
+# on one thread each: first, two at a time, those that measure the coverage of job/ (90 % at least),
+# whose tracer costs time, so that they are the fast ones; then the others, groups first, three at a
+# time, because containers, the cluster and killed jobs wait for much; then those that need the
+# machine to themselves
 most=("${one_thread[@]}" --dist loadgroup -m 'not alone')
 covering=(tests/unit)
 for commands in commands launch predictions sensitivity_command slim_command tracking; do
   covering+=("tests/integration/test_$commands.py")
 done
 failed=0
-"${most[@]}" "${covering[@]}" --cov || failed=$?
-"${most[@]}" "${covering[@]/#/--ignore=}" || failed=$?
+"${most[@]}" -n 2 "${covering[@]}" --cov || failed=$?
+"${most[@]}" -n 3 "${covering[@]/#/--ignore=}" || failed=$?
 "${pytest[@]}" -m alone || failed=$?
 exit "$failed"
