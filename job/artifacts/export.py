@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
     from job.data.preprocessing import PreprocessingRecord
 
-EXPORT_FORMATS = ("state-dict", "onnx", "torch-export")
+EXPORT_FORMATS = ("state-dict", "onnx", "torch-export", "openvino", "coreml")
 FORMAT_BY_SUFFIX = {
-    ".onnx": "onnx", ".pt2": "torch-export",
+    ".onnx": "onnx", ".pt2": "torch-export", ".xml": "openvino", ".mlpackage": "coreml",
     **dict.fromkeys((".safetensors", ".pt", ".pth", ".bin"), "state-dict"),
 }  # fmt: skip
 ONNX_OPSET = 18
@@ -98,17 +98,17 @@ def onnx_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
     without the packages or for a network that ONNX cannot express, GammaslimError when onnxruntime
     gives other logits than torch.
     """
-    if not (_installed("onnx") and _installed("onnxscript")):
+    if not (installed("onnx") and installed("onnxscript")):
         raise UsageError(
             "--format onnx needs the packages onnx and onnxscript: pip install 'gammaslim[onnx]'"
         )
     import onnx
 
-    network = _with_one_output(network, card)
-    with _tracing("onnx"):
+    network = with_one_output(network, card)
+    with tracing("onnx"):
         program = torch.onnx.export(
             network,
-            (_images(card, 2),),
+            (random_inputs(card, 2),),
             dynamo=True,
             opset_version=ONNX_OPSET,
             input_names=[INPUT_NAME],
@@ -118,12 +118,12 @@ def onnx_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
         )
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, _strings(export_metadata(card)))
+    onnx.helper.set_model_props(model, metadata_strings(export_metadata(card)))
     onnx.checker.check_model(model)
     content: bytes = model.SerializeToString()
-    if not _installed("onnxruntime"):
+    if not installed("onnxruntime"):
         return content, "not compared: onnxruntime is not installed"
-    return content, _compare("onnxruntime", network, card, open_onnx(content))
+    return content, compare("onnxruntime", network, card, open_onnx(content))
 
 
 def torch_export_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
@@ -132,16 +132,16 @@ def torch_export_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]
     Raises UsageError for a network that cannot be traced, GammaslimError when the exported program
     gives other logits than the network.
     """
-    network = _with_one_output(network, card)
-    with _tracing("torch-export"):
+    network = with_one_output(network, card)
+    with tracing("torch-export"):
         shapes = ({0: torch.export.Dim("batch")},)
-        program = torch.export.export(network, (_images(card, 2),), dynamic_shapes=shapes)
+        program = torch.export.export(network, (random_inputs(card, 2),), dynamic_shapes=shapes)
         buffer = io.BytesIO()
         extra = {EXTRA_FILE: json.dumps(export_metadata(card))}
         torch.export.save(program, buffer, extra_files=extra)
         buffer.seek(0)
         loaded = torch.export.load(buffer).module()
-    return buffer.getvalue(), _compare("torch.export.load", network, card, loaded)
+    return buffer.getvalue(), compare("torch.export.load", network, card, loaded)
 
 
 class _MainOutput(torch.nn.Module):
@@ -155,10 +155,10 @@ class _MainOutput(torch.nn.Module):
         return main_output(self.network(images))
 
 
-def _with_one_output(network: nn.Module, card: ModelCard) -> nn.Module:
+def with_one_output(network: nn.Module, card: ModelCard) -> nn.Module:
     """Return a network that returns one tensor, as exported files do."""
     with torch.no_grad():
-        outputs = network(_images(card, 1))
+        outputs = network(random_inputs(card, 1))
     return network if isinstance(outputs, torch.Tensor) else _MainOutput(network).eval()
 
 
@@ -175,13 +175,14 @@ def export_metadata(card: ModelCard) -> ExportMetadata:
     }
 
 
-def _strings(values: Mapping[str, object]) -> dict[str, str]:
+def metadata_strings(values: Mapping[str, object]) -> dict[str, str]:
+    """Return metadata as strings: values that are not strings are written as JSON."""
     return {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()
     }
 
 
-def _images(card: ModelCard, count: int) -> torch.Tensor:
+def random_inputs(card: ModelCard, count: int) -> torch.Tensor:
     """Return random inputs as the network takes them, (count, 3, H, W) or another shape."""
     size = card.preprocessing.size
     generator = torch.Generator().manual_seed(count)
@@ -191,15 +192,19 @@ def _images(card: ModelCard, count: int) -> torch.Tensor:
     return card.preprocessing.to_input(pixels).contiguous()
 
 
-def _compare(
+def compare(
     runtime: str,
     network: nn.Module,
     card: ModelCard,
     run: Callable[[torch.Tensor], torch.Tensor],
 ) -> str:
+    """Compare the logits of ``run``, another runtime, with the network's; return the difference.
+
+    Raises GammaslimError if they differ by more than TOLERANCE.
+    """
     worst = 0.0
     for count in BATCHES:
-        images = _images(card, count)
+        images = random_inputs(card, count)
         with torch.no_grad():
             expected, actual = network(images), run(images)
         if actual.shape != expected.shape:
@@ -226,7 +231,7 @@ def open_onnx(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _tracing(format: str) -> Iterator[None]:
+def tracing(format: str) -> Iterator[None]:
     """Silence the exporters, and turn their exceptions into a UsageError of one line."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -245,5 +250,6 @@ def _tracing(format: str) -> Iterator[None]:
         logging.disable(level)
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """Return whether a package can be imported."""
     return importlib.util.find_spec(package) is not None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from job import __version__
 from job.artifacts.accuracy import accuracy_change, score_name, signed_points
 from job.artifacts.export import INPUT_NAME, OUTPUT_NAME
+from job.artifacts.export_loading import loading_section
 from job.artifacts.json_records import from_json
 from job.artifacts.records import RoundRecord
 from job.artifacts.versions import package_versions
@@ -33,7 +34,9 @@ CARD_NAME = "README.md"
 MARK = "<!-- written by gammaslim export -->"  # a README without it is the user's own
 SHOWN_CLASSES = 50
 CARD_TAGS = '"channel-pruning", "network-slimming", "gammaslim"'
-LIBRARIES = {"onnx": "onnx", "torch-export": "pytorch", "state-dict": "pytorch"}
+LIBRARIES = {
+    "onnx": "onnx", "openvino": "openvino", "torch-export": "pytorch", "state-dict": "pytorch",
+}  # fmt: skip
 MIT_DATA = "a sample of Fashion-MNIST (MIT licence, Zalando SE)"
 
 
@@ -65,7 +68,9 @@ def export_readme(model: ExportedModel) -> str:
     """Return the README of an exported model, in Markdown."""
     parts = [
         _metadata(model), MARK, f"# {printable(_title(model))}", _summary(model), _metrics(model),
-        _data(model), _input(model.card), "## Load", _loading(model), _origin(model.card.lineage),
+        _data(model), _input(model.card), "## Load", loading_section(
+            model.format, model.file, input_shape(model.card.preprocessing.input_size)
+        ), _origin(model.card.lineage),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -119,6 +124,7 @@ def _metadata(model: ExportedModel) -> str:
 def _summary(model: ExportedModel) -> str:
     how = {
         "onnx": "an ONNX model", "torch-export": "a program of `torch.export`",
+        "openvino": "an OpenVINO model (its weights are in the `.bin` file of the same name)",
         "state-dict": "a state dict",
     }[model.format]  # fmt: skip
     card = model.card
@@ -203,66 +209,6 @@ def _task_input(card: ModelCard) -> str:
 def _classes(card: ModelCard) -> str:
     names = [f"{number} {printable(name)}" for number, name in enumerate(card.class_names)]
     return ", ".join(names[:SHOWN_CLASSES]) + (", …" if len(names) > SHOWN_CLASSES else "")
-
-
-def _loading(model: ExportedModel) -> str:
-    file, size = json.dumps(model.file), input_shape(model.card.preprocessing.input_size)
-    if model.format == "onnx":
-        return "\n\n".join((_code("python", _onnx_python(file, size)),
-                            _code("cpp", _onnx_cpp(file, size))))  # fmt: skip
-    if model.format == "torch-export":
-        return _code("python", (
-            "import torch\n\n"
-            f"network = torch.export.load({file}).module()  # needs no code of the network\n"
-            f"logits = network(torch.zeros(1, {_sides(size)}))"
-        ))  # fmt: skip
-    loader = (
-        f"from safetensors.torch import load_file\n\nstate = load_file({file})"
-        if model.file.lower().endswith(".safetensors")
-        else f"import torch\n\nstate = torch.load({file}, weights_only=True)"
-    )
-    return (
-        "The state dict fits the narrow network, which "
-        "`gammaslim.load(RUN)` builds from a run or model folder.\n\n" + _code("python", loader)
-    )
-
-
-def _sides(shape: tuple[int, ...]) -> str:
-    return ", ".join(map(str, shape))
-
-
-def _onnx_python(file: str, size: tuple[int, ...]) -> str:
-    return (
-        "import numpy as np\nimport onnxruntime\n\n"
-        f"session = onnxruntime.InferenceSession({file})\n"
-        f"images = np.zeros((1, {_sides(size)}), np.float32)\n"
-        f'(logits,) = session.run(["{OUTPUT_NAME}"], {{"{INPUT_NAME}": images}})'
-    )
-
-
-def _onnx_cpp(file: str, size: tuple[int, ...]) -> str:
-    return f"""#include <array>
-#include <vector>
-#include <onnxruntime_cxx_api.h>
-
-int main() {{
-  Ort::Env env;
-  Ort::Session session(env, ORT_TSTR({file}), Ort::SessionOptions{{}});
-  std::vector<float> pixels({" * ".join(map(str, size))});
-  std::array<int64_t, {len(size) + 1}> shape{{1, {_sides(size)}}};
-  auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-  auto images = Ort::Value::CreateTensor<float>(
-      memory, pixels.data(), pixels.size(), shape.data(), shape.size());
-  const char* inputs[] = {{"{INPUT_NAME}"}};
-  const char* outputs[] = {{"{OUTPUT_NAME}"}};
-  auto result = session.Run(Ort::RunOptions{{}}, inputs, &images, 1, outputs, 1);
-  const float* logits = result[0].GetTensorData<float>();
-  return logits == nullptr;
-}}"""
-
-
-def _code(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"
 
 
 def _origin(lineage: Lineage) -> str:

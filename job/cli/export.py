@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from job.artifacts.export import format_of, onnx_bytes, state_dict_bytes, torch_export_bytes
 from job.artifacts.export_card import ExportedModel, base_of_run, card_path, export_readme
+from job.artifacts.export_openvino import check_openvino, openvino_files
 from job.artifacts.model_card import find_model
 from job.artifacts.provenance import find_dataset_table
 from job.cli.command_options import QuantisationOptions
 from job.cli.export_int8 import check_int8, int8_bytes
 from job.cli.model import open_model
 from job.console import counted, say
-from job.errors import shown
+from job.errors import UsageError, shown
 from job.files import check_output, write_output
 
 if TYPE_CHECKING:
@@ -41,11 +42,12 @@ def export(
     check_output(Path(output))
     quantisation = quantisation or QuantisationOptions()
     check_int8(format, quantisation)
+    _check_packages(format, Path(output))
     if quantisation.int8:
         described, content, how = int8_bytes(model, quantisation)
     else:
         network, described = open_model(model)
-        content, how = _exported(network, described, format, Path(output).suffix)
+        content, how = _exported(network, described, format, Path(output))
     is_stream = Path(output).exists() and not Path(output).is_file()
     write_output(Path(output), content)
     # StudentNet(width_mult=…) needs all digits
@@ -68,9 +70,40 @@ def _write_card(model: ModelOptions, card: ModelCard, output: Path, format: str,
     return path
 
 
-def _exported(network: nn.Module, card: ModelCard, format: str, suffix: str) -> tuple[bytes, str]:
+def _check_packages(format: str, output: Path) -> None:
+    """Raise UsageError for a format whose packages are missing, or that is not written here."""
+    if format == "openvino":
+        check_openvino(output)
+    if format == "coreml":
+        program = output.with_suffix(".pt2").name
+        raise UsageError(
+            "--format coreml is not written by Gammaslim, because Core ML models can be run, and "
+            f"so compared with torch, on macOS only: export with --output {shown(program)}, and "
+            f"convert it (pip install coremltools): {_coreml_lines(program, output.name)}"
+        )
+
+
+def _exported(network: nn.Module, card: ModelCard, format: str, output: Path) -> tuple[bytes, str]:
+    """Return the content of ``output``, and how it was checked.
+
+    The weights of an OpenVINO model are written: the graph, which is written last, needs them.
+    """
     if format == "onnx":
         return onnx_bytes(network, card)
     if format == "torch-export":
         return torch_export_bytes(network, card)
-    return state_dict_bytes(network, suffix), counted(len(network.state_dict()), "tensor")
+    if format == "openvino":
+        files = openvino_files(network, card)
+        write_output(output.with_suffix(".bin"), files.weights)
+        return files.graph, files.how
+    content = state_dict_bytes(network, output.suffix)
+    return content, counted(len(network.state_dict()), "tensor")
+
+
+def _coreml_lines(program: str, package: str) -> str:
+    """Return a Python program of one line that converts a .pt2 file to Core ML."""
+    return (
+        f"import coremltools, torch; program = torch.export.load({program!r}); "
+        "coremltools.convert(program.run_decompositions({})).save("
+        f"{Path(package).with_suffix('.mlpackage').name!r})"
+    )

@@ -253,8 +253,9 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
 @model_options
 @click.option(
     "--format",
-    type=click.Choice(["state-dict", "onnx", "torch-export"]),
-    help="File format. Default: set by the suffix, .onnx or .pt2 (torch-export), else state-dict.",
+    type=click.Choice(["state-dict", "onnx", "torch-export", "openvino", "coreml"]),
+    help="File format. Default: set by the suffix, .onnx, .pt2 (torch-export), .xml (openvino), "
+    "else state-dict. coreml: says how to convert a .pt2.",
 )
 @click.option("--output", metavar="FILE", required=True, help="File to write.")
 @click.option(
@@ -264,10 +265,11 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
 )
 @click_options(QuantisationOptions)
 def export_command(format: str | None, output: str, card: bool, **options: Any) -> None:
-    """Export MODEL as a state dict, ONNX or torch.export program.
+    """Export MODEL to a file for PyTorch, ONNX or OpenVINO.
 
     The state dict of a StudentNet loads into the homework's StudentNet(width_mult=…). ONNX needs
-    the extra gammaslim[onnx]. torch.export.load reads a .pt2 file without the code of the network.
+    the extra gammaslim[onnx], OpenVINO (NAME.xml and NAME.bin) gammaslim[openvino].
+    torch.export.load reads a .pt2 file without the code of the network.
     """
     model = model_of(options)
     with starting():

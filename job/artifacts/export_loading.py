@@ -1,0 +1,101 @@
+"""Programs that load an exported file, in Python and C++, for its model card."""
+
+from __future__ import annotations
+
+import json
+
+from job.artifacts.export import INPUT_NAME, OUTPUT_NAME
+
+
+def loading_section(format: str, name: str, size: tuple[int, ...]) -> str:
+    """Return Markdown with the programs that load an exported file in inputs of ``size``.
+
+    ``size`` is (3, H, W), or the shape of another input without its batch.
+    """
+    file = json.dumps(name, ensure_ascii=not name.isprintable())
+    if format == "onnx":
+        return "\n\n".join((_code("python", _onnx_python(file, size)),
+                            _code("cpp", _onnx_cpp(file, size))))  # fmt: skip
+    if format == "openvino":
+        return "\n\n".join((_code("python", _openvino_python(file, size)),
+                            _code("cpp", _openvino_cpp(file, size))))  # fmt: skip
+    if format == "torch-export":
+        return _code("python", (
+            "import torch\n\n"
+            f"network = torch.export.load({file}).module()  # needs no code of the network\n"
+            f"logits = network(torch.zeros(1, {_sides(size)}))"
+        ))  # fmt: skip
+    loader = (
+        f"from safetensors.torch import load_file\n\nstate = load_file({file})"
+        if name.lower().endswith(".safetensors")
+        else f"import torch\n\nstate = torch.load({file}, weights_only=True)"
+    )
+    return (
+        "The state dict fits the narrow network, which "
+        "`gammaslim.load(RUN)` builds from a run or model folder.\n\n" + _code("python", loader)
+    )
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def _onnx_python(file: str, size: tuple[int, ...]) -> str:
+    return (
+        "import numpy as np\nimport onnxruntime\n\n"
+        f"session = onnxruntime.InferenceSession({file})\n"
+        f"images = np.zeros((1, {_sides(size)}), np.float32)\n"
+        f'(logits,) = session.run(["{OUTPUT_NAME}"], {{"{INPUT_NAME}": images}})'
+    )
+
+
+def _onnx_cpp(file: str, size: tuple[int, ...]) -> str:
+    return f"""#include <array>
+#include <iostream>
+#include <vector>
+#include <onnxruntime_cxx_api.h>
+
+int main() {{
+  Ort::Env env;
+  Ort::Session session(env, ORT_TSTR({file}), Ort::SessionOptions{{}});
+  std::vector<float> pixels({" * ".join(map(str, size))});
+  std::array<int64_t, {len(size) + 1}> shape{{1, {_sides(size)}}};
+  auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  auto images = Ort::Value::CreateTensor<float>(
+      memory, pixels.data(), pixels.size(), shape.data(), shape.size());
+  const char* inputs[] = {{"{INPUT_NAME}"}};
+  const char* outputs[] = {{"{OUTPUT_NAME}"}};
+  auto result = session.Run(Ort::RunOptions{{}}, inputs, &images, 1, outputs, 1);
+  const float* logits = result[0].GetTensorData<float>();
+  std::cout << logits[0] << '\\n';
+}}"""
+
+
+def _openvino_python(file: str, size: tuple[int, ...]) -> str:
+    return (
+        "import numpy as np\nimport openvino\n\n"
+        f'model = openvino.Core().compile_model({file}, "CPU")\n'
+        f"images = np.zeros((1, {_sides(size)}), np.float32)\n"
+        f'logits = model({{"{INPUT_NAME}": images}})["{OUTPUT_NAME}"]'
+    )
+
+
+def _openvino_cpp(file: str, size: tuple[int, ...]) -> str:
+    return f"""#include <algorithm>
+#include <iostream>
+#include <openvino/openvino.hpp>
+
+int main() {{
+  ov::Core core;
+  auto request = core.compile_model({file}, "CPU").create_infer_request();
+  ov::Tensor images(ov::element::f32, {{1, {_sides(size)}}});
+  std::fill_n(images.data<float>(), images.get_size(), 0.0f);
+  request.set_tensor("{INPUT_NAME}", images);
+  request.infer();
+  const float* logits = request.get_tensor("{OUTPUT_NAME}").data<float>();
+  std::cout << logits[0] << '\\n';
+}}"""
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
