@@ -1,221 +1,181 @@
-"""Gammaslim beside Torch-Pruning's BNScalePruner: seconds, exactness, accuracy at equal MACs.
+"""Half of every channel group of many networks: Gammaslim, Torch-Pruning and torch-kirigami.
 
-    python tests/benchmarks/peer.py [--data FOLDER --seeds 3]
+    python tests/benchmarks/peer.py run --output peers.jsonl
+    python tests/benchmarks/peer.py run --output peers.jsonl --networks 'timm/resnet*' --again
+    python tests/benchmarks/peer.py table peers.jsonl [--head]
 
-prints, for each network, the median seconds to analyse and to cut, both tools alternating in one
-run, the multiply-adds reached for a target of one half, and the error of the cut in float64 against
-the wide network without the removed channels. With ``--data`` (IDX files of 28 x 28, padded to 32)
-it trains StudentNet and a small ResNet, cuts both ways to equal multiply-adds, and prints test
-accuracies right after the cut and after one epoch of fine-tuning. Needs torch-pruning.
+``run`` cuts each network of peer_networks.txt with each tool, in a process of its own with limits
+of time and memory, and appends a row to a JSON lines file: the shares of the parameters and of the
+multiply-adds that are left, CPU seconds, and what failed. It continues where it stopped. A cut of
+ours is compared with the wide network in which the removed channels are zero, in float64 and
+without the verification of the project; a cut of another tool is only run. ``table`` prints the
+table and the counts. Needs ``pip install timm torch-pruning torch-kirigami``.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import gc
-import statistics
+import contextlib
+import fnmatch
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch_pruning
-import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
-import ablation
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from conditions import conditions
+from peer_check import TOLERANCE
+from peer_networks import Case, Listed, build, listed
+from peer_table import counts, markdown, read_rows
+from peer_tools import TOOLS, UNPROVEN, RefusedError
 
-import job
-from job.models.student import StudentNet
-from job.slimming.analysis import analyse
-from job.slimming.importance.criteria import gamma_importance
-from job.slimming.planning.allocation import Allocation, make_plan
-from job.slimming.planning.cost import network_cost
-from job.slimming.planning.target import Budget
-from job.slimming.surgery.surgery import apply_plan
-from job.slimming.surgery.verification import verify
+from job.slimming.inputs import tensors_in
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "StudentNet": (lambda: StudentNet(num_classes=10), 256),
-    "ResNet-18": (torchvision.models.resnet18, 224),
-    "ResNet-50": (torchvision.models.resnet50, 224),
-    "VGG-16-BN": (torchvision.models.vgg16_bn, 224),
-    "MobileNetV2": (torchvision.models.mobilenet_v2, 224),
-    "DenseNet-121": (torchvision.models.densenet121, 224),
-}
-
-PROOF = 64  # pixels, for the errors
+Row = dict[str, Any]
 
 
-def fresh(make: Callable[[], nn.Module]) -> nn.Module:
-    """A network in eval mode whose BatchNorms differ from channel to channel."""
-    torch.manual_seed(0)
-    network = make().eval()
-    with torch.no_grad():
-        for layer in network.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.weight.uniform_(0.1, 1.1)
-                layer.bias.normal_(0, 0.3)
-                layer.running_mean.normal_(0, 0.2)
-                layer.running_var.uniform_(0.5, 1.5)
-    return network
+def measure(entry: Listed, tool: str) -> Row:
+    """Cut a network by a tool: the row of both."""
+    case = build(entry)
+    shapes, macs, params = _run(case, case.network)
+    row: Row = {"params": params, "macs": macs}
+    try:
+        cut = TOOLS[tool](case)
+    except RefusedError as error:
+        return row | {"status": "refused", "message": str(error)[:500]}
+    except UNPROVEN as error:
+        return row | {"status": "unproven", "message": str(error)[:500]}
+    except MemoryError:
+        return row | {"status": "memory"}
+    except Exception as error:  # tools and networks may raise anything
+        status = "memory" if "allocate memory" in str(error) else "crash"
+        return row | {"status": status, "message": f"{type(error).__name__}: {error}"[:500]}
+    row |= {"seconds": round(cut.seconds, 3), **cut.more}
+    try:
+        cut_shapes, macs_left, params_left = _run(case, cut.network)
+    except Exception as error:
+        return row | {"status": "broken", "message": f"{type(error).__name__}: {error}"[:500]}
+    row |= {"params_left": params_left / params, "macs_left": macs_left / macs if macs else 1.0}
+    if cut_shapes != shapes:
+        message = f"outputs {cut_shapes[:3]} in place of {shapes[:3]}"
+        return row | {"status": "broken", "message": message}
+    return row | {"status": "wrong" if cut.more.get("error", 0.0) > TOLERANCE else "cut"}
 
 
-def theirs(network: nn.Module, image: torch.Tensor, ratio: float) -> torch_pruning.BasePruner:
-    """Their pruner, global, that leaves the classifier's outputs."""
-    last = [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1]
-    return torch_pruning.pruner.BNScalePruner(
-        network, image, torch_pruning.importance.BNScaleImportance(),
-        pruning_ratio=ratio, global_pruning=True, ignored_layers=[last],
-    )  # fmt: skip
+def _run(case: Case, network: nn.Module) -> tuple[list[tuple[int, ...]], int, int]:
+    """Return the shapes of the outputs, multiply-adds by torch's own counter, and parameters."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shapes = [tuple(t.shape) for t in tensors_in(case.run(network, case.example))]
+    return shapes, counter.get_total_flops() // 2, sum(p.numel() for p in network.parameters())
 
 
-def their_seconds(network: nn.Module, image: torch.Tensor, ratio: float) -> tuple[float, float]:
-    network = copy.deepcopy(network)
-    gc.collect()  # what earlier runs have left is not this one's
-    began = time.perf_counter()
-    pruner = theirs(network, image, ratio)
-    built = time.perf_counter()
-    pruner.step()
-    return built - began, time.perf_counter() - built
+def limited(entry: Listed, tool: str, seconds: int, gigabytes: float) -> Row:
+    """Measure in a process with limits of CPU time and memory."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    began, row = time.monotonic(), None
+    process = multiprocessing.get_context("fork").Process(
+        target=_child, args=(theirs, entry, tool, seconds, gigabytes), daemon=True
+    )
+    process.start()
+    theirs.close()
+    with contextlib.suppress(EOFError):  # it was killed
+        if ours.poll(10 * seconds):  # a process that sleeps uses no CPU time
+            row = ours.recv()
+    process.kill()
+    process.join()
+    if row is None:
+        killed = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        row = {"status": "timeout" if killed else "crash"}
+        row["message"] = f"ended with {process.exitcode} after {time.monotonic() - began:.0f} s"
+    return {"network": entry.name, "tool": tool, "limit": seconds, **row}
 
 
-def our_seconds(network: nn.Module, image: torch.Tensor, target: str) -> tuple[float, float]:
-    gc.collect()
-    began = time.perf_counter()
-    graph = analyse(network, image)
-    known = time.perf_counter()
-    scores = gamma_importance(network, graph)
-    plan = make_plan(network, graph, scores, Allocation("global", Budget.parse(target)))
-    apply_plan(network, plan.layers)
-    return known - began, time.perf_counter() - known
+def _child(
+    connection: Connection, entry: Listed, tool: str, seconds: int, gigabytes: float
+) -> None:
+    size = int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    try:
+        row = measure(entry, tool)
+    except Exception as error:  # of the network itself, e.g. one that this version does not build
+        row = {"status": "crash", "message": f"{type(error).__name__}: {error}"[:500]}
+    connection.send(row)
 
 
-def their_error(network: nn.Module, image: torch.Tensor, ratio: float) -> float:
-    """Largest error over their groups: zeroed inputs of readers against the cut, in float64."""
-    network, worst = copy.deepcopy(network).double(), 0.0
-    images = torch.rand(2, *image.shape[1:], dtype=torch.float64)
-    for group in theirs(network, image.double(), ratio).step(interactive=True):
-        for dependency, indices in group:
-            layer = dependency.target.module
-            if dependency.handler in READERS and getattr(layer, "groups", 1) == 1:
-                with torch.no_grad():
-                    layer.weight[:, indices] = 0
-        with torch.inference_mode():
-            masked = network(images)
-        group.prune()
-        with torch.inference_mode():
-            worst = max(worst, float((network(images) - masked).abs().max() / masked.abs().max()))
-    return worst
+def warm_up(tools: Sequence[str]) -> None:
+    """Load what each tool loads at its first cut, before the processes are forked."""
+    for tool in tools:
+        TOOLS[tool](build(Listed("tests/Residual", 32, 32)))
 
 
-READERS = (torch_pruning.prune_conv_in_channels, torch_pruning.prune_linear_in_channels)
+def run(args: argparse.Namespace) -> None:
+    """Append a row for each network and tool that has none."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
+    done = {} if args.again or not args.output.exists() else read_rows(args.output)
+    warm_up(args.tools)
+    where = conditions() | {"commit": _commit()}
+    with args.output.open("a", encoding="utf-8") as file:
+        for entry in listed():
+            if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in args.networks):
+                continue
+            for tool in args.tools:
+                if (entry.name, tool) in done:
+                    continue
+                row = limited(entry, tool, args.limit, args.memory)
+                file.write(json.dumps({**row, "conditions": where}) + "\n")
+                file.flush()
+                print(entry.name, tool, row["status"], row.get("params_left", ""), flush=True)
 
 
-def compare(name: str, repeat: int) -> list[str]:
-    """A row of the first table."""
-    make, size = NETWORKS[name]
-    network, image = fresh(make), torch.rand(1, 3, size, size)
-    whole = network_cost(network, size).macs
-    ratio = 1 - 0.5**0.5  # of the channels; they have no target of multiply-adds
-    runs: list[list[tuple[float, float]]] = [[], []]
-    for _ in range(repeat + 1):  # alternating; the first pair warms up
-        runs[0].append(their_seconds(network, image, ratio))
-        runs[1].append(our_seconds(network, image, "macs=0.5"))
-    medians = [[statistics.median(part) for part in zip(*run[1:], strict=True)] for run in runs]
-    cut = copy.deepcopy(network)
-    theirs(cut, image, ratio).step()
-    _, plan = job.slim(network, image, target="macs=0.5")
-    small = torch.rand(1, 3, PROOF, PROOF)
-    narrow, proven = job.slim(network, small, target="macs=0.5")
-    error = verify(network, narrow, proven.layers, small).error
-    times = [f"{analysis:.3f} + {step:.3f}" for analysis, step in medians]
-    return [
-        name, *times, f"{sum(medians[0]) / sum(medians[1]):.1f}x",
-        f"{network_cost(cut, size).macs / whole:.3f}", f"{plan.after.macs / whole:.3f}",
-        f"{their_error(network, small, ratio):.0e}", f"{error:.0e}",
-    ]  # fmt: skip
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def cut_by_them(network: nn.Module, macs: int) -> nn.Module:
-    """Their cut with the smallest ratio that leaves at most ``macs``."""
-    image, low, high = torch.rand(1, 3, 32, 32), 0.0, 1.0
-    best = network
-    for _ in range(10):
-        cut = copy.deepcopy(network)
-        theirs(cut, image, (low + high) / 2).step()
-        if network_cost(cut, 32).macs <= macs:
-            best, high = cut, (low + high) / 2
-        else:
-            low = (low + high) / 2
-    return best
+def table(args: argparse.Namespace) -> None:
+    rows = read_rows(args.rows)
+    print(counts(rows, len(listed())))
+    if not args.head:
+        print("\n" + markdown(rows, [entry.name for entry in listed()]))
 
 
-def cuts(network: nn.Module, target: float, batches: list[ablation.Data]) -> dict[str, nn.Module]:
-    """Networks of as many multiply-adds, by tool and method."""
-    image, found = torch.rand(1, 3, 32, 32), {}
-    found["Torch-Pruning"] = cut_by_them(network, int(network_cost(network, 32).macs * target))
-    goal = {"target": f"macs={network_cost(found['Torch-Pruning'], 32).macs}", "min_keep": 0.05}
-    found["γ"], _ = job.slim(network, image, **goal)
-    found["refit, regress, recalibrated"], _ = job.slim(
-        network, image, importance="refit", compensate="regress", recalibrate=len(batches),
-        calibration=batches, **goal,
-    )  # fmt: skip
-    return found
-
-
-def accuracies(args: argparse.Namespace) -> None:
-    """The second table."""
-    train, test = ablation.load(args.data, "train"), ablation.load(args.data, "t10k")
-    few = train[0][: args.images], train[1][: args.images]
-    print("| network | MACs aimed at | tool | MACs left | after the cut | after one epoch |")
-    print("|---|---|---|---|---|---|")
-    for kind in args.kinds:
-        args.network, rows, bases = kind, {}, []
-        for seed in range(args.seeds):
-            network = ablation.base(args, seed, train)
-            bases.append(ablation.accuracy(network, test))
-            whole = network_cost(network, 32).macs
-            chosen = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
-            parts = chosen[:4096].split(256)
-            batches = [(ablation.to_inputs(train[0][part]), train[1][part]) for part in parts]
-            for target in args.targets:
-                for tool, narrow in cuts(network, target, batches).items():
-                    left = network_cost(narrow, 32).macs / whole
-                    after = ablation.accuracy(narrow, test)
-                    tuned = ablation.accuracy(ablation.trained(narrow, few, 1, seed), test)
-                    rows.setdefault((target, tool), []).append((left, after, tuned))
-                    print(kind, seed, target, tool, left, after, tuned, file=sys.stderr, flush=True)
-        for (target, tool), values in rows.items():
-            left, after, tuned = map(statistics.mean, zip(*values, strict=True))
-            name = f"{kind} ({statistics.mean(bases):.1f} %)"
-            print(f"| {name} | {target:g} | {tool} | {left:.3f} | {after:.1f} | {tuned:.1f} |")
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--data", type=Path, help="folder with IDX files, to train on")
-    parser.add_argument("--bases", type=Path, help="folder that keeps trained networks")
-    parser.add_argument("--kinds", nargs="+", default=["student", "resnet"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--images", type=int, help="number of images to fine-tune on; default: all")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5])
-    args = parser.parse_args()
-    heads = ["network", "Torch-Pruning, s", "Gammaslim, s", "faster", "their MACs", "our MACs"]
-    if args.networks:
-        heads += ["their error", "our error"]
-        print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    for name in args.networks:
-        print("| " + " | ".join(compare(name, args.repeat)) + " |", flush=True)
-    if args.data:
-        print()
-        accuracies(args)
+    commands = parser.add_subparsers(required=True)
+    cut = commands.add_parser("run", help="cut the networks and append rows")
+    cut.add_argument("--output", type=Path, required=True, help="JSON lines file")
+    cut.add_argument("--networks", nargs="+", default=["*"], help="patterns of names")
+    cut.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    cut.add_argument("--limit", type=int, default=120, help="CPU seconds for a network and tool")
+    cut.add_argument("--memory", type=float, default=8, help="GiB for a network and tool")
+    cut.add_argument("--again", action="store_true", help="also those that have a row")
+    cut.set_defaults(command=run)
+    printed = commands.add_parser("table", help="print the table as Markdown")
+    printed.add_argument("rows", type=Path, help="JSON lines file")
+    printed.add_argument("--head", action="store_true", help="only the counts")
+    printed.set_defaults(command=table)
+    args = parser.parse_args(arguments)
+    args.command(args)
 
 
 if __name__ == "__main__":
