@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from job.distributed.collectives import total
+from job.processes import rank, world_size
 from job.slimming.calibration.consumers import consumers_of
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def refit_importance(
 
     The loss is relative to the variance of a consumer's outputs and summed over the consumers of
     the channel. Channels of other groups are kept. The loss is nan for channels without a consumer
-    in ``statistics``.
+    in ``statistics``. Each process computes a share of the groups.
     """
     unknown = np.zeros(graph.count, bool)
     for slot in graph.slots:
@@ -55,10 +57,13 @@ def refit_importance(
     for consumer in consumers:
         unknown[consumer.channels] = False
     of_group = _consumers_of_groups(graph, consumers)
-    last = {place: number for number, places in enumerate(of_group) for place in places}
+    pairs = zip(of_group, graph.groups, strict=True)
+    own = _groups_of_process([len(places) * group.size**3 for places, group in pairs])
+    last = {place: number for number in own for place in of_group[number]}
     parts: dict[int, list[_Part]] = {}  # of each consumer that this and a later group have
-    scores = np.full(graph.count, np.nan)
-    for number, group in enumerate(graph.groups):
+    scores, grouped = np.zeros(graph.count), np.zeros(graph.count, bool)
+    for number in own:
+        group = graph.groups[number]
         of_this: list[_Part] = []
         for place in of_group[number]:
             consumer = consumers[place]
@@ -69,8 +74,23 @@ def refit_importance(
             if last[place] == number:  # the matrices of all consumers would not fit into memory
                 del parts[place]
         scores[group.channels] = _elimination_losses(of_this, group.size)
-    scores[unknown] = np.nan
+    device = next(network.parameters()).device
+    scores = total(torch.from_numpy(scores).to(device)).cpu().numpy()
+    for group in graph.groups:
+        grouped[group.channels] = True
+    scores[unknown | ~grouped] = np.nan
     return scores
+
+
+def _groups_of_process(costs: Sequence[int]) -> list[int]:
+    """Return the groups of this process, such that the costs of all processes are about equal."""
+    loads, own = [0] * world_size(), []
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        least = loads.index(min(loads))
+        loads[least] += costs[number]
+        if least == rank():
+            own.append(number)
+    return sorted(own)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -46,12 +47,15 @@ pair = CutPair(network, narrow, graph, keep, layers, images)
 compensate_cut("regress", pair, CalibrationData(lambda: mine, together))
 tuned = copy.deepcopy(narrow)
 recalibrate_batchnorms(tuned, mine)
-groups = rank_groups(graph, refit_importance(network, graph, together))
+shared_scores = refit_importance(network, graph, together)
+groups = rank_groups(graph, shared_scores)
 sources = network, graph, groups
 curves = measure_curves(*sources, CalibrationData(lambda: mine, together, 12), images)
 of_two = measure_curves(*sources, CalibrationData(lambda: mine_of_few, of_few, 2), images)
 dist.barrier()
 dist.destroy_process_group()
+# each process computes a share of the groups, and all get the same bytes
+assert np.array_equal(shared_scores, refit_importance(network, graph, together), equal_nan=True)
 single, alone_of_few = (measure_inputs(network, graph, batches) for batches in (both, few))
 for of_one, of_three in ((single, together), (alone_of_few, of_few)):
     assert of_one.keys() == of_three.keys()
