@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from job.distributed.collectives import total
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
     from job.slimming.recovery.samples import Order
 
-STEP_SAMPLES = 64  # samples of a step, over all processes
-LEARNING_RATE = 5e-4  # of Adam, with a cosine schedule to 0
+STEP_SAMPLES = 32  # samples of a step, over all processes
+LEARNING_RATE = 2e-4  # of Adam, with a cosine schedule to 0
 WARM_UP = 0.15  # fraction of the steps in which the learning rate rises
 MAX_LOSS_RATIO = 1.2  # of the held-out loss to the lowest one; above it, the best weights return
 RATE_FACTOR = 1 / 3  # of the learning rate when the best weights return
@@ -100,7 +99,7 @@ class Recovery:
 
     def run(self, epochs: int) -> Recovered:
         """Train, then load the weights with the lowest loss on held-out samples."""
-        if not (self.samples.learned and self.samples.held_out and self.parameters):
+        if not (len(self.samples.learned) and len(self.samples.held_out) and self.parameters):
             return Recovered(math.nan, math.nan, 0)
         self.comparison.measure((v for v, _ in self._held_out_views()), self.parameters[0].device)
         before = lowest = self.held_out_loss()
@@ -157,7 +156,7 @@ class Recovery:
         Reconstruction fitted the narrow network to the images themselves, so that its loss on them
         is too low.
         """
-        numbers = np.arange(self.samples.learned, self.samples.count)
+        numbers = self.samples.held_out
         for view in range(-(-HELD_OUT_VIEWS // len(numbers))):
             yield from self._views(numbers, HELD_OUT_DRAW + view)
 

@@ -13,6 +13,7 @@ from job.data.sample_order import stable_order
 from job.distributed.collectives import total
 from job.processes import rank, world_size
 from job.slimming.calibration.batch import inputs_of
+from job.slimming.calibration.moments import GOLDEN_RATIO
 from job.slimming.inputs import (
     batch_signature,
     concatenate,
@@ -31,7 +32,7 @@ Order = np.ndarray[Any, np.dtype[np.int64]]
 MIN_SIDE = 16  # pixels: smaller maps are not shifted
 MAX_COLOURS = 4  # inputs with more channels are not images
 SHIFT = 8  # images are shifted by up to 1 / SHIFT of their side
-HELD_OUT = 10  # one in HELD_OUT samples is held out
+HELD_OUT = 10  # about one in HELD_OUT samples is held out
 MAX_INPUTS = 64 * 3 * 64**2  # input values of one pass, whose activations must fit into memory
 MIN_CHUNK = 8  # samples
 STREAM = "recovery"  # name of the stream of random numbers
@@ -51,6 +52,9 @@ class Samples:
     The first samples of all processes are numbered first, then the second ones, and so on: numbers
     do not depend on how many processes share the images. A batch whose samples cannot be separated,
     e.g. a list of images of several sizes, is one sample.
+
+    ``held_out`` are the numbers of the held-out samples, evenly spread, so that images in the order
+    of their classes have some of each. ``learned`` are the others.
     """
 
     def __init__(self, batches: Iterable[CalibrationBatch], device: torch.device) -> None:
@@ -69,17 +73,14 @@ class Samples:
         mine = [owner == rank() for _, owner in sorted(turns)]
         self.numbers = np.flatnonzero(mine)  # of this process's samples
         self.count = len(turns)
-        self.held_out = min(self.count - 1, -(-self.count // HELD_OUT)) if self.count else 0
-
-    @property
-    def learned(self) -> int:
-        """Number of samples to train on: the first ones."""
-        return self.count - self.held_out
+        spread = np.arange(self.count) * GOLDEN_RATIO % 2**32 < 2**32 // HELD_OUT
+        self.held_out, self.learned = np.flatnonzero(spread), np.flatnonzero(~spread)
 
     def order(self, epoch: int, seed: int) -> Order:
         """Return the order (N,) of the training samples in an epoch."""
-        drawn: Order = stable_order(self.learned, seed, stream=STREAM, epoch=epoch)
-        return drawn
+        order = stable_order(len(self.learned), seed, stream=STREAM, epoch=epoch)
+        numbers: Order = self.learned[order]
+        return numbers
 
     def shares(self, numbers: Order, most: int) -> Iterator[Share]:
         """Yield the samples of this process among ``numbers``, up to ``most`` at a time."""

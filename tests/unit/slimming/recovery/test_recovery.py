@@ -153,9 +153,18 @@ def test_batches_that_cannot_be_separated_are_one_sample_each() -> None:
     assert Samples([(([*p],), None) for p in inputs], device).count == 2
     pairs = [((torch.rand(5, 3), torch.rand(5, 2)), None)]
     samples = Samples(pairs, device)
-    assert (samples.count, samples.held_out) == (5, 1)
+    assert (samples.count, len(samples.held_out)) == (5, 1)
     (share,) = samples.shares(np.array([3, 1]), 8)
     assert torch.equal(share.inputs[1], pairs[0][0][1][[3, 1]])
+
+
+def test_held_out_samples_are_spread_over_images_in_the_order_of_their_classes() -> None:
+    samples = Samples([(torch.rand(400, 3), None)], torch.device("cpu"))
+    classes = np.repeat(np.arange(10), 40)
+    assert set(classes[samples.held_out]) == set(range(10))
+    assert len(samples.held_out) == 40
+    assert sorted([*samples.held_out, *samples.learned]) == list(range(400))
+    assert sorted(samples.order(1, 0)) == samples.learned.tolist()
 
 
 def test_it_can_be_interrupted_at_every_step() -> None:
