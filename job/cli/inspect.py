@@ -13,6 +13,7 @@ from job.cli.model import open_model
 from job.console import counted, print_result, table
 from job.report.tables import layers_table
 from job.slimming.analysis import analyse
+from job.slimming.graph.remedies import explain
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.base import full_group_sizes
 from job.slimming.planning.cost import example_image, layer_costs, network_cost
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
     from job.artifacts.records import Lineage
     from job.cli.command_options import ModelOptions
-    from job.slimming.graph.groups import BlockedChannels
     from job.slimming.importance.scores import Scores
     from job.slimming.planning.cost import Cost, LayerCost
 
@@ -49,6 +49,17 @@ class InspectedGroup:
 
 
 @dataclass(frozen=True)
+class InspectedBlock:
+    """Channels that are not cut: the reason, the line of code, and the change that frees them."""
+
+    layer: str
+    channels: int
+    reason: str
+    place: str
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What ``--json`` prints of a network."""
 
@@ -59,7 +70,7 @@ class Inspection:
     image_size: int
     cost: Cost
     groups: tuple[InspectedGroup, ...]
-    blocked: tuple[BlockedChannels, ...]
+    blocked: tuple[InspectedBlock, ...]
     removed: tuple[str, ...]
     layers: tuple[LayerCost, ...]
     metrics: Mapping[str, object]
@@ -95,7 +106,9 @@ def _inspect(network: nn.Module, card: ModelCard) -> Inspection:
         image_size=card.preprocessing.size,
         cost=network_cost(network, size),
         groups=groups,
-        blocked=graph.blocked,
+        blocked=tuple(
+            InspectedBlock(b.layer, b.channels, b.reason, b.place, b.remedy) for b in graph.blocked
+        ),
         removed=tuple(removed_layers(card.layers)),
         layers=tuple(layer_costs(network, size)),
         metrics=card.metrics,
@@ -122,8 +135,7 @@ def _text(found: Inspection) -> str:
         if g.gamma
     ]
     blocked = [
-        (b.layer, str(b.channels), f"{b.reason} ({b.place})" if b.place else b.reason)
-        for b in found.blocked
+        (b.layer, str(b.channels), explain(b.reason, b.place, b.remedy)) for b in found.blocked
     ]
     blocked += [
         (g.group, str(g.channels), "no BatchNorm ranks them: ranked by other norms or L2")

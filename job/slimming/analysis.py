@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from job.errors import UsageError, reason
 from job.slimming.graph.grouping import channel_graph
 from job.slimming.inputs import describe_inputs
-from job.slimming.surgery.trial_cuts import drop_wrong_suspects
+from job.slimming.surgery.trial_cuts import all_suspects_pass, drop_wrong_suspects
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,7 +31,12 @@ def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) ->
         raise UsageError(
             f"the network does not run on {describe_inputs(example)}: {reason(error)}"
         ) from error
-    checked = drop_wrong_suspects(network, replace(graph, sizes=()), example)
+    plain = replace(graph, sizes=())
+    if graph.sizes:  # before the suspects are told apart, which takes many trial cuts
+        for each in (plain, graph):
+            if all_suspects_pass(network, each, example):
+                return each
+    checked = drop_wrong_suspects(network, plain, example)
     if graph.sizes and checked.channel_count < graph.channel_count:
         with_sizes = drop_wrong_suspects(network, graph, example)
         if with_sizes.channel_count > checked.channel_count:

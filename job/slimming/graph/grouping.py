@@ -219,16 +219,16 @@ def _is_balanced(group: ChannelGroup, blocks: Sequence[Ids]) -> bool:
 
 def _suspects(
     union: ChannelUnion, groups: Sequence[ChannelGroup], numbers: Ids, count: int
-) -> tuple[tuple[str, str], ...]:
+) -> tuple[tuple[str, str, str], ...]:
     """Return groups that may be misinterpreted, with the op that moves their channels."""
     names = np.zeros(count, object)
     for group in groups:
         names[group.channels] = group.name
     # an unsupported op may depend on the number of any channels
-    suspects = dict.fromkeys((group.name, DOUBT) for group in groups if union.doubtful)
+    suspects = dict.fromkeys((group.name, DOUBT, "") for group in groups if union.doubtful)
     suspects |= dict.fromkeys(
-        (str(name), what)
-        for what, ids in union.suspects
+        (str(name), what, place)
+        for (what, ids), place in zip(union.suspects, union.suspect_places, strict=True)
         for name in np.unique(names[numbers[ids][numbers[ids] != FIXED]].astype(str))
     )
     return tuple(suspects)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from job.slimming.graph.remedies import explain, remedy_of
 from job.slimming.graph.trace_summary import NOTHING_TRACED, TraceSummary
 from job.slimming.graph.union import FIXED, ChannelSlot
 
@@ -48,6 +49,16 @@ class BlockedChannels:
     reason: str
     place: str = ""
 
+    @property
+    def remedy(self) -> str:
+        """The change of the code that would free them; empty where there is none."""
+        return remedy_of(self.reason)
+
+    @property
+    def explanation(self) -> str:
+        """The reason, the line of code, and the change that would free them."""
+        return explain(self.reason, self.place, self.remedy)
+
 
 @dataclass(frozen=True)
 class ChannelGraph:
@@ -55,11 +66,11 @@ class ChannelGraph:
 
     Channels are numbered from 1 to ``count`` - 1. The ``ids`` of ``slots`` are these numbers, or 0
     for channels that are never cut; slots with equal ``ids`` share one array. ``suspects`` are
-    groups that may be misinterpreted, with the op that moves their channels. ``auxiliary`` tells
-    that some layers run only in train mode, ``odd`` that some op is not supported or that train
-    mode runs other ops. ``forward`` summarises a forward pass in eval mode. ``reads`` are ops that
-    compute over channels without a weight, ``sizes`` attributes that count channels. ``scaled`` are
-    the weights that make up for the scale of attention.
+    groups that may be misinterpreted, with the op that moves their channels and its line of code.
+    ``auxiliary`` tells that some layers run only in train mode, ``odd`` that some op is not
+    supported or that train mode runs other ops. ``forward`` summarises a forward pass in eval mode.
+    ``reads`` are ops that compute over channels without a weight, ``sizes`` attributes that count
+    channels. ``scaled`` are the weights that make up for the scale of attention.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -67,7 +78,7 @@ class ChannelGraph:
     slots: tuple[ChannelSlot, ...]
     count: int
     calls: tuple[LayerCall, ...]
-    suspects: tuple[tuple[str, str], ...] = ()
+    suspects: tuple[tuple[str, str, str], ...] = ()
     auxiliary: bool = False
     odd: bool = False
     forward: TraceSummary = NOTHING_TRACED
@@ -80,8 +91,8 @@ class ChannelGraph:
         """The number of channels of all groups."""
         return sum(group.size for group in self.groups)
 
-    def without(self, names: Iterable[str], reason: str) -> ChannelGraph:
-        """Return the graph with the groups ``names`` blocked for ``reason``."""
+    def without(self, names: Iterable[str], reason: str, place: str = "") -> ChannelGraph:
+        """Return the graph with the groups ``names`` blocked for ``reason``, at a line of code."""
         removed_names = set(names)
         removed = [group for group in self.groups if group.name in removed_names]
         if not removed:
@@ -89,7 +100,7 @@ class ChannelGraph:
         numbers = np.arange(self.count)
         numbers[np.concatenate([group.channels for group in removed])] = FIXED
         blocked = tuple(
-            BlockedChannels(slot.layer, int(np.isin(slot.ids, group.channels).sum()), reason)
+            BlockedChannels(slot.layer, int(np.isin(slot.ids, group.channels).sum()), reason, place)
             for group in removed
             for slot in self.slots
             if slot.layer in group.layers and slot.side in ("out", "select")

@@ -40,6 +40,7 @@ def propagate_channels(network: nn.Module, traces: Sequence[Trace]) -> ChannelUn
             state.begin(trace, DerivedValues(trace, MOVING, POINTWISE), main=number == 0)
             _propagate_trace(state, layer_ops)
         state.heads.end(state.union)
+        state.union.end_op()
         mixed = state.union.united_with_others(set(state.selected))
         mixed |= state.selected.keys() & state.passed
         if not mixed:
@@ -54,6 +55,7 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
         if not known.issuperset(map(id, op.inputs)):
             union.fix(np.arange(union.count), f"{op.name} of a tensor of unknown origin")
         _propagate_op(state, op, layer_ops, shared)
+        union.end_op()
         known.update(map(id, op.results))
     union.place = ""
     for output in trace.outputs:

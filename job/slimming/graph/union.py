@@ -109,7 +109,8 @@ class ChannelUnion:
     some op is not supported. ``count`` includes the element FIXED.
     ``sizes`` are attributes that may count channels. ``heads`` are blocks of the heads of
     attention, ``scaled`` the layers, rows and elements whose weights make up for its scale.
-    ``places`` are the lines of code of the ``fixes``, ``place`` is the present one.
+    ``places`` are the lines of code of the ``fixes``, ``suspect_places`` of the ``suspects``;
+    ``place`` is the present one.
     """
 
     slots: list[ChannelSlot] = field(default_factory=list)
@@ -123,6 +124,7 @@ class ChannelUnion:
     heads: list[Ids] = field(default_factory=list)
     scaled: list[tuple[str, Ids, Ids]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
+    suspect_places: list[str] = field(default_factory=list)
     place: str = ""
     doubtful: bool = False
     count: int = 1
@@ -139,6 +141,11 @@ class ChannelUnion:
         if len(ids):
             self.fixes.append((reason, ids))
             self.places.append(self.place)
+
+    def end_op(self) -> None:
+        """Note the present line of code as that of the suspects since the last call."""
+        missing = len(self.suspects) - len(self.suspect_places)
+        self.suspect_places += [self.place] * missing
 
     def produce(self, layer: str, count: int) -> Ids:
         """Add ``count`` elements that ``layer`` produces; returns them."""

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from job.console import table
+from job.slimming.graph.remedies import explain
 from job.slimming.planning.layer_channels import LayerChannels, removed_layers
 
 if TYPE_CHECKING:
@@ -71,10 +72,12 @@ def _widths(layers: Layers, name: str, full: Sizes) -> tuple[str, str]:
 
 def _blocked_lines(blocked: Sequence[BlockedChannels]) -> Iterator[str]:
     reasons: Counter[str] = Counter()
+    first = {each.reason: each for each in reversed(blocked)}
     for each in blocked:
         reasons[each.reason] += each.channels
     for reason, channels in reasons.most_common(MAX_REASONS):
-        yield f"not cut: {channels:,} channels: {_shortened(reason)}"
+        why = explain(_shortened(reason), first[reason].place, first[reason].remedy)
+        yield f"not cut: {channels:,} channels: {why}"
     if len(reasons) > MAX_REASONS:
         yield f"not cut: {len(reasons) - MAX_REASONS} more reasons, in plan.blocked"
 

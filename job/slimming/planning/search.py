@@ -96,4 +96,5 @@ def _main_obstacle(graph: ChannelGraph) -> str:
     reason = next((reason for reason, channels in count.most_common(1) if channels), None)
     if reason is None:
         return ""
-    return f"; the main reason: {reason}"
+    first = next(each for each in graph.blocked if each.reason == reason)
+    return f"; the main reason: {first.explanation}"

@@ -31,22 +31,33 @@ def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Exampl
     All suspects are cut together first, and halves of them only if that fails. Raises UsageError or
     DataError if no cut of the network can be verified.
     """
-    names = list(dict.fromkeys(name for name, _ in graph.suspects))
+    names = list(dict.fromkeys(name for name, *_ in graph.suspects))
     if not names:
         return graph
     if not graph.auxiliary:
         example = smallest_equivalent_input(network, example, graph.forward.treatment)
     if _is_verified(network, graph, names, example):
         return graph
-    reasons = dict(graph.suspects)
+    whys = {name: (what, place) for name, what, place in graph.suspects}
     for name in _wrong_suspects(network, graph, names, example):
-        reason = f"{reasons[name]} works only for the current number of channels"
-        graph = graph.without([name], reason)
+        what, place = whys[name]
+        reason = f"{what} works only for the current number of channels"
+        graph = graph.without([name], reason, place)
     unblocked = {group.name for group in graph.groups}
     remaining = [name for name in names if name in unblocked]
     if remaining and not _is_verified(network, graph, remaining, example):
         graph = graph.without(remaining, "rearranged in a way that is not supported")
     return graph
+
+
+def all_suspects_pass(network: nn.Module, graph: ChannelGraph, example: Example) -> bool:
+    """Return whether one trial cut of all suspects together is right."""
+    names = list(dict.fromkeys(name for name, *_ in graph.suspects))
+    if not names:
+        return True
+    if not graph.auxiliary:
+        example = smallest_equivalent_input(network, example, graph.forward.treatment)
+    return _is_verified(network, graph, names, example)
 
 
 def _wrong_suspects(
