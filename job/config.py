@@ -37,6 +37,7 @@ TrackerName = Literal["wandb", "tensorboard", "mlflow", "none"]
 WandbMode = Literal["auto", "online", "offline", "off"]
 
 CLASSIFICATION = "classification"
+DETECTION = "detection"
 LOGIT_TASKS = (CLASSIFICATION, "multi-label")  # whose networks return logits (B, classes)
 DEFAULT_BASE_EPOCHS = 24
 DEFAULT_SPARSITY = 1e-4  # Liu et al. 2017, for VGG
@@ -60,8 +61,8 @@ class DataConfig:
     task: str = option(
         CLASSIFICATION,
         "What the network is trained for: classification, multi-label (images of several classes "
-        "each), segmentation (images and masks), or your own task as module:factory, with data, "
-        "loss and metrics.",
+        "each), segmentation (images and masks), detection (images and boxes), or your own task as "
+        "module:factory, with data, loss and metrics.",
     )
     on_bad_image: BadImageMode = option("fail", "What to do with an image that cannot be read.")
     cache: CacheMode = option(
@@ -423,7 +424,10 @@ class PruneConfig(  # Python orders the fields of the last base first
                 f"--rounds auto never ends with --rate {self.rate:g}: give a rate below 1, e.g. 0.9"
             )
         if ":" in self.task:
+            self._check_own_task("mean", "std", "cache_max_side")
+        if self.task == DETECTION:
             self._check_own_task()
+            self._check_detection()
         if self.task != CLASSIFICATION and self.importance == "taylor":
             raise UsageError(
                 "--importance taylor needs the labels of --task classification: take refit or gamma"
@@ -443,14 +447,20 @@ class PruneConfig(  # Python orders the fields of the last base first
         """How W&B runs; off unless it is among the trackers."""
         return self.wandb if "wandb" in self.tracker else "off"
 
-    def _check_own_task(self) -> None:
-        """Raise UsageError for options of images, which a task of the user makes itself."""
-        for name in ("mean", "std", "resize", "crop", "interpolation", "cache_max_side"):
+    def _check_own_task(self, *more: str) -> None:
+        """Raise UsageError for options of images, which the task or its network makes itself."""
+        for name in (*more, "resize", "crop", "interpolation"):
             if getattr(self, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} has no effect with --task {self.task}: leave it out")
         if self.transform != "auto":
             raise UsageError(f"--transform has no effect with --task {self.task}: leave it out")
+
+    def _check_detection(self) -> None:
+        """Raise UsageError for options that need other outputs than boxes."""
+        for given, flag in ((self.compile, "--compile"), (self.distill_alpha, "--distill-alpha")):
+            if given:
+                raise UsageError(f"{flag} does not work with --task {DETECTION}: leave it out")
 
     @property
     def first_epochs(self) -> int:

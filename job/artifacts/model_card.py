@@ -16,11 +16,12 @@ from safetensors.torch import save as safetensors_bytes
 from job.artifacts.json_records import from_json, to_json
 from job.artifacts.records import Lineage
 from job.artifacts.versions import package_versions
-from job.config import CLASSIFICATION, LOGIT_TASKS
+from job.config import CLASSIFICATION, DETECTION, LOGIT_TASKS
 from job.console import counted
 from job.data.preprocessing import Preprocessing  # noqa: TC001
 from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown, writing
 from job.files import is_file, new_directory, read_json
+from job.models.detectors import fit_to_card
 from job.models.factory import build_network
 from job.models.input_size import MAX_SIZE
 from job.models.weights import load_state
@@ -93,7 +94,10 @@ class ModelCard:
                 self.args,
                 from_card=True,
                 classifier=self.task in LOGIT_TASKS,
+                detector=self.task == DETECTION,
             )
+        if self.task == DETECTION:
+            fit_to_card(base, self.preprocessing)
         return apply_plan(base, self.layers)
 
     def cut(self, layers: Layers, width: float) -> ModelCard:

@@ -53,7 +53,7 @@ def openmetrics_text(
     for record, names in ((status, OF_STATUS), (epoch, OF_EPOCH), (entry, OF_ROUND)):
         for name, words in names.items() if record else ():
             value = getattr(record, name)
-            if not math.isfinite(value):
+            if value is None or not math.isfinite(value):
                 continue
             metric = getattr(record, "metric", ACCURACY)
             if metric != ACCURACY:

@@ -12,6 +12,7 @@ from job.errors import UsageError, did_you_mean
 from job.models.cifar import DenseNet40Cifar, ResNet164Cifar, Vgg19Cifar
 from job.models.classifier import replace_classifier
 from job.models.custom_network import call_builder, call_factory
+from job.models.detectors import DETECTOR_HELP, FROZEN, as_detector, detector_names
 from job.models.student import StudentNet
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def build_network(
     *,
     from_card: bool = False,
     classifier: bool = True,
+    detector: bool = False,
 ) -> nn.Module:
     """Build the network ``name`` with new weights and ``num_classes`` logits.
 
@@ -67,8 +69,8 @@ def build_network(
     an installed package is then called only if it is annotated to return a network. Raises
     UsageError for an unknown name or arguments that the network does not accept.
     """
-    made = build_with_note(name, num_classes, args, from_card=from_card, classifier=classifier)
-    return made[0]
+    more: Any = {"from_card": from_card, "classifier": classifier, "detector": detector}
+    return build_with_note(name, num_classes, args, **more)[0]
 
 
 def build_with_note(
@@ -78,18 +80,28 @@ def build_with_note(
     *,
     from_card: bool = False,
     classifier: bool = True,
+    detector: bool = False,
 ) -> tuple[nn.Module, str]:
     """Build a network; returns it and a message if its classifier was replaced, else "".
 
-    Only a ``classifier`` must return logits, and gets a new last layer for other classes.
+    Only a ``classifier`` must return logits, and gets a new last layer for other classes. A
+    ``detector`` is prepared by ``as_detector``.
     """
     for key in sorted(OPTIONS_BY_ARG.keys() & args.keys()):
         raise UsageError(f"--model-arg {key} has its own option: {OPTIONS_BY_ARG[key]}")
+    frozen = detector and bool(args.get(FROZEN))
+    args = {key: value for key, value in args.items() if not detector or key != FROZEN}
     if ":" in name:
         network = call_factory(name, num_classes, args, from_card=from_card)
+        if detector:
+            return as_detector(name, network, frozen), ""
         return network, replace_classifier(network, num_classes) if classifier else ""
     if not num_classes:
         raise UsageError(f"--model {name} needs the number of classes: pass --num-classes")
+    if detector:
+        build = _detector_builder(name)
+        network = call_builder(name, build, {**args, "num_classes": num_classes})
+        return as_detector(name, network, frozen), ""
     build = NETWORKS[name].build if name in NETWORKS else _torchvision_builder(name, classifier)
     return call_builder(name, build, {**args, "num_classes": num_classes}), ""
 
@@ -152,6 +164,23 @@ def _torchvision_builder(name: str, classifier: bool) -> Callable[..., nn.Module
 
     def build(**args: Any) -> nn.Module:
         network: nn.Module = models.get_model(name, weights=None, **{**defaults, **args})
+        return network
+
+    return build
+
+
+def _detector_builder(name: str) -> Callable[..., nn.Module]:
+    import torchvision.models as models
+
+    names = detector_names()
+    if name not in names:
+        raise UsageError(
+            f"--model {name!r} is no detector{did_you_mean(name, names)}: --task detection takes "
+            f"{DETECTOR_HELP}; torchvision has {', '.join(names)}"
+        )
+
+    def build(**args: Any) -> nn.Module:
+        network: nn.Module = models.get_model(name, weights=None, weights_backbone=None, **args)
         return network
 
     return build

@@ -11,12 +11,13 @@ import torch
 from job.artifacts.model_card import ModelCard, find_model, load_model, read_card
 from job.artifacts.provenance import find_run_data, find_task_data
 from job.artifacts.records import BaseRecord, Lineage
-from job.config import LOGIT_TASKS, PruneConfig
+from job.config import DETECTION, LOGIT_TASKS, PruneConfig
 from job.console import counted, say
 from job.data.layout import BUILT_IN
 from job.distributed.collectives import digest
 from job.errors import DataError, InputNotFound, UsageError, shown
 from job.files import is_file
+from job.models.detectors import detector_preprocessing, fit_transform
 from job.models.factory import build_with_note, nominal_width
 from job.models.input_size import check_size
 from job.models.weights import load_state
@@ -200,6 +201,8 @@ def build_base_network(
     Raises UsageError or DataError.
     """
     if weights.model:
+        if config.task == DETECTION:
+            preprocessing = _detector_inputs(weights.model[0], config, preprocessing)
         return continue_slim_base(weights.model, config, data, preprocessing)
     num_classes = config.num_classes or len(data.class_names)
     if num_classes < len(data.class_names):
@@ -207,10 +210,14 @@ def build_base_network(
             f"--num-classes {num_classes} is less than the {len(data.class_names)} of the data"
         )
     torch.manual_seed(config.seed)
-    classifier = config.task in LOGIT_TASKS
-    network, note = build_with_note(config.model, num_classes, config.args, classifier=classifier)
+    classifier, detector = config.task in LOGIT_TASKS, config.task == DETECTION
+    network, note = build_with_note(
+        config.model, num_classes, config.args, classifier=classifier, detector=detector
+    )
     if note:
         say(note)
+    if detector:
+        preprocessing = _detector_inputs(network, config, preprocessing)
     check_size(network, preprocessing.input_size, classifier=classifier)
     lineage = Lineage(seed=config.seed, listing=data.listing)
     if weights.state is not None:
@@ -227,6 +234,17 @@ def build_base_network(
         task=config.task,
     )
     return network, replace(card, base=base_of(network, card))
+
+
+def _detector_inputs(
+    network: nn.Module, config: PruneConfig, preprocessing: Preprocessing
+) -> Preprocessing:
+    """Set the resizing of a detector by the options; return the preprocessing that it does."""
+    fit_transform(network, config.image_size, config.mean, config.std)
+    made = detector_preprocessing(network, preprocessing.max_side)
+    sides = made.resize if made.shape is None else " x ".join(map(str, made.shape[1:]))
+    say(f"data: the network resizes images: {sides} pixels")
+    return made
 
 
 def _load_base_weights(

@@ -14,7 +14,7 @@ import torch
 from job.artifacts.records import PlannedRound
 from job.artifacts.run_directory import Run
 from job.artifacts.run_folder import choose_run_folder, likely_run_folder
-from job.config import CLASSIFICATION
+from job.config import CLASSIFICATION, DETECTION
 from job.console import say, tick
 from job.data.cache.cached_split import ImageCache
 from job.data.cache.image_set import ImageSet
@@ -44,7 +44,7 @@ from job.training.epoch import ACCURACY
 from job.training.evaluation import Evaluator
 from job.training.task_evaluation import TaskEvaluator
 from job.training.trainer import Trainer
-from job.training.trial import least_batch
+from job.training.trial import image_for_each_process, least_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from job.config import PruneConfig
     from job.data.dataset import Dataset
     from job.data.preprocessing import Preprocessing
-    from job.training.objective import TaskObjective
+    from job.training.objective import OwnObjective
     from job.training.task import Task
 
 MISSING: Any = object()  # the value of a field whose step has not run, or has failed
@@ -86,7 +86,7 @@ class Setup:
     teacher: nn.Module | None = MISSING
     dataset_record: DatasetRecord = MISSING
     base_record: BaseRecord = MISSING
-    objective: TaskObjective | None = MISSING  # None for classification
+    objective: OwnObjective | None = MISSING  # None for classification
     cache: ImageCache = MISSING  # of decoded images; a run fills it before the first epoch
     evaluator: Evaluator | TaskEvaluator = MISSING
     trainer: Trainer = MISSING
@@ -162,7 +162,8 @@ def build_base(setup: Setup) -> Setup:
     torch.manual_seed(setup.config.seed)
     built = setup.config, setup.data, setup.preprocessing, setup.weights
     network, card = on_main(lambda: build_base_network(*built), interrupt=True)
-    return replace(setup, network=network, card=card, weights=BaseWeights())
+    made = card.preprocessing  # of a detector, its own
+    return replace(setup, network=network, card=card, preprocessing=made, weights=BaseWeights())
 
 
 def try_objective(setup: Setup) -> Setup:
@@ -179,6 +180,8 @@ def find_smallest_batch(setup: Setup) -> Setup:
     """Find the smallest global batch that the network's BatchNorms allow."""
     count, size = len(setup.data.splits["training"]), setup.preprocessing.input_size
     least = on_main(lambda: least_batch(setup.network, setup.config, size, count))
+    if setup.config.task == DETECTION:  # torchvision's detectors take no empty batch
+        least = max(least, image_for_each_process(setup.config, count))
     return replace(setup, smallest_batch=least)
 
 

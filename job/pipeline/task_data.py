@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from job.config import DETECTION
 from job.console import counted, say
 from job.data.dataset import Dataset
 from job.data.preprocessing import Preprocessing
@@ -13,8 +14,16 @@ from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import on_main
 from job.pipeline.base_model import slim_base_preprocessing
 from job.processes import is_main
+from job.tasks.coco import BACKGROUND, UNUSED
 from job.tasks.image_task import TaskOptions
-from job.tasks.loading import TASKS, input_shape_of, load_task, split_of, try_task
+from job.tasks.loading import (
+    TASKS,
+    input_shape_of,
+    load_task,
+    split_of,
+    try_objective,
+    try_task,
+)
 from job.training.objective import TaskObjective
 
 if TYPE_CHECKING:
@@ -23,8 +32,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.config import PruneConfig
+    from job.training.objective import OwnObjective
     from job.training.task import Task
 
+UNNAMED = (BACKGROUND, UNUSED)  # classes that no object has
 LAYOUT = "task"  # in the table [dataset] of config.toml
 
 
@@ -52,12 +63,16 @@ def open_task(config: PruneConfig) -> tuple[Task, Dataset, Preprocessing]:
         on_main(lambda: built.append(build()), interrupt=True)
         task = built[0] if is_main() else build()
     data = task_dataset(config.task, task, config.data)
-    shape = on_main(lambda: input_shape_of(config.task, task), interrupt=True)
+    shape: tuple[int, ...] = (3,)
+    if not getattr(task, "preprocessing", None):
+        shape = on_main(lambda: input_shape_of(config.task, task), interrupt=True)
+    named = [name for name in data.class_names if name not in UNNAMED]
     counts = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
-    classes = f", {counted(len(data.class_names), 'class')}" if data.class_names else ""
+    classes = f", {counted(len(named), 'class')}" if named else ""
     preprocessing = task_preprocessing(task, shape)
     how = preprocessing.describe() if config.task in TASKS else f"inputs {shape}"
-    say(f"data: task {config.task}: {counts}{classes}; {how}")
+    how = "" if config.task == DETECTION else f"; {how}"
+    say(f"data: task {config.task}: {counts}{classes}{how}")
     return task, data, preprocessing
 
 
@@ -69,11 +84,15 @@ def image_options(config: PruneConfig) -> TaskOptions:
     return TaskOptions(config.data, how, config.on_bad_image, config.seed, config.cache_max_side)
 
 
-def agree_objective(name: str, task: Task, network: nn.Module) -> TaskObjective:
+def agree_objective(name: str, task: Any, network: nn.Module) -> OwnObjective:
     """Return the objective of a task that is tried on the main process; collective.
 
     Raises UsageError when loss or metrics fail.
     """
+    if name in TASKS and hasattr(task, "objective"):
+        objective: OwnObjective = task.objective(network)
+        on_main(lambda: try_objective(name, task, objective, network), interrupt=True)
+        return objective
 
     def try_it() -> tuple[Mapping[str, int], tuple[str, ...]]:
         tried = try_task(name, task, network)

@@ -84,7 +84,7 @@ def training_chart(history: History, metric: str) -> Chart | None:
     if not history.epochs:
         return None
     name, factor = (history.score_name, 100) if metric == "acc" else ("loss", 1)
-    marker = "o" if len(history.epochs) <= MAX_MARKED_POINTS else ""
+    marker, last = "o" if len(history.epochs) <= MAX_MARKED_POINTS else "", history.epochs[-1]
     series = tuple(
         PlotSeries(
             label,
@@ -98,8 +98,8 @@ def training_chart(history: History, metric: str) -> Chart | None:
             (f"train_{metric}", "training", "vermillion"),
             (f"valid_{metric}", "validation", "blue"),
         )
+        if getattr(last, key) is not None
     )
-    last = history.epochs[-1]
     value = factor * getattr(last, f"valid_{metric}")
     return Chart(
         "training-accuracy" if metric == "acc" else "training-loss",

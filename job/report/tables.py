@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 def epoch_line(width: float, epoch: EpochResult) -> str:
     """Return the line of an epoch, in the homework's format."""
+    trained = "" if epoch.train_acc is None else f", {epoch.metric} {epoch.train_acc:6.4f}"
     return (
         f"rate {width:6.4f} epoch {epoch.epoch:>3d}: "
-        f"train loss: {epoch.train_loss:6.4f}, {epoch.metric} {epoch.train_acc:6.4f} "
+        f"train loss: {epoch.train_loss:6.4f}{trained} "
         f"valid loss: {epoch.valid_loss:6.4f}, {epoch.metric} {epoch.valid_acc:6.4f}"
     )
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.config import CLASSIFICATION
+from job.config import CLASSIFICATION, DETECTION
 from job.data.task_items import ItemSplit, TaskItems, stack_items
 from job.errors import GammaslimError, InputNotFound, UsageError, did_you_mean, reason
 from job.models.custom_network import import_factory, is_own_code
+from job.tasks.detection import Detection
 from job.tasks.multi_label import MULTI_LABEL, MultiLabel
 from job.tasks.segmentation import SEGMENTATION, Segmentation
 from job.training.epoch import ACCURACY
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 TASKS: dict[str, Callable[..., Any]] = {  # built-in tasks by name
     MULTI_LABEL: MultiLabel,
     SEGMENTATION: Segmentation,
+    DETECTION: Detection,
 }
 RESERVED = ("loss", ACCURACY)  # in keys of metrics.jsonl
 TRIED = 2  # items: a BatchNorm needs two
@@ -89,7 +91,7 @@ def _find_factory(name: str) -> Any:
 
 def _check_parts(name: str, task: Any) -> None:
     """Raise UsageError for a task that lacks a part."""
-    for part in ("loss", "metrics"):
+    for part in () if name == DETECTION else ("loss", "metrics"):
         if not callable(getattr(task, part, None)):
             raise UsageError(f"--task {name} returned {type(task).__name__}, which has no {part}()")
     for part in ("training", "validation"):
@@ -145,6 +147,22 @@ def try_task(name: str, task: Task, network: nn.Module) -> TaskObjective:
         raise UsageError(f"--task {name}: scores() must return a dict of metrics by name")
     _check_names(name, scores)
     return replace(objective, names=tuple(scores))
+
+
+def try_objective(name: str, task: Task, objective: Any, network: nn.Module) -> None:
+    """Try a built-in task with its own objective: two training items through a copy of the network.
+
+    Raises UsageError when the network fails.
+    """
+    items = TaskItems(split_of(task, name, task.training))
+    batch = items.__getitems__([index % len(task.training) for index in range(TRIED)])
+    if isinstance(batch, GammaslimError):
+        raise batch
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        module = objective.module(copy.deepcopy(network).cpu().train()).train()
+        inputs, targets = objective.place(batch)
+        outputs = _attempt(f"--task {name}: the network fails", module, inputs)
+        objective.measure(outputs, inputs, targets)
 
 
 def _check_names(name: str, metrics: Iterable[str]) -> None:

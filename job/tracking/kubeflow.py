@@ -82,7 +82,7 @@ def trainer_status(history: History, now: datetime) -> JsonObject:
 
 def _metrics(history: History) -> list[JsonObject]:
     """Return the numbers of the last epoch and of the best model; values are texts."""
-    values: dict[str, float] = {}
+    values: dict[str, float | None] = {}
     if history.epochs:
         last = history.epochs[-1]
         names = ("round", "epoch", "train_loss", "train_acc", "valid_loss", "valid_acc", "params")
@@ -93,7 +93,7 @@ def _metrics(history: History) -> list[JsonObject]:
     return [
         {"name": name, "value": f"{value:.6g}" if isinstance(value, float) else str(value)}
         for name, value in values.items()
-        if math.isfinite(value)
+        if value is not None and math.isfinite(value)
     ]
 
 

@@ -74,7 +74,7 @@ class Calibration:
             if self.progress:
                 self.progress(number, len(self.sampler))
             inputs, targets = self.objective.place(batch)
-            yield inputs, targets if self.labelled else None
+            yield self.objective.batched(inputs), targets if self.labelled else None
 
 
 class _FirstShare:

@@ -20,14 +20,14 @@ class EpochResult:
     ``gamma_mean`` is the mean of |γ| and ``gamma_small`` the share of small ones; None without a
     BatchNorm. For another task than classification, ``train_acc`` and ``valid_acc`` hold its
     ``metric``, whose name is in their keys, and ``metrics`` its other metrics on the validation
-    split.
+    split. ``train_acc`` is None where training finds no boxes, whose metric it would be.
     """
 
     round: int
     epoch: int
     step: int
     train_loss: float
-    train_acc: float = field(metadata={"key": "train_{metric}"})
+    train_acc: float | None = field(metadata={"key": "train_{metric}"})
     valid_loss: float
     valid_acc: float = field(metadata={"key": "valid_{metric}"})
     lr: float

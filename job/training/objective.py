@@ -15,7 +15,7 @@ from job.training.loss import batch_loss
 from job.training.trial import has_unused_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -84,6 +84,25 @@ class Objective(Protocol):
     def scores(self, sums: torch.Tensor, samples: int) -> SplitScores:
         """Return the means of the summed sums of ``samples`` samples."""
 
+    def batched(self, inputs: Any) -> torch.Tensor:
+        """Return inputs as one tensor (B, …), as the layers of the network get them."""
+
+
+class OwnObjective(Objective, Protocol):
+    """What the evaluation of a task other than classification needs to know, too."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric that chooses models."""
+
+    def details(self, outputs: Any, targets: Any) -> list[Any]:
+        """Return what the metrics need of each sample beyond sums; empty if nothing."""
+
+    def scores(
+        self, sums: torch.Tensor, samples: int, details: Sequence[Any] | None = None
+    ) -> SplitScores:
+        """Return the means of a split, and the metrics of the ``details`` of all samples."""
+
 
 @dataclass(frozen=True)
 class ClassificationObjective:
@@ -120,6 +139,9 @@ class ClassificationObjective:
 
     def counted(self, _sums: torch.Tensor) -> None:  # noqa: D102
         return None
+
+    def batched(self, inputs: Any) -> torch.Tensor:  # noqa: D102
+        return inputs  # type: ignore[no-any-return]
 
     def scores(self, sums: torch.Tensor, samples: int) -> SplitScores:  # noqa: D102
         loss, accuracy = (sums / samples).tolist()
@@ -201,7 +223,16 @@ class TaskObjective:
     def counted(self, sums: torch.Tensor) -> torch.Tensor:  # noqa: D102
         return sums[1]
 
-    def scores(self, sums: torch.Tensor, _samples: int) -> SplitScores:  # noqa: D102
+    def batched(self, inputs: Any) -> torch.Tensor:  # noqa: D102
+        return inputs  # type: ignore[no-any-return]
+
+    def details(self, _outputs: Any, _targets: Any) -> list[Any]:
+        """Return nothing: metrics are sums."""
+        return []
+
+    def scores(  # noqa: D102
+        self, sums: torch.Tensor, _samples: int, _details: Sequence[Any] | None = None
+    ) -> SplitScores:
         loss, count, start, totals = float(sums[0]), float(sums[1]), 2, {}
         for name, size in self.layout.items():
             totals[name] = sums[start : start + size], sums[start + size : start + 2 * size]

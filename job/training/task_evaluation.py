@@ -9,7 +9,7 @@ import torch
 from job.data.loader import build_loader, iterate_batches
 from job.data.samplers import RankShare
 from job.data.task_items import ItemSplit, TaskItems
-from job.distributed.collectives import total
+from job.distributed.collectives import gather, total
 from job.processes import rank, world_size
 from job.training.evaluation import batch_size_at
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.distributed.stop import Watch
-    from job.training.objective import SplitScores, TaskObjective
+    from job.training.objective import OwnObjective, SplitScores
 
 
 class TaskEvaluator:
@@ -32,7 +32,7 @@ class TaskEvaluator:
     def __init__(
         self,
         split: ItemSplit,
-        objective: TaskObjective,
+        objective: OwnObjective,
         size: int,
         accelerator: Accelerator,
         workers: int,
@@ -48,18 +48,19 @@ class TaskEvaluator:
 
     def _sums(
         self, network: nn.Module, progress: Callable[[Iterable[Any]], Iterable[Any]]
-    ) -> Iterator[torch.Tensor]:
-        """Yield the sums of each batch of this rank's items."""
+    ) -> Iterator[tuple[torch.Tensor, list[Any]]]:
+        """Yield the sums and details of each batch of this rank's items."""
         device = self.accelerator.device
         if next(network.parameters()).device.type != device.type:  # see Evaluator
             network.to(device)
-        network.eval()
+        module = self.objective.module(network).eval()
         with torch.inference_mode():
             for batch in progress(iterate_batches(self.batches, device)):
                 inputs, targets = self.objective.place(batch)
                 with self.accelerator.autocast():
-                    outputs = network(inputs)
-                yield self.objective.measure(outputs, inputs, targets)[1]
+                    outputs = module(inputs)
+                sums = self.objective.measure(outputs, inputs, targets)[1]
+                yield sums, self.objective.details(outputs, targets) if len(inputs) else []
 
     def try_batch(self, network: nn.Module) -> None:
         """Evaluate ``network`` on the first batch."""
@@ -78,8 +79,11 @@ class TaskEvaluator:
         device = self.accelerator.device
         sums = torch.zeros(self.objective.length, dtype=torch.float64, device=device)
         common = len(self.split) // world_size() // self.batch_size  # batches of every process
-        for number, part in enumerate(self._sums(network, progress)):
+        details: list[Any] = []
+        for number, (part, more) in enumerate(self._sums(network, progress)):
             if watch and number < common:
                 watch.check()
             sums += part
-        return self.objective.scores(total(sums), len(self.split))
+            details += more
+        every = [detail for share in gather(details) for detail in share]
+        return self.objective.scores(total(sums), len(self.split), every)

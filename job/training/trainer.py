@@ -216,7 +216,7 @@ class TrainingRound:
             epoch=state.epoch,
             step=self.spec.first_step + (state.epoch + 1) * self.trainer.steps,
             train_loss=trained.loss,
-            train_acc=trained.accuracy,
+            train_acc=trained.metrics.get(trained.metric),
             valid_loss=valid.loss,
             valid_acc=valid.accuracy,
             lr=lr,
@@ -307,7 +307,7 @@ class TrainingRound:
     def _add_gradient(self, batch: Any, size: int) -> torch.Tensor:
         """Add the gradient of some samples of a global batch of ``size``; return their sums."""
         inputs, targets = self.objective.place(batch)
-        if inputs.dim() == 4:
+        if isinstance(inputs, torch.Tensor) and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=self.layout)
         outputs = self.prepared(inputs)
         if not self.state.outputs_reported:

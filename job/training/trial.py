@@ -88,6 +88,22 @@ def least_batch(network: nn.Module, config: PruneConfig, size: InputSize, count:
     return least
 
 
+def image_for_each_process(config: PruneConfig, count: int) -> int:
+    """Return the least images of a global batch of which every process has one.
+
+    Raises UsageError when all batches would be too small, DataError for too few images.
+    """
+    least = world_size()
+    if config.batch_size < least:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is too small for {least} processes: a detector "
+            f"needs an image in each, so at least {least}"
+        )
+    if count < least:
+        raise DataError(f"too few training images, {count}: {least} processes need one each")
+    return least
+
+
 def one_value_per_channel(network: nn.Module, size: InputSize) -> str | None:
     """Return the name of the first BatchNorm with one value per channel of an image, or None."""
     names: list[str] = []

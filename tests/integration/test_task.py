@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from job.artifacts.saving import load
+from support.coco import map_by_image, write_coco
 from support.commands import HOMEWORK_CUT, ROOT, Result, gammaslim, run
 from support.interrupted_runs import KILL_AT, TORCHRUN, assert_same_run, metrics
 from support.shapes import Segmentation, write_masks
@@ -184,3 +185,36 @@ def test_an_anchor_free_detector_ends_smaller_and_resumes_to_the_same_bytes(tmp_
     again = command(*arguments, runs[1])
     assert again.code == 0, again
     assert_same_run(runs[1], runs[0])
+
+
+DETECTION = (
+    "prune", "--task", "detection", "--model", "support.coco:ssd", "--rounds", 1, "--epochs", 1,
+    "--batch-size", 4, "--workers", 0, "--wandb", "off", "--checkpoint-every", 0,
+)  # fmt: skip
+
+
+def test_a_killed_run_on_boxes_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "data", {"train": 17, "val": 6})
+    arguments = *DETECTION, "--base-epochs", 2, "--data", data, "--output"
+    proof, runs = tmp_path / "proof", (tmp_path / "one", tmp_path / "two")
+    assert command(*arguments, runs[0]).code == 0
+    killed = run(sys.executable, KILL_AT, "step", 12, proof, *arguments, runs[1], env=HERE)
+    assert killed.code == -signal.SIGKILL, killed
+    again = command(*arguments, runs[1])
+    assert again.code == 0, again
+    assert_same_run(runs[1], runs[0])
+
+
+def test_two_processes_train_a_detector_as_one_does(tmp_path: Path) -> None:
+    """The last batch has one image, so it joins the one before: a process would have none."""
+    data = write_coco(tmp_path / "data", {"train": 9, "val": 5})
+    short = *DETECTION, "--base-epochs", 1, "--optimizer", "sgd", "--lr", "0.001", *HOMEWORK_CUT
+    alone, both = tmp_path / "one", tmp_path / "two"
+    for output, launcher in ((alone, (sys.executable,)), (both, (*TORCHRUN, 2))):
+        done = run(*launcher, "-m", "job", *short, "--data", data, "--output", output, env=HERE)
+        assert done.code == 0, done
+    for one, two in zip(metrics(alone), metrics(both), strict=True):
+        for key in {"train_loss", "valid_loss"} & one.keys():
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-3), key
+    last = json.loads((both / "rounds/01/model.json").read_text())["metrics"]
+    assert last["valid_map"] == pytest.approx(map_by_image(both / "rounds/01", data))

@@ -1,0 +1,104 @@
+"""The built-in task of images and boxes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from job.cli.command_options import EvaluateOptions, ModelOptions
+from job.cli.evaluate import evaluate
+from job.config import PruneConfig
+from job.data.preprocessing import Preprocessing
+from job.errors import UsageError
+from job.models.detectors import as_detector
+from job.pipeline.prune import prune
+from job.processes import world_size
+from job.report.page import write_run_report
+from job.tasks.detection import Detection
+from job.tasks.image_task import TaskOptions
+from job.tasks.loading import try_objective
+from job.training.trial import image_for_each_process
+from support import coco
+
+
+def config(data: Path, **more: Any) -> PruneConfig:
+    given: dict[str, Any] = {
+        "task": "detection", "data": str(data), "model": "nets:ssd", "output": "run",
+        "base_epochs": 6, "rounds": 1, "epochs": 6, "batch_size": 6, "lr": 0.005, "workers": 0,
+        "wandb": "off", "device": "cpu", "policy": "global", "target": "params=0.75",
+    }  # fmt: skip
+    return PruneConfig(**given | more)
+
+
+@pytest.fixture
+def nets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "nets", SimpleNamespace(ssd=coco.ssd, body=coco.Body))
+
+
+@pytest.mark.usefixtures("nets")
+def test_the_job_ends_with_a_smaller_detector(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = coco.write_coco(tmp_path / "data", {"train": 48, "val": 12})
+    prune(config(data, recover=1))
+    said = capsys.readouterr()
+    assert "data: task detection: 48 training, 12 validation, 2 classes" in said.out + said.err
+    assert "the network resizes images: 64x64 pixels" in said.out + said.err
+    assert "Warning" not in said.err
+    summary = json.loads(Path("run/summary.json").read_text())
+    base, last = summary["base"], summary["rounds"][0]
+    assert last["params"] <= 0.75 * base["params"]
+    assert base["valid_map"] > 0.25
+    assert last["valid_map"] > base["valid_map"] - 0.04
+    assert last["metrics"]["map50"] > last["valid_map"]
+    card = json.loads(Path("run/rounds/01/model.json").read_text())
+    assert card["task"] == "detection"
+    assert card["class_names"] == ["__background__", "disc", "square"]
+    assert (card["input"]["size"], card["input"]["fit"]) == (64, "both")
+    write_run_report(Path("run"))
+    assert "map after fine-tuning" in Path("run/report.html").read_text("utf-8")
+    evaluate(
+        ModelOptions(path="run/rounds/01"), EvaluateOptions(device="cpu", workers=0), as_json=True
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["map"] == pytest.approx(last["valid_map"])
+    assert found["map"] == pytest.approx(coco.map_by_image("run", data))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": 0.9}, "--crop has no effect with --task detection"),
+        ({"transform": "imagenet"}, "--transform has no effect with --task detection"),
+        ({"compile": True}, "--compile does not work with --task detection: leave it out"),
+        ({"distill_alpha": 0.5}, "--distill-alpha does not work with --task detection"),
+    ],
+)
+def test_options_that_do_not_work_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config(Path("data"), **options)
+
+
+@pytest.mark.usefixtures("nets")
+def test_a_network_that_is_no_detector_is_named(tmp_path: Path) -> None:
+    data = coco.write_coco(tmp_path / "data", {"train": 4, "val": 2})
+    with pytest.raises(UsageError, match="nets:body is a Body: --task detection takes a detector"):
+        prune(config(data, model="nets:body"))
+    task: Any = Detection(TaskOptions(str(data), Preprocessing.of("small", 64)))
+    network: Any = as_detector("ssd", coco.ssd(2))  # a class too few
+    with pytest.raises(UsageError, match="--task detection: the network fails"):
+        try_objective("detection", task, task.objective(network), network)
+
+
+def test_every_process_needs_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert world_size() == 1
+    assert image_for_each_process(config(Path("data"), batch_size=1), 1) == 1
+    monkeypatch.setattr("job.training.trial.world_size", lambda: 4)
+    with pytest.raises(UsageError, match="--batch-size 3 is too small for 4 processes"):
+        image_for_each_process(config(Path("data"), batch_size=3), 9)
