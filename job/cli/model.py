@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from job.artifacts.model_card import ModelCard, find_model, load_model
 from job.artifacts.records import Lineage
-from job.config import LOGIT_TASKS
+from job.config import DETECTION, LOGIT_TASKS
 from job.console import say, say_aside
 from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import digest
 from job.errors import DataError, UsageError, shown
 from job.models.custom_network import trust_factory
+from job.models.detectors import fit_to_card
 from job.models.factory import (
     build_network,
     build_with_note,
@@ -48,6 +49,8 @@ def open_model(options: ModelOptions, largest: int = 0) -> tuple[nn.Module, Mode
         if not options.image_size:
             _check_own_size(network, card, folder)
         card = replace(card, preprocessing=asked.override(card.preprocessing))
+        if card.task == DETECTION:
+            fit_to_card(network, card.preprocessing)
     else:
         network, card = _open_weights(options, path, largest)
     size, classifier = card.preprocessing.input_size, card.task in LOGIT_TASKS

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.cli.evaluate_task import refuse_task
+from job.cli.evaluate_task import card_of_task
 from job.cli.evaluation_images import (
     EvaluationImages,
     loader_workers,
     open_evaluation_images,
 )
 from job.cli.model import open_model
+from job.cli.predict_task import predict_task
 from job.console import counted, print_result, progress, say
 from job.data.layout import IMAGES_ONLY
 from job.data.splits import UNLABELLED
@@ -41,7 +42,9 @@ def predict(model: ModelOptions, options: PredictOptions, output: str) -> None:
     homework's ``kaggle`` format. The Id is the number of the file (7 for 0007.jpg) if all files
     have distinct numbers, else the index of the image in the split.
     """
-    refuse_task(model, "predict", "load it in Python, gammaslim.load(PATH)")
+    if card := card_of_task(model):
+        predict_task(model, options, output, card)
+        return
     accelerator = start(options.device, options.precision)
     if output != STDOUT:
         on_main(lambda: check_output(Path(output)))

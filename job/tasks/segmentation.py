@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from job.data.augmentation import resampling
+from job.data.augmentation import MAX_ASPECT_RATIO, center_offset, resampling
 from job.data.dataset import Dataset
 from job.data.folders import Lister, subfolders
 from job.data.geometry import limited_size
@@ -25,6 +25,7 @@ from job.models.outputs import main_output
 from job.tasks.image_task import LabelledImages, prepare_images
 
 if TYPE_CHECKING:
+    from job.data.geometry import Size
     from job.data.preprocessing import Preprocessing
     from job.data.sample_order import Draw
     from job.tasks.image_task import TaskOptions
@@ -162,6 +163,32 @@ class Masks:
         how = replace(self.preprocessing, interpolation="nearest", mean=(0.0, 0.0, 0.0))
         made = how.train(image, draw) if draw else how.evaluate(image)
         return torch.from_numpy(np.array(made)[..., 0] - np.uint8(1))
+
+
+def mask_of_image(
+    classes: np.ndarray[Any, np.dtype[np.uint8]], size: Size, how: Preprocessing
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the mask (height, width) of an image of ``size`` (width, height).
+
+    ``classes`` (S, S) are those of the crop that evaluation takes of the image; pixels outside of
+    the crop are IGNORED.
+    """
+    places, insides = [], []
+    limited = limited_size(size, how.max_side)
+    longest = MAX_ASPECT_RATIO * min(limited)
+    crops = how.resize.side and how.resize.fit == "shorter"  # then ends of long images are cut
+    cut: Any = tuple(min(side, longest) for side in limited) if crops else limited
+    resized = how.resize.size_of(cut)
+    for axis in (1, 0):
+        pixels = (np.arange(size[axis]) + 0.5) * limited[axis] / size[axis]
+        pixels = (pixels - (limited[axis] - cut[axis]) // 2) * resized[axis] / cut[axis]
+        place = np.floor(pixels).astype(np.int64) - center_offset(resized[axis], how.size)
+        inside = (pixels >= 0) & (pixels < resized[axis]) & (place >= 0) & (place < how.size)
+        places.append(place[inside])
+        insides.append(inside)
+    mask = np.full(size[::-1], IGNORED, np.uint8)
+    mask[np.ix_(*insides)] = classes[np.ix_(*places)]
+    return mask
 
 
 NEAREST = resampling("nearest")

@@ -131,7 +131,7 @@ def test_other_commands_take_the_run(undisturbed: Path, tmp_path: Path) -> None:
     assert command("inspect", undisturbed).code == 0
     refused: Any = command("predict", undisturbed, "--data", tmp_path, "--output", "-")
     assert refused.code == 2
-    assert "was trained for the task support.shapes:Segmentation" in refused.err
+    assert "for support.shapes:Segmentation, load the model in Python" in refused.err
 
 
 def test_a_slim_model_is_the_base_of_another_run_of_its_task(
@@ -206,8 +206,8 @@ def test_a_killed_run_on_boxes_resumes_to_the_same_bytes(tmp_path: Path) -> None
 
 
 def test_two_processes_train_a_detector_as_one_does(tmp_path: Path) -> None:
-    """The last batch has one image, so it joins the one before: a process would have none."""
-    data = write_coco(tmp_path / "data", {"train": 9, "val": 5})
+    """The last batch has an image for each process."""
+    data = write_coco(tmp_path / "data", {"train": 10, "val": 5})
     short = *DETECTION, "--base-epochs", 1, "--optimizer", "sgd", "--lr", "0.001", *HOMEWORK_CUT
     alone, both = tmp_path / "one", tmp_path / "two"
     for output, launcher in ((alone, (sys.executable,)), (both, (*TORCHRUN, 2))):
