@@ -19,7 +19,9 @@ from safetensors.torch import save as safetensors_bytes
 
 from job.artifacts.model_card import unshare_tensors
 from job.artifacts.versions import package_versions
+from job.config import DETECTION
 from job.errors import GammaslimError, UsageError, reason, shown
+from job.models.detectors import joined_outputs
 from job.models.outputs import main_output
 
 if TYPE_CHECKING:
@@ -155,10 +157,24 @@ class _MainOutput(torch.nn.Module):
         return main_output(self.network(images))
 
 
+class _JoinedOutputs(torch.nn.Module):
+    """Detector that returns its raw outputs as one tensor."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return joined_outputs(self.network(images))
+
+
 def with_one_output(network: nn.Module, card: ModelCard) -> nn.Module:
-    """Return a network that returns one tensor, as exported files do."""
+    """Return a network that returns one tensor, as exported files do; raises UsageError."""
     with torch.no_grad():
         outputs = network(random_inputs(card, 1))
+    if card.task == DETECTION:
+        joined_outputs(outputs)
+        return _JoinedOutputs(network).eval()
     return network if isinstance(outputs, torch.Tensor) else _MainOutput(network).eval()
 
 

@@ -17,6 +17,7 @@ from job.artifacts.export_loading import loading_section
 from job.artifacts.json_records import from_json
 from job.artifacts.records import RoundRecord
 from job.artifacts.versions import package_versions
+from job.config import DETECTION
 from job.console import counted
 from job.data.layout import BUILT_IN
 from job.errors import printable, shown
@@ -197,12 +198,16 @@ def _input(card: ModelCard) -> str:
     )
 
 
+_ANCHORS = " (B, anchors, N): class logits, then box regression, then centerness if there is any"
+
+
 def _task_input(card: ModelCard) -> str:
     sides = ", ".join(map(str, input_shape(card.preprocessing.input_size)))
     return (
         f"## Input and output\n\nInput: `{INPUT_NAME}` (B, {sides}) float32, as the task makes it."
         "\n\n"
-        f"Output: `{OUTPUT_NAME}`" + (f". Classes: {_classes(card)}" if card.class_names else "")
+        f"Output: `{OUTPUT_NAME}`{_ANCHORS if card.task == DETECTION else ''}"
+        + (f". Classes: {_classes(card)}" if card.class_names else "")
     )
 
 

@@ -17,7 +17,7 @@ from job.cli.evaluation_images import (
     open_evaluation_images,
 )
 from job.cli.model import open_model
-from job.cli.predict_task import predict_task
+from job.cli.predict_task import STDOUT, predict_task
 from job.console import counted, print_result, progress, say
 from job.data.layout import IMAGES_ONLY
 from job.data.splits import UNLABELLED
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from job.cli.command_options import ModelOptions, PredictOptions
-
-STDOUT = "-"
 
 
 def predict(model: ModelOptions, options: PredictOptions, output: str) -> None:

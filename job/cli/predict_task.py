@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from job.data.splits import FileSplit
 
 STDOUT = "-"
-MOST = 16  # images of a batch, which may be large
+LARGEST_BATCH = 16  # images of a batch, which may be large
 
 
 def predict_task(
@@ -54,7 +54,7 @@ def predict_task(
     split: Any = data.splits["testing"]
     network.to(accelerator.device).eval()
     mine = range(rank(), len(split), world_size())
-    size, found = min(MOST, batch_size_at(card.preprocessing.size)), {}
+    size, found = min(LARGEST_BATCH, batch_size_at(card.preprocessing.size)), {}
     starts = range(0, len(mine), size)
     for first in progress("predicting")(starts, len(starts)):
         numbers = mine[first : first + size]

@@ -143,6 +143,21 @@ def raw_outputs(detector: Any, inputs: torch.Tensor) -> Any:
     return {"objectness": objectness, "deltas": deltas, "scores": scores, "boxes": shifts}
 
 
+def joined_outputs(raw: Any) -> torch.Tensor:
+    """Return the raw outputs of a one-stage detector as one tensor (B, anchors, C + 4 or 5).
+
+    For each anchor: the logits of the C classes, four numbers of its box and, of FCOS, centerness.
+    Raises UsageError for a two-stage detector.
+    """
+    if "cls_logits" not in raw:
+        raise UsageError(
+            "a Faster R-CNN cannot be exported as a program of fixed shapes: its second stage "
+            "depends on the boxes of the first; give a file of weights, e.g. --output model.pt"
+        )
+    names = ("cls_logits", "bbox_regression", "bbox_ctrness")
+    return torch.cat([raw[name] for name in names if name in raw], -1)
+
+
 def grid_boxes(inputs: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return boxes (n, 4) that divide an image into 1, 4, 16 and 64 parts."""
     boxes = []

@@ -21,7 +21,7 @@ from job.tasks.loading import (
     input_shape_of,
     load_task,
     split_of,
-    try_objective,
+    try_own_objective,
     try_task,
 )
 from job.training.objective import TaskObjective
@@ -91,7 +91,7 @@ def agree_objective(name: str, task: Any, network: nn.Module) -> OwnObjective:
     """
     if name in TASKS and hasattr(task, "objective"):
         objective: OwnObjective = task.objective(network)
-        on_main(lambda: try_objective(name, task, objective, network), interrupt=True)
+        on_main(lambda: try_own_objective(name, task, objective, network), interrupt=True)
         return objective
 
     def try_it() -> tuple[Mapping[str, int], tuple[str, ...]]:

@@ -25,7 +25,7 @@ MAX_VALUE = 1e7  # pixels, of the sides of a box
 
 
 @dataclass(frozen=True)
-class Box:
+class ObjectBox:
     """A box in pixels: its corners, the id of its category, and whether it holds a crowd."""
 
     corners: tuple[float, float, float, float]  # left, top, right, bottom
@@ -40,7 +40,7 @@ class AnnotatedImage:
     id: int
     path: str
     size: tuple[int, int] | None
-    boxes: tuple[Box, ...]
+    boxes: tuple[ObjectBox, ...]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def read_annotations(file: Path, root: Path) -> Annotations:
     if not isinstance(content, dict):
         raise DataError(f"{shown(file)} is not a COCO file: it has no images and annotations")
     names = _categories(file, _entries(file, content, "categories"))
-    boxes: dict[int, list[Box]] = {}
+    boxes: dict[int, list[ObjectBox]] = {}
     for entry in _entries(file, content, "images"):
         number = _whole(file, entry, "id")
         if number in boxes:
@@ -175,7 +175,7 @@ def _categories(file: Path, entries: Iterable[Mapping[str, Any]]) -> dict[int, s
     return dict(sorted(names.items()))
 
 
-def _box(file: Path, entry: Mapping[str, Any]) -> Box:
+def _box(file: Path, entry: Mapping[str, Any]) -> ObjectBox:
     """Return a box; raises DataError unless it has a place, a category, and a size."""
     values, where = entry.get("bbox"), f"{shown(file)}, annotation {_short(entry.get('id'))}"
     numbers = [v for v in values if type(v) in (int, float)] if isinstance(values, list) else []
@@ -188,14 +188,14 @@ def _box(file: Path, entry: Mapping[str, Any]) -> Box:
         raise DataError(f"{where}: 'iscrowd' is {_short(crowd)}: 0 or 1")
     left, top, width, height = map(float, numbers)
     category = _whole(file, entry, "category_id")
-    return Box((left, top, left + width, top + height), category, bool(crowd))
+    return ObjectBox((left, top, left + width, top + height), category, bool(crowd))
 
 
 def _images(
     file: Path,
     root: Path,
     entries: list[Mapping[str, Any]],
-    boxes: Mapping[int, list[Box]],
+    boxes: Mapping[int, list[ObjectBox]],
 ) -> Iterator[AnnotatedImage]:
     names = [_image_name(file, entry) for entry in entries]
     folder = _image_folder(file, root, names[0])

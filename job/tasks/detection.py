@@ -16,7 +16,7 @@ from job.data.augmentation import limit_side
 from job.data.dataset import Dataset
 from job.data.splits import FileSplit
 from job.errors import DataError, shown
-from job.tasks.coco import COCO_DATA, Box, class_names_of, labels_of, read_coco
+from job.tasks.coco import COCO_DATA, ObjectBox, class_names_of, labels_of, read_coco
 from job.tasks.detection_objective import DetectionObjective
 from job.tasks.image_task import draw_of, prepare_images
 
@@ -76,7 +76,7 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class Target:
+class TrueBoxes:
     """The boxes (n, 4) float32 of an image, their labels (n,), and which are crowds (n,)."""
 
     boxes: np.ndarray[Any, np.dtype[np.float32]]
@@ -92,7 +92,7 @@ class DetectionImages:
     """
 
     split: FileSplit
-    targets: tuple[Target, ...]
+    targets: tuple[TrueBoxes, ...]
     augment: bool
     max_side: int | None = None
 
@@ -128,7 +128,7 @@ def _split(root: Path, annotations: Annotations) -> FileSplit:
 
 def _targets(
     file: Path, split: FileSplit, images: list[AnnotatedImage], labels: Mapping[int, int]
-) -> tuple[Target, ...]:
+) -> tuple[TrueBoxes, ...]:
     """Return the target of each image, within its edges; raises DataError for another size."""
     targets, outside, empty = [], 0, 0
     for index, image in enumerate(images):
@@ -137,7 +137,7 @@ def _targets(
         outside, empty = outside + over, empty + none
         corners = np.array([box.corners for box in boxes], np.float32).reshape(-1, 4)
         numbers = np.array([labels[box.category] for box in boxes], np.int64)
-        targets.append(Target(corners, numbers, np.array([box.crowd for box in boxes], bool)))
+        targets.append(TrueBoxes(corners, numbers, np.array([box.crowd for box in boxes], bool)))
     for count, problem in ((outside, "outside of its image: clipped"), (empty, "without an area")):
         if count:
             boxes_ = "box is" if count == 1 else "boxes are"
@@ -161,7 +161,9 @@ def _size(file: Path, split: FileSplit, index: int, image: AnnotatedImage) -> tu
     return size
 
 
-def clip_boxes(boxes: Iterable[Box], size: tuple[int, int]) -> tuple[list[Box], int, int]:
+def clip_boxes(
+    boxes: Iterable[ObjectBox], size: tuple[int, int]
+) -> tuple[list[ObjectBox], int, int]:
     """Return boxes within an image of ``size`` (width, height), in pixels.
 
     Also returns how many end more than a pixel outside of it, and how many are left out because
@@ -176,11 +178,11 @@ def clip_boxes(boxes: Iterable[Box], size: tuple[int, int]) -> tuple[list[Box], 
             empty += 1
             continue
         outside += max(-left, -top, right - width, bottom - height) > 1
-        kept.append(Box(inside, box.category, box.crowd))
+        kept.append(ObjectBox(inside, box.category, box.crowd))
     return kept, outside, empty
 
 
-def _digest(targets: Iterable[Target]) -> str:
+def _digest(targets: Iterable[TrueBoxes]) -> str:
     sha = hashlib.sha256()
     for target in targets:
         for part in (target.boxes, target.labels, target.crowd):

@@ -149,7 +149,7 @@ def try_task(name: str, task: Task, network: nn.Module) -> TaskObjective:
     return replace(objective, names=tuple(scores))
 
 
-def try_objective(name: str, task: Task, objective: Any, network: nn.Module) -> None:
+def try_own_objective(name: str, task: Task, objective: Any, network: nn.Module) -> None:
     """Try a built-in task with its own objective: two training items through a copy of the network.
 
     Raises UsageError when the network fails.

@@ -12,6 +12,8 @@ from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 import job
+from job.artifacts.export import onnx_bytes, open_onnx
+from job.artifacts.model_card import ModelCard
 from job.errors import UsageError
 from job.models.detectors import (
     as_detector,
@@ -138,3 +140,29 @@ def test_networks_are_built_by_name_and_others_are_refused() -> None:
         as_detector("nets:masks", masks)
     with pytest.raises(UsageError, match="nets:cnn is a Linear: --task detection takes"):
         as_detector("nets:cnn", nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", ["ssd", "fcos"])
+def test_the_raw_outputs_of_a_cut_detector_are_exported_to_onnx(name: str) -> None:
+    wide = build(name).eval()
+    narrow, _ = job.slim(wide, SAMPLE, target="channels=0.5")
+    made = detector_preprocessing(narrow, None)
+    classes = ("__background__", "disc", "square")
+    card = ModelCard("nets:own", {}, 3, class_names=classes, preprocessing=made, task="detection")
+    content, how = onnx_bytes(narrow, card)
+    assert "onnxruntime gives the same logits" in how
+    found = open_onnx(content)(SAMPLE)
+    with torch.no_grad():
+        raw = narrow(SAMPLE)
+    torch.testing.assert_close(found[..., :3], raw["cls_logits"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[..., 3:7], raw["bbox_regression"], atol=1e-4, rtol=1e-4)
+    assert found.shape[2] == (8 if name == "fcos" else 7)
+
+
+def test_a_two_stage_detector_is_not_exported_as_a_program() -> None:
+    network: Any = build("faster_rcnn").eval()
+    card = ModelCard(
+        "nets:own", {}, 3, preprocessing=detector_preprocessing(network, None), task="detection"
+    )
+    with pytest.raises(UsageError, match="a Faster R-CNN cannot be exported as a program"):
+        onnx_bytes(network, card)

@@ -21,7 +21,7 @@ from job.processes import world_size
 from job.report.page import write_run_report
 from job.tasks.detection import Detection
 from job.tasks.image_task import TaskOptions
-from job.tasks.loading import try_objective
+from job.tasks.loading import try_own_objective
 from job.training.trial import image_for_each_process
 from support import coco
 
@@ -93,7 +93,7 @@ def test_a_network_that_is_no_detector_is_named(tmp_path: Path) -> None:
     task: Any = Detection(TaskOptions(str(data), Preprocessing.of("small", 64)))
     network: Any = as_detector("ssd", coco.ssd(2))  # a class too few
     with pytest.raises(UsageError, match="--task detection: the network fails"):
-        try_objective("detection", task, task.objective(network), network)
+        try_own_objective("detection", task, task.objective(network), network)
 
 
 def test_every_process_needs_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
