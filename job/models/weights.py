@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# layers of torchvision's detectors whose outputs follow from the number of classes
+DETECTOR_HEADS = "head.classification_head.", "roi_heads.box_predictor."
+
+
 class LoadedWeights(NamedTuple):
     """Result of ``load_state``. ``notes`` are messages for the user about what was left out."""
 
@@ -134,9 +138,21 @@ class _OtherClasses:
         )
 
 
+class _OtherObjects(_OtherClasses):
+    """Weights of a detector that differ from the network only in the number of classes."""
+
+    @property
+    def refusal(self) -> str:
+        return "they are for another number of classes (the data or --num-classes)"
+
+
 def _other_classes(network: nn.Module, state: State, misshapen: list[str]) -> _OtherClasses | None:
     """Return the difference if it is only the number of classes of classifiers, else None."""
     expected = network.state_dict()
+    if all(key.startswith(DETECTOR_HEADS) for key in misshapen) and all(
+        state[key].shape[1:] == expected[key].shape[1:] for key in misshapen
+    ):
+        return _OtherObjects(misshapen[0].rpartition(".")[0], 0, 0)
     name, network_classes = _find_head(network)
     heads = [str(name), *auxiliary_heads(network, network_classes)]
     weights_classes = {tuple(state[key].shape[:1]) for key in misshapen}

@@ -14,7 +14,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 import job
 from job.artifacts.export import onnx_bytes, open_onnx
 from job.artifacts.model_card import ModelCard
-from job.errors import UsageError
+from job.errors import DataError, UsageError
 from job.models.detectors import (
     as_detector,
     detection_losses,
@@ -24,6 +24,7 @@ from job.models.detectors import (
     fit_transform,
 )
 from job.models.factory import build_network
+from job.models.weights import load_state
 from job.slimming.inputs import tensors_in
 from support import coco
 
@@ -157,6 +158,23 @@ def test_the_raw_outputs_of_a_cut_detector_are_exported_to_onnx(name: str) -> No
     torch.testing.assert_close(found[..., :3], raw["cls_logits"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found[..., 3:7], raw["bbox_regression"], atol=1e-4, rtol=1e-4)
     assert found.shape[2] == (8 if name == "fcos" else 7)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_for_other_classes_are_loaded_without_the_classifier(name: str) -> None:
+    """As with the weights of COCO; those with frozen BatchNorms lack its counters."""
+    state = getattr(coco, name)(9).state_dict()
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    network = build(name)
+    with pytest.raises(DataError, match="they are for another number of classes"):
+        load_state(network, state, "coco.pt")
+    loaded = load_state(network, state, "coco.pt", replace_head=True)
+    assert loaded.replaced_head
+    assert "starts from random weights" in loaded.notes[-1]
+    own = network.state_dict()
+    same = [key for key in state if own[key].shape == state[key].shape]
+    assert all(torch.equal(own[key], state[key]) for key in same)
+    assert len(state) - len(same) <= 4
 
 
 def test_a_two_stage_detector_is_not_exported_as_a_program() -> None:
