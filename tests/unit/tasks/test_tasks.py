@@ -75,7 +75,7 @@ def test_the_example_of_the_manual_runs(manual: Path, capsys: pytest.CaptureFixt
     assert f"iou {last['valid_iou']:.4f}" in shown
     with pytest.raises(InputNotFound, match="no testing data; --split can be training, valid"):
         evaluate(model, EvaluateOptions(split="testing", workers=0), as_json=True)
-    with pytest.raises(UsageError, match="predict takes classifiers"):
+    with pytest.raises(UsageError, match="predict takes models of --task"):
         predict(model, PredictOptions(workers=0), "-")
 
 
