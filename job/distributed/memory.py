@@ -32,17 +32,23 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def return_freed_memory() -> Iterator[None]:
-    """Return large freed blocks to the system within the context, and all others at its end.
+    """Return freed blocks to the system before and after the context, and large ones within it.
 
     A cut takes more memory than training, in blocks of many sizes: kept, they fill up the memory.
     """
     _set_malloc(MMAP_THRESHOLD, 16 << 20)
+    trim_heap()
     try:
         yield
     finally:
         _set_malloc(MMAP_THRESHOLD, UNLIMITED)
-        with suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
+        trim_heap()
+
+
+def trim_heap() -> None:
+    """Return freed blocks to the system."""
+    with suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set_malloc(option: int, value: int) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from job.console import warn
 from job.distributed.collectives import check_same, digest, on_main, total
+from job.distributed.memory import trim_heap
 from job.errors import UsageError
 from job.processes import rank, world_size
 from job.slimming.calibration.batch import inputs_of
@@ -196,6 +197,7 @@ def _measure_inputs(
     statistics = measure_inputs(network, graph, counted(), sparse=sparse)
     device = next(network.parameters()).device
     count = total(torch.tensor(float(samples), dtype=torch.float64, device=device))
+    trim_heap()  # the sums of wide layers took as much as the statistics
     return CalibrationData(batches, statistics, int(count))
 
 
