@@ -22,7 +22,7 @@ from job.cli.command_options import (
     SlimOptions,
 )
 from job.cli.model_argument import data_of, local_model, model_of, model_options
-from job.cli.option_types import POSITIVE, ProcessCount
+from job.cli.option_types import POSITIVE, ProcessCount, local_path_option
 from job.config import PruneConfig
 from job.console import counted, lines_on_stderr, log_as_json, warn
 from job.distributed.launch import ensure_processes, launch
@@ -144,7 +144,7 @@ def evaluate_command(json: bool, **options: Any) -> None:
 @gammaslim.command("predict", cls=Command)
 @model_options
 @click_options(PredictOptions)
-@click.option(
+@local_path_option(
     "--output", metavar="FILE", required=True, help="CSV file to write, or - for standard output."
 )
 def predict_command(output: str, **options: Any) -> None:
@@ -173,7 +173,7 @@ def inspect_command(json: bool, **options: Any) -> None:
 @gammaslim.command("sensitivity", cls=Command)
 @model_options
 @click_options(SensitivityOptions)
-@click.option(
+@local_path_option(
     "--csv", metavar="FILE", help="CSV file to write too, or - for CSV on standard output."
 )
 @json_option
@@ -194,7 +194,7 @@ def sensitivity_command(csv: str | None, json: bool, **options: Any) -> None:
 
 @gammaslim.command("slim", cls=Command)
 @model_options
-@click.option("--output", metavar="DIR", required=True, help="Model folder to write.")
+@local_path_option("--output", metavar="DIR", required=True, help="Model folder to write.")
 @click_options(SlimOptions)
 def slim_command(output: str, **options: Any) -> None:
     """Cut MODEL once, without training, and save the slim model.
@@ -257,7 +257,7 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
     help="File format. Default: set by the suffix, .onnx, .pt2 (torch-export), .xml (openvino), "
     "else state-dict. coreml: says how to convert a .pt2.",
 )
-@click.option("--output", metavar="FILE", required=True, help="File to write.")
+@local_path_option("--output", metavar="FILE", required=True, help="File to write.")
 @click.option(
     "--card/--no-card",
     default=True,
@@ -280,12 +280,12 @@ def export_command(format: str | None, output: str, card: bool, **options: Any) 
 
 @gammaslim.command("report", cls=Command)
 @click.argument("runs", metavar="RUN…", nargs=-1, required=True)
-@click.option(
+@local_path_option(
     "--output",
     metavar="FILE.html",
     help="Page to write. Default: RUN/report.html; for several runs, report.html in this folder.",
 )
-@click.option(
+@local_path_option(
     "--csv",
     metavar="FILE",
     help="CSV file to write too, with a line for each model, or - for standard output.",

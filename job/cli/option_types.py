@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, get_args
 
 import click
@@ -10,10 +11,13 @@ import click
 from job.config import PresetName, TrackerName, WeightsPackage
 from job.data.geometry import Channels, Resize, parse_channels, parse_crop
 from job.data.split_names import CANONICAL, SPLIT_NAMES
-from job.errors import UsageError, did_you_mean
+from job.errors import UsageError, did_you_mean, shown
+from job.files import shell_word
 from job.slimming.planning.target import Budget
 
 POSITIVE = click.IntRange(1)
+# for a file; a folder needs --recursive too
+COPY_COMMANDS = {"s3": "aws s3 cp", "gs": "gcloud storage cp"}
 
 
 class Finite(click.FloatRange):
@@ -191,6 +195,36 @@ def _is_number(text: str) -> bool:
     return True
 
 
+class LocalPath(click.ParamType):  # type: ignore[type-arg]
+    """A path on this machine, where the URL of an object store cannot be used."""
+
+    name = "PATH"
+
+    def __init__(self, *, read: bool = False) -> None:
+        self.read = read
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Return the path; fail for a URL, with the command that copies it."""
+        text = str(value)
+        scheme, separator, rest = text.partition("://")
+        if not separator or "/" in scheme:
+            return text
+        url, name = text.rstrip("/"), rest.rstrip("/").rpartition("/")[2] or "NAME"
+        words = (url, name) if self.read else (name, url)
+        source, target = map(shell_word, words)
+        copy = f"{COPY_COMMANDS.get(scheme, 'cp -r')} {source} {target}"
+        advice = (
+            f"copy it first, and give --{param.name.replace('_', '-')} {shell_word(name)}"
+            if self.read
+            else f"give a local path, e.g. {shell_word(name)}, and copy it afterwards"
+        )
+        return str(self.fail(f"{shown(text)} is a URL: {advice}: {copy}", param, ctx))
+
+
+# declares an option as click.option does, for a path on this machine
+local_path_option = partial(click.option, type=LocalPath())
+
+
 class Resizing(click.ParamType):  # type: ignore[type-arg]
     """``256``, ``256x256``, ``longer:256`` or ``none``."""
 
@@ -229,5 +263,7 @@ OPTION_TYPES: dict[str, click.ParamType[Any]] = {
     "rounds": RoundCount(),
     "tracker": TrackerChoice(),
     "target": Target(),
+    "weights": LocalPath(read=True),
+    "teacher": LocalPath(read=True),
     "batch_sizes": BatchSizes(),
 }

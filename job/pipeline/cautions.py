@@ -64,14 +64,15 @@ def chance_caution(subject: str, accuracy: float, counts: Sequence[int]) -> str 
     return f"{subject} {accuracy:.1%}, near chance for {_classes_present(counts)} classes{few}"
 
 
-def single_class_caution(result: Evaluation, names: Sequence[str]) -> str | None:
-    """Return a caution when images of several classes are all predicted as one."""
+def single_class_caution(result: Evaluation, names: Sequence[str], model: str = "") -> str | None:
+    """Return a caution when images of several classes are all predicted as one by ``model``."""
     predicted = result.confusion.sum(0).nonzero().flatten().tolist()
     if len(predicted) != 1 or _classes_present(result.confusion.sum(1).tolist()) < 2:
         return None
     (number,) = predicted
     name = shown(names[number]) if number < len(names) else number
-    return f"the class {name} is predicted for every image"
+    by = f" by {model}" if model else ""
+    return f"the class {name} is predicted for every image{by}"
 
 
 def under_trained_caution(entries: Sequence[RoundRecord], count: int, weights: bool) -> str | None:
@@ -127,19 +128,20 @@ class Cautions:
         if not isinstance(result, Evaluation):
             return []
         check = weights_caution if self.unchanged else self._base
-        return _given(check(result.accuracy, self.counts), single_class_caution(result, self.names))
+        near = check(result.accuracy, self.counts)
+        return _given(near, single_class_caution(result, self.names, "the base"))
 
     def of_round(self, round_index: int, accuracy: float, evaluate: Callable[[], Any]) -> list[str]:
         """Return the cautions about a trained network, which may be the base.
 
         ``evaluate`` is called only when the accuracy is in doubt.
         """
-        subject = f"round {round_index} scores" if round_index else "the base scores"
-        near = chance_caution(subject, accuracy, self.counts)
+        model = f"round {round_index}" if round_index else "the base"
+        near = chance_caution(f"{model} scores", accuracy, self.counts)
         if not near:
             return []
         with torch.random.fork_rng(devices=[]):  # a loader draws a random number
-            return _given(near, single_class_caution(evaluate(), self.names))
+            return _given(near, single_class_caution(evaluate(), self.names, model))
 
     def of_run(self, entries: Sequence[RoundRecord]) -> list[str]:
         """Return the cautions of all entries, and the one about the whole run."""

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from job.cli.command_options import EvaluateOptions, ModelOptions, PredictOptions, SlimOptions
 from job.cli.main import gammaslim
@@ -74,3 +75,26 @@ def test_the_table_has_a_row_for_each_option() -> None:
     assert all(row.replace(r"\|", "").count("|") == 5 for row in rows)
     assert "| `--lr` | `X` > 0 | `0.001` | " in option_table()
     assert "| `--dry-run` |  |  | " in option_table()
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["export", "m", "--output", "s3://b/one/m.onnx"],
+         "give a local path, e.g. m.onnx, and copy it afterwards: aws s3 cp m.onnx s3://b/one/m"),
+        (["slim", "m", "--output", "gs://b/slim/"], "afterwards: gcloud storage cp slim gs://b/slim"),
+        (["predict", "m", "--data", "d", "--output", "file:///x/p.csv"], "cp -r p.csv file:///x/p"),
+        (["report", "r", "--output", "s3://b/r.html"], "e.g. r.html, and copy it afterwards"),
+        (["report", "r", "--csv", "s3://b/r.csv"], "e.g. r.csv, and copy it afterwards"),
+        (["prune", "--weights", "s3://b/a b.pt"],
+         "copy it first, and give --weights 'a b.pt': aws s3 cp 's3://b/a b.pt' 'a b.pt'"),
+        (["prune", "--teacher", "s3://b/run"], "copy it first, and give --teacher run"),
+    ],
+)  # fmt: skip
+def test_a_url_where_a_local_path_is_needed_is_refused_at_once(
+    words: list[str], advice: str
+) -> None:
+    done = CliRunner().invoke(gammaslim, words)
+    assert done.exit_code == 2
+    assert "is a URL: " in done.stderr
+    assert advice in done.stderr
