@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.union import ChannelRead, LayerCall, Operand
 
 if TYPE_CHECKING:
-    import torch
-
     from job.slimming.graph.propagation_state import PropagationState
     from job.slimming.graph.trace import Op
 
@@ -78,14 +77,14 @@ def attention(state: PropagationState, op: Op) -> None:
         op.argument(place, name) for place, name in enumerate(("query", "key", "value"))
     )
     mask, scale = op.argument(3, "attn_mask"), op.kwargs.get("scale")
-    labels, passing = state.labels_of(query), state.labels_of(value)
-    masked = mask is not None and state.labels_of(mask) is not None
-    grouped = op.kwargs.get("enable_gqa") and query.shape[-3] != key.shape[-3]
-    alike = (labels is None) == (state.labels_of(key) is None)
-    if masked or grouped or not alike:
-        return state.give_up(op, f"{op.name} of grouped queries or of channels never cut")
+    labels, keys, passing = (state.labels_of(each) for each in (query, key, value))
+    if mask is not None and state.labels_of(mask) is not None:
+        return state.give_up(op, f"{op.name} with a mask that is computed from channels")
+    if (labels is None) != (keys is None):
+        return state.give_up(op, f"{op.name} of queries or keys that are never cut")
+    if op.kwargs.get("enable_gqa"):
+        keys, passing = (_of_each_query(op, each) for each in (keys, passing))
     if labels is not None:
-        keys = state.labels_of(key)
         if keys is None or not unite_products(state, op, labels, keys, "query"):
             return state.give_up(op, f"{op.name} of channels along different axes")
         ids = flat_ids(labels)
@@ -103,6 +102,13 @@ def attention(state: PropagationState, op: Op) -> None:
     return state.set_labels(op.result, passing)
 
 
+def _of_each_query(op: Op, labels: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the labels of keys or values, repeated for the queries that share their heads."""
+    if labels is None or labels.shape[-3] == 1:
+        return labels
+    return labels.repeat_interleave(op.result.shape[-3] // labels.shape[-3], -3)
+
+
 def unite_products(
     state: PropagationState,
     op: Op,
@@ -116,9 +122,11 @@ def unite_products(
     name of the argument of the queries. Returns False if channels are along other axes.
     """
     last = one.dim() - 1
-    if one.shape != other.shape or last not in label_axes(one) or last - 1 in label_axes(one):
+    axes = set(label_axes(one)) | set(label_axes(other))
+    if one.dim() != other.dim() or last - 1 in axes or not one.shape[-1] == other.shape[-1] > 1:
         return False
-    state.union.unite(flat_ids(one), flat_ids(other))
+    shape = torch.broadcast_shapes(one.shape, other.shape)  # type: ignore[no-untyped-call]
+    state.union.unite(flat_ids(one.expand(shape)), flat_ids(other.expand(shape)))  # shared keys too
     state.heads.attend(one)
     state.heads.attend(other)
     state.heads.note_scores(op.result, one)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes
+from job.slimming.graph.heads import is_part_of
 from job.slimming.graph.union import AttributeSize
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def attribute_sizes(
     ``before`` are the labels of its input, ``after`` those of its results.
     """
     numbers = [(n, ids) for n, ids in _numbers(op, before, after) if n == len(ids) and n > 1]
-    whole = flat_ids(before)
+    whole, sizes = flat_ids(before), _sizes_of_view(op)
+    values = [vars(op.module).get(attribute) for attribute in op.names_used]
+    counted = any(type(value) is int and value == n for value in values for n, _ in numbers)
     for attribute in sorted(op.names_used):
         value = vars(op.module).get(attribute)
         if type(value) is int and value == len(whole):  # e.g. halves of this number
@@ -42,6 +45,12 @@ def attribute_sizes(
             yield from (
                 AttributeSize(module, attribute, None, ids) for n, ids in numbers if n == value
             )
+            if not counted and len(label_axes(after[0])) > 1:
+                yield from (
+                    AttributeSize(module, attribute, None, ids[:value])
+                    for n, ids in numbers
+                    if is_part_of(value, n, sizes)
+                )
         elif isinstance(value, (tuple, list)) and list(value) == [n for n, _ in numbers]:
             for place, (_, ids) in enumerate(numbers):
                 yield AttributeSize(module, attribute, place, ids)
@@ -62,13 +71,19 @@ def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Ite
             for bound in (part.start, part.stop) if isinstance(part, slice) else ():
                 if isinstance(bound, int):
                     yield bound, flat_ids(before)[:bound]
-    else:  # views
-        sizes: Sequence[object] = op.args[1:]
-        if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
-            sizes = tuple(sizes[0])
+    elif op.name in ("layer_norm", "rms_norm"):
+        yield op.argument(1, "normalized_shape")[0], flat_ids(after[0])
+    else:
+        sizes = _sizes_of_view(op)
         if len(sizes) == after[0].dim():
             for axis in _cut_axes(after[0]):
                 yield sizes[axis], _along(after[0], axis)
+
+
+def _sizes_of_view(op: Op) -> Sequence[Any]:
+    """Return the sizes that are passed to a view, or () for another op."""
+    sizes: Sequence[Any] = op.args[1:] if op.name in ("view", "reshape") else ()
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
 
 def _cut_axes(labels: torch.Tensor) -> list[int]:

@@ -72,11 +72,12 @@ def reshape_labels(
     width = _leading_axes(after[start:], size)
     if width is not None:
         shape = [1] * start + list(after[start : start + width]) + [1] * (rest - width)
-        return labels.reshape(shape), width > last - first
+        outcome = compact(labels.reshape(shape))
+        return outcome, len(label_axes(outcome)) > len(channel_axes)
     if rest and after[start] % size == 0:  # channels are merged with the axes after them
         repeated = labels.reshape(-1).repeat_interleave(after[start] // size)
         return repeated.reshape([1] * start + [-1] + [1] * (rest - 1)), False
-    return None
+    return _moved_with_samples(labels, before, after)
 
 
 def _merged_with_earlier(
@@ -85,9 +86,18 @@ def _merged_with_earlier(
     """Return the labels where channels are merged with axes before them, as in Swin's merging."""
     end, flat = _leading_axes(after, math.prod(before[:last])), labels.reshape(-1)
     if not end or after[end - 1] % len(flat):
-        return None
+        return _moved_with_samples(labels, before, after)
     tiled = flat.repeat(after[end - 1] // len(flat))
     return tiled.reshape([1] * (end - 1) + [-1] + [1] * (len(after) - end)), False
+
+
+def _moved_with_samples(
+    labels: torch.Tensor, before: torch.Size, after: torch.Size
+) -> tuple[torch.Tensor, bool] | None:
+    """Return the labels of every value, e.g. where samples and heads become one axis."""
+    if math.prod(before) > MAX_ENTRIES:
+        return None
+    return compact(labels.expand(before).reshape(after)), False
 
 
 def _leading_axes(shape: torch.Size, product: int) -> int | None:
@@ -134,6 +144,12 @@ def run_on_labels(
 
 
 def cat_labels(parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor | None:
-    """Return the labels of a concatenation along ``axis``; None if parts have labels elsewhere."""
-    others = {frozenset(label_axes(part)) - {axis} for part in parts}
-    return torch.cat(list(parts), axis) if others == {frozenset()} else None
+    """Return the labels of a concatenation along ``axis``.
+
+    Returns None if parts have labels along other axes, unless all have them along ``axis`` too, as
+    the halves of heads do.
+    """
+    axes = {frozenset(label_axes(part)) for part in parts}
+    halves = len(axes) == 1 and all(axis in part and parts[0].stride(axis) for part in axes)
+    plain = {part - {axis} for part in axes} == {frozenset()}
+    return torch.cat(list(parts), axis) if halves or plain else None

@@ -2,8 +2,8 @@
 
 The *sources* of such a tensor are the parameters that it is computed from, each with indices: an
 int64 tensor that broadcasts to its shape, with the flat index of the parameter value that each of
-its values comes from. Where the tensor is combined with channels, its sources give the axis of the
-parameter that the channels are along.
+its values comes from, or -1. Where the tensor is combined with channels, its sources give the axis
+of the parameter that the channels are along.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from job.slimming.graph.channel_labels import compact, flat_ids, run_on_labels
+from job.slimming.graph.channel_labels import compact, flat_ids, label_axes, run_on_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
     from job.slimming.graph.trace import Op, Trace
     from job.slimming.graph.union import Ids
 
+Pairs = tuple["Ids", "Ids"]
+OUTER = frozenset("outer ger".split())  # products of all values of two vectors
 MAX_FOLLOWED_VALUES = 1 << 20  # of a parameter
 
 
@@ -33,20 +35,29 @@ class Source:
     shape: torch.Size
     indices: torch.Tensor
 
-    def ids_on_axis(self, labels: torch.Tensor) -> tuple[int, Ids] | None:
+    def ids_on_axis(self, labels: torch.Tensor) -> tuple[int, Ids, Pairs] | None:
         """Return the axis of the parameter that ``labels`` are along, and the channels (N,) on it.
 
-        None if the labels do not follow exactly one axis.
+        Indices whose values the tensor does not use have the channel -1. Channels that use the same
+        index, such as the two halves of a rotary embedding, are returned as pairs to unite. Returns
+        None if the labels do not follow one axis.
         """
         sizes = labels.shape, self.indices.shape
         shape = torch.broadcast_shapes(*sizes)  # type: ignore[no-untyped-call]
         elements, indices = flat_ids(labels.expand(shape)), flat_ids(self.indices.expand(shape))
+        elements, indices = elements[indices >= 0], indices[indices >= 0]
+        found = []
         for axis, coordinates in enumerate(np.unravel_index(indices, tuple(self.shape))):
             ids = np.full(self.shape[axis], -1, np.int64)
             ids[coordinates] = elements
-            if self.shape[axis] > 1 and (ids >= 0).all() and (ids[coordinates] == elements).all():
-                return axis, ids
-        return None
+            others = ids[coordinates] != elements
+            together = ids[coordinates][others], elements[others]
+            if len(ids) > 1 and (not others.any() or _is_function(elements, coordinates)):
+                found.append((bool((ids < 0).any()), bool(others.any()), axis, ids, together))
+        if not found:
+            return None
+        *_, axis, ids, together = min(found, key=lambda each: each[:3])
+        return axis, ids, together
 
 
 class DerivedValues:
@@ -75,8 +86,8 @@ class DerivedValues:
             self._sources.pop(id(result), None)
         if op.name in self.moving:
             sources = self._moved(op, inputs)
-        elif op.name in self.pointwise and len(op.results) == 1:
-            sources = [self._pointwise(op.results[0], inputs)]
+        elif op.name in OUTER or (op.name in self.pointwise and len(op.results) == 1):
+            sources = [self._pointwise(op, inputs)]
         else:
             return False
         if not all(sources) or len(sources) != len(op.results):
@@ -85,27 +96,49 @@ class DerivedValues:
         return True
 
     def _moved(self, op: Op, inputs: tuple[torch.Tensor, ...]) -> list[list[Source]]:
-        if not inputs:
+        inputs = tuple(t for t in inputs if t.is_floating_point() or t.is_complex())
+        if not inputs or not all(map(self.sources, inputs)):
             return []
         moved: list[list[Source]] = [[] for _ in op.results]
-        for source in self.sources(inputs[0]):
-            indices: Mapping[int, torch.Tensor] = {id(inputs[0]): source.indices}
+        shapes = {source.name: source.shape for t in inputs for source in self.sources(t)}
+        for name, shape in shapes.items():
+            indices = {  # from 1, since 0 stands for tensors without a value of this parameter
+                id(t): source.indices + 1
+                for t in inputs
+                for source in self.sources(t)
+                if source.name == name
+            }
             outcomes = run_on_labels(op, lambda t, of=indices: of.get(id(t)))  # type: ignore[misc]
             if outcomes is None:
                 return []
             for part, outcome in zip(moved, outcomes, strict=True):
-                part.append(Source(source.name, source.shape, outcome))
+                part.append(Source(name, shape, outcome - 1))
         return moved
 
-    def _pointwise(self, result: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> list[Source]:
-        if sum(tensor.numel() > 1 and not self.sources(tensor) for tensor in inputs):
-            return []
-        return [
-            Source(source.name, source.shape, compact(_with_axes(source.indices, result.dim())))
-            for tensor in inputs
-            for source in self.sources(tensor)
-            if source.indices.dim() <= result.dim()
-        ]
+    def _pointwise(self, op: Op, inputs: tuple[torch.Tensor, ...]) -> list[Source]:
+        dims = op.results[0].dim()
+        columns = inputs[:1] if op.name in OUTER else ()
+        sources, others = [], []
+        for tensor in inputs:
+            column = any(tensor is each for each in columns)
+            for source in self.sources(tensor):
+                indices = source.indices[:, None] if column else source.indices
+                if indices.dim() <= dims:
+                    indices = compact(_with_axes(indices, dims))
+                    sources.append(Source(source.name, source.shape, indices))
+            if tensor.numel() > 1 and not self.sources(tensor):
+                shape = (*tensor.shape, 1) if column else tuple(tensor.shape)
+                others.append((1,) * (dims - len(shape)) + shape)
+        axes = {axis for source in sources for axis in label_axes(source.indices)}
+        alike = all(shape[axis] == 1 for shape in others for axis in axes)
+        return sources if alike else []  # the other tensors may depend on the number of channels
+
+
+def _is_function(elements: Ids, coordinates: Ids) -> bool:
+    """Return whether each of ``elements`` (n,), all to cut, is at one of the ``coordinates``."""
+    place = np.zeros(int(elements.max()) + 1, np.int64)
+    place[elements] = coordinates
+    return bool(elements.all()) and bool((place[elements] == coordinates).all())
 
 
 def _with_axes(indices: torch.Tensor, dims: int) -> torch.Tensor:

@@ -53,9 +53,16 @@ def _consists_of(rows: Ids, parts: list[Lines]) -> set[int] | None:
     inside: set[int] = set()
     where = {int(e): (n, key) for n, part in enumerate(parts) for key in part for e in part[key]}
     for row in rows:
-        found = {where.get(int(element), (-1, b"")) for element in row}
-        inside |= {number for number, _ in found}
-        if -1 in inside or sum(len(parts[n][key]) for n, key in found) != len(row):
+        roots, times = np.unique(row, return_counts=True)
+        often: dict[tuple[int, bytes], list[int]] = {}
+        for element, count in zip(roots.tolist(), times.tolist(), strict=True):
+            often.setdefault(where.get(element, (-1, b"")), []).append(count)
+        inside |= {number for number, _ in often}
+        whole = (
+            len(set(counts)) == 1 and len(counts) == len(np.unique(parts[n][key]))
+            for (n, key), counts in often.items()
+        )
+        if -1 in inside or not all(whole):
             return None
     widths = {len(line) for n in inside for line in parts[n].values()}
     return inside if len(widths) == 1 else None

@@ -17,7 +17,7 @@ import numpy as np
 from job.slimming.graph.channel_labels import flat_ids, label_axes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     import torch
 
@@ -28,7 +28,10 @@ SCALINGS = frozenset(
     """mul mul_ multiply __mul__ __imul__ __rmul__ div div_ true_divide __truediv__
     __itruediv__""".split()
 )
-NOT_LINEAR = "the scale of attention depends on the number of channels after a norm"
+NOT_LINEAR = (
+    "the scale of attention depends on the number of channels, and what is before it is not linear:"
+    " a number in an attribute, as in scale=self.scale, keeps it"
+)
 
 
 @dataclass
@@ -37,7 +40,7 @@ class HeadSplit:
 
     If a view leaves their number open, ``whole`` lines are cut, unless their width is ``held`` by
     an attribute and attention uses them. ``streams`` are other channels that the size of the view
-    counts.
+    counts. ``normed`` lines are reduced one by one, as in norms of queries and keys.
     """
 
     lines: Ids
@@ -45,12 +48,18 @@ class HeadSplit:
     held: bool = False
     attended: bool = False
     mixed: bool = False
+    normed: bool = False
     streams: list[Ids] = field(default_factory=list)
 
     @property
     def width(self) -> int:
         """Number of channels of a line."""
         return int(self.lines.shape[1])
+
+    @property
+    def key(self) -> bytes:
+        """The lines as bytes."""
+        return self.lines.tobytes() + bytes([self.width % 251])
 
     def count_with(self, stream: Ids, *, whole: bool) -> None:
         """Keep as many of the channels ``stream`` as of all lines, or of a part of them."""
@@ -70,11 +79,14 @@ class HeadSplit:
 class Heads:
     """Views that split channels, and the scales of attention that depend on their widths."""
 
-    def __init__(self) -> None:
+    def __init__(self, normed: Collection[bytes]) -> None:
+        self.normed = normed  # keys of lines that attention uses, and that are reduced
         self.splits: dict[bytes, HeadSplit] = {}
         self._numbers: list[Ids] = []  # arrays of the number of a split by element, -1 for none
         self._scores: dict[int, Ids] = {}  # queries by id of their products with keys
         self.scaled: list[Ids] = []  # queries or keys whose scale depends on their number
+        self.biases: dict[str, list[str]] = {}  # parameters outside a layer that are its bias
+        self.norms: list[tuple[Ids, list[str]]] = []  # channels and slots of LayerNorm, RMSNorm
 
     def begin_trace(self) -> None:
         """Forget the activations of another trace."""
@@ -82,11 +94,11 @@ class Heads:
 
     def add(self, lines: Ids, *, whole: bool = False, held: bool = False) -> HeadSplit:
         """Record the lines (R, D) of a view."""
-        key = lines.tobytes() + bytes([lines.shape[1] % 251])
-        if key not in self.splits:
+        split = HeadSplit(lines, whole, held)
+        if split.key not in self.splits:
             self._number(lines, len(self.splits))
-            self.splits[key] = HeadSplit(lines, whole, held)
-        return self.splits[key]
+            self.splits[split.key] = split
+        return self.splits[split.key]
 
     def _number(self, lines: Ids, number: int) -> None:
         size = int(lines.max()) + 1
@@ -112,9 +124,35 @@ class Heads:
         for split in self.of(flat_ids(labels)):
             split.attended = True
 
+    def reduce_within(self, labels: torch.Tensor, axes: set[int]) -> bool:
+        """Record a reduction over the channels of single lines.
+
+        Returns whether attention is known to use them. Their number in each line then decreases,
+        whereas the channels of other groups are only cut together.
+        """
+        channel_axes = label_axes(labels)
+        if len(channel_axes) < 2 or axes & set(channel_axes) != {channel_axes[-1]}:
+            return False
+        if not self.keep_their_number(labels):
+            return False
+        splits = list(self.of(flat_ids(labels)))
+        for split in splits:
+            split.normed = True
+        return all(split.key in self.normed for split in splits)
+
+    def newly_normed(self) -> set[bytes]:
+        """Return the keys of lines that are reduced, of which attention was not known to use."""
+        found = {split.key for split in self.splits.values() if split.normed and split.attended}
+        return found - set(self.normed)
+
     def are_cut_whole(self, labels: torch.Tensor) -> bool:
         """Return whether the channels of ``labels`` are cut as whole heads."""
         return any(split.whole and not split.held for split in self.of(flat_ids(labels)))
+
+    def keep_their_number(self, labels: torch.Tensor) -> bool:
+        """Return whether ``labels`` are of several heads of a view, none of which is cut whole."""
+        splits = list(self.of(flat_ids(labels))) if len(label_axes(labels)) > 1 else []
+        return bool(splits) and not self.are_cut_whole(labels)
 
     def check(self, labels: torch.Tensor) -> None:
         """Record the views whose lines are not whole and in order in the inputs of an op."""
@@ -125,6 +163,10 @@ class Heads:
     def note_scores(self, result: torch.Tensor, queries: torch.Tensor) -> None:
         """Record that ``result`` has the products of ``queries`` with keys."""
         self._scores[id(result)] = flat_ids(queries)
+
+    def note_norm(self, ids: Ids, slots: list[str]) -> None:
+        """Record a norm over the channels ``ids`` (n,) whose parameters have the ``slots``."""
+        self.norms.append((ids, list(dict.fromkeys(slots))))
 
     def note_scale(self, op: Op, labels: torch.Tensor | None) -> None:
         """Record a scale 1/sqrt(D) that is computed from the width D in each pass.
@@ -157,21 +199,52 @@ class Heads:
                 together = split.lines.T if split.whole else split.lines
                 for line in together[1:]:
                     union.unite(together[0], line)
+                if split.streams and split.attended and not split.whole:
+                    streams = [stream.reshape(-1, split.width) for stream in split.streams]
+                    union.heads.append(np.concatenate([split.lines[:1], *streams]))
+        self._tie_by_attributes(union)
         for ids in {ids.tobytes(): ids for ids in self.scaled}.values():
             if all(split.narrows or not split.whole for split in self.of(ids)):
-                _add_scale(union, ids)  # the width of whole heads does not change
+                self._add_scale(union, ids)  # the width of whole heads does not change
 
+    def _add_scale(self, union: ChannelUnion, ids: Ids) -> None:
+        """Record the rows of the layer that produces ``ids``, whose weights make up for a scale.
 
-def _add_scale(union: ChannelUnion, ids: Ids) -> None:
-    """Record the rows of the layer that produces ``ids``, whose weights make up for a scale."""
-    passing = (s for s in union.slots if s.side == "through" and np.isin(ids, s.ids).any())
-    layers = [(layer, made) for layer, made in union.producers if np.isin(ids, made).any()]
-    if next(passing, None) is not None or len(layers) != 1 or not np.isin(ids, layers[0][1]).all():
-        return union.fix(ids, NOT_LINEAR)
-    layer, made = layers[0]
-    ids = np.unique(ids)
-    union.scaled.append((layer, np.flatnonzero(np.isin(made, ids)), ids))
-    return None
+        Where a norm follows, which cancels any scale, they are those of its parameters.
+        """
+        slots = [s for s in union.slots if s.side == "through" and np.isin(ids, s.ids).any()]
+        after = [names for others, names in self.norms if np.isin(ids, others).any()]
+        if after:
+            last = set(after[-1])
+            alone = sum(bool(last & set(names)) for _, names in self.norms) == 1
+            rows = [
+                (slot.layer, slot.ids) for slot in slots if slot.layer in last and not slot.axis
+            ]
+            if not rows or not alone or after.count(after[-1]) > 1:
+                return union.fix(ids, NOT_LINEAR)
+        else:
+            rows = [(layer, made) for layer, made in union.producers if np.isin(ids, made).any()]
+            if len(rows) != 1 or not np.isin(ids, rows[0][1]).all():
+                return union.fix(ids, NOT_LINEAR)
+            biases = [slot for slot in slots if slot.layer in self.biases.get(rows[0][0], ())]
+            if any(slot.axis is None and slot not in biases for slot in slots):  # not in a table
+                return union.fix(ids, NOT_LINEAR)
+            rows += [(slot.layer, slot.ids) for slot in biases]
+        ids = np.unique(ids)
+        for layer, made in rows:
+            union.scaled.append((layer, np.flatnonzero(np.isin(made, ids)), ids))
+        return None
+
+    def _tie_by_attributes(self, union: ChannelUnion) -> None:
+        """Keep the same number of channels in the lines whose width is one attribute."""
+        lines: dict[tuple[str, str], dict[bytes, Ids]] = {}
+        for size in union.sizes:
+            for split in self.of(size.ids) if size.place is None else ():
+                fits = split.attended and (split.held or not split.whole)
+                if fits and split.width == len(size.ids):
+                    of_attribute = lines.setdefault((size.module, size.attribute), {})
+                    of_attribute[split.lines.tobytes()] = split.lines[0]
+        union.heads += [np.stack(list(same.values())) for same in lines.values() if len(same) > 1]
 
 
 def _is_whole(labels: torch.Tensor, lines: Ids) -> bool:
@@ -191,12 +264,22 @@ def _is_whole(labels: torch.Tensor, lines: Ids) -> bool:
     return False
 
 
-def fixed_size(op: Op, result_axis: int, dims: int) -> int | None:
-    """Return the number that a view gives an axis; None if it is open or an attribute."""
+def fixed_size(op: Op, result_axis: int, dims: int, *, splits: bool) -> int | None:
+    """Return the number that a view gives an axis; None if it is open or an attribute.
+
+    If the view ``splits`` channels, it may also be two or three times an attribute.
+    """
     sizes: Any = op.args[1:]
     sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
     if op.name not in ("view", "reshape") or len(sizes) != dims or op.module is None:
         return None
     size = sizes[result_axis]
-    held = any(vars(op.module).get(name) == size for name in op.names_used)
+    values = [vars(op.module).get(name) for name in op.names_used]
+    numbers = [value for value in values if type(value) is int]
+    held = size in numbers or (splits and any(is_part_of(n, size, sizes) for n in numbers))
     return None if size == -1 or held else int(size)
+
+
+def is_part_of(value: int, size: int, sizes: Sequence[Any]) -> bool:
+    """Return whether an attribute may be the width of queries, of which a view has the triple."""
+    return value > 1 and size in (2 * value, 3 * value) and value not in sizes

@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from job.slimming.graph.attention_rules import multi_head_attention
+from job.slimming.graph.followed_parameters import add_bias, produce
 from job.slimming.graph.layers import (
     BATCHNORM,
     CONVOLUTIONS,
@@ -66,10 +67,10 @@ def convolution(state: PropagationState, op: Op) -> None:
     if groups == len(ids) and groups > 1:
         passed = np.repeat(ids, outputs // groups)
         state.add_slot(name, "through", passed, outputs // groups)
-        state.add_bias(op, name, passed)
+        add_bias(state, op, name, passed)
         return state.set_ids(op.result, passed, 1)
     state.add_slot(name, "in", ids)
-    produced = state.produce(op, name, outputs)
+    produced = produce(state, op, name, outputs)
     if groups > 1:
         state.union.blocks += [ids.reshape(groups, -1), produced.reshape(groups, -1)]
     return state.set_ids(op.result, produced, 1)
@@ -104,10 +105,10 @@ def transposed_convolution(state: PropagationState, op: Op) -> None:
     if groups == len(ids) and groups > 1:
         passed = np.repeat(ids, weight.shape[1])
         state.add_slot(name, "through", passed, weight.shape[1])
-        state.add_bias(op, name, passed)
+        add_bias(state, op, name, passed)
         return state.set_ids(op.result, passed, 1)
     state.add_slot(name, "in", ids)
-    produced = state.produce(op, name, weight.shape[1] * groups)
+    produced = produce(state, op, name, weight.shape[1] * groups)
     if groups > 1:
         state.union.blocks += [ids.reshape(groups, -1), produced.reshape(groups, -1)]
     return state.set_ids(op.result, produced, 1)
@@ -127,7 +128,7 @@ def linear(state: PropagationState, op: Op) -> None:
             op, reason or "a linear layer with a computed weight or mixed channels"
         )
     state.add_slot(name, "in", ids)
-    produced = state.produce(op, name, weight.shape[0])
+    produced = produce(state, op, name, weight.shape[0])
     return state.set_ids(op.result, produced, op.result.dim() - 1)
 
 
@@ -136,7 +137,7 @@ def constant(state: PropagationState, op: Op) -> None:
     name = state.trace.name(op.argument(2, "bias"))
     if name is None:
         return state.give_up(op, "a constant that is not a parameter")
-    produced = state.produce(op, f"{owner_of(name)}.weight", len(op.argument(2, "bias")))
+    produced = produce(state, op, f"{owner_of(name)}.weight", len(op.argument(2, "bias")))
     axis = op.result.dim() - 1 if op.argument(1, "geometry") is None else 1
     return state.set_ids(op.result, produced, axis)
 
@@ -177,6 +178,7 @@ def _select_channels(state: PropagationState, op: Op, layer: str, ids: Ids) -> N
     state.fix(image, "channels are selected before each BatchNorm that reads them")
     if layer not in state.selected:
         state.selected[layer] = state.union.produce(layer, len(ids))
+        state.streams[layer] = ids
         state.union.slots.append(ChannelSlot(layer, "select", state.selected[layer]))
     state.set_ids(op.result, state.selected[layer], 1)
 

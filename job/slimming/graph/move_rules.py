@@ -16,6 +16,7 @@ from job.slimming.graph.channel_labels import (
     reshape_labels,
     run_on_labels,
 )
+from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.heads import fixed_size
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _followed(
         labels = state.labels_of(other)
         if labels is not None and label_axes(labels) and axis not in label_axes(labels):
             labels = labels.narrow(axis, 0, 1)
-            follows = state.derived.sources(tensor) and state.follow(op, tensor, labels)
+            follows = state.derived.sources(tensor) and follow_parameters(state, op, tensor, labels)
             return labels if follows else None
     return None
 
@@ -76,6 +77,8 @@ def reshape(state: PropagationState, op: Op) -> None:
             lines = lines.reshape(labels.shape[label_axes(labels)[0]], -1).T
         leaves_groups = not maps and _leaves_group_count_open(op, labels)  # and not their size
         state.heads.add(np.ascontiguousarray(lines), whole=leaves_groups, held=_is_held(op))
+    elif _is_one_head(labels, image, result):
+        state.heads.add(flat_ids(labels)[None], held=_is_held(op))
     any_size = op.name == "flatten" or (op.name in ("view", "reshape") and op.args[-1] == -1)
     state.note_sizes(op, [labels])
     if maps:
@@ -86,14 +89,26 @@ def reshape(state: PropagationState, op: Op) -> None:
     return state.set_labels(result, labels)
 
 
+def _is_one_head(labels: torch.Tensor, image: torch.Tensor, result: torch.Tensor) -> bool:
+    """Return whether a view adds an axis of size 1 before the channels, for a single head."""
+    axes = label_axes(labels)
+    return len(axes) == 1 and result.dim() > image.dim() and 1 in result.shape[1 : axes[0]]
+
+
 def _count_with_streams(state: PropagationState, op: Op, labels: torch.Tensor) -> None:
     """Note channels whose number decides the size of a view, as in ``C // heads``."""
-    axis = max(label_axes(labels), default=0)
-    if not state.heads.splits or fixed_size(op, axis, labels.dim()) is None:
+    axes = label_axes(labels)
+    if not axes or fixed_size(op, axes[-1], labels.dim(), splits=len(axes) > 1) is None:
         return
-    for split in state.heads.of(flat_ids(labels)):
-        for stream in state.measured_channels(op.module):
-            split.count_with(stream, whole=labels.shape[axis] > split.width)
+    streams, ids = list(state.measured_channels(op.module)), flat_ids(labels)
+    splits = list(state.heads.of(ids))
+    for split in splits:
+        for stream in streams:
+            split.count_with(stream, whole=labels.shape[axes[-1]] > split.width)
+    alike = [stream for stream in streams if len(stream) == len(ids)]
+    if not splits and len(axes) == 1 and not any(np.array_equal(ids, each) for each in alike):
+        for stream in alike:
+            state.union.unite(ids, stream)
 
 
 def _is_held(op: Op) -> bool:

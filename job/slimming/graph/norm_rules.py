@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from job.slimming.graph.channel_labels import labels_along
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.union import ChannelRead, Operand
 
@@ -45,7 +46,9 @@ def layer_norm(state: PropagationState, op: Op) -> None:
         return state.forget(op)
     if labels.shape[-1] == 1 and len(shape) == 1 and image.shape[-1] > 1:
         return state.set_labels(op.result, labels)  # channels are along another axis
-    ids = state.ids_along(image, axis)
+    if len(shape) == 1 and state.heads.are_cut_whole(labels):
+        return state.set_labels(op.result, labels)  # of each head that stays
+    ids = state.unite_lines(labels, axis)
     if ids is None or len(shape) != 1 or not _add_tensors(state, op, tensors, ids):
         return state.give_up(
             op, f"{op.name} over several axes or mixed channels, or with computed parameters"
@@ -57,6 +60,9 @@ def layer_norm(state: PropagationState, op: Op) -> None:
         if op.argument(place, name) is not None and (place < 3 or op.name == "layer_norm")
     ]
     state.add_read(op, ChannelRead(op.name, tuple(operands), axis))
+    state.note_sizes(op, [labels_along(ids, 0, 1)])
+    if state.main:
+        state.heads.note_norm(ids, [state.slot_name(t) for t in tensors if t is not None])
     return state.set_labels(op.result, labels)
 
 

@@ -21,20 +21,22 @@ from job.slimming.graph.channel_labels import (
     label_axes,
     labels_along,
 )
+from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.move_rules import cat, pad, pixel_shuffle, rearrange, reshape
 from job.slimming.graph.union import ChannelRead, Operand
 
 if TYPE_CHECKING:
     from job.slimming.graph.propagation_state import PropagationState, Rule
     from job.slimming.graph.trace import Op
-    from job.slimming.graph.union import Side
+    from job.slimming.graph.union import Ids, Side
 
 
 def elementwise(state: PropagationState, op: Op) -> None:
     """Keep the labels: ops on each channel alone, such as activations and pooling."""
     image, *others = op.inputs
     labels = state.labels_of(image)
-    if labels is None or any(other.numel() > 1 for other in others):
+    several = op.name not in LIKE and any(other.numel() > 1 for other in others)
+    if labels is None or several:
         return state.give_up(op, f"{op.name} of several activations is not supported")
     for result in op.results:
         same = result.dim() == image.dim()
@@ -57,7 +59,14 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
         return state.give_up(op, f"{op.name} over all axes is not supported")
     channel_axes = set(label_axes(labels))
     if channel_axes and axes >= channel_axes:
-        return _across_channels(state, op, channel_axes)
+        ids = flat_ids(labels) if len(channel_axes) == 1 else None
+        return _across_channels(state, op, ids, min(channel_axes))
+    reduces = op.name in REDUCTIONS and len(op.results) == 1
+    if reduces and state.heads.reduce_within(labels, axes):
+        if state.main:
+            state.heads.note_norm(flat_ids(labels), [])
+        last = max(channel_axes)
+        return _across_channels(state, op, state.unite_lines(labels, last), last)
     first = labels
     for axis in axes & channel_axes:
         first = first.narrow(axis, 0, 1)
@@ -71,18 +80,17 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
     return None
 
 
-def _across_channels(state: PropagationState, op: Op, channel_axes: set[int]) -> None:
-    """Reduce over all channels; the narrow network reduces over the kept channels."""
-    image, axis = op.inputs[0], min(channel_axes)
-    ids = state.ids_along(image, axis)
+def _across_channels(state: PropagationState, op: Op, ids: Ids | None, axis: int) -> None:
+    """Reduce over all channels, or those of each head; the narrow network has fewer of them."""
+    image, labels = op.inputs[0], state.labels_of(op.inputs[0])
     indices = [result for result in op.results[1:] if state.trace.is_read(result)]
     same_shape = op.results[0].shape == image.shape
-    if ids is None or indices or (same_shape and op.name != "normalize"):
+    if ids is None or labels is None or indices or (same_shape and op.name != "normalize"):
         return state.give_up(op, f"{op.name} across channels is not supported")
     result_axis = axis if same_shape else None
     state.add_read(op, ChannelRead(op.name, (Operand(0, "input", axis, ids),), result_axis))
     if same_shape:
-        return state.set_labels(op.results[0], labels_along(ids, axis, image.dim()))
+        return state.set_labels(op.results[0], labels)
     return state.forget(op)
 
 
@@ -153,12 +161,9 @@ def _follows_cut(
 ) -> bool:
     """Return whether an operand without labels broadcasts, or is derived from parameters to cut."""
     missing = labels.dim() - tensor.dim()
-    if any(axis < missing for axis in label_axes(labels)):
-        if all(axis < missing for axis in label_axes(labels)):
-            return True
-        labels = labels[(0,) * missing]  # along the axes of the operand
-        return not label_axes(labels) or all(tensor.shape[a] == 1 for a in label_axes(labels))
-    return state.follow(op, tensor, labels.reshape(labels.shape[missing:]))
+    if all(axis < missing for axis in label_axes(labels)):
+        return True
+    return follow_parameters(state, op, tensor, labels)
 
 
 def prelu(state: PropagationState, op: Op) -> None:
@@ -224,6 +229,7 @@ def _for_each(names: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), rule)
 
 
+REDUCTIONS = frozenset("mean sum std var norm linalg_vector_norm normalize".split())
 CONCATENATIONS = frozenset("cat concat concatenate".split())
 LIKE = frozenset("expand_as view_as reshape_as type_as".split())  # a second input gives sizes
 
@@ -282,7 +288,7 @@ OP_RULES: dict[str, Rule] = {
 
 # ops on parameters, whose results are followed to the channels that they are combined with
 POINTWISE = frozenset(name for name, rule in OP_RULES.items() if rule in (elementwise, pairwise))
-MOVING = frozenset(
+MOVING = CONCATENATIONS | frozenset(
     name
     for name, rule in OP_RULES.items()
     if rule is reshape or getattr(rule, "func", rule) is rearrange

@@ -13,11 +13,13 @@ import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids
 from job.slimming.graph.derived import DerivedValues
+from job.slimming.graph.followed_parameters import end_parts
 from job.slimming.graph.heads import SCALINGS
 from job.slimming.graph.layer_rules import LAYER_RULES, is_layer
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.op_rules import CONCATENATIONS, LIKE, MOVING, OP_RULES, POINTWISE
 from job.slimming.graph.propagation_state import PropagationState
+from job.slimming.graph.union import FIXED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,23 +31,43 @@ if TYPE_CHECKING:
     from job.slimming.graph.union import ChannelUnion
 
 
+OVER_CHANNELS = frozenset({"layer_norm", "rms_norm", "group_norm"})
+
+
 def propagate_channels(network: nn.Module, traces: Sequence[Trace]) -> ChannelUnion:
     """Propagate the channels of ``network`` through its traces, first the one in eval mode."""
     layers = frozenset(name for name, m in modules_of(network).items() if is_layer(m))
     layer_ops = {op: rule.propagate for rule in LAYER_RULES for op in rule.ops}
-    not_selecting: set[str] = set()
+    not_selecting, normed = set[str](), set[bytes]()
     while True:
-        state = PropagationState(network, layers, not_selecting)
+        state = PropagationState(network, layers, not_selecting, normed)
         for number, trace in enumerate(traces):
             state.begin(trace, DerivedValues(trace, MOVING, POINTWISE), main=number == 0)
             _propagate_trace(state, layer_ops)
+        end_parts(state)
         state.heads.end(state.union)
         state.union.end_op()
         mixed = state.union.united_with_others(set(state.selected))
         mixed |= state.selected.keys() & state.passed
-        if not mixed:
+        mixed |= _selected_next_to_norms(state) - not_selecting
+        found = state.heads.newly_normed()
+        if not mixed and not found:
             return state.union
+        normed |= found
         not_selecting |= mixed  # united with other channels, so that they cannot select
+
+
+def _selected_next_to_norms(state: PropagationState) -> set[str]:
+    """Return the BatchNorms that select from a stream that norms over all channels use too.
+
+    Such a norm cannot select channels, so that they are cut from the stream instead.
+    """
+    read = [r.operands[0].ids for r in state.union.reads if r.name in OVER_CHANNELS]
+    if not read or not state.streams:
+        return set()
+    roots = state.union.roots()
+    normed = set(roots[np.concatenate(read)].tolist()) - {roots[FIXED]}
+    return {name for name, ids in state.streams.items() if normed & set(roots[ids].tolist())}
 
 
 def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> None:

@@ -44,18 +44,24 @@ class PropagationState:
     input_shared: bool  # whether its result or one of its inputs is
 
     def __init__(
-        self, network: nn.Module, layers: Collection[str], not_selecting: Collection[str]
+        self,
+        network: nn.Module,
+        layers: Collection[str],
+        not_selecting: Collection[str],
+        normed: Collection[bytes] = (),
     ) -> None:
         self.network, self.layers, self.not_selecting = network, layers, not_selecting
         self.modules = modules_of(network)
-        self.union, self.heads = ChannelUnion(), Heads()
+        self.union, self.heads = ChannelUnion(), Heads(normed)
         self._module_names = {id(m): n for n, m in modules_of(network, once=True).items()}
         self.twins = _twins(network, layers)
         self.produced: dict[str, Ids] = {}  # elements by weight
         self.selected: dict[str, Ids] = {}  # elements by BatchNorm that selects them
+        self.streams: dict[str, Ids] = {}  # elements that it selects from
         self.passed: set[str] = set()  # BatchNorms that do not select
         self.other_uses: dict[str, str] = {}  # by layer or weight: another op that uses it
         self._slots: dict[tuple[str, Side], ChannelSlot] = {}
+        self.parts: dict[tuple[str, int], Ids] = {}  # by name and axis of a parameter
         self._slices: dict[bytes, tuple[Ids, set[int]]] = {}  # bounds by sliced channels
         self._labels: dict[int, torch.Tensor] = {}  # by id of the activation
         self._shared: set[int] = set()  # ids of activations used by several ops
@@ -91,6 +97,23 @@ class PropagationState:
         if set(label_axes(labels)) - {axis}:
             return None
         return flat_ids(labels.reshape(-1).expand(tensor.shape[axis]))
+
+    def unite_lines(self, labels: torch.Tensor, axis: int) -> Ids | None:
+        """Unite the channels at the same index along ``axis``, such as those of all heads.
+
+        Returns the elements (n,) along ``axis``; None if ``labels`` do not depend on it.
+        """
+        if labels.shape[axis] == 1:
+            return None
+        lines = np.ascontiguousarray(labels.movedim(axis, -1).reshape(-1, labels.shape[axis]))
+        self.union.unite(np.repeat(lines[:1], len(lines) - 1, 0).reshape(-1), lines[1:].reshape(-1))
+        first: Ids = lines[0]
+        return first
+
+    def slot_name(self, parameter: torch.Tensor) -> str:
+        """Return the name of the slot of a parameter: its layer, or its own outside layers."""
+        name = str(self.trace.name(parameter))
+        return owner_of(name) if owner_of(name) in self.layers else name
 
     def set_labels(self, tensor: torch.Tensor, labels: torch.Tensor) -> None:
         """Label a result with elements of the op's inputs."""
@@ -152,31 +175,15 @@ class PropagationState:
             self.union.suspects.append((f"the parameter {where}", ids))
         return None
 
+    def slot(self, name: str, side: Side) -> ChannelSlot | None:
+        """Return the slot for one side of a layer or of a parameter outside layers."""
+        return self._slots.get((name, side))
+
     def add_module_slot(self, op: Op, ids: Ids) -> None:
         """Note the elements that pass through the layer without tensors whose code calls ``op``."""
         name = self._module_names.get(id(op.module))
         if name in self.layers:
             self.add_slot(f"{name}.weight", "through", ids)
-
-    def follow(self, op: Op, tensor: torch.Tensor, labels: torch.Tensor) -> bool:
-        """Cut the parameters that a value without channels comes from as ``labels`` of its axes.
-
-        Returns False where they do not have these channels.
-        """
-        if all(tensor.shape[axis] == 1 for axis in label_axes(labels)):
-            self.read_elsewhere(op, tensor)
-            return True  # alike for all channels
-        found = [
-            (source, source.ids_on_axis(labels))
-            for source in self.derived.sources(tensor)
-            if source.indices.numel() > 1
-        ]
-        if not found or any(on_axis is None for _, on_axis in found):
-            return False
-        for source, on_axis in found:
-            assert on_axis is not None
-            self.add_slot(source.name, "through", on_axis[1], axis=on_axis[0])
-        return True
 
     def add_read(self, op: Op, read: ChannelRead) -> None:
         """Note an op that computes over channels without a weight."""
@@ -187,7 +194,8 @@ class PropagationState:
     def note_sizes(self, op: Op, results: Sequence[torch.Tensor]) -> None:
         """Note the attributes that count the channels of an op that moves them."""
         module, before = self._module_names.get(id(op.module)), self.labels_of(op.inputs[0])
-        if self.main and module is not None and before is not None and op.name in SIZED:
+        known = module in self.layers  # whose attributes follow its tensors
+        if self.main and module and not known and before is not None and op.name in SIZED:
             self.union.sizes += attribute_sizes(op, module, before, results)
 
     def read_elsewhere(self, op: Op, tensor: torch.Tensor) -> None:
@@ -195,26 +203,6 @@ class PropagationState:
         for source in self.derived.sources(tensor):
             self.other_uses.setdefault(source.name, op.name)
             self.other_uses.setdefault(owner_of(source.name), op.name)
-
-    def produce(self, op: Op, weight: str, count: int) -> Ids:
-        """Return the elements (count,) that a layer produces, the same ones at each call."""
-        if weight not in self.produced:
-            self.produced[weight] = self.union.produce(owner_of(weight), count)
-            self.add_slot(weight, "out", self.produced[weight])
-        self.add_bias(op, weight, self.produced[weight])
-        return self.produced[weight]
-
-    def add_bias(self, op: Op, weight: str, ids: Ids) -> None:
-        """Add a slot for the bias of ``ids``, unless it is the bias of the layer itself."""
-        bias = op.argument(2, "bias")
-        if bias is None:
-            return
-        layer = owner_of(weight)
-        name = self.trace.name(bias)
-        if name is None:
-            self.union.fix(ids, f"{op.name} with a computed bias")
-        elif owner_of(name) not in (layer, *self.twins.get(layer, ())) or layer not in self.layers:
-            self.add_slot(name, "through", ids)
 
     def count_call(self, op: Op, weight: str | None) -> None:
         """Add a call of a convolution or linear layer, with its multiply-adds."""

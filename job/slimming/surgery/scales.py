@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from job.slimming.graph.layer_rules import layer_rule
+from job.slimming.graph.layers import modules_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import nn
 
+    from job.slimming.graph.union import Side
     from job.slimming.planning.layer_channels import LayerChannels, Layers
 
 
@@ -34,20 +38,34 @@ def scaled_rows(tensor: torch.Tensor, channels: LayerChannels) -> torch.Tensor:
     return tensor.double() * scales.reshape(-1, *[1] * (tensor.dim() - 1))
 
 
+def has_scaled_rows(sides: Sequence[Side]) -> bool:
+    """Return whether the rows of a tensor are outputs of its layer, or channels that pass it."""
+    return sides[0] in ("out", "through")
+
+
 def set_exact_scales(copy: nn.Module, wide: nn.Module, layers: Layers) -> None:
     """Set scaled rows of ``copy``, a narrow network in higher precision, without rounding."""
     for name, channels in layers.items():
-        if not channels.scaled:
-            continue
-        narrow, before = copy.get_submodule(name), wide.get_submodule(name)
-        rule = layer_rule(narrow)
-        for attribute, sides in rule.tensors.items() if rule else ():
-            tensor, whole = getattr(narrow, attribute, None), getattr(before, attribute, None)
-            if tensor is None or whole is None or sides[0] != "out":
-                continue
-            for axis, side in enumerate(sides):
-                kept = channels.out if side == "out" else channels.in_
-                if kept is not None:
-                    whole = whole.index_select(axis, torch.tensor(kept, device=whole.device))
-            with torch.no_grad():
-                tensor.copy_(scaled_rows(whole.detach().cpu(), channels))
+        if channels.scaled:
+            for narrow, whole, sides in _scaled_tensors(copy, wide, name):
+                for axis, side in enumerate(sides[: whole.dim()]):
+                    kept = channels.in_ if side == "in" else channels.out
+                    if kept is not None:
+                        whole = whole.index_select(axis, torch.tensor(kept, device=whole.device))
+                with torch.no_grad():
+                    narrow.copy_(scaled_rows(whole.detach().cpu(), channels))
+
+
+def _scaled_tensors(
+    copy: nn.Module, wide: nn.Module, name: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Sequence[Side]]]:
+    """Yield the tensors of the layer or parameter ``name`` in both networks, and their sides."""
+    if name not in modules_of(wide):
+        yield copy.get_parameter(name), wide.get_parameter(name), ("out", "in")
+        return
+    layers = copy.get_submodule(name), wide.get_submodule(name)
+    rule = layer_rule(layers[0])
+    for attribute, sides in rule.tensors.items() if rule else ():
+        narrow, whole = (getattr(layer, attribute, None) for layer in layers)
+        if narrow is not None and whole is not None and has_scaled_rows(sides):
+            yield narrow, whole, sides

@@ -14,7 +14,7 @@ from job.slimming.graph.selection import SelectedChannels, unwrap_selection
 from job.slimming.surgery.clone import clone_module
 from job.slimming.surgery.kept_channels import groups_that_stay
 from job.slimming.surgery.removal import Modules, replacements
-from job.slimming.surgery.scales import scaled_rows
+from job.slimming.surgery.scales import has_scaled_rows, scaled_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,7 +100,10 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
         if axis is None:
             axis = next((axis for axis, size in enumerate(tensor.shape) if size > 1), 0)
         tensor = _keep_indices(tensor, channels.out, axis)
-        return {attribute: _keep_indices(tensor, channels.in_, 1)}
+        tensor = _keep_indices(tensor, channels.in_, 1)
+        if channels.scaled:
+            tensor = scaled_rows(tensor.detach(), channels).to(tensor.dtype)
+        return {attribute: tensor}
     rule = layer_rule(holder)
     if rule is None:
         raise GammaslimError(f"cannot cut a {type(holder).__name__}")
@@ -117,7 +120,7 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
             continue
         for axis, side in enumerate(sides):
             tensor = _keep_indices(tensor, kept.get(side), axis)
-        if channels.scaled and sides[0] == "out":
+        if channels.scaled and has_scaled_rows(sides):
             tensor = scaled_rows(tensor.detach(), channels).to(tensor.dtype)
         tensors[attribute] = tensor
     return tensors

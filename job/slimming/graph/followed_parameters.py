@@ -1,0 +1,100 @@
+"""Parameters that are cut with the channels that their values are combined with.
+
+A parameter may be used in parts, e.g. the table of a rotary embedding that holds sines and cosines;
+its channels are then known when all ops have been processed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
+from job.slimming.graph.layers import owner_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from job.slimming.graph.propagation_state import PropagationState
+    from job.slimming.graph.trace import Op
+    from job.slimming.graph.union import Ids
+
+
+def follow_parameters(
+    state: PropagationState, op: Op, tensor: torch.Tensor, labels: torch.Tensor
+) -> bool:
+    """Cut the parameters that a value without channels comes from as ``labels`` of its axes.
+
+    Along axes on which the value does not depend, such as heads, all channels are united. Returns
+    False where the parameters do not have these channels.
+    """
+    sizes = [1] * (labels.dim() - tensor.dim()) + list(tensor.shape)
+    if sizes[label_axes(labels)[-1]] == 1 and state.heads.keep_their_number(labels):
+        state.read_elsewhere(op, tensor)
+        return True  # alike for all channels of a head
+    first = labels
+    for axis in label_axes(labels):
+        first = first.narrow(axis, 0, 1) if sizes[axis] == 1 else first
+    if not label_axes(first):
+        state.read_elsewhere(op, tensor)
+        return True  # alike for all channels
+    found = [
+        (source.name, source.ids_on_axis(first))
+        for source in state.derived.sources(tensor)
+        if source.indices.numel() > 1
+    ]
+    cuts = [(name, on_axis) for name, on_axis in found if on_axis is not None]
+    if not found or len(cuts) < len(found):
+        return False
+    state.union.unite(flat_ids(first.expand_as(labels)), flat_ids(labels))
+    for name, (axis, ids, together) in cuts:
+        state.union.unite(*together)
+        _cut(state, name, axis, ids)
+    return True
+
+
+def produce(state: PropagationState, op: Op, weight: str, count: int) -> Ids:
+    """Return the elements (count,) that a layer produces, the same ones at each call."""
+    if weight not in state.produced:
+        state.produced[weight] = state.union.produce(owner_of(weight), count)
+        state.add_slot(weight, "out", state.produced[weight])
+    add_bias(state, op, weight, state.produced[weight])
+    return state.produced[weight]
+
+
+def add_bias(state: PropagationState, op: Op, weight: str, ids: Ids) -> None:
+    """Cut the bias of ``ids``, unless it is the bias of the layer itself."""
+    bias = op.argument(2, "bias")
+    if bias is None:
+        return
+    layer = owner_of(weight)
+    name = state.trace.name(bias)
+    if name is None:
+        if not follow_parameters(state, op, bias, labels_along(ids, 0, 1)):
+            state.union.fix(ids, f"{op.name} with a computed bias")
+        state.heads.biases[layer] = [source.name for source in state.derived.sources(bias)]
+    elif owner_of(name) not in (layer, *state.twins.get(layer, ())) or layer not in state.layers:
+        state.add_slot(name, "through", ids)
+        state.heads.biases[layer] = [name]
+
+
+def _cut(state: PropagationState, name: str, axis: int, ids: Ids) -> None:
+    """Cut a parameter as ``ids`` along ``axis``; where they are -1, other ops give them."""
+    if (ids >= 0).all():
+        return state.add_slot(name, "through", ids, axis=axis)
+    earlier = state.parts.setdefault((name, axis), ids.copy())
+    both = (earlier >= 0) & (ids >= 0)
+    state.union.unite(earlier[both], ids[both])
+    earlier[earlier < 0] = ids[earlier < 0]
+    return None
+
+
+def end_parts(state: PropagationState) -> None:
+    """Cut the parameters that several ops use in parts; parts that none uses are never cut."""
+    for (name, axis), ids in state.parts.items():
+        slot, known = state.slot(name, "through"), ids >= 0
+        if slot is None:
+            state.add_slot(name, "through", np.where(known, ids, 0), axis=axis)
+        else:
+            state.union.unite(slot.ids[known], ids[known])
