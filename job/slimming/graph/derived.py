@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.trace import Op, Trace
     from job.slimming.graph.union import Ids
 
-Pairs = tuple["Ids", "Ids"]
+ElementPairs = tuple["Ids", "Ids"]
 OUTER = frozenset("outer ger".split())  # products of all values of two vectors
 MAX_FOLLOWED_VALUES = 1 << 20  # of a parameter
 
@@ -35,7 +35,7 @@ class Source:
     shape: torch.Size
     indices: torch.Tensor
 
-    def ids_on_axis(self, labels: torch.Tensor) -> tuple[int, Ids, Pairs] | None:
+    def ids_on_axis(self, labels: torch.Tensor) -> tuple[int, Ids, ElementPairs] | None:
         """Return the axis of the parameter that ``labels`` are along, and the channels (N,) on it.
 
         Indices whose values the tensor does not use have the channel -1. Channels that use the same
