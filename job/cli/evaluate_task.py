@@ -22,10 +22,12 @@ from job.training.task_evaluation import TaskEvaluator
 
 if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
-    from job.cli.command_options import EvaluateOptions, ModelOptions
+    from job.cli.command_options import EvaluateOptions, ImageOptions, ModelOptions
+    from job.data.dataset import Dataset
     from job.data.splits import Split
     from job.files import JsonObject
     from job.training.objective import SplitScores
+    from job.training.task import Task
 
 
 def card_of_task(model: ModelOptions) -> ModelCard | None:
@@ -47,20 +49,26 @@ def refuse_task(model: ModelOptions, command: str, advice: str) -> None:
         )
 
 
+def open_task_of(
+    model: ModelOptions, options: ImageOptions, card: ModelCard
+) -> tuple[Task, Dataset]:
+    """Build the task of MODEL's ``card``, on --data or the data of its run; return its data too."""
+    data = options.data or find_task_data(model.path, card.lineage)
+    seed, made = card.lineage.seed or 0, card.preprocessing
+    images = TaskOptions(data, made, options.on_bad_image, seed, made.max_side)
+    given = {"data": data, "seed": seed, "image_size": made.size, "options": images}
+    typed = ("data",) if options.data else ()
+    task = load_task(card.task, given, typed, from_card=True)
+    return task, task_dataset(card.task, task, data)
+
+
 def evaluate_task(
     model: ModelOptions, options: EvaluateOptions, card: ModelCard, as_json: bool
 ) -> None:
     """Print loss and metrics of one split of the task in ``card``."""
     accelerator = start(options.device, options.precision)
-    data = options.data or find_task_data(model.path, card.lineage)
-    size = card.preprocessing.size
-    seed, made = card.lineage.seed or 0, card.preprocessing
-    images = TaskOptions(data, made, options.on_bad_image, seed, made.max_side)
-    given = {"data": data, "seed": seed, "image_size": size, "options": images}
-    typed = ("data",) if options.data else ()
-    task = load_task(card.task, given, typed, from_card=True)
-    dataset = task_dataset(card.task, task, data)
-    name = options.split or "validation"
+    task, dataset = open_task_of(model, options, card)
+    name, size, data = options.split or "validation", card.preprocessing.size, dataset.source
     if name not in dataset.splits:
         has = ", ".join(dataset.splits)
         raise InputNotFound(f"the task {card.task} has no {name} data; --split can be {has}")
@@ -77,7 +85,7 @@ def evaluate_task(
             f"the loss of {shown(model.path)} is {scores.loss}: its weights are damaged"
         )
     if as_json:
-        print_result(json.dumps(_record(card, data, name, split, scores), indent=1))
+        print_result(json.dumps(_record(card, data or None, name, split, scores), indent=1))
         return
     metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.metrics.items())
     print_result(

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.cli.calibration_images import calibration_data, open_images
-from job.cli.evaluate_task import refuse_task
+from job.cli.evaluate_task import card_of_task
 from job.cli.model import open_model
+from job.cli.task_images import open_task_images
 from job.console import phase, print_result, say, show_step, tick
 from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import start
@@ -48,7 +49,6 @@ def print_sensitivity(
     file = None if csv in (None, _STDOUT) else Path(csv)
     if file is not None:
         check_output(file)
-    refuse_task(model, "sensitivity", "each round of its run has a sensitivity.json")
     accelerator = start(options.device, options.precision)
     card, measured = _measure(model, options, budget, accelerator)
     rows = measured.to_csv().encode("utf-8", "surrogateescape")
@@ -71,11 +71,16 @@ def _measure(
     budget: Budget | None,
     accelerator: Accelerator,
 ) -> tuple[ModelCard, Sensitivity]:
-    data = calibration_data(model, options.data)
-    images = open_images(data, options.on_bad_image, model, options.seed)
-    network, card = open_model(model, images.largest)
+    if card_of_task(model):
+        network, card = open_model(model)
+        parts = card, network, accelerator, tick
+        calibration = open_task_images(model, options, *parts).calibration
+    else:
+        data = calibration_data(model, options.data)
+        images = open_images(data, options.on_bad_image, model, options.seed)
+        network, card = open_model(model, images.largest)
+        calibration = images.calibrate(card, accelerator, options, tick)
     network.to(accelerator.device)
-    calibration = images.calibrate(card, accelerator, options, tick)
     image, allocation, base = example_image(card.preprocessing.input_size), None, None
     if budget:
         base = card.base or base_of(network, card)

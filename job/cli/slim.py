@@ -11,9 +11,10 @@ import numpy as np
 
 from job.artifacts.model_card import save_model
 from job.cli.calibration_images import SlimImages, open_images
-from job.cli.evaluate_task import refuse_task
+from job.cli.evaluate_task import card_of_task
 from job.cli.evaluation_images import loader_workers
 from job.cli.model import open_model
+from job.cli.task_images import TaskImages, open_task_images
 from job.config import PruneConfig
 from job.console import phase, progress, say, say_cautions, show_step
 from job.data.preprocessing_options import PreprocessingOptions
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from job.slimming.cut import Method
     from job.slimming.planning.plan import Plan
     from job.training.calibration import Calibration
+    from job.training.task_evaluation import TaskEvaluator
 
 
 SHOW = partial(show_step, "slimming")
@@ -49,8 +51,8 @@ SHOW = partial(show_step, "slimming")
 def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     """Cut MODEL, verify the cut in float64, save it, and print its costs and accuracy."""
     _check_images_given(options)
-    if options.data is not None:
-        refuse_task(model, "slim --data", "cut it without --data, or by gammaslim prune --weights")
+    if options.importance == "taylor" and card_of_task(model):
+        raise UsageError("--importance taylor needs labels of classes: take refit or gamma")
     PreprocessingOptions.of(model).check()
     folder = _new_folder(output)
     wide, card, tools = _open(model, options)
@@ -120,9 +122,9 @@ def _new_folder(output: str) -> Path:
 class _Tools:
     """Calibration and scoring of networks; without ``images`` there is neither."""
 
-    images: SlimImages | None = None
+    images: SlimImages | TaskImages | None = None
     calibration: Calibration | None = None
-    evaluator: Evaluator | None = None
+    evaluator: Evaluator | TaskEvaluator | None = None
 
     def accuracy(self, network: nn.Module) -> float | None:
         """Measure the accuracy on the scoring split; None if there is none."""
@@ -133,7 +135,11 @@ class _Tools:
 
     def metrics(self, accuracy: float | None) -> dict[str, float]:
         """Return the metrics of a model card: an accuracy by the name of the scoring split."""
-        return {} if accuracy is None or not self.images else {self.images.scored: accuracy}
+        if accuracy is None or not self.images:
+            return {}
+        if isinstance(self.images, TaskImages):
+            return {f"valid_{self.images.metric}": accuracy}
+        return {self.images.scored: accuracy}
 
 
 def _open(model: ModelOptions, options: SlimOptions) -> tuple[nn.Module, ModelCard, _Tools]:
@@ -141,6 +147,11 @@ def _open(model: ModelOptions, options: SlimOptions) -> tuple[nn.Module, ModelCa
     if not options.data:
         return *open_model(model), _Tools()
     accelerator = start(options.device, options.precision)
+    if card_of_task(model):
+        network, card = open_model(model)
+        items = open_task_images(model, options, card, network, accelerator)
+        network.to(accelerator.device)
+        return network, card, _Tools(items, items.calibration, items.evaluator)
     images = open_images(options.data, options.on_bad_image, model, options.seed)
     network, card = open_model(model, images.largest)
     network.to(accelerator.device)
@@ -172,13 +183,17 @@ def _method(options: SlimOptions, policy: str, tools: _Tools) -> Method:
 
 def _say_caution(model: ModelOptions, tools: _Tools, accuracy: float | None) -> None:
     """Print a caution if the accuracy before the cut is near chance."""
-    if accuracy is not None and tools.images and tools.images.scoring is not None:
-        counts = np.bincount(tools.images.scoring.labels).tolist()
+    images = tools.images
+    if accuracy is not None and isinstance(images, SlimImages) and images.scoring is not None:
+        counts = np.bincount(images.scoring.labels).tolist()
         say_cautions([model_caution(accuracy, counts, weights=Path(model.path).is_file())])
 
 
 def _say_result(
-    plan: Plan, output: str, images: SlimImages | None, accuracies: list[float | None]
+    plan: Plan,
+    output: str,
+    images: SlimImages | TaskImages | None,
+    accuracies: list[float | None],
 ) -> None:
     """Print costs, proof and accuracies: before the cut, after it, and after any recovery."""
     assert plan.before
@@ -191,18 +206,25 @@ def _say_result(
     say(f"the cut is verified in {proof}; saved in {shown(output)}")
     before, cut, after = accuracies[0], accuracies[1], accuracies[-1]
     if len(accuracies) > 2 and cut is not None and after is not None:
-        say(f"recovery: accuracy {cut:.4f} before, {after:.4f} after")
+        say(f"recovery: {_metric(images)} {cut:.4f} before, {after:.4f} after")
     say(_accuracy_line(images, before, after))
 
 
-def _accuracy_line(images: SlimImages | None, before: float | None, after: float | None) -> str:
+def _metric(images: SlimImages | TaskImages | None) -> str:
+    return images.metric if isinstance(images, TaskImages) else "accuracy"
+
+
+def _accuracy_line(
+    images: SlimImages | TaskImages | None, before: float | None, after: float | None
+) -> str:
     if images is None:
         return (
             "accuracy was not measured: --data PATH calibrates the cut with images and measures it"
         )
     if before is None or after is None:
+        assert isinstance(images, SlimImages)
         return f"accuracy was not measured: {images.unscored}"
     return (
-        f"accuracy on {images.describe()}: {before:.4f} before, {after:.4f} after "
+        f"{_metric(images)} on {images.describe()}: {before:.4f} before, {after:.4f} after "
         f"({100 * (after - before):+.2f} points)"
     )

@@ -10,12 +10,21 @@ from typing import Any
 
 import pytest
 
-from job.cli.command_options import EvaluateOptions, ModelOptions
+from job.artifacts.model_card import ModelCard, save_model
+from job.artifacts.saving import load
+from job.cli.command_options import (
+    EvaluateOptions,
+    ModelOptions,
+    SensitivityOptions,
+    SlimOptions,
+)
 from job.cli.evaluate import evaluate
+from job.cli.sensitivity import print_sensitivity
+from job.cli.slim import slim_model
 from job.config import PruneConfig
 from job.data.preprocessing import Preprocessing
 from job.errors import UsageError
-from job.models.detectors import as_detector
+from job.models.detectors import as_detector, detector_preprocessing
 from job.pipeline.prune import prune
 from job.processes import world_size
 from job.report.page import write_run_report
@@ -102,3 +111,32 @@ def test_every_process_needs_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("job.training.trial.world_size", lambda: 4)
     with pytest.raises(UsageError, match="--batch-size 3 is too small for 4 processes"):
         image_for_each_process(config(Path("data"), batch_size=3), 9)
+
+
+@pytest.mark.usefixtures("nets")
+def test_slim_and_sensitivity_calibrate_on_the_items_of_a_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = coco.write_coco(tmp_path / "data", {"train": 8, "val": 4})
+    network: Any = as_detector("ssd", coco.ssd(3)).eval()
+    how = detector_preprocessing(network, None)
+    names = "__background__", "disc", "square"
+    card = ModelCard("nets:ssd", {}, 3, class_names=names, preprocessing=how, task="detection")
+    save_model(tmp_path / "wide", network, card)
+    model = ModelOptions(path="wide")
+    more: dict[str, Any] = {"data": str(data), "device": "cpu", "workers": 0}
+    slim_model(model, "narrow", SlimOptions(**more, target="params=0.7", recover=1))
+    said = "".join(capsys.readouterr())
+    assert "importance refit, compensation regress, allocation outputs" in said
+    assert "map on the validation split of the task detection (4 items): 0." in said
+    narrow = json.loads(Path("narrow/model.json").read_text())
+    assert 0 <= narrow["metrics"]["valid_map"] <= 1
+    loaded: Any = load("narrow")
+    params, before = (sum(p.numel() for p in each.parameters()) for each in (loaded, network))
+    assert 0.6 * before < params <= 0.7 * before
+    print_sensitivity(model, SensitivityOptions(**more), None, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"] == "squared_error"
+    assert 1 <= found["images"] <= 8  # those that the fits do not use
+    with pytest.raises(UsageError, match="--importance taylor needs labels of classes"):
+        slim_model(model, "other", SlimOptions(**more, importance="taylor"))
