@@ -145,9 +145,9 @@ def multi_head_attention(state: PropagationState, op: Op) -> None:
     names = [state.trace.name(t) for t in (weight, op.argument(11, "out_proj_weight"))]
     inputs = [state.ids_along(tensor, -1) for tensor in tensors]
     module = owner_of(names[0] or "")
-    extra = op.argument(7, "bias_k") is not None or op.argument(8, "bias_v") is not None
+    extra = [state.trace.name(t) for t in (op.argument(7, "bias_k"), op.argument(8, "bias_v"))]
     known = all(ids is not None and ids.any() for ids in inputs)
-    if not known or None in names or extra or module not in state.layers:
+    if not known or None in names or module not in state.layers:
         return state.give_up(op, f"{op.name} of separate weights or of inputs that are never cut")
     stream, keys, values = (ids for ids in inputs if ids is not None)
     packed, out = f"{module}.weight", str(names[1])
@@ -161,6 +161,9 @@ def multi_head_attention(state: PropagationState, op: Op) -> None:
     made = state.produced[packed]
     query, key, value = made.reshape(3, -1)
     state.union.unite(query, key)
+    for name, ids in zip(extra, (key, value), strict=True):
+        if name is not None:  # of one more key or value
+            state.add_slot(name, "through", ids, axis=2)
     split = state.heads.add(made.reshape(3 * heads, -1))
     split.attended = True
     split.count_with(stream, whole=True)

@@ -181,10 +181,10 @@ def test_a_plan_cuts_another_network_with_the_same_scale() -> None:
 
 
 class TorchBlock(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(DIM)
-        self.attention = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+        self.attention = nn.MultiheadAttention(DIM, HEADS, batch_first=True, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(x)
@@ -212,3 +212,14 @@ def test_multihead_attention_is_as_wide_as_its_stream() -> None:
         network.float(), IMAGE, target="channels=0.8", calibration=[images], compensate="regress"
     )
     assert plan.proof.error <= 1e-9
+
+
+def test_a_key_and_a_value_that_are_parameters_are_cut() -> None:
+    network = transformer("fused")
+    network.blocks = nn.ModuleList(TorchBlock(add_bias_kv=True) for _ in range(2)).double()
+    narrow, plan = job.slim(network, IMAGE.double(), policy="uniform", target="width=0.5")
+    assert {blocked.layer for blocked in plan.blocked} == {"head"}
+    assert plan.proof.error <= 1e-12
+    attention = narrow.blocks[0].attention
+    assert attention.bias_k.shape == attention.bias_v.shape == (1, 1, 12)
+    assert plan.after.params == sum(p.numel() for p in narrow.parameters())
