@@ -161,9 +161,9 @@ def multi_head_attention(state: PropagationState, op: Op) -> None:
     made = state.produced[packed]
     query, key, value = made.reshape(3, -1)
     state.union.unite(query, key)
-    for name, ids in zip(extra, (key, value), strict=True):
-        if name is not None:  # of one more key or value
-            state.add_slot(name, "through", ids, axis=2)
+    for own, ids in zip(extra, (key, value), strict=True):
+        if own is not None:  # one more key or value
+            state.add_slot(own, "through", ids, axis=2)
     split = state.heads.add(made.reshape(3 * heads, -1))
     split.attended = True
     split.count_with(stream, whole=True)

@@ -29,8 +29,7 @@ SCALINGS = frozenset(
     __itruediv__""".split()
 )
 NOT_LINEAR = (
-    "the scale of attention depends on the number of channels, and what is before it is not linear:"
-    " a number in an attribute, as in scale=self.scale, keeps it"
+    "the scale of attention depends on the number of channels, and what is before it is not linear"
 )
 
 

@@ -76,7 +76,12 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"\S+ over all axes", "name the axes, e.g. x.mean((2, 3))"),
     (r"assignment to a slice", "concatenate the parts: torch.cat((first, rest), 1)"),
     (
-        r".*other heads|.*grouped queries|.*channels of values",
+        r"the scale of attention",
+        "keep the scale in an attribute and pass it, e.g. scale=self.scale",
+    ),
+    (r".*mask that is computed", "compute the mask from channels that are not cut"),
+    (
+        r".*other heads|.*channels of values",
         "use as many heads for keys and values",
     ),
     (r".*packed sequences", "pass a padded tensor (B, L, C)"),
