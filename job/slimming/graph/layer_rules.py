@@ -27,6 +27,7 @@ from job.slimming.graph.norm_rules import group_norm, instance_norm, layer_norm
 from job.slimming.graph.recurrent_rules import recurrent
 from job.slimming.graph.removed_layers import ConstantOutput
 from job.slimming.graph.selection import SelectedChannels
+from job.slimming.graph.streams import SELECTION
 from job.slimming.graph.union import ChannelSlot, Ids, Side
 
 if TYPE_CHECKING:
@@ -175,7 +176,8 @@ def _selecting(state: PropagationState, op: Op, layers: list[str]) -> str | None
 
 def _select_channels(state: PropagationState, op: Op, layer: str, ids: Ids) -> None:
     image = op.argument(0, "input")
-    state.fix(image, "channels are selected before each BatchNorm that reads them")
+    state.fix(image, SELECTION)
+    state.streams[layer] = ids
     if layer not in state.selected:
         state.selected[layer] = state.union.produce(layer, len(ids))
         state.streams[layer] = ids

@@ -19,6 +19,7 @@ from job.slimming.graph.layer_rules import LAYER_RULES, is_layer
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.op_rules import CONCATENATIONS, LIKE, MOVING, OP_RULES, POINTWISE
 from job.slimming.graph.propagation_state import PropagationState
+from job.slimming.graph.streams import outvoted_selectors
 from job.slimming.graph.union import FIXED
 
 if TYPE_CHECKING:
@@ -50,11 +51,12 @@ def propagate_channels(network: nn.Module, traces: Sequence[Trace]) -> ChannelUn
         mixed = state.union.united_with_others(set(state.selected))
         mixed |= state.selected.keys() & state.passed
         mixed |= _selected_next_to_norms(state) - not_selecting
+        mixed |= outvoted_selectors(state.union, state.streams)
         found = state.heads.newly_normed()
         if not mixed and not found:
             return state.union
         normed |= found
-        not_selecting |= mixed  # united with other channels, so that they cannot select
+        not_selecting |= mixed  # united with other channels, or outvoted
 
 
 def _selected_next_to_norms(state: PropagationState) -> set[str]:

@@ -1,0 +1,46 @@
+"""Streams of residual and densely connected networks, and the BatchNorms that select from them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from job.slimming.graph.union import FIXED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from job.slimming.graph.union import ChannelUnion, Ids
+
+SELECTION = "channels are selected before each BatchNorm that reads them"
+
+
+def outvoted_selectors(union: ChannelUnion, streams: Mapping[str, Ids]) -> set[str]:
+    """Return the BatchNorms that select from a stream that more layers sum over than select from.
+
+    ``streams`` are the elements of the stream by BatchNorm. A stream that is selected from is not
+    cut, so that the layers that read all of it keep all their inputs: e.g. those of all blocks, for
+    one BatchNorm at the end. Streams that cannot be cut anyway are selected from.
+    """
+    if not streams:
+        return set()
+    roots = union.roots()
+    blocked = np.zeros(union.count, bool)
+    blocked[roots[FIXED]] = True
+    for reason, ids in union.fixes:
+        if reason != SELECTION:
+            blocked[roots[ids]] = True
+    votes = np.zeros(union.count, np.int64)
+    readers: dict[str, list[Ids]] = {}
+    for slot in union.slots:
+        if slot.side == "in":
+            readers.setdefault(slot.layer, []).append(slot.ids)
+    for arrays in readers.values():
+        votes[np.unique(roots[np.concatenate(arrays)])] += 1
+    read = {layer: np.unique(roots[ids]) for layer, ids in streams.items()}
+    for ids in read.values():
+        votes[ids] -= 1
+    return {
+        layer for layer, ids in read.items() if (votes[ids] > 0).all() and not blocked[ids].any()
+    }
