@@ -44,6 +44,10 @@ def without_channels(network: nn.Module, layers: Layers) -> nn.Module:
                     wide.set_submodule(name, _KeptNorm(modules[name], channels.out))
             elif name in modules:
                 _zero_layer(modules[name], channels)
+            elif type(modules.get(name.rpartition(".")[0])).__name__ == "GlobalResponseNorm":
+                if channels.out is not None:
+                    owner = name.rpartition(".")[0]
+                    wide.set_submodule(owner, _KeptResponse(modules[owner], channels.out))
             elif name in parameters:
                 _zero_parameter(parameters[name], channels)
     return wide
@@ -59,6 +63,21 @@ class _KeptNorm(nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         with _OverKept(self.kept):
             return self.norm(values)
+
+
+class _KeptResponse(nn.Module):
+    """A GlobalResponseNorm of timm that is computed from the channels ``kept``; zeros elsewhere."""
+
+    def __init__(self, norm: Any, kept: Sequence[int]) -> None:
+        super().__init__()
+        self.norm, self.kept = copy.deepcopy(norm), list(kept)
+        for name in ("weight", "bias"):
+            setattr(self.norm, name, nn.Parameter(getattr(norm, name)[self.kept]))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        axis, kept = self.norm.channel_dim % values.dim(), torch.tensor(self.kept)
+        left = self.norm(values.index_select(axis, kept))
+        return torch.zeros_like(values).index_copy(axis, kept, left)
 
 
 class _OverKept(TorchFunctionMode):
