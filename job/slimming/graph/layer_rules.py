@@ -177,7 +177,6 @@ def _selecting(state: PropagationState, op: Op, layers: list[str]) -> str | None
 def _select_channels(state: PropagationState, op: Op, layer: str, ids: Ids) -> None:
     image = op.argument(0, "input")
     state.fix(image, SELECTION)
-    state.streams[layer] = ids
     if layer not in state.selected:
         state.selected[layer] = state.union.produce(layer, len(ids))
         state.streams[layer] = ids
