@@ -52,7 +52,7 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
         traces = [trace_with_snapshot(network, example, snapshot, training=False)]
         with suppress(Exception):  # e.g. images that are too small for an auxiliary head
             traces.append(trace_with_snapshot(network, example, snapshot, training=True))
-    main = traces[0]
+    main, custom = traces[0], any(trace.custom_autograd for trace in traces)
     unused = _unused_layers(network, main)
     auxiliary = bool(unused) and len(traces) == 1
     if len(traces) > 1:
@@ -64,7 +64,7 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
         reason = f"{min(unused)} reads some of them in train mode, which fails"
         union.fix(np.arange(union.count), reason)
     odd = len(traces) > 1
-    union.doubtful |= snapshot.custom_autograd or (odd and not unused)
+    union.doubtful |= custom or (odd and not unused)
     graph = _grouped(network, union)
     graph = replace(graph, blocked=graph.blocked + unsupported_layers(network, graph))
     forward = summarise_trace(main)

@@ -76,14 +76,12 @@ class Snapshot:
     """Snapshot of all state that is reachable from ``roots``; ``restore`` restores it in place.
 
     ``tensors`` are all tensors, ``tensor_places`` the attributes and lists that contain them.
-    ``has_locks`` tells that there is a lock, so that one pass may wait for another, and
-    ``custom_autograd`` that the code defines functions of autograd.
+    ``has_locks`` tells that there is a lock, so that one pass may wait for another.
     """
 
     def __init__(self, *roots: Any) -> None:
         self.tensors: list[torch.Tensor] = []
         self.has_locks = False
-        self.custom_autograd = False
         self._saved: list[Saved] = []
         self._values: list[SavedValues] = []
         self._visited: set[int] = set()
@@ -193,7 +191,6 @@ class Snapshot:
             self._enter_function(code)
 
     def _enter_class(self, kind: type) -> None:
-        self.custom_autograd |= issubclass(kind, torch.autograd.Function)
         attributes = dict(vars(kind))
         self._saved.append(SavedClass(kind, attributes))
         for value in attributes.values():

@@ -81,6 +81,7 @@ class Trace:
     ``names`` are the names of parameters and buffers by id. ``constants`` are the ids of other
     tensors that the network or its code keeps. ``measured`` are tensors whose size along an axis
     other than the first was read, ``measured_by`` the modules whose methods did so.
+    ``custom_autograd`` tells that the pass called functions of autograd that its code defines.
     """
 
     ops: list[Op]
@@ -91,6 +92,7 @@ class Trace:
     outputs: list[torch.Tensor]
     measured: list[torch.Tensor]
     measured_by: list[nn.Module | None] = field(default_factory=list)
+    custom_autograd: bool = False
 
     def name(self, value: Any) -> str | None:
         """Return the name of a parameter or buffer; None for anything else."""
@@ -242,7 +244,7 @@ def trace_on(
     tracer, new = _Tracer(), list[torch.Tensor]()
     try:
         mode = training_mode(network, training=training)
-        with _replaced(places, copies), mode, torch.no_grad(), tracer:
+        with _replaced(places, copies), mode, torch.no_grad(), _autograd_calls() as calls, tracer:
             outputs = call_network(network, batch)
     finally:
         new += snapshot.restore()
@@ -256,7 +258,26 @@ def trace_on(
         list(tensors_in(outputs)),
         tracer.measured,
         tracer.measured_by,
+        bool(calls),
     )
+
+
+@contextmanager
+def _autograd_calls() -> Iterator[list[Any]]:
+    """Record the functions of autograd, outside torch, that are called within the context."""
+    calls: list[Any] = []
+    own = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            calls.append(cls)
+        return own.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield calls
+    finally:
+        torch.autograd.Function.apply = own
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
+from job.slimming.graph.grouping import channel_graph
 from job.slimming.graph.snapshot import Snapshot
 from job.slimming.graph.trace import Trace, trace_network, trace_on
 
@@ -72,3 +75,36 @@ def test_shapes_on_the_meta_device_are_those_of_real_images(make: type[nn.Module
 def test_what_a_convolution_does_not_take_raises(layer: nn.Module) -> None:
     with pytest.raises(RuntimeError):
         trace_network(layer, torch.rand(1, 3, 8, 8))
+
+
+class Doubled(torch.autograd.Function):
+    """2 x, with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * 2
+
+
+class WithDoubled(nn.Sequential):
+    """Has ``Doubled`` within reach, and calls it in train mode if ``called``."""
+
+    called = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        return Doubled.apply(x) if self.called and self.training else x * 2
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_only_functions_of_autograd_that_are_called_raise_doubts(*, called: bool) -> None:
+    apply = torch.autograd.Function.__dict__["apply"]
+    network = WithDoubled(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    network.called = called
+    graph = channel_graph(network, torch.rand(1, 3, 8, 8))
+    assert len(graph.groups) == 1
+    assert bool(graph.suspects) == called
+    assert torch.autograd.Function.__dict__["apply"] is apply
