@@ -43,7 +43,7 @@ CALLED_BY_MODULES = NORM_OPS | SIZED | {"conv1d", "conv2d", "conv3d", "linear"}
 CALLED_BY_MODULES |= {"scaled_dot_product_attention"}
 NO_CALLER: tuple[None, frozenset[str]] = (None, frozenset())
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
-TORCH = str(Path(torch.__file__).parent)
+TORCH, OWN = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
 
 
@@ -199,11 +199,13 @@ def _calling_module() -> tuple[nn.Module | None, frozenset[str]]:
 
 
 def _line_of_network() -> str:
-    """The file and line of the innermost frame outside torch."""
+    """The file and line of the innermost frame outside torch; empty for modules of torch alone."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.startswith(TORCH):
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
+    if frame is None or frame.f_code.co_filename.startswith(OWN):
+        return ""
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 LEAVES = frozenset([torch.Tensor, nn.Parameter, int, float, bool, str, NoneType])
