@@ -6,17 +6,16 @@ functions and modules are treated alike. On torch's ``meta`` device no values ar
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType, NoneType
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from job.slimming.graph.callers import NO_CALLER, calling_module, line_of_network
 from job.slimming.graph.layers import tensors_of
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.shape_inference import infer_result
@@ -41,9 +40,7 @@ SIZED = frozenset("split split_with_sizes narrow __getitem__ view reshape".split
 SIZED |= {"layer_norm", "rms_norm"}
 CALLED_BY_MODULES = NORM_OPS | SIZED | {"conv1d", "conv2d", "conv3d", "linear"}
 CALLED_BY_MODULES |= {"scaled_dot_product_attention"}
-NO_CALLER: tuple[None, frozenset[str]] = (None, frozenset())
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
-TORCH, OWN = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
 
 
@@ -177,35 +174,13 @@ class _Tracer(TorchFunctionMode):
             args, kwargs = _copy_lists(args), _copy_lists(kwargs)
             inputs = tuple(tensors_in((args, kwargs)))
             known = name in CALLED_BY_MODULES or any(type(arg) is float for arg in args)
-            caller = _calling_module() if known else NO_CALLER
-            line = _line_of_network()
+            caller = calling_module() if known else NO_CALLER
+            line = line_of_network()
             self.ops.append(Op(name, func, args, kwargs, result, inputs, results, *caller, line))
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
             self.measured.append(args[0])
-            self.measured_by.append(_calling_module()[0])
+            self.measured_by.append(calling_module()[0])
         return result
-
-
-def _calling_module() -> tuple[nn.Module | None, frozenset[str]]:
-    """The module of the innermost method that is running, and the attributes that it names."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        names = frame.f_code.co_varnames
-        value = frame.f_locals.get(names[0]) if frame.f_code.co_argcount else None
-        if isinstance(value, nn.Module):
-            return value, frozenset(frame.f_code.co_names)
-        frame = frame.f_back
-    return NO_CALLER
-
-
-def _line_of_network() -> str:
-    """The file and line of the innermost frame outside torch; empty for modules of torch alone."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.startswith(TORCH):
-        frame = frame.f_back
-    if frame is None or frame.f_code.co_filename.startswith(OWN):
-        return ""
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 LEAVES = frozenset([torch.Tensor, nn.Parameter, int, float, bool, str, NoneType])

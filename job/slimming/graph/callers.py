@@ -1,0 +1,38 @@
+"""The code that calls an op: the module whose method runs, and the line of the network."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+TORCH, OWN = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+NO_CALLER: tuple[None, frozenset[str]] = (None, frozenset())
+
+
+def calling_module() -> tuple[nn.Module | None, frozenset[str]]:
+    """The module of the innermost method that is running, and the attributes that it names."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        value = frame.f_locals.get(names[0]) if frame.f_code.co_argcount else None
+        if isinstance(value, nn.Module):
+            return value, frozenset(frame.f_code.co_names)
+        frame = frame.f_back
+    return NO_CALLER
+
+
+def line_of_network() -> str:
+    """The file and line of the innermost frame outside torch; empty for modules of torch alone."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(TORCH):
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_filename.startswith(OWN):
+        return ""
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
