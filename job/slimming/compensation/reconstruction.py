@@ -69,7 +69,7 @@ def reconstruct(
 def _layers_to_fit(pair: CutPair) -> list[str]:
     """Return the layers from the first one that loses inputs, in the order of their fits.
 
-    Layers that share their weight with another one are left out.
+    Layers that share their weight with another one, or compute it in each pass, are left out.
     """
     modules = modules_of(pair.wide)
     layers = (m for m in modules_of(pair.wide, once=True).values() if _is_layer(m))
@@ -82,6 +82,7 @@ def _layers_to_fit(pair: CutPair) -> list[str]:
         name
         for name in names
         if _is_layer(modules.get(name))
+        and name not in pair.graph.computed
         and uses[id(modules[name].weight)] == 1
         and not isinstance(pair.narrow.get_submodule(name), NoOutput)
     ]

@@ -8,7 +8,9 @@ of the parameter that the channels are along.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,16 +26,20 @@ if TYPE_CHECKING:
 
 ElementPairs = tuple["Ids", "Ids"]
 OUTER = frozenset("outer ger".split())  # products of all values of two vectors
-MAX_FOLLOWED_VALUES = 1 << 20  # of a parameter
+MAX_FOLLOWED_VALUES = 1 << 23  # of a parameter
 
 
 @dataclass(frozen=True)
 class Source:
-    """Parameter ``name`` of ``shape``, and the flat ``indices`` of its values in a tensor."""
+    """Parameter ``name`` of ``shape``, and the flat ``indices`` of its values in a tensor.
+
+    Of a ``reduced`` source the values are statistics, with the index of one of their values.
+    """
 
     name: str
     shape: torch.Size
     indices: torch.Tensor
+    reduced: bool = False
 
     def ids_on_axis(self, labels: torch.Tensor) -> tuple[int, Ids, ElementPairs] | None:
         """Return the axis of the parameter that ``labels`` are along, and the channels (N,) on it.
@@ -47,7 +53,8 @@ class Source:
         elements, indices = flat_ids(labels.expand(shape)), flat_ids(self.indices.expand(shape))
         elements, indices = elements[indices >= 0], indices[indices >= 0]
         found = []
-        for axis, coordinates in enumerate(np.unravel_index(indices, tuple(self.shape))):
+        for axis in range(len(self.shape)):
+            coordinates = self.along(indices, axis)
             ids = np.full(self.shape[axis], -1, np.int64)
             ids[coordinates] = elements
             others = ids[coordinates] != elements
@@ -59,6 +66,27 @@ class Source:
         *_, axis, ids, together = min(found, key=lambda each: each[:3])
         return axis, ids, together
 
+    def equals(self, other: Source) -> bool:
+        """Return whether both are of the same parameter, with the same indices."""
+        same = (self.name, self.reduced) == (other.name, other.reduced)
+        return same and torch.equal(self.indices, other.indices)
+
+    def along(self, indices: Ids, axis: int) -> Ids:
+        """Return the index along ``axis`` of the parameter for each of its flat ``indices``."""
+        coordinates: Ids = indices // math.prod(self.shape[axis + 1 :]) % self.shape[axis]
+        return coordinates
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """Call number ``call`` of an op that takes statistics of ``source`` over ``axes``."""
+
+    name: str
+    call: int
+    source: Source
+    axes: tuple[int, ...]
+    result_axis: bool
+
 
 class DerivedValues:
     """Sources of the tensors in one trace that are computed from parameters alone.
@@ -69,6 +97,7 @@ class DerivedValues:
 
     def __init__(self, trace: Trace, moving: Collection[str], pointwise: Collection[str]) -> None:
         self.trace, self.moving, self.pointwise = trace, moving, pointwise
+        self.row_statistics: dict[str, list[RowStatistics]] = {}  # of weights, until their use
         self._sources: dict[int, tuple[Source, ...]] = {}
 
     def sources(self, tensor: torch.Tensor) -> tuple[Source, ...]:
@@ -79,6 +108,15 @@ class DerivedValues:
             indices = torch.arange(tensor.numel()).reshape(tensor.shape)
             return (Source(name, tensor.shape, indices),)
         return sources or ()
+
+    def set_sources(self, tensor: torch.Tensor, sources: tuple[Source, ...]) -> None:
+        """Record the sources of a tensor that another rule has followed."""
+        self._sources[id(tensor)] = sources
+
+    def drop(self, name: str) -> None:
+        """Forget the tensors that are computed from a parameter; large ones take memory."""
+        kept = {k: v for k, v in self._sources.items() if all(s.name != name for s in v)}
+        self._sources = kept
 
     def derive(self, op: Op, inputs: tuple[torch.Tensor, ...]) -> bool:
         """Record the sources of the results of an op; return whether all have sources."""
@@ -100,38 +138,48 @@ class DerivedValues:
         if not inputs or not all(map(self.sources, inputs)):
             return []
         moved: list[list[Source]] = [[] for _ in op.results]
-        shapes = {source.name: source.shape for t in inputs for source in self.sources(t)}
-        for name, shape in shapes.items():
-            indices = {  # from 1, since 0 stands for tensors without a value of this parameter
-                id(t): source.indices + 1
-                for t in inputs
-                for source in self.sources(t)
-                if source.name == name
-            }
+        of_tensors = {id(t): _numbered(self.sources(t)) for t in inputs}
+        kinds = {kind: source for of in of_tensors.values() for kind, source in of.items()}
+        for kind, first in kinds.items():
+            # from 1, since 0 stands for tensors without a value of this parameter
+            indices = {k: of[kind].indices + 1 for k, of in of_tensors.items() if kind in of}
             outcomes = run_on_labels(op, lambda t, of=indices: of.get(id(t)))  # type: ignore[misc]
             if outcomes is None:
                 return []
             for part, outcome in zip(moved, outcomes, strict=True):
-                part.append(Source(name, shape, outcome - 1))
+                part.append(replace(first, indices=outcome - 1))
         return moved
 
     def _pointwise(self, op: Op, inputs: tuple[torch.Tensor, ...]) -> list[Source]:
         dims = op.results[0].dim()
         columns = inputs[:1] if op.name in OUTER else ()
-        sources, others = [], []
+        sources: list[Source] = []
+        others = []
         for tensor in inputs:
             column = any(tensor is each for each in columns)
             for source in self.sources(tensor):
                 indices = source.indices[:, None] if column else source.indices
                 if indices.dim() <= dims:
-                    indices = compact(_with_axes(indices, dims))
-                    sources.append(Source(source.name, source.shape, indices))
+                    of_result = replace(source, indices=compact(_with_axes(indices, dims)))
+                    if not any(map(of_result.equals, sources)):
+                        sources.append(of_result)
             if tensor.numel() > 1 and not self.sources(tensor):
                 shape = (*tensor.shape, 1) if column else tuple(tensor.shape)
                 others.append((1,) * (dims - len(shape)) + shape)
         axes = {axis for source in sources for axis in label_axes(source.indices)}
         alike = all(shape[axis] == 1 for shape in others for axis in axes)
         return sources if alike else []  # the other tensors may depend on the number of channels
+
+
+def _numbered(sources: tuple[Source, ...]) -> dict[tuple[str, bool, int], Source]:
+    """Return the sources by parameter, whether they are reduced, and their number among these."""
+    numbers: Counter[tuple[str, bool]] = Counter()
+    numbered = {}
+    for source in sources:
+        kind = source.name, source.reduced
+        numbered[*kind, numbers[kind]] = source
+        numbers[kind] += 1
+    return numbered
 
 
 def _is_function(elements: Ids, coordinates: Ids) -> bool:

@@ -39,6 +39,9 @@ def follow_parameters(
     if not label_axes(first):
         state.read_elsewhere(op, tensor)
         return True  # alike for all channels
+    if any(source.reduced for source in state.derived.sources(tensor)):
+        state.read_elsewhere(op, tensor)
+        return False
     found = [
         (source.name, source.ids_on_axis(first))
         for source in state.derived.sources(tensor)
@@ -50,7 +53,7 @@ def follow_parameters(
     state.union.unite(flat_ids(first.expand_as(labels)), flat_ids(labels))
     for name, (axis, ids, together) in cuts:
         state.union.unite(*together)
-        _cut(state, name, axis, ids)
+        cut_parameter(state, name, axis, ids)
     return True
 
 
@@ -79,7 +82,7 @@ def add_bias(state: PropagationState, op: Op, weight: str, ids: Ids) -> None:
         state.heads.biases[layer] = [name]
 
 
-def _cut(state: PropagationState, name: str, axis: int, ids: Ids) -> None:
+def cut_parameter(state: PropagationState, name: str, axis: int, ids: Ids) -> None:
     """Cut a parameter as ``ids`` along ``axis``; where they are -1, other ops give them."""
     if (ids >= 0).all():
         return state.add_slot(name, "through", ids, axis=axis)

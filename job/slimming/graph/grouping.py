@@ -127,6 +127,7 @@ def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:
         _suspects(union, groups, numbers, count),
         reads=renumber_reads(union.reads, numbers),
         sizes=tuple(replace(size, ids=numbers[size.ids]) for size in union.sizes),
+        computed=frozenset(union.computed),
         scaled=tuple(ScaledRows(layer, rows, numbers[ids]) for layer, rows, ids in union.scaled),
     )
     unbalanced = [group.name for group in groups if not _is_balanced(group, blocks)]

@@ -70,7 +70,8 @@ class ChannelGraph:
     ``auxiliary`` tells that some layers run only in train mode, ``odd`` that some op is not
     supported or that train mode runs other ops. ``forward`` summarises a forward pass in eval mode.
     ``reads`` are ops that compute over channels without a weight, ``sizes`` attributes that count
-    channels. ``scaled`` are the weights that make up for the scale of attention.
+    channels. ``scaled`` are the weights that make up for the scale of attention, ``computed`` the
+    layers that compute their weight in each forward pass.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -85,6 +86,7 @@ class ChannelGraph:
     reads: tuple[ChannelRead, ...] = ()
     sizes: tuple[AttributeSize, ...] = ()
     scaled: tuple[ScaledRows, ...] = ()
+    computed: frozenset[str] = frozenset()
 
     @property
     def channel_count(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from job.slimming.graph.attention_rules import multi_head_attention
+from job.slimming.graph.computed_weights import computed_from, end_computed, standardise
 from job.slimming.graph.followed_parameters import add_bias, produce
 from job.slimming.graph.layers import (
     BATCHNORM,
@@ -61,6 +62,8 @@ def convolution(state: PropagationState, op: Op) -> None:
     groups = int(op.argument(6, "groups", 1))
     ids = state.ids_along(image, 1) if image.dim() == weight.dim() else None
     name, outputs = state.trace.name(weight), weight.shape[0]
+    computed = name is None
+    name = name or computed_from(state, op, weight)
     state.count_call(op, name)
     if ids is None or name is None:
         reason = _computed_weight(op) if name is None else None
@@ -69,9 +72,13 @@ def convolution(state: PropagationState, op: Op) -> None:
         passed = np.repeat(ids, outputs // groups)
         state.add_slot(name, "through", passed, outputs // groups)
         add_bias(state, op, name, passed)
+        if computed:
+            end_computed(state, op, name, weight, ids, passed)
         return state.set_ids(op.result, passed, 1)
     state.add_slot(name, "in", ids)
     produced = produce(state, op, name, outputs)
+    if computed:
+        end_computed(state, op, name, weight, ids, produced)
     if groups > 1:
         state.union.blocks += [ids.reshape(groups, -1), produced.reshape(groups, -1)]
     return state.set_ids(op.result, produced, 1)
@@ -147,6 +154,8 @@ def batch_norm(state: PropagationState, op: Op) -> None:
     """Pass channels through a BatchNorm, or select them from a stream that other ops use."""
     image = op.argument(0, "input")
     labels = state.labels_of(image)
+    if labels is None and standardise(state, op, state.call_number(op)):
+        return state.forget(op)
     tensors = [op.argument(place, name) for place, name in enumerate(STATISTICS, 1)]
     names = [state.trace.name(tensor) for tensor in tensors if tensor is not None]
     layers = list(dict.fromkeys(owner_of(name) for name in names if name))

@@ -185,11 +185,15 @@ class PropagationState:
         if name in self.layers:
             self.add_slot(f"{name}.weight", "through", ids)
 
+    def call_number(self, op: Op) -> int:
+        """Return the number of the present call of an op, among those of its name."""
+        return self._calls[op.name] - 1
+
     def add_read(self, op: Op, read: ChannelRead) -> None:
         """Note an op that computes over channels without a weight."""
         self.union.suspects.append((op.name, read.operands[0].ids))
         if self.main:
-            self.union.reads.append(replace(read, call=self._calls[op.name] - 1))
+            self.union.reads.append(replace(read, call=self.call_number(op)))
 
     def note_sizes(self, op: Op, results: Sequence[torch.Tensor]) -> None:
         """Note the attributes that count the channels of an op that moves them."""

@@ -110,7 +110,7 @@ class ChannelUnion:
     ``sizes`` are attributes that may count channels. ``heads`` are blocks of the heads of
     attention, ``scaled`` the layers, rows and elements whose weights make up for its scale.
     ``places`` are the lines of code of the ``fixes``, ``suspect_places`` of the ``suspects``;
-    ``place`` is the present one.
+    ``place`` is the present one. ``computed`` are layers that compute their weight in each pass.
     """
 
     slots: list[ChannelSlot] = field(default_factory=list)
@@ -127,6 +127,7 @@ class ChannelUnion:
     suspect_places: list[str] = field(default_factory=list)
     place: str = ""
     doubtful: bool = False
+    computed: set[str] = field(default_factory=set)
     count: int = 1
     pairs: list[tuple[Ids, Ids]] = field(default_factory=list)
 

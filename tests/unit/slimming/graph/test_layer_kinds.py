@@ -218,10 +218,10 @@ def test_every_layer_that_is_left_alone_is_named() -> None:
 
 
 class Standardised(nn.Conv2d):
-    """A convolution whose weight has mean 0 for each output."""
+    """A convolution whose weight has mean 0 for each input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = self.weight - self.weight.mean((0, 2, 3), keepdim=True)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 

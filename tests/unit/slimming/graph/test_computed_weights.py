@@ -1,0 +1,166 @@
+"""Weights that are standardised in each forward pass are cut with their inputs and outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import job
+from job.slimming.analysis import analyse
+from support.networks import Net
+
+IMAGE = torch.rand(1, 3, 12, 12)
+
+
+class ByBatchNorm(nn.Conv2d):
+    """Rows normalised by a BatchNorm, and scaled by a gain (Brock et al. 2021)."""
+
+    def __init__(self, *args: int, **kwargs: int) -> None:
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+        self.scale = 0.7
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, gain = (
+            self.weight.reshape(1, self.out_channels, -1),
+            (self.gain * self.scale).view(-1),
+        )
+        weight = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0)
+        weight = weight.reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, 1, self.groups)
+
+
+class ByMeans(nn.Conv2d):
+    """Rows less their mean, over their deviation (Qiao et al. 2019)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        mean = weight.mean(1, keepdim=True).mean(2, keepdim=True).mean(dim=3, keepdim=True)
+        weight = weight - mean
+        deviation = weight.view(len(weight), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
+        weight = weight / deviation.expand_as(weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, 1, self.groups)
+
+
+class ByMoments(nn.Conv2d):
+    """Rows less their mean, over their deviation, both in one call (Kolesnikov et al. 2020)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        var, mean = torch.var_mean(self.weight, dim=[1, 2, 3], keepdim=True, unbiased=False)
+        weight = (self.weight - mean) / torch.sqrt(var + 1e-10)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, 1, self.groups)
+
+
+class ByKernels(nn.Conv2d):
+    """Rows less the mean over their kernels, and then over the inputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        of_kernels = self.weight.mean((2, 3), keepdim=True)
+        weight = self.weight - 0.5 * of_kernels - 0.5 * of_kernels.mean(1, keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, 1, self.groups)
+
+
+KINDS = [ByBatchNorm, ByMeans, ByMoments, ByKernels]
+
+
+def network(kind: type[nn.Conv2d]) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = kind(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), kind(16, 12, 3), nn.ReLU()
+    depthwise = kind(12, 12, 3, groups=12)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)
+    return nn.Sequential(*layers, depthwise, nn.ReLU(), *head).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_standardised_weight_takes_its_statistics_over_the_kept_inputs(
+    kind: type[nn.Conv2d],
+) -> None:
+    wide = network(kind)
+    narrow, plan = job.slim(wide, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    assert plan.proof is not None
+    assert plan.proof.error <= 1e-9
+    assert [b.layer for b in plan.blocked] == ["9"]
+    assert (narrow[3].in_channels, narrow[3].out_channels, narrow[5].groups) == (8, 6, 6)
+    kept = plan.layers["3"]
+    rows, columns = torch.tensor(kept.out), torch.tensor(kept.in_)
+    assert torch.equal(narrow[3].weight, wide[3].weight[rows][:, columns])
+    if kind is ByBatchNorm:
+        assert torch.equal(narrow[3].gain, wide[3].gain[rows])
+    narrow.train()(torch.rand(2, 3, 12, 12)).sum().backward()
+    assert narrow[3].weight.grad is not None
+
+
+@pytest.mark.parametrize("compensate", ["mean", "regress"])
+def test_layers_that_compute_their_weight_are_not_fitted(compensate: str) -> None:
+    wide, images = network(ByMeans), [torch.rand(16, 3, 12, 12)]
+    narrow, plan = job.slim(
+        wide, IMAGE, target="channels=0.7", importance="l2", compensate=compensate,
+        allocate="local", calibration=images,
+    )  # fmt: skip
+    kept = plan.layers["3"]
+    cut = wide[3].weight if kept.out is None else wide[3].weight[torch.tensor(kept.out)]
+    cut = cut if kept.in_ is None else cut[:, torch.tensor(kept.in_)]
+    assert torch.equal(narrow[3].weight, cut)
+
+
+class Transposed(nn.Conv2d):
+    """A weight whose rows are computed from its columns, which no rule covers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight.transpose(0, 1) - self.weight.mean(0, keepdim=True))
+
+
+class Flipped(nn.Conv2d):
+    """A weight whose rows are computed from two rows each."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, (self.weight.flip(0) + self.weight).view_as(self.weight))
+
+
+class OfGains(ByBatchNorm):
+    """Rows scaled by gains over their mean, which depends on all rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight * (self.gain / self.gain.mean(0, keepdim=True)))
+
+
+class Grouped(ByMeans):
+    """Groups, whose rows read other inputs each."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2, groups=4)
+
+
+class Read(Net):
+    """Statistics of a weight that the output of the layer is scaled by."""
+
+    out = 8
+
+    def build(self) -> None:
+        self.one = nn.Conv2d(12, 8, 1)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x) * self.one.weight.mean((1, 2, 3))[:, None, None]
+
+
+@pytest.mark.parametrize("kind", [Transposed, Flipped, OfGains, Grouped])
+def test_other_computed_weights_are_left_alone(kind: type[nn.Conv2d]) -> None:
+    layers = nn.Conv2d(3, 8, 1), kind(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(8, 5)).eval()
+    blocked = {b.layer: b for b in analyse(model, IMAGE).blocked}
+    assert "0" in blocked
+    assert "store it as the weight" in blocked["0"].remedy
+
+
+def test_statistics_of_a_weight_that_scale_an_output_block_its_layer() -> None:
+    model = Read()
+    assert {b.layer for b in analyse(model.eval(), IMAGE).blocked} >= {"one"}
+
+
+def test_large_standardised_weights_are_cut() -> None:
+    torch.manual_seed(0)
+    layers = ByBatchNorm(3, 64, 1), nn.ReLU(), ByBatchNorm(64, 256, 1), nn.ReLU()
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 5))
+    assert [b.layer for b in analyse(model.eval(), IMAGE).blocked] == ["6"]
