@@ -56,6 +56,14 @@ class LayerRule:
     sizes: Mapping[str, Side] = field(default_factory=dict)
 
 
+COMPUTED_BY = {  # attributes of layers, and the ways that their weights are computed in each pass
+    "parametrizations": "a parametrization",
+    "weight_g": "weight_norm",
+    "weight_u": "spectral_norm",
+    "weight_mask": "a pruning mask",
+}
+
+
 def convolution(state: PropagationState, op: Op) -> None:
     """Propagate channels through a convolution: plain, depthwise or grouped."""
     image, weight = op.argument(0, "input"), op.argument(1, "weight")
@@ -85,18 +93,11 @@ def convolution(state: PropagationState, op: Op) -> None:
 
 
 def _computed_weight(op: Op) -> str | None:
-    """Return why the weight of a layer is computed, and the line that makes it a parameter."""
-    if hasattr(op.module, "parametrizations"):
-        line = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
-    elif hasattr(op.module, "weight_g"):
-        line = "torch.nn.utils.remove_weight_norm(layer)"
-    elif hasattr(op.module, "weight_u"):
-        line = "torch.nn.utils.remove_spectral_norm(layer)"
-    elif hasattr(op.module, "weight_mask"):
-        line = "torch.nn.utils.prune.remove(layer, 'weight')"
-    else:
-        return None
-    return f"a weight that is computed from others; {line} makes it a parameter"
+    """Return why the weight of a layer is computed, or None where the way is not known."""
+    for attribute, way in COMPUTED_BY.items():
+        if hasattr(op.module, attribute):
+            return f"a weight that is computed by {way}"
+    return None
 
 
 def transposed_convolution(state: PropagationState, op: Op) -> None:

@@ -46,8 +46,16 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"all of its channels must be cut together", "give each channel a row of its own to produce"),
     # weights and parameters
     (
-        r"a weight that is computed from others; (.*) makes it a parameter",
-        r"call \1 before the cut",
+        r"a weight that is computed by (weight_norm|spectral_norm)",
+        r"call torch.nn.utils.remove_\1(layer) before the cut",
+    ),
+    (
+        r"a weight that is computed by a pruning mask",
+        "call torch.nn.utils.prune.remove(layer, 'weight') before the cut",
+    ),
+    (
+        r"a weight that is computed by",
+        "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') before the cut",
     ),
     (r"its weight is computed from others", PARAMETER),
     (r".*(computed (weight|bias|parameters)|a constant that is not a parameter)", PARAMETER),

@@ -193,8 +193,10 @@ def test_a_weight_that_is_computed_is_left_alone_with_the_line_that_frees_it(lin
     torch.manual_seed(0)
     network = randomise(Computed(WRAPPED[line]))
     _, plan = job.slim(network, torch.rand(1, 3, 20, 28), target="channels=0.9")
-    reasons = {blocked.layer: blocked.reason for blocked in plan.blocked}
-    assert f"{line} makes it a parameter" in reasons["stem.0"]
+    blocked = {each.layer: each for each in plan.blocked}["stem.0"]
+    assert blocked.reason.startswith("a weight that is computed by ")
+    assert f"{line} before the cut" in blocked.remedy
+    assert str(plan).count(line.split("(")[0]) == 1
 
 
 class Words(nn.Module):
