@@ -107,7 +107,7 @@ def _rows(
         wanted = wanted * scales.to(wanted)
         if batch.narrow_sum is not None:
             errors = wanted - values_at(layer, batch.narrow_sum, part)
-            errors = errors * _inverse_gain(pair, name).to(errors)
+            errors = errors * inverse_gain(pair, name).to(errors)
         else:
             grouped = patches.reshape(len(part), groups, -1).transpose(0, 1)
             kernels = weight.to(patches.dtype).view(groups, -1, weight.shape[1])
@@ -120,7 +120,7 @@ def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _inverse_gain(pair: CutPair, name: str) -> torch.Tensor:
+def inverse_gain(pair: CutPair, name: str) -> torch.Tensor:
     """Return the change (O,) of the outputs of a layer that changes the sum by 1."""
     module: Any = pair.narrow.get_submodule(pair.summand(name) or name)
     if module is pair.narrow.get_submodule(name):

@@ -21,7 +21,7 @@ from job.errors import UsageError
 from job.slimming.calibration.patches import row_count
 from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.channel_maps import fit_channel_map
-from job.slimming.compensation.constant_fit import fit_constant
+from job.slimming.compensation.constant_fit import fit_constant, fit_mean_error
 from job.slimming.compensation.kernel_fit import can_fit_kernel, fit_kernel
 from job.slimming.compensation.normal_equations import RIDGE
 from job.slimming.compensation.paired_passes import PairedPasses
@@ -69,7 +69,8 @@ def reconstruct(
 def _layers_to_fit(pair: CutPair) -> list[str]:
     """Return the layers from the first one that loses inputs, in the order of their fits.
 
-    Layers that share their weight with another one, or compute it in each pass, are left out.
+    Layers that share their weight with another one are left out, as are those that compute it in
+    each pass and cannot hold a constant.
     """
     modules = modules_of(pair.wide)
     layers = (m for m in modules_of(pair.wide, once=True).values() if _is_layer(m))
@@ -82,9 +83,9 @@ def _layers_to_fit(pair: CutPair) -> list[str]:
         name
         for name in names
         if _is_layer(modules.get(name))
-        and name not in pair.graph.computed
         and uses[id(modules[name].weight)] == 1
         and not isinstance(pair.narrow.get_submodule(name), NoOutput)
+        and (name not in pair.graph.computed or pair.holds_constant(name))
     ]
 
 
@@ -95,11 +96,14 @@ def _is_layer(module: nn.Module | None) -> bool:
 def _fit_layer(pair: CutPair, name: str, values: Sequence[PairedValues], ridge: float) -> bool:
     """Fit a layer to ``values``; returns whether any process has values.
 
-    If the kernel cannot be fitted, a map of its input channels is fitted instead.
+    If the kernel cannot be fitted, a map of its input channels is fitted instead. Where the kernel
+    is computed in each pass, only the constant is fitted.
     """
     layer = pair.narrow.get_submodule(name)
     if isinstance(layer, ConstantOutput):
         return fit_constant(pair, name, values)
+    if name in pair.graph.computed:
+        return fit_mean_error(pair, name, values)
     rows = sum(row_count(layer, batch.outputs) for batch in values)
     count = torch.tensor(
         float(rows), dtype=torch.float64, device=layer.get_parameter("weight").device

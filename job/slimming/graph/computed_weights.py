@@ -110,6 +110,7 @@ def end_computed(
     ``ids`` are the inputs of the convolution, ``produced`` its outputs.
     """
     state.union.computed.add(owner_of(name))
+    state.trace.computed[id(weight)] = name
     for source in state.derived.sources(weight):
         if source.name != name and source.indices.numel() > 1:
             labels = labels_along(produced, 0, weight.dim())

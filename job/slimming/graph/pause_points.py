@@ -59,8 +59,11 @@ def pause_points(trace: Trace, norms_after: Mapping[str, tuple[str, ...]]) -> di
 
 def consumer_of(trace: Trace, op: Op) -> str | None:
     """Return the convolution or linear layer that an op belongs to; None for other ops."""
-    weight = trace.name(op.argument(1, "weight")) if op.name in CONSUMERS else None
-    return owner_of(weight) if weight else None
+    if op.name not in CONSUMERS:
+        return None
+    weight = op.argument(1, "weight")
+    name = trace.name(weight) or trace.computed.get(id(weight))
+    return owner_of(name) if name else None
 
 
 def _alive_bytes(trace: Trace) -> list[int]:

@@ -79,6 +79,7 @@ class Trace:
     tensors that the network or its code keeps. ``measured`` are tensors whose size along an axis
     other than the first was read, ``measured_by`` the modules whose methods did so.
     ``custom_autograd`` tells that the pass called functions of autograd that its code defines.
+    ``computed`` are the weights of layers by the ids of tensors that are computed from them.
     """
 
     ops: list[Op]
@@ -90,6 +91,7 @@ class Trace:
     measured: list[torch.Tensor]
     measured_by: list[nn.Module | None] = field(default_factory=list)
     custom_autograd: bool = False
+    computed: dict[int, str] = field(default_factory=dict)
 
     def name(self, value: Any) -> str | None:
         """Return the name of a parameter or buffer; None for anything else."""

@@ -93,7 +93,7 @@ def test_a_standardised_weight_takes_its_statistics_over_the_kept_inputs(
 
 
 @pytest.mark.parametrize("compensate", ["mean", "regress"])
-def test_layers_that_compute_their_weight_are_not_fitted(compensate: str) -> None:
+def test_weights_that_are_computed_are_not_fitted(compensate: str) -> None:
     wide, images = network(ByMeans), [torch.rand(16, 3, 12, 12)]
     narrow, plan = job.slim(
         wide, IMAGE, target="channels=0.7", importance="l2", compensate=compensate,
@@ -103,6 +103,46 @@ def test_layers_that_compute_their_weight_are_not_fitted(compensate: str) -> Non
     cut = wide[3].weight if kept.out is None else wide[3].weight[torch.tensor(kept.out)]
     cut = cut if kept.in_ is None else cut[:, torch.tensor(kept.in_)]
     assert torch.equal(narrow[3].weight, cut)
+
+
+class Branch(nn.Module):
+    """A convolution that may be normalised, and added to its input."""
+
+    def __init__(self, *, normed: bool, added: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.inner = nn.Conv2d(16, 24, 1)
+        self.conv = ByMeans(24, 16, 3, padding=1, bias=not normed)
+        self.norm = nn.BatchNorm2d(16) if normed else nn.Identity()
+        self.last, self.added = nn.Linear(16, 5), added
+        if normed:
+            self.norm.running_mean.uniform_(-1, 1)
+            self.norm.running_var.uniform_(0.5, 2)
+
+    def sums(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        y = self.norm(self.conv(self.inner(x).relu()))
+        return x + y if self.added else y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.sums(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_constant_of_a_layer_that_computes_its_weight_is_fitted(
+    normed: bool, added: bool
+) -> None:
+    torch.manual_seed(0)
+    wide, images = Branch(normed=normed, added=added).eval(), torch.rand(8, 3, 12, 12)
+    narrow, plan = job.slim(
+        wide, IMAGE, policy="uniform", target="width=0.5", importance="l2",
+        compensate="regress", calibration=[images], ignore=["first", "last"],
+    )  # fmt: skip
+    assert plan.layers["conv"].in_ is not None
+    with torch.no_grad():
+        means = [each.sums(images).mean((0, 2, 3)) for each in (narrow, wide)]
+    torch.testing.assert_close(*means, rtol=1e-3, atol=1e-4)
 
 
 class Transposed(nn.Conv2d):
