@@ -91,10 +91,11 @@ class Archive:
     def read(self, name: str) -> bytes:
         """Return the content of a member; raises DataError if it is damaged, or OSError."""
         member = self.members[name]
-        if member.file not in self._open:
-            self._open[member.file] = _plain(self.paths[member.file]).open("rb")
-        descriptor = self._open[member.file].fileno()
-        content = member.read(descriptor)
+        file = self._open.get(member.file)
+        if file is None:  # of threads that open it at once, all read from the first one's file
+            opened = _plain(self.paths[member.file]).open("rb")
+            file = self._open.setdefault(member.file, opened)
+        content = member.read(file.fileno())
         if content is None:
             raise DataError(f"{shown(ArchivePath(self, name))} is damaged in the archive")
         return content

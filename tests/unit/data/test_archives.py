@@ -10,14 +10,18 @@ import pickle
 import shutil
 import stat
 import tarfile
+import threading
+import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from job.data import archive as archive_module
 from job.data import unpacked_tar as unpacked_module
 from job.data.archive import open_archive
 from job.data.cache.image_set import ImageSet
@@ -301,6 +305,35 @@ def test_a_compressed_tar_that_unpacks_without_end_is_refused(
     with pytest.raises(StorageError, match="set TMPDIR to a larger one"):
         open_data(str(path))
     assert [file.suffix for file in scratch.glob("*/*")] == [".lock"] * 2
+
+
+def test_threads_that_open_an_archive_at_once_read_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(4):
+            archive.writestr(str(number), bytes([number]) * 100)
+    indexed = open_archive(path).archive
+    opening, plain = threading.Barrier(4, timeout=20), archive_module._plain
+
+    def slow(path: Path) -> Path:
+        opening.wait()  # all have seen that it is not open
+        time.sleep(0.002 * next(order))
+        return plain(path)
+
+    def late(*args: int) -> bytes:
+        time.sleep(0.02)  # the others have opened it too
+        return pread(*args)
+
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", late)
+    monkeypatch.setattr(archive_module, "_plain", slow)
+    for _ in range(5):
+        opened, order = pickle.loads(pickle.dumps(indexed)), iter(range(4))
+        with ThreadPoolExecutor(4) as pool:
+            contents = list(pool.map(opened.read, "0123"))
+        assert contents == [bytes([number]) * 100 for number in range(4)]
 
 
 def test_members_are_read_in_place(tmp_path: Path) -> None:
