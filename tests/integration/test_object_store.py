@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,10 @@ class Started:
         return Result(command)
 
 
-def wait_for(server: ObjectServer, name: str, job: Started) -> None:
-    """Wait until the store has a file whose name contains ``name``."""
+def wait_for(server: ObjectServer, pattern: str, job: Started) -> None:
+    """Wait until the store has a file whose name matches ``pattern``."""
     files, until = server.files(), time.monotonic() + 60
-    while not any(name in path for path in files.find(BUCKET)):
+    while not any(fnmatch(path, pattern) for path in files.find(BUCKET)):
         assert time.monotonic() < until
         assert job.process.poll() is None, job.end()
         time.sleep(0.1)
@@ -92,7 +93,7 @@ def test_a_killed_run_goes_on_from_the_store_on_another_machine(
     server.files().put(str(noise), f"{BUCKET}/noise", recursive=True)
     args = options(f"s3://{BUCKET}/noise", f"s3://{BUCKET}/runs/killed")
     job = begin(server, tmp_path / "a", *args)
-    wait_for(server, "killed/checkpoints", job)
+    wait_for(server, "*killed/checkpoints/*/manifest.json", job)  # written last
     job.process.kill()
     assert job.end().code == -signal.SIGKILL
     shutil.rmtree(tmp_path / "a")
@@ -112,7 +113,7 @@ def test_a_run_outlives_a_server_that_pauses_and_dies_and_is_stored_later(
 ) -> None:
     args = options(noise, f"s3://{BUCKET}/runs/unplugged")
     job = begin(server, tmp_path / "a", *args, hasty=True)
-    wait_for(server, "unplugged/config.toml", job)
+    wait_for(server, "*unplugged/config.toml", job)
     server.send(signal.SIGSTOP)
     time.sleep(1)
     server.send(signal.SIGCONT)
