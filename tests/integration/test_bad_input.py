@@ -130,8 +130,8 @@ def play(case: Case, folder: Path, run: Run) -> tuple[End, list[str]]:
 def test_bad_input_in_numbers(
     in_a_fork: Run, originals: Originals, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Of more than a thousand cases every fifth, or with --all every one."""
-    share = 1 if request.config.getoption("--all") else 5
+    """Of more than a thousand cases every eighth, or with --all every one."""
+    share = 1 if request.config.getoption("--all") else 8
     before = fingerprint(originals.flat.parent)
     problems, codes, kinds = [], Counter[int | None](), Counter[str]()
     for number, case in enumerate(cases(originals)):
