@@ -82,6 +82,14 @@ def test_the_narrow_network_scores_what_the_summary_says(undisturbed: Path) -> N
     assert (found["count"], found["split"]) == (23, "validation")
 
 
+def kill_and_resume(tmp_path: Path, place: str, passage: int, *arguments: object) -> None:
+    """Run a command that is killed when it passes ``place`` for that time, and run it again."""
+    killed = run(sys.executable, KILL_AT, place, passage, tmp_path / "proof", *arguments, env=HERE)
+    assert killed.code == -signal.SIGKILL, killed
+    again = command(*arguments)
+    assert again.code == 0, again
+
+
 @pytest.mark.parametrize(
     ("place", "passage"), [("step", 40), ("recovery step", 3), ("surgery", 2), ("round saved", 2)]
 )
@@ -89,11 +97,7 @@ def test_the_narrow_network_scores_what_the_summary_says(undisturbed: Path) -> N
 def test_a_killed_run_resumes_to_the_same_bytes(
     undisturbed: Path, tmp_path: Path, place: str, passage: int
 ) -> None:
-    arguments, proof = options(tmp_path / "run", *GLOBAL), tmp_path / "proof"
-    killed = run(sys.executable, KILL_AT, place, passage, proof, *arguments, env=HERE)
-    assert killed.code == -signal.SIGKILL, killed
-    again = command(*arguments)
-    assert again.code == 0, again
+    kill_and_resume(tmp_path, place, passage, *options(tmp_path / "run", *GLOBAL))
     assert_same_run(tmp_path / "run", undisturbed)
 
 
@@ -155,12 +159,9 @@ def test_a_killed_run_on_folders_of_masks_resumes_to_the_same_bytes(tmp_path: Pa
         "--base-epochs", 2, "--rounds", 1, "--epochs", 1, "--batch-size", 4, "--workers", 0,
         "--wandb", "off", "--checkpoint-every", 0, "--output",
     ]  # fmt: skip
-    proof, runs = tmp_path / "proof", (tmp_path / "one", tmp_path / "two")
+    runs = tmp_path / "one", tmp_path / "two"
     assert command(*arguments, runs[0]).code == 0
-    killed = run(sys.executable, KILL_AT, "step", 12, proof, *arguments, runs[1], env=HERE)
-    assert killed.code == -signal.SIGKILL, killed
-    again = command(*arguments, runs[1])
-    assert again.code == 0, again
+    kill_and_resume(tmp_path, "step", 12, *arguments, runs[1])
     assert_same_run(runs[1], runs[0])
 
 
@@ -171,7 +172,7 @@ def test_an_anchor_free_detector_ends_smaller_and_resumes_to_the_same_bytes(tmp_
         "--workers", 0, "--wandb", "off", "--checkpoint-every", 0, "--policy", "global",
         "--target", "params=0.6", "--output",
     ]  # fmt: skip
-    proof, runs = tmp_path / "proof", (tmp_path / "one", tmp_path / "two")
+    runs = tmp_path / "one", tmp_path / "two"
     done = command(*arguments, runs[0])
     assert done.code == 0, done
     summary = json.loads((runs[0] / "summary.json").read_text())
@@ -180,10 +181,7 @@ def test_an_anchor_free_detector_ends_smaller_and_resumes_to_the_same_bytes(tmp_
     assert base["valid_ap50"] > 0.8
     assert last["valid_ap50"] > base["valid_ap50"] - 0.02
     assert last["metrics"]["recall"] > 0.8
-    killed = run(sys.executable, KILL_AT, "step", 70, proof, *arguments, runs[1], env=HERE)
-    assert killed.code == -signal.SIGKILL, killed
-    again = command(*arguments, runs[1])
-    assert again.code == 0, again
+    kill_and_resume(tmp_path, "step", 70, *arguments, runs[1])
     assert_same_run(runs[1], runs[0])
 
 
@@ -196,12 +194,9 @@ DETECTION = (
 def test_a_killed_run_on_boxes_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     data = write_coco(tmp_path / "data", {"train": 17, "val": 6})
     arguments = *DETECTION, "--base-epochs", 2, "--data", data, "--output"
-    proof, runs = tmp_path / "proof", (tmp_path / "one", tmp_path / "two")
+    runs = tmp_path / "one", tmp_path / "two"
     assert command(*arguments, runs[0]).code == 0
-    killed = run(sys.executable, KILL_AT, "step", 12, proof, *arguments, runs[1], env=HERE)
-    assert killed.code == -signal.SIGKILL, killed
-    again = command(*arguments, runs[1])
-    assert again.code == 0, again
+    kill_and_resume(tmp_path, "step", 12, *arguments, runs[1])
     assert_same_run(runs[1], runs[0])
 
 
