@@ -16,8 +16,9 @@ import job
 from job.errors import DataError
 from job.slimming.planning.layer_channels import LayerChannels, compose
 from job.slimming.surgery.surgery import apply_plan
+from support.transformer import DIM, Transformer
 
-HEADS, WIDTH, DIM = 3, 8, 24
+HEADS, WIDTH = 3, 8
 IMAGE = torch.rand(1, 3, 16, 16)
 
 
@@ -75,25 +76,9 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-class Transformer(nn.Module):
-    """A patch embedding, two residual attentions, and a head; without norms."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, DIM, 4, 4)
-        self.blocks = nn.ModuleList(Attention(how) for _ in range(2))
-        self.head = nn.Linear(DIM, 5)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.embed(images).flatten(2).transpose(1, 2)
-        for attention in self.blocks:
-            x = x + attention(x)
-        return self.head(x.mean(1))
-
-
 def transformer(how: str) -> nn.Module:
     torch.manual_seed(0)
-    network = Transformer(how).eval().double()
+    network = Transformer(lambda: Attention(how)).eval().double()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.4)
     return network

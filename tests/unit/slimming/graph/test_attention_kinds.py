@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import job
 from job.slimming.graph.remedies import remedy_of
+from support.transformer import DIM, Transformer
 
-HEADS, WIDTH, DIM, TOKENS = 4, 8, 24, 9
+HEADS, WIDTH, TOKENS = 4, 8, 9
 IMAGE = torch.rand(1, 3, 12, 12, dtype=torch.float64)
 
 
@@ -116,25 +117,9 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
 
 
-class Transformer(nn.Module):
-    """A patch embedding, two residual attentions, and a head."""
-
-    def __init__(self, how: str, keys: int = HEADS) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, DIM, 4, 4)
-        self.blocks = nn.ModuleList(Attention(how, keys) for _ in range(2))
-        self.head = nn.Linear(DIM, 5)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.embed(images).flatten(2).transpose(1, 2)
-        for attention in self.blocks:
-            x = x + attention(x)
-        return self.head(x.mean(1))
-
-
 def transformer(how: str, keys: int = HEADS) -> nn.Module:
     torch.manual_seed(0)
-    network = Transformer(how, keys).eval().double()
+    network = Transformer(lambda: Attention(how, keys)).eval().double()
     for name, parameter in network.named_parameters():
         nn.init.normal_(parameter, float("norm" in name), std=0.4)
     return network
