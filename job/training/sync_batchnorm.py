@@ -1,16 +1,11 @@
-"""Synchronised BatchNorm over the global batch of all processes, on GPUs and CPUs.
-
-With one process a network keeps torch's BatchNorm: its batch is the global batch. On a CPU it
-trains with channels first in memory. With channels last torch's kernel adds up row after row in
-float32, and the sums of StudentNet's backward pass on images with flat backgrounds, which nearly
-cancel, leave weight gradients 9 to 12 % off those in float64 (torch 2.14, batches of 32); with
-channels first it sums in float64: 0.003 to 0.5 % off. Processor time of a step with channels
-first, against channels last with BatchNorm's inputs copied: StudentNet 34 ms against 30, MobileNet
-v2 82 against 104, ResNet-164 380 against 620.
+"""BatchNorm over the global batch of all processes, and accurate with channels last on a CPU.
 
 With several processes the statistics cover the batches of all ranks (Ioffe & Szegedy 2015,
 section 3). torch.nn.SyncBatchNorm supports GPUs only. On CPUs, and for subclasses with their own
 ``forward``, this module intercepts the calls of ``torch.nn.functional.batch_norm``.
+
+With one process a network keeps torch's BatchNorm: its batch is the global batch. The exception
+are many rows with channels last on a CPU: see ``batch_normalisation``.
 """
 
 from __future__ import annotations
@@ -26,8 +21,26 @@ from torch.overrides import TorchFunctionMode
 
 from job.distributed.collectives import total
 from job.processes import world_size
+from job.training.batch_normalisation import ROWS, normalise_batch
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def prepare_batch_norms(
+    network: nn.Module, device: torch.device, *, shared: bool, compiled: bool
+) -> torch.memory_format:
+    """Prepare the BatchNorms of ``network`` for training, in place; return its memory format.
+
+    If ``shared`` is true their statistics are those of the global batch. A network that is
+    ``compiled`` for a CPU keeps torch's, which are accurate with channels first.
+    """
+    if shared:
+        synchronised(network, device)
+    elif device.type == "cpu":
+        if compiled:
+            return torch.contiguous_format
+        accurate_with_channels_last(network)
+    return torch.channels_last
 
 
 def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
@@ -38,16 +51,27 @@ def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return network
-    norms: list[Any] = [m for m in network.modules() if isinstance(m, BatchNorm)]
-    for module in norms:
-        if isinstance(module, nn.SyncBatchNorm):
-            continue
+    for module in _batch_norms(network):
         if device.type == "cuda" and type(module).forward is BatchNorm.forward:
             module.__class__ = nn.SyncBatchNorm
             module.process_group = None
         else:
-            module.__class__ = _global_class(type(module))
+            module.__class__ = _intercepted(type(module), shared=True)
     return network
+
+
+def accurate_with_channels_last(network: nn.Module) -> None:
+    """Make every BatchNorm of ``network`` sum accurately with channels last on a CPU, in place.
+
+    The statistics remain those of this process.
+    """
+    for module in _batch_norms(network):
+        module.__class__ = _intercepted(type(module), shared=False)
+
+
+def _batch_norms(network: nn.Module) -> list[Any]:
+    norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
+    return [module for module in norms if not isinstance(module, nn.SyncBatchNorm)]
 
 
 def average_running_statistics(network: nn.Module) -> None:
@@ -61,15 +85,16 @@ def average_running_statistics(network: nn.Module) -> None:
                     total(buffer).div_(world_size())
 
 
-def _global_class(kind: Any) -> Any:
-    """Return a subclass of ``kind`` that normalises by the global batch in train mode."""
+def _intercepted(kind: Any, shared: bool) -> Any:
+    """Return a subclass of ``kind`` that normalises by ``normalise_batch`` in train mode."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return kind.forward(self, *args, **kwargs)
-        with _GlobalBatch() as calls:
+        with _Interception(shared) as calls:
             output = kind.forward(self, *args, **kwargs)
-        self.synchronised = calls.answered
+        if shared:
+            self.synchronised = calls.answered
         return output
 
     if "torch._dynamo" in sys.modules:  # the network may be compiled; this forward pass is not
@@ -86,10 +111,12 @@ def unsynchronised(network: nn.Module) -> list[str]:
     ]
 
 
-class _GlobalBatch(TorchFunctionMode):
-    """While active, torch.nn.functional.batch_norm uses the batches of all processes."""
+class _Interception(TorchFunctionMode):
+    """While active, torch.nn.functional.batch_norm is ``_batch_norm``."""
 
-    answered = False
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.shared, self.answered = shared, False
 
     def __torch_function__(
         self,
@@ -101,10 +128,11 @@ class _GlobalBatch(TorchFunctionMode):
         if func is not F.batch_norm:
             return func(*args, **(kwargs or {}))
         self.answered = True
-        return _batch_norm(*args, **(kwargs or {}))
+        return _batch_norm(self.shared, *args, **(kwargs or {}))
 
 
 def _batch_norm(
+    shared: bool,
     input: torch.Tensor,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
@@ -114,89 +142,34 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """Apply batch_norm to this rank's possibly empty part (B, C, …) of a global batch."""
-    if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    """Apply batch_norm to this rank's possibly empty part (B, C, …) of a global batch.
+
+    If ``shared`` is false, the batch is that of this rank.
+    """
+    if not training or not (shared or _inaccurate_in_torch(input)):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if input.is_cuda:
         group = dist.group.WORLD
         output: torch.Tensor = nn.modules._functions.SyncBatchNorm.apply(
             input, weight, bias, running_mean, running_var, eps, momentum, group, world_size()
         )
         return output
-    # in float32 at any precision: bfloat16 is too coarse for counts and means
-    with torch.autocast(input.device.type, enabled=False):
-        wide = input if input.dtype == torch.float64 else input.float()
-        output, mean, variance, count = _Normalise.apply(wide, weight, bias, eps)
-    if float(count) == 1:
+    output, mean, variance, count = normalise_batch(input, weight, bias, eps, shared)
+    if count == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.shape}"
         )
     with torch.no_grad():
-        unbiased = variance * (count / (count - 1).clamp_min(1)).to(variance.dtype)
+        unbiased = variance * (count / max(count - 1, 1))
         for buffer, value in ((running_mean, mean), (running_var, unbiased)):
             if buffer is not None:
                 buffer.lerp_(value.to(buffer.dtype), momentum)
-    return output.to(input.dtype)
+    return output
 
 
-class _Normalise(torch.autograd.Function):
-    """Compute centred / std * weight + bias; mean and std are over all processes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-    ) -> tuple[torch.Tensor, ...]:
-        rows = _rows(x)
-        count = total(x.new_tensor(float(len(rows)), dtype=torch.float64))
-        mean = total(rows.sum(0)) / count
-        mean = mean.to(rows.dtype)
-        # a second pass over the batch: E[x^2] - E[x]^2 loses precision
-        centred = rows - mean
-        variance = (total(centred.square().sum(0)) / count).to(rows.dtype)
-        scale = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(centred, weight, scale, count)
-        ctx.has_bias = bias is not None
-        ctx.mark_non_differentiable(mean, variance, count)
-        slope = scale if weight is None else scale * weight
-        # the output is not a view: a following ReLU may change it in place
-        output = _channels_last(x)
-        torch.mul(centred, slope, out=_rows(output))
-        if bias is not None:
-            _rows(output).add_(bias)
-        return output, mean, variance, count
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        centred, weight, scale, count = ctx.saved_tensors
-        rows = _rows(gradients[0])
-        bias_gradient = rows.sum(0)
-        weight_gradient = (rows * centred).sum(0) * scale
-        means = (total(torch.stack([bias_gradient, weight_gradient])) / count).to(rows.dtype)
-        slope = scale if weight is None else scale * weight
-        # slope * (gradient - mean(gradient) - normal * mean(gradient * normal))
-        inner = _channels_last(gradients[0])
-        torch.addcmul(-slope * means[0], centred, -slope * scale * means[1], out=_rows(inner))
-        _rows(inner).addcmul_(rows, slope)
-        # DDP averages the parameters' gradients over the processes
-        return (
-            inner,
-            None if weight is None else weight_gradient,
-            bias_gradient if ctx.has_bias else None,
-            None,
-        )
-
-
-def _rows(values: torch.Tensor) -> torch.Tensor:
-    """Reshape (B, C, …) to (B*…, C); a view if the channels are last in memory."""
-    return values.movedim(1, -1).reshape(-1, values.shape[1])
-
-
-def _channels_last(values: torch.Tensor) -> torch.Tensor:
-    """Return an empty tensor like ``values`` (B, C, …), channels last in memory."""
-    batch, channels, *sizes = values.shape
-    strides = torch.empty(batch, *sizes, channels, device="meta").movedim(-1, 1).stride()
-    return torch.empty_strided(values.shape, strides, dtype=values.dtype, device=values.device)
+def _inaccurate_in_torch(input: torch.Tensor) -> bool:
+    """Return whether torch adds up many rows of ``input`` (B, C, …): see batch_normalisation."""
+    if input.device.type != "cpu" or input.dim() != 4 or input.is_contiguous():
+        return False
+    many = len(input) * input[0, 0].numel() > 2 * ROWS
+    return many and input.is_contiguous(memory_format=torch.channels_last)

@@ -36,7 +36,7 @@ from job.training.position import Position, TrainingProgress
 from job.training.schedule import round_learning_rate
 from job.training.session import RoundSpec, RoundState, TrainingSession, Unattended
 from job.training.sparsity import apply_penalty
-from job.training.sync_batchnorm import average_running_statistics, synchronised
+from job.training.sync_batchnorm import average_running_statistics, prepare_batch_norms
 from job.training.trial import report_outputs
 
 if TYPE_CHECKING:
@@ -139,20 +139,16 @@ class TrainingRound:
         self.objective = trainer.objective
         self.sums = torch.zeros(self.objective.length, dtype=torch.float64, device=device)
         self.trained = copy.deepcopy(network).to(device)
-        shared = world_size() > 1 and self.config.batchnorm == "sync"
-        # on a CPU torch's BatchNorm is accurate with channels first only: see sync_batchnorm
-        last = shared or device.type == "cuda"
-        self.layout = torch.channels_last if last else torch.contiguous_format
-        self.trained.to(memory_format=self.layout)
         if handler := self.accelerator.ddp_handler:
             parts = self.trained, trainer.preprocessing.input_size
             handler.find_unused_parameters = self.objective.has_unused_parameters(*parts)
-        if shared:
-            synchronised(self.trained, device)
+        compiled = self.config.compile and spec.compiled
+        shared = world_size() > 1 and self.config.batchnorm == "sync"
+        self.layout = prepare_batch_norms(self.trained, device, shared=shared, compiled=compiled)
+        self.trained.to(memory_format=self.layout)
         # with fp16 the gradient scaler decides on each step
         fused = self.accelerator.mixed_precision != "fp16"
         sizes = part_sizes(trainer.sampler.sizes()[0], self.config.accumulate)
-        compiled = self.config.compile and spec.compiled
         run = CompiledNetwork(self.trained, sizes) if compiled else None
         self.prepared, self.optimizer = self.accelerator.prepare(
             self.objective.module(self.trained, run),

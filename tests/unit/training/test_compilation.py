@@ -53,7 +53,9 @@ def test_full_batches_are_compiled_once_a_round_and_the_weights_are_the_same(
     weights = []
     for chosen in (False, True):
         trained = copy.deepcopy(network)
-        trainer(tmp_path / str(chosen), compile=chosen, **options).fit(trained, RoundSpec(0, 2))
+        trainer(tmp_path / str(chosen), compile=chosen, optimizer="sgd", **options).fit(
+            trained, RoundSpec(0, 2)
+        )
         weights.append(trained.state_dict())
         assert compiler.sizes == (sizes if chosen else [])  # the last batch, of 10, is not compiled
     plain, compiled = weights

@@ -232,7 +232,7 @@ def test_gradients_are_those_of_float64(tmp_path: Path) -> None:
     training = trainer(tmp_path)
     round_ = TrainingRound(training, network, RoundSpec(0, 1), Unattended())
     ours = round_.trained.train()
-    assert [type(m) for m in ours.modules()] == [type(m) for m in network.modules()]
+    assert round_.layout == torch.channels_last
     images = images.contiguous(memory_format=round_.layout)
     F.cross_entropy(ours(images), labels).backward()
     for (name, mine), theirs in zip(ours.named_parameters(), exact.parameters(), strict=True):
