@@ -83,7 +83,7 @@ print([file for file in files if isinstance(file, str) and not os.path.exists(fi
 
 def test_programs_find_a_home_under_any_user(engine: Engine) -> None:
     home = "import getpass, pathlib; print(getpass.getuser(), pathlib.Path.home())"
-    cuda = "import torch, torchvision, wandb; print(torch.version.cuda)"
+    cuda = "import s3fs, torch, torchvision, wandb; print(torch.version.cuda)"
     script = "; ".join(f"python -c '{code}'" for code in (home, cuda, UNCOMPILED))
     out = shell(engine, f"id -u; {script}").split("\n")
     # every module is compiled: nobody could keep what Python compiles

@@ -58,7 +58,7 @@ def test_hadolint_finds_nothing() -> None:
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_the_requirements_are_what_the_project_asks_for(python: str) -> None:
     versions = pinned(python)
-    for text in PROJECT["dependencies"]:
+    for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["s3"]):
         requirement = Requirement(text)
         assert requirement.specifier.contains(versions[requirement.name]), text
     # the build needs no network for its backend
