@@ -64,6 +64,13 @@ def copied_urls() -> Iterator[tuple[str, str]]:
     yield from ((str(copy), url) for url, copy in _copies.items())
 
 
+def with_urls(text: str) -> str:
+    """Return ``text`` with URLs in place of the local copies that it names."""
+    for copy, url in copied_urls():
+        text = text.replace(copy, url.rstrip("/"))
+    return text
+
+
 def _beat(copy: Path) -> float | None:
     """Return the last heartbeat in a copy of a lock."""
     if copy.name != "lock.json":

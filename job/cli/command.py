@@ -101,7 +101,8 @@ class Command(click.Command):
         if not error.reported and _reports(error):
             if debug:
                 traceback.print_exception(error)
-            print_error(str(error))
+            copies = sys.modules.get("job.artifacts.stored_copy")  # if a URL was read
+            print_error(copies.with_urls(str(error)) if copies else str(error))
         if isinstance(error, StopRequest) and error.abrupt:
             _leave()
             exit_now(error.exit_code)

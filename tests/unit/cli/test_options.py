@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
@@ -98,3 +99,15 @@ def test_a_url_where_a_local_path_is_needed_is_refused_at_once(
     assert done.exit_code == 2
     assert "is a URL: " in done.stderr
     assert advice in done.stderr
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "folder", "a b/model.safetensors"])
+def test_an_error_names_the_url_that_was_given(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name if name.endswith("tensors") else tmp_path / name / "x.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("no weights")
+    url = f"file://{tmp_path}/{name}"
+    done = CliRunner().invoke(gammaslim, ["evaluate", url])
+    assert done.exit_code != 0
+    assert f"Error: {url} " in done.stderr
+    assert "/gammaslim-" not in done.stderr
