@@ -36,12 +36,16 @@ def common_score_name(histories: Sequence[History]) -> str:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the Pareto-optimal (cost, accuracy) pairs, by rising cost."""
-    front, best = [], -math.inf
+    """Return the indices of the Pareto-optimal (cost, accuracy) pairs, by rising cost.
+
+    Of equal pairs all are.
+    """
+    front: list[int] = []
+    best = (math.inf, -math.inf)
     for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if points[index][1] > best:
+        if points[index][1] > best[1] or points[index] == best:
             front.append(index)
-            best = points[index][1]
+            best = points[index]
     return front
 
 

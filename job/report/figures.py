@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MAX_NAMED_RUNS = 10  # in a legend; if there are more, points have numbers only
 MAX_NAMED_GROUPS = 5  # in a legend
+MAX_LETTERS = 24  # of the name of a run in a legend
 MAX_MARKED_POINTS = 60  # of a line; longer lines have no markers
 MIN_LOSS = 1e-9  # smaller losses are noise
 MIN_LOSS_SHARE = 1e-6  # lower end of the axis, relative to the highest loss
@@ -218,6 +219,11 @@ def gamma_chart(history: History) -> Chart | None:
     )
 
 
+def _cut(name: str) -> str:
+    """Return the first letters of a name, for a legend."""
+    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…"
+
+
 def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
     """Return the chart of accuracy by ``cost``, with a line per run and the Pareto front."""
     lines = []
@@ -238,7 +244,7 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
         chosen = history.best or history.rounds[-1]
         series.append(
             PlotSeries(
-                f"{number} {history.name[:24]}",
+                f"{number} {_cut(history.name)}",
                 tuple(point for _, point in points),
                 CYCLE[(number - 1) % len(CYCLE)],
                 MARKERS[(number - 1) % len(MARKERS)],
@@ -247,7 +253,7 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
             )
         )
     score = common_score_name(histories)
-    front = tuple(all_points[index] for index in pareto_front(all_points))
+    front = tuple(dict.fromkeys(all_points[index] for index in pareto_front(all_points)))
     series.append(PlotSeries("Pareto front", front, "black", "ring", ":", filled=False))
     return Chart(
         f"pareto-{cost}",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 WIDTH, LEFT, RIGHT, BOTTOM, PLOT = 380, 50, 10, 40, 200  # pixels at full size
 NAMES_HEIGHT = 74  # pixels below the axis, for its names
-LETTER = 5.9  # pixels; mean width of a letter
+LETTER = 6.6  # pixels; mean width of a letter of a wide font, such as DejaVu Sans
 ROW = 15  # pixels; height of a row of the legend
 MAX_HOVER_TEXTS = 200  # of a series
 DASHES = {"-": "", "--": "5 3", ":": "1.5 3", "-.": "6 3 1.5 3"}
