@@ -177,7 +177,7 @@ def _write(text: str | None, *, err: bool = False, event: Mapping[str, object] =
     line = text or ""
     if _Lines.as_json:
         content = {"time": round(time.time(), 3), **event}
-        line = json.dumps(content if text is None else content | {"text": text})
+        line = json.dumps(content if text is None else content | {"text": text.strip("\n")})
     with _line_erased():
         _echo(line, err=err)
 

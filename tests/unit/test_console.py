@@ -236,7 +236,7 @@ def test_a_json_log_has_an_object_a_line(clock: Clock, capsys: pytest.CaptureFix
     console.log_as_json(True)
     try:
         with console.run_progress(lambda: "about 12 min left", lambda: "facts"):
-            console.say("a\nb")
+            console.say("\na\nb")  # a blank line is for readers of a text log
             console.say("")
             console.say("rate 1.0000 epoch", event=True)
             console.say_event({"event": "epoch", "round": 1, "valid_acc": 0.5})
