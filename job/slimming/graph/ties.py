@@ -40,12 +40,12 @@ def tie_overlapping(union: ChannelUnion, roots: Ids) -> bool:
 
 def _distinct_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
     """Return the blocks, as roots, without duplicates and blocks of equal rows."""
-    blocks: dict[bytes, Ids] = {}
+    blocks: dict[tuple[int, bytes], Ids] = {}  # halves can have the bytes of thirds
     for block in union.blocks:
         rows = np.sort(roots[block], axis=1)
         if not (rows == rows[0]).all():
             rows = rows[np.lexsort(rows.T[::-1])]
-            blocks.setdefault(rows.tobytes(), rows)
+            blocks.setdefault((len(rows), rows.tobytes()), rows)
     return list(blocks.values())
 
 

@@ -101,6 +101,48 @@ def test_nested_parts_stay_equally_large(kind: type[Net]) -> None:
     assert {b.layer for b in plan.blocked} == {"head"}
 
 
+class Mixed(nn.Module):
+    """Depthwise kernels of several sizes for equal parts (Tan and Le 2019)."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        size = 24 // parts
+        self.each = [size] * parts
+        self.kernels = nn.ModuleList(
+            nn.Conv2d(size, size, 3 + 2 * part, padding=1 + part, groups=size)
+            for part in range(parts)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = x.split(self.each, 1)
+        return torch.cat([conv(part) for conv, part in zip(self.kernels, parts, strict=True)], 1)
+
+
+class MixedHalves(Net):
+    """Parts of one size, and halves of their results, as in MixNet."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+        super().__init__()
+
+    def build(self) -> None:
+        self.wide, self.mixed = block(12, 24, 1), Mixed(self.parts)
+        self.halves = nn.ModuleList([block(12, 8, 1), block(12, 4, 1)])
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.mixed(self.wide(x)).chunk(2, 1)
+        return torch.cat([self.halves[0](left), self.halves[1](right)], 1)
+
+
+@pytest.mark.parametrize("parts", [3, 4])
+def test_parts_of_two_sizes_stay_equally_large(parts: int) -> None:
+    torch.manual_seed(0)
+    narrow, plan = halve(randomise(MixedHalves(parts)), IMAGE)
+    assert [conv.in_channels for conv in narrow.mixed.kernels] == [12 // parts] * parts
+    assert [half[0].in_channels for half in narrow.halves] == [6, 6]
+    assert {b.layer for b in plan.blocked} == {"head"}
+
+
 class Steps(nn.Module):
     """Halves of an expansion; each step adds to the last part, and all are concatenated (C2f)."""
 
