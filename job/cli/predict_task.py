@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
     from job.cli.command_options import ModelOptions, PredictOptions
     from job.data.splits import FileSplit
+    from job.files import JsonObject
 
 STDOUT = "-"
 LARGEST_BATCH = 16  # images of a batch, which may be large
@@ -153,9 +154,9 @@ def boxes_json(
     Without a JSON file of the images, the id of an image is its place, ``file_name`` its name, and
     the category is the label of the network.
     """
-    results: list[dict[str, Any]] = []
+    results: list[JsonObject] = []
     for number in sorted(found):
-        image: dict[str, Any] = {"image_id": ids[number] if ids else number}
+        image: JsonObject = {"image_id": ids[number] if ids else number}
         if not ids:
             image["file_name"] = split.name(number)
         for box, label, score in found[number]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from job.artifacts.checkpoint import save_position
 from job.artifacts.json_records import to_json
@@ -273,9 +273,9 @@ class Session(TrainingSession):
         state.forecast = state.forecast.trained()
         if state.best_acc is None or result.valid_acc > state.best_acc:
             state.best_acc = result.valid_acc
-        say(epoch_line(model.card.width, result), event=True)
-        costs: dict[str, Any] = {"params": model.cost.params, "macs": model.cost.macs}
-        record = EpochRecord(**asdict(result), width=model.card.width, **costs)
+        width, cost = model.card.width, model.cost
+        say(epoch_line(width, result), event=True)
+        record = EpochRecord(**asdict(result), width=width, params=cost.params, macs=cost.macs)
         self.log(record)
         if self.tracker:
             self.tracker.log(lambda: epoch_event(record))

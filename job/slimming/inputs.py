@@ -109,7 +109,7 @@ def tensors_in(value: Any, within: tuple[int, ...] = ()) -> Iterator[torch.Tenso
             yield from tensors_in(part, (*within, id(value)))
 
 
-def fields_of(value: Any) -> dict[str, Any]:
+def fields_of(value: Any) -> dict[str, object]:
     """Return the attributes of a dataclass or an object of a user's class, by name.
 
     There are none for values of Python and torch, functions, types, and modules.

@@ -135,10 +135,10 @@ def _group_to_join(
     return next(of_vectors, number)
 
 
-def _cut_state(old: Optimizer, member: _Member) -> dict[str, Any]:
+def _cut_state(old: Optimizer, member: _Member) -> dict[str, object]:
     """Return the state of the parameter of ``member``; raises UsageError if it cannot be cut."""
     assert member.old is not None
-    state: dict[str, Any] = {}
+    state: dict[str, object] = {}
     for key, value in old.state[member.old].items():
         if isinstance(value, PLAIN_STATE):
             state[key] = value
@@ -172,7 +172,7 @@ def _initial_state(
     return dict(fresh.state)
 
 
-def _new_group(group: Mapping[str, Any], members: list[_Member]) -> dict[str, Any]:
+def _new_group(group: Mapping[str, Any], members: list[_Member]) -> dict[str, object]:
     new = {
         key: value.clone() if isinstance(value, torch.Tensor) else value
         for key, value in group.items()
@@ -184,7 +184,7 @@ def _new_group(group: Mapping[str, Any], members: list[_Member]) -> dict[str, An
     return new
 
 
-def _extra_attributes(old: Optimizer) -> dict[str, Any]:
+def _extra_attributes(old: Optimizer) -> dict[str, object]:
     """Return the attributes of ``old`` that torch's own optimizers do not have.
 
     Raises UsageError for something other than an optimizer, or one with attributes of unknown use.

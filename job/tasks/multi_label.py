@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from job.tasks.image_task import TaskOptions
+    from job.training.task import Metrics
 
 MULTI_LABEL = "multi-label"
 MULTI_LABEL_DATA = (
@@ -78,7 +79,7 @@ class MultiLabel:
         loss = F.binary_cross_entropy_with_logits(logits_of(outputs), targets, reduction="sum")
         return loss / targets.shape[1], len(targets)
 
-    def metrics(self, outputs: Any, targets: torch.Tensor) -> dict[str, Any]:
+    def metrics(self, outputs: Any, targets: torch.Tensor) -> Metrics:
         """Return F1 of each class, and the share of right answers of all classes."""
         predicted, true = logits_of(outputs).sigmoid() >= THRESHOLD, targets > 0
         both = 2 * (predicted & true).sum(0)

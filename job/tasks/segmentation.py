@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from job.data.preprocessing import Preprocessing
     from job.data.sample_order import Draw
     from job.tasks.image_task import TaskOptions
+    from job.training.task import Metrics
 
 SEGMENTATION = "segmentation"
 SEGMENTATION_DATA = (
@@ -93,7 +94,7 @@ class Segmentation:
             loss = loss + AUXILIARY_SHARE * auxiliary
         return loss, (targets != IGNORED).sum()
 
-    def metrics(self, outputs: Any, targets: torch.Tensor) -> dict[str, Any]:
+    def metrics(self, outputs: Any, targets: torch.Tensor) -> Metrics:
         """Return IoU of each class, and the share of pixels of the right class."""
         logits = logits_at(outputs, targets)
         classes = logits.shape[1]

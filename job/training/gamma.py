@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
@@ -28,6 +28,13 @@ class GammaHistogram:
     bins: tuple[int, ...]
 
 
+class GammaStatistics(TypedDict, total=False):
+    """Statistics of |γ|: its mean, and the share of small ones; empty for a network without γ."""
+
+    gamma_mean: float
+    gamma_small: float
+
+
 def gamma_layers(network: nn.Module) -> list[str]:
     """Return the names of the layers of ``network`` that have a γ: every affine BatchNorm."""
     return [
@@ -42,7 +49,7 @@ def gamma_parameters(network: nn.Module, layers: Iterable[str]) -> list[torch.Te
     return [network.get_submodule(name).get_parameter("weight") for name in layers]
 
 
-def gamma_statistics(gammas: Sequence[torch.Tensor]) -> dict[str, Any]:
+def gamma_statistics(gammas: Sequence[torch.Tensor]) -> GammaStatistics:
     """Return ``gamma_mean``, the mean of |γ|, and ``gamma_small``, the share of small ones.
 
     Empty for a network without γ.

@@ -13,14 +13,14 @@ class Shapes:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
 Number = Any  # a number, or a tensor with one for each class
+Metrics = Mapping[str, tuple[Number, Number]]  # the sum and the count of each metric by name
 
 
 class Task(Protocol):
@@ -55,7 +55,7 @@ class Task(Protocol):
         any number of processes.
         """
 
-    def metrics(self, outputs: Any, targets: Any) -> Mapping[str, tuple[Number, Number]]:
+    def metrics(self, outputs: Any, targets: Any) -> Metrics:
         """Return the sum and the count of each metric by name; the first one chooses models.
 
         A metric is the sum of its sums over that of its counts, over the whole split; with tensors,

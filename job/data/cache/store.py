@@ -13,7 +13,7 @@ import mmap
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -152,7 +152,7 @@ class StoredImages:
             return None
         return cls(path, np.frombuffer(content, "<i8").reshape(-1, COLUMNS))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         state = {"_map": None, "_touched": 0, "_shape": self._shape}
         return {"path": self.path, "index": self.index, **state}
 

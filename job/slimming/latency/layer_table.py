@@ -17,6 +17,7 @@ from job.slimming.latency.clock import time_call
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from job.files import JsonObject
     from job.slimming.latency.clock import Clock
     from job.slimming.latency.layer_shapes import LayerShape
 
@@ -53,7 +54,7 @@ class LayerTable:
         tile = self.tiles[axis]
         return min(math.ceil(channels / tile) * tile, (self.inputs, self.outputs)[axis][-1])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the table for JSON."""
         return {
             "inputs": list(self.inputs), "outputs": list(self.outputs),
