@@ -20,7 +20,7 @@ from job.data.preprocessing import Preprocessing
 from job.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from job.data.geometry import Channels
 
@@ -199,7 +199,7 @@ class SeededSampler:
 
 
 def detection_losses(
-    detector: Any, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]]
+    detector: Any, images: list[torch.Tensor], targets: Sequence[Mapping[str, Any]]
 ) -> tuple[torch.Tensor, Any]:
     """Return the detector's own losses, as their sum over a batch and the count to divide it by.
 

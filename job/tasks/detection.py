@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.tasks.coco import AnnotatedImage, Annotations
+    from job.tasks.detection_objective import DetectionTarget
     from job.tasks.image_task import TaskOptions
+
+    Sample = tuple[torch.Tensor, DetectionTarget]  # an image (3, H, W) uint8, and its target
 
 LEAST = 0.1  # pixels of a box within its image; torchvision refuses boxes without an area
 
@@ -66,7 +69,7 @@ class Detection:
         )
 
     @staticmethod
-    def collate(items: list[Any]) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    def collate(items: list[Sample]) -> tuple[list[torch.Tensor], list[DetectionTarget]]:
         """Return the images and targets of a batch as lists: images differ in size."""
         return [image for image, _ in items], [target for _, target in items]
 
@@ -99,7 +102,7 @@ class DetectionImages:
     def __len__(self) -> int:
         return len(self.split)
 
-    def sample(self, index: int, seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    def sample(self, index: int, seed: int) -> Sample:
         """Return an image (3, H, W) uint8 and its target; raises DataError or StorageError."""
         image, target = self.split.image(index), self.targets[index]
         before = image.size

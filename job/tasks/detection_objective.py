@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 
@@ -26,11 +26,32 @@ if TYPE_CHECKING:
 METRICS = ("map", "map50")  # at IoUs from 0.5 to 0.95, and at 0.5; the first chooses models
 
 
+class DetectionTarget(TypedDict):
+    """Target of an image: boxes (n, 4) in pixels, their labels (n,), and which are crowds (n,).
+
+    ``number`` is that of the image, and ``seed`` that of the samples of boxes in training.
+    """
+
+    boxes: torch.Tensor
+    labels: torch.Tensor
+    crowd: torch.Tensor
+    number: int
+    seed: int
+
+
+class DetectorOutputs(TypedDict):
+    """Losses of a batch, their sum and count, and the boxes found in each image in eval mode."""
+
+    loss: torch.Tensor
+    count: torch.Tensor | int
+    boxes: list[dict[str, torch.Tensor]]
+
+
 class ImagesAndTargets(NamedTuple):
     """Inputs of a detector in training: images (3, H, W) float32 in [0, 1], and their targets."""
 
     images: list[torch.Tensor]
-    targets: list[dict[str, Any]]
+    targets: list[DetectionTarget]
 
 
 class DetectorModule(torch.nn.Module):
@@ -43,7 +64,7 @@ class DetectorModule(torch.nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, inputs: ImagesAndTargets) -> dict[str, Any]:
+    def forward(self, inputs: ImagesAndTargets) -> DetectorOutputs:
         """Return ``loss``, ``count``, and in eval mode ``boxes``, of a batch."""
         images, targets = inputs
         trained = [_without_crowds(target) for target in targets]
@@ -125,10 +146,10 @@ def floats_in(outputs: Any) -> list[torch.Tensor]:
     return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
 
 
-def _without_crowds(target: dict[str, Any]) -> dict[str, Any]:
+def _without_crowds(target: DetectionTarget) -> DetectionTarget:
     """Return a target to train on: boxes of crowds are none of one object."""
     kept = ~target["crowd"]
-    return target | {name: target[name][kept] for name in ("boxes", "labels")}
+    return {**target, "boxes": target["boxes"][kept], "labels": target["labels"][kept]}
 
 
 def _arrays(*tensors: torch.Tensor) -> Any:
