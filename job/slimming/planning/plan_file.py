@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -23,8 +23,26 @@ if TYPE_CHECKING:
 
     from job.files import JsonObject
     from job.slimming.planning.layer_channels import Kept, Layers
+    from job.slimming.planning.overview import Sizes
 
 PLAN_FORMAT = 1
+
+
+class PlanFields(TypedDict):
+    """The fields of a Plan."""
+
+    policy: str
+    width: float
+    groups: Mapping[str, Kept]
+    layers: Layers
+    before: Cost | None
+    after: Cost | None
+    blocked: tuple[BlockedChannels, ...]
+    sizes: Mapping[str, Sizes]
+    method: str
+    example: Any
+    proof: Proof | None
+    latency: PlannedLatency | None
 
 
 def write_plan(path: str | Path, fields: Mapping[str, Any]) -> None:
@@ -39,7 +57,7 @@ def write_plan(path: str | Path, fields: Mapping[str, Any]) -> None:
     write_bytes(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
-def read_plan(path: str | Path) -> dict[str, Any]:
+def read_plan(path: str | Path) -> PlanFields:
     """Read the fields of a plan; raises InputNotFound, or DataError for another file."""
     file = _path_of(path)
     if not is_file(file):
@@ -84,23 +102,23 @@ def _blocked_record(blocked: BlockedChannels) -> list[str | int]:
     return [*record, blocked.place] if blocked.place else record
 
 
-def _fields_of(content: Any) -> dict[str, Any]:
+def _fields_of(content: Any) -> PlanFields:
     """Return the fields of a plan; raises DataError, or another error of a wrong value."""
     width = float(content["width"])
     if not (math.isfinite(width) and width > 0):
         raise DataError(f"a width of {width}")
-    fields: dict[str, Any] = {"width": width}
-    for key in ("policy", "method"):
-        if not isinstance(content[key], str):
-            raise DataError(f"the {key} is not a name")
-        fields[key] = content[key]
-    for key, kind in (("proof", Proof), ("latency", PlannedLatency)):
-        fields[key] = None if content[key] is None else kind(**content[key])
+    policy, method = (_name_of(content, key) for key in ("policy", "method"))
+    proof, latency = content["proof"], content["latency"]
     blocked = (
         BlockedChannels(str(name), int(count), str(why), "".join(map(str, place)))
         for name, count, why, *place in content["blocked"]
     )
-    return fields | {
+    return {
+        "policy": policy,
+        "method": method,
+        "width": width,
+        "proof": None if proof is None else Proof(**proof),
+        "latency": None if latency is None else PlannedLatency(**latency),
         "groups": {name: _indices(kept) for name, kept in content["groups"].items()},
         "layers": {n: LayerChannels.from_dict(values) for n, values in content["layers"].items()},
         "before": _cost_of(content["before"]),
@@ -109,6 +127,13 @@ def _fields_of(content: Any) -> dict[str, Any]:
         "sizes": {name: _sizes_of(sizes) for name, sizes in content["sizes"].items()},
         "example": _example_of(content["example"]),
     }
+
+
+def _name_of(content: Any, key: str) -> str:
+    name = content[key]
+    if not isinstance(name, str):
+        raise DataError(f"the {key} is not a name")
+    return name
 
 
 def _indices(kept: Any) -> Kept:
