@@ -13,7 +13,7 @@ from job.cli.model import open_model
 from job.console import counted, print_result, table
 from job.report.tables import layers_table
 from job.slimming.analysis import analyse
-from job.slimming.graph.remedies import explain
+from job.slimming.graph.reasons import explain
 from job.slimming.importance.criteria import gamma_importance
 from job.slimming.planning.base import full_group_sizes
 from job.slimming.planning.cost import example_image, layer_costs, network_cost

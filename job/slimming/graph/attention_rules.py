@@ -14,6 +14,17 @@ import torch
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes
 from job.slimming.graph.layers import owner_of
+from job.slimming.graph.reasons import (
+    COMPUTED_MASK,
+    DIFFERENT_AXES,
+    FIXED_QUERIES,
+    NEVER_CUT,
+    NOT_SUPPORTED,
+    OP_COUNT,
+    OTHER_HEADS,
+    OVER_VALUES,
+    SEPARATE_OR_FIXED,
+)
 from job.slimming.graph.union import ChannelRead, LayerCall, Operand
 
 if TYPE_CHECKING:
@@ -26,7 +37,7 @@ def matmul(state: PropagationState, op: Op) -> None:
     one, other = (op.args[0], op.args[1]) if len(op.args) > 1 else op.inputs[:2]
     dims = one.dim()
     if dims != other.dim() or dims < 3:
-        return state.give_up(op, f"{op.name} is not supported")
+        return state.give_up(op, NOT_SUPPORTED(op.name))
     summed = _depends(state, one, -1), _depends(state, other, -2)
     free = _depends(state, one, -2), _depends(state, other, -1)
     if all(summed) and not any(free):
@@ -34,17 +45,17 @@ def matmul(state: PropagationState, op: Op) -> None:
         assert labels is not None
         assert transposed is not None
         if not unite_products(state, op, labels, transposed.mT, _name_of_first(op)):
-            return state.give_up(op, f"{op.name} of channels along different axes")
+            return state.give_up(op, DIFFERENT_AXES(op.name))
         return None
     passing = one if free[0] else other
     labels = state.labels_of(passing)
     if any(summed) or sum(free) != 1 or labels is None:
-        return state.give_up(op, f"{op.name} with channels that are never cut")
+        return state.give_up(op, NEVER_CUT(op.name))
     heads = state.labels_of(other if passing is one else one)
     if heads is not None and not _unite_heads(state, heads, labels):
-        return state.give_up(op, f"{op.name} of channels along different axes")
+        return state.give_up(op, DIFFERENT_AXES(op.name))
     state.heads.attend(labels)
-    state.union.suspects.append((op.name, flat_ids(labels)))
+    state.union.suspects.append((OP_COUNT(op.name), flat_ids(labels)))
     return state.set_labels(op.result, labels)
 
 
@@ -52,23 +63,23 @@ def einsum(state: PropagationState, op: Op) -> None:
     """Products of queries with keys, and of weights with values, as equations."""
     sides = str(op.args[0]).replace(" ", "").replace("->", ",").split(",")
     if len(sides) != 3 or len(op.args) != 3 or "." in str(op.args[0]):
-        return state.give_up(op, "einsum is not supported")
+        return state.give_up(op, NOT_SUPPORTED("einsum"))
     first, second, result = sides
     labels = [state.labels_of(tensor) for tensor in op.args[1:]]
     batch, one, last = first[:-2], first[-2:-1], first[-1:]
     if second[:-2] == batch and second[-1] == last and result == batch + one + second[-2]:
         queries, keys = labels
         if queries is None or keys is None:
-            return state.give_up(op, "einsum with channels that are never cut")
+            return state.give_up(op, NEVER_CUT("einsum"))
         if unite_products(state, op, queries, keys, "operands"):
             return None
     elif second[:-1] == batch + last and result == batch + one + second[-1]:
         values = labels[1]
         if labels[0] is None and values is not None and values.shape[-2] == 1:
             state.heads.attend(values)
-            state.union.suspects.append((op.name, flat_ids(values)))
+            state.union.suspects.append((OP_COUNT(op.name), flat_ids(values)))
             return state.set_labels(op.result, values)
-    return state.give_up(op, "einsum is not supported")
+    return state.give_up(op, NOT_SUPPORTED("einsum"))
 
 
 def attention(state: PropagationState, op: Op) -> None:
@@ -79,14 +90,14 @@ def attention(state: PropagationState, op: Op) -> None:
     mask, scale = op.argument(3, "attn_mask"), op.kwargs.get("scale")
     labels, keys, passing = (state.labels_of(each) for each in (query, key, value))
     if mask is not None and state.labels_of(mask) is not None:
-        return state.give_up(op, f"{op.name} with a mask that is computed from channels")
+        return state.give_up(op, COMPUTED_MASK(op.name))
     if (labels is None) != (keys is None):
-        return state.give_up(op, f"{op.name} of queries or keys that are never cut")
+        return state.give_up(op, FIXED_QUERIES(op.name))
     if op.kwargs.get("enable_gqa"):
         keys, passing = (_of_each_query(op, each) for each in (keys, passing))
     if labels is not None:
         if keys is None or not unite_products(state, op, labels, keys, "query"):
-            return state.give_up(op, f"{op.name} of channels along different axes")
+            return state.give_up(op, DIFFERENT_AXES(op.name))
         ids = flat_ids(labels)
         if scale is None or state.heads.is_computed(op, float(scale), ids):
             state.heads.scaled.append(ids)
@@ -94,11 +105,11 @@ def attention(state: PropagationState, op: Op) -> None:
     if passing is None:
         return state.forget(op)
     if heads is not None and not _unite_heads(state, heads, passing):
-        return state.give_up(op, f"{op.name} of other heads")
+        return state.give_up(op, OTHER_HEADS(op.name))
     if set(label_axes(passing)) & {passing.dim() - 2}:
-        return state.give_up(op, f"{op.name} over channels of values")
+        return state.give_up(op, OVER_VALUES(op.name))
     state.heads.attend(passing)
-    state.union.suspects.append((op.name, flat_ids(passing)))
+    state.union.suspects.append((OP_COUNT(op.name), flat_ids(passing)))
     return state.set_labels(op.result, passing)
 
 
@@ -148,7 +159,7 @@ def multi_head_attention(state: PropagationState, op: Op) -> None:
     extra = [state.trace.name(t) for t in (op.argument(7, "bias_k"), op.argument(8, "bias_v"))]
     known = all(ids is not None and ids.any() for ids in inputs)
     if not known or None in names or module not in state.layers:
-        return state.give_up(op, f"{op.name} of separate weights or of inputs that are never cut")
+        return state.give_up(op, SEPARATE_OR_FIXED(op.name))
     stream, keys, values = (ids for ids in inputs if ids is not None)
     packed, out = f"{module}.weight", str(names[1])
     state.union.unite(stream, keys)
@@ -172,7 +183,7 @@ def multi_head_attention(state: PropagationState, op: Op) -> None:
     operands = [Operand(5, "in_proj_weight", 0, made[:, None])]
     operands += [] if bias is None else [Operand(6, "in_proj_bias", 0, made)]
     state.add_read(op, ChannelRead(op.name, tuple(operands), zeroed=True))
-    state.union.suspects.append((op.name, np.concatenate([stream, made])))
+    state.union.suspects.append((OP_COUNT(op.name), np.concatenate([stream, made])))
     _count_projections(state, op, str(names[0]), out)
     state.forget(op)
     result = op.results[0]

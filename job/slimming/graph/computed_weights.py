@@ -18,6 +18,7 @@ from job.slimming.graph.channel_labels import compact, flat_ids, label_axes, lab
 from job.slimming.graph.derived import RowStatistics
 from job.slimming.graph.followed_parameters import cut_parameter
 from job.slimming.graph.layers import owner_of
+from job.slimming.graph.reasons import COMPUTED_WEIGHT, OP_COUNT
 from job.slimming.graph.union import ChannelRead, Operand
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def end_computed(
         if source.name != name and source.indices.numel() > 1:
             labels = labels_along(produced, 0, weight.dim())
             if (on_axis := source.ids_on_axis(labels)) is None:
-                state.union.fix(produced, f"{op.name} with a computed weight")
+                state.union.fix(produced, COMPUTED_WEIGHT(op.name))
                 continue
             axis, of_rows, together = on_axis
             state.union.unite(*together)
@@ -139,7 +140,7 @@ def _add_read(state: PropagationState, each: RowStatistics, ids: Ids) -> None:
             axis if each.result_axis else None,
             each.call,
         )
-        state.union.suspects.append((each.name, read.operands[0].ids))
+        state.union.suspects.append((OP_COUNT(each.name), read.operands[0].ids))
         if state.main:
             state.union.reads.append(read)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
 from job.slimming.graph.layers import owner_of
+from job.slimming.graph.reasons import COMPUTED_BIAS
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def add_bias(state: PropagationState, op: Op, weight: str, ids: Ids) -> None:
     name = state.trace.name(bias)
     if name is None:
         if not follow_parameters(state, op, bias, labels_along(ids, 0, 1)):
-            state.union.fix(ids, f"{op.name} with a computed bias")
+            state.union.fix(ids, COMPUTED_BIAS(op.name))
         state.heads.biases[layer] = [source.name for source in state.derived.sources(bias)]
     elif owner_of(name) not in (layer, *state.twins.get(layer, ())) or layer not in state.layers:
         state.add_slot(name, "through", ids)

@@ -20,6 +20,16 @@ from job.slimming.graph.head_blocks import merge_head_blocks
 from job.slimming.graph.layer_rules import layer_rule
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.propagation import propagate_channels
+from job.slimming.graph.reasons import (
+    ADDED_TO_FIXED,
+    ALL_TOGETHER,
+    ASKED,
+    FIXED_PARTS,
+    OVERLAP,
+    TRAIN_MODE_FAILS,
+    UNBALANCED,
+    UNKNOWN_COUNT,
+)
 from job.slimming.graph.selection import batchnorms, unwrap_selection
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.ties import tie_overlapping
@@ -33,13 +43,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from job.slimming.graph.reasons import Reason
     from job.slimming.graph.trace import Trace
     from job.slimming.graph.union import ChannelSlot
     from job.slimming.inputs import Example
-
-DOUBT = "an op that is not supported"
-OVERLAP = "parts that must stay equally large overlap"
-FIXED_PARTS = "parts that must stay equally large have fixed channels"
 
 
 def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = ()) -> ChannelGraph:
@@ -61,8 +68,7 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
             traces.pop()
     union = propagate_channels(network, traces)
     if auxiliary and len(traces) == 1:
-        reason = f"{min(unused)} reads some of them in train mode, which fails"
-        union.fix(np.arange(union.count), reason)
+        union.fix(np.arange(union.count), TRAIN_MODE_FAILS(min(unused)))
     odd = len(traces) > 1
     union.doubtful |= custom or (odd and not unused)
     graph = _grouped(network, union)
@@ -75,7 +81,7 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
         for group in graph.groups
         if any(_within(layer, ignored) for layer, _ in group.slots)
     ]
-    return graph.without(asked, "asked to be ignored")
+    return graph.without(asked, ASKED())
 
 
 def _within(layer: str, names: tuple[str, ...]) -> bool:
@@ -131,9 +137,9 @@ def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:
         scaled=tuple(ScaledRows(layer, rows, numbers[ids]) for layer, rows, ids in union.scaled),
     )
     unbalanced = [group.name for group in groups if not _is_balanced(group, blocks)]
-    graph = graph.without(unbalanced, "only some of them must stay equally many in equal parts")
+    graph = graph.without(unbalanced, UNBALANCED())
     single = [group.name for group in groups if group.size == 1]
-    return graph.without(single, "all of its channels must be cut together")
+    return graph.without(single, ALL_TOGETHER())
 
 
 def _fixed_roots(union: ChannelUnion, roots: Ids) -> Ids:
@@ -158,15 +164,15 @@ def _balanced_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
         flat = rows.reshape(-1)
         if meeting or len(np.unique(flat)) < len(flat):
             for each in (block, *meeting):
-                union.fix(each.reshape(-1), OVERLAP)
+                union.fix(each.reshape(-1), OVERLAP())
         elif (rows == roots[FIXED]).any():
-            union.fix(block.reshape(-1), FIXED_PARTS)
+            union.fix(block.reshape(-1), FIXED_PARTS())
         else:
             balanced.append(rows)
     fixed = _fixed_roots(union, roots)
     for rows in balanced:  # a root that is fixed for another reason would unbalance them
         if fixed[rows].any():
-            union.fix(rows.reshape(-1), FIXED_PARTS)
+            union.fix(rows.reshape(-1), FIXED_PARTS())
     return balanced
 
 
@@ -220,16 +226,17 @@ def _is_balanced(group: ChannelGroup, blocks: Sequence[Ids]) -> bool:
 
 def _suspects(
     union: ChannelUnion, groups: Sequence[ChannelGroup], numbers: Ids, count: int
-) -> tuple[tuple[str, str, str], ...]:
+) -> tuple[tuple[str, Reason, str], ...]:
     """Return groups that may be misinterpreted, with the op that moves their channels."""
     names = np.zeros(count, object)
     for group in groups:
         names[group.channels] = group.name
     # an unsupported op may depend on the number of any channels
-    suspects = dict.fromkeys((group.name, DOUBT, "") for group in groups if union.doubtful)
+    doubt = UNKNOWN_COUNT()
+    suspects = dict.fromkeys((group.name, doubt, "") for group in groups if union.doubtful)
     suspects |= dict.fromkeys(
-        (str(name), what, place)
-        for (what, ids), place in zip(union.suspects, union.suspect_places, strict=True)
+        (str(name), reason, place)
+        for (reason, ids), place in zip(union.suspects, union.suspect_places, strict=True)
         for name in np.unique(names[numbers[ids][numbers[ids] != FIXED]].astype(str))
     )
     return tuple(suspects)
@@ -238,7 +245,7 @@ def _suspects(
 def _blocked(union: ChannelUnion, roots: Ids) -> tuple[BlockedChannels, ...]:
     """Return the layers whose output channels are fixed, with the first reason for each."""
     reasons = dict.fromkeys(reason for reason, _ in union.fixes)
-    reasons["added to channels that are never cut"] = None
+    reasons[ADDED_TO_FIXED()] = None
     order = {reason: number for number, reason in enumerate(reasons, 1)}
     why = np.zeros(union.count, np.int64)  # of a root: the number of its first reason
     why[roots[FIXED]] = len(order)
@@ -250,8 +257,9 @@ def _blocked(union: ChannelUnion, roots: Ids) -> tuple[BlockedChannels, ...]:
         BlockedChannels(
             layer,
             int((why[roots[ids]] == number).sum()),
-            reason,
+            reason.text,
             places[where[roots[ids]][why[roots[ids]] == number][0]],
+            reason.remedy,
         )
         for layer, ids in union.producers
         for reason, number in order.items()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.slimming.graph.remedies import explain, remedy_of
+from job.slimming.graph.reasons import explain
 from job.slimming.graph.trace_summary import NOTHING_TRACED, TraceSummary
 from job.slimming.graph.union import FIXED, ChannelSlot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from job.slimming.graph.reasons import Reason
     from job.slimming.graph.union import AttributeSize, ChannelRead, Ids, LayerCall, ScaledRows
 
 
@@ -42,17 +43,16 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class BlockedChannels:
-    """Output channels of ``layer`` that are not cut, the reason, and the line of code, if known."""
+    """Output channels of ``layer`` that are not cut, the reason, and the line of code, if known.
+
+    ``remedy`` is the change of the code that would free them; empty where there is none.
+    """
 
     layer: str
     channels: int
     reason: str
-    place: str = ""
-
-    @property
-    def remedy(self) -> str:
-        """The change of the code that would free them; empty where there is none."""
-        return remedy_of(self.reason)
+    place: str
+    remedy: str = field(repr=False)
 
     @property
     def explanation(self) -> str:
@@ -66,7 +66,7 @@ class ChannelGraph:
 
     Channels are numbered from 1 to ``count`` - 1. The ``ids`` of ``slots`` are these numbers, or 0
     for channels that are never cut; slots with equal ``ids`` share one array. ``suspects`` are
-    groups that may be misinterpreted, with the op that moves their channels and its line of code.
+    groups that may be misinterpreted, with the reason if they are and its line of code.
     ``auxiliary`` tells that some layers run only in train mode, ``odd`` that some op is not
     supported or that train mode runs other ops. ``forward`` summarises a forward pass in eval mode.
     ``reads`` are ops that compute over channels without a weight, ``sizes`` attributes that count
@@ -79,7 +79,7 @@ class ChannelGraph:
     slots: tuple[ChannelSlot, ...]
     count: int
     calls: tuple[LayerCall, ...]
-    suspects: tuple[tuple[str, str, str], ...] = ()
+    suspects: tuple[tuple[str, Reason, str], ...] = ()
     auxiliary: bool = False
     odd: bool = False
     forward: TraceSummary = NOTHING_TRACED
@@ -93,7 +93,7 @@ class ChannelGraph:
         """The number of channels of all groups."""
         return sum(group.size for group in self.groups)
 
-    def without(self, names: Iterable[str], reason: str, place: str = "") -> ChannelGraph:
+    def without(self, names: Iterable[str], reason: Reason, place: str = "") -> ChannelGraph:
         """Return the graph with the groups ``names`` blocked for ``reason``, at a line of code."""
         removed_names = set(names)
         removed = [group for group in self.groups if group.name in removed_names]
@@ -102,7 +102,13 @@ class ChannelGraph:
         numbers = np.arange(self.count)
         numbers[np.concatenate([group.channels for group in removed])] = FIXED
         blocked = tuple(
-            BlockedChannels(slot.layer, int(np.isin(slot.ids, group.channels).sum()), reason, place)
+            BlockedChannels(
+                slot.layer,
+                int(np.isin(slot.ids, group.channels).sum()),
+                reason.text,
+                place,
+                reason.remedy,
+            )
             for group in removed
             for slot in self.slots
             if slot.layer in group.layers and slot.side in ("out", "select")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes
+from job.slimming.graph.reasons import SCALE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 SCALINGS = frozenset(
     """mul mul_ multiply __mul__ __imul__ __rmul__ div div_ true_divide __truediv__
     __itruediv__""".split()
-)
-NOT_LINEAR = (
-    "the scale of attention depends on the number of channels, and what is before it is not linear"
 )
 
 
@@ -220,14 +218,14 @@ class Heads:
                 (slot.layer, slot.ids) for slot in slots if slot.layer in last and not slot.axis
             ]
             if not rows or not alone or after.count(after[-1]) > 1:
-                return union.fix(ids, NOT_LINEAR)
+                return union.fix(ids, SCALE())
         else:
             rows = [(layer, made) for layer, made in union.producers if np.isin(ids, made).any()]
             if len(rows) != 1 or not np.isin(ids, rows[0][1]).all():
-                return union.fix(ids, NOT_LINEAR)
+                return union.fix(ids, SCALE())
             biases = [slot for slot in slots if slot.layer in self.biases.get(rows[0][0], ())]
             if any(slot.axis is None and slot not in biases for slot in slots):  # not in a table
-                return union.fix(ids, NOT_LINEAR)
+                return union.fix(ids, SCALE())
             rows += [(slot.layer, slot.ids) for slot in biases]
         ids = np.unique(ids)
         for layer, made in rows:

@@ -25,16 +25,23 @@ from job.slimming.graph.layers import (
     owner_of,
 )
 from job.slimming.graph.norm_rules import group_norm, instance_norm, layer_norm
+from job.slimming.graph.reasons import (
+    COMPUTED_BY,
+    COMPUTED_OR_MIXED,
+    COMPUTED_WEIGHT_OR_MIXED,
+    CONSTANT,
+    SELECTION,
+)
 from job.slimming.graph.recurrent_rules import recurrent
 from job.slimming.graph.removed_layers import ConstantOutput
 from job.slimming.graph.selection import SelectedChannels
-from job.slimming.graph.streams import SELECTION
 from job.slimming.graph.union import ChannelSlot, Ids, Side
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from job.slimming.graph.propagation_state import PropagationState, Rule
+    from job.slimming.graph.reasons import Reason
     from job.slimming.graph.trace import Op
 
 STATISTICS = ("running_mean", "running_var", "weight", "bias")  # in the order of F.batch_norm
@@ -56,7 +63,7 @@ class LayerRule:
     sizes: Mapping[str, Side] = field(default_factory=dict)
 
 
-COMPUTED_BY = {  # attributes of layers, and the ways that their weights are computed in each pass
+COMPUTED_WAYS = {  # attributes of layers, and the ways that their weights are computed in each pass
     "parametrizations": "a parametrization",
     "weight_g": "weight_norm",
     "weight_u": "spectral_norm",
@@ -75,7 +82,7 @@ def convolution(state: PropagationState, op: Op) -> None:
     state.count_call(op, name)
     if ids is None or name is None:
         reason = _computed_weight(op) if name is None else None
-        return state.give_up(op, reason or "a convolution with a computed weight or mixed channels")
+        return state.give_up(op, reason or COMPUTED_WEIGHT_OR_MIXED("a convolution"))
     if groups == len(ids) and groups > 1:
         passed = np.repeat(ids, outputs // groups)
         state.add_slot(name, "through", passed, outputs // groups)
@@ -92,11 +99,11 @@ def convolution(state: PropagationState, op: Op) -> None:
     return state.set_ids(op.result, produced, 1)
 
 
-def _computed_weight(op: Op) -> str | None:
+def _computed_weight(op: Op) -> Reason | None:
     """Return why the weight of a layer is computed, or None where the way is not known."""
-    for attribute, way in COMPUTED_BY.items():
+    for attribute, way in COMPUTED_WAYS.items():
         if hasattr(op.module, attribute):
-            return f"a weight that is computed by {way}"
+            return COMPUTED_BY(way)
     return None
 
 
@@ -108,9 +115,7 @@ def transposed_convolution(state: PropagationState, op: Op) -> None:
     name = state.trace.name(weight)
     state.count_call(op, name)
     if ids is None or name is None or owner_of(name) not in state.layers:
-        return state.give_up(
-            op, "a transposed convolution with a computed weight or mixed channels"
-        )
+        return state.give_up(op, COMPUTED_WEIGHT_OR_MIXED("a transposed convolution"))
     if groups == len(ids) and groups > 1:
         passed = np.repeat(ids, weight.shape[1])
         state.add_slot(name, "through", passed, weight.shape[1])
@@ -133,9 +138,7 @@ def linear(state: PropagationState, op: Op) -> None:
     ids = state.ids_along(image, -1)
     if ids is None or name is None:
         reason = _computed_weight(op) if name is None else None
-        return state.give_up(
-            op, reason or "a linear layer with a computed weight or mixed channels"
-        )
+        return state.give_up(op, reason or COMPUTED_WEIGHT_OR_MIXED("a linear layer"))
     state.add_slot(name, "in", ids)
     produced = produce(state, op, name, weight.shape[0])
     return state.set_ids(op.result, produced, op.result.dim() - 1)
@@ -145,7 +148,7 @@ def constant(state: PropagationState, op: Op) -> None:
     """Produce the channels of a layer without inputs, whose output is its bias."""
     name = state.trace.name(op.argument(2, "bias"))
     if name is None:
-        return state.give_up(op, "a constant that is not a parameter")
+        return state.give_up(op, CONSTANT())
     produced = produce(state, op, f"{owner_of(name)}.weight", len(op.argument(2, "bias")))
     axis = op.result.dim() - 1 if op.argument(1, "geometry") is None else 1
     return state.set_ids(op.result, produced, axis)
@@ -164,7 +167,7 @@ def batch_norm(state: PropagationState, op: Op) -> None:
     if names:
         norms = all(isinstance(state.modules[layer], BATCHNORM) for layer in layers)
         if ids is None or None in names or not norms:
-            return state.give_up(op, "a BatchNorm with computed parameters or mixed channels")
+            return state.give_up(op, COMPUTED_OR_MIXED("a BatchNorm"))
         if (selecting := _selecting(state, op, layers)) is not None:
             return _select_channels(state, op, selecting, ids)
         for layer in layers:  # several, where they share some tensors
@@ -186,7 +189,7 @@ def _selecting(state: PropagationState, op: Op, layers: list[str]) -> str | None
 
 def _select_channels(state: PropagationState, op: Op, layer: str, ids: Ids) -> None:
     image = op.argument(0, "input")
-    state.fix(image, SELECTION)
+    state.fix(image, SELECTION())
     if layer not in state.selected:
         state.selected[layer] = state.union.produce(layer, len(ids))
         state.streams[layer] = ids

@@ -18,6 +18,7 @@ from job.slimming.graph.channel_labels import (
 )
 from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.heads import fixed_size
+from job.slimming.graph.reasons import DIFFERENT_CHANNELS, MIXES, NOT_SUPPORTED_HERE, OP_COUNT
 
 if TYPE_CHECKING:
     from job.slimming.graph.propagation_state import PropagationState
@@ -42,7 +43,7 @@ def cat(state: PropagationState, op: Op) -> None:
         return state.set_labels(op.result, labels)
     ends = {tuple(label_axes(part.narrow(axis, 0, 1))) for part in parts}
     if len(ends) > 1 or any(part.shape[axis] > 1 and part.stride(axis) for part in parts):
-        return state.give_up(op, "cat of different channels")
+        return state.give_up(op, DIFFERENT_CHANNELS())
     first = parts[0].narrow(axis, 0, 1)
     for part in parts[1:]:  # along another axis: channel by channel
         state.union.unite(flat_ids(first), flat_ids(part.narrow(axis, 0, 1)))
@@ -68,7 +69,7 @@ def reshape(state: PropagationState, op: Op) -> None:
     labels = state.labels_of(image)
     outcome = None if labels is None else reshape_labels(labels, image.shape, result.shape)
     if outcome is None:
-        return state.give_up(op, f"{op.name} that mixes channels")
+        return state.give_up(op, MIXES(op.name))
     labels, split = outcome
     maps = image.dim() == 2 and len(label_axes(labels)) > 2  # features become feature maps
     if split:  # (groups, channels per group): the same channels are kept in each group
@@ -85,7 +86,7 @@ def reshape(state: PropagationState, op: Op) -> None:
         labels = labels_along(lines[0], label_axes(labels)[0], labels.dim())
     _count_with_streams(state, op, labels)
     if split or not any_size:
-        state.union.suspects.append((op.name, flat_ids(labels)))
+        state.union.suspects.append((OP_COUNT(op.name), flat_ids(labels)))
     return state.set_labels(result, labels)
 
 
@@ -175,7 +176,7 @@ def _set_rearranged(
     splits: bool,
 ) -> None:
     if results is None:
-        return state.give_up(op, f"{op.name} is not supported here")
+        return state.give_up(op, NOT_SUPPORTED_HERE(op.name))
     sources = [labels for t in op.inputs if (labels := state.labels_of(t)) is not None]
     before = np.concatenate([flat_ids(labels) for labels in sources])
     sliced = len(sources) == 1
@@ -189,7 +190,7 @@ def _set_rearranged(
         after = flat_ids(labels)
         unmoved = np.array_equal(before, after) and not op.name.startswith("expand")
         if not (any_size or unmoved):
-            state.union.suspects += [(op.name, before), (op.name, after)]
+            state.union.suspects += [(OP_COUNT(op.name), ids) for ids in (before, after)]
             if sliced:
                 state.add_slice(before, after)
         state.set_labels(result, labels)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from job.slimming.graph.channel_labels import labels_along
 from job.slimming.graph.layers import owner_of
+from job.slimming.graph.reasons import COMPUTED_OR_MIXED, SEVERAL_OR_COMPUTED
 from job.slimming.graph.union import ChannelRead, Operand
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def instance_norm(state: PropagationState, op: Op) -> None:
     if labels is None:
         return state.forget(op)
     if ids is None or not _add_tensors(state, op, tensors, ids):
-        return state.give_up(op, "an InstanceNorm with computed parameters or mixed channels")
+        return state.give_up(op, COMPUTED_OR_MIXED("an InstanceNorm"))
     return state.set_labels(op.result, labels)
 
 
@@ -50,9 +51,7 @@ def layer_norm(state: PropagationState, op: Op) -> None:
         return state.set_labels(op.result, labels)  # of each head that stays
     ids = state.unite_lines(labels, axis)
     if ids is None or len(shape) != 1 or not _add_tensors(state, op, tensors, ids):
-        return state.give_up(
-            op, f"{op.name} over several axes or mixed channels, or with computed parameters"
-        )
+        return state.give_up(op, SEVERAL_OR_COMPUTED(op.name))
     operands = [Operand(0, "input", axis, ids)]
     operands += [
         Operand(place, name, 0, ids)
@@ -78,7 +77,7 @@ def group_norm(state: PropagationState, op: Op) -> None:
         return state.forget(op)
     ids = state.ids_along(image, 1)
     if ids is None or not _add_tensors(state, op, tensors, ids):
-        return state.give_up(op, "a GroupNorm with computed parameters or mixed channels")
+        return state.give_up(op, COMPUTED_OR_MIXED("a GroupNorm"))
     parts = ids.reshape(groups, -1)
     if groups > 1 and parts.shape[1] >= MIN_GROUP_CHANNELS:
         state.union.blocks.append(parts)

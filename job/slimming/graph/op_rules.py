@@ -23,6 +23,23 @@ from job.slimming.graph.channel_labels import (
 )
 from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.move_rules import cat, pad, pixel_shuffle, rearrange, reshape
+from job.slimming.graph.reasons import (
+    ACROSS_CHANNELS,
+    ALL_AXES,
+    BUFFER,
+    COMPUTED_PLACES,
+    COMPUTED_WEIGHT_OR_MIXED,
+    DIFFERENT_AXES,
+    MIXED,
+    NEVER_CUT,
+    NO_CHANNELS,
+    NOT_SUPPORTED,
+    ONE_WITH_SEVERAL,
+    OP_COUNT,
+    SEVERAL_AXES,
+    SEVERAL_INPUTS,
+    SLICE_ASSIGNMENT,
+)
 from job.slimming.graph.union import ChannelRead, Operand
 
 if TYPE_CHECKING:
@@ -37,11 +54,11 @@ def elementwise(state: PropagationState, op: Op) -> None:
     labels = state.labels_of(image)
     several = op.name not in LIKE and any(other.numel() > 1 for other in others)
     if labels is None or several:
-        return state.give_up(op, f"{op.name} of several activations is not supported")
+        return state.give_up(op, SEVERAL_INPUTS(op.name))
     for result in op.results:
         same = result.dim() == image.dim()
         if not same or any(result.shape[a] != image.shape[a] for a in label_axes(labels)):
-            return state.give_up(op, f"{op.name} across channels is not supported")
+            return state.give_up(op, ACROSS_CHANNELS(op.name))
         state.set_labels(result, labels)
     return None
 
@@ -56,7 +73,7 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
         return pairwise(state, op)
     labels, axes = state.labels_of(image), _axes_of(op, dim_at)
     if labels is None or axes is None or others:
-        return state.give_up(op, f"{op.name} over all axes is not supported")
+        return state.give_up(op, ALL_AXES(op.name))
     channel_axes = set(label_axes(labels))
     if channel_axes and axes >= channel_axes:
         ids = flat_ids(labels) if len(channel_axes) == 1 else None
@@ -86,7 +103,7 @@ def _across_channels(state: PropagationState, op: Op, ids: Ids | None, axis: int
     indices = [result for result in op.results[1:] if state.trace.is_read(result)]
     same_shape = op.results[0].shape == image.shape
     if ids is None or labels is None or indices or (same_shape and op.name != "normalize"):
-        return state.give_up(op, f"{op.name} across channels is not supported")
+        return state.give_up(op, ACROSS_CHANNELS(op.name))
     result_axis = axis if same_shape else None
     state.add_read(op, ChannelRead(op.name, (Operand(0, "input", axis, ids),), result_axis))
     if same_shape:
@@ -98,7 +115,7 @@ def neighbours(state: PropagationState, op: Op) -> None:
     """Keep the labels of LocalResponseNorm, which normalises over neighbouring kept channels."""
     ids, image = state.ids_along(op.inputs[0], 1), op.inputs[0]
     if ids is None:
-        return state.give_up(op, f"{op.name} of mixed channels")
+        return state.give_up(op, MIXED(op.name))
     state.add_read(op, ChannelRead(op.name, (Operand(0, "input", 1, ids),), 1))
     return state.set_labels(op.result, labels_along(ids, 1, image.dim()))
 
@@ -121,7 +138,7 @@ def glu(state: PropagationState, op: Op) -> None:
     if labels is not None and axis not in label_axes(labels):
         return state.set_labels(op.result, labels)
     if ids is None:
-        return state.give_up(op, "glu of channels along several axes")
+        return state.give_up(op, SEVERAL_AXES("glu"))
     half, gate = np.split(ids, 2)
     state.union.unite(half, gate)
     return state.set_labels(op.result, labels_along(half, axis, op.result.dim()))
@@ -136,7 +153,7 @@ def pairwise(state: PropagationState, op: Op) -> None:
         if labels is None:
             continue
         if labels.dim() > dims:
-            return state.give_up(op, f"{op.name} with a result without channels is not supported")
+            return state.give_up(op, NO_CHANNELS(op.name))
         if labels.dim() < dims:
             labels = labels.reshape([1] * (dims - labels.dim()) + list(labels.shape))
         if together is None:
@@ -144,15 +161,15 @@ def pairwise(state: PropagationState, op: Op) -> None:
             continue
         few, together = sorted((labels, together), key=lambda each: len(label_axes(each)))
         if not label_axes(few) and label_axes(together):  # one channel with all others
-            state.union.fix(flat_ids(few), f"{op.name} of one channel with several")
+            state.union.fix(flat_ids(few), ONE_WITH_SEVERAL(op.name))
             continue
         if not set(label_axes(few)) <= set(label_axes(together)):
-            return state.give_up(op, f"{op.name} of channels along different axes")
+            return state.give_up(op, DIFFERENT_AXES(op.name))
         state.union.unite(flat_ids(few.expand_as(together)), flat_ids(together))
     assert together is not None
     for tensor in tensors:
         if state.labels_of(tensor) is None and not _follows_cut(state, op, tensor, together):
-            return state.give_up(op, f"{op.name} with channels that are never cut")
+            return state.give_up(op, NEVER_CUT(op.name))
     return state.set_labels(op.results[0], together)
 
 
@@ -172,7 +189,7 @@ def prelu(state: PropagationState, op: Op) -> None:
     ids, labels = state.ids_along(image, 1), state.labels_of(image)
     name = state.trace.name(weight)
     if ids is None or labels is None or (weight.numel() > 1 and name is None):
-        return state.give_up(op, "a PReLU with a computed weight or mixed channels")
+        return state.give_up(op, COMPUTED_WEIGHT_OR_MIXED("a PReLU"))
     if weight.numel() > 1:
         state.add_slot(str(name), "through", ids)
     return state.set_labels(op.result, labels)
@@ -186,9 +203,9 @@ def matrix_of_train_mode(state: PropagationState, op: Op, *, side: Side) -> None
         return matmul(state, op)
     ids = None if state.labels_of(image) is None else state.ids_along(image, -1)
     if state.main or ids is None or name is None or matrix.dim() != 2:
-        return state.give_up(op, f"{op.name} is not supported")
+        return state.give_up(op, NOT_SUPPORTED(op.name))
     if side == "in" and name not in dict(state.network.named_parameters()):
-        return state.give_up(op, f"{op.name} with a buffer is not supported")
+        return state.give_up(op, BUFFER(op.name))
     state.add_slot(name, side, ids)
     return state.forget(op)
 
@@ -203,7 +220,7 @@ def sampled(state: PropagationState, op: Op) -> None:
     image, *places = op.inputs
     ids = state.ids_along(image, 1)
     if ids is None or any(state.labels_of(place) is not None for place in places):
-        return state.give_up(op, f"{op.name} at places that are computed from channels to cut")
+        return state.give_up(op, COMPUTED_PLACES(op.name))
     return state.set_labels(op.result, labels_along(ids, 1, op.result.dim()))
 
 
@@ -216,12 +233,12 @@ def write(state: PropagationState, op: Op) -> None:
     whole = isinstance(value, torch.Tensor) and value.dim() == target.dim() and not known
     of_samples = isinstance(index, torch.Tensor) and index.dim() == 1
     if labels is None or not (whole and of_samples) or 0 in label_axes(labels):
-        return state.give_up(op, "assignment to a slice is not supported")
+        return state.give_up(op, SLICE_ASSIGNMENT())
     if earlier is not None:
         if label_axes(earlier) != label_axes(labels):
-            return state.give_up(op, "assignment to a slice is not supported")
+            return state.give_up(op, SLICE_ASSIGNMENT())
         state.union.unite(flat_ids(earlier), flat_ids(labels))
-    state.union.suspects.append((op.name, flat_ids(labels)))
+    state.union.suspects.append((OP_COUNT(op.name), flat_ids(labels)))
     return state.set_labels(target, labels[:1])
 
 

@@ -20,6 +20,7 @@ from job.slimming.graph.layer_rules import LAYER_RULES, is_layer
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.op_rules import CONCATENATIONS, LIKE, MOVING, OP_RULES, POINTWISE
 from job.slimming.graph.propagation_state import PropagationState
+from job.slimming.graph.reasons import CODE_COUNT, NOT_SUPPORTED, OTHER_USE, OUTPUT, UNKNOWN_ORIGIN
 from job.slimming.graph.streams import outvoted_selectors
 from job.slimming.graph.union import FIXED
 
@@ -78,22 +79,22 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
     known = {*map(id, trace.inputs), *trace.names, *trace.constants}
     for op, shared in zip(trace.ops, _shared_results(trace), strict=True):
         if not known.issuperset(map(id, op.inputs)):
-            union.fix(np.arange(union.count), f"{op.name} of a tensor of unknown origin")
+            union.fix(np.arange(union.count), UNKNOWN_ORIGIN(op.name))
         _propagate_op(state, op, layer_ops, shared)
         union.end_op()
         known.update(map(id, op.results))
     union.place = ""
     for output in trace.outputs:
-        state.fix(output, "the network's output")
+        state.fix(output, OUTPUT())
         for source in state.derived.sources(output):
-            state.other_uses.setdefault(source.name, "the network's output")
+            state.other_uses.setdefault(source.name, OUTPUT.text)
     state.end_slices()
     for slot in union.slots:
         if slot.layer in state.other_uses:
-            union.fix(slot.ids, f"{state.other_uses[slot.layer]} uses its weight too")
+            union.fix(slot.ids, OTHER_USE(state.other_uses[slot.layer]))
     for tensor in trace.measured:
         if (labels := state.labels_of(tensor)) is not None:
-            union.suspects.append(("code that reads their number", flat_ids(labels)))
+            union.suspects.append((CODE_COUNT(), flat_ids(labels)))
 
 
 def _propagate_op(
@@ -114,7 +115,7 @@ def _propagate_op(
                     state.read_elsewhere(op, tensor)
         OP_RULES[op.name](state, op)
     else:
-        state.give_up(op, f"{op.name} is not supported")
+        state.give_up(op, NOT_SUPPORTED(op.name))
     for result in op.results:
         if (labels := state.labels_of(result)) is not None:
             state.heads.check(labels)

@@ -15,6 +15,7 @@ from job.slimming.graph.attribute_sizes import attribute_sizes
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
 from job.slimming.graph.heads import Heads
 from job.slimming.graph.layers import modules_of, owner_of
+from job.slimming.graph.reasons import OP_COUNT, PARAMETER_COUNT, TWO_AXES, UNEQUAL_SLICES
 from job.slimming.graph.trace import SIZED
 from job.slimming.graph.union import ChannelSlot, ChannelUnion, LayerCall
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.slimming.graph.derived import DerivedValues
+    from job.slimming.graph.reasons import Reason
     from job.slimming.graph.trace import Op, Trace
     from job.slimming.graph.union import ChannelRead, Ids, Side
 
@@ -137,13 +139,13 @@ class PropagationState:
         for result in op.results:
             self._labels.pop(id(result), None)
 
-    def fix(self, tensor: torch.Tensor, reason: str) -> None:
+    def fix(self, tensor: torch.Tensor, reason: Reason) -> None:
         """Block the channels that an activation comes from."""
         labels = self.labels_of(tensor)
         if labels is not None:
-            self.union.fix(flat_ids(labels), reason if self.main else f"{reason} (in train mode)")
+            self.union.fix(flat_ids(labels), reason if self.main else reason.in_train_mode())
 
-    def give_up(self, op: Op, reason: str) -> None:
+    def give_up(self, op: Op, reason: Reason) -> None:
         """Block all channels that an op uses, and those of weights behind its inputs."""
         self.union.doubtful = True
         for tensor in op.inputs:
@@ -165,14 +167,14 @@ class PropagationState:
         if (where, side) in self._slots:
             earlier = self._slots[where, side]
             if len(earlier.ids) != len(ids):
-                return self.union.fix(np.union1d(earlier.ids, ids), f"two axes of {where}")
+                return self.union.fix(np.union1d(earlier.ids, ids), TWO_AXES(where))
             return self.union.unite(earlier.ids, ids)
         for alike in (where, *self.twins.get(where, ())):
             slot = ChannelSlot(alike, side, ids, times, axis if bare else None)
             self._slots[alike, side] = slot
             self.union.slots.append(slot)
         if bare:
-            self.union.suspects.append((f"the parameter {where}", ids))
+            self.union.suspects.append((PARAMETER_COUNT(where), ids))
         return None
 
     def slot(self, name: str, side: Side) -> ChannelSlot | None:
@@ -191,7 +193,7 @@ class PropagationState:
 
     def add_read(self, op: Op, read: ChannelRead) -> None:
         """Note an op that computes over channels without a weight."""
-        self.union.suspects.append((op.name, read.operands[0].ids))
+        self.union.suspects.append((OP_COUNT(op.name), read.operands[0].ids))
         if self.main:
             self.union.reads.append(replace(read, call=self.call_number(op)))
 
@@ -238,7 +240,7 @@ class PropagationState:
         for channels, bounds in self._slices.values():
             size = int(np.gcd.reduce([len(channels), *bounds]))
             if size == 1:
-                self.union.fix(channels, "its slices have no common size")
+                self.union.fix(channels, UNEQUAL_SLICES())
             else:
                 self.union.blocks.append(channels.reshape(-1, size))
         self._slices.clear()

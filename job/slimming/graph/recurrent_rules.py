@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from job.slimming.graph.layers import owner_of
+from job.slimming.graph.reasons import OP_COUNT, PACKED_OR_MIXED
 
 if TYPE_CHECKING:
     from job.slimming.graph.propagation_state import PropagationState
@@ -18,8 +19,8 @@ def recurrent(state: PropagationState, op: Op) -> None:
     name = None if packed or not weights else state.trace.name(weights[0])
     ids = state.ids_along(image, -1)
     if ids is None or name is None or owner_of(name) not in state.layers:
-        return state.give_up(op, f"{op.name} of packed sequences or mixed channels")
+        return state.give_up(op, PACKED_OR_MIXED(op.name))
     if ids.any():
         state.add_slot(f"{owner_of(name)}.weight", "in", ids)
-        state.union.suspects.append((op.name, ids))
+        state.union.suspects.append((OP_COUNT(op.name), ids))
     return state.forget(op)

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from job.slimming.graph.reasons import SELECTION
 from job.slimming.graph.union import FIXED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from job.slimming.graph.union import ChannelUnion, Ids
-
-SELECTION = "channels are selected before each BatchNorm that reads them"
 
 
 def outvoted_selectors(union: ChannelUnion, streams: Mapping[str, Ids]) -> set[str]:
@@ -29,7 +28,7 @@ def outvoted_selectors(union: ChannelUnion, streams: Mapping[str, Ids]) -> set[s
     blocked = np.zeros(union.count, bool)
     blocked[roots[FIXED]] = True
     for reason, ids in union.fixes:
-        if reason != SELECTION:
+        if reason != SELECTION():
             blocked[roots[ids]] = True
     votes = np.zeros(union.count, np.int64)
     readers: dict[str, list[Ids]] = {}

@@ -8,9 +8,12 @@ never cut.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from job.slimming.graph.reasons import Reason
 
 Side = Literal["out", "in", "through", "select", "whole"]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -104,7 +107,7 @@ class ChannelUnion:
 
     ``producers`` are layers with the elements that they produce. The same number of elements must
     be kept in each row of an array (B, n) in ``blocks``. ``suspects`` are elements that may be
-    misinterpreted, with the op that moves them; ``fixes`` are elements that are never cut, with the
+    misinterpreted, with the reason if they are; ``fixes`` are elements that are never cut, with the
     reason. ``reads`` are ops that compute over channels without a weight. ``doubtful`` tells that
     some op is not supported. ``count`` includes the element FIXED.
     ``sizes`` are attributes that may count channels. ``heads`` are blocks of the heads of
@@ -116,8 +119,8 @@ class ChannelUnion:
     slots: list[ChannelSlot] = field(default_factory=list)
     producers: list[tuple[str, Ids]] = field(default_factory=list)
     blocks: list[Ids] = field(default_factory=list)
-    suspects: list[tuple[str, Ids]] = field(default_factory=list)
-    fixes: list[tuple[str, Ids]] = field(default_factory=list)
+    suspects: list[tuple[Reason, Ids]] = field(default_factory=list)
+    fixes: list[tuple[Reason, Ids]] = field(default_factory=list)
     calls: list[LayerCall] = field(default_factory=list)
     reads: list[ChannelRead] = field(default_factory=list)
     sizes: list[AttributeSize] = field(default_factory=list)
@@ -136,7 +139,7 @@ class ChannelUnion:
         if len(one):
             self.pairs.append((one, other))
 
-    def fix(self, ids: Ids, reason: str) -> None:
+    def fix(self, ids: Ids, reason: Reason) -> None:
         """Block elements, for ``reason``."""
         ids = np.unique(ids[ids != FIXED])
         if len(ids):

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 from job.slimming.graph.groups import BlockedChannels
 from job.slimming.graph.layer_rules import is_layer
 from job.slimming.graph.layers import SUMMING, is_depthwise, modules_of, owner_of
+from job.slimming.graph.reasons import COMPUTED_OR_SHARED, UNKNOWN_LAYER
 
 if TYPE_CHECKING:
     from torch import nn
 
     from job.slimming.graph.groups import ChannelGraph
-
-
-COMPUTED = "its weight is computed from others or shared, or no pass in eval mode uses it"
 
 
 def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[BlockedChannels, ...]:
@@ -33,10 +31,11 @@ def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[Blocked
         contains = any(True for _ in module.children())
         if not weights or contains or name in covered:
             continue
-        reason = f"layers of the kind {type(module).__name__} are not supported"
+        reason = UNKNOWN_LAYER(type(module).__name__)
         if is_layer(module):
             if not isinstance(module, SUMMING) or is_depthwise(module) or name in named:
                 continue
-            reason = COMPUTED
-        found.append(BlockedChannels(name or "the network", len(weights[0]), reason))
+            reason = COMPUTED_OR_SHARED()
+        blocked = name or "the network", len(weights[0]), reason.text, "", reason.remedy
+        found.append(BlockedChannels(*blocked))
     return tuple(found)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from job.slimming.graph.groups import BlockedChannels
+from job.slimming.graph.reasons import UNRANKED
 from job.slimming.planning.base import full_group_sizes
 from job.slimming.planning.cost_model import CostModel
 from job.slimming.planning.planner import Planner
 from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.ranked_groups import rank_groups
-from job.slimming.planning.search import UNRANKED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -93,9 +93,9 @@ def _ceil(value: float) -> int:
 
 def _block_unranked(graph: ChannelGraph, groups: Sequence[RankedGroup]) -> ChannelGraph:
     """Return ``graph`` with the channels of unranked groups listed as blocked."""
-    names = {r.group.name for r in groups}
+    names, reason = {r.group.name for r in groups}, UNRANKED()
     unranked = tuple(
-        BlockedChannels(layer, group.size, UNRANKED)
+        BlockedChannels(layer, group.size, reason.text, "", reason.remedy)
         for group in graph.groups
         if group.name not in names
         for layer in group.layers

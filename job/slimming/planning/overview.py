@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from job.console import table
-from job.slimming.graph.remedies import explain
+from job.slimming.graph.reasons import explain
 from job.slimming.planning.layer_channels import LayerChannels, removed_layers
 
 if TYPE_CHECKING:

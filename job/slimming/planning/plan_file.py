@@ -13,6 +13,7 @@ import torch
 from job.errors import DataError, InputNotFound, OutputError, UsageError, shown
 from job.files import is_file, read_json, write_bytes
 from job.slimming.graph.groups import BlockedChannels
+from job.slimming.graph.reasons import read_reason
 from job.slimming.inputs import kind_of
 from job.slimming.planning.cost import Cost
 from job.slimming.planning.layer_channels import LayerChannels
@@ -110,7 +111,7 @@ def _fields_of(content: Any) -> PlanFields:
     policy, method = (_name_of(content, key) for key in ("policy", "method"))
     proof, latency = content["proof"], content["latency"]
     blocked = (
-        BlockedChannels(str(name), int(count), str(why), "".join(map(str, place)))
+        _blocked_of(name, int(count), str(why), "".join(map(str, place)))
         for name, count, why, *place in content["blocked"]
     )
     return {
@@ -127,6 +128,11 @@ def _fields_of(content: Any) -> PlanFields:
         "sizes": {name: _sizes_of(sizes) for name, sizes in content["sizes"].items()},
         "example": _example_of(content["example"]),
     }
+
+
+def _blocked_of(name: object, channels: int, why: str, place: str) -> BlockedChannels:
+    reason = read_reason(why)
+    return BlockedChannels(str(name), channels, reason.text, place, reason.remedy)
 
 
 def _name_of(content: Any, key: str) -> str:

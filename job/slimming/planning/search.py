@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, TypeVar
 
 from job.errors import UsageError
+from job.slimming.graph.reasons import OUTPUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from job.slimming.planning.target import Budget
 
 Step = TypeVar("Step")
-OUTPUT, UNRANKED = "the network's output", "no importance ranks them"
 NOTHING = "no channel of this network can be cut"
 
 
@@ -92,7 +92,7 @@ def _main_obstacle(graph: ChannelGraph) -> str:
     """Describe why most channels are blocked, apart from the output, for a message."""
     count: Counter[str] = Counter()
     for blocked in graph.blocked:
-        count[blocked.reason] += blocked.channels * (blocked.reason != OUTPUT)
+        count[blocked.reason] += blocked.channels * (blocked.reason != OUTPUT.text)
     reason = next((reason for reason, channels in count.most_common(1) if channels), None)
     if reason is None:
         return ""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.errors import DataError, UsageError
+from job.slimming.graph.reasons import REARRANGED
 from job.slimming.planning.plan import layers_of
 from job.slimming.planning.ranked_groups import KeptChannels, rank_groups
 from job.slimming.surgery.probe import smallest_equivalent_input
@@ -38,15 +39,13 @@ def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Exampl
         example = smallest_equivalent_input(network, example, graph.forward.treatment)
     if _is_verified(network, graph, names, example):
         return graph
-    whys = {name: (what, place) for name, what, place in graph.suspects}
+    whys = {name: (reason, place) for name, reason, place in graph.suspects}
     for name in _wrong_suspects(network, graph, names, example):
-        what, place = whys[name]
-        reason = f"{what} works only for the current number of channels"
-        graph = graph.without([name], reason, place)
+        graph = graph.without([name], *whys[name])
     unblocked = {group.name for group in graph.groups}
     remaining = [name for name in names if name in unblocked]
     if remaining and not _is_verified(network, graph, remaining, example):
-        graph = graph.without(remaining, "rearranged in a way that is not supported")
+        graph = graph.without(remaining, REARRANGED())
     return graph
 
 

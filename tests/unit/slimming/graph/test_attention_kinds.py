@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import job
-from job.slimming.graph.remedies import remedy_of
 from support.transformer import DIM, Transformer
 
 HEADS, WIDTH, TOKENS = 4, 8, 9
@@ -158,9 +157,9 @@ def test_a_scale_after_a_norm_without_a_weight_is_blocked() -> None:
     for block in network.blocks:
         block.norms = nn.ModuleList(nn.LayerNorm(WIDTH, elementwise_affine=False) for _ in range(2))
     _, plan = job.slim(network, IMAGE, policy="uniform", target="width=0.5")
-    (reason,) = {b.reason for b in plan.blocked if b.layer == "blocks.0.query"}
-    assert "the scale of attention" in reason
-    assert "scale=self.scale" in remedy_of(reason)
+    (blocked,) = {b for b in plan.blocked if b.layer == "blocks.0.query"}
+    assert "the scale of attention" in blocked.reason
+    assert "scale=self.scale" in blocked.remedy
     assert widths(plan, "value") == {4}
 
 
