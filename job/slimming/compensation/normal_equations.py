@@ -47,8 +47,16 @@ class NormalEquations:
             return None
         if not bool(moments.scatter.isfinite().all()):
             raise DataError(f"the inputs of {name} on the calibration images are not finite")
-        ridge, _ = fit_held_out(fitted, held_out, ridge, constant=constant)
-        return regression(moments, ridge, constant=constant)
+        columns = moments.scatter.shape[1]
+        if 2 * moments.count > columns:
+            ridge, _ = fit_held_out(fitted, held_out, ridge, constant=constant)
+            return regression(moments, ridge, constant=constant)
+        basis = _basis(fitted, held_out)
+        few = [_projected(part, basis) for part in (fitted, held_out, moments)]
+        ridge *= basis.shape[2] / columns  # it is relative to the mean over fewer columns
+        ridge, _ = fit_held_out(few[0], few[1], ridge, constant=constant)
+        slopes, constants = regression(few[2], ridge, constant=constant)
+        return basis @ slopes, constants
 
 
 def fit_held_out(
@@ -91,6 +99,39 @@ def regression(moments: Moments, ridge: float, *, constant: bool) -> Solution:
     if not constant:
         return slopes, torch.zeros_like(outputs)
     return slopes, outputs - torch.einsum("gc,gco->go", inputs, slopes)
+
+
+def _basis(*parts: Moments) -> torch.Tensor:
+    """Return an orthonormal basis (G, columns, K) of the space of fewer rows than columns.
+
+    Solving in it gives the same ridge regression, in K**3 operations in place of columns**3. The
+    span of the rows is found by random projection (Halko et al. 2011, algorithm 4.1).
+    """
+    generator = torch.Generator().manual_seed(0)
+    vectors = []
+    for part in parts:
+        columns = part.scatter.shape[1]
+        size = columns, part.count
+        sketch = torch.randn(size, generator=generator, dtype=torch.float64)
+        vectors += [
+            part.scatter[:, :, :columns].to(sketch) @ sketch,
+            part.mean[:, :columns, None].to(sketch) * max(1, part.count),
+        ]
+    orthonormal: torch.Tensor = torch.linalg.qr(torch.cat(vectors, 2)).Q
+    return orthonormal
+
+
+def _projected(moments: Moments, basis: torch.Tensor) -> Moments:
+    """Return the moments of the rows with their first columns in ``basis``."""
+    columns = basis.shape[1]
+    scatter = basis.mT @ moments.scatter.to(basis)
+    inputs, outputs = scatter[:, :, :columns] @ basis, scatter[:, :, columns:]
+    means = torch.einsum("gc,gck->gk", moments.mean[:, :columns], basis)
+    return Moments(
+        moments.count,
+        torch.cat([means, moments.mean[:, columns:]], 1),
+        torch.cat([inputs, outputs], 2),
+    )
 
 
 def _squared_error(moments: Moments, solution: Solution) -> float:
