@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes
+from job.slimming.graph.cross_covariance import multiply_channels, sum_over_columns
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.reasons import (
     COMPUTED_MASK,
@@ -38,6 +39,8 @@ def matmul(state: PropagationState, op: Op) -> None:
     dims = one.dim()
     if dims != other.dim() or dims < 3:
         return state.give_up(op, NOT_SUPPORTED(op.name))
+    if (rows := state.rows.get(id(one))) is not None:
+        return sum_over_columns(state, op, rows)
     summed = _depends(state, one, -1), _depends(state, other, -2)
     free = _depends(state, one, -2), _depends(state, other, -1)
     if all(summed) and not any(free):
@@ -46,6 +49,8 @@ def matmul(state: PropagationState, op: Op) -> None:
         assert transposed is not None
         if not unite_products(state, op, labels, transposed.mT, _name_of_first(op)):
             return state.give_up(op, DIFFERENT_AXES(op.name))
+        return None
+    if all(free) and not any(summed) and multiply_channels(state, op):
         return None
     passing = one if free[0] else other
     labels = state.labels_of(passing)

@@ -21,6 +21,7 @@ from job.slimming.graph.channel_labels import (
     label_axes,
     labels_along,
 )
+from job.slimming.graph.cross_covariance import weight_columns
 from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.move_rules import cat, pad, pixel_shuffle, rearrange, reshape
 from job.slimming.graph.reasons import (
@@ -71,6 +72,8 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
     image, *others = op.inputs
     if len(others) == 1 and op.name in ("max", "min"):  # of two activations
         return pairwise(state, op)
+    if op.name == "softmax" and weight_columns(state, op):
+        return None
     labels, axes = state.labels_of(image), _axes_of(op, dim_at)
     if labels is None or axes is None or others:
         return state.give_up(op, ALL_AXES(op.name))

@@ -66,13 +66,14 @@ class PropagationState:
         self.parts: dict[tuple[str, int], Ids] = {}  # by name and axis of a parameter
         self._slices: dict[bytes, tuple[Ids, set[int]]] = {}  # bounds by sliced channels
         self._labels: dict[int, torch.Tensor] = {}  # by id of the activation
+        self.rows: dict[int, torch.Tensor] = {}  # of products of channels, by their id
         self._shared: set[int] = set()  # ids of activations used by several ops
 
     def begin(self, trace: Trace, derived: DerivedValues, *, main: bool) -> None:
         """Continue with another trace of the same network."""
         self.trace, self.derived, self.main = trace, derived, main
         self._calls: Counter[str] = Counter()
-        self._labels, self._shared = {}, set()
+        self._labels, self._shared, self.rows = {}, set(), {}
         self.heads.begin_trace()
 
     def begin_op(self, op: Op, inputs: Collection[torch.Tensor], *, result_shared: bool) -> None:

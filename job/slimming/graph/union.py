@@ -67,8 +67,8 @@ class ChannelRead:
     It is call number ``call`` of the op ``name`` in eval mode. Its result has the channels of the
     first operand along ``result_axis``; None where it has none. The wide network without the
     removed channels is one where this op is computed from the other channels alone. Of a read that
-    is ``zeroed`` the operands are zero for removed channels instead; their elements have the axes
-    of the operands.
+    is ``zeroed`` the operands are zero for removed channels instead, or those of a softmax so low
+    that its weights are zero; their elements have the axes of the operands.
     """
 
     name: str

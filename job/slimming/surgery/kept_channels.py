@@ -70,7 +70,12 @@ class KeptChannelsOnly(TorchFunctionMode):
     ) -> Any:
         if read.zeroed:
             for operand in read.operands:
-                value = _get(args, kwargs, operand) * torch.from_numpy(self.keep[operand.ids])
+                value = _get(args, kwargs, operand)
+                kept = torch.from_numpy(self.keep[operand.ids])
+                if read.name == "softmax":
+                    value = value.masked_fill(~kept, torch.finfo(value.dtype).min)
+                else:
+                    value = value * kept
                 _set(args, kwargs, operand.position, operand.name, value)
             return func(*args, **kwargs)
         kept = torch.from_numpy(self.keep[read.operands[0].ids].nonzero()[0])

@@ -1,0 +1,119 @@
+"""Cross-covariance attention, whose weights are products of channels with channels."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import job
+from support.transformer import DIM, Transformer
+
+HEADS = 4
+IMAGE = torch.rand(1, 3, 12, 12, dtype=torch.float64)
+
+
+class CrossCovariance(nn.Module):
+    """Each query channel is a mean of value channels (El-Nouby et al. 2021).
+
+    ``allowed`` (heads, channels) are the columns of the weights that take part, all by default.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.allowed = how, None
+        inner = DIM if how == "stream" else HEADS * 8
+        self.query, self.key, self.value = (nn.Linear(DIM, inner) for _ in range(3))
+        self.temperature = nn.Parameter(torch.full((HEADS, 1, 1), 3.0))
+        self.proj = nn.Linear(inner, DIM)
+
+    def weights(self, scores: torch.Tensor) -> torch.Tensor:
+        linear = self.how == "linear"
+        if self.allowed is not None:
+            scores = scores.masked_fill(~self.allowed[:, None], 0 if linear else -torch.inf)
+        if linear:
+            return scores
+        return scores.softmax(-2 if self.how == "softmax of rows" else -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        samples, tokens, channels = x.shape
+        width = channels // HEADS if self.how == "stream" else -1
+        layers = self.query, self.key, self.value
+        q, k, v = (
+            layer(x).view(samples, tokens, HEADS, width).permute(0, 2, 3, 1) for layer in layers
+        )
+        if self.how == "rows of keys":
+            q, k, v = k, v, q
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.temperature
+        weights = self.weights(scores)
+        y = (weights.mT if self.how == "transposed" else weights) @ v
+        y = y.permute(0, 3, 1, 2).reshape(samples, tokens, -1)
+        return self.proj(y)
+
+
+def cut(how: str) -> tuple[nn.Module, nn.Module, Any]:
+    torch.manual_seed(0)
+    network = Transformer(lambda: CrossCovariance(how)).eval().double()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    options: dict[str, Any] = {"policy": "uniform", "importance": "l2", "min_keep": 0}
+    narrow, plan = job.slim(network, IMAGE, target="width=0.5", **options)
+    assert plan.proof.error <= 1e-12
+    narrow.train()(IMAGE.repeat(3, 1, 1, 1)).sum().backward()
+    return network, narrow.eval(), plan
+
+
+def of_kept_columns(network: nn.Module, plan: Any, rows: str, columns: str) -> nn.Module:
+    """The wide network whose weights have the kept columns, and whose sums the kept channels."""
+    masked = copy.deepcopy(network)
+
+    def kept(layer: str, count: int) -> torch.Tensor:
+        mask = torch.zeros(count, dtype=torch.bool)
+        out = plan.layers[layer].out if layer in plan.layers else None
+        mask[list(range(count) if out is None else out)] = True
+        return mask
+
+    stream = kept("embed", DIM)
+    with torch.no_grad():
+        masked.head.weight[:, ~stream] = 0
+        for number, block in enumerate(masked.blocks):
+            inner = len(block.query.weight)
+            for layer in (block.query, block.key, block.value):
+                layer.weight[:, ~stream] = 0
+            block.proj.weight[:, ~kept(f"blocks.{number}.{rows}", inner)] = 0
+            block.allowed = kept(f"blocks.{number}.{columns}", inner).view(HEADS, -1)
+    return masked
+
+
+@pytest.mark.parametrize("how", ["stream", "open", "linear", "rows of keys"])
+def test_rows_and_columns_of_the_weights_are_cut(how: str) -> None:
+    network, narrow, plan = cut(how)
+    assert {blocked.layer for blocked in plan.blocked} == {"head"}
+    rows, columns = ("key", "value") if how == "rows of keys" else ("query", "key")
+    other = "query" if how == "rows of keys" else "value"  # summed over with the columns
+    layers = {name: plan.layers[f"blocks.0.{name}"].out for name in (rows, columns, other)}
+    width = len(network.blocks[0].query.weight) // HEADS
+    for channels in layers.values():
+        assert [sum(c // width == head for c in channels) for head in range(HEADS)] == [
+            width // 2
+        ] * HEADS
+    assert layers[columns] == layers[other] != layers[rows]
+    images = torch.rand(4, 3, 12, 12, dtype=torch.float64)
+    with torch.no_grad():
+        expected = of_kept_columns(network, plan, rows, columns)(images)
+        torch.testing.assert_close(narrow(images), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("how", "names"), [("softmax of rows", "query"), ("transposed", "query key value")]
+)
+def test_weights_that_are_used_in_another_way_are_blocked(how: str, names: str) -> None:
+    _, _, plan = cut(how)
+    blocked = {b.layer: b.reason for b in plan.blocked}
+    expected = {f"blocks.{number}.{name}" for name in names.split() for number in range(2)}
+    assert blocked.keys() == {"head"} | expected
+    assert "matmul" in blocked["blocks.0.query"]
