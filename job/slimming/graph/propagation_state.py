@@ -201,8 +201,9 @@ class PropagationState:
     def note_sizes(self, op: Op, results: Sequence[torch.Tensor]) -> None:
         """Note the attributes that count the channels of an op that moves them."""
         module, before = self._module_names.get(id(op.module)), self.labels_of(op.inputs[0])
-        known = module in self.layers  # whose attributes follow its tensors
-        if self.main and module and not known and before is not None and op.name in SIZED:
+        if module is None or module in self.layers:  # a layer's attributes follow its tensors
+            return
+        if self.main and before is not None and op.name in SIZED:
             self.union.sizes += attribute_sizes(op, module, before, results)
 
     def read_elsewhere(self, op: Op, tensor: torch.Tensor) -> None:
