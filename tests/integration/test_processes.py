@@ -9,35 +9,20 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from support.commands import HOMEWORK_CUT, ROOT, gammaslim, run
+from support.commands import HOMEWORK_CUT, TESTS, gammaslim, run
 from support.datasets import write_flat, write_noise_idx
 from support.interrupted_runs import TORCHRUN
 
-WORKERS = ROOT / "tests" / "support" / "workers"
-SMOOTH = """
-from torch import nn
-from job.models.student import StudentNet
-
-def student(num_classes):
-    network = StudentNet(num_classes=num_classes)
-    for part in list(network.modules()):
-        for name, child in part.named_children():
-            if isinstance(child, nn.ReLU6):
-                setattr(part, name, nn.Softplus())
-            elif isinstance(child, nn.MaxPool2d):
-                setattr(part, name, nn.AvgPool2d(2))
-    return network
-"""
+WORKERS = TESTS / "support" / "workers"
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
 
 def options(data: Path, output: Path) -> tuple[object, ...]:
-    (data.parent / "smooth.py").write_text(SMOOTH)
     # 90 images in batches of 16: the last has 10; 31 for validation: odd
     return (
         "prune", "--data", data, "--output", output, "--base-epochs", 2, "--rounds", 1,
         "--epochs", 1, "--batch-size", 16, "--optimizer", "sgd", "--lr", "0.001",
-        "--wandb", "off", "--model", "smooth:student", *HOMEWORK_CUT,
+        "--wandb", "off", "--model", "support.smooth:student", *HOMEWORK_CUT,
     )  # fmt: skip
 
 
@@ -58,7 +43,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("alone") / "run"
-    done = gammaslim(*options(noise, output), cwd=noise.parent)
+    done = gammaslim(*options(noise, output), cwd=TESTS)
     assert done.code == 0, done
     return output
 
@@ -84,7 +69,7 @@ def test_the_same_accuracies_and_weights_as_one_process(
     of a bias in front of a BatchNorm is rounding noise.
     """
     output = tmp_path / "run"
-    done = run(*launcher, "-m", "job", *options(noise, output), cwd=noise.parent)
+    done = run(*launcher, "-m", "job", *options(noise, output), cwd=TESTS)
     assert done.code == 0, done
     world = 3 if launcher[-1] == 3 else 2
     assert f"{world} processes" in done.out
@@ -110,7 +95,7 @@ def test_parts_of_a_batch_are_the_same_over_processes(tmp_path: Path) -> None:
     data = write_noise_idx(tmp_path / "idx", 64, 8)
     more = ("--batch-size", 16, "--accumulate", 2, "--rounds", 0)
     for name, launcher in (("one", ()), ("two", ("launch", "--nproc", 2, "--"))):
-        done = gammaslim(*launcher, *options(data, tmp_path / name), *more, cwd=tmp_path)
+        done = gammaslim(*launcher, *options(data, tmp_path / name), *more, cwd=TESTS)
         assert done.code == 0, done
     one, two = (
         load_file(tmp_path / name / "rounds" / "00" / "model.safetensors")

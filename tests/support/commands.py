@@ -10,6 +10,7 @@ from pathlib import Path
 from support.programs import forkable, run_forked
 
 ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"  # where support.smooth can be imported
 
 
 # where several processes are compared, whose rounding least squares would magnify
