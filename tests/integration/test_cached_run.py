@@ -69,6 +69,7 @@ def test_weights_are_the_same_with_and_without_a_cache(
     assert len(list(scratch.glob("*/*.images"))) == 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["ram", "disk"])
 def test_two_processes_build_and_share_it(tmp_path: Path, data: Path, mode: str) -> None:
     for name in ("off", mode):

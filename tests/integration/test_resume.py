@@ -312,6 +312,7 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(noise: Path, tmp_path
     assert {p: p.read_bytes() for p in before} == before
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(
     noise: Path, undisturbed: Path, tmp_path: Path, first: int, then: int
@@ -346,6 +347,7 @@ def recorded(path: Path) -> dict[tuple[int, int], list[str]]:
     return {key: sorted(hashes) for key, hashes in batches.items()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_global_batches_do_not_depend_on_processes_workers_and_interruptions(
     tmp_path: Path, first: int, then: int
