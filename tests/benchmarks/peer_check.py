@@ -2,7 +2,8 @@
 
 The narrow network is compared with a wide one in which the removed channels are zero: the rows of
 the layers that produce them, with γ and β of their norms, and the columns of the layers that read
-them. Norms over channels are computed from the channels that are left.
+them. Norms over channels are computed from the channels that are left, and so are softmaxes over
+channels: their columns that are zero in every row are left out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def outputs64(network: nn.Module, run: Run, images: torch.Tensor) -> list[torch.
     """Outputs of a copy in float64."""
     with torch.no_grad():
         twin = copy.deepcopy(network).double().eval()
-        return [t for t in tensors_in(run(twin, images.double())) if t.is_floating_point()]
+        with _SoftmaxOfKept():
+            outputs = run(twin, images.double())
+        return [t for t in tensors_in(outputs) if t.is_floating_point()]
 
 
 def without_channels(network: nn.Module, layers: Layers) -> nn.Module:
@@ -110,6 +113,21 @@ class _OverKept(TorchFunctionMode):
         else:
             left = F.layer_norm(left, (len(kept),), weight, bias, given.get("eps", 1e-5))
         return torch.zeros_like(values).index_copy(axis, torch.tensor(kept), left)
+
+
+class _SoftmaxOfKept(TorchFunctionMode):
+    """Leave columns that are zero in every row out of a softmax over the last axis."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (F.softmax, torch.softmax, torch.Tensor.softmax):
+            given = dict(zip(("input", "dim"), args, strict=False)) | (kwargs or {})
+            scores = given["input"]
+            if given.get("dim") in (-1, scores.dim() - 1) and scores.dim() > 2:
+                dead = (scores == 0).all(-2, keepdim=True)
+                args = (scores.masked_fill(dead, -torch.inf), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def difference(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
