@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.slimming.graph.groups import ChannelGraph, ChannelGroup
+    from job.slimming.graph.union import Ids
     from job.slimming.importance.scores import Scores
 
 
@@ -28,34 +29,42 @@ def rank_without_batchnorm(
     scores: Scores,
     norms_of_weights: Callable[[nn.Module, ChannelGraph], Scores],
 ) -> Scores:
-    """Return ``scores`` (count,) with those of the groups that no BatchNorm ranks, where nan.
+    """Return ``scores`` (count,) with those of the parts that no BatchNorm ranks, where nan.
 
-    The mean of such a group is that of all channels with a score, or 1 where no channel has one.
+    Parts are groups, and blocks of a group that lose the same number of channels each. The mean of
+    such a part is that of all channels with a score, or 1 where no channel has one.
     ``norms_of_weights`` gives the L2 norms (count,) of the weights that produce each channel.
     """
-    unranked = [
-        group
-        for group in graph.groups
-        if not group.norms and np.isnan(scores[group.channels]).any()
-    ]
+    unranked = [part for group in graph.groups for part in _unranked_parts(group, scores)]
     if not unranked:
         return scores
     ranked = scores[np.concatenate([np.zeros(0, np.int64), *(g.channels for g in graph.groups)])]
     ranked = ranked[np.isfinite(ranked)]
     scale, gammas = ranked.mean() if len(ranked) else 1.0, _other_gammas(network, graph)
     scores, weights = scores.copy(), norms_of_weights(network, graph)
-    for group in unranked:
-        scores[group.channels] = scale * _relative(group, gammas, weights)
+    for channels in unranked:
+        scores[channels] = scale * _relative(gammas[channels], weights[channels])
     return scores
 
 
-def _relative(group: ChannelGroup, gammas: Scores, weights: Scores) -> Scores:
-    """Return the scores of a group's channels relative to their mean."""
-    for values in (gammas[group.channels], weights[group.channels]):
+def _unranked_parts(group: ChannelGroup, scores: Scores) -> list[Ids]:
+    """Return the channels of a group that no BatchNorm ranks, or of each such block of it."""
+    missing = np.isnan(scores[group.channels])
+    if not missing.any():
+        return []
+    if not group.norms:
+        return [group.channels]
+    blocks = () if group.blocks is None else group.blocks
+    return [block for block in blocks if np.isnan(scores[block]).all()]
+
+
+def _relative(*criteria: Scores) -> Scores:
+    """Return the first of the ``criteria`` (n,) that is complete, relative to its mean, or ones."""
+    for values in criteria:
         if not np.isnan(values).any() and values.mean() > 0:
             relative: Scores = values / values.mean()
             return relative
-    return np.ones(group.size)
+    return np.ones(len(criteria[0]))
 
 
 def _other_gammas(network: nn.Module, graph: ChannelGraph) -> Scores:

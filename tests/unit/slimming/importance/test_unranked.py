@@ -54,6 +54,37 @@ def test_other_channels_are_ranked_by_their_weights_at_the_mean_gamma() -> None:
     np.testing.assert_array_equal(scores[others], gamma[others])
 
 
+class Mixed(Net):
+    """Two equally large halves, one of which passes through a BatchNorm."""
+
+    def build(self) -> None:
+        self.a, self.norm = nn.Conv2d(12, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10)
+        self.b = nn.Conv2d(12, 10, 3, padding=1)
+        self.left, self.right = nn.Conv2d(10, 12, 1), nn.Conv2d(10, 12, 1)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.norm(self.a(x)), self.b(x)], 1)
+        half = x.shape[1] // 2
+        return self.left(x[:, :half]) + self.right(x[:, half:])
+
+
+def test_a_block_without_a_batchnorm_is_ranked_beside_those_with_one() -> None:
+    torch.manual_seed(0)
+    network = randomise(Mixed())
+    graph, scores = scores_of(network, "gamma")
+    (group,) = (g for g in graph.groups if g.blocks is not None)
+    gamma, weights = gamma_importance(network, graph), l2_importance(network, graph)
+    with_norm, without = sorted(group.blocks, key=lambda block: np.isnan(gamma[block]).any())
+    np.testing.assert_array_equal(scores[with_norm], gamma[with_norm])
+    others = np.concatenate([g.channels for g in graph.groups])
+    mean = np.nanmean(gamma[others])
+    np.testing.assert_allclose(scores[without], mean * weights[without] / weights[without].mean())
+    narrow, plan = job.slim(network, IMAGE, target="width=0.5", policy="uniform")
+    assert (narrow.a.out_channels, narrow.b.out_channels) == (5, 5)
+    assert {b.layer for b in plan.blocked} == {"head"}
+    assert_equal_to_masked(network, narrow, plan.layers, IMAGE)
+
+
 def test_gamma_of_another_norm_ranks_its_channels() -> None:
     torch.manual_seed(0)
     network = Grouped().eval()
