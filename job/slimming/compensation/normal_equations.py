@@ -47,16 +47,16 @@ class NormalEquations:
             return None
         if not bool(moments.scatter.isfinite().all()):
             raise DataError(f"the inputs of {name} on the calibration images are not finite")
-        columns = moments.scatter.shape[1]
-        if 2 * moments.count > columns:
-            ridge, _ = fit_held_out(fitted, held_out, ridge, constant=constant)
-            return regression(moments, ridge, constant=constant)
-        basis = _basis(fitted, held_out)
-        few = [_projected(part, basis) for part in (fitted, held_out, moments)]
-        ridge *= basis.shape[2] / columns  # it is relative to the mean over fewer columns
-        ridge, _ = fit_held_out(few[0], few[1], ridge, constant=constant)
-        slopes, constants = regression(few[2], ridge, constant=constant)
-        return basis @ slopes, constants
+        columns, basis = moments.scatter.shape[1], None
+        if 2 * moments.count <= columns:
+            basis = _basis(fitted, held_out)
+            fitted, held_out, moments = (
+                _projected(part, basis) for part in (fitted, held_out, moments)
+            )
+            ridge *= basis.shape[2] / columns  # it is relative to the mean over fewer columns
+        ridge, _ = fit_held_out(fitted, held_out, ridge, constant=constant)
+        slopes, constants = regression(moments, ridge, constant=constant)
+        return slopes if basis is None else basis @ slopes, constants
 
 
 def fit_held_out(

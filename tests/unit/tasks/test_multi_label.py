@@ -101,12 +101,12 @@ def test_the_job_trains_cuts_and_evaluates(
     data = write(tmp_path / "data", 60)
     monkeypatch.chdir(tmp_path)
     prune(PruneConfig(
-        task="multi-label", data=str(data), output="run", base_epochs=8, rounds=1, epochs=3,
+        task="multi-label", data=str(data), output="run", base_epochs=12, rounds=1, epochs=3,
         batch_size=4, lr=0.005, model_arg=(("base", 4),), workers=0, wandb="off", device="cpu",
         target="macs=0.7",
     ))  # fmt: skip
     summary = json.loads(Path("run/summary.json").read_text())
-    assert summary["rounds"][0]["valid_f1"] > 0.7  # of 6 images
+    assert summary["rounds"][0]["valid_f1"] > 0.8
     assert summary["rounds"][0]["macs"] <= 0.7 * summary["base"]["macs"]
     capsys.readouterr()
     evaluate(
