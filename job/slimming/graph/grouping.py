@@ -254,12 +254,11 @@ def _blocked(union: ChannelUnion, roots: Ids) -> tuple[BlockedChannels, ...]:
         reason, ids = union.fixes[number - 1]
         why[roots[ids]], where[roots[ids]] = order[reason], number
     return tuple(
-        BlockedChannels(
+        BlockedChannels.by(
             layer,
             int((why[roots[ids]] == number).sum()),
-            reason.text,
+            reason,
             places[where[roots[ids]][why[roots[ids]] == number][0]],
-            reason.remedy,
         )
         for layer, ids in union.producers
         for reason, number in order.items()

@@ -54,6 +54,11 @@ class BlockedChannels:
     place: str
     remedy: str = field(repr=False)
 
+    @classmethod
+    def by(cls, layer: str, channels: int, reason: Reason, place: str = "") -> BlockedChannels:
+        """Return channels that are not cut for a ``reason`` of the table of reasons."""
+        return cls(layer, channels, reason.text, place, reason.remedy)
+
     @property
     def explanation(self) -> str:
         """The reason, the line of code, and the change that would free them."""
@@ -102,12 +107,8 @@ class ChannelGraph:
         numbers = np.arange(self.count)
         numbers[np.concatenate([group.channels for group in removed])] = FIXED
         blocked = tuple(
-            BlockedChannels(
-                slot.layer,
-                int(np.isin(slot.ids, group.channels).sum()),
-                reason.text,
-                place,
-                reason.remedy,
+            BlockedChannels.by(
+                slot.layer, int(np.isin(slot.ids, group.channels).sum()), reason, place
             )
             for group in removed
             for slot in self.slots

@@ -36,6 +36,5 @@ def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[Blocked
             if not isinstance(module, SUMMING) or is_depthwise(module) or name in named:
                 continue
             reason = COMPUTED_OR_SHARED()
-        blocked = name or "the network", len(weights[0]), reason.text, "", reason.remedy
-        found.append(BlockedChannels(*blocked))
+        found.append(BlockedChannels.by(name or "the network", len(weights[0]), reason))
     return tuple(found)

@@ -93,9 +93,9 @@ def _ceil(value: float) -> int:
 
 def _block_unranked(graph: ChannelGraph, groups: Sequence[RankedGroup]) -> ChannelGraph:
     """Return ``graph`` with the channels of unranked groups listed as blocked."""
-    names, reason = {r.group.name for r in groups}, UNRANKED()
+    names = {r.group.name for r in groups}
     unranked = tuple(
-        BlockedChannels(layer, group.size, reason.text, "", reason.remedy)
+        BlockedChannels.by(layer, group.size, UNRANKED())
         for group in graph.groups
         if group.name not in names
         for layer in group.layers

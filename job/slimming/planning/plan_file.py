@@ -111,7 +111,7 @@ def _fields_of(content: Any) -> PlanFields:
     policy, method = (_name_of(content, key) for key in ("policy", "method"))
     proof, latency = content["proof"], content["latency"]
     blocked = (
-        _blocked_of(name, int(count), str(why), "".join(map(str, place)))
+        BlockedChannels.by(str(name), int(count), read_reason(str(why)), "".join(map(str, place)))
         for name, count, why, *place in content["blocked"]
     )
     return {
@@ -128,11 +128,6 @@ def _fields_of(content: Any) -> PlanFields:
         "sizes": {name: _sizes_of(sizes) for name, sizes in content["sizes"].items()},
         "example": _example_of(content["example"]),
     }
-
-
-def _blocked_of(name: object, channels: int, why: str, place: str) -> BlockedChannels:
-    reason = read_reason(why)
-    return BlockedChannels(str(name), channels, reason.text, place, reason.remedy)
 
 
 def _name_of(content: Any, key: str) -> str:
