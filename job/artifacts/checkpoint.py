@@ -11,10 +11,8 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as tensor_bytes
-
 from job.artifacts.json_records import from_json, to_json
+from job.artifacts.tensor_file import read_tensors, write_tensors
 from job.errors import StorageError, reading, shown, writing
 from job.files import discard, new_directory
 from job.training.position import Position, RoundProgress, TrainingProgress
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEPT = 2  # checkpoints
+FILES = ("state.safetensors", "position.json")  # of a checkpoint, besides its manifest
 _NAME = re.compile(r"(\d{3})-(\d{4})-(\d{7})")
 _DAMAGED = ".damaged"  # suffix of a skipped checkpoint, which must not count as kept
 
@@ -36,18 +35,14 @@ def save_position(folder: Path, position: Position) -> None:
     assert position.run
     values = to_json(position.training) | to_json(position.run)
     rest = {"round": position.round, "epoch": position.epoch, "batch": position.batch}
-    files = {
-        "state.safetensors": tensor_bytes(tensors),
-        "position.json": json.dumps({**rest, "values": values}).encode(),
-    }
-    manifest = {
-        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in files.items()
-    }
     path = folder / position.name
     with new_directory(path) as temporary, writing(path):
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
+        write_tensors(temporary / "state.safetensors", tensors)
+        (temporary / "position.json").write_text(json.dumps({**rest, "values": values}))
+        manifest = {
+            name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+            for name in FILES
+        }
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     names = _names(folder)
     before = [name for name in names if name <= position.name]
@@ -97,23 +92,26 @@ def _names(folder: Path) -> list[str]:
 
 def _load_position(path: Path) -> Position:
     manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-    files = {}
-    for name in ("state.safetensors", "position.json"):
-        content = (path / name).read_bytes()
-        if len(content) != manifest[name]["size"]:
-            raise ValueError(f"{name} has {len(content):,} bytes, not {manifest[name]['size']:,}")
-        if hashlib.sha256(content).hexdigest() != manifest[name]["sha256"]:
+    for name in FILES:
+        size = (path / name).stat().st_size
+        if size != manifest[name]["size"]:
+            raise ValueError(f"{name} has {size:,} bytes, not {manifest[name]['size']:,}")
+        if _sha256(path / name) != manifest[name]["sha256"]:
             raise ValueError(f"{name} does not match its SHA-256")
-        files[name] = content
-    rest = json.loads(files["position.json"])
+    rest = json.loads((path / "position.json").read_text("utf-8"))
     position = Position(
         round=rest["round"],
         epoch=rest["epoch"],
         batch=rest["batch"],
         training=from_json(TrainingProgress, rest["values"]),
-        tensors=load_tensors(files["state.safetensors"]),
+        tensors=read_tensors(path / "state.safetensors"),
         run=from_json(RoundProgress, rest["values"]),
     )
     if position.name != path.name:
         raise ValueError(f"position.json is of {position.name}")
     return position
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 
 from job.artifacts.json_records import from_json, to_json
 from job.artifacts.records import Lineage
+from job.artifacts.tensor_file import write_tensors
 from job.artifacts.versions import package_versions
 from job.config import CLASSIFICATION, DETECTION, LOGIT_TASKS
 from job.console import counted
@@ -120,7 +120,7 @@ def save_model(
     card = replace(card, widths=widths, versions=package_versions())
     content = {"format": FORMAT, **to_json(card)}
     with new_directory(folder) as temporary, writing(folder):
-        (temporary / "model.safetensors").write_bytes(safetensors_bytes(state, {"format": "pt"}))
+        write_tensors(temporary / "model.safetensors", state, {"format": "pt"})
         lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
         (temporary / "model.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
         for name, text in (texts or {}).items():

@@ -169,12 +169,19 @@ def _parts_of(
         variance += float((gram * covariance).sum())
         scale = float(covariance.diagonal().mean())
         if scale > 0:  # else the inputs are constant
-            damped = covariance + ridge * scale * np.eye(size)
-            inverse = np.linalg.inv(damped).astype(np.float64, copy=False)
+            inverse = _inverse(covariance, ridge * scale)
             parts.append(_Part(np.arange(columns.start, columns.stop), inverse, gram))
     for part in parts:
         part.gram /= max(variance, np.finfo(np.float64).tiny)
     return parts if variance > 0 else []
+
+
+def _inverse(covariance: Matrix, ridge: float) -> Matrix:
+    """Return the inverse (n, n) of ``covariance`` (n, n) with ``ridge`` added to its diagonal."""
+    damped = torch.from_numpy(covariance).double().clone()
+    damped.diagonal().add_(ridge)
+    inverse: Matrix = torch.cholesky_inverse(torch.linalg.cholesky(damped)).numpy()
+    return inverse
 
 
 def _consumers_of_groups(graph: ChannelGraph, consumers: Sequence[Consumer]) -> list[list[int]]:

@@ -23,6 +23,7 @@ import job.artifacts.model_card
 import job.pipeline.prune
 import job.report.page
 from job.__main__ import main
+from job.artifacts import tensor_file
 
 WRITES = os.O_WRONLY | os.O_RDWR
 
@@ -73,7 +74,13 @@ def lay_in_wait(request: dict[str, Any]) -> None:
         passing("fsync", Path(f"/proc/self/fd/{descriptor}").readlink())
         sync(descriptor)
 
-    os.fsync = fsync
+    save_file = tensor_file.save_file
+
+    def save(tensors: Any, path: Path, *rest: Any) -> None:  # opened by no code of Python's
+        passing("write", path)
+        save_file(tensors, path, *rest)
+
+    os.fsync, tensor_file.save_file = fsync, save
     sys.addaudithook(hook)
 
 
