@@ -15,7 +15,7 @@ import torch
 from job.errors import DataError
 from job.slimming.calibration.batch import inputs_of
 from job.slimming.calibration.consumers import consumers_of, input_values, sample_rows
-from job.slimming.calibration.moments import Moments, SplitSums
+from job.slimming.calibration.moments import AnyMoments, SplitSums
 from job.slimming.graph.modes import eval_with_hooks
 from job.slimming.inputs import call_network, sample_count
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class InputStatistics:
     """Moments of the inputs of one layer, of fitted and of held-out images, in one group."""
 
-    fitted: Moments
-    held_out: Moments
+    fitted: AnyMoments
+    held_out: AnyMoments
 
     @property
     def count(self) -> int:
@@ -44,12 +44,11 @@ class InputStatistics:
     @cached_property
     def mean(self) -> torch.Tensor:
         """Mean (C,), float64 on the CPU."""
-        return self.fitted.merged(self.held_out).mean[0]
+        return self.overall().mean[0]
 
-    @property
-    def covariance(self) -> torch.Tensor:
-        """Covariance (C, C), float64 on the CPU, computed at each access."""
-        return self.fitted.merged(self.held_out).scatter[0] / max(1, self.count)
+    def overall(self) -> AnyMoments:
+        """Return the moments over all images."""
+        return self.fitted.merged(self.held_out)
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,6 @@ def _sums(network: nn.Module, consumer: Consumer, held_out: torch.dtype) -> Spli
 def _result(name: str, sums: SplitSums) -> InputStatistics:
     statistics = InputStatistics(*sums.moments())
     parts = statistics.fitted, statistics.held_out
-    if not all(bool(moments.scatter.isfinite().all()) for moments in parts):
+    if not all(moments.is_finite() for moments in parts):
         raise DataError(f"the inputs of {name} on the calibration images are not finite")
     return statistics

@@ -44,12 +44,67 @@ class Moments:
     mean: torch.Tensor
     scatter: torch.Tensor
 
-    def merged(self, other: Moments) -> Moments:
+    def is_finite(self) -> bool:
+        """Return whether all sums are finite."""
+        return bool(self.scatter.isfinite().all())
+
+    def merged(self, other: AnyMoments) -> Moments:
         """Return the moments of the rows of both (Chan et al. 1982)."""
         count = self.count + other.count
         shift, share = other.mean - self.mean, other.count / max(1, count)
         offset = self.count * share * products(shift, self.scatter.shape[1])
         return Moments(count, self.mean + share * shift, self.scatter + other.scatter + offset)
+
+    def select(self, order: torch.Tensor, columns: int) -> Moments:
+        """Return the moments of the columns ``order``; ``columns`` of the first columns lead."""
+        scatter = self.scatter[:, order[:columns]][:, :, order]
+        return Moments(self.count, self.mean[:, order], scatter)
+
+
+@dataclass(frozen=True)
+class RowMoments:
+    """Moments of few rows and many columns: the rows themselves are smaller than their scatter.
+
+    ``rows`` (G, count, N) contains the deviations from the mean, float64.
+    """
+
+    mean: torch.Tensor
+    rows: torch.Tensor
+    columns: int
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.rows.shape[1]
+
+    @property
+    def scatter(self) -> torch.Tensor:
+        """Scatter (G, columns, N), computed at each access."""
+        return self.rows[:, :, : self.columns].mT @ self.rows
+
+    def is_finite(self) -> bool:
+        """Return whether all rows are finite."""
+        return bool(self.rows.isfinite().all())
+
+    def merged(self, other: AnyMoments) -> AnyMoments:
+        """Return the moments of the rows of both."""
+        if isinstance(other, Moments):
+            return other.merged(self)
+        rows = torch.cat([part.rows + part.mean[:, None] for part in (self, other)], 1)
+        return row_moments(rows, self.columns)
+
+    def select(self, order: torch.Tensor, columns: int) -> RowMoments:
+        """Return the moments of the columns ``order``; ``columns`` of the first columns lead."""
+        return RowMoments(self.mean[:, order], self.rows[:, :, order], columns)
+
+
+AnyMoments = Moments | RowMoments
+
+
+def row_moments(rows: torch.Tensor, columns: int) -> RowMoments:
+    """Return the moments of ``rows`` (G, R, N), float64."""
+    mean = rows.sum(1) / max(1, rows.shape[1])
+    return RowMoments(mean, rows - mean[:, None], columns)
 
 
 class SplitSums:
@@ -57,6 +112,7 @@ class SplitSums:
 
     Products are computed in the dtype of the rows and accumulated in float64, those of held-out
     images in the dtype ``held_out``: the relative error of sums of float32 rows is about 1e-6.
+    Up to half as many rows as columns are kept as they are.
     """
 
     def __init__(
@@ -67,19 +123,58 @@ class SplitSums:
         device: torch.device,
         held_out: torch.dtype = torch.float64,
     ) -> None:
-        shape = groups, columns, size
-        self.parts = [_Sums(*shape, device, dtype) for dtype in (torch.float64, held_out)]
+        self.shape, self.columns = (groups, columns, size), columns
+        self.device, self.dtypes = device, (torch.float64, held_out)
+        self.few: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows, whether they are held out
+        self.parts: list[_Sums] = []
 
     def add(self, rows: torch.Tensor, images: torch.Tensor) -> None:
         """Add ``rows`` (N, G, size) of the images (N,), by their index on this process."""
         held_out = is_held_out(overall_index(images))
+        if self.parts:
+            self._accumulate(rows, held_out)
+            return
+        self.few.append((rows.clone(), held_out))
+        if 2 * sum(len(rows) for rows, _ in self.few) > self.columns:
+            self._sum_up()
+
+    def moments(self) -> tuple[AnyMoments, AnyMoments]:
+        """Return the moments over all processes, on the CPU."""
+        if self._all_have_few():
+            fitted, held_out = (self._rows_of(number) for number in (0, 1))
+            return fitted, held_out
+        self._sum_up()
+        one, other = (sums.moments() for sums in self.parts)
+        return one, other
+
+    def _all_have_few(self) -> bool:
+        """Return whether all processes together have at most half as many rows as columns."""
+        rows = sum(len(rows) for rows, _ in self.few) if not self.parts else self.columns
+        return 2 * int(total(torch.tensor(float(rows), device=self.device))) <= self.columns
+
+    def _sum_up(self) -> None:
+        """Replace the rows by their sums."""
+        if not self.parts:
+            self.parts = [_Sums(*self.shape, self.device, dtype) for dtype in self.dtypes]
+        for rows, held_out in self.few:
+            self._accumulate(rows, held_out)
+        self.few.clear()
+
+    def _accumulate(self, rows: torch.Tensor, held_out: torch.Tensor) -> None:
         for sums, chosen in zip(self.parts, (~held_out, held_out), strict=True):
             sums.add(rows[chosen])
 
-    def moments(self) -> tuple[Moments, Moments]:
-        """Return the moments over all processes, on the CPU."""
-        fitted, held_out = (sums.moments() for sums in self.parts)
-        return fitted, held_out
+    def _rows_of(self, part: int) -> RowMoments:
+        """Return the moments of the rows of all processes, of fitted (0) or held-out images."""
+        groups, columns, size = self.shape
+        own = [rows[held_out == bool(part)].double() for rows, held_out in self.few]
+        mine = torch.cat([torch.zeros(0, groups, size, device=self.device).double(), *own])
+        counts = torch.zeros(world_size(), dtype=torch.int64, device=self.device)
+        counts[rank()] = len(mine)
+        first = int(total(counts)[: rank()].sum())
+        rows = mine.new_zeros(int(counts.sum()), groups, size)
+        rows[first : first + len(mine)] = mine
+        return row_moments(total(rows).transpose(0, 1).cpu(), columns)
 
 
 class _Sums:

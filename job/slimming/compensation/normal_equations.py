@@ -9,7 +9,13 @@ from __future__ import annotations
 import torch
 
 from job.errors import DataError
-from job.slimming.calibration.moments import Moments, SplitSums, products
+from job.slimming.calibration.moments import (
+    AnyMoments,
+    Moments,
+    RowMoments,
+    SplitSums,
+    products,
+)
 
 RIDGE = 1e-3  # the smallest, as a fraction of the mean variance of the columns
 RIDGE_STEP, MAX_RIDGE_STEPS = 10.0, 4  # tried are the smallest ridge and larger ones
@@ -45,22 +51,14 @@ class NormalEquations:
         moments = fitted.merged(held_out)
         if not moments.count:
             return None
-        if not bool(moments.scatter.isfinite().all()):
+        if not moments.is_finite():
             raise DataError(f"the inputs of {name} on the calibration images are not finite")
-        columns, basis = moments.scatter.shape[1], None
-        if 2 * moments.count <= columns:
-            basis = _basis(fitted, held_out)
-            fitted, held_out, moments = (
-                _projected(part, basis) for part in (fitted, held_out, moments)
-            )
-            ridge *= basis.shape[2] / columns  # it is relative to the mean over fewer columns
         ridge, _ = fit_held_out(fitted, held_out, ridge, constant=constant)
-        slopes, constants = regression(moments, ridge, constant=constant)
-        return slopes if basis is None else basis @ slopes, constants
+        return regression(moments, ridge, constant=constant)
 
 
 def fit_held_out(
-    fitted: Moments, held_out: Moments, ridge: float, *, constant: bool = True
+    fitted: AnyMoments, held_out: AnyMoments, ridge: float, *, constant: bool = True
 ) -> tuple[float, Solution]:
     """Return the best ridge by the error on held-out rows, and the regression of the fitted rows.
 
@@ -81,68 +79,61 @@ def fit_held_out(
     return best
 
 
-def regression(moments: Moments, ridge: float, *, constant: bool) -> Solution:
+def regression(moments: AnyMoments, ridge: float, *, constant: bool) -> Solution:
     """Return the slopes (G, columns, outputs) and constants (G, outputs) of a ridge regression.
 
     The last columns of the moments are the outputs.
     """
-    columns = moments.scatter.shape[1]
-    covariance = moments.scatter / max(1, moments.count)
-    if not constant:
-        covariance = covariance + products(moments.mean, columns)
-    gram, cross = covariance[:, :, :columns], covariance[:, :, columns:]
-    scale = gram.diagonal(dim1=1, dim2=2).mean(1)
-    # constant columns have slope zero
-    damping = torch.where(scale > 0, ridge * scale, 1)[:, None]
-    slopes = _solve(gram + torch.diag_embed(damping.expand(-1, columns)), cross)
+    if isinstance(moments, RowMoments):
+        slopes = _slopes_of_rows(moments, ridge, constant=constant)
+    else:
+        slopes = _slopes(moments, ridge, constant=constant)
+    columns = slopes.shape[1]
     inputs, outputs = moments.mean[:, :columns], moments.mean[:, columns:]
     if not constant:
         return slopes, torch.zeros_like(outputs)
     return slopes, outputs - torch.einsum("gc,gco->go", inputs, slopes)
 
 
-def _basis(*parts: Moments) -> torch.Tensor:
-    """Return an orthonormal basis (G, columns, K) of the space of fewer rows than columns.
-
-    Solving in it gives the same ridge regression, in K**3 operations in place of columns**3. The
-    span of the rows is found by random projection (Halko et al. 2011, algorithm 4.1).
-    """
-    generator = torch.Generator().manual_seed(0)
-    vectors = []
-    for part in parts:
-        columns = part.scatter.shape[1]
-        size = columns, part.count
-        sketch = torch.randn(size, generator=generator, dtype=torch.float64)
-        vectors += [
-            part.scatter[:, :, :columns].to(sketch) @ sketch,
-            part.mean[:, :columns, None].to(sketch) * max(1, part.count),
-        ]
-    orthonormal: torch.Tensor = torch.linalg.qr(torch.cat(vectors, 2)).Q
-    return orthonormal
+def _slopes(moments: Moments, ridge: float, *, constant: bool) -> torch.Tensor:
+    columns = moments.scatter.shape[1]
+    covariance = moments.scatter / max(1, moments.count)
+    if not constant:
+        covariance = covariance + products(moments.mean, columns)
+    gram, cross = covariance[:, :, :columns], covariance[:, :, columns:]
+    damping = _damping(ridge, gram.diagonal(dim1=1, dim2=2).mean(1))
+    return _solve(gram + torch.diag_embed(damping[:, None].expand(-1, columns)), cross)
 
 
-def _projected(moments: Moments, basis: torch.Tensor) -> Moments:
-    """Return the moments of the rows with their first columns in ``basis``."""
-    columns = basis.shape[1]
-    scatter = basis.mT @ moments.scatter.to(basis)
-    inputs, outputs = scatter[:, :, :columns] @ basis, scatter[:, :, columns:]
-    means = torch.einsum("gc,gck->gk", moments.mean[:, :columns], basis)
-    return Moments(
-        moments.count,
-        torch.cat([means, moments.mean[:, columns:]], 1),
-        torch.cat([inputs, outputs], 2),
-    )
+def _slopes_of_rows(moments: RowMoments, ridge: float, *, constant: bool) -> torch.Tensor:
+    """Return the same slopes, solved for the rows, which are fewer (Saunders et al. 1998)."""
+    rows = moments.rows if constant else moments.rows + moments.mean[:, None]
+    inputs, outputs = rows[:, :, : moments.columns], rows[:, :, moments.columns :]
+    count = max(1, moments.count)
+    damping = _damping(ridge, inputs.square().sum((1, 2)) / (count * moments.columns))
+    kernel = inputs @ inputs.mT
+    kernel = kernel + torch.diag_embed((count * damping)[:, None].expand(-1, moments.count))
+    return inputs.mT @ _solve(kernel, outputs)
 
 
-def _squared_error(moments: Moments, solution: Solution) -> float:
+def _damping(ridge: float, variance: torch.Tensor) -> torch.Tensor:
+    """Return what is added to the diagonals (G,); constant columns have slope zero."""
+    return torch.where(variance > 0, ridge * variance, 1)
+
+
+def _squared_error(moments: AnyMoments, solution: Solution) -> float:
     """Return the sum of squared errors of a regression, less that of predicting the means."""
     slopes, constants = solution
-    columns = moments.scatter.shape[1]
-    scatter = moments.scatter.to(slopes)
-    gram, cross = scatter[:, :, :columns], scatter[:, :, columns:]
+    columns = slopes.shape[1]
     inputs, outputs = moments.mean[:, :columns], moments.mean[:, columns:]
     bias = outputs - torch.einsum("gc,gco->go", inputs, slopes) - constants
-    around_means = slopes * (gram @ slopes - 2 * cross)
+    if isinstance(moments, RowMoments):
+        predicted = moments.rows[:, :, :columns] @ slopes
+        around_means = predicted * (predicted - 2 * moments.rows[:, :, columns:])
+    else:
+        scatter = moments.scatter.to(slopes)
+        gram, cross = scatter[:, :, :columns], scatter[:, :, columns:]
+        around_means = slopes * (gram @ slopes - 2 * cross)
     return float(around_means.sum() + moments.count * bias.square().sum())
 
 

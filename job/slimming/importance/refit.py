@@ -17,6 +17,7 @@ import torch
 from job.distributed.collectives import total
 from job.processes import rank, world_size
 from job.slimming.calibration.consumers import consumers_of
+from job.slimming.calibration.moments import RowMoments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -160,27 +161,41 @@ def _parts_of(
     network: nn.Module, consumer: Consumer, statistics: InputStatistics, ridge: float
 ) -> list[_Part]:
     """Return the parts of a consumer, one for each group of a grouped convolution."""
-    size = len(consumer.channels) // consumer.groups
-    parts, variance, overall = [], 0.0, statistics.covariance
+    size, parts, variance = len(consumer.channels) // consumer.groups, [], 0.0
+    measured = statistics.overall()
+    overall = measured.scatter[0] / max(1, measured.count)
     for group, rows in enumerate(consumer.weight(network).chunk(consumer.groups)):
         columns = slice(group * size, (group + 1) * size)
         flat = rows.transpose(0, 1).flatten(1)
-        gram, covariance = (flat @ flat.T).numpy(), overall[columns, columns].numpy()
+        gram, covariance = flat @ flat.T, overall[columns, columns]
         variance += float((gram * covariance).sum())
         scale = float(covariance.diagonal().mean())
         if scale > 0:  # else the inputs are constant
-            inverse = _inverse(covariance, ridge * scale)
-            parts.append(_Part(np.arange(columns.start, columns.stop), inverse, gram))
+            if isinstance(measured, RowMoments):
+                inverse = _damped_inverse_of_rows(measured.rows[0, :, columns], ridge * scale)
+            else:
+                inverse = _damped_inverse(covariance, ridge * scale)
+            members = np.arange(columns.start, columns.stop)
+            parts.append(_Part(members, inverse.numpy(), gram.numpy()))
     for part in parts:
         part.gram /= max(variance, np.finfo(np.float64).tiny)
     return parts if variance > 0 else []
 
 
-def _inverse(covariance: Matrix, ridge: float) -> Matrix:
-    """Return the inverse (n, n) of ``covariance`` (n, n) with ``ridge`` added to its diagonal."""
-    damped = torch.from_numpy(covariance).double().clone()
+def _damped_inverse(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return the inverse (n, n) of ``covariance``, with ``ridge`` added to its diagonal."""
+    damped = covariance.clone()
     damped.diagonal().add_(ridge)
-    inverse: Matrix = torch.cholesky_inverse(torch.linalg.cholesky(damped)).numpy()
+    inverse: torch.Tensor = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return inverse
+
+
+def _damped_inverse_of_rows(rows: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return the same for the covariance of ``rows`` (R, n), by the Woodbury identity."""
+    inner = rows @ rows.T
+    inner.diagonal().add_(ridge * len(rows))
+    inverse: torch.Tensor = rows.T @ torch.linalg.solve(inner, rows) / -ridge
+    inverse.diagonal().add_(1 / ridge)
     return inverse
 
 

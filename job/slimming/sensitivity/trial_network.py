@@ -14,7 +14,6 @@ import torch
 
 from job.distributed.collectives import total
 from job.processes import rank, world_size
-from job.slimming.calibration.moments import Moments
 from job.slimming.compensation.constants import layers_without_constant
 from job.slimming.compensation.cut_pair import CutPair
 from job.slimming.compensation.normal_equations import RIDGE, fit_held_out
@@ -147,10 +146,10 @@ class TrialNetwork:
         """Yield, for each group, the fit of all inputs by the kept ones: (C, C) and (C,)."""
         measured = self.statistics[consumer.layer]
         for part, stays in replace(self.pair, keep=keep).kept_columns(consumer):
-            missing = (~stays).nonzero()[:, 0]
+            kept, missing = stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]
+            order = part.start + torch.cat([kept, missing])
             fitted, held_out = (
-                _of_missing(moments, part, stays)
-                for moments in (measured.fitted, measured.held_out)
+                moments.select(order, len(kept)) for moments in (measured.fitted, measured.held_out)
             )
             _, (change, constant) = fit_held_out(fitted, held_out, RIDGE)
             slope, constants = torch.diag(stays.double()), torch.zeros(len(stays)).double()
@@ -168,10 +167,3 @@ class TrialNetwork:
             module = unwrap_selection(self.network.get_submodule(norm))
             if module.running_mean is not None:
                 yield module.get_buffer("running_mean")
-
-
-def _of_missing(moments: Moments, part: slice, stays: torch.Tensor) -> Moments:
-    """Return the moments that predict the missing inputs among ``part`` by those that stay."""
-    mean, scatter = moments.mean[:, part], moments.scatter[:, part, part]
-    order = torch.cat([stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]])
-    return Moments(moments.count, mean[:, order], scatter[:, stays][:, :, order])

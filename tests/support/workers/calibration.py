@@ -14,6 +14,7 @@ from job.models.student import StudentNet
 from job.processes import rank
 from job.slimming.analysis import analyse
 from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
+from job.slimming.calibration.moments import Moments, RowMoments
 from job.slimming.compensation.constants import add_biases, layers_without_constant
 from job.slimming.compensation.cut_pair import CutPair
 from job.slimming.compensation.methods import compensate_cut
@@ -62,8 +63,11 @@ for of_one, of_three in ((single, together), (alone_of_few, of_few)):
     for name, measured in of_one.items():
         assert measured.held_out.count == of_three[name].held_out.count
         assert (measured.held_out.count > 0) == (of_one is single)
-        for part in ("count", "mean", "covariance"):
-            torch.testing.assert_close(getattr(measured, part), getattr(of_three[name], part))
+        for part in ("count", "mean", "scatter"):
+            ours, theirs = (getattr(m.overall(), part) for m in (measured, of_three[name]))
+            torch.testing.assert_close(ours, theirs)
+assert any(isinstance(measured.fitted, RowMoments) for measured in of_few.values())
+assert any(isinstance(measured.fitted, Moments) for measured in of_few.values())
 expected = torch.from_numpy(taylor_importance(network, graph, turns))
 torch.testing.assert_close(torch.from_numpy(taylor), expected, equal_nan=True)
 alone = measure_curves(*sources, CalibrationData(lambda: both, single, 12), images)

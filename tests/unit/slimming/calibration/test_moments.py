@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from job.slimming.calibration.moments import SplitSums, is_held_out
+from job.slimming.calibration.moments import Moments, RowMoments, SplitSums, is_held_out
 from job.slimming.compensation.normal_equations import (
     RIDGE,
     NormalEquations,
@@ -44,6 +44,30 @@ def test_moments_are_those_of_numpy_and_merge() -> None:
             expected = np.cov(those[:, group].numpy().T, bias=True)[:3] * len(those)
             np.testing.assert_allclose(moments.scatter[group], expected, rtol=1e-11)
             np.testing.assert_allclose(moments.mean[group], those[:, group].mean(0), rtol=1e-13)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 20])
+def test_few_rows_have_the_moments_of_many(rows: int) -> None:
+    values = torch.randn(rows, 2, 45, generator=seeded(), dtype=torch.float64) * 3 + 7
+    sums, images = SplitSums(2, 40, 45, values.device), torch.arange(rows)
+    sums.add(values, images)
+    fitted, held_out = sums.moments()
+    assert isinstance(fitted, RowMoments)
+    chosen = is_held_out(images)
+    order = torch.cat([torch.arange(30, 10, -1), torch.arange(40, 45)])
+    for moments, mask in ((fitted, ~chosen), (held_out, chosen), (fitted.merged(held_out), None)):
+        those = values if mask is None else values[mask]
+        mean = those.sum(0) / max(1, len(those))
+        deviations = (those - mean).transpose(0, 1)
+        dense = Moments(len(those), mean, deviations[:, :, :40].mT @ deviations)
+        for found, expected in (
+            (moments, dense),
+            (moments.select(order, 20), dense.select(order, 20)),
+            (dense.merged(moments), dense.merged(dense)),
+        ):
+            assert found.count == expected.count
+            torch.testing.assert_close(found.scatter, expected.scatter, atol=1e-9, rtol=1e-9)
+            torch.testing.assert_close(found.mean, expected.mean)
 
 
 def problem(images: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from job.slimming.calibration.input_statistics import (
     InputStatistics,
     measure_inputs,
 )
+from job.slimming.calibration.moments import Moments, RowMoments
 from job.slimming.graph.groups import ChannelGraph
 from job.slimming.importance.refit import refit_importance
 from support.cuts import randomise
@@ -68,6 +69,21 @@ def test_the_loss_is_that_of_a_new_fit_without_the_channels() -> None:
         assert scores[order[count - 1]] == pytest.approx(lost(network, order[:count].tolist()))
     best = min(lost(network, list(pair)) for pair in itertools.combinations(range(8), 2))
     assert scores[order[1]] == pytest.approx(best, rel=0.5)
+
+
+def test_few_rows_give_the_losses_of_their_covariance() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 40, 1), nn.ReLU(), nn.Flatten(), nn.Linear(40, 5)).double()
+    images = IMAGES[:12, :, :1, :1]
+    graph = analyse(network, images)
+    statistics = measure_inputs(network, graph, [images])
+    few = statistics["3"]
+    assert isinstance(few.fitted, RowMoments)
+    parts = few.fitted, few.held_out
+    dense = InputStatistics(*(Moments(part.count, part.mean, part.scatter) for part in parts))
+    scores = refit_importance(network, graph, statistics)
+    expected = refit_importance(network, graph, {"3": dense})
+    np.testing.assert_allclose(scores, expected, rtol=1e-9, atol=1e-12)
+    assert np.isfinite(scores).any()
 
 
 def test_of_two_equal_channels_one_is_free_and_the_other_is_not() -> None:
