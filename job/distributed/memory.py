@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,12 +38,18 @@ def return_freed_memory() -> Iterator[None]:
     A cut takes more memory than training, in blocks of many sizes: kept, they fill up the memory.
     """
     _set_malloc(MMAP_THRESHOLD, 16 << 20)
-    trim_heap()
+    free_memory()
     try:
         yield
     finally:
         _set_malloc(MMAP_THRESHOLD, UNLIMITED)
-        trim_heap()
+        free_memory()
+
+
+def free_memory() -> None:
+    """Return to the system what no object needs, networks in reference cycles included."""
+    gc.collect()
+    trim_heap()
 
 
 def trim_heap() -> None:

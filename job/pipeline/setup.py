@@ -21,6 +21,7 @@ from job.data.cache.image_set import ImageSet
 from job.data.loader import default_workers
 from job.data.task_items import ItemSplit
 from job.distributed.collectives import on_main, start
+from job.distributed.memory import free_memory
 from job.distributed.stop import Watch
 from job.errors import UsageError
 from job.models.custom_network import trust_factory
@@ -128,6 +129,7 @@ def start_up(setup: Setup) -> Setup:
     if setup.config.caution:
         say(f"caution: {setup.config.caution}")
     setup.watch.check()
+    free_memory()  # the steps try the network and its cuts on copies
     return setup
 
 
