@@ -1,4 +1,4 @@
-"""Export of a network to other formats: state dict, ONNX, torch.export.
+"""Export of a network to other formats: state dict, torch.export, and what all formats share.
 
 Each function returns the content of a file, which is checked in memory before it is written.
 """
@@ -38,7 +38,6 @@ FORMAT_BY_SUFFIX = {
     ".onnx": "onnx", ".pt2": "torch-export", ".xml": "openvino", ".mlpackage": "coreml",
     **dict.fromkeys((".safetensors", ".pt", ".pth", ".bin"), "state-dict"),
 }  # fmt: skip
-ONNX_OPSET = 18
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
 TOLERANCE = 1e-4  # relative to the largest logit, between runtimes in float32
 BATCHES = (1, 3)  # sizes for comparing an exported network; it is traced with 2 images
@@ -91,41 +90,6 @@ def state_dict_bytes(network: nn.Module, suffix: str) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
-
-
-def onnx_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
-    """Return an ONNX model of opset 18, and how it was checked.
-
-    The input is ``images`` (B, 3, H, W) float32, the output ``logits`` (B, N). Raises UsageError
-    without the packages or for a network that ONNX cannot express, GammaslimError when onnxruntime
-    gives other logits than torch.
-    """
-    if not (installed("onnx") and installed("onnxscript")):
-        raise UsageError(
-            "--format onnx needs the packages onnx and onnxscript: pip install 'gammaslim[onnx]'"
-        )
-    import onnx
-
-    network = with_one_output(network, card)
-    with tracing("onnx"):
-        program = torch.onnx.export(
-            network,
-            (random_inputs(card, 2),),
-            dynamo=True,
-            opset_version=ONNX_OPSET,
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
-    onnx.helper.set_model_props(model, metadata_strings(export_metadata(card)))
-    onnx.checker.check_model(model)
-    content: bytes = model.SerializeToString()
-    if not installed("onnxruntime"):
-        return content, "not compared: onnxruntime is not installed"
-    return content, compare("onnxruntime", network, card, open_onnx(content))
 
 
 def torch_export_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]:
@@ -230,20 +194,6 @@ def compare(
     if not worst <= TOLERANCE:  # also for NaN
         raise GammaslimError(f"{runtime} differs from torch by {worst:.1e}; nothing is written")
     return f"{runtime} gives the same {OUTPUT_NAME}: relative difference {worst:.1e}"
-
-
-def open_onnx(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Open an ONNX model in onnxruntime, on the CPU: a function from images to logits."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-    def run(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run([OUTPUT_NAME], {INPUT_NAME: images.numpy()})[0])
-
-    return run
 
 
 @contextlib.contextmanager

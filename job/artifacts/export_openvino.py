@@ -16,9 +16,9 @@ from job.artifacts.export import (
     export_metadata,
     installed,
     metadata_strings,
-    onnx_bytes,
     with_one_output,
 )
+from job.artifacts.export_onnx import onnx_bytes
 from job.errors import GammaslimError, OutputError, UsageError, reason, shown
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from job.artifacts.export import INPUT_NAME, open_onnx
+from job.artifacts.export import INPUT_NAME
+from job.artifacts.export_onnx import open_onnx
 from job.errors import GammaslimError, UsageError, reason
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.artifacts.export import onnx_bytes
+from job.artifacts.export_onnx import onnx_bytes
 from job.artifacts.model_card import find_model
 from job.cli.model import open_model
 from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown

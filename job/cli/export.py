@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.artifacts.export import format_of, onnx_bytes, state_dict_bytes, torch_export_bytes
+from job.artifacts.export import format_of, state_dict_bytes, torch_export_bytes
 from job.artifacts.export_card import ExportedModel, base_of_run, card_path, export_readme
+from job.artifacts.export_onnx import needs_data_file, onnx_bytes, onnx_with_data
 from job.artifacts.export_openvino import check_openvino, openvino_files
 from job.artifacts.model_card import find_model
 from job.artifacts.provenance import find_dataset_table
@@ -86,9 +87,12 @@ def _check_packages(format: str, output: Path) -> None:
 def _exported(network: nn.Module, card: ModelCard, format: str, output: Path) -> tuple[bytes, str]:
     """Return the content of ``output``, and how it was checked.
 
-    The weights of an OpenVINO model are written: the graph, which is written last, needs them.
+    The weights of an OpenVINO model, and of a large ONNX model, are written to a file of their own
+    first: the graph, which is written last, needs them.
     """
     if format == "onnx":
+        if needs_data_file(network):
+            return onnx_with_data(network, card, output)
         return onnx_bytes(network, card)
     if format == "torch-export":
         return torch_export_bytes(network, card)

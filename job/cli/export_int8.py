@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from job.artifacts.accuracy import accuracy_change, signed_points
-from job.artifacts.export import onnx_bytes
+from job.artifacts.export_onnx import onnx_bytes
 from job.artifacts.onnx_int8 import OnnxNetwork, quantise
 from job.cli.calibration_images import calibration_data, open_images
 from job.cli.evaluate_task import refuse_task

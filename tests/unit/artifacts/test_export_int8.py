@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import job
-from job.artifacts.export import onnx_bytes
+from job.artifacts.export_onnx import onnx_bytes
 from job.artifacts.model_card import read_card
 from job.artifacts.onnx_int8 import OnnxNetwork, quantise
 from job.cli import export_int8

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 import job
-from job.artifacts.export import onnx_bytes, open_onnx
+from job.artifacts.export_onnx import onnx_bytes, open_onnx
 from job.artifacts.model_card import ModelCard
 from job.errors import DataError, UsageError
 from job.models.detectors import (
