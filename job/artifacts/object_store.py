@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "cloud", "gcs": "cloud"}
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 # a server that is silent must not hold the end of a job for long
 S3_LIMITS = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 1}}
+GCS_LIMITS = {"requests_timeout": 60}
+_REFUSALS = {"401", "403"}
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
@@ -167,6 +170,10 @@ class Store:
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
         if self.scheme in ("s3", "s3a"):
             options["config_kwargs"] = S3_LIMITS
+        if self.scheme in ("gs", "gcs"):
+            options |= GCS_LIMITS
+            # it logs the errors that it raises, and a warning with each call
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         if self._on_disk or self.scheme == "memory":
             options = {}
         try:
@@ -186,8 +193,9 @@ class Store:
         why = printable(reason(error))[:200]
         for secret in filter(None, map(os.environ.get, SECRETS)):
             why = why.replace(secret, "…")
-        refused = isinstance(error, PermissionError | FileNotFoundError)
-        if refused or "credential" in (type(error).__name__ + why).lower():
+        if isinstance(error, FileNotFoundError) and self.scheme in ("gs", "gcs"):
+            why = "the bucket does not exist"  # the error has an address alone
+        if _is_refusal(error):
             raise OutputError(
                 f"{printable(self.url)} refuses access: {why}; check the bucket, its rights and "
                 "the keys of this job"
@@ -196,6 +204,15 @@ class Store:
             f"{printable(self.url)} does not respond: {why}; run the same command again when it "
             "does"
         ) from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether an error of s3fs, gcsfs or their libraries means that access is refused."""
+    if isinstance(error, PermissionError | FileNotFoundError):
+        return True
+    words = f"{type(error).__name__} {error}".lower()
+    named = ("credential", "forbidden", "refresherror")  # gcsfs's 403; google.auth's invalid key
+    return str(getattr(error, "code", "")) in _REFUSALS or any(name in words for name in named)
 
 
 def _changed(info: Mapping[str, Any]) -> float | None:

@@ -489,3 +489,26 @@ def test_data_in_a_store_are_copied_once(
         local_data(f"{base}/none")
     assert local_data("photos") == "photos"
     assert local_data(None) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (type("HttpError", (Exception,), {"code": 401})("Anonymous caller, 401"), OutputError),
+        (OSError("Forbidden: b/bucket/o"), OutputError),
+        (type("RefreshError", (Exception,), {})("invalid_grant"), OutputError),
+        (type("HttpError", (Exception,), {"code": 503})("busy, 503"), StorageError),
+        (ConnectionRefusedError("no answer"), StorageError),
+    ],
+)
+def test_what_google_cloud_storage_refuses_is_no_outage(
+    error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Files:
+        def cat_file(self, path: str) -> bytes:
+            raise error
+
+    store = Store("gs://bucket/runs/a")
+    monkeypatch.setattr(store, "_connect", lambda: (Files(), "bucket/runs/a"))
+    with pytest.raises(raised):
+        store.read("config.toml")
