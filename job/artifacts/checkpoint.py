@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEPT = 2  # checkpoints
-FILES = ("state.safetensors", "position.json")  # of a checkpoint, besides its manifest
+_FILES = ("state.safetensors", "position.json")  # of a checkpoint, besides its manifest
 _NAME = re.compile(r"(\d{3})-(\d{4})-(\d{7})")
 _DAMAGED = ".damaged"  # suffix of a skipped checkpoint, which must not count as kept
 
@@ -41,7 +41,7 @@ def save_position(folder: Path, position: Position) -> None:
         (temporary / "position.json").write_text(json.dumps({**rest, "values": values}))
         manifest = {
             name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
-            for name in FILES
+            for name in _FILES
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     names = _names(folder)
@@ -92,7 +92,7 @@ def _names(folder: Path) -> list[str]:
 
 def _load_position(path: Path) -> Position:
     manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-    for name in FILES:
+    for name in _FILES:
         size = (path / name).stat().st_size
         if size != manifest[name]["size"]:
             raise ValueError(f"{name} has {size:,} bytes, not {manifest[name]['size']:,}")
