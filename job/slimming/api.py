@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from job.slimming.graph.snapshot import preserve_state
 from job.slimming.group_sensitivity import measure_sensitivity
 from job.slimming.importance.criteria import CRITERIA
 from job.slimming.inputs import strip_values
+from job.slimming.new_objects import collecting_new_objects
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.policies import POLICIES
@@ -231,7 +232,8 @@ def _naming_arguments() -> Iterator[None]:
 
 def _analyse_example(model: nn.Module, inputs: Example, names: list[str]) -> ChannelGraph:
     try:
-        return analyse(model, inputs, names)
+        with collecting_new_objects():
+            return analyse(model, inputs, names)
     except UsageError as error:
         single = isinstance(inputs, torch.Tensor) and inputs.dim() == 3
         hint = "; for a single image give example[None], a batch of one" if single else ""
@@ -244,7 +246,8 @@ def _preserve_weights(model: nn.Module, runs: bool) -> Iterator[None]:
     with preserve_state(model, values=False) as snapshot:
         if runs:
             snapshot.keep_values(t for t in snapshot.tensors if isinstance(t, nn.Parameter))
-        yield
+        with nullcontext() if runs else collecting_new_objects():  # calibration takes minutes
+            yield
 
 
 def _log(message: str) -> None:

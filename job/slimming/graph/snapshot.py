@@ -13,7 +13,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import UserDict, UserList, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,8 @@ KEEPING = (  # classes of the standard library whose objects store other objects
 LOCKS = (
     type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore,
 )  # fmt: skip
+DICTS = frozenset([dict, OrderedDict])
+EMPTY: dict[Any, Any] = {}  # the contents of every empty dict, never changed
 MAX_PARTS = 10_000  # items of a container; those of larger ones are not visited
 
 
@@ -98,6 +100,8 @@ class Snapshot:
             if not isinstance(saved, SavedContainer):
                 continue
             store, before = saved
+            if not before:
+                continue
             if type(before) is dict:
                 yield from ((store, k, v) for k, v in before.items() if isinstance(v, torch.Tensor))
             elif type(store) is list:
@@ -118,13 +122,16 @@ class Snapshot:
 
     def _visit(self, values: Iterable[Any]) -> None:
         """Visit containers and objects; code is visited later."""
-        waiting = list(values)
+        waiting, visited = list(values), self._visited
         while waiting:
             value = waiting.pop()
-            if type(value) in ATOMS or id(value) in self._visited:
+            kind = type(value)
+            if kind in ATOMS or id(value) in visited:
                 continue
-            self._visited.add(id(value))
-            if isinstance(value, torch.Tensor):
+            visited.add(id(value))
+            if kind in DICTS and not value:  # most are dicts of hooks
+                self._saved.append(SavedContainer(value, EMPTY))
+            elif isinstance(value, torch.Tensor):
                 self.tensors.append(value)
             elif isinstance(value, (dict, list, deque, set)):
                 before = dict(value) if isinstance(value, dict) else list(value)

@@ -91,8 +91,10 @@ class _Cloner:
         """Copy an object or a module attribute by attribute."""
         kind: Any = type(value)
         new = self.memo[id(value)] = kind.__new__(kind)
+        attributes = getattr(new, "__dict__", {})
         for name, part in getattr(value, "__dict__", {}).items():
-            vars(new)[name] = self.clone_attribute(value, name, part)
+            known = type(part) in IMMUTABLE
+            attributes[name] = part if known else self.clone_attribute(value, name, part)
         for name in slots(kind):
             if hasattr(value, name):
                 part = self.clone_attribute(value, name, getattr(value, name))
@@ -152,7 +154,8 @@ class _Cloner:
         kind = type(value)
         made = (self.clone(value.default_factory),) if kind is defaultdict else ()
         new = self.memo[id(value)] = kind(*made)
-        new.update((self.clone(key), self.clone(part)) for key, part in value.items())
+        if value:
+            new.update((self.clone(key), self.clone(part)) for key, part in value.items())
         return new
 
     def clone_method(self, value: types.MethodType) -> types.MethodType:
