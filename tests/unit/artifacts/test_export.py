@@ -14,6 +14,7 @@ from torch import nn
 
 import job
 import job.artifacts.export
+import job.artifacts.export_onnx
 from job.artifacts.model_card import ModelCard, save_model
 from job.cli.command_options import ModelOptions
 from job.cli.export import export
@@ -83,7 +84,7 @@ def test_what_differs_or_cannot_be_expressed_is_not_written(
 def test_without_the_packages_the_extra_is_named(
     slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job.artifacts.export, "installed", lambda _: False)
+    monkeypatch.setattr(job.artifacts.export_onnx, "installed", lambda _: False)
     with pytest.raises(UsageError, match=r"pip install 'gammaslim\[onnx\]'"):
         export(ModelOptions(str(slim)), str(tmp_path / "m.onnx"), "onnx")
 
