@@ -166,19 +166,20 @@ def next_commands(history: History) -> tuple[str, ...]:
     if history.state == "running":
         return (f"touch {shell_word(str(history.path / 'STOP'))}",)
     if history.state == "finished":
-        return commands_after(history.path, str(history.setting("prune", "task") or CLASSIFICATION))
+        task = str(history.setting("prune", "task") or CLASSIFICATION)
+        return commands_after(str(history.path), task)
     config = shell_word(str(history.path / CONFIG_FILE))
     data, root = history.setting("prune", "data"), history.setting("dataset", "path")
     data_option = f" --data {shell_word(root)}" if data and isinstance(root, str) else ""
     return (f"gammaslim prune --config {config} --output {run}{data_option}",)
 
 
-def commands_after(path: Path, task: str) -> tuple[str, ...]:
-    """Return the command lines to type after the run in ``path`` has finished.
+def commands_after(place: str, task: str) -> tuple[str, ...]:
+    """Return the command lines to type after the run in ``place``, a folder or URL, has finished.
 
     Only data for classification are known to have a test split.
     """
-    run = shell_word(str(path))
+    run = shell_word(place)
     split = " --split testing" if task == CLASSIFICATION else ""
     return (
         f"gammaslim report {run}",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 GUARD = 5.0  # seconds that a job waits for another one on this machine to end
 STORE_PATIENCE = 300.0  # seconds that the end of a run waits for a store that takes no file
 STORE_STOP_PATIENCE = 20.0  # the same for a job that is stopped
+_urls: dict[Path, str] = {}  # of the runs that this process keeps in a store, by their folders
 
 
 @contextmanager
@@ -44,6 +45,7 @@ def stored_output(config: PruneConfig) -> Iterator[PruneConfig]:
     store = Store(config.output)
     run = scratch_of(store)
     local = replace(config, output=str(run))
+    _urls[run] = store.url
     if not is_main():
         with _waiting_for_main():
             yield local
@@ -114,6 +116,11 @@ def _uploading(mirror: Mirror) -> Iterator[None]:
     if not complete:
         raise StorageError(mirror.unsent())
     say(f"stored in {mirror.store.url}")
+
+
+def place_of(run: Path) -> str:
+    """Return what a user names a run by: its URL in a store, or its folder ``run``."""
+    return _urls.get(run) or str(run)
 
 
 def scratch_of(store: Store) -> Path:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from job.artifacts.json_records import to_json
 from job.artifacts.run_status import commands_after
+from job.artifacts.stored_output import place_of
 from job.console import counted, say, say_cautions, say_event
 from job.errors import shown
 from job.report.tables import rounds_table
@@ -21,11 +22,12 @@ def print_summary(
     run: Path, summary: SummaryRecord, entries: Sequence[RoundRecord], task: str
 ) -> None:
     """Print the summary of a finished run in the folder ``run``, whose rounds are ``entries``."""
-    say_event({"event": "summary", "path": shown(run), **to_json(summary)})
+    place = place_of(run)
+    say_event({"event": "summary", "path": shown(place), **to_json(summary)})
     say("")
     say(rounds_table(entries), event=True)
     say(f"\nrecommended: {summary.recommended} ({summary.reason})")
     say_cautions(summary.cautions)
-    say(f"{counted(summary.seconds, 'second')}; all files are in {shown(run)}")
-    for line in commands_after(run, task):
+    say(f"{counted(summary.seconds, 'second')}; all files are in {shown(place)}")
+    for line in commands_after(place, task):
         say(f"next: {line}")

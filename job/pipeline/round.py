@@ -12,6 +12,7 @@ from job.artifacts.evaluation_record import find_evaluation
 from job.artifacts.json_records import to_json
 from job.artifacts.recommendation import points_lost
 from job.artifacts.records import LatencyRecord, RoundRecord, SlimRecord
+from job.artifacts.stored_output import place_of
 from job.console import say, say_cautions, show_step
 from job.distributed.collectives import digest, on_main
 from job.distributed.memory import return_freed_memory
@@ -218,7 +219,7 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
         seconds=round(current.seconds, 3),
     )
     entry = _with_latency(session, entry, network)
-    lineage = replace(card.lineage, run=shown(run.path.absolute()), round=current.index)
+    lineage = replace(card.lineage, run=shown(place_of(run.path.absolute())), round=current.index)
     if current.index == 0:
         base_sha256 = digest({k: v.cpu() for k, v in network.state_dict().items()})
         lineage = replace(lineage, base_sha256=lineage.base_sha256 or base_sha256)

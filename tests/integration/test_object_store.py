@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -31,7 +32,8 @@ sys.exit(main())
 @pytest.fixture(scope="module")
 def undisturbed(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run(sys.executable, "-m", "job", *options(noise, output))
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    done = run(sys.executable, "-m", "job", *options(noise, output), env=one_thread)
     assert done.code == 0, done
     return output
 
@@ -100,10 +102,15 @@ def test_a_killed_run_goes_on_from_the_store_on_another_machine(
     done = run(sys.executable, "-m", "job", *args, env=environ(server, tmp_path / "b"))
     assert done.code == 0, done
     assert "fetching" in done.out
+    url = f"s3://{BUCKET}/runs/killed"
+    assert f"all files are in {url}\n" in done.out
+    assert f"next: gammaslim evaluate {url} --split testing\n" in done.out
     assert SECRET not in done.out + done.err
     server.files().get(f"{BUCKET}/runs/killed", str(tmp_path / "fetched"), recursive=True)
     assert_same_run(tmp_path / "fetched", undisturbed)
     assert '"event": "resume"' in (tmp_path / "fetched" / "metrics.jsonl").read_text()
+    lineage = json.loads((tmp_path / "fetched/rounds/01/model.json").read_text())["lineage"]
+    assert lineage["run"] == url
     for path in (tmp_path / "fetched").rglob("*"):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
 
