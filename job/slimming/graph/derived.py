@@ -2,13 +2,15 @@
 
 The *sources* of such a tensor are the parameters that it is computed from, each with indices: an
 int64 tensor that broadcasts to its shape, with the flat index of the parameter value that each of
-its values comes from, or -1. Where the tensor is combined with channels, its sources give the axis
-of the parameter that the channels are along.
+its values comes from, or -1. Where pooling or interpolation combines several values, the index is
+that of one of them. Where the tensor is combined with channels, its sources give the axis of the
+parameter that the channels are along.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -120,14 +122,13 @@ class DerivedValues:
 
     def derive(self, op: Op, inputs: tuple[torch.Tensor, ...]) -> bool:
         """Record the sources of the results of an op; return whether all have sources."""
-        for result in op.results:
-            self._sources.pop(id(result), None)
+        sources: list[list[Source]] = []
         if op.name in self.moving:
             sources = self._moved(op, inputs)
         elif op.name in OUTER or (op.name in self.pointwise and len(op.results) == 1):
             sources = [self._pointwise(op, inputs)]
-        else:
-            return False
+        for result in op.results:  # which may be an input
+            self._sources.pop(id(result), None)
         if not all(sources) or len(sources) != len(op.results):
             return False
         self._sources.update(zip(map(id, op.results), map(tuple, sources), strict=True))
@@ -160,7 +161,10 @@ class DerivedValues:
             for source in self.sources(tensor):
                 indices = source.indices[:, None] if column else source.indices
                 if indices.dim() <= dims:
-                    of_result = replace(source, indices=compact(_with_axes(indices, dims)))
+                    indices = _with_axes(indices, dims)
+                    for axis in _resampled_axes(op):
+                        indices = indices.narrow(axis, 0, 1)
+                    of_result = replace(source, indices=compact(indices))
                     if not any(map(of_result.equals, sources)):
                         sources.append(of_result)
             if tensor.numel() > 1 and not self.sources(tensor):
@@ -187,6 +191,15 @@ def _is_function(elements: Ids, coordinates: Ids) -> bool:
     place = np.zeros(int(elements.max()) + 1, np.int64)
     place[elements] = coordinates
     return bool(elements.all()) and bool((place[elements] == coordinates).all())
+
+
+def _resampled_axes(op: Op) -> range:
+    """Return the axes along which an op combines values; the first index stands for all."""
+    dims = op.inputs[0].dim()
+    if op.name in ("interpolate", "upsample"):
+        return range(2, dims)
+    pooling = re.search(r"pool(\d)d", op.name)
+    return range(dims - int(pooling[1]), dims) if pooling else range(0)
 
 
 def _with_axes(indices: torch.Tensor, dims: int) -> torch.Tensor:

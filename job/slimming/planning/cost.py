@@ -38,8 +38,8 @@ class LayerCost:
 class Cost:
     """Costs of a network.
 
-    ``channels`` counts the channels of all norms: BatchNorm, GroupNorm, LayerNorm, RMSNorm and
-    InstanceNorm, and in a network without any the outputs of its layers. ``macs`` are the
+    ``channels`` counts the channels of all BatchNorms, and in a network that has other norms, or
+    none, the outputs of all convolutions and linear layers. ``macs`` are the
     multiply-adds of all convolutions and linear layers for one image. ``bytes`` is the size of the
     state dict.
     """
@@ -91,11 +91,14 @@ def _macs(op: Op, trace: Trace) -> int:
 
 
 def counted_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers whose channels are counted: all norms, else all layers; by name."""
+    """Return the layers whose channels are counted, by name.
+
+    These are all BatchNorms where no other norm is. Elsewhere they are all layers: a LayerNorm
+    normalises the channels of a residual stream, and most layers of a transformer have no norm.
+    """
     modules = modules_of(network)
-    norms: dict[str, nn.Module] = {n: m for n, m in modules.items() if isinstance(m, NORMS)}
-    norms.update(batchnorms(network))
-    if norms:
+    norms: dict[str, nn.Module] = dict(batchnorms(network))
+    if norms and not any(isinstance(module, NORMS) for module in modules.values()):
         return norms
     return {n: m for n, m in modules.items() if isinstance(m, (*SUMMING, ConstantOutput))}
 

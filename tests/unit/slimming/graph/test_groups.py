@@ -47,10 +47,9 @@ def counted(network: nn.Module, image: torch.Tensor) -> Cost:
         copy.deepcopy(network).eval()(image)
     found = counter.get_flop_counts()["Global"]  # what multiplies activations is left out
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    groups = [m for m in network.modules() if isinstance(m, nn.GroupNorm)]
     layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    if norms or groups:
-        channels = sum(m.num_features for m in norms) + sum(m.num_channels for m in groups)
+    if norms and not any(isinstance(m, nn.GroupNorm) for m in network.modules()):
+        channels = sum(m.num_features for m in norms)
     else:
         channels = sum(len(m.weight) for m in layers)
     return Cost(

@@ -265,9 +265,15 @@ class Tokens(nn.Module):
         self.norm, self.last = nn.LayerNorm(16), nn.LayerNorm(16)
         self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
 
+    def table(self, count: int) -> torch.Tensor:
+        """The positions of ``count`` tokens."""
+        assert count == self.places.shape[1]
+        return self.places
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.embed(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        x = x + self.table(x.shape[1])
         x = x + self.mlp(self.norm(x))
         return self.head(self.last(x)[:, 0])
 
@@ -284,3 +290,51 @@ def test_tokens_and_tables_of_positions_are_cut_with_the_stream() -> None:
     read = {name: LayerChannels.from_dict(values) for name, values in record.items()}
     again = apply_plan(network, read)
     assert torch.equal(again.places, narrow.places)
+
+
+class Resampled(Tokens):
+    """Positions for another number of patches than the table has, as in vision transformers."""
+
+    def table(self, count: int) -> torch.Tensor:
+        places = self.places[:, 1:].float().reshape(1, 3, 4, -1).permute(0, 3, 1, 2)
+        places = F.interpolate(places, (count // 6, 6), mode="bicubic", antialias=True)
+        places = places.permute(0, 2, 3, 1).reshape(1, -1, self.places.shape[-1])
+        return torch.cat([self.places[:, :1], places], 1)
+
+
+def test_a_resampled_table_of_positions_is_cut_with_the_stream() -> None:
+    torch.manual_seed(0)
+    network = Resampled().eval()
+    narrow, plan = halve(network, torch.rand(2, 3, 20, 24))
+    assert narrow.places.shape == (1, 13, 8)
+    assert {blocked.layer for blocked in plan.blocked} == {"head"}
+
+
+class Stretched(Tokens):
+    """Positions that are mixed along the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.rand(1, 13, 8))
+
+    def table(self, count: int) -> torch.Tensor:
+        return F.interpolate(self.places, 16, mode="linear")
+
+
+def test_a_table_that_mixes_channels_keeps_them() -> None:
+    torch.manual_seed(0)
+    network = Stretched().eval()
+    narrow, plan = halve(network, torch.rand(2, 3, 12, 16))
+    assert narrow.places.shape == (1, 13, 8)
+    assert narrow.mlp[0].out_features == 16
+    assert {blocked.layer for blocked in plan.blocked} == {"head", "embed", "mlp.2"}
+
+
+def test_channels_are_those_of_all_layers_where_a_norm_is_no_batchnorm() -> None:
+    torch.manual_seed(0)
+    network = Tokens().eval()
+    image = torch.rand(2, 3, 12, 16)
+    narrow, plan = job.slim(network, image, target="channels=0.75", ignore=["embed"])
+    assert plan.before.channels == 16 + 32 + 16 + 5
+    assert plan.after.channels == 51
+    assert narrow.mlp[0].out_features == 32 - (69 - 51)
