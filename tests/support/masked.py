@@ -39,7 +39,8 @@ def masked_network(network: nn.Module, layers: Layers) -> nn.Module:
             axis = 1 if hasattr(layer, "kernel_size") else values.dim() - 1
             mask = torch.zeros(values.shape[axis], dtype=values.dtype)
             mask[list(kept)] = 1
-            return (values * mask.view([-1 if a == axis else 1 for a in range(values.dim())]),)
+            mask = mask.view([-1 if a == axis else 1 for a in range(values.dim())])
+            return values * mask, *args[1:]
 
         module.register_forward_pre_hook(hook)
     return wide
@@ -56,6 +57,7 @@ class KeptNorm(nn.Module):
         norm, kept = self.norm, self.kept
         first = isinstance(norm, (nn.GroupNorm, nn.LocalResponseNorm)) or x.shape[1] > max(kept)
         axis = 1 if isinstance(norm, nn.GroupNorm) or (first and x.dim() == 4) else x.dim() - 1
+        axis = 1 if len(getattr(norm, "normalized_shape", ())) == 3 else axis  # (C, 1, 1)
         values = x.movedim(axis, -1)[..., kept]
         if isinstance(norm, nn.GroupNorm):
             size = norm.num_channels // norm.num_groups
@@ -70,9 +72,9 @@ class KeptNorm(nn.Module):
             variance, mean = torch.var_mean(values, -1, correction=0, keepdim=True)
             values = (values - mean) / (variance + norm.eps).sqrt()
         if norm.weight is not None:
-            values = values * norm.weight[kept]
+            values = values * norm.weight[kept].flatten()
         if getattr(norm, "bias", None) is not None:
-            values = values + norm.bias[kept]
+            values = values + norm.bias[kept].flatten()
         full = torch.zeros_like(x).movedim(axis, -1)
         full[..., kept] = values
         return full.movedim(-1, axis)

@@ -44,8 +44,9 @@ class Consumer:
 def consumers_of(network: nn.Module, graph: ChannelGraph) -> list[Consumer]:
     """Return the consumers of channels that can be cut, in the order of the data flow.
 
-    Parameters outside of known layers, weights that several layers share, and the packed weights of
-    nn.MultiheadAttention are left out, as are layers that compute their weight from a parameter.
+    Parameters outside of known layers, weights that several layers share, the packed weights of
+    nn.MultiheadAttention and deformable convolutions are left out, as are layers that compute their
+    weight from a parameter.
     """
     layers = modules_of(network, once=True).values()
     uses = Counter(id(m.weight) for m in layers if isinstance(m, SUMMING))
@@ -57,7 +58,7 @@ def consumers_of(network: nn.Module, graph: ChannelGraph) -> list[Consumer]:
             layer = network.get_submodule(slot.layer)
         except AttributeError:  # a parameter without a known layer: hooks do not see its inputs
             continue
-        if isinstance(layer, nn.MultiheadAttention) or slot.layer in graph.computed:
+        if not isinstance(layer, (*SUMMING, nn.RNNBase)) or slot.layer in graph.computed:
             continue
         if isinstance(layer, SUMMING) and uses[id(layer.weight)] > 1:
             continue

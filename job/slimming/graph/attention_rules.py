@@ -21,6 +21,7 @@ from job.slimming.graph.reasons import (
     FIXED_QUERIES,
     NEVER_CUT,
     NOT_SUPPORTED,
+    ONE_WITH_SEVERAL,
     OP_COUNT,
     OTHER_HEADS,
     OVER_VALUES,
@@ -56,8 +57,11 @@ def matmul(state: PropagationState, op: Op) -> None:
     labels = state.labels_of(passing)
     if any(summed) or sum(free) != 1 or labels is None:
         return state.give_up(op, NEVER_CUT(op.name))
-    heads = state.labels_of(other if passing is one else one)
-    if heads is not None and not _unite_heads(state, heads, labels):
+    factors = other if passing is one else one
+    heads = state.labels_of(factors)
+    if heads is not None and not label_axes(heads):  # weights from a layer of one output
+        state.fix(factors, ONE_WITH_SEVERAL(op.name))
+    elif heads is not None and not _unite_heads(state, heads, labels):
         return state.give_up(op, DIFFERENT_AXES(op.name))
     state.heads.attend(labels)
     state.union.suspects.append((OP_COUNT(op.name), flat_ids(labels)))
@@ -75,7 +79,7 @@ def einsum(state: PropagationState, op: Op) -> None:
     if second[:-2] == batch and second[-1] == last and result == batch + one + second[-2]:
         queries, keys = labels
         if queries is None or keys is None:
-            return state.give_up(op, NEVER_CUT("einsum"))
+            return _pass(state, op, sides, labels)
         if unite_products(state, op, queries, keys, "operands"):
             return None
     elif second[:-1] == batch + last and result == batch + one + second[-1]:
@@ -84,6 +88,25 @@ def einsum(state: PropagationState, op: Op) -> None:
             state.heads.attend(values)
             state.union.suspects.append((OP_COUNT(op.name), flat_ids(values)))
             return state.set_labels(op.result, values)
+    return _pass(state, op, sides, labels)
+
+
+def _pass(
+    state: PropagationState, op: Op, sides: list[str], labels: list[torch.Tensor | None]
+) -> None:
+    """Pass the channels of one operand along letters that the result has and the other has not."""
+    for own, other in ((0, 1), (1, 0)):
+        image = labels[own]
+        if image is None or labels[other] is not None:
+            continue
+        along = {sides[own][axis] for axis in label_axes(image)}
+        if along <= set(sides[2]) - set(sides[other]) and len(set(sides[own])) == image.dim():
+            rest = [axis for axis, letter in enumerate(sides[own]) if letter not in along]
+            sizes = [image.shape[sides[own].index(c)] if c in along else 1 for c in sides[2]]
+            order = [sides[own].index(letter) for letter in sides[2] if letter in along]
+            passed = image.permute(*rest, *order).reshape(sizes)
+            state.union.suspects.append((OP_COUNT(op.name), flat_ids(passed)))
+            return state.set_labels(op.result, passed)
     return state.give_up(op, NOT_SUPPORTED("einsum"))
 
 

@@ -65,7 +65,7 @@ def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Ite
     elif op.name == "narrow":
         yield op.argument(3, "length"), flat_ids(after[0])
         yield op.argument(2, "start"), flat_ids(before)[: op.argument(2, "start")]
-    elif op.name == "__getitem__":
+    elif op.name in ("__getitem__", "__setitem__"):
         index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
         for part in index:
             for bound in (part.start, part.stop) if isinstance(part, slice) else ():

@@ -59,11 +59,17 @@ def follow_parameters(
 
 
 def produce(state: PropagationState, op: Op, weight: str, count: int) -> Ids:
+    """Return the elements (count,) that a layer produces, and cut its bias, argument 2, as them."""
+    produced = produced_by(state, weight, count)
+    add_bias(state, op, weight, produced)
+    return produced
+
+
+def produced_by(state: PropagationState, weight: str, count: int) -> Ids:
     """Return the elements (count,) that a layer produces, the same ones at each call."""
     if weight not in state.produced:
         state.produced[weight] = state.union.produce(owner_of(weight), count)
         state.add_slot(weight, "out", state.produced[weight])
-    add_bias(state, op, weight, state.produced[weight])
     return state.produced[weight]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from job.slimming.graph.attention_rules import multi_head_attention
 from job.slimming.graph.computed_weights import computed_from, end_computed, standardise
-from job.slimming.graph.followed_parameters import add_bias, produce
+from job.slimming.graph.followed_parameters import add_bias, produce, produced_by
 from job.slimming.graph.layers import (
     BATCHNORM,
     CONVOLUTIONS,
@@ -28,6 +28,7 @@ from job.slimming.graph.norm_rules import group_norm, instance_norm, layer_norm
 from job.slimming.graph.reasons import (
     COMPUTED_BY,
     COMPUTED_OR_MIXED,
+    COMPUTED_PLACES,
     COMPUTED_WEIGHT_OR_MIXED,
     CONSTANT,
     SELECTION,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.reasons import Reason
     from job.slimming.graph.trace import Op
 
+DEFORMABLE = ("torchvision.ops.deform_conv.DeformConv2d",)
 STATISTICS = ("running_mean", "running_var", "weight", "bias")  # in the order of F.batch_norm
 
 
@@ -53,7 +55,8 @@ class LayerRule:
 
     ``propagate`` is the rule of the torch functions ``ops``, whose argument number 1 is the weight.
     ``tensors`` gives the side along each leading axis of the layer's tensors, ``sizes`` the side
-    that each of its attributes counts; ``whole`` is an axis that is never cut.
+    that each of its attributes counts; ``whole`` is an axis that is never cut. ``names`` are the
+    full names of types of packages that are slow to import.
     """
 
     types: tuple[type[nn.Module], ...]
@@ -61,6 +64,13 @@ class LayerRule:
     propagate: Rule
     tensors: Mapping[str, tuple[Side, ...]]
     sizes: Mapping[str, Side] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+
+    def covers(self, module: nn.Module) -> bool:
+        """Return whether this is the rule of ``module``."""
+        if isinstance(module, self.types):
+            return True
+        return any(f"{c.__module__}.{c.__qualname__}" in self.names for c in type(module).__mro__)
 
 
 COMPUTED_WAYS = {  # attributes of layers, and the ways that their weights are computed in each pass
@@ -126,6 +136,22 @@ def transposed_convolution(state: PropagationState, op: Op) -> None:
     if groups > 1:
         state.union.blocks += [ids.reshape(groups, -1), produced.reshape(groups, -1)]
     return state.set_ids(op.result, produced, 1)
+
+
+def deformable_convolution(state: PropagationState, op: Op) -> None:
+    """Deformable convolutions, whose places are never cut (Dai et al. 2017, Zhu et al. 2019)."""
+    image, weight, *places = op.args[:4]
+    groups, place_groups = op.args[11:13]
+    ids, name = state.ids_along(image, 1), state.trace.name(weight)
+    state.count_call(op, name)
+    if ids is None or name is None or groups > 1:
+        return state.give_up(op, COMPUTED_WEIGHT_OR_MIXED("a deformable convolution"))
+    for tensor in places:
+        state.fix(tensor, COMPUTED_PLACES(op.name))
+    if place_groups > 1:
+        state.union.blocks.append(ids.reshape(place_groups, -1))
+    state.add_slot(name, "in", ids)
+    return state.set_ids(op.result, produced_by(state, name, len(weight)), 1)
 
 
 def linear(state: PropagationState, op: Op) -> None:
@@ -213,6 +239,14 @@ LAYER_RULES: list[LayerRule] = [
         sizes={"in_channels": "in", "out_channels": "out"},
     ),
     LayerRule(
+        types=(),
+        names=DEFORMABLE,
+        ops=("deform_conv2d",),
+        propagate=deformable_convolution,
+        tensors={"weight": ("out", "in"), "bias": ("out",)},
+        sizes={"in_channels": "in", "out_channels": "out"},
+    ),
+    LayerRule(
         types=(nn.Linear,),
         ops=("linear",),
         propagate=linear,
@@ -273,7 +307,7 @@ LAYER_RULES: list[LayerRule] = [
 
 def layer_rule(module: nn.Module) -> LayerRule | None:
     """Return the rule of a layer; None for modules of other types."""
-    return next((rule for rule in LAYER_RULES if isinstance(module, rule.types)), None)
+    return next((rule for rule in LAYER_RULES if rule.covers(module)), None)
 
 
 def is_layer(module: nn.Module | None) -> bool:
@@ -282,8 +316,10 @@ def is_layer(module: nn.Module | None) -> bool:
 
 
 def _size(value: Any) -> int:
-    """A number of channels, or the last axis of a shape."""
-    return int(value[-1] if isinstance(value, (tuple, list)) else value)
+    """A number of channels, or the axis of a shape that they are along."""
+    if not isinstance(value, (tuple, list)):
+        return int(value)
+    return int(value[-1] if max(value[1:], default=1) > 1 else value[0])
 
 
 def layer_sizes(layer: nn.Module) -> tuple[int, int]:

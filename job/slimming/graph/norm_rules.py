@@ -42,7 +42,7 @@ def layer_norm(state: PropagationState, op: Op) -> None:
     image, shape = op.argument(0, "input"), op.argument(1, "normalized_shape")
     tensors = [op.argument(2, "weight")]
     tensors += [op.argument(3, "bias")] if op.name == "layer_norm" else []
-    labels, axis = state.labels_of(image), image.dim() - 1
+    labels, axis = state.labels_of(image), image.dim() - len(shape)
     if labels is None:
         return state.forget(op)
     if labels.shape[-1] == 1 and len(shape) == 1 and image.shape[-1] > 1:
@@ -50,7 +50,8 @@ def layer_norm(state: PropagationState, op: Op) -> None:
     if len(shape) == 1 and state.heads.are_cut_whole(labels):
         return state.set_labels(op.result, labels)  # of each head that stays
     ids = state.unite_lines(labels, axis)
-    if ids is None or len(shape) != 1 or not _add_tensors(state, op, tensors, ids):
+    several = any(size > 1 for size in shape[1:])  # axes of more than one value
+    if ids is None or several or not _add_tensors(state, op, tensors, ids):
         return state.give_up(op, SEVERAL_OR_COMPUTED(op.name))
     operands = [Operand(0, "input", axis, ids)]
     operands += [

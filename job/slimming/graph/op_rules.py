@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from job.slimming.graph.assignment_rules import write
 from job.slimming.graph.attention_rules import attention, einsum, matmul
 from job.slimming.graph.channel_labels import (
     flat_ids,
@@ -23,12 +24,20 @@ from job.slimming.graph.channel_labels import (
 )
 from job.slimming.graph.cross_covariance import weight_columns
 from job.slimming.graph.followed_parameters import follow_parameters
-from job.slimming.graph.move_rules import cat, pad, pixel_shuffle, rearrange, reshape
+from job.slimming.graph.move_rules import (
+    cat,
+    fold,
+    pad,
+    pixel_shuffle,
+    rearrange,
+    reshape,
+    sampled,
+    unfold,
+)
 from job.slimming.graph.reasons import (
     ACROSS_CHANNELS,
     ALL_AXES,
     BUFFER,
-    COMPUTED_PLACES,
     COMPUTED_WEIGHT_OR_MIXED,
     DIFFERENT_AXES,
     MIXED,
@@ -36,10 +45,8 @@ from job.slimming.graph.reasons import (
     NO_CHANNELS,
     NOT_SUPPORTED,
     ONE_WITH_SEVERAL,
-    OP_COUNT,
     SEVERAL_AXES,
     SEVERAL_INPUTS,
-    SLICE_ASSIGNMENT,
 )
 from job.slimming.graph.union import ChannelRead, Operand
 
@@ -151,6 +158,7 @@ def pairwise(state: PropagationState, op: Op) -> None:
     """Unite the channels of several operands: sums, products and similar ops."""
     tensors, dims = op.inputs, op.results[0].dim()
     together: torch.Tensor | None = None
+    labelled: list[torch.Tensor] = []  # with the channels of the result
     for tensor in tensors:
         labels = state.labels_of(tensor)
         if labels is None:
@@ -160,18 +168,25 @@ def pairwise(state: PropagationState, op: Op) -> None:
         if labels.dim() < dims:
             labels = labels.reshape([1] * (dims - labels.dim()) + list(labels.shape))
         if together is None:
-            together = labels
+            together, labelled = labels, [tensor]
             continue
-        few, together = sorted((labels, together), key=lambda each: len(label_axes(each)))
-        if not label_axes(few) and label_axes(together):  # one channel with all others
+        few, many = sorted((labels, together), key=lambda each: len(label_axes(each)))
+        if not label_axes(few) and label_axes(many):  # one channel with all others
             state.union.fix(flat_ids(few), ONE_WITH_SEVERAL(op.name))
-            continue
-        if not set(label_axes(few)) <= set(label_axes(together)):
+            together = many
+        elif set(label_axes(few)) <= set(label_axes(many)):
+            state.union.unite(flat_ids(few.expand_as(many)), flat_ids(many))
+            together, labelled = many, [*labelled, tensor]
+        elif set(label_axes(few)) & set(label_axes(many)):
             return state.give_up(op, DIFFERENT_AXES(op.name))
-        state.union.unite(flat_ids(few.expand_as(together)), flat_ids(together))
+        else:  # e.g. weights of positions, the same for all channels
+            fewer, together = sorted((labels, together), key=torch.numel)
+            state.union.fix(flat_ids(fewer), DIFFERENT_AXES(op.name))
+            labelled = [tensor] if together is labels else labelled
     assert together is not None
     for tensor in tensors:
-        if state.labels_of(tensor) is None and not _follows_cut(state, op, tensor, together):
+        held = any(tensor is each for each in labelled)
+        if not held and not _follows_cut(state, op, tensor, together):
             return state.give_up(op, NEVER_CUT(op.name))
     return state.set_labels(op.results[0], together)
 
@@ -216,33 +231,6 @@ def matrix_of_train_mode(state: PropagationState, op: Op, *, side: Side) -> None
 def new_tensor(state: PropagationState, op: Op) -> None:
     """Drop the labels: a new tensor of a given shape has no channels."""
     state.forget(op)
-
-
-def sampled(state: PropagationState, op: Op) -> None:
-    """Keep the channels of images that are sampled at points or in boxes."""
-    image, *places = op.inputs
-    ids = state.ids_along(image, 1)
-    if ids is None or any(state.labels_of(place) is not None for place in places):
-        return state.give_up(op, COMPUTED_PLACES(op.name))
-    return state.set_labels(op.result, labels_along(ids, 1, op.result.dim()))
-
-
-def write(state: PropagationState, op: Op) -> None:
-    """Keep the channels of values that are assigned to samples of a new tensor."""
-    target, index, value = op.args
-    labels = state.labels_of(value)
-    earlier = state.labels_of(target)
-    known = id(target) in state.trace.constants or state.derived.sources(target)
-    whole = isinstance(value, torch.Tensor) and value.dim() == target.dim() and not known
-    of_samples = isinstance(index, torch.Tensor) and index.dim() == 1
-    if labels is None or not (whole and of_samples) or 0 in label_axes(labels):
-        return state.give_up(op, SLICE_ASSIGNMENT())
-    if earlier is not None:
-        if label_axes(earlier) != label_axes(labels):
-            return state.give_up(op, SLICE_ASSIGNMENT())
-        state.union.unite(flat_ids(earlier), flat_ids(labels))
-    state.union.suspects.append((OP_COUNT(op.name), flat_ids(labels)))
-    return state.set_labels(target, labels[:1])
 
 
 def _for_each(names: str, rule: Rule) -> dict[str, Rule]:
@@ -299,6 +287,8 @@ OP_RULES: dict[str, Rule] = {
     **_for_each("roi_align roi_pool grid_sample grid_sampler", sampled),
     "local_response_norm": neighbours,
     "pixel_shuffle": pixel_shuffle,
+    "unfold": unfold,
+    "fold": fold,
     "cdist": partial(matrix_of_train_mode, side="in"),
     "glu": glu,
     "pad": pad,

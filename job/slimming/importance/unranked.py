@@ -75,7 +75,7 @@ def _other_gammas(network: nn.Module, graph: ChannelGraph) -> Scores:
         norm = modules.get(slot.layer)
         weight = getattr(norm, "weight", None)
         if isinstance(norm, NORMS) and weight is not None and slot.side == "through":
-            np.add.at(sums, slot.ids, weight.detach().double().abs().cpu().numpy())
+            np.add.at(sums, slot.ids, weight.detach().flatten().double().abs().cpu().numpy())
             np.add.at(counts, slot.ids, 1)
     with np.errstate(invalid="ignore"):
         means: Scores = sums / counts

@@ -86,7 +86,8 @@ class KeptChannelsOnly(TorchFunctionMode):
             groups = args[1] if len(args) > 1 else kwargs["num_groups"]
             _set(args, kwargs, 1, "num_groups", groups_that_stay(groups, size, kept.tolist()))
         elif read.name in SHAPE_ARGUMENT:
-            _set(args, kwargs, 1, "normalized_shape", (len(kept),))
+            shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+            _set(args, kwargs, 1, "normalized_shape", (len(kept), *shape[1:]))
         for operand in read.operands:
             value = _get(args, kwargs, operand)
             if value.shape[operand.axis] != len(operand.ids):

@@ -166,9 +166,9 @@ def _set_sizes(wide: Any, memo: Mapping[int, Any]) -> None:
 
 
 def _set_size(layer: nn.Module, attribute: str, size: int) -> None:
-    """Set a number of channels, or a shape of one axis."""
-    shape = isinstance(getattr(layer, attribute), tuple)
-    setattr(layer, attribute, (size,) if shape else size)
+    """Set a number of channels, or the first axis of a shape."""
+    value = getattr(layer, attribute)
+    setattr(layer, attribute, (size, *value[1:]) if isinstance(value, tuple) else size)
 
 
 def _set_attributes(wide: nn.Module, memo: Mapping[int, Any], sizes: AttributeSizes) -> None:

@@ -1,0 +1,225 @@
+"""Windows, assigned parts and weights of positions: each kind is cut, and equals the masked one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import DeformConv2d
+from unit.slimming.graph.test_layer_kinds import halve
+
+import job
+from support.cuts import randomise
+from support.networks import Net, block
+
+IMAGE = torch.rand(1, 3, 20, 28)
+
+
+class Windows(Net):
+    """A convolution written with the windows of its input, whose places are the last channels."""
+
+    def build(self) -> None:
+        self.mix, self.norm = nn.Conv2d(12 * 9, 12, 1), nn.BatchNorm2d(12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        windows = F.unfold(x, 3, padding=1).view(len(x), -1, *x.shape[2:])
+        return F.relu(self.norm(self.mix(windows)))
+
+
+class Patches(Net):
+    """Patches of 2 x 2 pixels as tokens, and back (Yuan et al. 2021)."""
+
+    def build(self) -> None:
+        self.mlp, self.after = nn.Linear(12 * 4, 12 * 4), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.mlp(F.unfold(x, 2, stride=2).transpose(1, 2))
+        return self.after(F.fold(tokens.transpose(1, 2), x.shape[2:], 2, stride=2))
+
+
+class Sliding(Net):
+    """Windows along an axis of the image."""
+
+    def build(self) -> None:
+        self.after = block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(x.unfold(3, 3, 1).mean(-1))
+
+
+class Involution(Net):
+    """Weights of the places of a window, the same for all channels (Li et al. 2021)."""
+
+    def build(self) -> None:
+        self.reduce, self.span, self.after = block(12, 6), nn.Conv2d(6, 9, 1), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.span(self.reduce(x)).unsqueeze(1)
+        windows = F.unfold(x, 3, padding=1).view(len(x), x.shape[1], 9, *x.shape[2:])
+        return self.after((weights * windows.flatten(3).view_as(windows)).sum(2))
+
+
+class Shifted(Net):
+    """A quarter of the channels is shifted to the left, another one up (Lin et al. 2019)."""
+
+    def build(self) -> None:
+        self.after = block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        part, out = x.shape[1] // 4, torch.zeros_like(x)
+        out[:, :part, :, :-1] = x[:, :part, :, 1:]
+        out[:, part : 2 * part, :-1] = x[:, part : 2 * part, 1:]
+        out[:, 2 * part :] = x[:, 2 * part :]
+        return self.after(out)
+
+
+class Partial(Net):
+    """A convolution of some channels, written over them (Chen et al. 2023)."""
+
+    def build(self) -> None:
+        self.part, self.few, self.after = 4, nn.Conv2d(4, 4, 3, padding=1), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[:, : self.part] = self.few(x[:, : self.part].clone())
+        return self.after(x)
+
+
+class Silenced(Net):
+    """Some pixels of all channels are set to a number."""
+
+    def build(self) -> None:
+        self.after = block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[:, :, :2] = 0.5
+        return self.after(x)
+
+
+class Warped(Net):
+    """Sampled at places that a convolution computes (Jaderberg et al. 2015)."""
+
+    def build(self) -> None:
+        self.places, self.after = nn.Conv2d(12, 2, 1), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        grid = self.places(x).permute(0, 2, 3, 1).tanh()
+        return self.after(F.grid_sample(x, grid, align_corners=False))
+
+
+class Deformed(Net):
+    """Kernels at places, and with weights of these, that a convolution computes (DCN v1, v2)."""
+
+    groups, mask = 1, False
+
+    def build(self) -> None:
+        self.places = nn.Conv2d(12, 9 * (3 if self.mask else 2) * self.groups, 3, padding=1)
+        self.kernel, self.norm = DeformConv2d(12, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.after = block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        places = self.places(x)
+        weights = places[:, 18 * self.groups :].sigmoid() if self.mask else None
+        x = self.kernel(x, places[:, : 18 * self.groups], weights)
+        return self.after(F.relu(self.norm(x)))
+
+
+class Modulated(Deformed):
+    groups, mask = 2, True
+
+
+class Context(Net):
+    """Global context of the image, weighted by one channel (Cao et al. 2019)."""
+
+    def build(self) -> None:
+        self.score, self.after = nn.Conv2d(12, 1, 1), block(12, 12)
+        self.change = nn.Sequential(
+            nn.Conv2d(12, 8, 1), nn.LayerNorm([8, 1, 1]), nn.ReLU(), nn.Conv2d(8, 12, 1)
+        )
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.score(x).flatten(2).softmax(2).unsqueeze(-1)
+        context = torch.matmul(x.flatten(2).unsqueeze(1), weights)
+        return self.after(x + self.change(context.reshape(len(x), -1, 1, 1)))
+
+
+class Clusters(Net):
+    """Sums of features by cluster, as an equation whose other operand has no channels to cut."""
+
+    out = 36
+
+    def build(self) -> None:
+        self.after, self.assign = block(12, 12), nn.Conv2d(12, 3, 1)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.after(x)
+        weights = self.assign(x).flatten(2).softmax(1)
+        return torch.einsum("bkn,bcn->bkc", weights, x.flatten(2)).flatten(1)[:, :, None, None]
+
+
+FIXED = {
+    Deformed: {"places"},
+    Modulated: {"places"},
+    Involution: {"span"},
+    Warped: {"places"},
+    Context: {"score"},
+    Clusters: {"assign"},
+}
+KINDS = [Windows, Patches, Sliding, Shifted, Partial, Silenced, *FIXED]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_parts_and_weights_of_positions_are_cut(kind: type[Net]) -> None:
+    torch.manual_seed(0)
+    network = randomise(kind())
+    narrow, plan = halve(network, IMAGE)
+    assert {blocked.layer for blocked in plan.blocked} == {"head"} | FIXED.get(kind, set())
+    assert narrow.stem[0].out_channels == (4 if kind is Shifted else 6)  # 1 of 3 in each quarter
+    assert narrow.after[0].out_channels == 6 if hasattr(narrow, "after") else narrow.mix
+
+
+@pytest.mark.parametrize("kind", [Windows, Involution, Shifted, Context, Modulated])
+def test_they_are_measured_and_compensated(kind: type[Net]) -> None:
+    torch.manual_seed(0)
+    network, images = randomise(kind()), torch.rand(48, 3, 20, 28)
+    ways = {"calibration": [images]}, {"importance": "gamma", "compensate": "none"}
+    cuts = [job.slim(network, IMAGE, target="macs=0.6", **options)[0] for options in ways]
+    with torch.no_grad():
+        wide = network(images)
+        losses = [(narrow(images) - wide).square().mean() for narrow in cuts]
+    assert losses[0] < 0.5 * losses[1]
+
+
+def test_weights_of_positions_that_differ_between_channels_block_them() -> None:
+    class Differing(Net):
+        def build(self) -> None:
+            self.weights, self.after = nn.Conv2d(12, 28, 1), block(12, 12)
+
+        def body(self, x: torch.Tensor) -> torch.Tensor:
+            columns = self.weights(x).mean(2).transpose(1, 2)[:, :12, None]  # (N, 12, 1, 28)
+            return self.after(x * columns.sigmoid())
+
+    torch.manual_seed(0)
+    narrow, plan = halve(randomise(Differing()), IMAGE)
+    assert narrow.stem[0].out_channels == 12
+    assert {"weights", "stem.0"} <= {blocked.layer for blocked in plan.blocked}
+
+
+@pytest.mark.parametrize("value", ["constant", "table"])
+def test_parts_that_only_the_current_number_of_channels_has_stay(value: str) -> None:
+    class Assigned(Net):
+        def build(self) -> None:
+            self.table, self.after = nn.Buffer(torch.rand(3, 1, 1)), block(12, 12)
+
+        def body(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.clone()
+            x[:, 2:5] = 0.5 if value == "constant" else self.table
+            return self.after(x)
+
+    torch.manual_seed(0)
+    narrow, plan = job.slim(randomise(Assigned()), IMAGE, policy="uniform", target="width=0.5")
+    assert narrow.stem[0].out_channels == 12
+    assert narrow.after[0].out_channels == 6
+    assert {blocked.layer for blocked in plan.blocked} == {"head", "stem.0"}
