@@ -10,12 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import nn
 
 from job.slimming.graph.attention_rules import multi_head_attention
-from job.slimming.graph.computed_weights import computed_from, end_computed, standardise
-from job.slimming.graph.followed_parameters import add_bias, produce, produced_by
+from job.slimming.graph.computed_weights import standardise
+from job.slimming.graph.convolution_rules import (
+    computed_weight,
+    convolution,
+    deformable_convolution,
+    transposed_convolution,
+)
+from job.slimming.graph.followed_parameters import produce
 from job.slimming.graph.layers import (
     BATCHNORM,
     CONVOLUTIONS,
@@ -26,9 +31,7 @@ from job.slimming.graph.layers import (
 )
 from job.slimming.graph.norm_rules import group_norm, instance_norm, layer_norm
 from job.slimming.graph.reasons import (
-    COMPUTED_BY,
     COMPUTED_OR_MIXED,
-    COMPUTED_PLACES,
     COMPUTED_WEIGHT_OR_MIXED,
     CONSTANT,
     SELECTION,
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from job.slimming.graph.propagation_state import PropagationState, Rule
-    from job.slimming.graph.reasons import Reason
     from job.slimming.graph.trace import Op
 
 DEFORMABLE = ("torchvision.ops.deform_conv.DeformConv2d",)
@@ -73,87 +75,6 @@ class LayerRule:
         return any(f"{c.__module__}.{c.__qualname__}" in self.names for c in type(module).__mro__)
 
 
-COMPUTED_WAYS = {  # attributes of layers, and the ways that their weights are computed in each pass
-    "parametrizations": "a parametrization",
-    "weight_g": "weight_norm",
-    "weight_u": "spectral_norm",
-    "weight_mask": "a pruning mask",
-}
-
-
-def convolution(state: PropagationState, op: Op) -> None:
-    """Propagate channels through a convolution: plain, depthwise or grouped."""
-    image, weight = op.argument(0, "input"), op.argument(1, "weight")
-    groups = int(op.argument(6, "groups", 1))
-    ids = state.ids_along(image, 1) if image.dim() == weight.dim() else None
-    name, outputs = state.trace.name(weight), weight.shape[0]
-    computed = name is None
-    name = name or computed_from(state, op, weight)
-    state.count_call(op, name)
-    if ids is None or name is None:
-        reason = _computed_weight(op) if name is None else None
-        return state.give_up(op, reason or COMPUTED_WEIGHT_OR_MIXED("a convolution"))
-    if groups == len(ids) and groups > 1:
-        passed = np.repeat(ids, outputs // groups)
-        state.add_slot(name, "through", passed, outputs // groups)
-        add_bias(state, op, name, passed)
-        if computed:
-            end_computed(state, op, name, weight, ids, passed)
-        return state.set_ids(op.result, passed, 1)
-    state.add_slot(name, "in", ids)
-    produced = produce(state, op, name, outputs)
-    if computed:
-        end_computed(state, op, name, weight, ids, produced)
-    if groups > 1:
-        state.union.blocks += [ids.reshape(groups, -1), produced.reshape(groups, -1)]
-    return state.set_ids(op.result, produced, 1)
-
-
-def _computed_weight(op: Op) -> Reason | None:
-    """Return why the weight of a layer is computed, or None where the way is not known."""
-    for attribute, way in COMPUTED_WAYS.items():
-        if hasattr(op.module, attribute):
-            return COMPUTED_BY(way)
-    return None
-
-
-def transposed_convolution(state: PropagationState, op: Op) -> None:
-    """Transposed convolutions, whose weight is (inputs, outputs of a group, …)."""
-    image, weight = op.argument(0, "input"), op.argument(1, "weight")
-    groups = int(op.argument(6, "groups", 1))
-    ids = state.ids_along(image, 1) if image.dim() == weight.dim() else None
-    name = state.trace.name(weight)
-    state.count_call(op, name)
-    if ids is None or name is None or owner_of(name) not in state.layers:
-        return state.give_up(op, COMPUTED_WEIGHT_OR_MIXED("a transposed convolution"))
-    if groups == len(ids) and groups > 1:
-        passed = np.repeat(ids, weight.shape[1])
-        state.add_slot(name, "through", passed, weight.shape[1])
-        add_bias(state, op, name, passed)
-        return state.set_ids(op.result, passed, 1)
-    state.add_slot(name, "in", ids)
-    produced = produce(state, op, name, weight.shape[1] * groups)
-    if groups > 1:
-        state.union.blocks += [ids.reshape(groups, -1), produced.reshape(groups, -1)]
-    return state.set_ids(op.result, produced, 1)
-
-
-def deformable_convolution(state: PropagationState, op: Op) -> None:
-    """Deformable convolutions, whose places are never cut (Dai et al. 2017, Zhu et al. 2019)."""
-    image, weight, *places = op.args[:4]
-    groups, place_groups = op.args[11:13]
-    ids, name = state.ids_along(image, 1), state.trace.name(weight)
-    state.count_call(op, name)
-    if ids is None or name is None or groups > 1:
-        return state.give_up(op, COMPUTED_WEIGHT_OR_MIXED("a deformable convolution"))
-    for tensor in places:
-        state.fix(tensor, COMPUTED_PLACES(op.name))
-    if place_groups > 1:
-        state.union.blocks.append(ids.reshape(place_groups, -1))
-    state.add_slot(name, "in", ids)
-    return state.set_ids(op.result, produced_by(state, name, len(weight)), 1)
-
-
 def linear(state: PropagationState, op: Op) -> None:
     """Propagate channels through a linear layer, whose inputs are along the last axis."""
     image, weight = op.argument(0, "input"), op.argument(1, "weight")
@@ -163,7 +84,7 @@ def linear(state: PropagationState, op: Op) -> None:
         return state.set_labels(op.result, labels)  # channels are along another axis
     ids = state.ids_along(image, -1)
     if ids is None or name is None:
-        reason = _computed_weight(op) if name is None else None
+        reason = computed_weight(op) if name is None else None
         return state.give_up(op, reason or COMPUTED_WEIGHT_OR_MIXED("a linear layer"))
     state.add_slot(name, "in", ids)
     produced = produce(state, op, name, weight.shape[0])
