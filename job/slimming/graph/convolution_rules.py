@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from job.slimming.graph.channel_labels import labels_along
 from job.slimming.graph.computed_weights import computed_from, end_computed
 from job.slimming.graph.followed_parameters import add_bias, produce, produced_by
 from job.slimming.graph.layers import owner_of
@@ -39,6 +40,7 @@ def convolution(state: PropagationState, op: Op) -> None:
     if groups == len(ids) and groups > 1:
         passed = np.repeat(ids, outputs // groups)
         state.add_slot(name, "through", passed, outputs // groups)
+        state.note_sizes(op, [labels_along(passed, 1, weight.dim())])
         add_bias(state, op, name, passed)
         if computed:
             end_computed(state, op, name, weight, ids, passed)

@@ -173,7 +173,7 @@ def pairwise(state: PropagationState, op: Op) -> None:
         few, many = sorted((labels, together), key=lambda each: len(label_axes(each)))
         if not label_axes(few) and label_axes(many):  # one channel with all others
             state.union.fix(flat_ids(few), ONE_WITH_SEVERAL(op.name))
-            together = many
+            together, labelled = many, labelled if many is together else [tensor]
         elif set(label_axes(few)) <= set(label_axes(many)):
             state.union.unite(flat_ids(few.expand_as(many)), flat_ids(many))
             together, labelled = many, [*labelled, tensor]

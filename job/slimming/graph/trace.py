@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SIZE_QUERIES = frozenset({"size", "numel", "nelement"})
 NORM_OPS = frozenset("batch_norm instance_norm group_norm layer_norm rms_norm".split())
 SIZED = frozenset("split split_with_sizes narrow __getitem__ __setitem__ view reshape".split())
-SIZED |= {"layer_norm", "rms_norm"}
-CALLED_BY_MODULES = NORM_OPS | SIZED | {"conv1d", "conv2d", "conv3d", "linear"}
+SIZED |= {"layer_norm", "rms_norm", "conv1d", "conv2d", "conv3d"}
+CALLED_BY_MODULES = NORM_OPS | SIZED | {"linear"}
 CALLED_BY_MODULES |= {"scaled_dot_product_attention"}
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 BATCH = 2  # samples; BatchNorm in train mode needs two values per channel

@@ -100,7 +100,8 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
         if axis is None:
             axis = next((axis for axis, size in enumerate(tensor.shape) if size > 1), 0)
         tensor = _keep_indices(tensor, channels.out, axis)
-        tensor = _keep_indices(tensor, channels.in_, 1)
+        if tensor.dim() > 1 and tensor.shape[1] > 1:  # else depthwise
+            tensor = _keep_indices(tensor, channels.in_, 1)
         if channels.scaled:
             tensor = scaled_rows(tensor.detach(), channels).to(tensor.dtype)
         return {attribute: tensor}

@@ -98,6 +98,18 @@ class Silenced(Net):
         return self.after(x)
 
 
+class Blurred(Net):
+    """Each channel blurred by a filter that is no layer, whose number is kept (Zhang 2019)."""
+
+    def build(self) -> None:
+        self.channels, self.filter = 12, nn.Buffer(torch.rand(1, 1, 3, 3).repeat(12, 1, 1, 1))
+        self.after = block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        return self.after(F.conv2d(x, self.filter, stride=2, groups=self.channels))
+
+
 class Warped(Net):
     """Sampled at places that a convolution computes (Jaderberg et al. 2015)."""
 
@@ -167,7 +179,7 @@ FIXED = {
     Context: {"score"},
     Clusters: {"assign"},
 }
-KINDS = [Windows, Patches, Sliding, Shifted, Partial, Silenced, *FIXED]
+KINDS = [Windows, Patches, Sliding, Shifted, Partial, Silenced, Blurred, *FIXED]
 
 
 @pytest.mark.parametrize("kind", KINDS)
