@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,31 @@ def module(name: str) -> Any:
 
 
 def test_memory_counts_all_processes_and_shared_pages_once() -> None:
-    hold = "import time; held = b'x' * (64 << 20); {}; time.sleep(1.5)"
-    fork = "import os; os.fork()"
-    used = [
-        module("process_tree").measure([sys.executable, "-c", hold.format(more)])
-        for more in ("pass", fork)
-    ]
-    assert [each.code for each in used] == [0, 0]
-    alone, shared = (each.peak >> 20 for each in used)
-    assert 64 < alone < 90
-    assert shared < alone + 15
-    assert used[1].largest >> 20 < alone - 20
+    tree = module("process_tree")
+    hold = "import os, sys; held = b'x' * (64 << 20); {}; print(flush=True); sys.stdin.read(1)"
+    used = []
+    for more, count in (("pass", 1), ("os.fork()", 2)):
+        command = [sys.executable, "-c", hold.format(more)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            for _ in range(count):
+                process.stdout.readline()  # each process is there
+            pids = tree.process_tree(process.pid)
+            assert len(pids) == count
+            used.append([tree.proportional_memory(pid) >> 20 for pid in pids])
+    alone, shared = used
+    assert 64 < sum(alone) < 90
+    assert sum(shared) < sum(alone) + 15
+    assert max(shared) < sum(alone) - 20
+
+
+def test_memory_is_sampled_to_the_end_of_a_command() -> None:
+    hold = "import time; held = b'x' * (64 << 20); time.sleep(0.6)"
+    usage = module("process_tree").measure([sys.executable, "-c", hold])
+    assert usage.code == 0
+    assert 64 < usage.peak >> 20 < 90
+    assert usage.largest == usage.peak
+    assert usage.at(0.5) >> 20 > 64
+    assert 0.6 < usage.seconds < 60
 
 
 def test_photographs_are_written_once(tmp_path: Path) -> None:
