@@ -51,7 +51,7 @@ export WANDB_MODE=${WANDB_MODE:-offline}
 "$venv/bin/mypy" --strict job
 pytest=("$venv/bin/python" -m pytest)
 one_thread=(env OMP_NUM_THREADS=1 "${pytest[@]}")
-if [ "${1:-}" = unit ]; then exec "${one_thread[@]}" -n 2 --dist worksteal tests/unit "${@:2}"; fi
+if [ "${1:-}" = unit ]; then exec "${one_thread[@]}" -n 3 --dist worksteal tests/unit "${@:2}"; fi
 if [ $# -gt 0 ]; then exec "${pytest[@]}" "$@"; fi
 # on one thread each: first, two at a time, those that measure the coverage of job/ (90 % at least),
 # whose tracer costs time, so that they are the fast ones; then the others, groups first, three at a

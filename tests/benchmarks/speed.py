@@ -163,6 +163,17 @@ def memory(folder: Path, args: argparse.Namespace) -> Rows:
     return rows
 
 
+def _seconds_of_forward_pass(network: Any, batches: Iterable[Any]) -> float:
+    """Seconds in which a network computes its outputs for all calibration images."""
+    import torch
+
+    began = time.perf_counter()
+    with torch.inference_mode():
+        for batch in batches:
+            float(network(batch).sum())  # waits for the device
+    return time.perf_counter() - began
+
+
 def cut(folder: Path, args: argparse.Namespace) -> Rows:
     """Seconds of `slim` with calibration images, from the analysis to the proof."""
     import torch
@@ -176,13 +187,15 @@ def cut(folder: Path, args: argparse.Namespace) -> Rows:
         network = getattr(torchvision.models, name)(weights=None).eval().to(args.device)
         images = torch.rand(args.calibration, 3, args.pixels, args.pixels, device=args.device)
         batches = list(images.split(32))
+        forward = _seconds_of_forward_pass(network, batches)
         for importance in ("gamma", None):
             more = {"importance": "gamma", "compensate": "none"} if importance else {}
             began = time.perf_counter()
             _, plan = job.slim(network, images[:1], target="macs=0.5", calibration=batches, **more)
             took, method = time.perf_counter() - began, importance or "default"
             after, before = plan.after.macs, plan.before.macs
-            rows.append({"network": name, "cut": method, "seconds": took, "MACs": after / before})
+            row = {"network": name, "cut": method, "seconds": took, "MACs": after / before}
+            rows.append({**row, "forward pass": forward, "forward passes": took / forward})
     return rows
 
 

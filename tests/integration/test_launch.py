@@ -17,19 +17,10 @@ import pytest
 from job.distributed.cores import PATIENCE, available_cores
 from job.distributed.topology import Nodes, find_nodes, nodes_left_out
 from job.errors import UsageError
-from support.commands import gammaslim, run
+from support.commands import LAUNCH, gammaslim, long_run, run
 from support.datasets import write_flat
 
 pytestmark = pytest.mark.alone
-
-LAUNCH = (sys.executable, "-m", "job", "launch", "--nproc", "2", "--")
-
-
-def options(data: Path, output: Path) -> tuple[object, ...]:
-    return (
-        "prune", "--data", data, "--output", output, "--base-epochs", 40, "--rounds", 1,
-        "--epochs", 1, "--batch-size", 16, "--wandb", "off", "--checkpoint-every", 0,
-    )  # fmt: skip
 
 
 class Running:
@@ -93,7 +84,7 @@ def running(output: Path, *command: object, env: dict[str, str] | None = None) -
 @pytest.fixture
 def job(noise: Path, tmp_path: Path) -> Iterator[Running]:
     """Two processes that train, started by our launcher."""
-    with running(tmp_path / "run", *LAUNCH, *options(noise, tmp_path / "run")) as started:
+    with running(tmp_path / "run", *LAUNCH, *long_run(noise, tmp_path / "run")) as started:
         started.wait_until_it_trains()
         yield started
 
@@ -161,7 +152,7 @@ def test_loader_processes_outlive_a_request_but_not_the_job(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     data = write_flat(tmp_path / "data", {"training": 12, "validation": 6})
-    args = (*options(data, tmp_path / "run"), "--workers", 2)
+    args = (*long_run(data, tmp_path / "run"), "--workers", 2)
     with running(tmp_path / "run", *LAUNCH, *args) as job:
         job.wait_until_it_trains()
         processes = loaders(job)
@@ -183,7 +174,7 @@ def test_loader_processes_outlive_a_request_but_not_the_job(
 @pytest.mark.parametrize("delay", [0.2, 1.0, 2.0, 3.0])
 @pytest.mark.sampled(2)
 def test_a_stop_request_before_the_first_step(noise: Path, tmp_path: Path, delay: float) -> None:
-    with running(tmp_path / "run", *LAUNCH, *options(noise, tmp_path / "run")) as job:
+    with running(tmp_path / "run", *LAUNCH, *long_run(noise, tmp_path / "run")) as job:
         time.sleep(delay)
         began = time.monotonic()
         job.process.send_signal(signal.SIGTERM)
@@ -215,7 +206,7 @@ def test_when_a_process_dies_all_end_and_the_reason_comes_first(
     assert time.monotonic() - began < 60
     assert err.splitlines()[0].startswith(f"Error: process {victim} of this node was killed")
     assert gone(list(ranks.values()), 1)
-    with running(job.output, *LAUNCH, *options(noise, job.output)) as again:
+    with running(job.output, *LAUNCH, *long_run(noise, job.output)) as again:
         time.sleep(5)
         again.process.send_signal(signal.SIGTERM)
         assert again.end()[0] == 75  # it is not locked by the dead one
@@ -241,7 +232,7 @@ def test_processes_whose_launcher_is_killed_save_and_stop(job: Running) -> None:
 def test_other_launchers_that_die_of_a_signal_leave_no_orphans(
     noise: Path, tmp_path: Path, launcher: tuple[object, ...]
 ) -> None:
-    command = (sys.executable, "-m", *launcher, *options(noise, tmp_path / "run"))
+    command = (sys.executable, "-m", *launcher, *long_run(noise, tmp_path / "run"))
     with running(tmp_path / "run", *command) as job:
         job.wait_until_it_trains()
         job.process.send_signal(signal.SIGUSR1)
@@ -284,7 +275,7 @@ def test_two_nodes_are_one_world(noise: Path, tmp_path: Path, how: str, end: str
     jobs = []
     for rank in (0, 1):
         launcher, env = node(rank, port, how)
-        jobs.append(Running(output, *launcher, *options(noise, output), env=env))
+        jobs.append(Running(output, *launcher, *long_run(noise, output), env=env))
     try:
         jobs[0].wait_until_it_trains()
         ranks = jobs[0].ranks()
@@ -308,7 +299,7 @@ def test_threads_are_shared_out_and_a_given_number_is_kept(noise: Path, tmp_path
     for given, expected in ((None, max(1, available_cores() // 2)), ("3", 3)):
         env = {} if given is None else {"OMP_NUM_THREADS": given}
         output = tmp_path / f"run {expected}"
-        with running(output, *LAUNCH, *options(noise, output), env=env) as job:
+        with running(output, *LAUNCH, *long_run(noise, output), env=env) as job:
             job.wait_until_it_trains()
             environ = Path(f"/proc/{job.ranks()[1]}/environ").read_text().split("\0")
             assert f"OMP_NUM_THREADS={expected}" in environ

@@ -6,9 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from integration.test_launch import LAUNCH, options
-
-from support.commands import run
+from support.commands import LAUNCH, long_run, run
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes")
 JOB = ("-m", "job")
@@ -27,7 +25,7 @@ def test_accelerate_and_launch_give_the_same_run(noise: Path, tmp_path: Path) ->
     found = {}
     for name, launcher in started.items():
         output = tmp_path / name / "run"
-        done = run(*launcher, *options(noise, output), *small, env=ONE_THREAD, fork=False)
+        done = run(*launcher, *long_run(noise, output), *small, env=ONE_THREAD, fork=False)
         assert done.code == 0, done
         found[name] = result(output)
         lines = [line for line in done.out.splitlines() if not line.startswith("run:")]

@@ -173,3 +173,10 @@ def test_others_wait_for_the_main_process_as_long_as_it_is_alive() -> None:
     assert ends["works", 1]["cpu"] < 0.5  # it sleeps
     assert ends["dies", 1]["s"] < 2
     assert ends["stops", 1]["s"] < 5  # it leaves without the other
+
+
+def test_several_processes_learn_what_one_learns() -> None:
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    done = run(*command, 3, WORKERS / "recovery.py")
+    assert done.code == 0, done
+    assert done.out.count("all checks passed") == 3

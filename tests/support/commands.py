@@ -15,6 +15,7 @@ TESTS = ROOT / "tests"  # where support.smooth can be imported
 
 # where several processes are compared, whose rounding least squares would magnify
 HOMEWORK_CUT = ("--importance", "gamma", "--compensate", "none")
+LAUNCH = (sys.executable, "-m", "job", "launch", "--nproc", "2", "--")
 
 
 class Result:
@@ -25,6 +26,14 @@ class Result:
 
     def __repr__(self) -> str:
         return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+def long_run(data: Path, output: Path) -> tuple[object, ...]:
+    """Options of a run that trains until it is stopped."""
+    return (
+        "prune", "--data", data, "--output", output, "--base-epochs", 40, "--rounds", 1,
+        "--epochs", 1, "--batch-size", 16, "--wandb", "off", "--checkpoint-every", 0,
+    )  # fmt: skip
 
 
 def clean_environ() -> dict[str, str]:

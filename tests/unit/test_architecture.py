@@ -116,3 +116,13 @@ def test_every_folder_says_what_it_holds() -> None:
     silent = [name for name, tree in TREES.items() if not ast.get_docstring(tree)]
     assert not silent, silent
     assert Path(ROOT / "job" / "py.typed").is_file()
+
+
+def test_no_test_imports_another() -> None:
+    found = {
+        str(path.relative_to(ROOT)): node.module
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and ".test_" in f".{node.module}"
+    }
+    assert not found, found

@@ -13,12 +13,10 @@ import pytest
 from job.artifacts.model_card import ModelCard, save_model
 from job.artifacts.saving import load
 from job.cli.command_options import (
-    EvaluateOptions,
     ModelOptions,
     SensitivityOptions,
     SlimOptions,
 )
-from job.cli.evaluate import evaluate
 from job.cli.sensitivity import print_sensitivity
 from job.cli.slim import slim_model
 from job.config import PruneConfig
@@ -27,7 +25,6 @@ from job.errors import UsageError
 from job.models.detectors import as_detector, detector_preprocessing
 from job.pipeline.prune import prune
 from job.processes import world_size
-from job.report.page import write_run_report
 from job.tasks.detection import Detection
 from job.tasks.image_task import TaskOptions
 from job.tasks.loading import try_own_objective
@@ -48,36 +45,6 @@ def config(data: Path, **more: Any) -> PruneConfig:
 def nets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "nets", SimpleNamespace(ssd=coco.ssd, body=coco.Body))
-
-
-@pytest.mark.usefixtures("nets")
-def test_the_job_ends_with_a_smaller_detector(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = coco.write_coco(tmp_path / "data", {"train": 48, "val": 12})
-    prune(config(data, recover=1))
-    said = capsys.readouterr()
-    assert "data: task detection: 48 training, 12 validation, 2 classes" in said.out + said.err
-    assert "the network resizes images: 64x64 pixels" in said.out + said.err
-    assert "Warning" not in said.err
-    summary = json.loads(Path("run/summary.json").read_text())
-    base, last = summary["base"], summary["rounds"][0]
-    assert last["params"] <= 0.75 * base["params"]
-    assert base["valid_map"] > 0.25
-    assert last["valid_map"] > base["valid_map"] - 0.04
-    assert last["metrics"]["map50"] > last["valid_map"]
-    card = json.loads(Path("run/rounds/01/model.json").read_text())
-    assert card["task"] == "detection"
-    assert card["class_names"] == ["__background__", "disc", "square"]
-    assert (card["input"]["size"], card["input"]["fit"]) == (64, "both")
-    write_run_report(Path("run"))
-    assert "map after fine-tuning" in Path("run/report.html").read_text("utf-8")
-    evaluate(
-        ModelOptions(path="run/rounds/01"), EvaluateOptions(device="cpu", workers=0), as_json=True
-    )
-    found = json.loads(capsys.readouterr().out)
-    assert found["map"] == pytest.approx(last["valid_map"])
-    assert found["map"] == pytest.approx(coco.map_by_image("run", data))
 
 
 @pytest.mark.parametrize(

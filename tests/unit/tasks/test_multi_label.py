@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from job.cli.command_options import EvaluateOptions, ModelOptions
-from job.cli.evaluate import evaluate
-from job.config import PruneConfig
 from job.data.preprocessing import Preprocessing
 from job.errors import DataError, InputNotFound, UsageError
-from job.pipeline.prune import prune
 from job.tasks.image_task import TaskOptions
 from job.tasks.multi_label import MultiLabel
-
-COLOURS = ("blue", "green", "red")
-
-
-def write(folder: Path, count: int, *, columns: bool = False) -> Path:
-    """``count`` images whose channels are bright or dark, in a CSV without a validation split."""
-    random, lines = np.random.default_rng(0), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        bright = random.integers(0, 2, 3)
-        image = random.integers(0, 90, (32, 32, 3)) + 150 * bright
-        Image.fromarray(image.astype(np.uint8)).save(folder / f"{number}.png")
-        names = [name for name, has in zip(COLOURS[::-1], bright, strict=True) if has]
-        marks = [str(int(name in names)) for name in COLOURS]
-        lines.append(",".join([f"{number}.png", *(marks if columns else ["|".join(names)])]))
-    header = ",".join(["file", *(COLOURS if columns else ["labels"])])
-    path = folder / "images.csv"
-    path.write_text("\n".join([header, *lines]) + "\n")
-    return path
+from support.colours import COLOURS, write
 
 
 def options(data: Path | None, **more: Any) -> TaskOptions:
@@ -93,25 +68,3 @@ def test_lists_that_cannot_be_used_are_named(tmp_path: Path, text: str, message:
         MultiLabel(options(tmp_path / "nothing"))
     with pytest.raises(UsageError, match="--task multi-label needs --data: a CSV file"):
         MultiLabel(options(None))
-
-
-def test_the_job_trains_cuts_and_evaluates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = write(tmp_path / "data", 60)
-    monkeypatch.chdir(tmp_path)
-    prune(PruneConfig(
-        task="multi-label", data=str(data), output="run", base_epochs=12, rounds=1, epochs=3,
-        batch_size=4, lr=0.005, model_arg=(("base", 4),), workers=0, wandb="off", device="cpu",
-        target="macs=0.7",
-    ))  # fmt: skip
-    summary = json.loads(Path("run/summary.json").read_text())
-    assert summary["rounds"][0]["valid_f1"] > 0.8
-    assert summary["rounds"][0]["macs"] <= 0.7 * summary["base"]["macs"]
-    capsys.readouterr()
-    evaluate(
-        ModelOptions(path="run/rounds/01"), EvaluateOptions(device="cpu", workers=0), as_json=True
-    )
-    found = json.loads(capsys.readouterr().out)
-    assert found["f1"] == pytest.approx(summary["rounds"][0]["valid_f1"])
-    assert found["count"] == 6

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,18 +15,13 @@ from torch.nn import functional as F
 
 from job.artifacts.export import torch_export_bytes
 from job.artifacts.model_card import ModelCard
-from job.artifacts.saving import load
-from job.cli.command_options import EvaluateOptions, ModelOptions
-from job.cli.evaluate import evaluate
-from job.config import PruneConfig
 from job.data.preprocessing import Preprocessing
 from job.data.preprocessing_options import PreprocessingOptions
 from job.errors import DataError, InputNotFound, UsageError
 from job.models.factory import build_network
-from job.pipeline.prune import prune
 from job.tasks.image_task import TaskOptions
 from job.tasks.segmentation import IGNORED, Segmentation
-from support.shapes import draw, rgb_unet, write_masks
+from support.shapes import draw, write_masks
 
 
 def options(data: Path, how: Any = None, **more: Any) -> TaskOptions:
@@ -137,31 +129,6 @@ def test_loss_and_iou_are_those_of_their_definitions(tmp_path: Path) -> None:
     assert task.distillation_loss(logits, logits, 2.0).item() == pytest.approx(0, abs=1e-5)
     with pytest.raises(DataError, match=r"returns \(2, 3\): --task segmentation needs logits"):
         task.metrics(torch.rand(2, 3), targets)
-
-
-def test_the_job_ends_with_a_smaller_unet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = write_masks(tmp_path / "data", {"train": 24, "val": 8})
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "nets", SimpleNamespace(unet=rgb_unet))
-    prune(PruneConfig(
-        task="segmentation", data=str(data), model="nets:unet", output="run", base_epochs=8,
-        rounds=1, epochs=3, batch_size=4, lr=0.005, workers=0, wandb="off", device="cpu",
-        policy="global", target="params=0.6", distill_alpha=0.5,
-    ))  # fmt: skip
-    summary = json.loads(Path("run/summary.json").read_text())
-    base, last = summary["base"], summary["rounds"][0]
-    assert last["params"] <= 0.6 * base["params"]
-    assert last["valid_miou"] > base["valid_miou"] - 0.01
-    assert last["valid_miou"] > 0.5
-    capsys.readouterr()
-    evaluate(
-        ModelOptions(path="run/rounds/01"), EvaluateOptions(device="cpu", workers=0), as_json=True
-    )
-    found = json.loads(capsys.readouterr().out)
-    assert found["miou"] == pytest.approx(last["valid_miou"])
-    assert load("run")(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
 
 
 class TwoOutputs(nn.Module):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from unit.slimming.graph.test_layer_kinds import halve
 
 import job
 from job.artifacts.model_card import ModelCard, load_model, save_model
 from job.data.preprocessing import Preprocessing
 from support.cuts import randomise
+from support.masked import halve
 from support.networks import Net, block
 
 IMAGE = torch.rand(1, 3, 20, 28)

@@ -14,23 +14,8 @@ from torch.nn import functional as F
 import job
 from job.slimming.analysis import analyse
 from support.cuts import randomise
-from support.masked import assert_equal_to_masked
+from support.masked import halve
 from support.networks import Net, block
-
-
-def halve(network: nn.Module, example: torch.Tensor, **options: Any) -> tuple[Any, Any]:
-    """Cut every group to half, check the proof by other means, and train a step."""
-    options = {"policy": "uniform", "target": "width=0.5", "importance": "l2"} | options
-    narrow, plan = job.slim(network, example, **options)
-    assert plan.proof.error <= 1e-9
-    assert_equal_to_masked(network, narrow, plan.layers, example)
-    assert plan.after.params == sum(p.numel() for p in narrow.parameters())
-    outputs = narrow.train()(torch.cat([example, example]) if len(example) == 1 else example)
-    outputs.square().mean().backward()
-    for name, parameter in narrow.named_parameters():
-        assert parameter.grad is not None, name
-    narrow.eval()
-    return narrow, plan
 
 
 class Stage(nn.Module):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from unit.slimming.graph.test_layer_kinds import halve
 
 import job
 from job.errors import DataError, GammaslimError
 from job.slimming.planning.layer_channels import LayerChannels, compose
 from job.slimming.surgery.surgery import apply_plan
 from support.cuts import randomise
+from support.masked import halve
 from support.networks import Net, block
 
 IMAGE = torch.rand(1, 3, 20, 28)

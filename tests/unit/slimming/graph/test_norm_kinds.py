@@ -10,14 +10,13 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
-from unit.slimming.graph.test_layer_kinds import halve
 
 import job
 from job.slimming.analysis import analyse
 from job.slimming.planning.layer_channels import LayerChannels
 from job.slimming.surgery.surgery import apply_plan
 from support.cuts import randomise
-from support.masked import assert_equal_to_masked
+from support.masked import assert_equal_to_masked, halve
 from support.networks import Net, block
 
 if TYPE_CHECKING:

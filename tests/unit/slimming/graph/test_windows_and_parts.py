@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import DeformConv2d
-from unit.slimming.graph.test_layer_kinds import halve
 
 import job
 from support.cuts import randomise
+from support.masked import halve
 from support.networks import Net, block
 
 IMAGE = torch.rand(1, 3, 20, 28)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from job.slimming.recovery import recovery
 from job.slimming.recovery.losses import features_of
 from job.slimming.recovery.recovery import Recovered, recover
 from job.slimming.recovery.samples import Samples, Share, augmented
-from support.commands import ROOT, run
 from support.cuts import randomise
 from support.networks import PreActivation, Residual
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
 
-WORKER = ROOT / "tests" / "support" / "workers" / "recovery.py"
 BATCHES = [torch.rand(32, 3, 24, 24, generator=torch.Generator().manual_seed(n)) for n in range(6)]
 EXAMPLE = BATCHES[0][:1]
 
@@ -198,13 +195,6 @@ def test_slim_recovers_and_needs_images_for_it() -> None:
         target = wide.eval()(BATCHES[0])
         errors = [(net.eval()(BATCHES[0]) - target).square().mean() for net in (better, plain)]
     assert errors[0] < errors[1]
-
-
-def test_several_processes_learn_what_one_learns() -> None:
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-    done = run(*command, 3, WORKER)
-    assert done.code == 0, done
-    assert done.out.count("all checks passed") == 3
 
 
 def test_a_result_says_what_was_won() -> None:
