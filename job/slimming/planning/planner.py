@@ -8,6 +8,7 @@ import numpy as np
 
 from job.slimming.planning.plan import Plan, groups_of, keep_all, layers_of, sizes_of
 from job.slimming.planning.ranked_groups import KeptChannels
+from job.slimming.planning.slot_counts import SlotCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,7 @@ class Planner:
         self.graph, self.costs, self.groups, self.full_sizes = graph, costs, groups, full_sizes
         self.curves, self.exact_widths = curves or {}, exact_widths
         self.kept_channels = KeptChannels(graph, groups)
+        self.slot_counts = SlotCounts(costs, self.kept_channels)
         self.before = costs.cost(keep_all(graph))
         self.base = base or self.before
 
@@ -58,7 +60,7 @@ class Planner:
 
     def metric(self, metric: str, counts: Sequence[int]) -> float:
         """Return one metric of the network that keeps ``counts`` (groups,) units."""
-        return self.costs.metric(metric, self.costs.slot_counts(self.kept_channels(counts)))
+        return self.costs.metric(metric, self.slot_counts(counts))
 
     def removed_with(self, ranked: RankedGroup) -> list[int]:
         """Return the numbers of the ranked groups removed with a group, itself included."""
