@@ -77,18 +77,25 @@ class _Search:
         step in the queue is computed again, and the step is taken if its rate is still the lowest.
         Groups that can be removed together are queued again when one of them is cut.
         """
-        queue = list(self._steps(range(len(self.counts))))
-        heapq.heapify(queue)
+        queue: list[_Step] = []
+        latest: dict[int, _Step] = {}  # by group; earlier ones in the queue are skipped
+
+        def push(steps: Iterable[_Step]) -> None:
+            for step in steps:
+                latest[step.group] = step
+                heapq.heappush(queue, step)
+
+        push(self._steps(range(len(self.counts))))
         while self.cost > limit and queue:
-            step = self._next_step(heapq.heappop(queue).group)
+            first = heapq.heappop(queue)
+            step = self._next_step(first.group) if latest[first.group] is first else None
             if step is None:
                 continue
             if queue and step.rate > queue[0].rate * (1 + 1e-9):
-                heapq.heappush(queue, step)
+                push([step])
                 continue
             self._take(step)
-            for following in self._steps({step.group, *self.removals.get(step.group, ())}):
-                heapq.heappush(queue, following)
+            push(self._steps({step.group, *self.removals.get(step.group, ())}))
 
     def restore(self, limit: float) -> None:
         """Restore units while the cost is within ``limit``, those with the largest losses first."""
