@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from job.console import table
+from job.console import counted, table
 from job.slimming.graph.reasons import explain
 from job.slimming.planning.layer_channels import LayerChannels, removed_layers
 
@@ -77,7 +77,7 @@ def _blocked_lines(blocked: Sequence[BlockedChannels]) -> Iterator[str]:
         reasons[each.reason] += each.channels
     for reason, channels in reasons.most_common(MAX_REASONS):
         why = explain(_shortened(reason), first[reason].place, first[reason].remedy)
-        yield f"not cut: {channels:,} channels: {why}"
+        yield f"not cut: {counted(channels, 'channel')}: {why}"
     if len(reasons) > MAX_REASONS:
         yield f"not cut: {len(reasons) - MAX_REASONS} more reasons, in plan.blocked"
 
