@@ -46,6 +46,7 @@ venv=${VENV:-.venv}
 "$venv/bin/python" -m pip install --quiet --editable '.[test]'
 
 export WANDB_MODE=${WANDB_MODE:-offline}
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import job
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy" --strict job
@@ -53,17 +54,17 @@ pytest=("$venv/bin/python" -m pytest)
 one_thread=(env OMP_NUM_THREADS=1 "${pytest[@]}")
 if [ "${1:-}" = unit ]; then exec "${one_thread[@]}" -n 3 --dist worksteal tests/unit "${@:2}"; fi
 if [ $# -gt 0 ]; then exec "${pytest[@]}" "$@"; fi
-# on one thread each: first, two at a time, those that measure the coverage of job/ (90 % at least),
-# whose tracer costs time, so that they are the fast ones; then the others, groups first, three at a
-# time, because containers, the cluster and killed jobs wait for much; then those that need the
-# machine to themselves
+# on one thread each: first those that measure the coverage of job/ (90 % at least), whose tracer
+# costs time, so that they are the fast ones; then the others, groups first, more at a time than
+# there are cores, because containers, the cluster and killed jobs wait for much; then those that
+# need the machine to themselves
 most=("${one_thread[@]}" --dist loadgroup -m 'not alone')
 covering=(tests/unit)
 for commands in commands launch predictions sensitivity_command slim_command tracking; do
   covering+=("tests/integration/test_$commands.py")
 done
 failed=0
-"${most[@]}" -n 2 "${covering[@]}" --cov || failed=$?
-"${most[@]}" -n 3 "${covering[@]/#/--ignore=}" || failed=$?
+"${most[@]}" -n 4 "${covering[@]}" --cov || failed=$?
+"${most[@]}" -n 4 "${covering[@]/#/--ignore=}" || failed=$?
 "${pytest[@]}" -m alone || failed=$?
 exit "$failed"

@@ -364,7 +364,6 @@ def test_the_wheel_holds_all_that_the_job_needs(tmp_path: Path) -> None:
     assert "6,000 training, 1,500 validation, 1,000 testing, 10 classes" in done.out
 
 
-@pytest.mark.alone
 def test_the_default_run_is_fast_and_stays_near_its_base(tmp_path: Path) -> None:
     before = os.times()
     done = gammaslim("prune", cwd=tmp_path, fork=False)

@@ -20,7 +20,7 @@ from job.errors import UsageError
 from support.commands import LAUNCH, gammaslim, long_run, run
 from support.datasets import write_flat
 
-pytestmark = pytest.mark.alone
+AT_ONCE = 40  # seconds, on a machine that runs other tests too
 
 
 class Running:
@@ -34,7 +34,7 @@ class Running:
         )  # fmt: skip
 
     def wait_until_it_trains(self) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not (self.output / "checkpoints").exists():
             assert time.monotonic() < deadline
             assert self.process.poll() is None, self.end()
@@ -55,7 +55,7 @@ class Running:
                 found[int(environ["RANK"])] = int(path.parent.name)
         return found
 
-    def end(self, seconds: float = 60) -> tuple[int, str, str]:
+    def end(self, seconds: float = 120) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, out, err
 
@@ -130,7 +130,7 @@ def test_a_stop_request_to_the_launcher_saves_and_ends_with_75(job: Running, how
         job.process.send_signal(getattr(signal, how))
     code, out, err = job.end()
     assert code == 75, (out, err)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < AT_ONCE
     assert (job.status["state"], job.status["exit_code"]) == ("stopped", 75)
     assert "2 processes" in out
     assert len(err.splitlines()) == 1, err
@@ -168,9 +168,10 @@ def test_loader_processes_outlive_a_request_but_not_the_job(
         code, out, err = job.end()
         assert code == (75 if number == signal.SIGTERM else 1), (out, err)
         assert err.count("Error:") == 1, err
-        assert gone(processes, 10)
+        assert gone(processes, AT_ONCE)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("delay", [0.2, 1.0, 2.0, 3.0])
 @pytest.mark.sampled(2)
 def test_a_stop_request_before_the_first_step(noise: Path, tmp_path: Path, delay: float) -> None:
@@ -183,14 +184,14 @@ def test_a_stop_request_before_the_first_step(noise: Path, tmp_path: Path, delay
             assert code == 75, (out, err)
         else:  # Python itself may just have been starting
             assert code in (75, -signal.SIGTERM)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < AT_ONCE
         assert "Traceback" not in err
 
 
 def test_a_second_interrupt_stops_at_once(job: Running) -> None:
     job.process.send_signal(signal.SIGINT)
     job.process.send_signal(signal.SIGINT)
-    code, _, err = job.end(15)
+    code, _, err = job.end(AT_ONCE)
     assert code == 75, err
 
 
@@ -205,9 +206,9 @@ def test_when_a_process_dies_all_end_and_the_reason_comes_first(
     assert code == 1
     assert time.monotonic() - began < 60
     assert err.splitlines()[0].startswith(f"Error: process {victim} of this node was killed")
-    assert gone(list(ranks.values()), 1)
+    assert gone(list(ranks.values()), 10)
     with running(job.output, *LAUNCH, *long_run(noise, job.output)) as again:
-        time.sleep(5)
+        again.wait_until_it_trains()
         again.process.send_signal(signal.SIGTERM)
         assert again.end()[0] == 75  # it is not locked by the dead one
 
@@ -216,7 +217,7 @@ def test_processes_whose_launcher_is_killed_save_and_stop(job: Running) -> None:
     ranks = job.ranks()
     assert sorted(ranks) == [0, 1]
     job.process.kill()
-    assert gone(list(ranks.values()), 15)
+    assert gone(list(ranks.values()), AT_ONCE)
     assert job.status["state"] == "stopped"
 
 
@@ -237,12 +238,12 @@ def test_other_launchers_that_die_of_a_signal_leave_no_orphans(
         job.wait_until_it_trains()
         job.process.send_signal(signal.SIGUSR1)
         job.end()
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + AT_ONCE
         while job.status["state"] == "running":
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert (job.status["state"], job.status["exit_code"]) == ("stopped", 75)
-        assert gone(list(job.ranks().values()), 15)
+        assert gone(list(job.ranks().values()), AT_ONCE)
 
 
 def free_port() -> int:
