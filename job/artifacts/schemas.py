@@ -48,7 +48,8 @@ OWN_FORMATS: dict[object, Schema] = {
     LayerChannels: {
         "type": "object",
         "properties": {
-            "in": INDICES, "out": INDICES, "select": INDICES, "bias": {"type": "boolean"},
+            "in": INDICES, "out": INDICES, "select": INDICES, "places": INDICES,
+            "bias": {"type": "boolean"}, "line": {"type": "integer", "minimum": 1},
         },
     },
     Preprocessing: {

@@ -31,13 +31,15 @@ def masked_network(network: nn.Module, layers: Layers) -> nn.Module:
     wide = copy.deepcopy(network)
     modules = dict(wide.named_modules())
     for name, channels in layers.items():
-        module = modules.get(name)
-        if module is None or channels.in_ is None or _is_depthwise(module):
+        module, across = modules.get(name), channels.line is not None
+        inputs = channels.places if across else channels.in_
+        if module is None or inputs is None or _is_depthwise(module):
             continue
 
-        def hook(layer: nn.Module, args: Any, kept: Any = channels.in_) -> Any:
+        def hook(layer: Any, args: Any, kept: Any = inputs, axis: Any = channels.axis) -> Any:
             values = args[0]
-            axis = 1 if hasattr(layer, "kernel_size") else values.dim() - 1
+            if axis is None:
+                axis = 1 if hasattr(layer, "kernel_size") else values.dim() - 1
             mask = torch.zeros(values.shape[axis], dtype=values.dtype)
             mask[list(kept)] = 1
             mask = mask.view([-1 if a == axis else 1 for a in range(values.dim())])

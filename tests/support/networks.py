@@ -546,13 +546,13 @@ CUTTABLE = [
     Halves, Quarters, Plain, Centres, Queue, MovingAverage, Paths,
     Residual, PreActivation, Dense, Gate, Gated, Parts, Grouped, ShuffledGroups, PaddedShortcut,
     Scaled, Shared, Functional, Reparameterised, Flattened, Places, SpatialGate, SelectiveKernels,
-    Normalised,
+    Normalised, EfficientAttention,
 ]  # fmt: skip
 # networks, and layers of which nothing may be cut
 LEFT_ALONE = {
     FixedHalves: "conv.0", OddSlices: "conv.0", FixedNoise: "conv.0", Bank: "conv.0",
     FixedBackward: "conv.0",
-    FixedView: "conv.0", FixedSplit: "conv.0", Attention: "conv.0", EfficientAttention: "stem.0",
+    FixedView: "conv.0", FixedSplit: "conv.0", Attention: "conv.0",
     Written: "conv.0", Custom: "conv.0",
     Measured: "conv.0", Counted: "conv.0", AcrossChannels: "conv.0",
 }  # fmt: skip

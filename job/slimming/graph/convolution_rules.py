@@ -10,6 +10,7 @@ from job.slimming.graph.channel_labels import labels_along
 from job.slimming.graph.computed_weights import computed_from, end_computed
 from job.slimming.graph.followed_parameters import add_bias, produce, produced_by
 from job.slimming.graph.layers import owner_of
+from job.slimming.graph.place_rules import along_channels
 from job.slimming.graph.reasons import COMPUTED_BY, COMPUTED_PLACES, COMPUTED_WEIGHT_OR_MIXED
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ COMPUTED_WAYS = {  # attributes of layers, and the ways that their weights are c
 
 
 def convolution(state: PropagationState, op: Op) -> None:
-    """Propagate channels through a convolution: plain, depthwise or grouped."""
+    """Propagate channels through a convolution: plain, depthwise, grouped, or across channels."""
+    if along_channels(state, op):
+        return None
     image, weight = op.argument(0, "input"), op.argument(1, "weight")
     groups = int(op.argument(6, "groups", 1))
     ids = state.ids_along(image, 1) if image.dim() == weight.dim() else None

@@ -30,6 +30,7 @@ from job.slimming.graph.layers import (
     owner_of,
 )
 from job.slimming.graph.norm_rules import group_norm, instance_norm, layer_norm
+from job.slimming.graph.place_rules import already_spaced
 from job.slimming.graph.reasons import (
     COMPUTED_OR_MIXED,
     COMPUTED_WEIGHT_OR_MIXED,
@@ -39,6 +40,7 @@ from job.slimming.graph.reasons import (
 from job.slimming.graph.recurrent_rules import recurrent
 from job.slimming.graph.removed_layers import ConstantOutput
 from job.slimming.graph.selection import SelectedChannels
+from job.slimming.graph.spaced import SpacedConvolution
 from job.slimming.graph.union import ChannelSlot, Ids, Side
 
 if TYPE_CHECKING:
@@ -110,6 +112,8 @@ def batch_norm(state: PropagationState, op: Op) -> None:
     tensors = [op.argument(place, name) for place, name in enumerate(STATISTICS, 1)]
     names = [state.trace.name(tensor) for tensor in tensors if tensor is not None]
     layers = list(dict.fromkeys(owner_of(name) for name in names if name))
+    if labels is not None and labels.shape[1] == 1 < labels.numel():
+        return state.set_labels(op.result, labels)  # channels are along another axis
     ids = state.ids_along(image, 1)
     if names:
         norms = all(isinstance(state.modules[layer], BATCHNORM) for layer in layers)
@@ -151,6 +155,13 @@ LAYER_RULES: list[LayerRule] = [
         propagate=convolution,
         tensors={"weight": ("out", "in"), "bias": ("out",)},
         sizes={"in_channels": "in", "out_channels": "out"},
+    ),
+    LayerRule(
+        types=(SpacedConvolution,),
+        ops=("spaced_convolution",),
+        propagate=already_spaced,
+        tensors={"indices": ("places",)},
+        sizes={"in_channels": "whole", "out_channels": "whole"},
     ),
     LayerRule(
         types=TRANSPOSED,

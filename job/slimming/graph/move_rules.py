@@ -18,6 +18,7 @@ from job.slimming.graph.channel_labels import (
 )
 from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.heads import fixed_size
+from job.slimming.graph.place_rules import picked
 from job.slimming.graph.reasons import (
     COMPUTED_PLACES,
     DIFFERENT_CHANNELS,
@@ -197,7 +198,7 @@ def rearrange(
     With ``any_size`` the op is valid for any number of channels. With ``splits`` its results are
     parts that may have to remain equally large.
     """
-    _set_rearranged(state, op, run_on_labels(op, state.labels_of), any_size, splits)
+    _set_rearranged(state, op, picked(state, op), any_size, splits)
 
 
 def pad(state: PropagationState, op: Op) -> None:

@@ -66,6 +66,19 @@ def consumer_of(trace: Trace, op: Op) -> str | None:
     return owner_of(name) if name else None
 
 
+def multiplied_values(op: Op) -> int:
+    """Return how many values of a batch are multiplied by a row of the weight of a layer.
+
+    These are the outputs, or the inputs of a transposed convolution, each of which is multiplied by
+    a part of the kernel.
+    """
+    values = op.inputs[0] if op.name.startswith("conv_transpose") else op.result
+    if op.name != "spaced_convolution":
+        return int(values.numel())
+    size, axis, *_ = op.argument(4, "line")  # zeros between the channels count too
+    return int(values.numel() // values.shape[axis] * size)
+
+
 def _alive_bytes(trace: Trace) -> list[int]:
     """Return the bytes of the activations that are in memory before each op."""
     last = {id(t): n for n, op in enumerate(trace.ops) for t in op.inputs}

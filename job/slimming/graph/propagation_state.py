@@ -15,6 +15,7 @@ from job.slimming.graph.attribute_sizes import attribute_sizes
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
 from job.slimming.graph.heads import Heads
 from job.slimming.graph.layers import modules_of, owner_of
+from job.slimming.graph.pause_points import multiplied_values
 from job.slimming.graph.reasons import OP_COUNT, PARAMETER_COUNT, TWO_AXES, UNEQUAL_SLICES
 from job.slimming.graph.trace import SIZED
 from job.slimming.graph.union import ChannelSlot, ChannelUnion, LayerCall
@@ -171,7 +172,7 @@ class PropagationState:
                 return self.union.fix(np.union1d(earlier.ids, ids), TWO_AXES(where))
             return self.union.unite(earlier.ids, ids)
         for alike in (where, *self.twins.get(where, ())):
-            slot = ChannelSlot(alike, side, ids, times, axis if bare else None)
+            slot = ChannelSlot(alike, side, ids, times, axis if bare or side == "places" else None)
             self._slots[alike, side] = slot
             self.union.slots.append(slot)
         if bare:
@@ -216,8 +217,7 @@ class PropagationState:
         """Add a call of a convolution or linear layer, with its multiply-adds."""
         if self.main:
             tensor = op.argument(1, "weight")
-            uses = op.inputs[0] if op.name.startswith("conv_transpose") else op.result
-            places = uses.numel() // (len(tensor) * self.trace.sample_count)
+            places = multiplied_values(op) // (len(tensor) * self.trace.sample_count)
             places = places if weight else places * tensor.numel()
             self.union.calls.append(LayerCall(weight, places))
 

@@ -59,6 +59,10 @@ def _all(names: str, remedy: str) -> dict[str, str]:
 
 
 _ATTRIBUTE = "an attribute of the module, e.g. self.channels, which the cut rewrites"
+_BUFFER = (
+    "register a table of indices as a buffer of integers, one axis and none below 0, which the cut "
+    "rewrites"
+)
 _PARAMETER = "store it as the weight of a layer, and compute nothing from it in the forward pass"
 _ONE_AXIS = "reshape them so that all channels are along one axis, e.g. (B, C, H, W)"
 _CUT_BOTH = (
@@ -84,14 +88,12 @@ OP_COUNT = ReasonKind(
             f"take the number from x.shape or from {_ATTRIBUTE}",
         ),
         **_all(
-            "split split_with_sizes chunk tensor_split narrow __getitem__",
+            "split split_with_sizes chunk tensor_split narrow",
             f"take the sizes of the parts from x.shape or from {_ATTRIBUTE}: "
             "x.split((self.first, self.rest), 1)",
         ),
-        **_all(
-            "index_select gather",
-            "register the indices as a buffer of integers, which the cut rewrites",
-        ),
+        "__getitem__": f"take the bounds of slices from x.shape or from {_ATTRIBUTE}; {_BUFFER}",
+        "index_select": _BUFFER,
         "pad": f"take the sizes from x.shape or from {_ATTRIBUTE}",
     },
 )

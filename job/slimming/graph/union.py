@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from job.slimming.graph.reasons import Reason
 
-Side = Literal["out", "in", "through", "select", "whole"]
+Side = Literal["out", "in", "through", "select", "places", "whole"]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 FIXED = 0  # element of all channels that are never cut
 
@@ -27,8 +27,9 @@ class ChannelSlot:
     ``layer`` is the name of either. Sides are ``out``: rows that a layer produces; ``in``: columns
     that it sums over; ``through``: channels that pass through separately (a BatchNorm, or a
     depthwise convolution with ``times`` outputs for each); ``select``: channels that a BatchNorm
-    selects from a stream that is not cut. ``axis`` is that of a parameter; None for the first one
-    of a size above 1.
+    selects from a stream that is not cut; ``places``: channels that a table of indices contains, or
+    those along the ``axis`` of a convolution across channels. ``axis`` is that of a parameter, too;
+    None for the first one of a size above 1.
     """
 
     layer: str

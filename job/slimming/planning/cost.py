@@ -11,9 +11,10 @@ from torch import nn
 from job.models.input_size import InputSize, input_shape
 from job.slimming.graph.layer_rules import is_layer, layer_sizes
 from job.slimming.graph.layers import NORMS, SUMMING, modules_of, owner_of
-from job.slimming.graph.pause_points import CONSUMERS
+from job.slimming.graph.pause_points import CONSUMERS, multiplied_values
 from job.slimming.graph.removed_layers import ConstantOutput
 from job.slimming.graph.selection import batchnorms
+from job.slimming.graph.spaced import SpacedConvolution
 from job.slimming.graph.trace import trace_network
 
 if TYPE_CHECKING:
@@ -82,12 +83,10 @@ def _layer_cost(network: nn.Module, name: str, op: Op, trace: Trace) -> LayerCos
 
 
 def _macs(op: Op, trace: Trace) -> int:
-    if op.name not in CONSUMERS:
+    if op.name not in (*CONSUMERS, "spaced_convolution"):
         return 0
     weight = op.argument(1, "weight")
-    # each value of a transposed convolution's input is multiplied by a part of the kernel
-    values = op.inputs[0] if op.name.startswith("conv_transpose") else op.result
-    return int(values.numel() // trace.sample_count * weight[0].numel())
+    return int(multiplied_values(op) // trace.sample_count * weight[0].numel())
 
 
 def counted_layers(network: nn.Module) -> dict[str, nn.Module]:
@@ -100,7 +99,8 @@ def counted_layers(network: nn.Module) -> dict[str, nn.Module]:
     norms: dict[str, nn.Module] = dict(batchnorms(network))
     if norms and not any(isinstance(module, NORMS) for module in modules.values()):
         return norms
-    return {n: m for n, m in modules.items() if isinstance(m, (*SUMMING, ConstantOutput))}
+    kinds = (*SUMMING, ConstantOutput, SpacedConvolution)
+    return {name: module for name, module in modules.items() if isinstance(module, kinds)}
 
 
 def count_channels(network: nn.Module) -> int:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from job.slimming.graph.layers import INPUT_WEIGHTS, modules_of, owner_of, tensors_of, weight_rows
+from job.slimming.graph.layers import (
+    CONVOLUTIONS,
+    INPUT_WEIGHTS,
+    modules_of,
+    owner_of,
+    tensors_of,
+    weight_rows,
+)
 from job.slimming.graph.selection import batchnorms
 from job.slimming.planning.cost import COST_METRICS, Cost, count_channels, counted_layers
 from job.slimming.planning.plan import folded_norm
@@ -103,6 +110,7 @@ class CostModel:
     def _count_channels(self, network: nn.Module, numbers: SlotNumbers) -> None:
         passed = [(s, n) for s, n in numbers.items() if s[1] in ("through", "select")]
         norms, counted = batchnorms(network), counted_layers(network)
+        convolutions = {n for n, m in modules_of(network).items() if isinstance(m, CONVOLUTIONS)}
         sides = ("through", "select", "out")
         cut = {name: n for (name, side), n in numbers.items() if name in counted and side in sides}
         by_slot = sorted((n, self.folded.get(name, 0)) for name, n in cut.items())
@@ -114,7 +122,8 @@ class CostModel:
         total = count_channels(network)
         self.other_channels = total - int(self.lengths[self.norms].sum())
         new = [n for (name, side), n in passed if side == "select" and f"{name}.norm" not in norms]
-        self.selecting = np.array(new, np.int64)  # these BatchNorms get indices
+        new += [n for s, n in numbers.items() if s[1] == "places" and s[0] in convolutions]
+        self.selecting = np.array(new, np.int64)  # these layers get indices
 
     def _count_biases(
         self, network: nn.Module, gains_bias: frozenset[str], numbers: SlotNumbers
@@ -204,6 +213,8 @@ def _slots_of_tensor(
             return 0, 0
         layer, own_name = name, "weight"  # a parameter that no known layer owns
     through = _passed(layer, numbers)
+    if own_name == "indices":
+        through = through or numbers.get((layer, "places"), 0)
     if through:
         return through, 0
     own_weight = own_name in ("weight", "in_proj_weight", *INPUT_WEIGHTS)

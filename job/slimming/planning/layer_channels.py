@@ -15,7 +15,7 @@ Kept = tuple[int, ...]
 Scaled = tuple[tuple[Kept, int, int], ...]
 AttributeSizes = tuple[tuple[str, int | tuple[int, ...]], ...]
 MAX_AXES = 16
-SIDES = {"out": "out", "in": "in_", "select": "select"}
+SIDES = {"out": "out", "in": "in_", "select": "select", "places": "places"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class LayerChannels:
     the BatchNorm ``norm`` after it is folded. ``axis`` is that of a parameter outside known layers;
     None for the first one of a size above 1. ``sizes`` are attributes of a module, by name, that
     count channels. ``scaled`` are outputs after the cut, and two numbers of channels: their weights
-    are multiplied by the square root of the first number over the second.
+    are multiplied by the square root of the first number over the second. ``places`` are the
+    channels that remain of those in a table of indices, or of the ``line`` of channels along the
+    ``axis`` of a convolution across them.
     """
 
     out: Kept | None = None
@@ -39,11 +41,13 @@ class LayerChannels:
     axis: int | None = None
     sizes: AttributeSizes = ()
     scaled: Scaled = ()
+    places: Kept | None = None
+    line: int | None = None
 
     @property
     def cuts_tensors(self) -> bool:
         """Whether a side is cut, and not attributes alone."""
-        return not (self.out is None and self.in_ is None and self.select is None)
+        return any(getattr(self, name) is not None for name in SIDES.values())
 
     @property
     def is_constant(self) -> bool:
@@ -61,6 +65,8 @@ class LayerChannels:
             self.axis if later.axis is None else later.axis,
             tuple((dict(self.sizes) | dict(later.sizes)).items()),
             (*_cut_rows(self.scaled, later.out), *later.scaled),
+            _chain(self.places, later.places),
+            later.line if self.line is None else self.line,
         )
 
     def to_dict(self) -> JsonObject:
@@ -71,6 +77,7 @@ class LayerChannels:
         empty = [side for side, kept in sides.items() if kept == ()]
         record |= {"empty": empty} if empty else {}
         record |= {} if self.axis is None else {"axis": self.axis}
+        record |= {} if self.line is None else {"line": self.line}
         sizes_record = {n: v if isinstance(v, int) else list(v) for n, v in self.sizes}
         record |= {"sizes": sizes_record} if sizes_record else {}
         record |= {"scaled": [[list(r), n, d] for r, n, d in self.scaled]} if self.scaled else {}
@@ -87,6 +94,9 @@ class LayerChannels:
             raise error
         if axis is not None and (type(axis) is not int or not 0 <= axis < MAX_AXES):
             raise DataError("the axis of a parameter's kept channels is not a small number")
+        line = values.get("line")
+        if line is not None and (type(line) is not int or line < 1):
+            raise DataError("the line of channels of a convolution is not a number")
         kept: dict[str, Kept | None] = {}
         for side, name in SIDES.items():
             indices = values.get(side)
@@ -100,7 +110,8 @@ class LayerChannels:
         bias = values.get("bias", False)
         sizes = _read_sizes(values.get("sizes", {}))
         sides = kept["out"], kept["in_"], kept["select"]
-        return cls(*sides, bias, norm, axis, sizes, _read_scaled(values.get("scaled", [])))
+        scaled = _read_scaled(values.get("scaled", []))
+        return cls(*sides, bias, norm, axis, sizes, scaled, kept["places"], line)
 
 
 def _read_sizes(values: object) -> AttributeSizes:

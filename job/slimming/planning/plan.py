@@ -163,6 +163,8 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
     """
     layers: dict[str, dict[str, Kept]] = {}
     axes = {slot.layer: slot.axis for slot in graph.slots if slot.axis is not None}
+    placed = [slot for slot in graph.slots if slot.side == "places" and slot.axis is not None]
+    lines = {slot.layer: len(slot.ids) for slot in placed}
     for slot in graph.slots:
         kept = keep[slot.ids]
         if kept.all():
@@ -175,8 +177,11 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
         else:
             sides[SIDES[slot.side]] = _indices(kept)
     plan = {
-        layer: LayerChannels(
-            sides.get("out"), sides.get("in_"), sides.get("select"), axis=axes.get(layer)
+        layer: replace(
+            LayerChannels(sides.get("out"), sides.get("in_"), sides.get("select")),
+            axis=axes.get(layer),
+            places=sides.get("places"),
+            line=lines.get(layer),
         )
         for layer, sides in layers.items()
     }

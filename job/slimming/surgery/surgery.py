@@ -11,6 +11,7 @@ from job.errors import GammaslimError
 from job.slimming.graph.layer_rules import layer_rule
 from job.slimming.graph.layers import is_depthwise, modules_of, owner_of, weight_rows
 from job.slimming.graph.selection import SelectedChannels, unwrap_selection
+from job.slimming.graph.spaced import SpacedConvolution, can_be_spaced, line_of
 from job.slimming.surgery.clone import clone_module
 from job.slimming.surgery.kept_channels import groups_that_stay
 from job.slimming.surgery.removal import Modules, replacements
@@ -49,6 +50,8 @@ def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
     for name, channels in layers.items():
         if channels.select:
             _select_inputs(modules[name], channels.select, memo)
+        if channels.line is not None and name not in replaced:
+            _space_inputs(modules[name], channels, memo)
     narrow = clone_module(network, memo)
     if layers:
         for name, module in modules_of(network, once=True).items():
@@ -84,6 +87,14 @@ def _keep_indices(tensor: torch.Tensor, kept: Kept | None, axis: int) -> torch.T
     return _in_format_of(tensor, tensor.detach().index_select(axis, index))
 
 
+def _renumbered(table: torch.Tensor, kept: Kept | None, places: Kept) -> torch.Tensor:
+    """Return the entries ``kept`` of a table of indices, as indices of the channels ``places``."""
+    channels = max(int(table.max()), *places) + 1
+    numbers = torch.full((channels,), -1, dtype=table.dtype, device=table.device)
+    numbers[list(places)] = torch.arange(len(places), dtype=table.dtype, device=table.device)
+    return numbers[_keep_indices(table, kept, 0)]
+
+
 def _in_format_of(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
     if wide.dim() == 4 and wide.is_contiguous(memory_format=torch.channels_last):
         return narrow.contiguous(memory_format=torch.channels_last)
@@ -96,6 +107,8 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
     if name not in modules:
         attribute = name.rpartition(".")[2]
         tensor = getattr(holder, attribute)
+        if channels.places is not None:
+            return {attribute: _renumbered(tensor, channels.out, channels.places)}
         axis = channels.axis
         if axis is None:
             axis = next((axis for axis, size in enumerate(tensor.shape) if size > 1), 0)
@@ -109,7 +122,7 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
     if rule is None:
         raise GammaslimError(f"cannot cut a {type(holder).__name__}")
     through = channels.out if channels.select is None else channels.select
-    kept = {"out": channels.out, "in": channels.in_, "through": through}
+    kept = {"out": channels.out, "in": channels.in_, "through": through, "places": channels.places}
     groups = int(getattr(holder, "groups", 1))
     tensors: Tensors = {}
     for attribute, sides in rule.tensors.items():
@@ -213,3 +226,18 @@ def _select_inputs(norm: nn.Module, kept: Kept, memo: dict[int, Any]) -> None:
     selected = SelectedChannels(clone_module(norm, memo), indices)
     selected.training = norm.training
     memo[id(norm)] = selected
+
+
+def _space_inputs(layer: Any, channels: LayerChannels, memo: dict[int, Any]) -> None:
+    """Let the copy of a convolution keep the places of the channels that it runs along."""
+    if isinstance(layer, SpacedConvolution):
+        return  # its indices are cut
+    if channels.places is None or channels.line is None or channels.axis is None:
+        raise GammaslimError("a convolution across channels has no places")
+    if not can_be_spaced(layer, channels.axis):
+        raise GammaslimError(f"cannot space the channels of a {type(layer).__name__}")
+    copy: Any = clone_module(layer, memo)
+    indices = torch.tensor(channels.places, dtype=torch.long, device=layer.weight.device)
+    line = line_of(layer, channels.line, channels.axis)
+    memo[id(layer)] = SpacedConvolution(copy.weight, copy.bias, indices, line)
+    memo[id(layer)].training = layer.training
