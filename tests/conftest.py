@@ -19,13 +19,25 @@ from support.programs import close_server
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--all``: every case of what is else run by samples."""
     parser.addoption("--all", action="store_true", help="all cases of the tests marked sampled")
+    parser.addoption(
+        "--cases", choices=("first", "others"), help="the first of each test, or others"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Try again what measures time; of ``sampled(k)`` run one of each k cases, in turn."""
+    """Try again what measures time; leave out cases of ``sampled(k)`` and those not asked for."""
     for item in items:
         if item.get_closest_marker("alone"):  # a machine may be slow for a while
             item.add_marker(pytest.mark.flaky(reruns=1))
+    _sample(config, items)
+    if asked_for := config.getoption("--cases"):
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}.values()
+        others = sorted(set(items) - set(first), key=items.index)
+        _leave_out(config, items, others if asked_for == "first" else list(first))
+
+
+def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of ``sampled(k)`` keep one of each k cases, in turn."""
     if config.getoption("--all") or len({item.nodeid.partition("[")[0] for item in items}) < 2:
         return
     seen: Counter[str] = Counter()
@@ -38,7 +50,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if place != block % mark.args[0]:
                 left_out.append(item)
             seen[name] += 1
-    items[:] = [item for item in items if item not in set(left_out)]
+    _leave_out(config, items, left_out)
+
+
+def _leave_out(
+    config: pytest.Config, items: list[pytest.Item], left_out: list[pytest.Item]
+) -> None:
+    excluded = set(left_out)
+    items[:] = [item for item in items if item not in excluded]
     config.hook.pytest_deselected(items=left_out)
 
 

@@ -55,16 +55,17 @@ one_thread=(env OMP_NUM_THREADS=1 "${pytest[@]}")
 if [ "${1:-}" = unit ]; then exec "${one_thread[@]}" -n 3 --dist worksteal tests/unit "${@:2}"; fi
 if [ $# -gt 0 ]; then exec "${pytest[@]}" "$@"; fi
 # on one thread each: first those that measure the coverage of job/ (90 % at least), whose tracer
-# costs time, so that they are the fast ones; then the others, groups first, more at a time than
-# there are cores, because containers, the cluster and killed jobs wait for much; then those that
-# need the machine to themselves
+# doubles the time of a test: one case of each test in the fast files; then their other cases; then
+# the other files, groups first, more at a time than there are cores, because containers, the
+# cluster and killed jobs wait for much; then those that need the machine to themselves
 most=("${one_thread[@]}" --dist loadgroup -m 'not alone')
 covering=(tests/unit)
-for commands in commands launch predictions sensitivity_command slim_command tracking; do
+for commands in commands predictions sensitivity_command slim_command tracking; do
   covering+=("tests/integration/test_$commands.py")
 done
 failed=0
-"${most[@]}" -n 4 "${covering[@]}" --cov || failed=$?
+"${most[@]}" -n 2 "${covering[@]}" --cases first --cov || failed=$?
+"${most[@]}" -n 3 "${covering[@]}" --cases others || failed=$?
 "${most[@]}" -n 4 "${covering[@]/#/--ignore=}" || failed=$?
 "${pytest[@]}" -m alone || failed=$?
 exit "$failed"

@@ -131,8 +131,8 @@ def play(case: Case, folder: Path, run: Run) -> tuple[End, list[str]]:
 def test_bad_input_in_numbers(
     in_a_fork: Run, originals: Originals, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Of more than a thousand cases every sixteenth, or with --all every one."""
-    share = 1 if request.config.getoption("--all") else 16
+    """Of more than a thousand cases every 24th, or with --all every one."""
+    share = 1 if request.config.getoption("--all") else 24
     before = fingerprint(originals.flat.parent)
     problems, codes, kinds = [], Counter[int | None](), Counter[str]()
     for number, case in enumerate(cases(originals)):

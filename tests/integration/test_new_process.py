@@ -100,7 +100,7 @@ save_file({"logits": network(torch.load(sys.argv[2]))}, sys.argv[3])
         ("nets:tiny", "bytes=0.5"),
     ],
 )  # fmt: skip
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_a_slim_network_loads_in_a_new_process(name: str, target: str, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(FACTORY)
     torch.manual_seed(0)

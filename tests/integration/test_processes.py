@@ -48,6 +48,7 @@ def alone(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -117,7 +118,8 @@ def test_accuracies_on_the_built_in_data_agree_within_noise(tmp_path: Path) -> N
     assert min(accuracies) > 0.6
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("world", [3, 2])
 def test_normalisation_gradients_and_counts_over_ranks(world: int) -> None:
     done = run(*TORCHRUN, world, WORKERS / "ranks.py")
     assert done.code == 0, done

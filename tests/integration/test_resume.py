@@ -113,6 +113,7 @@ def undisturbed_recovered(noise: Path, tmp_path_factory: pytest.TempPathFactory)
     return output
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("place", "passage"), [("recovery step", 1), ("recovery step", 2), ("step", 8)]
 )

@@ -109,6 +109,7 @@ def test_how_a_run_ended_needs_no_lock(tmp_path: Path, state: str) -> None:
 
 
 # base: steps 1 to 3; round 1: 4 to 9 in two epochs; round 2: 10 to 15
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("poll", "where"), [(2, (0, 0, 2)), (8, (1, 0, 5)), (12, (1, 1, 8)), (20, (2, 1, 14))]
 )

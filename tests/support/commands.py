@@ -31,7 +31,7 @@ class Result:
 def long_run(data: Path, output: Path) -> tuple[object, ...]:
     """Options of a run that trains until it is stopped."""
     return (
-        "prune", "--data", data, "--output", output, "--base-epochs", 40, "--rounds", 1,
+        "prune", "--data", data, "--output", output, "--base-epochs", 400, "--rounds", 1,
         "--epochs", 1, "--batch-size", 16, "--wandb", "off", "--checkpoint-every", 0,
     )  # fmt: skip
 
