@@ -3,7 +3,8 @@
 Weight standardisation (Qiao et al. 2019; Brock et al. 2021) subtracts the mean of each row of a
 weight (O, I, …) and divides by its deviation, in each forward pass. The statistics are over the
 inputs, so that a narrow network takes them over the kept inputs, like a LayerNorm. Verification
-compares with a wide network whose statistics ignore the removed inputs.
+compares with a wide network whose statistics ignore the removed inputs. The same holds for the
+norms of the rows where a layer computes cosines (Wang et al. 2018).
 """
 
 from __future__ import annotations
@@ -82,8 +83,23 @@ def standardise(state: PropagationState, op: Op, call: int) -> bool:
     return True
 
 
+def normalise_rows(state: PropagationState, op: Op, call: int) -> bool:
+    """Follow a weight through F.normalize; return whether it does."""
+    dim = op.argument(2, "dim", 1)
+    sources = state.derived.sources(op.inputs[0])
+    if type(dim) is not int or not sources or len(op.inputs) > 1:
+        return False
+    for source in sources:
+        statistics = RowStatistics(
+            op.name, call, source, (dim % op.result.dim(),), result_axis=True
+        )
+        state.derived.row_statistics.setdefault(source.name, []).append(statistics)
+    state.derived.set_sources(op.result, sources)
+    return True
+
+
 def computed_from(state: PropagationState, op: Op, weight: torch.Tensor) -> str | None:
-    """Return the layer's weight that the ``weight`` of a convolution is computed from, or None.
+    """Return the parameter that the ``weight`` of a layer is computed from, or None.
 
     Each row must be computed from the same row.
     """
@@ -92,7 +108,7 @@ def computed_from(state: PropagationState, op: Op, weight: torch.Tensor) -> str 
     if len(whole) != 1 or int(op.argument(6, "groups", 1)) not in (1, weight.shape[0]):
         return None
     (name,) = whole
-    if owner_of(name) not in state.layers or not name.endswith(".weight"):
+    if owner_of(name) in state.layers and not name.endswith(".weight"):
         return None
     order = torch.arange(weight.numel()).reshape(weight.shape)
     for source in sources:

@@ -68,7 +68,7 @@ def produce(state: PropagationState, op: Op, weight: str, count: int) -> Ids:
 def produced_by(state: PropagationState, weight: str, count: int) -> Ids:
     """Return the elements (count,) that a layer produces, the same ones at each call."""
     if weight not in state.produced:
-        state.produced[weight] = state.union.produce(owner_of(weight), count)
+        state.produced[weight] = state.union.produce(owner_of(weight) or weight, count)
         state.add_slot(weight, "out", state.produced[weight])
     return state.produced[weight]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from job.slimming.graph.attention_rules import multi_head_attention
-from job.slimming.graph.computed_weights import standardise
+from job.slimming.graph.computed_weights import computed_from, end_computed, standardise
 from job.slimming.graph.convolution_rules import (
     computed_weight,
     convolution,
@@ -84,12 +84,15 @@ def linear(state: PropagationState, op: Op) -> None:
     state.count_call(op, name)
     if labels is not None and labels.shape[-1] == 1 and image.shape[-1] > 1:
         return state.set_labels(op.result, labels)  # channels are along another axis
-    ids = state.ids_along(image, -1)
+    ids, computed = state.ids_along(image, -1), name is None
+    name = name or computed_from(state, op, weight)
     if ids is None or name is None:
         reason = computed_weight(op) if name is None else None
         return state.give_up(op, reason or COMPUTED_WEIGHT_OR_MIXED("a linear layer"))
     state.add_slot(name, "in", ids)
     produced = produce(state, op, name, weight.shape[0])
+    if computed:
+        end_computed(state, op, name, weight, ids, produced)
     return state.set_ids(op.result, produced, op.result.dim() - 1)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids
-from job.slimming.graph.computed_weights import REDUCING, reduce_rows
+from job.slimming.graph.computed_weights import REDUCING, normalise_rows, reduce_rows
 from job.slimming.graph.derived import DerivedValues
 from job.slimming.graph.followed_parameters import end_parts
 from job.slimming.graph.heads import SCALINGS
@@ -128,6 +128,8 @@ def _skip(state: PropagationState, op: Op) -> None:
     if state.derived.derive(op, inputs):
         return
     if op.name in REDUCING and reduce_rows(state, op, state.call_number(op)):
+        return
+    if op.name == "normalize" and normalise_rows(state, op, state.call_number(op)):
         return
     for tensor in inputs:
         if tensor.dim() and all(tensor is not result for result in op.results):

@@ -204,3 +204,40 @@ def test_large_standardised_weights_are_cut() -> None:
     layers = ByBatchNorm(3, 64, 1), nn.ReLU(), ByBatchNorm(64, 256, 1), nn.ReLU()
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 5))
     assert [b.layer for b in analyse(model.eval(), IMAGE).blocked] == ["6"]
+
+
+class Cosines(nn.Module):
+    """Cosines of features and classes (Wang et al. 2018), from a bare weight or that of a layer."""
+
+    def __init__(self, *, bare: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+        self.weight = nn.Parameter(torch.randn(5, 16)) if bare else None
+        self.classes = None if bare else nn.Linear(16, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.conv(x).relu().mean((2, 3))
+        weight = self.classes.weight if self.weight is None else self.weight
+        return 8 * F.linear(F.normalize(features), F.normalize(weight, dim=-1))
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_the_features_of_cosines_are_cut(bare: bool) -> None:
+    torch.manual_seed(0)
+    wide = Cosines(bare=bare).eval()
+    narrow, plan = job.slim(wide, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    assert plan.proof is not None
+    assert plan.proof.error <= 1e-9
+    name = "weight" if bare else "classes"
+    assert [blocked.layer for blocked in plan.blocked] == [name]
+    kept = torch.tensor(plan.layers[name].in_)
+    assert len(kept) == 8
+    weight = wide.weight if bare else wide.classes.weight
+    images = torch.rand(4, 3, 12, 12)
+    features = wide.conv(images).relu().mean((2, 3))[:, kept]
+    cosines = F.cosine_similarity(features[:, None], weight[:, kept], dim=2)
+    torch.testing.assert_close(narrow(images), 8 * cosines)
+    fitted, _ = job.slim(wide, IMAGE, target="macs=0.7", calibration=[torch.rand(32, 3, 12, 12)])
+    assert {*fitted.state_dict()} == {*wide.state_dict()}
+    fitted.train()(images).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in fitted.parameters())
