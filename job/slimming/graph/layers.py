@@ -53,6 +53,14 @@ def is_depthwise(layer: Any) -> bool:
     return bool(groups > 1 and groups == layer.in_channels)
 
 
+def sums_over_inputs(weight: torch.Tensor) -> bool:
+    """Return whether a weight (O, I, …) outside known layers has inputs that a cut removes.
+
+    A depthwise filter, with one input for each output, has none.
+    """
+    return weight.dim() > 1 and weight.shape[1] > 1
+
+
 def weight_rows(layer: Any) -> torch.Tensor:
     """Return the weight of a layer as (outputs, inputs of a group, kernel).
 

@@ -9,7 +9,13 @@ from torch import nn
 
 from job.errors import GammaslimError
 from job.slimming.graph.layer_rules import layer_rule
-from job.slimming.graph.layers import is_depthwise, modules_of, owner_of, weight_rows
+from job.slimming.graph.layers import (
+    is_depthwise,
+    modules_of,
+    owner_of,
+    sums_over_inputs,
+    weight_rows,
+)
 from job.slimming.graph.selection import SelectedChannels, unwrap_selection
 from job.slimming.graph.spaced import SpacedConvolution, can_be_spaced, line_of
 from job.slimming.surgery.clone import clone_module
@@ -113,7 +119,7 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
         if axis is None:
             axis = next((axis for axis, size in enumerate(tensor.shape) if size > 1), 0)
         tensor = _keep_indices(tensor, channels.out, axis)
-        if tensor.dim() > 1 and tensor.shape[1] > 1:  # else depthwise
+        if sums_over_inputs(tensor):
             tensor = _keep_indices(tensor, channels.in_, 1)
         if channels.scaled:
             tensor = scaled_rows(tensor.detach(), channels).to(tensor.dtype)
