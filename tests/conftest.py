@@ -15,6 +15,13 @@ from support.commands import gammaslim
 from support.datasets import draw_image, write_flat
 from support.programs import close_server
 
+TOGETHER = (
+    "tests/system/",
+    "tests/integration/test_readme.py",
+    "tests/integration/test_task.py",
+    "tests/integration/test_export_card.py",
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--all``: every case of what is else run by samples."""
@@ -63,7 +70,7 @@ def _leave_out(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a file of ``tests/system`` in one process: its engine is built once.
+    """Keep the tests of a file with costly fixtures in one process, which makes them once.
 
     The groups of xdist 3.8 (``xdist_group``) do not work with pytest 9.2.
     """
@@ -74,7 +81,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if file.startswith("tests/system/") else nodeid
+            return file if file.startswith(TOGETHER) else nodeid
 
     return Scheduling(config, log)
 
