@@ -60,7 +60,7 @@ if [ $# -gt 0 ]; then exec "${pytest[@]}" "$@"; fi
 # cluster and killed jobs wait for much; then those that need the machine to themselves
 most=("${one_thread[@]}" --dist loadgroup -m 'not alone')
 covering=(tests/unit)
-for commands in commands predictions sensitivity_command slim_command tracking; do
+for commands in bench commands predictions sensitivity_command slim_command tracking; do
   covering+=("tests/integration/test_$commands.py")
 done
 failed=0
