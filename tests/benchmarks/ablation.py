@@ -3,8 +3,9 @@
     python tests/benchmarks/ablation.py --data FOLDER [--network resnet] [--seeds 3]
 
 trains a network for a few epochs on the IDX files of FOLDER (28 x 28, padded to 32), cuts it to
-fractions of its multiply-adds in every combination, and prints the mean test accuracies over the
-seeds as a Markdown table. Three seeds of StudentNet take half an hour on one core.
+fractions of its multiply-adds by the defaults and in every combination, and prints the mean test
+accuracies over the seeds as a Markdown table. Three seeds of StudentNet take half an hour on one
+core.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from networks import TRAINED_HERE
 
+import job
 from job.data.idx import read_idx
 from job.slimming.analysis import analyse
 from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
@@ -40,6 +42,7 @@ from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
 IMPORTANCES = ("gamma", "taylor", "refit")
+DEFAULTS = "refit", "regress, by output losses"
 BATCH = 256
 Data = tuple[torch.Tensor, torch.Tensor]
 
@@ -108,11 +111,18 @@ def ablate(
     def batches() -> list[Data]:
         return [(to_inputs(train[0][part]), train[1][part]) for part in parts]
 
+    found = {}
+    for target in args.targets:
+        narrow, _ = job.slim(
+            network, images, policy="global", target=f"macs={target}",
+            calibration=[inputs for inputs, _ in batches()],
+        )  # fmt: skip
+        found[*DEFAULTS, False, target] = accuracy(narrow, test)
+        print("defaults", target, f"{found[*DEFAULTS, False, target]:.2f}", file=sys.stderr)
     graph = analyse(network, images)
     began = time.perf_counter()
     calibration = CalibrationData(batches, measure_inputs(network, graph, batches()))
     print(f"statistics {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    found = {}
     for importance in args.importances:
         began = time.perf_counter()
         scores = score_channels(importance, network, graph, calibration)
@@ -160,9 +170,8 @@ def main() -> None:
     print(f"{args.network}, {args.seeds} seeds, base {statistics.mean(bases):.1f} %\n")
     print("| importance | compensation | recalibrated |", *(f"{t:g} |" for t in args.targets))
     print("|---|---|---|" + "---|" * len(args.targets))
-    for importance, method, anew in itertools.product(
-        args.importances, args.compensations, (False, True)
-    ):
+    rows = itertools.product(args.importances, args.compensations, (False, True))
+    for importance, method, anew in [(*DEFAULTS, False), *rows]:
         means = [statistics.mean(found[importance, method, anew, t]) for t in args.targets]
         row = [importance, method, "yes" if anew else "no", *(f"{mean:.1f}" for mean in means)]
         print(f"| {' | '.join(row)} |")
