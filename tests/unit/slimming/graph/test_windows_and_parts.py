@@ -10,7 +10,7 @@ from torchvision.ops import DeformConv2d
 
 import job
 from support.cuts import randomise
-from support.masked import halve
+from support.masked import assert_compensated, halve
 from support.networks import Net, block
 
 IMAGE = torch.rand(1, 3, 20, 28)
@@ -196,12 +196,7 @@ def test_windows_parts_and_weights_of_positions_are_cut(kind: type[Net]) -> None
 def test_they_are_measured_and_compensated(kind: type[Net]) -> None:
     torch.manual_seed(0)
     network, images = randomise(kind()), torch.rand(48, 3, 20, 28)
-    ways = {"calibration": [images]}, {"importance": "gamma", "compensate": "none"}
-    cuts = [job.slim(network, IMAGE, target="macs=0.6", **options)[0] for options in ways]
-    with torch.no_grad():
-        wide = network(images)
-        losses = [(narrow(images) - wide).square().mean() for narrow in cuts]
-    assert losses[0] < 0.5 * losses[1]
+    assert_compensated(network, IMAGE, images)
 
 
 def test_weights_of_positions_that_differ_between_channels_block_them() -> None:
