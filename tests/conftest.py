@@ -38,9 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.flaky(reruns=1))
     _sample(config, items)
     if asked_for := config.getoption("--cases"):
-        first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}.values()
-        others = sorted(set(items) - set(first), key=items.index)
-        _leave_out(config, items, others if asked_for == "first" else list(first))
+        first = set({item.nodeid.partition("[")[0]: item for item in reversed(items)}.values())
+        unwanted = [item for item in items if (item in first) != (asked_for == "first")]
+        _leave_out(config, items, unwanted)
 
 
 def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -52,8 +52,7 @@ def reduce_rows(state: PropagationState, op: Op, call: int) -> bool:
             indices = indices.narrow(axis, 0, 1)
         shape = [n for a, n in enumerate(indices.shape) if keep or a not in axes]
         reduced.append(replace(source, indices=indices.reshape(shape), reduced=True))
-        statistics = RowStatistics(op.name, call, source, axes, result_axis=False)
-        state.derived.row_statistics.setdefault(source.name, []).append(statistics)
+    _note_statistics(state, op, call, axes, result_axis=False)
     if any(result.dim() != reduced[0].indices.dim() for result in op.results):
         return False
     for result in op.results:
@@ -76,9 +75,7 @@ def standardise(state: PropagationState, op: Op, call: int) -> bool:
         along = [1, -1, *[1] * (weight.dim() - 2)]
         found += [replace(each, indices=each.indices.reshape(along)) for each in of_scale]
     axes = tuple(axis for axis in range(weight.dim()) if axis != 1)
-    for source in sources:
-        statistics = RowStatistics(op.name, call, source, axes, result_axis=True)
-        state.derived.row_statistics.setdefault(source.name, []).append(statistics)
+    _note_statistics(state, op, call, axes, result_axis=True)
     state.derived.set_sources(op.result, tuple(found))
     return True
 
@@ -89,13 +86,18 @@ def normalise_rows(state: PropagationState, op: Op, call: int) -> bool:
     sources = state.derived.sources(op.inputs[0])
     if type(dim) is not int or not sources or len(op.inputs) > 1:
         return False
-    for source in sources:
-        statistics = RowStatistics(
-            op.name, call, source, (dim % op.result.dim(),), result_axis=True
-        )
-        state.derived.row_statistics.setdefault(source.name, []).append(statistics)
+    _note_statistics(state, op, call, (dim % op.result.dim(),), result_axis=True)
     state.derived.set_sources(op.result, sources)
     return True
+
+
+def _note_statistics(
+    state: PropagationState, op: Op, call: int, axes: tuple[int, ...], *, result_axis: bool
+) -> None:
+    """Note that an op takes statistics of the parameters behind its first input over ``axes``."""
+    for source in state.derived.sources(op.inputs[0]):
+        statistics = RowStatistics(op.name, call, source, axes, result_axis)
+        state.derived.row_statistics.setdefault(source.name, []).append(statistics)
 
 
 def computed_from(state: PropagationState, op: Op, weight: torch.Tensor) -> str | None:

@@ -177,8 +177,10 @@ def layers_of(graph: ChannelGraph, keep: Ids) -> Layers:
         else:
             sides[SIDES[slot.side]] = _indices(kept)
     plan = {
-        layer: replace(
-            LayerChannels(sides.get("out"), sides.get("in_"), sides.get("select")),
+        layer: LayerChannels(
+            sides.get("out"),
+            sides.get("in_"),
+            sides.get("select"),
             axis=axes.get(layer),
             places=sides.get("places"),
             line=lines.get(layer),

@@ -57,7 +57,7 @@ def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
         if channels.select:
             _select_inputs(modules[name], channels.select, memo)
         if channels.line is not None and name not in replaced:
-            _space_inputs(modules[name], channels, memo)
+            _space_inputs(_holder(modules, name), channels, memo)
     narrow = clone_module(network, memo)
     if layers:
         for name, module in modules_of(network, once=True).items():
@@ -95,10 +95,8 @@ def _keep_indices(tensor: torch.Tensor, kept: Kept | None, axis: int) -> torch.T
 
 def _renumbered(table: torch.Tensor, kept: Kept | None, places: Kept) -> torch.Tensor:
     """Return the entries ``kept`` of a table of indices, as indices of the channels ``places``."""
-    channels = max(int(table.max()), *places) + 1
-    numbers = torch.full((channels,), -1, dtype=table.dtype, device=table.device)
-    numbers[list(places)] = torch.arange(len(places), dtype=table.dtype, device=table.device)
-    return numbers[_keep_indices(table, kept, 0)]
+    rising = torch.tensor(places, dtype=table.dtype, device=table.device)
+    return torch.searchsorted(rising, _keep_indices(table, kept, 0)).to(table.dtype)
 
 
 def _in_format_of(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
