@@ -33,6 +33,8 @@ def masked_network(network: nn.Module, layers: Layers) -> nn.Module:
     for name, channels in layers.items():
         module, across = modules.get(name), channels.line is not None
         inputs = channels.places if across else channels.in_
+        if module is None and channels.in_ is not None:
+            _zero_rows(wide.get_parameter(name), channels.axis, channels.in_)
         if module is None or inputs is None or _is_depthwise(module):
             continue
 
@@ -47,6 +49,15 @@ def masked_network(network: nn.Module, layers: Layers) -> nn.Module:
 
         module.register_forward_pre_hook(hook)
     return wide
+
+
+def _zero_rows(matrix: torch.Tensor, axis: int | None, kept: tuple[int, ...]) -> None:
+    """Zero a parameter of no layer for the inputs that are removed, beside its outputs' axis."""
+    inputs = matrix if axis == 1 else matrix.mT
+    if matrix.dim() == 2:
+        gone = torch.ones(len(inputs), dtype=torch.bool)
+        gone[list(kept)] = False
+        inputs.data[gone] = 0
 
 
 class KeptNorm(nn.Module):

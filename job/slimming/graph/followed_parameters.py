@@ -65,11 +65,17 @@ def produce(state: PropagationState, op: Op, weight: str, count: int) -> Ids:
     return produced
 
 
-def produced_by(state: PropagationState, weight: str, count: int) -> Ids:
-    """Return the elements (count,) that a layer produces, the same ones at each call."""
+def produced_by(state: PropagationState, weight: str, count: int, axis: int | None = None) -> Ids:
+    """Return the elements (count,) that a layer produces, the same ones at each call.
+
+    ``axis`` is that of a parameter outside known layers.
+    """
     if weight not in state.produced:
-        state.produced[weight] = state.union.produce(owner_of(weight) or weight, count)
-        state.add_slot(weight, "out", state.produced[weight])
+        layer = owner_of(weight)
+        state.produced[weight] = state.union.produce(
+            layer if layer in state.layers else weight, count
+        )
+        state.add_slot(weight, "out", state.produced[weight], axis=axis)
     return state.produced[weight]
 
 

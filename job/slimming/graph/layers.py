@@ -53,12 +53,15 @@ def is_depthwise(layer: Any) -> bool:
     return bool(groups > 1 and groups == layer.in_channels)
 
 
-def sums_over_inputs(weight: torch.Tensor) -> bool:
-    """Return whether a weight (O, I, …) outside known layers has inputs that a cut removes.
+def inputs_axis(weight: torch.Tensor, axis: int | None) -> int | None:
+    """Return the axis of the inputs of a weight outside known layers, with outputs along ``axis``.
 
-    A depthwise filter, with one input for each output, has none.
+    A matrix may have its outputs along the axis 1, else they are along the axis 0. None for a
+    depthwise filter (O, 1, …), which has no inputs that a cut removes.
     """
-    return weight.dim() > 1 and weight.shape[1] > 1
+    if axis == 1 and weight.dim() == 2:
+        return 0
+    return 1 if weight.dim() > 1 and weight.shape[1] > 1 else None
 
 
 def weight_rows(layer: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from job.slimming.graph.assignment_rules import write
-from job.slimming.graph.attention_rules import attention, einsum, matmul
+from job.slimming.graph.attention_rules import attention, matmul
 from job.slimming.graph.channel_labels import (
     flat_ids,
     label_axes,
@@ -34,16 +34,20 @@ from job.slimming.graph.move_rules import (
     sampled,
     unfold,
 )
+from job.slimming.graph.product_rules import (
+    distances,
+    product,
+    product_by_letters,
+    sum_of_product,
+)
 from job.slimming.graph.reasons import (
     ACROSS_CHANNELS,
     ALL_AXES,
-    BUFFER,
     COMPUTED_WEIGHT_OR_MIXED,
     DIFFERENT_AXES,
     MIXED,
     NEVER_CUT,
     NO_CHANNELS,
-    NOT_SUPPORTED,
     ONE_WITH_SEVERAL,
     SEVERAL_AXES,
     SEVERAL_INPUTS,
@@ -53,7 +57,7 @@ from job.slimming.graph.union import ChannelRead, Operand
 if TYPE_CHECKING:
     from job.slimming.graph.propagation_state import PropagationState, Rule
     from job.slimming.graph.trace import Op
-    from job.slimming.graph.union import Ids, Side
+    from job.slimming.graph.union import Ids
 
 
 def elementwise(state: PropagationState, op: Op) -> None:
@@ -213,21 +217,6 @@ def prelu(state: PropagationState, op: Op) -> None:
     return state.set_labels(op.result, labels)
 
 
-def matrix_of_train_mode(state: PropagationState, op: Op, *, side: Side) -> None:
-    """Consume channels by a matrix parameter that only train mode uses, e.g. class centres."""
-    image, matrix = op.args[:2] if len(op.args) > 1 else (None, None)
-    name = state.trace.name(matrix)
-    if name is None and op.name in ("matmul", "__matmul__"):
-        return matmul(state, op)
-    ids = None if state.labels_of(image) is None else state.ids_along(image, -1)
-    if state.main or ids is None or name is None or matrix.dim() != 2:
-        return state.give_up(op, NOT_SUPPORTED(op.name))
-    if side == "in" and name not in dict(state.network.named_parameters()):
-        return state.give_up(op, BUFFER(op.name))
-    state.add_slot(name, side, ids)
-    return state.forget(op)
-
-
 def new_tensor(state: PropagationState, op: Op) -> None:
     """Drop the labels: a new tensor of a given shape has no channels."""
     state.forget(op)
@@ -279,9 +268,10 @@ OP_RULES: dict[str, Rule] = {
         rearrange,
     ),
     **_for_each("chunk split tensor_split", partial(rearrange, splits=True)),
-    **_for_each("matmul __matmul__ mm", partial(matrix_of_train_mode, side="through")),
+    **_for_each("matmul __matmul__ mm", product),
     "bmm": matmul,
-    "einsum": einsum,
+    "addmm": sum_of_product,
+    "einsum": product_by_letters,
     "scaled_dot_product_attention": attention,
     **_for_each("new_empty new_zeros new_ones new_full new_tensor no_output", new_tensor),
     **_for_each("roi_align roi_pool grid_sample grid_sampler", sampled),
@@ -289,7 +279,7 @@ OP_RULES: dict[str, Rule] = {
     "pixel_shuffle": pixel_shuffle,
     "unfold": unfold,
     "fold": fold,
-    "cdist": partial(matrix_of_train_mode, side="in"),
+    "cdist": distances,
     "glu": glu,
     "pad": pad,
     "prelu": prelu,

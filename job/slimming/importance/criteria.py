@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from job.errors import UsageError
-from job.slimming.graph.layers import modules_of, weight_rows
+from job.slimming.graph.layers import modules_of, owner_of, weight_rows
 from job.slimming.graph.removed_layers import ConstantOutput
 from job.slimming.graph.selection import batchnorms
 from job.slimming.importance.refit import refit_importance
@@ -20,13 +20,13 @@ from job.slimming.importance.taylor import taylor_importance
 from job.slimming.importance.unranked import rank_without_batchnorm
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
     from job.slimming.calibration.input_statistics import CalibrationData
     from job.slimming.graph.groups import ChannelGraph
-    from job.slimming.graph.union import Ids
+    from job.slimming.graph.union import ChannelSlot, Ids
     from job.slimming.importance.scores import Scores
 
 
@@ -56,7 +56,7 @@ def l2_importance(network: nn.Module, graph: ChannelGraph) -> Scores:
     ]
     norms = [np.zeros(0)]
     for slot in slots:
-        rows = _rows(network, slot.layer).detach().double().cpu()
+        rows = _rows(modules, slot).detach().double().cpu()
         norms.append(rows.flatten(1).norm(dim=1).numpy())
     return _mean_scores(graph, [s.ids for s in slots], np.concatenate(norms))
 
@@ -67,12 +67,12 @@ def random_importance(graph: ChannelGraph, seed: int) -> Scores:
     return scores
 
 
-def _rows(network: nn.Module, name: str) -> torch.Tensor:
-    """Return the weight of the layer or parameter ``name``, with outputs along the first axis."""
-    try:
-        return network.get_parameter(name)
-    except AttributeError:
-        return weight_rows(network.get_submodule(name))
+def _rows(modules: Mapping[str, nn.Module], slot: ChannelSlot) -> torch.Tensor:
+    """Return the weight of a layer or parameter, with outputs along the first axis."""
+    if slot.layer in modules:
+        return weight_rows(modules[slot.layer])
+    matrix: torch.Tensor = getattr(modules[owner_of(slot.layer)], slot.layer.rpartition(".")[2])
+    return matrix.movedim(slot.axis or 0, 0)
 
 
 def _mean_scores(graph: ChannelGraph, ids: Sequence[Ids], values: Scores) -> Scores:

@@ -1,8 +1,7 @@
-"""Scores of channels that no BatchNorm ranks, for criteria that rank by BatchNorms or by consumers.
+"""Scores of channels that a criterion by BatchNorms or by consumers does not rank.
 
-They are ranked by the |γ| of another norm that they pass through (GroupNorm, LayerNorm,
-InstanceNorm, RMSNorm), else by the L2 norm of the weights that produce them, relative to the mean
-of their group.
+They are ranked by the |γ| of the norms that they pass through, else by the L2 norm of the weights
+that produce them, relative to the mean of their group.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.slimming.graph.layers import NORMS, modules_of
+from job.slimming.graph.layers import BATCHNORM, NORMS, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +28,7 @@ def rank_without_batchnorm(
     scores: Scores,
     norms_of_weights: Callable[[nn.Module, ChannelGraph], Scores],
 ) -> Scores:
-    """Return ``scores`` (count,) with those of the parts that no BatchNorm ranks, where nan.
+    """Return ``scores`` (count,) with those of the parts that are not ranked, where nan.
 
     Parts are groups, and blocks of a group that lose the same number of channels each. The mean of
     such a part is that of all channels with a score, or 1 where no channel has one.
@@ -40,7 +39,7 @@ def rank_without_batchnorm(
         return scores
     ranked = scores[np.concatenate([np.zeros(0, np.int64), *(g.channels for g in graph.groups)])]
     ranked = ranked[np.isfinite(ranked)]
-    scale, gammas = ranked.mean() if len(ranked) else 1.0, _other_gammas(network, graph)
+    scale, gammas = ranked.mean() if len(ranked) else 1.0, _gammas(network, graph)
     scores, weights = scores.copy(), norms_of_weights(network, graph)
     for channels in unranked:
         scores[channels] = scale * _relative(gammas[channels], weights[channels])
@@ -48,11 +47,11 @@ def rank_without_batchnorm(
 
 
 def _unranked_parts(group: ChannelGroup, scores: Scores) -> list[Ids]:
-    """Return the channels of a group that no BatchNorm ranks, or of each such block of it."""
+    """Return the channels of a group that is not ranked, or of each such block of it."""
     missing = np.isnan(scores[group.channels])
     if not missing.any():
         return []
-    if not group.norms:
+    if not group.norms or missing.all():
         return [group.channels]
     blocks = () if group.blocks is None else group.blocks
     return [block for block in blocks if np.isnan(scores[block]).all()]
@@ -67,14 +66,14 @@ def _relative(*criteria: Scores) -> Scores:
     return np.ones(len(criteria[0]))
 
 
-def _other_gammas(network: nn.Module, graph: ChannelGraph) -> Scores:
-    """Return the mean |γ| of the norms other than BatchNorm that each channel passes through."""
+def _gammas(network: nn.Module, graph: ChannelGraph) -> Scores:
+    """Return the mean |γ| of the norms that each channel passes through."""
     modules = modules_of(network)
     sums, counts = np.zeros(graph.count), np.zeros(graph.count)
     for slot in graph.slots:
         norm = modules.get(slot.layer)
         weight = getattr(norm, "weight", None)
-        if isinstance(norm, NORMS) and weight is not None and slot.side == "through":
+        if isinstance(norm, (BATCHNORM, *NORMS)) and weight is not None and slot.side == "through":
             np.add.at(sums, slot.ids, weight.detach().flatten().double().abs().cpu().numpy())
             np.add.at(counts, slot.ids, 1)
     with np.errstate(invalid="ignore"):

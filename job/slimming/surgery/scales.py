@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from job.slimming.graph.layer_rules import layer_rule
-from job.slimming.graph.layers import modules_of
+from job.slimming.graph.layers import inputs_axis, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,10 +32,10 @@ def row_scales(channels: LayerChannels, count: int) -> torch.Tensor:
     return scales
 
 
-def scaled_rows(tensor: torch.Tensor, channels: LayerChannels) -> torch.Tensor:
-    """Return the narrow ``tensor`` (O, …) with scaled rows, in float64."""
-    scales = row_scales(channels, len(tensor)).to(tensor.device)
-    return tensor.double() * scales.reshape(-1, *[1] * (tensor.dim() - 1))
+def scaled_rows(tensor: torch.Tensor, channels: LayerChannels, axis: int = 0) -> torch.Tensor:
+    """Return the narrow ``tensor``, whose outputs are along ``axis``, with scales in float64."""
+    scales = row_scales(channels, tensor.shape[axis]).to(tensor.device)
+    return tensor.double() * scales.reshape(-1, *[1] * (tensor.dim() - axis - 1))
 
 
 def has_scaled_rows(sides: Sequence[Side]) -> bool:
@@ -47,21 +47,25 @@ def set_exact_scales(copy: nn.Module, wide: nn.Module, layers: Layers) -> None:
     """Set scaled rows of ``copy``, a narrow network in higher precision, without rounding."""
     for name, channels in layers.items():
         if channels.scaled:
-            for narrow, whole, sides in _scaled_tensors(copy, wide, name):
+            for narrow, whole, sides in _scaled_tensors(copy, wide, name, channels):
                 for axis, side in enumerate(sides[: whole.dim()]):
                     kept = channels.in_ if side == "in" else channels.out
                     if kept is not None:
                         whole = whole.index_select(axis, torch.tensor(kept, device=whole.device))
+                rows = 0 if has_scaled_rows(sides) else 1
                 with torch.no_grad():
-                    narrow.copy_(scaled_rows(whole.detach().cpu(), channels))
+                    narrow.copy_(scaled_rows(whole.detach().cpu(), channels, rows))
 
 
 def _scaled_tensors(
-    copy: nn.Module, wide: nn.Module, name: str
+    copy: nn.Module, wide: nn.Module, name: str, channels: LayerChannels
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Sequence[Side]]]:
     """Yield the tensors of the layer or parameter ``name`` in both networks, and their sides."""
     if name not in modules_of(wide):
-        yield copy.get_parameter(name), wide.get_parameter(name), ("out", "in")
+        owner, _, attribute = name.rpartition(".")
+        narrow, whole = (getattr(n.get_submodule(owner), attribute) for n in (copy, wide))
+        turned = inputs_axis(whole, channels.axis) == 0
+        yield narrow, whole, ("in", "out") if turned else ("out", "in")
         return
     layers = copy.get_submodule(name), wide.get_submodule(name)
     rule = layer_rule(layers[0])

@@ -10,10 +10,10 @@ from torch import nn
 from job.errors import GammaslimError
 from job.slimming.graph.layer_rules import layer_rule
 from job.slimming.graph.layers import (
+    inputs_axis,
     is_depthwise,
     modules_of,
     owner_of,
-    sums_over_inputs,
     weight_rows,
 )
 from job.slimming.graph.selection import SelectedChannels, unwrap_selection
@@ -116,11 +116,12 @@ def _cut_tensors(modules: Modules, name: str, channels: LayerChannels) -> Tensor
         axis = channels.axis
         if axis is None:
             axis = next((axis for axis, size in enumerate(tensor.shape) if size > 1), 0)
+        along = inputs_axis(tensor, channels.axis)
         tensor = _keep_indices(tensor, channels.out, axis)
-        if sums_over_inputs(tensor):
-            tensor = _keep_indices(tensor, channels.in_, 1)
+        if along is not None:
+            tensor = _keep_indices(tensor, channels.in_, along)
         if channels.scaled:
-            tensor = scaled_rows(tensor.detach(), channels).to(tensor.dtype)
+            tensor = scaled_rows(tensor.detach(), channels, axis).to(tensor.dtype)
         return {attribute: tensor}
     rule = layer_rule(holder)
     if rule is None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from job.errors import GammaslimError, UsageError, reason
 from job.slimming.graph.layer_rules import layer_rule
-from job.slimming.graph.layers import is_depthwise, owner_of, sums_over_inputs
+from job.slimming.graph.layers import inputs_axis, is_depthwise, owner_of
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.trace import trace_network
@@ -232,7 +232,8 @@ def _zero_inputs(network: nn.Module, name: str, channels: LayerChannels) -> None
         layer = network.get_submodule(name)
     except AttributeError:
         weight = getattr(network.get_submodule(owner_of(name)), name.rpartition(".")[2])
-        return _zero_columns(weight, channels, 1, 1) if sums_over_inputs(weight) else None
+        axis = inputs_axis(weight, channels.axis)
+        return None if axis is None else _zero_columns(weight, channels, axis, 1)
     rule = layer_rule(layer)
     if is_depthwise(layer) or rule is None:
         return None  # a depthwise convolution does not sum over channels
