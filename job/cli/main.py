@@ -21,12 +21,12 @@ from job.cli.command_options import (
     SensitivityOptions,
     SlimOptions,
 )
+from job.cli.importing import importing
 from job.cli.model_argument import data_of, local_model, model_of, model_options
 from job.cli.option_types import POSITIVE, ProcessCount, local_path_option
 from job.config import PruneConfig
 from job.console import counted, lines_on_stderr, log_as_json, warn
 from job.distributed.launch import ensure_processes, launch
-from job.distributed.signals import starting
 from job.distributed.topology import find_nodes, nodes_left_out
 
 json_option = click.option("--json", is_flag=True, help="Print JSON.")
@@ -56,8 +56,11 @@ def prune_command(**options: Any) -> None:
     """Train or load a network, slim and fine-tune it in rounds."""
     config = PruneConfig(**options)
     log_as_json(config.log == "json")
-    with starting():
+    with importing():
         ensure_processes()
+
+        import torch._dynamo  # noqa: F401  (the first optimizer imports it)
+
         from job.pipeline.prune import prune
 
     prune(replace(config, data=data_of(config.data)))
@@ -132,7 +135,7 @@ def launch_command(
 @json_option
 def evaluate_command(json: bool, **options: Any) -> None:
     """Measure loss, accuracy and confusion matrix of MODEL."""
-    with starting():
+    with importing():
         ensure_processes()
         from job.cli.evaluate import evaluate
 
@@ -149,7 +152,7 @@ def evaluate_command(json: bool, **options: Any) -> None:
 )
 def predict_command(output: str, **options: Any) -> None:
     """Predict the class of each image, in file order."""
-    with starting():
+    with importing():
         ensure_processes()
         from job.cli.predict import predict
 
@@ -163,7 +166,7 @@ def predict_command(output: str, **options: Any) -> None:
 @json_option
 def inspect_command(json: bool, **options: Any) -> None:
     """Show channel groups, layer costs, what cannot be cut and why."""
-    with starting():
+    with importing():
         from job.cli.inspect import inspect
 
     with lines_on_stderr(json):
@@ -185,7 +188,7 @@ def sensitivity_command(csv: str | None, json: bool, **options: Any) -> None:
     softmax for a classifier, else the squared error relative to the squares of the outputs.
     """
     model = model_of(options)
-    with starting():
+    with importing():
         from job.cli.sensitivity import print_sensitivity
 
     with lines_on_stderr(json or csv == "-"):
@@ -204,7 +207,7 @@ def slim_command(output: str, **options: Any) -> None:
     previous outputs, which keeps most of the accuracy.
     """
     model = model_of(options)
-    with starting():
+    with importing():
         from job.cli.slim import slim_model
 
     slim_model(model, output, SlimOptions(**options))
@@ -219,7 +222,7 @@ def prepare_command(data: str, **options: Any) -> None:
     All processes of launch share the work. prune finds the cache with the same --data, --cache-dir
     and --cache-max-side.
     """
-    with starting():
+    with importing():
         ensure_processes()
         from job.cli.prepare import prepare
 
@@ -242,7 +245,7 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
     model = model_of({"path": paths[0], **options})
     for name in (field.name for field in fields(ModelOptions)):
         options.pop(name, None)
-    with starting():
+    with importing():
         from job.cli.bench import bench
 
     with lines_on_stderr(json):
@@ -272,7 +275,7 @@ def export_command(format: str | None, output: str, card: bool, **options: Any) 
     torch.export.load reads a .pt2 file without the code of the network.
     """
     model = model_of(options)
-    with starting():
+    with importing():
         from job.cli.export import export
 
     export(model, output, format, card=card, quantisation=QuantisationOptions(**options))

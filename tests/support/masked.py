@@ -34,7 +34,8 @@ def masked_network(network: nn.Module, layers: Layers) -> nn.Module:
         module, across = modules.get(name), channels.line is not None
         inputs = channels.places if across else channels.in_
         if module is None and channels.in_ is not None:
-            _zero_rows(wide.get_parameter(name), channels.axis, channels.in_)
+            owner, _, attribute = name.rpartition(".")
+            _zero_rows(getattr(wide.get_submodule(owner), attribute), channels.axis, channels.in_)
         if module is None or inputs is None or _is_depthwise(module):
             continue
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from job.slimming.graph.trace import Op
 
 TRANSPOSITIONS = frozenset("t T mT transpose swapaxes swapdims".split())
-PRODUCTS = frozenset("matmul __matmul__ mm addmm einsum".split())
+MATRIX_PRODUCTS = frozenset("matmul __matmul__ mm addmm einsum".split())
 
 
-class Matrix(NamedTuple):
+class StoredMatrix(NamedTuple):
     """The parameter or buffer ``name`` that a matrix is, or that it is computed from.
 
     ``weight`` has its outputs along the axis 0, or along ``axis`` if that is 1.
@@ -125,7 +125,7 @@ def _multiply(
     op: Op,
     image: torch.Tensor,
     axis: int,
-    matrix: Matrix,
+    matrix: StoredMatrix,
     result_axis: int | None = None,
 ) -> None:
     """Consume the channels of ``image`` along ``axis``, and produce those of a matrix."""
@@ -148,7 +148,7 @@ def _multiply(
 
 def _matrix(
     state: PropagationState, op: Op, tensor: torch.Tensor, *, inputs_first: bool
-) -> Matrix | None:
+) -> StoredMatrix | None:
     """Return the parameter or buffer behind the matrix of a product; None for other tensors."""
     if tensor.dim() != 2 or state.labels_of(tensor) is not None:
         return None
@@ -156,12 +156,12 @@ def _matrix(
     for weight, along in ((tensor, axis), (turned, None if axis else 1)):
         name = None if weight is None else state.trace.name(weight)
         if weight is not None and name is not None:
-            return Matrix(name, weight, along) if _can_be_cut(state, name, along) else None
+            return StoredMatrix(name, weight, along) if _can_be_cut(state, name, along) else None
     weight = turned if inputs_first else tensor
     name = None if weight is None else computed_from(state, op, weight)
     if weight is None or name is None or not _can_be_cut(state, name, None):
         return None
-    return Matrix(name, weight, computed=True)
+    return StoredMatrix(name, weight, computed=True)
 
 
 def _can_be_cut(state: PropagationState, name: str, axis: int | None) -> bool:

@@ -19,7 +19,7 @@ from job.slimming.graph.heads import SCALINGS
 from job.slimming.graph.layer_rules import LAYER_RULES, is_layer
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.op_rules import CONCATENATIONS, LIKE, MOVING, OP_RULES, POINTWISE
-from job.slimming.graph.product_rules import PRODUCTS
+from job.slimming.graph.product_rules import MATRIX_PRODUCTS
 from job.slimming.graph.propagation_state import PropagationState
 from job.slimming.graph.reasons import CODE_COUNT, NOT_SUPPORTED, OTHER_USE, OUTPUT, UNKNOWN_ORIGIN
 from job.slimming.graph.streams import outvoted_selectors
@@ -110,7 +110,7 @@ def _propagate_op(
     elif not labelled or (op.name in LIKE and labelled == list(op.inputs[1:2])):
         _skip(state, op)
     elif op.name in OP_RULES:
-        if op.name not in (*POINTWISE, *CONCATENATIONS, *PRODUCTS):
+        if op.name not in (*POINTWISE, *CONCATENATIONS, *MATRIX_PRODUCTS):
             for tensor in op.inputs:
                 if state.trace.name(tensor) is None:
                     state.read_elsewhere(op, tensor)

@@ -208,15 +208,16 @@ def _slots_of_tensor(
         return 0, 0
     if (layer.removesuffix(".norm"), "select") in numbers:
         layer = layer.removesuffix(".norm")
-    if layer not in layers:
+    bare = layer not in layers  # a parameter or buffer that no known layer owns
+    if bare:
         if name not in layers:
             return 0, 0
-        layer, own_name = name, "weight"  # a parameter that no known layer owns
+        layer = name
     through = _passed(layer, numbers)
     if own_name == "indices":
         through = through or numbers.get((layer, "places"), 0)
     if through:
         return through, 0
     own_weight = own_name in ("weight", "in_proj_weight", *INPUT_WEIGHTS)
-    is_weight = own_weight and isinstance(tensor, nn.Parameter)
+    is_weight = bare or (own_weight and isinstance(tensor, nn.Parameter))
     return numbers.get((layer, "out"), 0), numbers.get((layer, "in"), 0) if is_weight else 0
