@@ -15,10 +15,24 @@ from support.commands import gammaslim
 from support.datasets import draw_image, write_flat
 from support.programs import close_server
 
-TOGETHER = (
+COVERING = (  # measure the coverage of job/: their tests run in its process
+    "tests/unit/",
+    "tests/integration/test_bench.py",
+    "tests/integration/test_commands.py",
+    "tests/integration/test_predictions.py",
+    "tests/integration/test_sensitivity_command.py",
+    "tests/integration/test_slim_command.py",
+    "tests/integration/test_tracking.py",
+)
+TOGETHER = (  # files with costly fixtures, in the order in which they start: long ones first
+    "tests/system/test_containers.py",
+    "tests/integration/test_job.py",
+    "tests/integration/test_resume.py",
+    "tests/system/test_slurm.py",
     "tests/system/",
     "tests/integration/test_readme.py",
     "tests/integration/test_task.py",
+    "tests/integration/test_storage.py",
     "tests/integration/test_export_card.py",
 )
 
@@ -27,20 +41,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """``--all``: every case of what is else run by samples."""
     parser.addoption("--all", action="store_true", help="all cases of the tests marked sampled")
     parser.addoption(
-        "--cases", choices=("first", "others"), help="the first of each test, or others"
+        "--part",
+        choices=("covering", "rest"),
+        help="the first case of each test in COVERING, or all others",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Try again what measures time; leave out cases of ``sampled(k)`` and those not asked for."""
+    """Try again what measures time; leave out cases of ``sampled(k)`` and other parts."""
     for item in items:
         if item.get_closest_marker("alone"):  # a machine may be slow for a while
             item.add_marker(pytest.mark.flaky(reruns=1))
+    items.sort(key=_start)
     _sample(config, items)
-    if asked_for := config.getoption("--cases"):
+    if part := config.getoption("--part"):
         first = set({item.nodeid.partition("[")[0]: item for item in reversed(items)}.values())
-        unwanted = [item for item in items if (item in first) != (asked_for == "first")]
+        covering = {item for item in first if item.nodeid.startswith(COVERING)}
+        unwanted = [item for item in items if (item in covering) != (part == "covering")]
         _leave_out(config, items, unwanted)
+
+
+def _start(item: pytest.Item) -> int:
+    """Return the place of a test among those that start first."""
+    return next(
+        (n for n, file in enumerate(TOGETHER) if item.nodeid.startswith(file)), len(TOGETHER)
+    )
 
 
 def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -28,6 +28,11 @@ debian_packages=(
   # the browser of tests/system/test_report_page.py
   chromium
 )
+install_packages() {
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+}
+installing=
 if [ "${1:-}" != unit ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   missing=()
   # a Python of another origin brings its own venv
@@ -35,18 +40,20 @@ if [ "${1:-}" != unit ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; 
   for package in "${debian_packages[@]}"; do
     [[ $(dpkg-query --show --showformat='${Status}' "$package" 2>/dev/null) == *' installed' ]] || missing+=("$package")
   done
-  if [ "${#missing[@]}" -gt 0 ]; then
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
-  fi
+  case "${missing[*]}" in
+    '') ;;
+    *python3-venv*) install_packages ;;
+    *) install_packages & installing=$! ;; # beside pip
+  esac
 fi
 
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import job
 venv=${VENV:-.venv}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --editable '.[test]'
+"$venv/bin/python" -m pip install --quiet --no-compile --editable '.[test]'
+[ -z "$installing" ] || wait "$installing"
 
 export WANDB_MODE=${WANDB_MODE:-offline}
-unset PYTHONDONTWRITEBYTECODE # hundreds of processes import job
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy" --strict job
@@ -54,18 +61,13 @@ pytest=("$venv/bin/python" -m pytest)
 one_thread=(env OMP_NUM_THREADS=1 "${pytest[@]}")
 if [ "${1:-}" = unit ]; then exec "${one_thread[@]}" -n 3 --dist worksteal tests/unit "${@:2}"; fi
 if [ $# -gt 0 ]; then exec "${pytest[@]}" "$@"; fi
-# on one thread each: first those that measure the coverage of job/ (90 % at least), whose tracer
-# doubles the time of a test: one case of each test in the fast files; then their other cases; then
-# the other files, groups first, more at a time than there are cores, because containers, the
-# cluster and killed jobs wait for much; then those that need the machine to themselves
-most=("${one_thread[@]}" --dist loadgroup -m 'not alone')
-covering=(tests/unit)
-for commands in bench commands predictions sensitivity_command slim_command tracking; do
-  covering+=("tests/integration/test_$commands.py")
-done
+# on one thread each: first one case of each test that measures the coverage of job/ (90 % at least),
+# whose tracer doubles the time of a test; then all others, long groups first, more at a time than
+# there are cores, because containers, the cluster and killed jobs wait for much; then those that need the
+# machine to themselves
+most=("${one_thread[@]}" --dist loadgroup --no-loadscope-reorder -m 'not alone')
 failed=0
-"${most[@]}" -n 2 "${covering[@]}" --cases first --cov || failed=$?
-"${most[@]}" -n 3 "${covering[@]}" --cases others || failed=$?
-"${most[@]}" -n 4 "${covering[@]/#/--ignore=}" || failed=$?
+"${most[@]}" -n 3 --part covering --cov || failed=$?
+"${most[@]}" -n 4 --part rest || failed=$?
 "${pytest[@]}" -m alone || failed=$?
 exit "$failed"
