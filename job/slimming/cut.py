@@ -20,6 +20,7 @@ from job.processes import rank, world_size
 from job.slimming.calibration.batch import inputs_of
 from job.slimming.calibration.consumers import consumers_of
 from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
+from job.slimming.calibration.memory_format import in_image_format
 from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.constants import add_biases, layers_without_constant
 from job.slimming.compensation.cut_pair import CutPair
@@ -156,6 +157,7 @@ def measure_importance(
     """
     check_finite_weights(network)
     progress("measuring channels", 0, 0)
+    batches = None if batches is None else in_image_format(network, batches)
     calibration = _calibrate(network, graph, method, batches)
     scores = score_channels(method.importance, network, graph, calibration, method.seed)
     return scores, calibration

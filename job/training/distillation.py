@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from job.models.outputs import logits_of
+from job.slimming.calibration.memory_format import ImageFormat
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,11 +25,12 @@ class Distillation:
     alpha: float
     temperature: float
     accelerator: Accelerator
+    fitted: ImageFormat
 
     def outputs(self, inputs: torch.Tensor) -> Any:
         """Return the outputs of the teacher."""
         with torch.no_grad(), self.accelerator.autocast():
-            return self.teacher(inputs)
+            return self.teacher(self.fitted(inputs))
 
     def loss(
         self, logits: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor
@@ -43,8 +45,7 @@ def distillation(
 ) -> Distillation:
     """Return the distillation from a copy of ``teacher`` on the device, in eval mode."""
     placed = copy.deepcopy(teacher).eval().requires_grad_(False).to(accelerator.device)
-    placed.to(memory_format=torch.channels_last)
-    return Distillation(placed, alpha, temperature, accelerator)
+    return Distillation(placed, alpha, temperature, accelerator, ImageFormat(placed))
 
 
 def distillation_loss(

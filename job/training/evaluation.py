@@ -17,6 +17,7 @@ from job.distributed.collectives import total
 from job.errors import DataError, GammaslimError
 from job.models.outputs import logits_of
 from job.processes import rank, world_size
+from job.slimming.calibration.memory_format import ImageFormat
 from job.training.epoch import ACCURACY
 
 if TYPE_CHECKING:
@@ -118,9 +119,10 @@ class Evaluator:
             # hooks; the processes would then train independently
             network.to(device)
         network.eval()
+        fitted = ImageFormat(network)
         with torch.inference_mode(), self.accelerator.autocast():
             for images, labels in progress(iterate_batches(self.batches, device)):
-                inputs = self.preprocessing.to_input(images)
+                inputs = fitted(self.preprocessing.to_input(images))
                 yield logits_of(network(inputs)).float(), labels
 
     def try_batch(self, network: nn.Module) -> None:

@@ -11,6 +11,7 @@ from job.data.samplers import RankShare
 from job.data.task_items import ItemSplit, TaskItems
 from job.distributed.collectives import gather, total
 from job.processes import rank, world_size
+from job.slimming.calibration.memory_format import ImageFormat
 from job.training.evaluation import batch_size_at
 
 if TYPE_CHECKING:
@@ -54,9 +55,11 @@ class TaskEvaluator:
         if next(network.parameters()).device.type != device.type:  # see Evaluator
             network.to(device)
         module = self.objective.module(network).eval()
+        fitted = ImageFormat(network)
         with torch.inference_mode():
             for batch in progress(iterate_batches(self.batches, device)):
                 inputs, targets = self.objective.place(batch)
+                inputs = fitted(inputs)
                 with self.accelerator.autocast():
                     outputs = module(inputs)
                 sums = self.objective.measure(outputs, inputs, targets)[1]

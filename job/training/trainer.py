@@ -21,6 +21,7 @@ from job.distributed.stop import NOTHING, STOP
 from job.errors import StopRequest
 from job.models.weights import load_tensors
 from job.processes import is_main, rank, world_size
+from job.slimming.calibration.memory_format import runs_channels_last
 from job.training.compilation import CompiledNetwork, fast_matmul
 from job.training.epoch import EpochResult
 from job.training.gamma import gamma_histogram, gamma_layers, gamma_parameters, gamma_statistics
@@ -37,7 +38,7 @@ from job.training.schedule import round_learning_rate
 from job.training.session import RoundSpec, RoundState, TrainingSession, Unattended
 from job.training.sparsity import apply_penalty
 from job.training.sync_batchnorm import average_running_statistics, prepare_batch_norms
-from job.training.trial import report_outputs
+from job.training.trial import report_outputs, two_images
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -144,7 +145,10 @@ class TrainingRound:
             handler.find_unused_parameters = self.objective.has_unused_parameters(*parts)
         compiled = self.config.compile and spec.compiled
         shared = world_size() > 1 and self.config.batchnorm == "sync"
-        self.layout = prepare_batch_norms(self.trained, device, shared=shared, compiled=compiled)
+        images = two_images(self.trained, trainer.preprocessing.input_size)
+        last = runs_channels_last(self.trained, images, training=True)
+        layout = prepare_batch_norms(self.trained, device, shared=shared, compiled=compiled)
+        self.layout = layout if last else torch.contiguous_format
         self.trained.to(memory_format=self.layout)
         # with fp16 the gradient scaler decides on each step
         fused = self.accelerator.mixed_precision != "fp16"

@@ -36,7 +36,7 @@ def has_unused_parameters(
     """
     if world_size() == 1:
         return False
-    inputs = _two_images(network, size)
+    inputs = two_images(network, size)
     with _preserve_rng():
         network = copy.deepcopy(network).train()
         outputs = outputs_in(network(inputs))
@@ -116,7 +116,7 @@ def one_value_per_channel(network: nn.Module, size: InputSize) -> str | None:
 
         return look
 
-    inputs = _two_images(network, size)
+    inputs = two_images(network, size)
     with _preserve_rng(), torch.no_grad():
         network = copy.deepcopy(network).train()
         for name, module in network.named_modules():
@@ -126,7 +126,7 @@ def one_value_per_channel(network: nn.Module, size: InputSize) -> str | None:
     return names[0] if names else None
 
 
-def _two_images(network: nn.Module, size: InputSize) -> torch.Tensor:
+def two_images(network: nn.Module, size: InputSize) -> torch.Tensor:
     """Return two constant inputs of ``size``, on which every BatchNorm can train."""
     return next(network.parameters()).new_full((2, *input_shape(size)), 0.5)
 

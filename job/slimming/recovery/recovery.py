@@ -17,6 +17,7 @@ import torch
 
 from job.distributed.collectives import total
 from job.processes import is_main, world_size
+from job.slimming.calibration.memory_format import in_image_format
 from job.slimming.calibration.progress import no_progress
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.snapshot import preserve_state
@@ -74,7 +75,7 @@ def recover(
     """
     progress("preparing recovery", 0, 0)
     device = next(narrow.parameters()).device
-    samples = Samples(batches(), device)
+    samples = Samples(in_image_format(narrow, batches)(), device)
     comparison = Comparison(wide, narrow, features_of(wide, narrow, graph, keep))
     with _frozen(wide), _learning(narrow) as parameters:
         return Recovery(samples, comparison, parameters, seed, progress).run(epochs)

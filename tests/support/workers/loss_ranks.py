@@ -22,7 +22,8 @@ def check_steps(samples: int, kind: str) -> None:
     """Two steps in float64 on global batches of ``samples``: an empty share included."""
     torch.manual_seed(0)
     alone = StudentNet(base=4, num_classes=3).double()
-    teacher = distillation(StudentNet(base=4, num_classes=3).double(), 0.7, 3.0, accelerator)
+    student = StudentNet(base=4, num_classes=3).double()
+    teacher = distillation(student, 0.7, 3.0, accelerator)
     shared = synchronised(copy.deepcopy(alone), torch.device("cpu"))
     wrapped = DistributedDataParallel(shared, broadcast_buffers=False)
     names = gamma_layers(alone)

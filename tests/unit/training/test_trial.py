@@ -21,6 +21,8 @@ from job.models.factory import build_network
 from job.models.input_size import check_size
 from job.models.outputs import all_logits, logits_of
 from job.pipeline.prune import prune
+from job.slimming.calibration.memory_format import runs_channels_last
+from job.training.distillation import distillation
 from job.training.evaluation import Evaluator
 from job.training.session import RoundSpec
 from job.training.trainer import Trainer
@@ -54,6 +56,15 @@ class Plain(nn.Module):
 
     def forward(self, x):
         return self.last(self.c(self.b(self.a(x))).mean((2, 3)))
+
+class Viewed(nn.Module):
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU())
+        self.last = nn.Linear(4 * 15 * 15, num_classes)
+
+    def forward(self, x):
+        return self.last(self.body(x).view(len(x), -1))
 
 class Outputs(NamedTuple):
     early: torch.Tensor
@@ -111,6 +122,28 @@ def test_batchnorms_of_every_kind_train_alone_as_torch_trains_them(
         network.named_buffers(), dict(plain.named_buffers()).values(), strict=True
     ):
         torch.testing.assert_close(mine.double(), theirs.double(), atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["Viewed", "Pooled"])
+def test_channels_come_last_only_where_the_network_runs(
+    tmp_path: Path, nets: Any, kind: str
+) -> None:
+    """A view of a feature map needs channels first: in training, evaluation, and the teacher."""
+    training, network = trainer(tmp_path, lr=0.01), getattr(nets, kind)()
+    images, others = torch.rand(2, 3, 32, 32), torch.rand(2, 5, 32, 32)
+    state, drawn = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    for mode in (False, True):
+        last = runs_channels_last(network, images, training=mode)
+        assert last == (kind == "Pooled")
+        assert all(torch.equal(v, state[k]) for k, v in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert runs_channels_last(network, others)  # it runs with neither
+    teacher = distillation(network, 0.5, 2.0, training.accelerator)
+    first = []
+    network.body[0].register_forward_hook(lambda *given: first.append(given[1][0].is_contiguous()))
+    best = training.fit(network, RoundSpec(0, 1, distillation=teacher))
+    assert 0 <= best.valid_acc <= 1
+    assert (sum(first) > len(first) / 2) == (kind == "Viewed")
 
 
 @pytest.mark.parametrize(

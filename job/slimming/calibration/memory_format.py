@@ -1,0 +1,85 @@
+"""Memory format of images: channels last, which is faster, where a network runs with it.
+
+``x.view(len(x), -1)`` of a feature map, for example, works with channels first alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from job.slimming.graph.modes import training_mode
+from job.slimming.graph.snapshot import preserve_state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from job.slimming.calibration.batch import Batches, CalibrationBatch
+
+FEW = 2  # images, on which every BatchNorm can train
+
+
+class ImageFormat:
+    """Brings images into the memory format for ``network``, found out with the first ones."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.found: torch.memory_format | None = None
+
+    def __call__(self, inputs: Any) -> Any:
+        """Return ``inputs``, in another memory format if they are images (B, C, H, W)."""
+        if not isinstance(inputs, torch.Tensor) or inputs.dim() != 4 or not len(inputs):
+            return inputs
+        if self.found is None:
+            last = runs_channels_last(self.network, inputs[:FEW])
+            self.found = torch.channels_last if last else torch.contiguous_format
+        return inputs.contiguous(memory_format=self.found)
+
+
+def in_image_format(network: nn.Module, batches: Batches) -> Batches:
+    """Return a function like ``batches``, of batches in the memory format for ``network``."""
+    fitted = ImageFormat(network)
+
+    def formatted() -> Iterator[CalibrationBatch]:
+        for batch in batches():
+            yield fitted(batch) if isinstance(batch, torch.Tensor) else (fitted(batch[0]), batch[1])
+
+    return formatted
+
+
+def runs_channels_last(network: nn.Module, images: torch.Tensor, *, training: bool = False) -> bool:
+    """Return whether ``network`` runs on ``images`` (B, C, H, W) with channels last.
+
+    True too where it does not run on them with channels first either: then they tell nothing.
+    """
+    if images.dim() != 4 or _runs(network, images, torch.channels_last, training):
+        return True
+    return not _runs(network, images, torch.contiguous_format, training)
+
+
+def _runs(
+    network: nn.Module, images: torch.Tensor, layout: torch.memory_format, training: bool
+) -> bool:
+    with _unchanged(network), training_mode(network, training=training), torch.no_grad():
+        try:
+            network(images.contiguous(memory_format=layout))
+        except Exception:  # user code may raise anything
+            return False
+    return True
+
+
+@contextmanager
+def _unchanged(network: nn.Module) -> Iterator[None]:
+    """Restore all state of ``network``, and the buffers that torch changes without a trace."""
+    with preserve_state(network):
+        buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
