@@ -164,7 +164,7 @@ def _batch_norm(
         for buffer, value in ((running_mean, mean), (running_var, unbiased)):
             if buffer is not None:
                 buffer.lerp_(value.to(buffer.dtype), momentum)
-    return output
+    return output.contiguous() if input.is_contiguous() else output  # as torch's
 
 
 def _inaccurate_in_torch(input: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from job.slimming.graph.layers import BATCHNORM, INSTANCENORM
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.snapshot import preserve_state
 
@@ -74,12 +75,13 @@ def _runs(
 
 @contextmanager
 def _unchanged(network: nn.Module) -> Iterator[None]:
-    """Restore all state of ``network``, and the buffers that torch changes without a trace."""
+    """Restore all state of ``network``, and the statistics that torch changes without a trace."""
+    norms = [
+        module for module in network.modules() if isinstance(module, (BATCHNORM, INSTANCENORM))
+    ]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     with preserve_state(network):
-        buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+        yield
+    with torch.no_grad():
+        for buffer, values in before:
+            buffer.copy_(values)

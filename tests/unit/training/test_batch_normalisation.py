@@ -116,3 +116,15 @@ def test_flat_backgrounds_leave_exact_gradients() -> None:
         if expected[name].dim() > 1:
             error = (found - expected[name]).norm() / expected[name].norm()
             assert error < 0.01, (name, float(error))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_shared_norm_keeps_the_memory_format(layout: torch.memory_format) -> None:
+    """As torch's does: a network may view its output as another shape."""
+    images = torch.rand(4, 3, 6, 6).contiguous(memory_format=layout)
+    norm = nn.BatchNorm2d(3)
+    expected = copy.deepcopy(norm)(images)
+    norm.__class__ = sync_batchnorm._intercepted(nn.BatchNorm2d, shared=True)
+    output = norm(images)
+    torch.testing.assert_close(output, expected)
+    assert output.stride() == expected.stride()
