@@ -43,7 +43,10 @@ if [ "${1:-}" != unit ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; 
   case "${missing[*]}" in
     '') ;;
     *python3-venv*) install_packages ;;
-    *) install_packages & installing=$! ;; # beside pip
+    *) # beside pip
+      install_packages &
+      installing=$!
+      ;;
   esac
 fi
 

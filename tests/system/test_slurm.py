@@ -221,7 +221,8 @@ def test_before_its_time_limit_a_job_is_requeued_and_a_cancelled_one_is_not(
     assert batch.events(job, "resume")
     restarts = int(cluster.job(job)["Restarts"])
     cluster.run("scancel", job)
-    assert "Slurm has ended the job" in batch.ended(job, "CANCELLED", 75, restarts=restarts)
+    batch.until(job, "Slurm has ended the job")  # the script ends later than the job
+    batch.ended(job, "CANCELLED", 75, restarts=restarts)
     after = batch.status(job)
     assert (after["state"], after["exit_code"]) == ("stopped", 75)
 
