@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,25 +130,45 @@ def _forget_modules_of_the_test(tmp_path_factory: pytest.TempPathFactory) -> Ite
             del sys.modules[name]
 
 
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder ``name`` that the first of the test processes makes, and the others wait for."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    place = base / "made 42 é" / name
+    place.parent.mkdir(exist_ok=True)
+    with place.with_name(f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            made = place.with_name("made") / name
+            make(made)
+            made.rename(place)
+    return place
+
+
 @pytest.fixture(scope="session")
 def flat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Food-11 data set in a path with digits, a space and a letter beyond ASCII."""
-    root = tmp_path_factory.mktemp("data 42 é") / "food-11"
+    return _made_once(tmp_path_factory, "food-11", _write_data)
+
+
+def _write_data(root: Path) -> None:
     write_flat(root, {"training": 8, "validation": 5, "evaluation": 3})
     rng = np.random.default_rng(3)
     (root / "testing").mkdir()
     for number in (0, 1, 2, 10, 11):
         draw_image(rng, number % 3, 40, 40).save(root / "testing" / f"{number}.png")
-    return root
 
 
 @pytest.fixture(scope="session")
 def finished_run(flat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two rounds on ``flat_data``, with W&B offline."""
-    output = tmp_path_factory.mktemp("runs 1") / "run é"
-    done = gammaslim(
-        "prune", "--data", flat_data, "--output", output, "--base-epochs", 2, "--rounds", 2,
-        "--epochs", 2, "--batch-size", 10, "--workers", 1, fork=False,
-    )  # fmt: skip
-    assert done.code == 0, done
-    return output
+    """A run of two rounds on ``flat_data``, with W&B offline; each test process has a copy."""
+
+    def make(output: Path) -> None:
+        done = gammaslim(
+            "prune", "--data", flat_data, "--output", output, "--base-epochs", 2, "--rounds", 2,
+            "--epochs", 2, "--batch-size", 10, "--workers", 1, fork=False,
+        )  # fmt: skip
+        assert done.code == 0, done
+
+    made = _made_once(tmp_path_factory, "run é", make)
+    return shutil.copytree(made, tmp_path_factory.mktemp("runs 1") / "run é", symlinks=True)

@@ -88,7 +88,7 @@ def train_a_step(network: nn.Module, image: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("name", TORCHVISION)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_cuts_of_torchvision_networks_are_proven(name: str, ratio: float) -> None:
     size = TORCHVISION[name]
     network = torchvision_network(name)

@@ -135,6 +135,7 @@ def measured_cost(network: nn.Module) -> Cost:
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("residual", "gate")])
+@pytest.mark.sampled(2)
 def test_each_group_and_all_together_are_removed_proven_and_priced(name: str) -> None:
     network = build(name)
     names = sorted(removable(network, EXAMPLE))
@@ -196,6 +197,7 @@ def test_the_branch_is_gone_and_its_constant_stays() -> None:
 
 @pytest.mark.parametrize("compensate", ["beta", "mean", "regress"])
 @pytest.mark.parametrize("name", MOST)
+@pytest.mark.sampled(2)
 def test_compensation_makes_up_for_a_branch(name: str, compensate: str) -> None:
     network = build(name)
     images = [torch.rand(8, 3, 32, 32) for _ in range(3)]
