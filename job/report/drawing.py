@@ -40,8 +40,8 @@ def draw_charts(charts: Sequence[Chart]) -> list[bytes]:
     """Return each chart as PNG; raises GammaslimError when matplotlib cannot be imported."""
     if not charts:
         return []
-    with _matplotlib():
-        return [_draw(chart) for chart in charts]
+    with _matplotlib() as figure_class:
+        return [_draw(figure_class, chart) for chart in charts]
 
 
 def draw_panels(charts: Sequence[Chart]) -> bytes:
@@ -61,10 +61,8 @@ def draw_panels(charts: Sequence[Chart]) -> bytes:
 
 
 @lru_cache(maxsize=32)  # most charts of a finished run are those after its last round
-def _draw(chart: Chart) -> bytes:
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=SIZE, dpi=DPI)
+def _draw(figure_class: Any, chart: Chart) -> bytes:
+    canvas = figure_class(figsize=SIZE, dpi=DPI)
     # fixed margins: computing them takes as long as drawing
     bottom = 0.3 if chart.x.names else 0.14
     canvas.subplots_adjust(left=0.12, right=0.97, top=0.93, bottom=bottom)

@@ -47,6 +47,12 @@ def tensors_of(
                     yield prefix + key, store, key, tensor
 
 
+def tensor_named(network: nn.Module, name: str) -> Any:
+    """Return the parameter or buffer with a full name."""
+    owner, _, attribute = name.rpartition(".")
+    return getattr(network.get_submodule(owner), attribute)
+
+
 def is_depthwise(layer: Any) -> bool:
     """Return whether each channel of a convolution has separate outputs, without a sum."""
     groups = getattr(layer, "groups", 1)

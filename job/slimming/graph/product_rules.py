@@ -50,7 +50,7 @@ def product(state: PropagationState, op: Op) -> None:
             return _multiply(state, op, one, -1, matrix)
         if matrix := _matrix(state, op, one, inputs_first=False):
             return _multiply(state, op, other, -2, matrix)
-    _read_elsewhere(state, op)
+    state.read_inputs_elsewhere(op)
     return matmul(state, op)
 
 
@@ -79,7 +79,7 @@ def product_by_letters(state: PropagationState, op: Op) -> None:
             (made,) = set(matrix_letters) - {summed}
             axis = image.index(summed)
             return _multiply(state, op, op.args[1 + place], axis, own, result.index(made))
-    _read_elsewhere(state, op)
+    state.read_inputs_elsewhere(op)
     return einsum(state, op)
 
 
@@ -176,10 +176,3 @@ def _before_transposition(state: PropagationState, tensor: torch.Tensor) -> torc
             matrix = op.inputs[0]
             return matrix if matrix.shape == tensor.shape[::-1] else None
     return None
-
-
-def _read_elsewhere(state: PropagationState, op: Op) -> None:
-    """Note that no rule follows the parameters behind the inputs of an op."""
-    for tensor in op.inputs:
-        if state.trace.name(tensor) is None:
-            state.read_elsewhere(op, tensor)

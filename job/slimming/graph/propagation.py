@@ -111,9 +111,7 @@ def _propagate_op(
         _skip(state, op)
     elif op.name in OP_RULES:
         if op.name not in (*POINTWISE, *CONCATENATIONS, *MATRIX_PRODUCTS):
-            for tensor in op.inputs:
-                if state.trace.name(tensor) is None:
-                    state.read_elsewhere(op, tensor)
+            state.read_inputs_elsewhere(op)
         OP_RULES[op.name](state, op)
     else:
         state.give_up(op, NOT_SUPPORTED(op.name))

@@ -152,8 +152,7 @@ class PropagationState:
         self.union.doubtful = True
         for tensor in op.inputs:
             self.fix(tensor, reason)
-            if self.trace.name(tensor) is None:
-                self.read_elsewhere(op, tensor)
+        self.read_inputs_elsewhere(op)
         self.forget(op)
 
     def add_slot(
@@ -212,6 +211,12 @@ class PropagationState:
         for source in self.derived.sources(tensor):
             self.other_uses.setdefault(source.name, op.name)
             self.other_uses.setdefault(owner_of(source.name), op.name)
+
+    def read_inputs_elsewhere(self, op: Op) -> None:
+        """Note that no rule follows the parameters that the inputs of an op are computed from."""
+        for tensor in op.inputs:
+            if self.trace.name(tensor) is None:
+                self.read_elsewhere(op, tensor)
 
     def count_call(self, op: Op, weight: str | None) -> None:
         """Add a call of a convolution or linear layer, with its multiply-adds."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from job.errors import UsageError
-from job.slimming.graph.layers import modules_of, owner_of, weight_rows
+from job.slimming.graph.layers import modules_of, tensor_named, weight_rows
 from job.slimming.graph.removed_layers import ConstantOutput
 from job.slimming.graph.selection import batchnorms
 from job.slimming.importance.refit import refit_importance
@@ -71,7 +71,7 @@ def _rows(modules: Mapping[str, nn.Module], slot: ChannelSlot) -> torch.Tensor:
     """Return the weight of a layer or parameter, with outputs along the first axis."""
     if slot.layer in modules:
         return weight_rows(modules[slot.layer])
-    matrix: torch.Tensor = getattr(modules[owner_of(slot.layer)], slot.layer.rpartition(".")[2])
+    matrix: torch.Tensor = tensor_named(modules[""], slot.layer)
     return matrix.movedim(slot.axis or 0, 0)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from job.slimming.graph.layer_rules import layer_rule
-from job.slimming.graph.layers import inputs_axis, modules_of
+from job.slimming.graph.layers import inputs_axis, modules_of, tensor_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,8 +62,7 @@ def _scaled_tensors(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Sequence[Side]]]:
     """Yield the tensors of the layer or parameter ``name`` in both networks, and their sides."""
     if name not in modules_of(wide):
-        owner, _, attribute = name.rpartition(".")
-        narrow, whole = (getattr(n.get_submodule(owner), attribute) for n in (copy, wide))
+        narrow, whole = tensor_named(copy, name), tensor_named(wide, name)
         turned = inputs_axis(whole, channels.axis) == 0
         yield narrow, whole, ("in", "out") if turned else ("out", "in")
         return

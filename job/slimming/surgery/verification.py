@@ -13,7 +13,7 @@ from torch import nn
 
 from job.errors import GammaslimError, UsageError, reason
 from job.slimming.graph.layer_rules import layer_rule
-from job.slimming.graph.layers import inputs_axis, is_depthwise, owner_of
+from job.slimming.graph.layers import inputs_axis, is_depthwise, tensor_named
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.trace import trace_network
@@ -231,7 +231,7 @@ def _zero_inputs(network: nn.Module, name: str, channels: LayerChannels) -> None
     try:
         layer = network.get_submodule(name)
     except AttributeError:
-        weight = getattr(network.get_submodule(owner_of(name)), name.rpartition(".")[2])
+        weight = tensor_named(network, name)
         axis = inputs_axis(weight, channels.axis)
         return None if axis is None else _zero_columns(weight, channels, axis, 1)
     rule = layer_rule(layer)
