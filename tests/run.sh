@@ -59,22 +59,26 @@ venv=${VENV:-.venv}
 export WANDB_MODE=${WANDB_MODE:-offline}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-types=("$venv/bin/mypy" --strict job)
 pytest=("$venv/bin/python" -m pytest)
 one_thread=(env OMP_NUM_THREADS=1 "${pytest[@]}")
-if [ $# -gt 0 ]; then "${types[@]}"; fi
-if [ "${1:-}" = unit ]; then exec "${one_thread[@]}" -n 3 --dist worksteal tests/unit "${@:2}"; fi
-if [ $# -gt 0 ]; then exec "${pytest[@]}" "$@"; fi
-# on one thread each: first one case of each test that measures the coverage of job/ (90 % at least),
-# whose tracer doubles the time of a test; then all others, long groups first, more at a time than
-# there are cores, because containers, the cluster and killed jobs wait for much; then those that
-# need the machine to themselves
-most=("${one_thread[@]}" --dist loadgroup --no-loadscope-reorder -m 'not alone')
 failed=0
-"${types[@]}" & # on one core, beside the first tests
-checking=$!
-"${most[@]}" -n 3 --part covering --cov || failed=$?
-wait "$checking" || failed=$?
-"${most[@]}" -n 4 --part rest || failed=$?
-"${pytest[@]}" -m alone || failed=$?
+TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/gs.XXXX") # of killed jobs too; kept if a test fails
+export TMPDIR
+"$venv/bin/mypy" --strict job & # on one core, beside the first tests
+types=$!
+case "${1:-}" in
+  unit) "${one_thread[@]}" -n 3 --dist worksteal tests/unit "${@:2}" || failed=$? ;;
+  '') # on one thread each: first one case of each test that measures the coverage of job/ (90 % at
+    # least), whose tracer doubles the time of a test; then all others, long groups first, more at a
+    # time than there are cores, because containers, the cluster and killed jobs wait for much; then
+    # those that need the machine to themselves
+    most=("${one_thread[@]}" --dist loadgroup --no-loadscope-reorder -m 'not alone')
+    "${most[@]}" -n 3 --part covering --cov || failed=$?
+    "${most[@]}" -n 4 --part rest || failed=$?
+    "${pytest[@]}" -m alone || failed=$?
+    ;;
+  *) "${pytest[@]}" "$@" || failed=$? ;;
+esac
+wait "$types" || failed=$?
+[ "$failed" != 0 ] || rm -rf "$TMPDIR"
 exit "$failed"

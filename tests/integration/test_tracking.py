@@ -6,15 +6,19 @@ import json
 import struct
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2 as pb
 
+from job.config import PruneConfig
+from job.pipeline.prune import prune
+from job.tracking import wandb_events
+from job.tracking.wandb_events import WandbEvent
 from support.commands import ROOT, gammaslim
-from support.datasets import write_flat
+from support.datasets import write_flat, write_noise_idx
 
 
 def records(run: Path) -> list[Any]:
@@ -176,3 +180,23 @@ def test_wandb_is_off_next_to_tensorboard(tmp_path: Path) -> None:
         expected = [line["valid_acc"] for line in lines if line["event"] == event]
         logged = [scalar.value for scalar in events.Scalars(f"{event}/valid_acc")]
         assert logged == pytest.approx(expected, abs=1e-6)
+
+
+def _unexpected(*_: Any) -> NoReturn:
+    raise AssertionError("computed for nobody")
+
+
+def test_a_run_without_wandb_computes_no_costs_of_layers_and_no_histograms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_events, "layer_costs", _unexpected)
+    monkeypatch.setattr(wandb_events, "gamma_histograms", _unexpected)
+    monkeypatch.setattr(WandbEvent, "__init__", _unexpected)
+    prune(
+        PruneConfig(
+            data=str(write_noise_idx(tmp_path / "idx", 24, 8)), output=str(tmp_path / "run"),
+            model_arg=(("base", 4),), base_epochs=1, rounds=1, epochs=1, batch_size=8,
+            wandb="off", workers=0, device="cpu",
+        )
+    )  # fmt: skip
+    assert (tmp_path / "run" / "rounds" / "01").is_dir()

@@ -7,12 +7,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from job.config import PruneConfig
-from job.pipeline.prune import prune
-from job.tracking import wandb_events
 from job.tracking.tracker import Tracker
-from job.tracking.wandb_events import WandbEvent
-from support.datasets import write_noise_idx
 
 
 def unexpected(*_: Any) -> NoReturn:
@@ -31,19 +26,3 @@ def test_a_tracker_that_failed_builds_no_event(
     assert tracker._thread
     tracker._thread.join()
     tracker.log(unexpected)
-
-
-def test_a_run_without_wandb_computes_no_costs_of_layers_and_no_histograms(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(wandb_events, "layer_costs", unexpected)
-    monkeypatch.setattr(wandb_events, "gamma_histograms", unexpected)
-    monkeypatch.setattr(WandbEvent, "__init__", unexpected)
-    prune(
-        PruneConfig(
-            data=str(write_noise_idx(tmp_path / "idx", 24, 8)), output=str(tmp_path / "run"),
-            model_arg=(("base", 4),), base_epochs=1, rounds=1, epochs=1, batch_size=8,
-            wandb="off", workers=0, device="cpu",
-        )
-    )  # fmt: skip
-    assert (tmp_path / "run" / "rounds" / "01").is_dir()

@@ -64,9 +64,10 @@ def test_full_batches_are_compiled_once_a_round_and_the_weights_are_the_same(
         torch.testing.assert_close(compiled[key], value, atol=1e-5, rtol=1e-4, msg=key)
 
 
+@torch._dynamo.config.patch(recompile_limit=2)  # 8 by default
 def test_every_round_compiles_its_network(tmp_path: Path, compiler: Compiler) -> None:
-    """torch.compile would run the ninth network of a class uncompiled, without an error."""
-    training, rounds = trainer(tmp_path, compile=True), 10
+    """torch.compile would run networks of a class beyond its limit uncompiled, without an error."""
+    training, rounds = trainer(tmp_path, compile=True), 4
     for number in range(rounds):
         training.fit(small_network(), RoundSpec(number, 1))
     assert compiler.sizes == rounds * [16]
