@@ -17,6 +17,7 @@ MARKERS = ("o", "s", "^", "D", "v")
 PREFIXES = {0: "", 3: " k", 6: " M", 9: " G", 12: " T", -3: " m", -6: " µ", -9: " n"}
 
 Point = tuple[float, float]
+Section = Literal["accuracy", "training", "channels", "time"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class PlotSeries:
 class Chart:
     """Chart with a name, caption, axes, series, and labelled vertical lines at ``marks``.
 
-    ``summary`` describes the data in words, for screen readers.
+    ``summary`` describes the data in words, for screen readers. ``section`` is the part of a run's
+    page that shows the chart.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Chart:
     series: tuple[PlotSeries, ...]
     marks: tuple[tuple[float, str], ...] = ()
     summary: str = ""
+    section: Section = "accuracy"
 
     def range(self, axis: int) -> tuple[float, float]:
         """Return the least and largest value on the x axis (0) or the y axis (1), with a margin."""

@@ -110,6 +110,7 @@ def training_chart(history: History, metric: str) -> Chart | None:
         series,
         marks=_round_marks(history),
         summary=f"Validation {name} of the last epoch: {value:.4g}",
+        section="training",
     )
 
 
@@ -127,6 +128,7 @@ def throughput_chart(history: History) -> Chart | None:
         (PlotSeries("training", points, "green", "o" if len(points) <= MAX_MARKED_POINTS else ""),),
         marks=_round_marks(history),
         summary=f"Mean: {mean:,.0f} images per second",
+        section="time",
     )
 
 
@@ -151,6 +153,7 @@ def channels_chart(history: History) -> Chart | None:
         ),
         summary="Reduced most: "
         + "; ".join(f"{printable(la.name)} keeps {la.kept} of {la.full}" for la in cut),
+        section="channels",
     )
 
 
@@ -187,6 +190,7 @@ def sensitivity_chart(history: History) -> Chart | None:
         Axis("loss of the outputs", log=True, limits=(bottom, 2 * highest)),
         (*series[MAX_NAMED_GROUPS:], *reversed(series[:MAX_NAMED_GROUPS])),
         summary="Most sensitive: " + ", ".join(group for _, group, _ in lines[:MAX_NAMED_GROUPS]),
+        section="channels",
     )  # fmt: skip
 
 
@@ -216,6 +220,7 @@ def gamma_chart(history: History) -> Chart | None:
         Axis("channels"),
         tuple(series),
         summary="; ".join(words),
+        section="channels",
     )
 
 

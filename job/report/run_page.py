@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from job.artifacts.accuracy import signed_points
 from job.config import CLASSIFICATION
 from job.console import counted, span
 from job.errors import shown
 from job.files import shell_word
-from job.report.chart import Axis
+from job.report.chart import Axis, Section
 from job.report.classes import changed_classes, confusion_matrices
 from job.report.configuration import changed_options, grouped_options
 from job.report.figures import COST_AXES
@@ -60,8 +60,11 @@ class ShownExample:
 
 def run_page(history: History, charts: Sequence[Chart]) -> bytes:
     """Return the page of one run."""
-    by_name = {chart.name: chart for chart in charts}
-    first = by_name.pop("accuracy-params", None)
+    first = next((chart for chart in charts if chart.name == "accuracy-params"), None)
+    sections: dict[str, list[Chart]] = {name: [] for name in get_args(Section)}
+    for chart in charts:
+        if chart is not first:
+            sections[chart.section].append(chart)
     lost, won = _examples(history)
     return render(
         _TEMPLATE,
@@ -72,7 +75,7 @@ def run_page(history: History, charts: Sequence[Chart]) -> bytes:
         headline=_headline(history),
         result=_result_rows(history),
         first=first,
-        charts=by_name,
+        charts=sections,
         rounds=_rounds_table(history),
         times=_times_table(history),
         sensitivity=_sensitivity_table(history),

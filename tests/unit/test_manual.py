@@ -7,8 +7,10 @@ import re
 
 import pytest
 
+from job import errors
 from job.cli.option_table import option_table
 from support.commands import ROOT
+from support.manifests import COUNTED, HOPELESS, RETRY_AT_ONCE
 
 MANUAL = (ROOT / "job" / "README.md").read_text("utf-8")
 DOCUMENTS = [
@@ -50,9 +52,22 @@ def test_every_kind_of_change_has_its_row() -> None:
     kinds = " ".join(change for change, _, _ in changes())
     for kind in (
         "criterion", "compensation", "layout", "penalty", "option", "torch op", "kind of layer",
-        "figure", "W&B", "checkpointed", "launcher", "metric", "schedule",
+        "figure", "W&B", "checkpointed", "launcher", "metric", "schedule", "exit code",
     ):  # fmt: skip
         assert kind in kinds, kind
+
+
+def test_each_exit_code_is_in_the_manual_and_known_to_the_clusters() -> None:
+    kinds = [errors.GammaslimError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    codes = {kind.exit_code for kind in kinds}
+    table = MANUAL.partition("\n## Exit codes\n")[2].partition("\n## ")[0]
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == {0} | codes
+    job = (ROOT / "slurm" / "prune.sh").read_text("utf-8")
+    (final,) = re.findall(r"^  (0 \| [\d |]+)\) ;;", job, re.MULTILINE)
+    assert set(map(int, final.split(" | "))) == {0} | codes - RETRY_AT_ONCE - {1}
+    assert HOPELESS | RETRY_AT_ONCE | COUNTED == codes  # as in the rules of each manifest
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -1,6 +1,7 @@
 """Compensation methods, which make up for removed channels after a cut.
 
-``COMPENSATIONS`` is the table of methods, by the names of ``--compensate``.
+``COMPENSATIONS`` is the table of methods, by the names of ``--compensate``,
+which ``config.CompensationName`` lists too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Importance criteria. Channels with the smallest scores are cut first.
 
-``CRITERIA`` is the table of criteria, by the names of ``--importance``.
+``CRITERIA`` is the table of criteria, by the names of ``--importance``,
+which ``config.ImportanceName`` lists too.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from PIL import Image
@@ -18,6 +18,8 @@ from job.errors import StorageError
 from job.pipeline.forecast import Forecast
 from job.pipeline.session import Session
 from job.pipeline.session_state import Place, SessionState
+from job.report import figures
+from job.report.chart import Axis, Chart, PlotSeries, Section
 from job.report.comparison import pareto_front, pareto_models
 from job.report.comparison_page import comparison_page
 from job.report.configuration import changed_options, grouped_options
@@ -35,6 +37,23 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     assert first == second
     assert run_page(history, charts) == run_page(history, run_charts(history))
     assert all(not Image.open(io.BytesIO(image)).text for image in first)  # type: ignore[attr-defined]
+
+
+def test_each_figure_of_the_table_is_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axis, line = Axis("x"), PlotSeries("line", ((0.0, 1.0), (1.0, 2.0)), "blue")
+    for section in get_args(Section):
+        chart = Chart(f"new-{section}", f"Added to {section}", axis, axis, (line,), section=section)
+        entries = (*figures.RUN_FIGURES, lambda _, chart=chart: chart)
+        monkeypatch.setattr(figures, "RUN_FIGURES", entries)
+    folder = make_run(tmp_path / "run", best=2)
+    write_run_report(folder)
+    text = (folder / "report.html").read_text()
+    drawn = [path.stem for path in (folder / "figures").glob("*.png")]
+    assert len(drawn) == len(run_charts(read_run(folder))) > 4
+    assert all(text.count(f"Added to {section}") >= 1 for section in get_args(Section))
+    assert text.count("<svg") >= len(drawn)
 
 
 def write_sensitivity(folder: Path, round_index: int, **more: Any) -> None:
