@@ -229,7 +229,7 @@ class SlimmingConfig:
     )
     depth: DepthName = option(
         "auto",
-        "Removal of whole residual branches: where the outputs lose least by it, with --allocate "
+        "Removal of whole residual branches: where it changes the outputs least, with --allocate "
         "outputs (auto), or never (off).",
     )
     compensate: CompensationName = option(
@@ -357,7 +357,7 @@ class TrackingConfig:
 
     tracker: tuple[TrackerName, ...] = option(
         ("wandb",),
-        "Where to log the run: several are separated by commas, or the option is repeated.",
+        "Where to log the run. Separate several trackers by commas, or repeat the option.",
         changes_result=False,
     )
     wandb: WandbMode = option(
@@ -448,7 +448,7 @@ class PruneConfig(  # Python orders the fields of the last base first
         return self.wandb if "wandb" in self.tracker else "off"
 
     def _check_own_task(self, *more: str) -> None:
-        """Raise UsageError for options of images, which the task or its network makes itself."""
+        """Raise UsageError for options of preprocessing that the task or its network performs."""
         for name in (*more, "resize", "crop", "interpolation"):
             if getattr(self, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
@@ -457,7 +457,7 @@ class PruneConfig(  # Python orders the fields of the last base first
             raise UsageError(f"--transform has no effect with --task {self.task}: leave it out")
 
     def _check_detection(self) -> None:
-        """Raise UsageError for options that need other outputs than boxes."""
+        """Raise UsageError for options that detectors do not support."""
         for given, flag in ((self.compile, "--compile"), (self.distill_alpha, "--distill-alpha")):
             if given:
                 raise UsageError(f"{flag} does not work with --task {DETECTION}: leave it out")

@@ -119,7 +119,7 @@ def log_as_json(active: bool) -> None:
 def say(text: str, *, event: bool = False) -> None:
     """Print a line, on the main process only.
 
-    ``event``: an object that `say_event` prints says the same, so that a JSON log leaves it out.
+    With ``event``, a JSON log omits the line, because it has an object of `say_event` instead.
     """
     if is_main() and not (_Lines.as_json and (event or not text)):
         _write(text, err=_Lines.on_stderr)
@@ -308,7 +308,7 @@ def span(seconds: float) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Return aligned columns under their headings: the first ``left`` to the left."""
+    """Return a text table; the first ``left`` columns are left-aligned, the rest right-aligned."""
     lines = [tuple(header), *map(tuple, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(

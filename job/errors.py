@@ -19,8 +19,8 @@ class GammaslimError(Exception):
     """Base of all errors with a documented exit code. Raised directly, it is a failed check (1)."""
 
     exit_code = 1
-    reported = False  # nothing is printed: another process does it, or nobody reads it
-    late = False  # the cause is another process, which should print its error first
+    reported = False  # if True, it is not printed: another process prints it, or nobody reads it
+    late = False  # if True, another process caused it and should print its own error first
 
 
 class UsageError(GammaslimError):
@@ -54,7 +54,7 @@ class StorageError(GammaslimError):
 
 
 class OutputClosedError(StorageError):
-    """Nobody reads the output of the command, as after ``| head`` (74). It is not reported."""
+    """Nobody reads the output of the command, e.g. after ``| head`` (74). No message is printed."""
 
     reported = True
 

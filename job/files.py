@@ -56,7 +56,7 @@ def sync_path(path: Path) -> None:
 def is_file(path: Path) -> bool:
     """Return whether ``path`` is a file; raises StorageError when the storage does not respond.
 
-    Path.is_file may return False then (Python 3.14), and a run would start over its own files.
+    Path.is_file may return False then (Python 3.14), and a run would overwrite its own files.
     """
     with reading(path):
         try:
@@ -175,9 +175,10 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def _take_place(temporary: Path, path: Path) -> None:
-    """Rename ``temporary`` to ``path``, and set an existing folder aside until that is done.
+    """Rename ``temporary`` to ``path``; an existing folder is renamed first, and removed last.
 
-    A folder cannot be replaced in one step. After a kill between the two, ``tidy`` restores it.
+    A folder cannot be replaced in one step. If the process is killed between the two renames,
+    ``tidy`` restores the old folder.
     """
     old = _temporary(path, "old")
     if os.path.lexists(path):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEPT = 2  # checkpoints
-_FILES = ("state.safetensors", "position.json")  # of a checkpoint, besides its manifest
+_FILES = ("state.safetensors", "position.json")  # of a checkpoint, without its manifest
 _NAME = re.compile(r"(\d{3})-(\d{4})-(\d{7})")
 _DAMAGED = ".damaged"  # suffix of a skipped checkpoint, which must not count as kept
 

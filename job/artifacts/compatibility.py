@@ -46,7 +46,7 @@ def check_same_run(
         check_unchanged(tables.get("prune", {}), config, shown(run), done)
     except OtherRunError:
         raise
-    except ConfigError as fewer:  # fewer rounds, possibly than another run has
+    except ConfigError as fewer:  # fewer rounds than are complete; report another origin first
         raise origin or fewer from None
     if origin:
         raise origin

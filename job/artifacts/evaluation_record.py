@@ -120,7 +120,7 @@ def read_evaluation(path: Path) -> RoundEvaluation:
 
 
 def find_evaluation(folder: Path) -> RoundEvaluation | None:
-    """Return the evaluation in the folder of a round; None where there is none or it is damaged."""
+    """Return the evaluation in the folder of a round; None if the file is missing or damaged."""
     try:
         return read_evaluation(folder / EVALUATION_FILE)
     except (OSError, ValueError):

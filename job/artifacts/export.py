@@ -143,7 +143,7 @@ def with_one_output(network: nn.Module, card: ModelCard) -> nn.Module:
 
 
 def export_metadata(card: ModelCard) -> ExportMetadata:
-    """Return what an exported file tells about its network."""
+    """Return the metadata of an exported file."""
     return {
         "model": card.model,
         "args": card.args,
@@ -163,7 +163,7 @@ def metadata_strings(values: Mapping[str, object]) -> dict[str, str]:
 
 
 def random_inputs(card: ModelCard, count: int) -> torch.Tensor:
-    """Return random inputs as the network takes them, (count, 3, H, W) or another shape."""
+    """Return random inputs of the network: (count, 3, H, W), or (count, *shape), float32."""
     size = card.preprocessing.size
     generator = torch.Generator().manual_seed(count)
     if shape := card.preprocessing.shape:
@@ -178,7 +178,7 @@ def compare(
     card: ModelCard,
     run: Callable[[torch.Tensor], torch.Tensor],
 ) -> str:
-    """Compare the logits of ``run``, another runtime, with the network's; return the difference.
+    """Compare the logits of ``run``, another runtime, with the network's; describe the result.
 
     Raises GammaslimError if they differ by more than TOLERANCE.
     """

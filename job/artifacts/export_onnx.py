@@ -1,4 +1,4 @@
-"""Export of a network to ONNX: in one file, or with the weights in another beside it."""
+"""Export of a network to ONNX: in one file, or with the weights in a second file next to it."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class OpenVinoFiles(NamedTuple):
 
 
 def check_openvino(output: Path) -> None:
-    """Raise UsageError without the packages, or if ``output`` is not a file for two files.
+    """Raise UsageError without the packages, or if ``output`` does not end in ``.xml``.
 
     Raises OutputError if the weights would replace a file of another model.
     """

@@ -30,7 +30,7 @@ class LayerWidth:
 
 @dataclass(frozen=True)
 class MeasuredRound:
-    """What the outputs of the network before the cut of ``round`` lost without some channels."""
+    """Sensitivity, to the removal of channels, of the network before the cut of ``round``."""
 
     round: int
     sensitivity: Sensitivity

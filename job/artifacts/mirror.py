@@ -1,7 +1,7 @@
 """A run directory in an object store: the run works in local scratch, its files go to the store.
 
-Threads of the main process upload what is complete. Whatever ends the job, and whenever, the store
-then holds a run that another job can fetch and resume:
+Threads of the main process upload complete files. However and whenever the job ends, the store
+holds a run that another job can fetch and resume:
 
 - ``config.toml`` is uploaded first, then ``metrics.jsonl``, then the rest in the order of
   completion; within a round or a checkpoint the file that makes it complete comes last;
@@ -60,9 +60,9 @@ class Mirror:
     # -- fetch
 
     def fetch(self) -> None:
-        """Make ``run`` the newest state of the run: what the store has, or what is here.
+        """Make ``run`` the newest state of the run: the files in the store, or the local files.
 
-        What is here is newer if the last job that wrote to the store ran here.
+        The local files are newer if the last job that wrote to the store ran on this machine.
         """
         names = self.store.list()
         attempt = self.store.read(ATTEMPT) if ATTEMPT in names else None
@@ -95,7 +95,7 @@ class Mirror:
         write_json(self._record, self.sent)
 
     def _set_aside(self) -> None:
-        """Move a run that another job has continued elsewhere out of the way."""
+        """Discard the local run, or set it aside if it has unsent files; another job resumed it."""
         if not self.run.is_dir():
             return
         self._restore_record()
@@ -106,8 +106,8 @@ class Mirror:
         other = self.run.with_name(f"{self.run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         self.run.rename(other)
         warn(
-            f"another job has continued {self.store.url}: what was here, with "
-            f"{counted(len(unsent), 'file')} that it lacks, is now {shown(other)}"
+            f"another job has resumed {self.store.url}: the local copy, with "
+            f"{counted(len(unsent), 'file')} that the store lacks, is moved to {shown(other)}"
         )
 
     # -- upload
@@ -187,7 +187,7 @@ class Mirror:
             self._delete(sorted(gone, key=lambda name: not is_marker(name)))
 
     def _claim(self) -> bool:
-        """Name this job as the last one that writes; return whether it may."""
+        """Record this job in the store as its last writer; return False if it may not write."""
         if not self.lock.may_write():
             return False
         attempt = uuid.uuid4().hex.encode()
@@ -202,7 +202,7 @@ class Mirror:
         return sorted(names, key=lambda name: (name == unit.marker, name))
 
     def _stage(self, unit: Unit) -> dict[str, Path] | None:
-        """Link the files of a unit, so that they stay as they are; None if the run deletes them."""
+        """Link the files of a unit, or copy those that grow; None if the run has deleted one."""
         self._staged.mkdir(parents=True, exist_ok=True)
         files = {}
         for name in self._changed(unit):

@@ -56,7 +56,7 @@ def is_marker(name: str) -> bool:
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Return what changes whenever a file does."""
+    """Return the size, time of change and inode of a file, which identify its content."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
 

@@ -128,7 +128,7 @@ def save_model(
 
 
 def unshare_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the state on the CPU with a copy of each shared tensor, as safetensors takes it."""
+    """Return the state on the CPU with a copy of each shared tensor, as safetensors requires."""
     tensors: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for key, value in state.items():
@@ -147,7 +147,7 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelCard]:
     card = read_card(folder)
     if not card.model:
         raise UsageError(
-            f"{shown(folder)} was saved without what builds its network: load it in Python, "
+            f"{shown(folder)} was saved without the builder of its network: load it in Python with "
             "load(path, network=…), or save it with model='module:factory'"
         )
     try:

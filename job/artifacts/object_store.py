@@ -197,8 +197,8 @@ class Store:
             why = "the bucket does not exist"  # the error has an address alone
         if _is_refusal(error):
             raise OutputError(
-                f"{printable(self.url)} refuses access: {why}; check the bucket, its rights and "
-                "the keys of this job"
+                f"{printable(self.url)} refuses access: {why}; check the bucket, its permissions "
+                "and the keys of this job"
             ) from error
         raise StorageError(
             f"{printable(self.url)} does not respond: {why}; run the same command again when it "

@@ -249,7 +249,7 @@ class SummaryRecord:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Origin of a model. Hashes are SHA-256 of state dicts; ``from_`` is that of a slim base.
+    """Origin of a model. Hashes are SHA-256 of state dicts; ``from_`` is the origin of a slim base.
 
     ``listing`` is the version of the rules that list the files of a data set.
     """

@@ -169,9 +169,9 @@ class Run:
         evaluation: RoundEvaluation | None = None,
         latency: LatencyRecord | None = None,
     ) -> None:
-        """Write the best model of a round, what its cut measured, its evaluation, and its time.
+        """Write the best model of a round, its sensitivity, its evaluation, and its latency.
 
-        All files appear or none. Raises StorageError.
+        Either all files are written or none. Raises StorageError.
         """
         texts = {}
         if sensitivity:

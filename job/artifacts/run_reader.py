@@ -154,7 +154,10 @@ def _read_status(path: Path) -> StatusRecord:
 
 
 def read_events(path: Path, problems: list[str]) -> list[JsonObject]:
-    """Return the complete lines; the last one may be incomplete, e.g. after a power failure."""
+    """Return the events of the complete lines of metrics.jsonl; damaged lines are ``problems``.
+
+    The last line is skipped if it is incomplete, e.g. after a power failure.
+    """
     *lines, _torn = read_bytes(path).split(b"\n")
     events, damaged = [], []
     for number, line in enumerate(lines, start=1):

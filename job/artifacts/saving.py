@@ -99,7 +99,7 @@ def save(
     made = _card_with_model(network, card, model, model_args or {}, example)
     if made is None:
         logging.getLogger("gammaslim").info(
-            "%s is saved without what builds it: load it by load(path, network=…)", shown(folder)
+            "%s is saved without its builder: load it with load(path, network=…)", shown(folder)
         )
     save_model(folder, network, made or card)
 

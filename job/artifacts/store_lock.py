@@ -1,9 +1,9 @@
-"""The lock of a run in an object store: the local ``lock.json``, carried there and back.
+"""The lock of a run in an object store, synchronised with the local ``lock.json``.
 
-A job keeps the lock of its local run directory; this copies it to the store with a heartbeat. A
-lock of another job that beats in the store is copied into the local run directory, where the job's
-own lock sees it as on shared storage: a job that starts waits and is refused, and one that has
-lost the run ends. ``STOP`` in the store asks the job to stop.
+A job holds the lock of its local run directory. `StoreLock` copies this lock to the store with a
+heartbeat. If another job's lock in the store has a new heartbeat, `StoreLock` copies that lock into
+the local run directory. `Lock` then handles it as on shared storage: a job that starts waits and is
+refused, and a job that has lost the run ends. ``STOP`` in the store requests the job to stop.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class StoreLock:
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
     def look(self, *, wrote_last: bool) -> None:
-        """Bring the lock that is in the store, and forget an old request to stop.
+        """Copy another job's lock from the store, and delete an old stop request.
 
-        With ``wrote_last`` a lock of this host is that of a job that has ended.
+        With ``wrote_last``, a lock of this host belongs to a job that has ended, and is deleted.
         """
         self.store.delete([STOP])
         self._last = self.store.read(LOCK)
@@ -73,7 +73,10 @@ class StoreLock:
         return not self.lost and (self._own() is not None or not self.path.exists())
 
     def exchange(self) -> None:
-        """Take notice of another job's heartbeat, or send this job's; raises StorageError."""
+        """Copy another job's lock if its heartbeat is new, or send this job's heartbeat.
+
+        Also fetches a stop request. Raises StorageError.
+        """
         content = self.store.read(LOCK)
         lock, own = _parsed(content), self._own()
         if lock is not None and lock.get("id") != own and content != self._last:

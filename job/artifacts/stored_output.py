@@ -68,7 +68,8 @@ def stored_output(config: PruneConfig) -> Iterator[PruneConfig]:
 def _only_job_here(run: Path, *, waits: bool) -> Iterator[bool]:
     """Yield whether no other job of this machine uses ``run``.
 
-    Raises OutputError if it ``waits`` in vain: processes of a killed job may take a moment to end.
+    With ``waits``, waits up to GUARD seconds for the processes of a killed job to end, then raises
+    OutputError.
     """
     run.parent.mkdir(parents=True, exist_ok=True)
     with (run.parent / ".guard").open("wb") as file:
@@ -119,12 +120,12 @@ def _uploading(mirror: Mirror) -> Iterator[None]:
 
 
 def place_of(run: Path) -> str:
-    """Return what a user names a run by: its URL in a store, or its folder ``run``."""
+    """Return the location of a run for messages: its URL in a store, or its folder ``run``."""
     return _urls.get(run) or str(run)
 
 
 def scratch_of(store: Store) -> Path:
-    """Return the local folder of a run in ``store``: the same for each job of this user here."""
+    """Return the local folder of a run in ``store``, shared by this user's jobs on this machine."""
     base = local_scratch()
     mine = base / f"gammaslim-runs-{os.getuid()}"
     try:

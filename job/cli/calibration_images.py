@@ -1,4 +1,4 @@
-"""Images of ``slim`` and ``sensitivity``: a split for calibration, a labelled one for accuracy."""
+"""Images for ``slim``, ``sensitivity`` and ``export --int8``: calibration and scoring splits."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SlimImages:
         options: SlimOptions | SensitivityOptions | QuantisationOptions,
         progress: Callable[[int, int], None] | None = None,
     ) -> Calibration:
-        """Return the calibration images as the model of ``card`` takes them, in its classes."""
+        """Return the calibration of a model: images preprocessed and labelled as ``card`` says."""
         self.fit(card)
         return Calibration(
             self.calibration,
@@ -144,7 +144,7 @@ def open_images(path: str, on_bad_image: str, model: ModelOptions, seed: int) ->
 
 
 def _splits_of(data: Dataset) -> tuple[str, str]:
-    """Name the splits that calibrate and that score; the latter is "" if none has labels."""
+    """Return the names of the calibration and scoring splits; the latter is "" without labels."""
     calibrates = next(name for name in CALIBRATE if name in data.splits)
     scores = [name for name in SCORE if name in data.splits and _labelled(data.splits[name])]
     return calibrates, next(iter(scores), "")

@@ -110,7 +110,7 @@ class Command(click.Command):
 
 
 def _reports(error: GammaslimError) -> bool:
-    """Return whether this process reports ``error``; wait first for one that failed earlier."""
+    """Return whether this process reports ``error``; first let an earlier failure be reported."""
     if isinstance(error, StopRequest):
         return is_main()
     if error.late and stop_requested():  # the launcher knows which process failed, and waits

@@ -231,7 +231,8 @@ class QuantisationOptions:
     data: str | None = shared(
         PruneConfig,
         "data",
-        help="Images of --int8: the training split calibrates, the validation split is scored.",
+        help="Images for --int8: calibration on the training split, accuracy on the validation "
+        "split.",
         default_text="the data of MODEL's run",
     )
     calibration_images: int | None = shared(PruneConfig, "calibration_images")

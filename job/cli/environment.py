@@ -1,4 +1,4 @@
-"""Check of GAMMASLIM_… variables: a misspelt option is an error, another unused one a warning."""
+"""Check GAMMASLIM_… variables: a misspelt option is an error, other unused ones are warnings."""
 
 from __future__ import annotations
 

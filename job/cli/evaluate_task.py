@@ -52,7 +52,7 @@ def refuse_task(model: ModelOptions, command: str, advice: str) -> None:
 def open_task_of(
     model: ModelOptions, options: ImageOptions, card: ModelCard
 ) -> tuple[Task, Dataset]:
-    """Build the task of MODEL's ``card``, on --data or the data of its run; return its data too."""
+    """Return the task of MODEL's ``card``, and its data set: --data, or the data of its run."""
     data = options.data or find_task_data(model.path, card.lineage)
     seed, made = card.lineage.seed or 0, card.preprocessing
     images = TaskOptions(data, made, options.on_bad_image, seed, made.max_side)

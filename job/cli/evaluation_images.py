@@ -81,7 +81,7 @@ class EvaluationImages:
 
 
 def loader_workers(options: ImageOptions | QuantisationOptions, device: torch.device) -> int:
-    """Return the number of loader processes of each process: --workers, or by the cores."""
+    """Return the number of loader processes per process: --workers, or a default by the cores."""
     if options.workers is not None:
         return options.workers
     return default_workers(local_world_size(), device.type == "cuda")

@@ -1,4 +1,4 @@
-"""Exit of a process: with its exit functions, but without finalizing the Python interpreter.
+"""End a process after its exit functions, without finalizing the Python interpreter.
 
 gloo's threads release the last tensors of a collective after it has returned, and need the GIL for
 that. CPython before 3.14 unwinds a thread that asks for the GIL during finalization, and a C++

@@ -1,4 +1,4 @@
-"""``export``: write MODEL in the format of another program."""
+"""``export``: write MODEL to a file for PyTorch, ONNX or OpenVINO."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ def export(
     card: bool = True,
     quantisation: QuantisationOptions | None = None,
 ) -> None:
-    """Compare the exported network with the original one, and write it to ``output``.
+    """Write MODEL to ``output``, after comparing the exported network with the original one.
 
-    By default the format follows from the suffix of ``output``. With ``card``, a README is written
-    next to it, unless it is a pipe or a device. Raises UsageError if ``format`` and the suffix
-    contradict each other. ``quantisation`` can make an ONNX model an 8-bit one.
+    By default the format follows from the suffix of ``output``. With ``card``, a model card is
+    written next to ``output``, unless ``output`` is a pipe or a device. ``quantisation`` sets
+    whether an ONNX model is quantised to 8 bits. Raises UsageError if ``format`` and the suffix
+    contradict each other.
     """
     format = format_of(Path(output), format)
     check_output(Path(output))
@@ -72,7 +73,7 @@ def _write_card(model: ModelOptions, card: ModelCard, output: Path, format: str,
 
 
 def _check_packages(format: str, output: Path) -> None:
-    """Raise UsageError for a format whose packages are missing, or that is not written here."""
+    """Raise UsageError for a format whose packages are missing, or that cannot be written."""
     if format == "openvino":
         check_openvino(output)
     if format == "coreml":
@@ -87,8 +88,8 @@ def _check_packages(format: str, output: Path) -> None:
 def _exported(network: nn.Module, card: ModelCard, format: str, output: Path) -> tuple[bytes, str]:
     """Return the content of ``output``, and how it was checked.
 
-    The weights of an OpenVINO model, and of a large ONNX model, are written to a file of their own
-    first: the graph, which is written last, needs them.
+    The weights of an OpenVINO model, or of a large ONNX model, are written to a separate file
+    first, because the graph in ``output`` refers to it.
     """
     if format == "onnx":
         if needs_data_file(network):

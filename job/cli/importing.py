@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import modules, torch among them; a request to stop ends this process.
+    """Import modules, including torch; a stop request ends this process immediately.
 
-    Garbage collections would take a sixth of the time, and 0.2 s each later: there are none here,
-    and later ones do not visit what the modules have made.
+    Garbage collection is disabled during the import, where it would take a sixth of the time. The
+    objects that exist afterwards are frozen: each later collection would spend 0.2 s on them.
     """
     first = "torch" not in sys.modules
     with starting():

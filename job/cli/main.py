@@ -115,7 +115,7 @@ def launch_command(
     if name not in ("prune", "evaluate", "predict", "prepare"):
         raise click.UsageError(f"launch runs prune, evaluate, predict or prepare, not {name}", ctx)
     assert ctx.parent
-    # reports errors once
+    # parse here, so that errors are reported once and not by every process
     started = gammaslim.commands[name].make_context(name, list(args), ctx.parent)
     log_as_json(started.params.get("log") == "json")
     nodes = find_nodes(

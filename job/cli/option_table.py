@@ -26,7 +26,7 @@ def option_table() -> str:
 
 
 def _value(name: str, hint: Any, declared: Option) -> str:
-    """Return the choices, or what the value is called and its bounds; "" for a flag."""
+    """Return the choices, or the metavar and the bounds; "" for a flag."""
     if hint is bool:
         return ""
     kind = type_of(name, hint, declared)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from job.files import JsonObject
 
 STDOUT = "-"
-LARGEST_BATCH = 16  # images of a batch, which may be large
+LARGEST_BATCH = 16  # images in a batch; each image may be large
 
 
 def predict_task(
@@ -149,10 +149,10 @@ def boxes_json(
     ids: list[int] | None,
     categories: Mapping[int, int],
 ) -> bytes:
-    """Return boxes in COCO's format of results.
+    """Return boxes in COCO's results format.
 
-    Without a JSON file of the images, the id of an image is its place, ``file_name`` its name, and
-    the category is the label of the network.
+    If ``ids`` is None, because the images have no JSON file, ``image_id`` is the index of an image,
+    ``file_name`` its name, and ``category_id`` the label of the network.
     """
     results: list[JsonObject] = []
     for number in sorted(found):

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 def report(
     paths: Sequence[str], output: str | None, as_json: bool, table: str | None = None
 ) -> None:
-    """Print the report of one run or several; write it into the run folder or the current one.
+    """Print a table of one run or several, and write the HTML page of the report.
 
-    ``output`` is another file for the page; its figures are written next to it. ``table`` is a CSV
+    The page of one local run is written to its folder, otherwise to the current folder. ``output``
+    is another file for the page; the figures are written next to it. ``table`` is a CSV
     file to write as well, or "-". Raises InputNotFound, OutputError, StorageError, or
     GammaslimError without matplotlib.
     """

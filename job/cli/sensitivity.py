@@ -39,8 +39,8 @@ def print_sensitivity(
 ) -> None:
     """Measure MODEL, and print a table with a row for each channel group, JSON or CSV.
 
-    With a target, the table says how many channels ``slim`` keeps of each group. A ``csv`` file is
-    written next to what is printed; for ``-`` only CSV is printed.
+    With a target, the table shows how many channels ``slim`` keeps of each group. A ``csv`` file is
+    written in addition to the printed output; for ``-`` only CSV is printed.
     """
     if as_json and csv == _STDOUT:
         raise UsageError("--json and --csv - both print on standard output: give --csv a file")

@@ -101,7 +101,7 @@ def _allocation(options: SlimOptions) -> Allocation:
 
 
 def _uncut(network: nn.Module, card: ModelCard) -> nn.Module:
-    """Return the network before all cuts, which a target of latency is a fraction of."""
+    """Return the network before all cuts; a latency target is a fraction of its latency."""
     if not card.layers:
         return network
     return replace(card, layers={}).build().eval().to(next(network.parameters()).device)

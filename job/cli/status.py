@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from job.artifacts.run_status import RunStatus
 
-INTERVAL = 2.0  # seconds between two looks
-HOME = "\033[H\033[2J"  # to the upper left corner of an empty screen
+INTERVAL = 2.0  # seconds between two updates
+HOME = "\033[H\033[2J"  # moves the cursor to the upper left corner and clears the screen
 
 
 def print_status(paths: Sequence[str], *, watch: bool, as_json: bool) -> None:
@@ -46,7 +46,7 @@ def print_status(paths: Sequence[str], *, watch: bool, as_json: bool) -> None:
 
 
 def _watch(paths: Sequence[str], statuses: list[RunStatus], *, as_json: bool) -> None:
-    """Print what has changed; on a terminal, always in the same place."""
+    """Print the status whenever it changes; on a terminal, redraw it in place."""
     drawn, on_terminal = "", sys.stdout.isatty() and not as_json
     while True:
         shown = _fingerprint(statuses)
@@ -70,7 +70,7 @@ def _read(paths: Sequence[str]) -> list[RunStatus]:
 
 
 def _stored(status: RunStatus) -> RunStatus:
-    """Name the URL of a run in an object store, not its copy."""
+    """Replace the path of a local copy by the URL of the run in the object store."""
     for copy, url in copied_urls():
         if Path(status.path).is_relative_to(copy):
             path = url.rstrip("/") + status.path.removeprefix(copy)
@@ -93,7 +93,7 @@ def _print(statuses: Sequence[RunStatus], *, as_json: bool) -> None:
 
 
 def _fingerprint(statuses: Sequence[RunStatus]) -> str:
-    """Return what a new line is printed for: not the ages, which always change."""
+    """Return the values whose change is printed; ages are excluded because they always change."""
     return repr([
         (s.state, s.round, s.epoch, s.step, s.best_acc, s.saved, s.error) for s in statuses
     ])  # fmt: skip

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskImages:
-    """The items of a task: the calibration, the evaluator, and the name of the metric."""
+    """Calibration and evaluator on the items of a task, and the names of its metric and itself."""
 
     calibration: Calibration
     evaluator: TaskEvaluator

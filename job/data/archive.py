@@ -92,7 +92,7 @@ class Archive:
         """Return the content of a member; raises DataError if it is damaged, or OSError."""
         member = self.members[name]
         file = self._open.get(member.file)
-        if file is None:  # of threads that open it at once, all read from the first one's file
+        if file is None:  # threads that open it at the same time share the first one's file
             opened = _plain(self.paths[member.file]).open("rb")
             file = self._open.setdefault(member.file, opened)
         content = member.read(file.fileno())

@@ -155,7 +155,7 @@ class ImageReader:
 def _array_of(split: Split, preprocessing: Preprocessing, count: int) -> ImageArray | None:
     """Return all images as one array if they have one size and are not resized, else None.
 
-    ``count`` of them are read.
+    ``count`` is the number of images that the caller reads from it.
     """
     if preprocessing.resize.side:
         return None

@@ -22,8 +22,8 @@ def move_batches(
 
     The items of a task are moved as they are.
 
-    On a GPU the copy of the next batch is queued before a batch is yielded, in a stream of its own;
-    nothing waits for it but the kernels that read it. ``ahead`` does the same on another device.
+    On a GPU, the copy of the next batch is queued on a separate stream before a batch is yielded.
+    Only the kernels that read a batch wait for its copy. ``ahead`` does the same on other devices.
     """
     if not (device.type == "cuda" if ahead is None else ahead):
         for batch in batches:
@@ -54,6 +54,6 @@ def _received(batch: Batch | ItemBatch, backend: Any, copies: Any) -> Batch | It
     current = backend.current_stream()
     current.wait_stream(copies)
     for part in batch.tensors() if isinstance(batch, ItemBatch) else batch:
-        if part.is_cuda:  # else its memory might be given to the batch after the next one
+        if part.is_cuda:  # otherwise a later batch could reuse its memory while a kernel reads it
             part.record_stream(current)
     return batch

@@ -73,10 +73,10 @@ def checked_rows(
     lines: Iterable[tuple[int, tuple[str, str, str]]],
     default_split: Callable[[str], str],
 ) -> list[Row]:
-    """Return the rows of a list from line numbers with the path, label and split of each line.
+    """Return the rows of a list; ``lines`` are (line number, (path, label, split)).
 
-    ``default_split`` names the split of a path whose line names none. Raises DataError, with the
-    line numbers, for invalid rows.
+    ``default_split`` returns the split of a path whose line has no split. Raises DataError, with
+    the line numbers, for invalid rows.
     """
     rows, problems = [], []
     for number, (path, label, split) in lines:

@@ -80,7 +80,7 @@ def check_image(path: FilePath) -> tuple[int, int]:
 
 
 def one_big(pixels: int) -> AbstractContextManager[Any]:
-    """Return a context that threads enter one at a time to decode a big image of ``pixels``."""
+    """Return a lock if an image of ``pixels`` is big, so that threads decode big images in turn."""
     return _one_big if pixels > BIG else nullcontext()
 
 

@@ -135,7 +135,7 @@ def open_path(path: str | os.PathLike[str], listing: int = CURRENT_LISTING) -> D
 
 
 def _open_shards(paths: list[Path], root: Path, listing: int) -> Dataset:
-    """Open WebDataset shards; raises DataError if they are none."""
+    """Open WebDataset shards; raises DataError if ``paths`` contain no labelled samples."""
     data = open_shards(paths, root, Lister(listing))
     if data is None:
         looked_for = ", ".join(layout.help for layout in LAYOUTS.values())

@@ -80,7 +80,7 @@ def _has_labels(file: FilePath) -> bool:
 
 
 def _columns(file: FilePath) -> Columns | None:
-    """Return the columns of a file; those of its first object if it is of JSON."""
+    """Return the columns of a CSV file, or of the first object of a JSON Lines file."""
     if not _is_json(file):
         return csv_columns(file)
     return next((Columns.of(values) for _, values in _objects(file)), None)

@@ -188,7 +188,7 @@ class Preprocessing:
 
 @cache
 def _per_channel(values: Channels, device: torch.device) -> torch.Tensor:
-    """Return ``values`` as (3, 1, 1) float32; kept, because a copy to a GPU waits for it."""
+    """Return ``values`` as (3, 1, 1) float32; cached, because each copy to a GPU synchronises."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 

@@ -33,7 +33,10 @@ class PreprocessingOptions(PreprocessingConfig):
         self._input_size()
 
     def resolve(self, largest: int) -> Preprocessing:
-        """Return the preprocessing for images of at most ``largest`` pixels; raises UsageError."""
+        """Return the preprocessing for images with sides of at most ``largest`` pixels.
+
+        Raises UsageError.
+        """
         if self._names_weights:
             return self._apply(pretrained(self.transform))
         side = Resize.parse(self.resize).side if self.resize else 0

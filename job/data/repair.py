@@ -22,7 +22,8 @@ PNG_KEPT = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf", b"acTL", b"fcT
 PNG_CHECKED = {b"tRNS", b"eXIf"}  # left out if damaged
 MAX_CHECKED = 1 << 20  # bytes of such a chunk
 MAX_JPEG = 1 << 28  # bytes of a JPEG that gets an end marker
-# a decoder reads these bytes as pixels if any are missing; unlike in EOI, the first bit is not 0
+# a decoder reads missing pixels from these bytes, which begin with a 1 bit; at an end marker, it
+# reads them from 0 bits
 FILLER = b"\xaa" + bytes(37 * n % 251 for n in range(1, 4096))
 
 

@@ -14,11 +14,12 @@ BITS = 16  # of the fraction of a coordinate
 
 
 def rotation_coefficients(angles: Iterable[float], size: int) -> torch.Tensor:
-    """Return (B, 6) int32: where the pixels of images rotated by ``angles`` degrees come from.
+    """Return the coefficients c (B, 6) int32 of rotations by ``angles`` in degrees.
 
-    Pixel (x, y) of image b comes from column ``(c[b, 2] + c[b, 1] * y + c[b, 0] * x) >> BITS``, and
-    from the row that the other three give. Images are ``size`` x ``size``, at most 2**14. They are
-    the numbers of ``Image.rotate`` with nearest-neighbour resampling, in Pillow's fixed point.
+    Pixel (x, y) of image b is read from column ``(c[b, 2] + c[b, 1] * y + c[b, 0] * x) >> BITS``.
+    The other three coefficients give the row. Images are ``size`` x ``size``, at most 2**14. The
+    coefficients are equal to those of ``Image.rotate`` with nearest-neighbour resampling, in
+    Pillow's fixed point.
     """
     rows = [_coefficients(angle, size / 2) for angle in angles]
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 6)
@@ -37,8 +38,8 @@ def _coefficients(angle: float, centre: float) -> list[int]:
 def rotate_batch(images: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """Rotate ``images`` (B, S, S, 3) uint8 about their centres; pixels from outside are black.
 
-    ``coefficients`` are those of ``rotation_coefficients``, on the same device. Does not wait for
-    the device.
+    ``coefficients`` (B, 6) int32 come from ``rotation_coefficients``, on the same device. Returns
+    (B, S, S, 3) uint8. Does not wait for the device.
     """
     count, size = len(images), images.shape[1]
     steps = torch.arange(size, dtype=torch.int32, device=images.device)

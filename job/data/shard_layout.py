@@ -73,7 +73,7 @@ def open_shard_folder(root: FilePath, lister: Lister) -> Dataset | None:
 
 
 def open_shards(paths: list[Path], root: Path, lister: Lister) -> Dataset | None:
-    """Open shards, whose names begin with their split; it is ``training`` by default.
+    """Open shards, whose names contain their split; it is ``training`` by default.
 
     Returns None if they contain no labels.
     """
@@ -91,7 +91,7 @@ def open_shards(paths: list[Path], root: Path, lister: Lister) -> Dataset | None
 
 
 def _split_of(name: str) -> str | None:
-    """Return the split of a shard by the beginning of its name: train-000.tar, val_1.tar."""
+    """Return the first split in the name of a shard, e.g. val_1.tar; None without a split."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((CANONICAL[word] for word in words if word in CANONICAL), None)
 

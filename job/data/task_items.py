@@ -47,7 +47,7 @@ class ItemSplit:
 
     @property
     def labels(self) -> Labels:
-        """-1 (N,): targets are not classes."""
+        """Labels (N,) int64, all -1: targets are not classes."""
         return np.full(len(self), UNLABELLED, np.int64)
 
     def read(self, index: int, seed: int) -> Any:

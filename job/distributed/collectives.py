@@ -133,8 +133,8 @@ def on_main(work: Callable[[], T], *, interrupt: bool = False) -> T:
     The other processes wait as long as the main process is alive, even beyond TIMEOUT. A main
     process that dies closes its connections; without a heartbeat for SILENCE it counts as lost.
 
-    An error of ``work`` is raised on every process. On all but the main process, which prints it,
-    it is marked ``reported``.
+    An error of ``work`` is raised on every process. The main process prints it; on the other
+    processes, the error is marked ``reported``.
     """
     if interrupt:
         return on_main(lambda: _interruptibly(work))

@@ -1,4 +1,4 @@
-"""The memory that this node, container or Slurm job has left, and what this process keeps of it."""
+"""Memory available to this node, container or Slurm job, and settings of glibc for freed memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> Iterator[None]:
     """Return freed blocks to the system before and after the context, and large ones within it.
 
-    A cut takes more memory than training, in blocks of many sizes: kept, they fill up the memory.
+    A cut needs more memory than training, in blocks of many sizes. Without this context, glibc
+    keeps the freed blocks until they fill the memory.
     """
     _set_malloc(MMAP_THRESHOLD, 16 << 20)
     free_memory()
@@ -47,7 +48,7 @@ def return_freed_memory() -> Iterator[None]:
 
 
 def free_memory() -> None:
-    """Return to the system what no object needs, networks in reference cycles included."""
+    """Return unused memory to the system, including networks in reference cycles."""
     gc.collect()
     trim_heap()
 

@@ -30,9 +30,9 @@ def call_factory(
 ) -> nn.Module:
     """Import ``module:factory`` and call it, with ``num_classes`` if it accepts that argument.
 
-    A task without classes has 0 of them, which are not passed on.
+    ``num_classes`` is 0 for a task without classes, and is then not passed on.
 
-    ``from_card`` tells that the name comes from a model card. Raises UsageError if there is no such
+    ``from_card`` is true if the name comes from a model card. Raises UsageError if there is no such
     factory, if it fails, or if a card names a function that is not trusted.
     """
     if not from_card:

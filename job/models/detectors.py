@@ -2,7 +2,7 @@
 
 A detector that ``as_detector`` prepares is called as in torchvision with a list of images: it
 returns its losses in train mode, and boxes in eval mode. With a batch of inputs (B, 3, H, W) it
-returns what its layers compute, without boxes of any number: this is what is cut and exported.
+returns what its layers compute, without a variable number of boxes: this is cut and exported.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ def _new_detector(kind: Any) -> Any:
 
 
 class _Detector(nn.Module):
-    """Base of a detector: a batch of inputs instead of a list of images gives raw outputs."""
+    """Mixin for detectors that returns raw outputs if a batch of inputs replaces the image list."""
 
     frozen_batchnorm = False
 
     def __reduce__(self) -> Any:
-        """Let processes send the detector: pickle does not find its class by name."""
+        """Make the detector picklable for other processes: its class has no importable name."""
         return _new_detector, (type(self).__bases__[1],), vars(self)
 
     def forward(self, images: Any, targets: Any = None) -> Any:
@@ -172,9 +172,9 @@ def grid_boxes(inputs: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 class SeededSampler:
-    """Sample anchors or proposals as torchvision does, by a seed for each image.
+    """Sampler of anchors or proposals like torchvision's, but with a seed for each image.
 
-    The samples of an image then do not depend on the batch, the process, or a resumption.
+    The samples of an image therefore do not depend on the batch, the process, or resuming.
     """
 
     seeds: tuple[int, ...] = ()
@@ -203,10 +203,11 @@ def detection_losses(
 ) -> tuple[torch.Tensor, Any]:
     """Return the detector's own losses, as their sum over a batch and the count to divide it by.
 
-    ``images`` (3, H, W) float32 in [0, 1]; ``targets`` have ``boxes`` (n, 4), ``labels`` (n,), and
-    ``seed``. The count is that of the matched anchors for SSD and FCOS, whose losses are means over
-    them, else of images: so the gradient of a global batch does not depend on its division. In eval
-    mode BatchNorms use their statistics.
+    ``images`` are (3, H, W) float32 in [0, 1]; ``targets`` have ``boxes`` (n, 4), ``labels`` (n,),
+    and ``seed``. For SSD and FCOS, whose losses are means over matched anchors, the count is the
+    number of matched anchors; for other detectors it is the number of images. The gradient of a
+    global batch therefore does not depend on how the batch is divided. In eval mode BatchNorms use
+    their running statistics.
     """
     parts = [detector]
     if two_stage := hasattr(detector, "roi_heads"):
@@ -235,7 +236,7 @@ def find_boxes(detector: Any, images: list[torch.Tensor]) -> list[dict[str, torc
 
 @contextmanager
 def _flagged(parts: list[nn.Module], training: bool) -> Iterator[None]:
-    """Let the parts of a detector compute losses or boxes, in any mode of its layers."""
+    """Make the parts of a detector compute losses or boxes, whatever the mode of its layers."""
     before = [part.training for part in parts]
     for part in parts:
         part.training = training
@@ -286,10 +287,10 @@ def input_sides(detector: Any) -> tuple[int, int]:
 def fit_transform(
     detector: Any, size: int | None, mean: Channels | None, std: Channels | None
 ) -> None:
-    """Set the size, mean and standard deviation of the detector's own resizing; None keeps one.
+    """Set the input size, mean and standard deviation of a detector; None keeps the current value.
 
-    ``size`` is both sides of the inputs of SSD, and the shorter side of those of others, whose
-    longer side is at most LONGEST times as long.
+    For SSD, ``size`` is both sides of the inputs. For other detectors it is the shorter side, and
+    the longer side is at most LONGEST times as long.
     """
     transform = detector.transform
     if size is not None and transform.fixed_size is not None:

@@ -65,7 +65,7 @@ def build_network(
 ) -> nn.Module:
     """Build the network ``name`` with new weights and ``num_classes`` logits.
 
-    ``from_card`` tells that the name comes from a model card and not from the user. A function of
+    ``from_card`` is true if the name comes from a model card and not from the user. A function of
     an installed package is then called only if it is annotated to return a network. Raises
     UsageError for an unknown name or arguments that the network does not accept.
     """

@@ -177,7 +177,7 @@ def _other_shape(network: nn.Module, expected: State, state: State, misshapen: l
     args = "width_mult=… (or base=…)" if isinstance(network, StudentNet) else "K=V"
     return (
         f"{difference}; if it was trained with another width, pass --model-arg {args}; "
-        "a slim model is given by its run or model folder, not by a weights file"
+        "to use a slim model, pass its run or model folder, not a weights file"
     )
 
 

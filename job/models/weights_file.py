@@ -64,7 +64,7 @@ def _load(path: Path) -> object:
         try:
             with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
                 warnings.simplefilter("ignore", UserWarning)
-                # memory-mapped, like safetensors files: a file that is too large fits
+                # memory-mapped, like safetensors files, so that a file may be larger than memory
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             unsupported = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))

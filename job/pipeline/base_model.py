@@ -106,10 +106,10 @@ def continue_slim_base(
     data: Dataset,
     preprocessing: Preprocessing,
 ) -> tuple[nn.Module, ModelCard]:
-    """Return the slim network and its card as the base of a new run, which fractions refer to.
+    """Return the slim network and its card as the base of a new run.
 
-    Its ``layers`` remain indices into the network as first built. Raises DataError when ``data``
-    has other classes.
+    Fractions of the new run refer to this base. The ``layers`` of the card remain indices into the
+    network as it was built originally. Raises DataError when ``data`` has other classes.
     """
     network, card = model
     check_classes(f"--weights {shown(str(config.weights))}", card, data.class_names)
@@ -239,7 +239,7 @@ def build_base_network(
 def _detector_inputs(
     network: nn.Module, config: PruneConfig, preprocessing: Preprocessing
 ) -> Preprocessing:
-    """Set the resizing of a detector by the options; return the preprocessing that it does."""
+    """Apply the options to a detector's own preprocessing, and return that preprocessing."""
     fit_transform(network, config.image_size, config.mean, config.std)
     made = detector_preprocessing(network, preprocessing.max_side)
     sides = made.resize if made.shape is None else " x ".join(map(str, made.shape[1:]))

@@ -115,7 +115,7 @@ class Cautions:
 
     @classmethod
     def of(cls, config: PruneConfig, data: Dataset, card: ModelCard) -> Cautions:
-        """Return the cautions of a run whose base has ``card``; none but for classification."""
+        """Return the cautions of a run whose base has ``card``; empty unless it is a classifier."""
         if not card.is_classifier:
             return cls((), (), weights=False, unchanged=False)
         counts: list[int] = np.bincount(data.splits["validation"].labels).tolist()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Model:
     """A network and its card.
 
-    ``sensitivity`` is what the cut that made the network measured, if it did.
+    ``sensitivity`` holds the losses measured for the cut that created the network, if any.
     """
 
     network: nn.Module

@@ -60,7 +60,7 @@ def batch_warnings(batch: int, count: int, processes: int, least: int = 1) -> li
         near = max(processes, round(batch / processes) * processes)
         found.append(
             f"--batch-size {batch} over {processes} processes gives some {low} and some {low + 1} "
-            f"images: a multiple, e.g. {near}, keeps all busy"
+            f"images: use a multiple of {processes}, e.g. {near}"
         )
     last = count % batch
     if last >= least and last and (last < processes or last * TINY < batch):

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BestScores:
-    """SplitScores of a round's best model on the validation split, and cautions about them."""
+    """Scores of a round's best model on the validation split, and cautions about them."""
 
     valid_acc: float
     valid_loss: float
@@ -244,7 +244,8 @@ def keep_round(session: Session, model: Model, scores: BestScores, wide: nn.Modu
 def _with_latency(session: Session, entry: RoundRecord, network: nn.Module) -> RoundRecord:
     """Return ``entry`` with the latency of the round's network, measured on the main process.
 
-    A round is on the clock of the base, so that a machine that slowed down since changes nothing.
+    The latency of a slimming round is the recorded latency of the base divided by the speed-up, so
+    that it does not depend on a machine that has become slower or faster since the base.
     """
     if entry.round == 0:
         session.state.base = network

@@ -1,6 +1,6 @@
 """The record of a round's evaluation: errors, γ, and images that base and slim model disagree on.
 
-Nothing is evaluated for it: the predictions are those of the round's best epoch.
+The network is not run again: the predictions are those of the round's best epoch.
 """
 
 from __future__ import annotations

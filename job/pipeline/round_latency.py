@@ -31,11 +31,11 @@ QUICK = TimeLimits(seconds=0.1, warmup=0.02)
 def measure_round(
     network: nn.Module, base: nn.Module | None, size: InputSize, device: torch.device
 ) -> tuple[float | None, float | None]:
-    """Return the median seconds of ``network`` for one image, and how many times as fast it is.
+    """Return the median latency of ``network`` in seconds, and its speed-up over ``base``.
 
-    It is compared with ``base``, timed in turn; None for the base itself. Both networks, on one
-    input of ``size`` in float32, are left as they were. Where they do not run, which is a warning,
-    both numbers are None.
+    Both networks are timed in turn on one random input of ``size``; their mode and device are
+    restored. ``base`` is None for the base itself, and the speed-up is then None. If a network
+    raises an error, a warning is printed and both values are None.
     """
     try:
         return _measure(network, base, size, device, clock_of(device))

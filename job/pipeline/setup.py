@@ -164,7 +164,7 @@ def build_base(setup: Setup) -> Setup:
     torch.manual_seed(setup.config.seed)
     built = setup.config, setup.data, setup.preprocessing, setup.weights
     network, card = on_main(lambda: build_base_network(*built), interrupt=True)
-    made = card.preprocessing  # of a detector, its own
+    made = card.preprocessing  # a detector has its own
     return replace(setup, network=network, card=card, preprocessing=made, weights=BaseWeights())
 
 
@@ -188,7 +188,7 @@ def find_smallest_batch(setup: Setup) -> Setup:
 
 
 def plan_rounds(setup: Setup) -> Setup:
-    """Plan every round; an error names a target that is out of reach."""
+    """Plan every round; raises UsageError for a target that is out of reach."""
     base = Model(setup.network, setup.card)
     planned = on_main(lambda: planned_rounds(setup.config, base), interrupt=True)
     return replace(setup, planned=tuple(planned))

@@ -60,8 +60,9 @@ def allocation_of(
 ) -> Allocation:
     """Return the allocation of a round: the target, spread over the rounds.
 
-    Without a target it is --rate to the power ``steps`` of the width, or of all channels. Raises
-    UsageError for a target above the value of the base.
+    Without a target, a policy by width multiplies the current width by --rate to the power
+    ``steps``. Other policies keep --rate to the power ``round_index + steps - 1`` of the channels
+    of the base. Raises UsageError for a target above the value of the base.
     """
     assert card.base
     assert card.base.cost
@@ -103,9 +104,10 @@ def method_of(config: PruneConfig) -> Method:
 def plan_round(config: PruneConfig, model: Model, round_index: int) -> Plan:
     """Return a forecast of a round's plan, made without calibration images.
 
-    A target of latency, which the cut measures, is taken as one of MACs; one in seconds as half of
-    them. Channels are ranked by gamma when the importance criterion needs images. Raises UsageError
-    for a target that is out of reach.
+    Only the cut itself measures latency. The forecast therefore replaces a latency target by the
+    same fraction of the MACs, or by half of the MACs if the target is in seconds. Channels are
+    ranked by gamma when the importance criterion needs images. Raises UsageError for a target that
+    is out of reach.
     """
     if config.target and Budget.parse(config.target).metric == "latency":
         config = replace(config, target=_macs_instead(config, model, round_index))
@@ -115,7 +117,7 @@ def plan_round(config: PruneConfig, model: Model, round_index: int) -> Plan:
 
 
 def _macs_instead(config: PruneConfig, model: Model, round_index: int) -> str:
-    """Return the target of MACs that stands for one of latency in a forecast."""
+    """Return the MACs target that replaces a latency target in a forecast."""
     budget = Budget.parse(str(config.target))
     assert config.last_round is not None
     assert model.card.base
@@ -153,7 +155,7 @@ def _plan_by_latency(
     base: nn.Module | None,
     progress: Progress,
 ) -> Plan | None:
-    """Return the plan of a round whose latency meets the target; None for another target."""
+    """Return the plan of a round that meets a latency target; None if the target is another one."""
     allocation = allocation_of(config, model.card, round_index)
     if allocation.budget.metric != "latency":
         return None
@@ -222,7 +224,7 @@ def cut(
 ) -> tuple[Model, Plan]:
     """Return the narrow network of a round, on the CPU, with its card, and its plan with the proof.
 
-    ``base`` is the network that a target of latency is a fraction of, by default that of ``model``.
+    A latency target is a fraction of the latency of ``base``, by default the network of ``model``.
     ``progress`` is called before each step. Raises StopRequest on every process when a stop is
     requested.
     """
@@ -265,7 +267,7 @@ def recover_cut(
     calibration: Calibration,
     progress: Progress = no_progress,
 ) -> Recovered:
-    """Train the narrow network of a cut by the wide one, without labels, for --recover epochs.
+    """Train the narrow network to reproduce the wide one, without labels, for --recover epochs.
 
     Both networks are on the CPU afterwards. Raises StopRequest as `cut` does.
     """

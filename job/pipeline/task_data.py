@@ -40,10 +40,11 @@ LAYOUT = "task"  # in the table [dataset] of config.toml
 
 
 def open_task(config: PruneConfig) -> tuple[Task, Dataset, Preprocessing]:
-    """Build the task ``--task``; returns it, its data, and the size of its inputs; collective.
+    """Return the task of ``--task``, its data set, and its preprocessing; collective.
 
-    The main process builds it first, e.g. to download its data, and built-in tasks alone. Raises
-    UsageError, InputNotFound or DataError.
+    The main process builds a custom task first, e.g. to download its data, and the other processes
+    build it afterwards. A built-in task is built on the main process only and sent to the others.
+    Raises UsageError, InputNotFound or DataError.
     """
     built: list[Task] = []
 
@@ -77,7 +78,7 @@ def open_task(config: PruneConfig) -> tuple[Task, Dataset, Preprocessing]:
 
 
 def image_options(config: PruneConfig) -> TaskOptions:
-    """Return the options of a built-in task; those of a slim base are overridden."""
+    """Return the options of a built-in task; they override the preprocessing of a slim base."""
     options, base = PreprocessingOptions.of(config), slim_base_preprocessing(config)
     options.check()
     how = options.override(base) if base else options

@@ -22,7 +22,7 @@ Section = Literal["accuracy", "training", "channels", "time"]
 
 @dataclass(frozen=True)
 class Axis:
-    """Axis of a chart. ``names`` are labels at 0, 1, …; with ``prefixes``, texts are as 1.5 MB."""
+    """Axis of a chart. ``names`` label 0, 1, …; ``prefixes`` shows values as e.g. ``1.5 MB``."""
 
     label: str
     unit: str = ""

@@ -38,7 +38,7 @@ def common_score_name(histories: Sequence[History]) -> str:
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of the Pareto-optimal (cost, accuracy) pairs, by rising cost.
 
-    Of equal pairs all are.
+    If several pairs are equal, all of them are included.
     """
     front: list[int] = []
     best = (math.inf, -math.inf)

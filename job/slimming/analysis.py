@@ -32,7 +32,7 @@ def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) ->
             f"the network does not run on {describe_inputs(example)}: {reason(error)}"
         ) from error
     plain = replace(graph, sizes=())
-    if graph.sizes:  # before the suspects are told apart, which takes many trial cuts
+    if graph.sizes:  # before separating the suspects, which takes many trial cuts
         for each in (plain, graph):
             if all_suspects_pass(network, each, example):
                 return each

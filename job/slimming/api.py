@@ -74,14 +74,15 @@ def slim(
     ``example`` is a batch of inputs of ``model``: a tensor such as (B, C, H, W), a tuple or list
     of inputs, or a dict of keyword arguments; an input may be an object that holds tensors. Only
     its sizes and integers matter. ``forward`` is a function ``forward(model, …)`` of the network
-    and these inputs, called in place of the forward pass: of a detector, which answers with boxes,
-    the layers that it trains, e.g. ``lambda model, images: model.head(list(model.backbone(images)
-    .values()))`` of torchvision's RetinaNet.
+    and these inputs, called in place of the forward pass. For a detector, which returns boxes, it
+    calls the layers that are trained, e.g. ``lambda model, images:
+    model.head(list(model.backbone(images).values()))`` for torchvision's RetinaNet.
 
     ``calibration`` is an iterable of batches like the example, or of pairs of such a batch and its
     labels (B,). The first ``calibration_images`` are used, by default at most 4,096, or 512 of 224
     pixels. It is required by the compensations ``mean`` and ``regress``, the importances ``refit``
-    and ``taylor`` (which also needs labels), ``recover``, and ``recalibrate``.
+    and ``taylor`` (which also needs labels), the allocation ``outputs``, ``recover``, and
+    ``recalibrate``.
 
     If ``importance`` or ``compensate`` is None, the best choice is made and logged to the logger
     ``gammaslim``: ``refit`` and ``regress`` with ``calibration``, else ``gamma`` and ``none``.
@@ -223,7 +224,7 @@ def _read_images(
 
 @contextmanager
 def _naming_arguments() -> Iterator[None]:
-    """Name Python's arguments in a UsageError that speaks of command-line options."""
+    """Replace command-line options in the message of a UsageError by Python argument names."""
     try:
         yield
     except UsageError as error:

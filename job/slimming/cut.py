@@ -90,7 +90,7 @@ def choose_method(
     policy: str = "global",
     seed: int = 0,
 ) -> tuple[Method, str]:
-    """Return the method, and a message that explains it; None stands for the best choice.
+    """Return the method, and a message that explains it; None selects the best choice.
 
     The best choice depends on whether there are calibration ``images``, and on the ``policy``. The
     message is empty if importance and compensation are given. Refit and the loss of the outputs
@@ -113,10 +113,10 @@ def choose_method(
 
 
 def choose_allocation(allocate: str | None, compensate: str, policy: str) -> str:
-    """Return the allocation; None stands for the best choice.
+    """Return the allocation; None selects the best choice.
 
     Only some policies compare groups. The loss of the outputs is measured after a least-squares
-    fit, as regress does it.
+    fit, as in ``regress``.
     """
     if not POLICIES[policy].compares_groups:
         return "local"

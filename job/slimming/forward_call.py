@@ -53,8 +53,9 @@ class ForwardCall:
 
 @contextmanager
 def forward_pass(model: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
-    """Let ``model`` call ``forward(model, …)`` within the context, and its copies until the end.
+    """Make ``model`` call ``forward(model, …)`` as its forward pass within the context.
 
+    Copies of ``model`` made within it do the same until ``own_forward_pass`` is called on them.
     Raises UsageError if ``forward`` is not a function of the network and its inputs.
     """
     if forward is None:

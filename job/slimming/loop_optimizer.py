@@ -28,7 +28,11 @@ SET_BY_TORCH = frozenset({"step", "_opt_called", "_compiled_step"})
 
 @dataclass(frozen=True)
 class _Member:
-    """Parameter of the new optimizer, with what it continues; neither for an added parameter."""
+    """Parameter of the new optimizer.
+
+    ``old`` is the parameter that it continues, and ``source`` describes how it was cut, if it was.
+    Both are None for a parameter that the cut added.
+    """
 
     name: str
     parameter: torch.Tensor

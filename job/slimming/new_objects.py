@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 def collecting_new_objects() -> Iterator[None]:
     """Let the garbage collector visit only objects that are made within the context.
 
-    A snapshot or a copy of a network makes enough objects for collections of all objects of the
-    process, 0.1 to 0.3 s each beside torch and timm. Nothing is done if objects are frozen already.
+    A snapshot or a copy of a network creates so many objects that Python collects all objects of
+    the process several times, 0.1 to 0.3 s each with torch and timm imported. If objects are
+    already frozen, the context does nothing.
     """
     if gc.get_freeze_count():
         yield

@@ -23,11 +23,11 @@ WRONG, RIGHT, IGNORED = 0, 1, 2
 
 @dataclass(frozen=True)
 class ImageMatches:
-    """The boxes found in an image, by falling score within a class.
+    """The boxes found in an image, in descending order of score within each class.
 
     ``scores`` (n,) float64, ``labels`` (n,), and ``results`` (n, 10) uint8: WRONG, RIGHT or IGNORED
-    at each of THRESHOLDS. ``true`` are the labels (m,) of its boxes, without crowds. ``number`` is
-    that of the image in its split.
+    at each of THRESHOLDS. ``true`` are the labels (m,) of the true boxes, without crowds.
+    ``number`` is the index of the image in its split.
     """
 
     number: int
@@ -67,7 +67,7 @@ def match_image(
 def _match_class(boxes: Array, true: Array, crowd: Array) -> Array:
     """Return the results (n, 10) of boxes of one class, by falling score.
 
-    A box takes the free true box of the largest IoU, and only without one a crowd.
+    A box matches the free true box with the largest IoU, or a crowd if there is no such box.
     """
     results = np.zeros((len(boxes), len(THRESHOLDS)), np.uint8)
     if not len(true):
@@ -88,7 +88,10 @@ def _match_class(boxes: Array, true: Array, crowd: Array) -> Array:
 
 
 def box_overlaps(boxes: Array, true: Array, crowd: Array) -> Array:
-    """Return the IoU (n, m) of boxes; for a crowd the share of the box that is within it."""
+    """Return the IoU (n, m) of ``boxes`` (n, 4) and ``true`` boxes (m, 4).
+
+    For a ``crowd`` (m,) it is the share of the box that is inside the crowd.
+    """
     low = np.maximum(boxes[:, None, :2], true[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], true[None, :, 2:])
     shared = (high - low).clip(0).prod(2)
@@ -124,8 +127,8 @@ def mean_average_precision(images: Sequence[ImageMatches]) -> tuple[float, float
 def _average_precisions(results: Array, count: int) -> Array:
     """Return the average precision (10,) of a class with ``count`` true boxes.
 
-    ``results`` (n, 10) are in the order of falling scores. Precision is the highest one at this or
-    a larger recall, and the mean of RECALLS is taken.
+    ``results`` (n, 10) are in descending order of score. The precision at a recall is the highest
+    precision at that recall or a larger one. It is averaged over RECALLS.
     """
     averages = np.zeros(len(THRESHOLDS))
     right = (results == RIGHT).cumsum(0, dtype=np.float64)

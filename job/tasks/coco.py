@@ -130,7 +130,9 @@ def read_annotations(file: Path, root: Path) -> Annotations:
         if image not in boxes:
             raise DataError(f"{shown(file)} has a box in the image {image}, which it does not list")
         if box.category not in names:
-            raise DataError(f"{shown(file)} has a box of the category {box.category}: it has none")
+            raise DataError(
+                f"{shown(file)} has a box of the category {box.category}, which it does not list"
+            )
         boxes[image].append(box)
     images = _images(file, root, _entries(file, content, "images"), boxes)
     return Annotations(file, tuple(images), names)
@@ -234,9 +236,11 @@ def _image_folder(file: Path, root: Path, name: str) -> Path:
 
 
 def labels_of(categories: Mapping[int, str]) -> dict[int, int]:
-    """Return the label of each category: its id if these are few numbers from 1, else its place.
+    """Return the label of each category, by its id.
 
-    As in torchvision 0 is the background, so the labels of COCO are those of its weights.
+    The label is the id itself if all ids are between 1 and twice the number of categories.
+    Otherwise labels are numbered from 1. As in torchvision, 0 is the background, so that the labels
+    of COCO are those of torchvision's weights.
     """
     if min(categories) >= 1 and max(categories) <= 2 * len(categories):
         return {number: number for number in categories}

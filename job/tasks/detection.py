@@ -132,7 +132,7 @@ def _split(root: Path, annotations: Annotations) -> FileSplit:
 def _targets(
     file: Path, split: FileSplit, images: list[AnnotatedImage], labels: Mapping[int, int]
 ) -> tuple[TrueBoxes, ...]:
-    """Return the target of each image, within its edges; raises DataError for another size."""
+    """Return the boxes of each image, clipped to it; raises DataError if its size is wrong."""
     targets, outside, empty = [], 0, 0
     for index, image in enumerate(images):
         size = _size(file, split, index, image)
@@ -151,7 +151,7 @@ def _targets(
 
 def _size(file: Path, split: FileSplit, index: int, image: AnnotatedImage) -> tuple[int, int]:
     """Return the (width, height) of an image; raises DataError if its file says another one."""
-    if split.sizes is None:  # only of training and validation are all images decoded
+    if split.sizes is None:  # only training and validation images are all decoded beforehand
         size = image.size or split.image(index).size
     else:
         size = tuple(split.sizes[index].tolist())
@@ -167,10 +167,10 @@ def _size(file: Path, split: FileSplit, index: int, image: AnnotatedImage) -> tu
 def clip_boxes(
     boxes: Iterable[ObjectBox], size: tuple[int, int]
 ) -> tuple[list[ObjectBox], int, int]:
-    """Return boxes within an image of ``size`` (width, height), in pixels.
+    """Clip boxes to an image of ``size`` (width, height), in pixels.
 
-    Also returns how many end more than a pixel outside of it, and how many are left out because
-    less than LEAST pixels of a side are inside.
+    Also returns how many boxes extend more than a pixel beyond the image, and how many are left out
+    because less than LEAST pixels of a side are inside the image.
     """
     kept, outside, empty = [], 0, 0
     width, height = size

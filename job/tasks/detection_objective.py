@@ -29,7 +29,7 @@ METRICS = ("map", "map50")  # at IoUs from 0.5 to 0.95, and at 0.5; the first ch
 class DetectionTarget(TypedDict):
     """Target of an image: boxes (n, 4) in pixels, their labels (n,), and which are crowds (n,).
 
-    ``number`` is that of the image, and ``seed`` that of the samples of boxes in training.
+    ``number`` is the index of the image, and ``seed`` the seed for sampling boxes in training.
     """
 
     boxes: torch.Tensor
@@ -131,7 +131,7 @@ class DetectionObjective:
     def scores(
         self, sums: torch.Tensor, _samples: int, details: Sequence[ImageMatches] | None = None
     ) -> SplitScores:
-        """Return the loss of a split and, of an evaluated one, the metrics."""
+        """Return the loss of a split, and its metrics if there are ``details``."""
         loss, count = sums.tolist()
         found = (
             {}
@@ -147,7 +147,7 @@ def floats_in(outputs: Any) -> list[torch.Tensor]:
 
 
 def _without_crowds(target: DetectionTarget) -> DetectionTarget:
-    """Return a target to train on: boxes of crowds are none of one object."""
+    """Return the target for training, without crowds: their boxes contain several objects."""
     kept = ~target["crowd"]
     return {**target, "boxes": target["boxes"][kept], "labels": target["labels"][kept]}
 

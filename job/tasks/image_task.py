@@ -66,9 +66,10 @@ def prepare_images(
 class LabelledImages:
     """A data set of images (S, S, 3) uint8 and targets.
 
-    ``target(index, make)`` returns the target of an image; ``make`` is ``train`` or ``evaluate`` of
-    the preprocessing, for targets that are images too. With ``augment`` images are cropped and
-    flipped by the seed of the item, else they are the centre crops of evaluation.
+    ``target(index, draw)`` returns the target of an image. ``draw`` contains the random numbers of
+    the augmentation, for targets that are images too; it is None without augmentation. With
+    ``augment``, images are augmented by random numbers drawn from the seed of the item. Otherwise
+    they are preprocessed as in evaluation.
     """
 
     split: FileSplit

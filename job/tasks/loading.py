@@ -150,9 +150,9 @@ def try_task(name: str, task: Task, network: nn.Module) -> TaskObjective:
 
 
 def try_own_objective(name: str, task: Task, objective: Any, network: nn.Module) -> None:
-    """Try a built-in task with its own objective: two training items through a copy of the network.
+    """Run two training items of a task with its own objective through a copy of ``network``.
 
-    Raises UsageError when the network fails.
+    Raises UsageError if the network fails.
     """
     items = TaskItems(split_of(task, name, task.training))
     batch = items.__getitems__([index % len(task.training) for index in range(TRIED)])

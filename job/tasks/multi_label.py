@@ -80,7 +80,7 @@ class MultiLabel:
         return loss / targets.shape[1], len(targets)
 
     def metrics(self, outputs: Any, targets: torch.Tensor) -> Metrics:
-        """Return F1 of each class, and the share of right answers of all classes."""
+        """Return sums and counts: for the F1 of each class, and the share of correct labels."""
         predicted, true = logits_of(outputs).sigmoid() >= THRESHOLD, targets > 0
         both = 2 * (predicted & true).sum(0)
         right = (predicted == true).sum(), true.numel()
@@ -89,7 +89,7 @@ class MultiLabel:
     def distillation_loss(
         self, outputs: Any, teacher_outputs: Any, temperature: float
     ) -> torch.Tensor:
-        """Return T² times the divergence of the probabilities of each class, as ``loss``."""
+        """Return T² times the KL divergence of class probabilities, reduced as in ``loss``."""
         student, teacher = (logits_of(each) / temperature for each in (outputs, teacher_outputs))
         cross = F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="sum")
         own = F.binary_cross_entropy_with_logits(teacher, teacher.sigmoid(), reduction="sum")

@@ -95,7 +95,7 @@ class Segmentation:
         return loss, (targets != IGNORED).sum()
 
     def metrics(self, outputs: Any, targets: torch.Tensor) -> Metrics:
-        """Return IoU of each class, and the share of pixels of the right class."""
+        """Return sums and counts: for the IoU of each class, and the share of correct pixels."""
         logits = logits_at(outputs, targets)
         classes = logits.shape[1]
         known = targets != IGNORED
@@ -147,7 +147,7 @@ def _pixel_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Masks:
-    """Targets of a split: masks (S, S) uint8, cropped and turned as their images."""
+    """Targets of a split: masks (S, S) uint8, transformed in the same way as their images."""
 
     root: Path
     paths: tuple[str, ...]
@@ -157,7 +157,7 @@ class Masks:
     def __call__(self, index: int, draw: Draw | None) -> torch.Tensor:
         """Return the mask of an image; pixels that padding adds are IGNORED."""
         mask = _numbered(read_mask(self.root / self.paths[index]), self.values)
-        # shifted by one, so that the zeros of padding become IGNORED: geometry is that of an image
+        # shifted by one, so that zero padding becomes IGNORED; then transformed like the image
         plane = Image.fromarray(mask + np.uint8(1))
         plane = plane.resize(limited_size(plane.size, self.preprocessing.max_side), NEAREST)
         image = Image.merge("RGB", [plane] * 3)
@@ -226,7 +226,7 @@ def _numbered(
 def _check_masks(
     root: Path, splits: Mapping[str, FileSplit], masks: Mapping[str, str]
 ) -> tuple[int, ...]:
-    """Return the values that masks have, sorted; raises DataError for one of another size."""
+    """Return the sorted values of all masks; raises DataError if a mask has a wrong size."""
 
     def check(job: tuple[str, tuple[int, int]]) -> set[int]:
         path, size = job
@@ -288,7 +288,7 @@ def _find_pairs(root: Path) -> dict[str, Pairs]:
 
 
 def _named(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """Return the sub-folder of one of the names, in any case."""
+    """Return the first subfolder with one of ``names``, ignoring case; None without one."""
     entries = {entry.lower(): entry for entry in subfolders(folder)}
     return next((folder / entries[name] for name in names if name in entries), None)
 

@@ -1,1 +1,1 @@
-"""Log the numbers of a run to a Weights & Biases dashboard."""
+"""Log the metrics of a run to Weights & Biases, TensorBoard, MLflow and Kubeflow."""

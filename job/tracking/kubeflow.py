@@ -37,7 +37,7 @@ URL, CA, TOKEN = (
     f"KUBEFLOW_TRAINER_SERVER_{name}" for name in ("URL", "CA_CERT", "TOKEN")
 )  # environment variables
 POST_INTERVAL = 10.0  # seconds between posts; the server asks for 5 at least
-POST_TIMEOUT = 5.0  # seconds for one post, which also bounds the wait at the end
+POST_TIMEOUT = 5.0  # seconds for one post; the end of the job waits for at most two posts
 MAX_SECONDS = 2**31 - 1  # what the field holds
 
 
@@ -45,7 +45,8 @@ MAX_SECONDS = 2**31 - 1  # what the field holds
 def trainjob_progress(run: Path) -> Iterator[None]:
     """Post the progress of ``run`` during the block and at its end, if a TrainJob runs this job.
 
-    A failure is a warning, once, and never ends or delays the job by more than POST_TIMEOUT.
+    The first failure is logged as a warning. A failure never ends the job; it delays the end of the
+    job by at most twice POST_TIMEOUT.
     """
     if not os.environ.get(URL) or not is_main():
         yield

@@ -52,7 +52,7 @@ class ScalarSink(Protocol):
         """Write values of ``step``."""
 
     def finish(self, exit_code: int) -> None:
-        """End the run of the tracker, of a job that ends with ``exit_code``."""
+        """End the tracker's run; the job ends with ``exit_code``."""
 
 
 class ScalarTracker:

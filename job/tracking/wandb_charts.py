@@ -39,7 +39,7 @@ def confusion_chart(
 ) -> dict[str, WandbChart]:
     """Return the confusion matrix of the model ``name``; none without an evaluation.
 
-    Its rows are the cells with images, the largest first where there are too many.
+    Its rows are the cells with images, or the MAX_ROWS cells with most images if there are more.
     """
     if evaluation is None:
         return {}

@@ -1,4 +1,4 @@
-"""What W&B gets: which values of a run's records it shows, and under which keys.
+"""Events for W&B: the values of a run's records that W&B shows, and their keys.
 
 =======================  ==========================================================
 key                      value
@@ -85,7 +85,7 @@ class WandbEvent:
 
 
 def epoch_event(record: EpochRecord) -> WandbEvent:
-    """Return what W&B gets of an epoch."""
+    """Return the event of an epoch."""
     return WandbEvent(_keyed("epoch", _with_metrics(to_json(record))))
 
 
@@ -96,10 +96,10 @@ def round_event(
     card: ModelCard,
     folder: Path,
 ) -> WandbEvent:
-    """Return what W&B gets of the round of the last of ``entries``, which begin with the base.
+    """Return the event of the last round in ``entries``, which begin with the base.
 
-    ``before`` and ``after`` are the networks before and after it, ``card`` describes the latter,
-    and ``folder`` holds it.
+    ``before`` and ``after`` are the networks before and after this round. ``card`` describes the
+    network ``after``, and ``folder`` holds it.
     """
     record = entries[-1]
     content = _with_metrics(to_json(record))
@@ -118,7 +118,7 @@ def round_event(
 
 
 def recommended_event(summary: SummaryRecord, card: ModelCard, folder: Path) -> WandbEvent:
-    """Return what W&B gets of the recommended model of a finished run.
+    """Return the event of the recommended model of a finished run.
 
     ``card`` describes the model, and ``folder`` holds it.
     """
@@ -181,7 +181,7 @@ def _keyed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
 
 
 def _with_metrics(content: JsonObject) -> JsonObject:
-    """Return a record with the other metrics of a task as values of their own."""
+    """Return a record with the other metrics of a task as separate values."""
     metrics = content.pop("metrics", {})
     assert isinstance(metrics, dict)
     return content | {f"valid_{name}": value for name, value in metrics.items()}

@@ -20,7 +20,7 @@ class EpochResult:
     ``gamma_mean`` is the mean of |γ| and ``gamma_small`` the share of small ones; None without a
     BatchNorm. For another task than classification, ``train_acc`` and ``valid_acc`` hold its
     ``metric``, whose name is in their keys, and ``metrics`` its other metrics on the validation
-    split. ``train_acc`` is None where training finds no boxes, whose metric it would be.
+    split. ``train_acc`` is None for detection, since training does not predict boxes.
     """
 
     round: int

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def micro_batches(size: int, accumulate: int) -> int:
     """Return the number of parts of a global batch of ``size`` images; the same on every process.
 
-    At most ``accumulate``, and so many that each process has two images or more in each: BatchNorm
-    with one value per channel of an image needs two.
+    The number is at most ``accumulate``, and small enough that each process has at least two images
+    in each part: a BatchNorm with one value per channel of an image needs two.
     """
     return max(1, min(accumulate, size // (2 * world_size())))
 

@@ -51,14 +51,14 @@ class SplitScores:
 
 
 class Objective(Protocol):
-    """What the trainer needs to know of a task."""
+    """Interface of the trainer to a task."""
 
     @property
     def length(self) -> int:
         """Number of sums."""
 
     def module(self, network: nn.Module, run: Run | None = None) -> nn.Module:
-        """Return the module that is trained, around ``network``, or what ``run`` computes."""
+        """Return the module to train, a wrapper that calls ``run`` or else ``network``."""
 
     def has_unused_parameters(self, network: nn.Module, size: InputSize) -> bool:
         """Return whether DDP must look for parameters without a gradient; collective."""
@@ -82,14 +82,14 @@ class Objective(Protocol):
         """Return the count that the loss is divided by; None for the number of samples."""
 
     def scores(self, sums: torch.Tensor, samples: int) -> SplitScores:
-        """Return the means of the summed sums of ``samples`` samples."""
+        """Return the loss and metrics of a split of ``samples`` samples from its ``sums``."""
 
     def batched(self, inputs: Any) -> torch.Tensor:
         """Return inputs as one tensor (B, …), as the layers of the network get them."""
 
 
 class OwnObjective(Objective, Protocol):
-    """What the evaluation of a task other than classification needs to know, too."""
+    """Objective with the additional interface that the evaluation of other tasks needs."""
 
     @property
     def metric(self) -> str:
@@ -106,7 +106,10 @@ class OwnObjective(Objective, Protocol):
 
 @dataclass(frozen=True)
 class ClassificationObjective:
-    """Cross entropy and accuracy of images with one label each. The sums are those two."""
+    """Cross entropy and accuracy of images with one label each.
+
+    The sums are the loss and the number of correct predictions.
+    """
 
     preprocessing: Preprocessing
     length: int = 2

@@ -45,7 +45,7 @@ class RoundSpec:
 
 @dataclass
 class RoundState:
-    """The state of a round, except for tensors: the next batch and the best epoch so far."""
+    """The state of a round without weights: the next batch, and the best epoch so far."""
 
     epoch: int = 0
     batch: int = 0
@@ -80,7 +80,8 @@ class TrainingSession(Protocol):
     def best_evaluated(self, predictions: torch.Tensor | None) -> None:
         """Record the predicted classes (N,) of the best epoch on the validation split.
 
-        They are None if an earlier version of the program saved the position that was resumed.
+        They are None for tasks without predicted classes, or if the round was resumed from a
+        position that an earlier version of the program saved.
         """
 
     def save(self, position: Position) -> None:

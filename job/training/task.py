@@ -27,8 +27,8 @@ class Task(Protocol):
     """What a network is trained for: data, loss and metrics. Classes need not inherit from it.
 
     ``training`` and ``validation`` are map-style data sets of pairs (inputs, targets): they have a
-    length and ``__getitem__(index)``. The global generators of Python, NumPy and torch are seeded
-    from the table of the epoch while an item is read, so random augmentation resumes exactly. A
+    length and ``__getitem__(index)``. While an item is read, the global generators of Python, NumPy
+    and torch are seeded by the epoch and the item, so that random augmentation resumes exactly. A
     data set with its own generators has ``sample(index, seed)`` instead. Inputs are one tensor.
 
     Optional attributes and methods:
@@ -36,8 +36,9 @@ class Task(Protocol):
     - ``class_names``: a factory of networks receives their number as ``num_classes``.
     - ``testing``: a data set for ``gammaslim evaluate --split testing``.
     - ``fingerprint``: a string that identifies the data; a run resumes only with the same one.
-    - ``collate(items)``: make a batch (inputs, targets) of a list of pairs. By default tensors are
-      stacked. Tensors of a batch have the samples along their first axis, lists an entry for each.
+    - ``collate(items)``: make a batch (inputs, targets) from a list of pairs. By default tensors
+      are stacked. Tensors of a batch have the samples along their first axis; lists have an entry
+      for each sample.
     - ``inputs(batch)``: convert a batch of inputs on the device, e.g. uint8 to float32.
     - ``scores(totals)``: return the metrics by name, of the sums and counts (n,) float64 of the
       whole split by name, e.g. average precision of histograms; the first one chooses models.
@@ -58,7 +59,8 @@ class Task(Protocol):
     def metrics(self, outputs: Any, targets: Any) -> Metrics:
         """Return the sum and the count of each metric by name; the first one chooses models.
 
-        A metric is the sum of its sums over that of its counts, over the whole split; with tensors,
-        e.g. intersections and unions of classes, the mean of these over the classes with a count.
-        Higher is better, and 1 is the best: differences are shown in percentage points.
+        The value of a metric is its total sum divided by its total count over the whole split. If
+        they are tensors, e.g. the intersection and union of each class, the value is the mean ratio
+        over the classes with a count. Higher is better, and 1 is the best: differences are shown in
+        percentage points.
         """

@@ -93,9 +93,9 @@ class Trainer:
         """Train ``network`` according to ``spec``; it receives the weights of its best epoch.
 
         Returns the best epoch: the first with the highest accuracy on the validation split. With
-        sparse epochs it is the last one: only then is γ sparse. The session saves the position
-        after every epoch and when its watch is due. Raises StopRequest, after the position is
-        saved, when a stop is requested, and GammaslimError when a loss is not a number.
+        sparse epochs it is the last epoch, since only then γ is sparse. The session saves the
+        position after every epoch and when its watch requests it. Raises StopRequest, after the
+        position is saved, if a stop is requested, and GammaslimError if a loss is not finite.
         """
         session = session or Unattended()
         training = TrainingRound(self, network, spec, session)
@@ -250,7 +250,7 @@ class TrainingRound:
     def _train(self, began: float) -> float:
         """Train on the rest of the epoch's batches; return the last learning rate.
 
-        ``began`` is the start of the epoch by ``time.perf_counter``, without any interruptions.
+        ``began`` is when the epoch would have begun without interruptions (``time.perf_counter``).
         """
         state, sampler, watch = self.state, self.trainer.sampler, self.session.watch
         sizes = sampler.sizes()
@@ -285,8 +285,8 @@ class TrainingRound:
     def step(self, batch: Any, size: int, number: int) -> None:
         """Take the round's optimizer step ``number`` on this process's part of a global batch.
 
-        ``batch`` has inputs and targets on the device, of ``size`` samples in the whole global
-        batch. Does not wait for the device, except with fp16.
+        ``batch`` contains inputs and targets on the device. ``size`` is the number of samples in
+        the global batch. Does not wait for the device, except with fp16.
         """
         lr = self.learning_rate(number)
         for group in self.optimizer.param_groups:

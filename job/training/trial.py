@@ -60,7 +60,7 @@ def report_outputs(trained: nn.Module, auxiliary: int) -> None:
 
 
 def least_batch(network: nn.Module, config: PruneConfig, size: InputSize, count: int) -> int:
-    """Return the least images of a global batch; a smaller last batch joins the one before.
+    """Return the minimum size of a global batch; a smaller last batch joins the previous one.
 
     A BatchNorm with one value per channel of an image cannot train on one image. Raises UsageError
     when all batches would be too small, DataError when ``count`` images are too few.
@@ -89,9 +89,9 @@ def least_batch(network: nn.Module, config: PruneConfig, size: InputSize, count:
 
 
 def image_for_each_process(config: PruneConfig, count: int) -> int:
-    """Return the least images of a global batch of which every process has one.
+    """Return the minimum size of a global batch that has an image for every process.
 
-    Raises UsageError when all batches would be too small, DataError for too few images.
+    Raises UsageError if all batches would be too small, and DataError if ``count`` is too small.
     """
     least = world_size()
     if config.batch_size < least:

@@ -76,7 +76,7 @@ class CachedSplit:
         return CachedImage(stored.pixels(row))
 
     def array(self, count: int) -> ImageArray | None:
-        """Return the images as one array if all have one size, of which ``count`` are read next."""
+        """Return all images as an array if they have one size; ``count`` of them will be read."""
         stored = self.cache.stored
         images = stored.array(count) if stored else None
         return None if images is None else ImageArray(images, self.rows)

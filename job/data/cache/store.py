@@ -86,7 +86,7 @@ class StoreWriter:
                 content, offset = content[count:], offset + count
 
     def finish(self, key: str, missing: list[int]) -> None:
-        """Complete the file: flush the pixels, then write the index, then the manifest.
+        """Complete the file: write the index, flush it with the pixels, then write the manifest.
 
         ``missing`` are the numbers of the images that could not be decoded.
         """
@@ -157,7 +157,7 @@ class StoredImages:
         return {"path": self.path, "index": self.index, **state}
 
     def file_sizes(self, paths: Sequence[str]) -> dict[str, Size]:
-        """Return the (width, height) in the file of each decoded image; ``paths`` names them."""
+        """Return the original (width, height) of each decoded image, by its path in ``paths``."""
         rows = self.index.tolist()
         return {path: (w, h) for path, (_, used, _, w, h) in zip(paths, rows, strict=True) if used}
 

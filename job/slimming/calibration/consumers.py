@@ -98,10 +98,11 @@ def _without_skipped(layer: Any, values: torch.Tensor) -> torch.Tensor:
 def sample_rows(
     values: torch.Tensor, width: int, *, sparse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows (N, C) of ``values`` (B, C, P), all B * P or an even sample, and their b (N,).
+    """Return rows (N, C) of ``values`` (B, C, P), and the index (N,) of each row's batch item.
 
-    The sample is limited so that the products of ``width`` columns are cheap, and if ``sparse``,
-    cheap compared with a forward pass. It covers each of the P positions equally often.
+    The rows are all B * P rows or an even sample of them, which covers each of the P positions
+    equally often. The sample is limited so that the products of ``width`` columns are cheap, and if
+    ``sparse``, cheap compared with a forward pass.
     """
     size, channels, positions = values.shape
     most = max(1, min(MAX_VALUES // width, MAX_PRODUCTS // width**2))

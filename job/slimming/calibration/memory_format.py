@@ -25,7 +25,7 @@ FEW = 2  # images, on which every BatchNorm can train
 
 
 class ImageFormat:
-    """Brings images into the memory format for ``network``, found out with the first ones."""
+    """Converter of images to the memory format for ``network``, chosen with the first images."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -55,7 +55,7 @@ def in_image_format(network: nn.Module, batches: Batches) -> Batches:
 def runs_channels_last(network: nn.Module, images: torch.Tensor, *, training: bool = False) -> bool:
     """Return whether ``network`` runs on ``images`` (B, C, H, W) with channels last.
 
-    True too where it does not run on them with channels first either: then they tell nothing.
+    Also True if the network fails with channels first too, which says nothing about the format.
     """
     if images.dim() != 4 or _runs(network, images, torch.channels_last, training):
         return True

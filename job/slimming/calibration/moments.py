@@ -56,7 +56,7 @@ class Moments:
         return Moments(count, self.mean + share * shift, self.scatter + other.scatter + offset)
 
     def select(self, order: torch.Tensor, columns: int) -> Moments:
-        """Return the moments of the columns ``order``; ``columns`` of the first columns lead."""
+        """Return the moments of the columns ``order``; its first ``columns`` index the scatter."""
         scatter = self.scatter[:, order[:columns]][:, :, order]
         return Moments(self.count, self.mean[:, order], scatter)
 
@@ -94,7 +94,7 @@ class RowMoments:
         return row_moments(rows, self.columns)
 
     def select(self, order: torch.Tensor, columns: int) -> RowMoments:
-        """Return the moments of the columns ``order``; ``columns`` of the first columns lead."""
+        """Return the moments of the columns ``order``; its first ``columns`` index the scatter."""
         return RowMoments(self.mean[:, order], self.rows[:, :, order], columns)
 
 

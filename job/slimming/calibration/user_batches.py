@@ -39,10 +39,10 @@ def read_batches(
 ) -> list[CalibrationBatch]:
     """Return the first batches of ``calibration``, on the network's device and in its dtype.
 
-    At least ``least`` batches are read, and no more images than ``most``, by default as many as
-    ``image_limit`` returns. A batch has the form of the ``example``, or is a pair of such inputs
-    and labels (B,). Only the keys of the example are used of a dict. Raises UsageError for anything
-    else, or if there is no batch.
+    Reading stops after the batch that completes ``least`` batches and ``most`` images, by default
+    the number that ``image_limit`` returns. A batch has the form of the ``example``, or is a pair
+    of such inputs and labels (B,). Of a dict, only the keys of the example are used. Raises
+    UsageError for anything else, or if there is no batch.
     """
     if isinstance(calibration, (torch.Tensor, str, Mapping)) or not isinstance(
         calibration, Iterable

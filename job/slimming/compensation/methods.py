@@ -64,7 +64,7 @@ COMPENSATIONS: dict[str, Compensation] = {
 def data_of_compensation(name: str, calibration: CalibrationData) -> CalibrationData:
     """Return what the compensation ``name`` needs of the calibration data.
 
-    Statistics are C x C numbers a layer: of a large network more than its weights.
+    Statistics are C x C numbers per layer, more than the weights of a large network.
     """
     return calibration if COMPENSATIONS[name].statistics else replace(calibration, statistics={})
 

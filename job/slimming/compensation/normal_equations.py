@@ -62,8 +62,8 @@ def fit_held_out(
 ) -> tuple[float, Solution]:
     """Return the best ridge by the error on held-out rows, and the regression of the fitted rows.
 
-    It is the first ridge, rising from ``ridge``, after which the error rises; ``ridge`` itself
-    without held-out rows.
+    Larger ridges are tried, from ``ridge`` upwards, until the error no longer falls. Without
+    held-out rows the result is for ``ridge`` itself.
     """
     best = ridge, regression(fitted, ridge, constant=constant)
     if not held_out.count:

@@ -69,7 +69,7 @@ def matmul(state: PropagationState, op: Op) -> None:
 
 
 def einsum(state: PropagationState, op: Op) -> None:
-    """Products of queries with keys, and of weights with values, as equations."""
+    """Multiply queries with keys, or weights with values, as an einsum equation states."""
     sides = str(op.args[0]).replace(" ", "").replace("->", ",").split(",")
     if len(sides) != 3 or len(op.args) != 3 or "." in str(op.args[0]):
         return state.give_up(op, NOT_SUPPORTED("einsum"))
@@ -178,7 +178,10 @@ def unite_products(
 
 
 def multi_head_attention(state: PropagationState, op: Op) -> None:
-    """nn.MultiheadAttention, whose heads together have as many channels as its inputs."""
+    """Propagate channels through nn.MultiheadAttention.
+
+    All heads together have as many channels as the inputs.
+    """
     tensors, heads = op.args[:3], int(op.argument(4, "num_heads"))
     weight, bias = op.argument(5, "in_proj_weight"), op.argument(6, "in_proj_bias")
     names = [state.trace.name(t) for t in (weight, op.argument(11, "out_proj_weight"))]

@@ -87,7 +87,7 @@ def _sizes_of_view(op: Op) -> Sequence[Any]:
 
 
 def _cut_axes(labels: torch.Tensor) -> list[int]:
-    """The axes of a view that lose channels: of groups their size, of pairs their number."""
+    """Return the axes of a view that lose channels: the size of groups, or the number of pairs."""
     axes = label_axes(labels)
     if len(axes) == 2 and labels.shape[axes[1]] == 2 < labels.shape[axes[0]]:
         return axes

@@ -17,7 +17,7 @@ NO_CALLER: tuple[None, frozenset[str]] = (None, frozenset())
 
 
 def calling_module() -> tuple[nn.Module | None, frozenset[str]]:
-    """The module of the innermost method that is running, and the attributes that it names."""
+    """Return the module of the innermost running method, and the attributes that it names."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         names = frame.f_code.co_varnames
@@ -29,7 +29,7 @@ def calling_module() -> tuple[nn.Module | None, frozenset[str]]:
 
 
 def line_of_network() -> str:
-    """The file and line of the innermost frame outside torch; empty for modules of torch alone."""
+    """Return ``file:line`` of the innermost frame outside torch; empty if only torch code runs."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.startswith(TORCH):
         frame = frame.f_back

@@ -32,7 +32,7 @@ REDUCING = frozenset("mean sum var std var_mean std_mean amax amin".split())
 
 
 def reduce_rows(state: PropagationState, op: Op, call: int) -> bool:
-    """Follow the statistics of parameters to the results of an op; return whether it does."""
+    """Follow parameters through an op that takes their statistics; return whether that succeeds."""
     axes = _reduced_axes(op)
     sources = state.derived.sources(op.inputs[0]) if op.inputs else ()
     if axes is None or not sources or len(op.inputs) > 1:
@@ -61,7 +61,7 @@ def reduce_rows(state: PropagationState, op: Op, call: int) -> bool:
 
 
 def standardise(state: PropagationState, op: Op, call: int) -> bool:
-    """Follow a weight through a batch_norm that normalises its rows; return whether it does."""
+    """Follow a weight through a batch_norm that normalises its rows; return whether it succeeds."""
     weight, *scales = (op.argument(n, key) for n, key in ((0, "input"), (3, "weight"), (4, "bias")))
     sources = state.derived.sources(weight)
     moments = op.argument(1, "running_mean"), op.argument(2, "running_var")
@@ -81,7 +81,7 @@ def standardise(state: PropagationState, op: Op, call: int) -> bool:
 
 
 def normalise_rows(state: PropagationState, op: Op, call: int) -> bool:
-    """Follow a weight through F.normalize; return whether it does."""
+    """Follow a weight through F.normalize; return whether that succeeds."""
     dim = op.argument(2, "dim", 1)
     sources = state.derived.sources(op.inputs[0])
     if type(dim) is not int or not sources or len(op.inputs) > 1:

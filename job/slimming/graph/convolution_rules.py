@@ -66,7 +66,10 @@ def computed_weight(op: Op) -> Reason | None:
 
 
 def transposed_convolution(state: PropagationState, op: Op) -> None:
-    """Transposed convolutions, whose weight is (inputs, outputs of a group, …)."""
+    """Propagate channels through a transposed convolution.
+
+    Its weight is (inputs, outputs of a group, …).
+    """
     image, weight = op.argument(0, "input"), op.argument(1, "weight")
     groups = int(op.argument(6, "groups", 1))
     ids = state.ids_along(image, 1) if image.dim() == weight.dim() else None
@@ -87,7 +90,10 @@ def transposed_convolution(state: PropagationState, op: Op) -> None:
 
 
 def deformable_convolution(state: PropagationState, op: Op) -> None:
-    """Deformable convolutions, whose places are never cut (Dai et al. 2017, Zhu et al. 2019)."""
+    """Propagate channels through a deformable convolution, whose sampling positions are never cut.
+
+    Dai et al. 2017, Zhu et al. 2019.
+    """
     image, weight, *places = op.args[:4]
     groups, place_groups = op.args[11:13]
     ids, name = state.ids_along(image, 1), state.trace.name(weight)

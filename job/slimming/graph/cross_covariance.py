@@ -2,8 +2,8 @@
 
 The products have the channels of one operand, such as queries, along their rows, and those of the
 other, such as keys, along their columns (El-Nouby et al. 2021). A softmax over the columns and a
-product with the values sum over the latter, and the result has the channels of the rows. The
-labels of the products are those of the columns; the state has those of the rows next to them.
+product with the values sum over the columns, and the result has the channels of the rows. The
+labels of the products are the labels of their columns; ``state.rows`` has the labels of their rows.
 Verification compares with the wide network in which the weights of removed columns are zero.
 """
 
@@ -82,7 +82,7 @@ def _multiply_values(state: PropagationState, op: Op) -> bool:
 
 
 def _followed(state: PropagationState, op: Op) -> Iterator[torch.Tensor]:
-    """Yield the products of ``op``, and what ops of the same shape make of them."""
+    """Yield the products of ``op``, and the results of later ops that keep their shape."""
     for use in _uses(state, op):
         if use is op or use.name not in PRODUCTS:
             yield use.result

@@ -35,7 +35,7 @@ MAX_FOLLOWED_VALUES = 1 << 23  # of a parameter
 class Source:
     """Parameter ``name`` of ``shape``, and the flat ``indices`` of its values in a tensor.
 
-    Of a ``reduced`` source the values are statistics, with the index of one of their values.
+    If ``reduced``, the values are statistics; each has the index of one of the values in it.
     """
 
     name: str
@@ -46,9 +46,9 @@ class Source:
     def ids_on_axis(self, labels: torch.Tensor) -> tuple[int, Ids, ElementPairs] | None:
         """Return the axis of the parameter that ``labels`` are along, and the channels (N,) on it.
 
-        Indices whose values the tensor does not use have the channel -1. Channels that use the same
-        index, such as the two halves of a rotary embedding, are returned as pairs to unite. Returns
-        None if the labels do not follow one axis.
+        The channel is -1 where the tensor does not use the parameter. Channels that use the same
+        index, such as those of the two halves of a rotary embedding, are returned as pairs to
+        unite. Returns None if the labels do not follow one axis.
         """
         sizes = labels.shape, self.indices.shape
         shape = torch.broadcast_shapes(*sizes)  # type: ignore[no-untyped-call]

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 def follow_parameters(
     state: PropagationState, op: Op, tensor: torch.Tensor, labels: torch.Tensor
 ) -> bool:
-    """Cut the parameters that a value without channels comes from as ``labels`` of its axes.
+    """Cut the parameters that ``tensor`` is computed from, together with the channels ``labels``.
 
-    Along axes on which the value does not depend, such as heads, all channels are united. Returns
-    False where the parameters do not have these channels.
+    ``tensor`` has no labels itself. Along axes on which it does not depend, such as heads, all
+    channels are united. Returns False if the parameters do not have these channels.
     """
     sizes = [1] * (labels.dim() - tensor.dim()) + list(tensor.shape)
     if sizes[label_axes(labels)[-1]] == 1 and state.heads.keep_their_number(labels):
@@ -59,7 +59,7 @@ def follow_parameters(
 
 
 def produce(state: PropagationState, op: Op, weight: str, count: int) -> Ids:
-    """Return the elements (count,) that a layer produces, and cut its bias, argument 2, as them."""
+    """Return the elements (count,) that a layer produces, and cut its bias with them."""
     produced = produced_by(state, weight, count)
     add_bias(state, op, weight, produced)
     return produced
@@ -96,7 +96,7 @@ def add_bias(state: PropagationState, op: Op, weight: str, ids: Ids) -> None:
 
 
 def cut_parameter(state: PropagationState, name: str, axis: int, ids: Ids) -> None:
-    """Cut a parameter as ``ids`` along ``axis``; where they are -1, other ops give them."""
+    """Cut a parameter with elements ``ids`` (n,) along ``axis``; other ops set entries of -1."""
     if (ids >= 0).all():
         return state.add_slot(name, "through", ids, axis=axis)
     earlier = state.parts.setdefault((name, axis), ids.copy())

@@ -127,7 +127,7 @@ class ChannelGraph:
 
 
 def renumber_reads(reads: Sequence[ChannelRead], numbers: Ids) -> tuple[ChannelRead, ...]:
-    """Reads with ``numbers`` of their ids; those of no channel to cut are left out."""
+    """Replace the ids of ``reads`` by ``numbers``; reads without a channel to cut are left out."""
     renumbered = (
         replace(read, operands=tuple(replace(o, ids=numbers[o.ids]) for o in read.operands))
         for read in reads

@@ -138,7 +138,7 @@ class Heads:
         return all(split.key in self.normed for split in splits)
 
     def newly_normed(self) -> set[bytes]:
-        """Return the keys of lines that are reduced, of which attention was not known to use."""
+        """Return the keys of reduced lines that attention uses and ``normed`` does not contain."""
         found = {split.key for split in self.splits.values() if split.normed and split.attended}
         return found - set(self.normed)
 
@@ -278,5 +278,5 @@ def fixed_size(op: Op, result_axis: int, dims: int, *, splits: bool) -> int | No
 
 
 def is_part_of(value: int, size: int, sizes: Sequence[Any]) -> bool:
-    """Return whether an attribute may be the width of queries, of which a view has the triple."""
+    """Return whether ``value`` may be the width of queries in a view to its double or triple."""
     return value > 1 and size in (2 * value, 3 * value) and value not in sizes

@@ -251,7 +251,7 @@ def is_layer(module: nn.Module | None) -> bool:
 
 
 def _size(value: Any) -> int:
-    """A number of channels, or the axis of a shape that they are along."""
+    """Return the number of channels in an attribute, which is a number or a shape."""
     if not isinstance(value, (tuple, list)):
         return int(value)
     return int(value[-1] if max(value[1:], default=1) > 1 else value[0])

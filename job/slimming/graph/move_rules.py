@@ -172,7 +172,7 @@ def fold(state: PropagationState, op: Op) -> None:
 
 
 def _merge(state: PropagationState, op: Op, ids: Ids, axis: int) -> None:
-    """Unite successive ``ids``, each time as many as become one channel of the result."""
+    """Unite each run of successive ``ids`` (n,) that becomes one channel of the result."""
     parts = ids.reshape(op.result.shape[axis], -1)
     for column in parts.T[1:]:
         state.union.unite(parts[:, 0], column)

@@ -29,9 +29,9 @@ ADDITIONS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 class PausePoint:
     """Op, given by number, at which a pass pauses for a layer, and the memory it needs there.
 
-    ``call`` is the number of the op of the layer itself. ``bytes_per_sample`` is an estimate from
-    above. ``summand`` is the module whose output is added, the layer or the BatchNorm after it; it
-    is None if the pause point is the layer.
+    ``call`` is the number of the op of the layer itself. ``bytes_per_sample`` is a high estimate.
+    ``summand`` is the module whose output is added, the layer or the BatchNorm after it; it is None
+    if the pause point is the layer.
     """
 
     op: int

@@ -1,7 +1,7 @@
-"""Rules of ops to which the places of channels matter: index tables, and convolutions across them.
+"""Rules of ops that depend on the positions of channels: index tables, convolutions across them.
 
-The narrow network has tables of the kept channels alone, numbered anew, and convolutions whose
-kept channels stay as far apart as they were (spaced.py).
+The narrow network has tables of the kept channels alone, renumbered, and convolutions whose kept
+channels remain as far apart as they were (spaced.py).
 """
 
 from __future__ import annotations

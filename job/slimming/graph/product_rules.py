@@ -1,7 +1,7 @@
 """Rules of products with a matrix of the network: ``x @ W``, ``x @ W.T``, ``W @ x``, einsum.
 
-Such a matrix, a parameter or a buffer, is a linear layer that is no module. Its outputs are along
-the axis 1 where the products are ``x @ W``, else along the axis 0, as those of ``nn.Linear``.
+Such a matrix, a parameter or a buffer, acts as a linear layer without a module. Its outputs are
+along axis 1 for ``x @ W``, otherwise along axis 0, as in ``nn.Linear``.
 """
 
 from __future__ import annotations

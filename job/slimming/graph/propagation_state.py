@@ -148,7 +148,7 @@ class PropagationState:
             self.union.fix(flat_ids(labels), reason if self.main else reason.in_train_mode())
 
     def give_up(self, op: Op, reason: Reason) -> None:
-        """Block all channels that an op uses, and those of weights behind its inputs."""
+        """Block all channels of an op's inputs, and of the weights that these are computed from."""
         self.union.doubtful = True
         for tensor in op.inputs:
             self.fix(tensor, reason)
@@ -183,7 +183,7 @@ class PropagationState:
         return self._slots.get((name, side))
 
     def add_module_slot(self, op: Op, ids: Ids) -> None:
-        """Note the elements that pass through the layer without tensors whose code calls ``op``."""
+        """Add a slot of ``ids`` (n,) for the layer without tensors whose code calls ``op``."""
         name = self._module_names.get(id(op.module))
         if name in self.layers:
             self.add_slot(f"{name}.weight", "through", ids)

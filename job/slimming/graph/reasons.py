@@ -60,8 +60,8 @@ def _all(names: str, remedy: str) -> dict[str, str]:
 
 _ATTRIBUTE = "an attribute of the module, e.g. self.channels, which the cut rewrites"
 _BUFFER = (
-    "register a table of indices as a buffer of integers, one axis and none below 0, which the cut "
-    "rewrites"
+    "register the indices as a one-dimensional buffer of integers, none of them negative, which "
+    "the cut rewrites"
 )
 _PARAMETER = "store it as the weight of a layer, and compute nothing from it in the forward pass"
 _ONE_AXIS = "reshape them so that all channels are along one axis, e.g. (B, C, H, W)"
@@ -102,7 +102,7 @@ PARAMETER_COUNT = ReasonKind(
 )
 CODE_COUNT = ReasonKind(
     f"code that reads their number {_ONLY_FOR}",
-    "compute with x.shape where it is needed, and compare it with no number",
+    "compute with x.shape where it is needed, and do not compare it with a constant",
 )
 UNKNOWN_COUNT = ReasonKind(f"an op that is not supported {_ONLY_FOR}", _ADD_RULE)
 
@@ -113,7 +113,7 @@ UNEQUAL_SLICES = ReasonKind("its slices have no common size", _OWN_CONVOLUTION)
 UNBALANCED = ReasonKind("only some of them must stay equally many in equal parts", _OWN_CONVOLUTION)
 TWO_AXES = ReasonKind("two axes of {}", "use one parameter for each axis of {}")
 ALL_TOGETHER = ReasonKind(
-    "all of its channels must be cut together", "give each channel a row of its own to produce"
+    "all of its channels must be cut together", "compute each channel from its own row of a weight"
 )
 
 # weights and parameters
@@ -174,8 +174,12 @@ COMPUTED_MASK = ReasonKind(
     "{} with a mask that is computed from channels",
     "compute the mask from channels that are not cut",
 )
-OTHER_HEADS = ReasonKind("{} of other heads", "use as many heads for keys and values")
-OVER_VALUES = ReasonKind("{} over channels of values", "use as many heads for keys and values")
+OTHER_HEADS = ReasonKind(
+    "{} of other heads", "use as many heads for keys and values as for queries"
+)
+OVER_VALUES = ReasonKind(
+    "{} over channels of values", "use as many heads for keys and values as for queries"
+)
 COMPUTED_PLACES = ReasonKind(
     "{} at places that are computed from channels to cut",
     "compute the places from channels that are not cut",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def recurrent(state: PropagationState, op: Op) -> None:
-    """Consume the channels along the last axis by an LSTM, GRU or RNN."""
+    """Propagate channels into an LSTM, GRU or RNN, whose inputs are along the last axis."""
     image, weights = op.argument(0, "input"), op.argument(2, "params")
     packed = not isinstance(weights, (list, tuple))
     name = None if packed or not weights else state.trace.name(weights[0])

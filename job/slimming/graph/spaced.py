@@ -27,7 +27,10 @@ def spaced_convolution(
     indices: torch.Tensor,
     line: Line,
 ) -> torch.Tensor:
-    """Convolve channels (C,) that are at ``indices`` (C,) of a line with zeros between them."""
+    """Convolve channels at ``indices`` (C,) of a line, with zeros at all other positions.
+
+    ``image`` and the result have C values along the axis ``line[1]``, as in (B, 1, C).
+    """
     tensors = (image, weight, indices)
     if has_torch_function(tensors):
         return handle_torch_function(

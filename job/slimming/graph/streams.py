@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def outvoted_selectors(union: ChannelUnion, streams: Mapping[str, Ids]) -> set[str]:
-    """Return the BatchNorms that select from a stream that more layers sum over than select from.
+    """Return the BatchNorms whose stream is summed over by more layers than select from it.
 
-    ``streams`` are the elements of the stream by BatchNorm. A stream that is selected from is not
-    cut, so that the layers that read all of it keep all their inputs: e.g. those of all blocks, for
-    one BatchNorm at the end. Streams that cannot be cut anyway are selected from.
+    ``streams`` maps each BatchNorm to the elements (n,) of its stream. A stream that a BatchNorm
+    selects from is not cut, so all layers that sum over it keep all their inputs: e.g. those of all
+    blocks, for one BatchNorm at the end. Streams that cannot be cut anyway are left out.
     """
     if not streams:
         return set()

@@ -53,7 +53,11 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Operand:
-    """Elements ``ids`` (C,) along ``axis`` of an op's argument, given by position and name."""
+    """Elements ``ids`` (C,) along ``axis`` of an op's argument, given by position and name.
+
+    For a ``ChannelRead`` that is ``zeroed``, ``ids`` may have several axes and broadcasts to the
+    argument.
+    """
 
     position: int
     name: str
@@ -66,10 +70,10 @@ class ChannelRead:
     """An op that computes over channels without a weight, such as a norm or a sum across them.
 
     It is call number ``call`` of the op ``name`` in eval mode. Its result has the channels of the
-    first operand along ``result_axis``; None where it has none. The wide network without the
-    removed channels is one where this op is computed from the other channels alone. Of a read that
-    is ``zeroed`` the operands are zero for removed channels instead, or those of a softmax so low
-    that its weights are zero; their elements have the axes of the operands.
+    first operand along ``result_axis``, which is None if it has no channels. In the wide network of
+    the verification this op is computed from the kept channels alone. If ``zeroed``, the removed
+    channels of the operands are set to zero instead, or for a softmax to a value so low that its
+    weights are zero.
     """
 
     name: str
@@ -93,8 +97,8 @@ class AttributeSize:
 class ScaledRows:
     """Outputs ``rows`` (n,) of ``layer``, which are the queries or keys ``ids`` of attention.
 
-    Their weights grow with the root of the fraction of channels that is kept, since the scale of
-    the attention, computed as 1/sqrt(channels), shrinks with it.
+    Their weights are multiplied by the square root of the kept fraction of channels, since the
+    scale of attention, computed as 1/sqrt(channels), is larger for fewer channels.
     """
 
     layer: str
@@ -148,7 +152,7 @@ class ChannelUnion:
             self.places.append(self.place)
 
     def end_op(self) -> None:
-        """Note the present line of code as that of the suspects since the last call."""
+        """Record the current line of code for the suspects added since the last call."""
         missing = len(self.suspects) - len(self.suspect_places)
         self.suspect_places += [self.place] * missing
 

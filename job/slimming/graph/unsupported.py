@@ -1,4 +1,4 @@
-"""Layers of kinds without a rule, so that nothing that is left alone goes unnamed."""
+"""Layers of kinds without a rule, listed so that each layer that is not cut has a reason."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[BlockedChannels, ...]:
     """Return the layers with a weight of two axes or more that no rule of a layer covers.
 
-    Layers whose weight is computed before it is used, e.g. standardised, are among them.
-
-    Parameters that are cut by their name, and containers of other modules, are left out.
+    These include layers whose weight is computed in a way that no rule covers. Parameters that are
+    cut by their name, and containers of other modules, are left out.
     """
     covered = {name for slot in graph.slots for name in (slot.layer, owner_of(slot.layer))}
     named = {layer for group in graph.groups for layer in group.layers}

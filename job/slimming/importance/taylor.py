@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 def taylor_importance(
     network: nn.Module, graph: ChannelGraph, batches: Iterable[CalibrationBatch]
 ) -> Scores:
-    """Return (Σ γ ∂L/∂γ + β ∂L/∂β)² over the BatchNorms of each channel, summed over batches.
+    """Return (Σ γ ∂L/∂γ + β ∂L/∂β)² of each channel (count,), summed over batches.
 
+    The sum Σ is over the BatchNorms of the channel.
     γ ∂L/∂γ + β ∂L/∂β is the derivative of the loss with respect to a gate on the output of the
     BatchNorm (Molchanov et al. 2019, eq. 8 and section 3.3). ``batches`` are pairs of images and
     labels (B,) of this process; images without a label, or with label -1, are skipped. Autograd

@@ -28,11 +28,11 @@ def rank_without_batchnorm(
     scores: Scores,
     norms_of_weights: Callable[[nn.Module, ChannelGraph], Scores],
 ) -> Scores:
-    """Return ``scores`` (count,) with those of the parts that are not ranked, where nan.
+    """Return ``scores`` (count,), with new scores for the parts that the criterion does not rank.
 
-    Parts are groups, and blocks of a group that lose the same number of channels each. The mean of
-    such a part is that of all channels with a score, or 1 where no channel has one.
-    ``norms_of_weights`` gives the L2 norms (count,) of the weights that produce each channel.
+    A part is a group, or a block of a group whose blocks all lose the same number of channels. The
+    new scores of a part have the same mean as all channels with a score, or 1 if there are none.
+    ``norms_of_weights`` returns the L2 norms (count,) of the weights that produce each channel.
     """
     unranked = [part for group in graph.groups for part in _unranked_parts(group, scores)]
     if not unranked:

@@ -78,7 +78,11 @@ def _work(
 
 
 def bottlenecks(changes: Sequence[LayerChange]) -> list[LayerChange]:
-    """Return the modules whose time fell less than their work, the largest excess first."""
+    """Return the modules whose time fell less than their work, the largest excess first.
+
+    Returns at most ``MAX_BOTTLENECKS`` modules, and no more than are needed to explain the fraction
+    ``EXPLAINED`` of the total excess time.
+    """
     worst = sorted(
         (c for c in changes if c.excess > 0 and c.share_after >= MIN_SHARE),
         key=lambda change: -change.excess,

@@ -31,7 +31,7 @@ Times = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True, eq=False)
 class LayerTable:
-    """``seconds`` (I, O) at the numbers of channels ``inputs`` (I,) and ``outputs`` (O,), rising.
+    """Times ``seconds`` (I, O) with ``inputs`` (I,) and ``outputs`` (O,) channels, both ascending.
 
     ``tiles`` are the sizes of tiles of inputs and outputs. A layer with as many outputs as inputs
     has one column.
@@ -131,7 +131,8 @@ def _shortest_times(
 def _tile(counts: tuple[int, ...], seconds: Times, one_more: float) -> int:
     """Return the size of tiles, from the time with one channel more than the middle of ``counts``.
 
-    The first channel takes the share of the growth up to the next count that a whole tile has.
+    One channel more costs a whole tile. Its share of the growth up to the next count is therefore
+    the share of a tile in the gap between the counts.
     """
     middle = len(counts) // 2
     growth = float(seconds[middle + 1] - seconds[middle])

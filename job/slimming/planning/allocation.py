@@ -35,8 +35,8 @@ class Allocation:
     A group keeps at least the fraction ``min_keep`` of its channels, and a multiple of ``round_to``
     channels if it is large enough. A group whose curve is ``removable`` may also keep none.
 
-    A latency is that of a batch of ``latency_batch``. The target's fraction of it to the power
-    ``share`` remains, for one of several rounds.
+    ``latency_batch`` is the batch size at which a latency is measured. For one of several rounds,
+    a latency target is raised to the power ``share``, as a fraction of the latency of the base.
     """
 
     policy: str

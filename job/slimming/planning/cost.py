@@ -39,8 +39,8 @@ class LayerCost:
 class Cost:
     """Costs of a network.
 
-    ``channels`` counts the channels of all BatchNorms, and in a network that has other norms, or
-    none, the outputs of all convolutions and linear layers. ``macs`` are the
+    ``channels`` counts the channels of all BatchNorms. In a network with other norms, or with none,
+    it counts the outputs of all convolutions and linear layers instead. ``macs`` are the
     multiply-adds of all convolutions and linear layers for one image. ``bytes`` is the size of the
     state dict.
     """
@@ -92,8 +92,9 @@ def _macs(op: Op, trace: Trace) -> int:
 def counted_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Return the layers whose channels are counted, by name.
 
-    These are all BatchNorms where no other norm is. Elsewhere they are all layers: a LayerNorm
-    normalises the channels of a residual stream, and most layers of a transformer have no norm.
+    These are all BatchNorms if the network has no other norms. Otherwise they are all convolutions
+    and linear layers: a LayerNorm normalises the channels of a residual stream, and most layers of
+    a transformer have no norm.
     """
     modules = modules_of(network)
     norms: dict[str, nn.Module] = dict(batchnorms(network))

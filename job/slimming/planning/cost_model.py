@@ -89,9 +89,10 @@ class CostModel:
                 self.macs[order[call.weight]] += call.places
 
     def _find_owners(self, network: nn.Module, graph: ChannelGraph, numbers: SlotNumbers) -> None:
-        """Two slots for each tensor, whose layer is gone when one of them has no channel.
+        """Find two slots for each tensor; its layer is removed if one of them has no channel.
 
-        The channels of a BatchNorm, and the inputs of the layer that it is folded into.
+        For a tensor of a BatchNorm they are the channels of the BatchNorm, and the inputs of the
+        layer that it is folded into. For other tensors both are slot 0, which is never empty.
         """
         self.folded = {
             norm: numbers[layer, "in"]

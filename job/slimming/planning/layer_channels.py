@@ -25,12 +25,12 @@ class LayerChannels:
     ``out`` are its outputs and ``in_`` its inputs; a BatchNorm has only ``out``. ``select`` are the
     channels that a BatchNorm selects from an input that is not cut. With ``bias`` the layer gets a
     bias, for the constant of removed channels. A layer without any input is a constant, into which
-    the BatchNorm ``norm`` after it is folded. ``axis`` is that of a parameter outside known layers;
-    None for the first one of a size above 1. ``sizes`` are attributes of a module, by name, that
-    count channels. ``scaled`` are outputs after the cut, and two numbers of channels: their weights
-    are multiplied by the square root of the first number over the second. ``places`` are the
-    channels that remain of those in a table of indices, or of the ``line`` of channels along the
-    ``axis`` of a convolution across them.
+    the BatchNorm ``norm`` after it is folded. ``axis`` is the axis of the outputs or channels in a
+    parameter outside known layers; None for the first axis longer than 1. ``sizes`` are attributes
+    of a module, by name, that count channels. ``scaled`` are outputs after the cut, with two
+    numbers of channels m and n: their weights are multiplied by sqrt(m / n). ``places`` are the
+    kept channels of a table of indices, or of the ``line`` of channels along the ``axis`` of a
+    convolution across channels.
     """
 
     out: Kept | None = None

@@ -88,7 +88,7 @@ class Plan:
         return Plan(**read_plan(path))
 
     def then(self, later: Plan) -> Plan:
-        """Return this plan and one of the network that it makes, ``later``, as one plan.
+        """Return one plan for this cut and a ``later`` one of the resulting network.
 
         The result applies to the network before this cut, and has no proof until ``apply`` proves
         it. Raises UsageError if ``later`` is a plan of another network.

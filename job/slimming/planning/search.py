@@ -21,7 +21,7 @@ NOTHING = "no channel of this network can be cut"
 
 
 class OutOfReachError(UsageError):
-    """No cut meets a budget; ``least`` is the least that one leaves, in the unit of its metric."""
+    """Error of a budget that no cut meets; ``least`` is the lowest cost, in the metric's unit."""
 
     least = 0.0
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class SlotCounts:
-    """The same as `CostModel.slot_counts` of `KeptChannels`, without a mask of all channels.
+    """Count channels as ``CostModel.slot_counts`` does for ``KeptChannels``, without their mask.
 
-    A search for the best counts asks for thousands of costs. For each *pair* of a group and a slot
+    A search for the best counts computes thousands of costs. For each *pair* of a group and a slot
     that contains channels of it, ``table`` has the number of entries of the slot with 0, 1, …
     units kept, from ``starts`` on.
     """

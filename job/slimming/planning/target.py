@@ -96,7 +96,7 @@ class Budget:
         return self.value * float(getattr(base, self.metric))
 
     def spread(self, round_index: int, rounds: int, base: Cost) -> Budget:
-        """Return the budget after one of ``rounds``; all rounds have the same ratio to the last."""
+        """Return the budget of a round; each round keeps the same fraction of the previous one."""
         if round_index == rounds:
             return self
         return replace(self, value=self.fraction(base) ** (round_index / rounds))
@@ -108,7 +108,7 @@ class Budget:
         typed = re.search(r"=(.*)", self.typed)
         absolute = typed and float(typed[1]) > 1
         unit = UNIT_NAMES[self.metric]
-        number = f": above 1 is an absolute number of {unit}; it" if absolute else ""
+        number = f" (above 1: an absolute number of {unit})" if absolute else ""
         return (
             f"{self}{number} cannot be reached: the minimum is {self.metric}={least:,.0f} of "
             f"{whole:,} ({share:g}); lower --min-keep or --round-to to go further"

@@ -2,8 +2,9 @@
 
 The narrow network learns the outputs and the features of the wide one on augmented calibration
 images. BatchNorm statistics do not change. A tenth of the images is held out, and the weights with
-the lowest loss on them are kept, possibly those before recovery. If this loss rises by more than a
-fifth in an epoch, training continues from the best weights at a lower learning rate.
+the lowest loss on them are kept, possibly those before recovery. If the loss after an epoch exceeds
+the lowest one by more than a fifth, training continues from the best weights at a lower learning
+rate.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
 
 Order = np.ndarray[Any, np.dtype[np.int64]]
-MIN_SIDE = 16  # pixels: smaller maps are not shifted
+MIN_SIDE = 16  # pixels; smaller inputs are not augmented
 MAX_COLOURS = 4  # inputs with more channels are not images
 SHIFT = 8  # images are shifted by up to 1 / SHIFT of their side
 HELD_OUT = 10  # about one in HELD_OUT samples is held out

@@ -109,7 +109,7 @@ class _Cloner:
         except (TypeError, AttributeError, RuntimeError) as error:  # e.g. of a generator
             where = f"{type(owner).__name__}.{name}"
             raise UsageError(
-                f"the network cannot be copied, for its attribute {where}: {reason(error)}"
+                f"the network cannot be copied because of its attribute {where}: {reason(error)}"
             ) from error
 
     def check_globals(self, owner: Any, forward: types.FunctionType) -> None:

@@ -1,4 +1,4 @@
-"""Ops that compute over channels without a weight, from the channels that are kept alone."""
+"""Ops that compute over channels without a weight, restricted to the kept channels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Origin of a narrow network: which numbers of which wide parameters its parameters are.
+"""Origin of a narrow network: the elements of the wide parameters that its parameters are cut from.
 
-The surgery itself gives the answer: it is applied to a network whose parameters are their own
-positions, so that every kind of cut, of grouped convolutions too, has one description.
+The surgery itself determines them. It is applied to a network whose parameters contain their own
+positions, so that every kind of cut is covered, including cuts of grouped convolutions.
 """
 
 from __future__ import annotations

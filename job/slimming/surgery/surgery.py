@@ -201,7 +201,7 @@ def _set_attributes(wide: nn.Module, memo: Mapping[int, Any], sizes: AttributeSi
 
 
 def _set_passed_sizes(wide: Any, memo: Mapping[int, Any], kept: Kept) -> None:
-    """Make the attributes of a norm's copy those of the channels ``kept`` that pass it."""
+    """Set the sizes and groups of a norm's copy to match the channels ``kept`` that pass it."""
     rule, layer = layer_rule(wide), memo[id(wide)]
     for attribute, side in rule.sizes.items() if rule else ():
         if side == "through" and not isinstance(wide, SelectedChannels):
@@ -216,7 +216,7 @@ def _size_along(layer: nn.Module, rule: LayerRule, side: str) -> int | None:
         tensor = getattr(layer, attribute, None)
         if tensor is not None and side in sides:
             axis = sides.index(side)
-            groups = getattr(layer, "groups", 1) if axis else 1  # of which a column is one's
+            groups = getattr(layer, "groups", 1) if axis else 1  # columns are those of one group
             return int(tensor.shape[axis] * groups)
     return None
 

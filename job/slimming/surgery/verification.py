@@ -208,7 +208,7 @@ def _precision(network: nn.Module) -> torch.dtype:
 
 @contextmanager
 def _proof_mode(network: nn.Module, auxiliary: bool) -> Iterator[None]:
-    """Put the network in eval mode; with ``auxiliary``, all but its layers in train mode."""
+    """Put the network in eval mode; with ``auxiliary``, put modules with children in train mode."""
     with training_mode(network, training=False):
         if auxiliary:
             for module in network.modules():

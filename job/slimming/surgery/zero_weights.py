@@ -1,7 +1,7 @@
 """Weights that are all zero, e.g. of a head or of a BatchNorm that is initialised with zeros.
 
-The outputs of a network do not depend on what is before them, so that equal outputs prove nothing
-about it.
+The outputs of a network do not depend on the layers before such weights, so that equal outputs
+prove nothing about these layers.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def test_a_run_that_another_machine_continued_is_fetched_and_the_old_one_set_asi
     assert not (first / "summary.json").exists()
     aside = next(path for path in first.parent.iterdir() if path.name.startswith("run."))
     assert (aside / "summary.json").read_text() == "only here"
-    assert "1 file that it lacks" in capsys.readouterr().err
+    assert "1 file that the store lacks" in capsys.readouterr().err
 
 
 def test_a_checkpoint_written_again_is_incomplete_until_it_is_stored(tmp_path: Path) -> None:

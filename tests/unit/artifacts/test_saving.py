@@ -81,8 +81,8 @@ def test_any_network_loads_into_the_one_before_the_cut(
     narrow, plan = job.slim(wide, (IMAGE, IMAGE), policy="uniform", target="width=0.5")
     with caplog.at_level(logging.INFO, "gammaslim"):
         job.save(narrow, str(tmp_path / "slim"), plan=plan)
-    assert "load it by load(path, network=" in caplog.text
-    with pytest.raises(UsageError, match=r"load it in Python, load\(path, network="):
+    assert "load it with load(path, network=" in caplog.text
+    with pytest.raises(UsageError, match=r"load it in Python with load\(path, network="):
         job.load(tmp_path / "slim")
     done = CliRunner().invoke(gammaslim, ["inspect", str(tmp_path / "slim")])
     assert done.exit_code == 2
