@@ -11,8 +11,8 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Run the command line, and exit with a documented code."""
-    from job.cli.exits import run_and_exit
     from job.cli.main import gammaslim
+    from job.cli.process_exit import run_and_exit
     from job.distributed.cores import set_thread_variables
 
     with suppress(OSError):  # as `python -m` does, to find --model module:factory

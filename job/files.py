@@ -167,14 +167,14 @@ def new_directory(path: Path) -> Iterator[Path]:
             for file in temporary.iterdir():
                 sync_path(file)
             sync_path(temporary)
-            _take_place(temporary, path)
+            _replace_folder(temporary, path)
         except BaseException:
             remove(temporary)
             raise
         sync_path(path.parent)
 
 
-def _take_place(temporary: Path, path: Path) -> None:
+def _replace_folder(temporary: Path, path: Path) -> None:
     """Rename ``temporary`` to ``path``; an existing folder is renamed first, and removed last.
 
     A folder cannot be replaced in one step. If the process is killed between the two renames,

@@ -15,7 +15,7 @@ from job.artifacts.json_records import from_json, to_json
 from job.artifacts.tensor_file import read_tensors, write_tensors
 from job.errors import StorageError, reading, shown, writing
 from job.files import discard, new_directory
-from job.training.position import Position, RoundProgress, TrainingProgress
+from job.training.checkpoint_content import Position, RoundProgress, TrainingProgress
 
 if TYPE_CHECKING:
     from pathlib import Path

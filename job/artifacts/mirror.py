@@ -68,11 +68,11 @@ class Mirror:
         attempt = self.store.read(ATTEMPT) if ATTEMPT in names else None
         if self.run.is_dir() and (not names or attempt == _content(self.run / ATTEMPT) is not None):
             self._restore_record()
-            self.lock.look(wrote_last=True)
+            self.lock.fetch(wrote_last=True)
         else:
             self._set_aside()
             self._download(names)
-            self.lock.look(wrote_last=False)
+            self.lock.fetch(wrote_last=False)
 
     def _download(self, names: Iterable[str]) -> None:
         complete, rest = complete_files(names)

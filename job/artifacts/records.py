@@ -10,7 +10,7 @@ file                   record
                        `SlimRecord`, `GammaRecord`, `StopRecord`,
                        `ResumeRecord`
 ``position.json``      `TrainingProgress` and `RoundProgress`, in
-                       `job.training.position`
+                       `job.training.checkpoint_content`
 ``model.json``         `Lineage`; the rest is `job.artifacts.model_card`'s
 ``sensitivity.json``   `Sensitivity`, in `job.slimming.sensitivity.record`
 ``latency.json``       `LatencyRecord`

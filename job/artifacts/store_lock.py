@@ -41,7 +41,7 @@ class StoreLock:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
-    def look(self, *, wrote_last: bool) -> None:
+    def fetch(self, *, wrote_last: bool) -> None:
         """Copy another job's lock from the store, and delete an old stop request.
 
         With ``wrote_last``, a lock of this host belongs to a job that has ended, and is deleted.

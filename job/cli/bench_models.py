@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.artifacts.export_onnx import onnx_bytes
 from job.artifacts.model_card import find_model
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.errors import DataError, GammaslimError, InputNotFound, UsageError, shown
 from job.files import is_file, read_bytes
 from job.models.input_size import input_shape

@@ -14,9 +14,9 @@ import click
 
 from job.cli.config_file import config_option
 from job.cli.environment import check_environment
-from job.cli.exits import exit_now
 from job.cli.help import write_examples, write_options
 from job.cli.option_types import PerChannel
+from job.cli.process_exit import exit_now
 from job.console import print_error
 from job.distributed.signals import ignore_requests, listen, stop_requested
 from job.errors import (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 from job.cli.class_matching import in_classes_of
 from job.cli.evaluate_task import card_of_task, evaluate_task
 from job.cli.evaluation_images import loader_workers, open_evaluation_images
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.console import counted, print_result, progress, say_cautions, table
 from job.distributed.collectives import on_main, start
 from job.errors import DataError, shown

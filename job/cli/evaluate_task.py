@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from job.artifacts.model_card import find_model, read_card
 from job.artifacts.provenance import find_task_data
 from job.cli.evaluation_images import loader_workers
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.console import counted, print_result, progress
 from job.data.task_items import ItemSplit
 from job.distributed.collectives import on_main, start

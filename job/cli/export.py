@@ -13,7 +13,7 @@ from job.artifacts.model_card import find_model
 from job.artifacts.provenance import find_dataset_table
 from job.cli.command_options import QuantisationOptions
 from job.cli.export_int8 import check_int8, int8_bytes
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.console import counted, say
 from job.errors import UsageError, shown
 from job.files import check_output, write_output

@@ -10,7 +10,7 @@ from job.artifacts.export_onnx import onnx_bytes
 from job.artifacts.onnx_int8 import OnnxNetwork, quantise
 from job.cli.calibration_images import calibration_data, open_images
 from job.cli.evaluate_task import refuse_task
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.console import amount, counted, progress, tick
 from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import start

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.artifacts.json_records import to_json
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.console import counted, print_result, table
 from job.report.tables import layers_table
 from job.slimming.analysis import analyse

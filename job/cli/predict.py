@@ -16,7 +16,7 @@ from job.cli.evaluation_images import (
     loader_workers,
     open_evaluation_images,
 )
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.cli.predict_task import STDOUT, predict_task
 from job.console import counted, print_result, progress, say
 from job.data.layout import IMAGES_ONLY

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.config import DETECTION
 from job.console import counted, print_result, progress, say
 from job.data.dataset import Dataset

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from job.cli.calibration_images import calibration_data, open_images
 from job.cli.evaluate_task import card_of_task
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.cli.task_images import open_task_images
 from job.console import phase, print_result, say, show_step, tick
 from job.data.preprocessing_options import PreprocessingOptions

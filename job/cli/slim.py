@@ -13,7 +13,7 @@ from job.artifacts.model_card import save_model
 from job.cli.calibration_images import SlimImages, open_images
 from job.cli.evaluate_task import card_of_task
 from job.cli.evaluation_images import loader_workers
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.cli.task_images import TaskImages, open_task_images
 from job.config import PruneConfig
 from job.console import phase, progress, say, say_cautions, show_step

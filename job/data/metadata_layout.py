@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 MIN_LISTING = 3  # first version of the listing rules with these files
-TRAINED = ("training", "validation")
+LABELLED_SPLITS = ("training", "validation")
 
 
 def open_metadata_folder(root: FilePath, lister: Lister) -> Dataset | None:
@@ -52,7 +52,7 @@ def open_metadata_folder(root: FilePath, lister: Lister) -> Dataset | None:
             if missing := len(set(images) - listed):
                 name = shown(files[split])
                 notes.append(f"warning: left out: {counted(missing, 'image')} not in {name}")
-        elif images and split in TRAINED:
+        elif images and split in LABELLED_SPLITS:
             raise DataError(
                 f"{shown(folder)} has no {' or '.join(METADATA_FILES)}, which "
                 f"{shown(next(iter(files.values())).parent)} has: its images have no labels"

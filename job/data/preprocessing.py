@@ -149,7 +149,7 @@ class Preprocessing:
         Without ``rotate``, the rotation of the preset is left to `job.data.rotation`.
         """
         preset, image = PRESETS[self.preset], limit_side(image, self.max_side)
-        if not preset.resizes_itself:
+        if not preset.augmentation_resizes:
             image = self.resized(image)
         crop = preset.augment(image, draw, self.size, resampling(self.interpolation))
         return crop.rotate(preset.angle(draw)) if rotate and preset.angle else crop

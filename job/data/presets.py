@@ -46,7 +46,7 @@ class Preset:
     default_size: Callable[[int], int]
     # side of the inputs -> resizing of evaluation, and of training unless the preset resizes itself
     resize: Callable[[int], Resize] = lambda _: Resize()
-    resizes_itself: bool = False
+    augmentation_resizes: bool = False
     # draw -> degrees to rotate the training image by
     angle: Callable[[Draw], float] | None = None
     # mean and standard deviation of each channel
@@ -85,7 +85,7 @@ PRESETS = {
         default_size=lambda _: 224,
         resize=_resize_for_crop,
         scale=IMAGENET,
-        resizes_itself=True,
+        augmentation_resizes=True,
     ),
 }
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from job.pipeline.setup import Setup
-    from job.training.position import Position
+    from job.training.checkpoint_content import Position
 
 
 @dataclass(frozen=True)

@@ -25,18 +25,18 @@ from job.pipeline.session_state import TrainedModel
 from job.pipeline.slim_round import (
     can_cut,
     cut,
-    cut_before,
     ranking_norms,
+    rebuild_cut,
     recover_cut,
 )
 from job.slimming.latency.machine import device_name
 from job.slimming.planning.cost import network_cost
 from job.slimming.planning.overview import removed_lines
 from job.tracking.wandb_events import round_event
+from job.training.checkpoint_content import PrunedScores
 from job.training.distillation import distillation
 from job.training.epoch import ACCURACY
 from job.training.evaluation import Evaluator
-from job.training.position import PrunedScores
 from job.training.session import RoundSpec
 from job.training.sparsity import describe_sparsity
 
@@ -114,7 +114,7 @@ def slimming_round(session: Session, wide: Model, distillation: Distillation | N
     current = session.start_round()
     session.watch.check()
     if current.resume:
-        narrow = cut_before(wide, current.resume, session.run.path)
+        narrow = rebuild_cut(wide, current.resume, session.run.path)
         pruned = current.resume.progress.scores
     else:
         with return_freed_memory():
@@ -195,7 +195,7 @@ def _score_weights(session: Session, network: nn.Module) -> BestScores:
     say(f"base: valid loss: {valid.loss:6.4f}, {valid.metric} {valid.accuracy:6.4f}")
     cautions = session.cautions.of_base(valid)
     say_cautions(cautions)
-    session.best_evaluated(valid.predictions)
+    session.keep_predictions(valid.predictions)
     return BestScores(
         valid.accuracy,
         valid.loss,

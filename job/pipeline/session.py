@@ -26,10 +26,10 @@ from job.pipeline.session_state import Place, RoundInProgress, SessionState
 from job.report.page import write_run_report
 from job.report.tables import describe_position, epoch_line
 from job.tracking.scalar_tracker import TrackedRun
-from job.tracking.tracker import Tracker
 from job.tracking.trackers import Trackers
 from job.tracking.wandb_events import epoch_event, recommended_event, run_inputs, summary_values
-from job.training.position import CutRecord, RoundProgress
+from job.tracking.wandb_tracker import Tracker
+from job.training.checkpoint_content import CutRecord, RoundProgress
 from job.training.session import TrainingSession
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from job.pipeline.claim import Claim
     from job.pipeline.session_state import TrainedModel
     from job.pipeline.setup import Setup
+    from job.training.checkpoint_content import Position
     from job.training.epoch import EpochResult
     from job.training.gamma import GammaHistogram
-    from job.training.position import Position
 
 _T = TypeVar("_T")
 
@@ -284,7 +284,7 @@ class Session(TrainingSession):
         """Log a histogram of γ."""
         self.log(GammaRecord(round=self.round.index, epoch=epoch, when=when, **asdict(histogram)))
 
-    def best_evaluated(self, predictions: torch.Tensor | None) -> None:
+    def keep_predictions(self, predictions: torch.Tensor | None) -> None:
         """Keep the predictions of the round's best model, for the record of its evaluation."""
         self.state.round = replace(self.round, predictions=predictions)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from job.slimming.planning.cost import Cost
     from job.slimming.sensitivity.record import Sensitivity
     from job.tracking.trackers import Trackers
-    from job.training.position import Position, PrunedScores
+    from job.training.checkpoint_content import Position, PrunedScores
 
 
 class Place(NamedTuple):

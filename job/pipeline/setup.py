@@ -45,7 +45,7 @@ from job.training.epoch import ACCURACY
 from job.training.evaluation import Evaluator
 from job.training.task_evaluation import TaskEvaluator
 from job.training.trainer import Trainer
-from job.training.trial import image_for_each_process, least_batch
+from job.training.trial import batch_for_processes, least_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,7 +183,7 @@ def find_smallest_batch(setup: Setup) -> Setup:
     count, size = len(setup.data.splits["training"]), setup.preprocessing.input_size
     least = on_main(lambda: least_batch(setup.network, setup.config, size, count))
     if setup.config.task == DETECTION:  # torchvision's detectors take no empty batch
-        least = max(least, image_for_each_process(setup.config, count))
+        least = max(least, batch_for_processes(setup.config, count))
     return replace(setup, smallest_batch=least)
 
 

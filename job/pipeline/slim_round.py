@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from job.slimming.planning.plan import Plan
     from job.slimming.recovery.recovery import Recovered
     from job.training.calibration import Calibration
-    from job.training.position import Position
+    from job.training.checkpoint_content import Position
 
 MAX_STEPS = 2**14  # of --rate in the search for a cut: 0.999 to this power is 8e-8
 
@@ -297,7 +297,7 @@ def _interruptible(calibration: Calibration, progress: Progress) -> Progress:
     return step
 
 
-def cut_before(model: Model, start: Position, run: Path) -> Model:
+def rebuild_cut(model: Model, start: Position, run: Path) -> Model:
     """Repeat the cut of ``model`` that an earlier attempt made, without its trained weights.
 
     The position ``start`` holds the weights. Raises DataError when it belongs to another network.

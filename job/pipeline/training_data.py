@@ -99,7 +99,7 @@ def known_sizes(config: PruneConfig, data: Dataset, output: Path | None) -> dict
         except OSError:  # a file is missing: the check reports it
             return {}
         if images and stored:
-            return stored.file_sizes(images.split.paths)
+            return stored.original_sizes(images.split.paths)
     return {}
 
 

@@ -300,7 +300,8 @@ def cut_network(
 ) -> tuple[nn.Module, Plan]:
     """Return the narrow network of ``allocation`` and the plan with its proof: all steps of a cut.
 
-    See the functions of the steps for the arguments and errors.
+    A latency target is a fraction of the latency of ``timed_base``, by default ``network``. See the
+    functions of the steps for the other arguments and the errors.
     """
     scores, data = measure_importance(network, graph, method, batches, progress)
     curves = measure_losses(network, graph, scores, method, data, example, progress)
@@ -311,7 +312,7 @@ def cut_network(
 
     plan = on_main(
         lambda: (
-            meet_latency(network, graph, example, allocation, plan_with, progress=progress)
+            meet_latency(network, graph, example, allocation, plan_with, timed_base, progress)
             if allocation.budget.metric == "latency"
             else plan_with(allocation, None)
         )

@@ -19,7 +19,7 @@ from job.slimming.latency.clock import clock_of
 from job.slimming.latency.network_latency import measure_network
 from job.slimming.latency.profile import random_images
 from job.slimming.latency.statistics import latency_of, speedup
-from job.slimming.planning.proof import PlannedLatency
+from job.slimming.planning.measurements import PlannedLatency
 from job.slimming.planning.search import OutOfReachError
 from job.slimming.planning.target import Budget
 from job.slimming.surgery.surgery import apply_plan

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from job.tracking.scalar_tracker import ScalarSink
-    from job.tracking.tracker import Tracker
     from job.tracking.wandb_events import WandbEvent
+    from job.tracking.wandb_tracker import Tracker
 
 TITLES = {"tensorboard": "TensorBoard", "mlflow": "MLflow"}
 SINKS: dict[str, Callable[[TrackedRun], ScalarSink]] = {

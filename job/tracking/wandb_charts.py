@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from job.artifacts.evaluation_record import RoundEvaluation
     from job.artifacts.records import RoundRecord
-    from job.tracking.process import Table, WandbChart
+    from job.tracking.wandb_process import Table, WandbChart
 
 AXIS_TITLES = {"params": "parameters", "macs": "multiply-adds", "latency": "latency in seconds"}
 MAX_ROWS = 10_000  # of a W&B table

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         SummaryRecord,
     )
     from job.files import JsonObject
-    from job.tracking.process import Histogram, RunInput, Table, WandbChart
+    from job.tracking.wandb_process import Histogram, RunInput, Table, WandbChart
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     import torch
 
     from job.distributed.stop import Watch
+    from job.training.checkpoint_content import Position
     from job.training.distillation import Distillation
     from job.training.epoch import EpochResult
     from job.training.gamma import GammaHistogram
-    from job.training.position import Position
 
 _T = TypeVar("_T")
 
@@ -77,7 +77,7 @@ class TrainingSession(Protocol):
     def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         """Log the distribution of γ ``before`` or ``after`` the sparse epochs."""
 
-    def best_evaluated(self, predictions: torch.Tensor | None) -> None:
+    def keep_predictions(self, predictions: torch.Tensor | None) -> None:
         """Record the predicted classes (N,) of the best epoch on the validation split.
 
         They are None for tasks without predicted classes, or if the round was resumed from a
@@ -110,7 +110,7 @@ class Unattended(TrainingSession):
     def gamma_measured(self, when: str, epoch: int, histogram: GammaHistogram) -> None:
         """Do nothing."""
 
-    def best_evaluated(self, predictions: torch.Tensor | None) -> None:
+    def keep_predictions(self, predictions: torch.Tensor | None) -> None:
         """Do nothing."""
 
     def save(self, position: Position) -> None:

@@ -22,6 +22,7 @@ from job.errors import StopRequest
 from job.models.weights import load_tensors
 from job.processes import is_main, rank, world_size
 from job.slimming.calibration.memory_format import runs_channels_last
+from job.training.checkpoint_content import Position, TrainingProgress
 from job.training.compilation import CompiledNetwork, fast_matmul
 from job.training.epoch import EpochResult
 from job.training.gamma import gamma_histogram, gamma_layers, gamma_parameters, gamma_statistics
@@ -33,7 +34,6 @@ from job.training.micro_batches import (
 )
 from job.training.objective import ClassificationObjective
 from job.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
-from job.training.position import Position, TrainingProgress
 from job.training.schedule import round_learning_rate
 from job.training.session import RoundSpec, RoundState, TrainingSession, Unattended
 from job.training.sparsity import apply_penalty
@@ -109,7 +109,7 @@ class Trainer:
         if spec.sparse_epochs:
             session.gamma_measured("after", spec.all_epochs, gamma_histogram(training.gammas))
         assert state.best is not None
-        session.best_evaluated(state.predictions)
+        session.keep_predictions(state.predictions)
         check_same(digest(training.trained.state_dict()), "the trained network")
         self.accelerator.free_memory()
         return state.best

@@ -88,7 +88,7 @@ def least_batch(network: nn.Module, config: PruneConfig, size: InputSize, count:
     return least
 
 
-def image_for_each_process(config: PruneConfig, count: int) -> int:
+def batch_for_processes(config: PruneConfig, count: int) -> int:
     """Return the minimum size of a global batch that has an image for every process.
 
     Raises UsageError if all batches would be too small, and DataError if ``count`` is too small.

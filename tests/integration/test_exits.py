@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from job.cli import command
-from job.cli.exits import run_and_exit
+from job.cli.process_exit import run_and_exit
 from job.distributed import signals
 from job.distributed.agent import _exit_code
 from job.errors import GammaslimError

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from job.tracking import tracker as tracking
-from job.tracking.tracker import Tracker
+from job.tracking import wandb_tracker as tracking
 from job.tracking.wandb_events import LAYER_COLUMNS, WandbEvent, WandbModel, gamma_histograms
+from job.tracking.wandb_tracker import Tracker
 from support.commands import Result, gammaslim, run
 from support.datasets import write_noise_idx
 from support.interrupted_runs import KILL_AT

@@ -38,18 +38,18 @@ MAX_MAPPED = 64 << 20  # bytes of pixels that a process reads before it releases
 class StoreLayout:
     """Positions of the images in the file.
 
-    ``sizes`` (N, 2) are widths and heights in the cache, ``file_sizes`` those of the image files.
+    ``sizes`` (N, 2) are widths and heights in the cache, ``original_sizes`` in the image files.
     """
 
     sizes: NDArray[np.int64]
-    file_sizes: NDArray[np.int64]
+    original_sizes: NDArray[np.int64]
 
     @property
     def index(self) -> NDArray[np.int64]:
         """Offset, width, height, and width and height in the file, of each image (N, 5)."""
         ends = self._start + np.cumsum(self.sizes.prod(1) * CHANNELS)
         offsets = np.concatenate([[self._start], ends[:-1]])
-        return np.column_stack([offsets, self.sizes, self.file_sizes]).astype(np.int64)
+        return np.column_stack([offsets, self.sizes, self.original_sizes]).astype(np.int64)
 
     @property
     def _start(self) -> int:
@@ -156,7 +156,7 @@ class StoredImages:
         state = {"_map": None, "_touched": 0, "_shape": self._shape}
         return {"path": self.path, "index": self.index, **state}
 
-    def file_sizes(self, paths: Sequence[str]) -> dict[str, Size]:
+    def original_sizes(self, paths: Sequence[str]) -> dict[str, Size]:
         """Return the original (width, height) of each decoded image, by its path in ``paths``."""
         rows = self.index.tolist()
         return {path: (w, h) for path, (_, used, _, w, h) in zip(paths, rows, strict=True) if used}

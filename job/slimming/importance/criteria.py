@@ -18,7 +18,7 @@ from job.slimming.graph.selection import batchnorms
 from job.slimming.importance.refit import refit_importance
 from job.slimming.importance.scores import NO_LABELS, Criterion, ScoreInputs
 from job.slimming.importance.taylor import taylor_importance
-from job.slimming.importance.unranked import rank_without_batchnorm
+from job.slimming.importance.unranked import score_unranked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -130,4 +130,4 @@ def score_channels(
         raise UsageError(f"--importance {importance} {NO_LABELS}")
     with torch.set_grad_enabled(criterion.gradients):
         scores = criterion.score(ScoreInputs(network, graph, calibration, seed))
-    return rank_without_batchnorm(network, graph, scores, l2_importance)
+    return score_unranked(network, graph, scores, l2_importance)

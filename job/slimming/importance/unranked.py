@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from job.slimming.importance.scores import Scores
 
 
-def rank_without_batchnorm(
+def score_unranked(
     network: nn.Module,
     graph: ChannelGraph,
     scores: Scores,

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import BlockedChannels, ChannelGraph
     from job.slimming.graph.union import Ids
     from job.slimming.planning.cost import Cost
+    from job.slimming.planning.measurements import PlannedLatency, Proof
     from job.slimming.planning.overview import Sizes
-    from job.slimming.planning.proof import PlannedLatency, Proof
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,7 +17,7 @@ from job.slimming.graph.reasons import read_reason
 from job.slimming.inputs import kind_of
 from job.slimming.planning.cost import Cost
 from job.slimming.planning.layer_channels import LayerChannels
-from job.slimming.planning.proof import PlannedLatency, Proof
+from job.slimming.planning.measurements import PlannedLatency, Proof
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

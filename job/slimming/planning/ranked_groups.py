@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.slimming.graph.removal import DataFlow
+from job.slimming.graph.data_flow import DataFlow
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -67,7 +67,7 @@ def _difference(outputs: torch.Tensor, reference: torch.Tensor) -> float:
     return worst / largest if largest and math.isfinite(worst) else math.inf
 
 
-def explain_mismatch(network: nn.Module, noise: Example) -> None:
+def check_comparable(network: nn.Module, noise: Example) -> None:
     """Raise an error if the outputs of ``network`` on ``noise`` cannot prove a cut.
 
     Raises DataError for damaged weights, and UsageError for a network whose outputs are not finite

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from job.errors import DataError, UsageError
+from job.slimming.graph.data_flow import DataFlow
 from job.slimming.graph.layers import BATCHNORM, modules_of
 from job.slimming.graph.modes import training_mode
-from job.slimming.graph.removal import DataFlow
 from job.slimming.graph.removed_layers import can_be_replaced
 from job.slimming.graph.selection import SelectedChannels
 from job.slimming.graph.snapshot import preserve_state

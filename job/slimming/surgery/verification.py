@@ -18,10 +18,10 @@ from job.slimming.graph.modes import training_mode
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.trace import trace_network
 from job.slimming.inputs import call_network, map_tensors, tensors_in
+from job.slimming.planning.measurements import Proof
 from job.slimming.planning.plan import keep_in
-from job.slimming.planning.proof import Proof
 from job.slimming.surgery.clone import clone_module, clone_to
-from job.slimming.surgery.comparison import explain_mismatch, relative_difference
+from job.slimming.surgery.comparison import check_comparable, relative_difference
 from job.slimming.surgery.kept_channels import KeptReads
 from job.slimming.surgery.probe import probe_batch, smallest_equivalent_input
 from job.slimming.surgery.removal import set_exact_constants
@@ -74,7 +74,7 @@ def verify(
     error = relative_difference(actual, expected)
     proof = Proof(error, str(precision).removeprefix("torch."), tolerance)
     if not proof.error <= tolerance:
-        explain_mismatch(masked, _noise_for(masked, small))
+        check_comparable(masked, _noise_for(masked, small))
         raise GammaslimError(
             f"the cut is wrong: the narrow network differs from the wide one without the removed "
             f"channels by {proof}"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from job.cli.exits import exit_now
+from job.cli.process_exit import exit_now
 from job.distributed.collectives import start
 from job.models.student import StudentNet
 from job.processes import rank

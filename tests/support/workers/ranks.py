@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from job.cli.exits import exit_now
+from job.cli.process_exit import exit_now
 from job.config import PruneConfig
 from job.data.preprocessing import Preprocessing
 from job.data.splits import ArraySplit

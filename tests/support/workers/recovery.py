@@ -7,7 +7,7 @@ import copy
 import torch
 import torch.distributed as dist
 
-from job.cli.exits import exit_now
+from job.cli.process_exit import exit_now
 from job.distributed.collectives import check_same, digest, start
 from job.models.student import StudentNet
 from job.processes import rank

@@ -11,7 +11,13 @@ import torch
 from job.artifacts.accuracy import accuracy_change, signed_points
 from job.artifacts.checkpoint import newest_position, save_position
 from job.files import new_directory, tidy
-from job.training.position import CutRecord, Position, PrunedScores, RoundProgress, TrainingProgress
+from job.training.checkpoint_content import (
+    CutRecord,
+    Position,
+    PrunedScores,
+    RoundProgress,
+    TrainingProgress,
+)
 
 
 def test_a_folder_that_is_replaced_is_there_before_and_after(tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_a_live_job_elsewhere_is_seen_and_keeps_the_run(tmp_path: Path) -> None:
     (there / "lock.json").write_text(lock_of(os.getpid(), "1"))
     holder, starter = StoreLock(store, there), StoreLock(store, here)
     holder.exchange()
-    starter.look(wrote_last=False)
+    starter.fetch(wrote_last=False)
     assert json.loads((here / "lock.json").read_text())["id"] == "1"
     first = (here / "lock.json").stat().st_mtime_ns
     starter.exchange()
@@ -298,7 +298,7 @@ def test_a_stop_file_in_the_store_asks_the_job_to_stop(tmp_path: Path) -> None:
     store = Store(URL)
     store.write("STOP", b"")
     lock = StoreLock(store, tmp_path)
-    lock.look(wrote_last=True)
+    lock.fetch(wrote_last=True)
     assert store.read("STOP") is None  # of an earlier attempt
     store.write("STOP", b"")
     lock.exchange()

@@ -28,7 +28,7 @@ from job.artifacts.records import (
 )
 from job.slimming.planning.layer_channels import LayerChannels
 from job.slimming.sensitivity.record import Sensitivity
-from job.training.position import CutRecord, PrunedScores, RoundProgress, TrainingProgress
+from job.training.checkpoint_content import CutRecord, PrunedScores, RoundProgress, TrainingProgress
 
 ROUND = {
     "round": 1, "width": 0.95, "channels": 978, "params": 235809, "macs": 1764924, "bytes": 951124,

@@ -180,7 +180,7 @@ def test_a_later_run_finds_it_and_decodes_nothing(
     stored = fill(image_set(tmp_path / "data"), tmp_path)
     assert stored
     assert "found" in capsys.readouterr().out
-    known = stored.file_sizes(images.split.paths)
+    known = stored.original_sizes(images.split.paths)
     monkeypatch.setattr("job.data.image_check.check_image", forbidden)
     data, largest = check_images(
         open_data(str(tmp_path / "data")), ["training"], "fail", known=known
@@ -385,7 +385,7 @@ def test_an_image_lost_before_it_is_decoded_is_reported_by_its_reader(tmp_path: 
     assert stored
     row = images.split.paths.index("training/1_1.png")
     assert not stored.has(row)
-    assert "training/1_1.png" not in stored.file_sizes(images.split.paths)
+    assert "training/1_1.png" not in stored.original_sizes(images.split.paths)
     with pytest.raises(GammaslimError, match=r"1_1\.png cannot be read as an image"):
         cached(images, stored).image(row)
 

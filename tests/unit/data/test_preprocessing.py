@@ -21,7 +21,7 @@ from job.artifacts.export import export_metadata
 from job.artifacts.model_card import ModelCard, read_card, save_model
 from job.cli.command_options import ModelOptions
 from job.cli.main import gammaslim as program
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.config import InterpolationName, PresetName, PruneConfig, WeightsPackage
 from job.data import pretrained as packages
 from job.data.augmentation import resampling

@@ -16,7 +16,7 @@ from torch import nn
 
 from job.artifacts.model_card import ModelCard, load_model, save_model
 from job.cli.command_options import ModelOptions
-from job.cli.model import open_model
+from job.cli.open_model import open_model
 from job.cli.option_types import KeyValue
 from job.data.preprocessing import Preprocessing
 from job.errors import DataError, UsageError

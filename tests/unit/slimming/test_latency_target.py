@@ -13,8 +13,11 @@ from torch import nn
 import job
 from job.errors import UsageError
 from job.slimming import latency_target
+from job.slimming.analysis import analyse
+from job.slimming.cut import Method, cut_network
 from job.slimming.latency import network_latency
 from job.slimming.latency.alternation import TimeLimits
+from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.target import Budget
 from support.clocks import FakeClock
 from support.networks import Net, block
@@ -92,6 +95,19 @@ def test_a_target_in_seconds(clock: FakeClock) -> None:
     assert time_of(narrow) == pytest.approx(wanted, rel=0.07)
     assert plan.latency.after == pytest.approx(wanted, rel=0.07)
     assert str(plan.latency).startswith("latency: ")
+
+
+def test_a_fraction_is_of_the_network_before_all_cuts(clock: FakeClock) -> None:
+    """``gammaslim slim`` passes it for a model that is slim already."""
+    base, image = Chain().eval(), torch.zeros(1, 3, 16, 16)
+    slim_once, _ = slim(base, "latency=0.7")
+    allocation = Allocation("global", Budget.parse("latency=0.5"))
+    narrow, plan = cut_network(
+        slim_once, analyse(slim_once, image), image, allocation, Method("l2"), timed_base=base
+    )
+    assert time_of(narrow) / time_of(base) == pytest.approx(0.5, rel=0.07)
+    assert plan.latency
+    assert plan.latency.fraction == pytest.approx(time_of(narrow) / time_of(base), rel=1e-3)
 
 
 def test_what_is_out_of_reach_is_named_with_what_is_not(clock: FakeClock) -> None:

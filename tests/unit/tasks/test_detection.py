@@ -28,7 +28,7 @@ from job.processes import world_size
 from job.tasks.detection import Detection
 from job.tasks.image_task import TaskOptions
 from job.tasks.loading import try_own_objective
-from job.training.trial import image_for_each_process
+from job.training.trial import batch_for_processes
 from support import coco
 
 
@@ -74,10 +74,10 @@ def test_a_network_that_is_no_detector_is_named(tmp_path: Path) -> None:
 
 def test_every_process_needs_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     assert world_size() == 1
-    assert image_for_each_process(config(Path("data"), batch_size=1), 1) == 1
+    assert batch_for_processes(config(Path("data"), batch_size=1), 1) == 1
     monkeypatch.setattr("job.training.trial.world_size", lambda: 4)
     with pytest.raises(UsageError, match="--batch-size 3 is too small for 4 processes"):
-        image_for_each_process(config(Path("data"), batch_size=3), 9)
+        batch_for_processes(config(Path("data"), batch_size=3), 9)
 
 
 @pytest.mark.usefixtures("nets")

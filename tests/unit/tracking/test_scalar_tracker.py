@@ -17,9 +17,9 @@ from job.errors import StopRequest, UsageError
 from job.files import read_json
 from job.tracking import scalar_tracker, trackers
 from job.tracking.scalar_tracker import ScalarTracker, TrackedRun, check_trackers
-from job.tracking.tracker import Tracker
 from job.tracking.trackers import Trackers
 from job.tracking.wandb_events import WandbEvent
+from job.tracking.wandb_tracker import Tracker
 from support.mlflow_stand_in import write_stand_in
 
 

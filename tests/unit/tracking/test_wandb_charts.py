@@ -12,8 +12,8 @@ from PIL import Image
 from job.artifacts.evaluation_record import ErrorRecord, ExampleImage, RoundEvaluation
 from job.artifacts.records import RoundRecord
 from job.tracking import wandb_charts
-from job.tracking.process import _gallery
 from job.tracking.wandb_charts import accuracy_charts, confusion_chart, example_images
+from job.tracking.wandb_process import _gallery
 
 
 def entry(number: int, params: int, latency: float | None = None) -> RoundRecord:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import job
 from job.errors import GammaslimError
 from job.slimming.analysis import analyse
-from job.slimming.graph.removal import DataFlow
+from job.slimming.graph.data_flow import DataFlow
 from job.slimming.graph.removed_layers import ConstantOutput, NoOutput
 from job.slimming.graph.trace import trace_network
 from job.slimming.planning.cost import Cost

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from job.tracking.tracker import Tracker
+from job.tracking.wandb_tracker import Tracker
 
 
 def unexpected(*_: Any) -> NoReturn:

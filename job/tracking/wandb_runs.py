@@ -15,7 +15,7 @@ from job.errors import GammaslimError
 from job.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from job.tracking.process import OfflineNames
+    from job.tracking.wandb_process import OfflineNames
 
 ALPHABET = string.ascii_lowercase + string.digits
 

@@ -1,7 +1,7 @@
 """Log a run to Weights & Biases, online or offline, without ever disturbing the job.
 
-W&B runs in a separate process, `job.tracking.process`. A thread forwards events to it: the job
-never waits for a server, except for a bounded time at its end.
+W&B runs in a separate process, `job.tracking.wandb_process`. A thread forwards events to it: the
+job never waits for a server, except for a bounded time at its end.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 from job.config import PruneConfig
 from job.console import say, warn
 from job.errors import GammaslimError, StopRequest, printable, reason
-from job.tracking.segments import Segments
 from job.tracking.wandb_events import AXES
+from job.tracking.wandb_runs import Segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from job.tracking.process import (
+    from job.tracking.wandb_events import WandbEvent, WandbModel
+    from job.tracking.wandb_process import (
         FinishEvent,
         LogEvent,
         ModelUpload,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
         RunInput,
         Settings,
     )
-    from job.tracking.wandb_events import WandbEvent, WandbModel
 
 INIT_TIMEOUT = 30  # seconds; training does not wait for it
 SYNC_SHARE = 0.03  # fraction of the job's time that the final sync may take
@@ -239,7 +239,7 @@ class Tracker:
 
 
 def _start_process(variables: Mapping[str, str]) -> subprocess.Popen[str]:
-    program = Path(__file__).with_name("process.py")
+    program = Path(__file__).with_name("wandb_process.py")
     return subprocess.Popen(
         [sys.executable, "-P", str(program)],
         env=variables,

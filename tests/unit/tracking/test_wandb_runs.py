@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from job.tracking.segments import Segments
+from job.tracking.wandb_runs import Segments
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,6 +1,6 @@
 """The W&B process: isolates the job from W&B's waits, output and hooks.
 
-`job.tracking.tracker` starts it as a file; it imports nothing from the package. It reads JSON
+`job.tracking.wandb_tracker` starts it as a file; it imports nothing from the package. It reads JSON
 lines: `Settings`, then `LogEvent` and at last `FinishEvent`. It writes JSON lines, `Reply`: a
 ``folder`` or ``failed``, then warnings. W&B itself is configured by its environment variables.
 """
