@@ -39,8 +39,9 @@ def forecast_cache(setup: Setup) -> None:
         say(f"cache: {amount(needed)} of decoded images are found")
         return
     place = choose_place(options.mode, options.cache_dir, options.run, needed)
-    where = shown(place.folder) if place.folder else "memory" if place.memory else "no cache"
-    say(f"cache: decoded images take {amount(needed)}; they are stored in {where}")
+    where = shown(place.folder) if place.folder else "memory" if place.memory else ""
+    they = f"are stored in {where}" if where else "are not stored, for lack of space"
+    say(f"cache: decoded images take {amount(needed)}; they {they}")
 
 
 def _options(setup: Setup, run: Path) -> CacheOptions:

@@ -151,7 +151,7 @@ def test_bad_input_in_numbers(
     assert codes.total() - codes[0] >= 400 // share
 
 
-CLOCK = re.compile(r"[\d.]+ (ms|seconds?)\b|[\d.]+x\b|about [\w ]+ left")
+CLOCK = re.compile(r" *[\d.]+ (ms|seconds?)\b| *[\d.]+x\b|about [\w ]+ left")
 
 
 def in_a_process(args: list[str], env: dict[str, str], cwd: Path, logs: Path) -> End:

@@ -183,8 +183,8 @@ def test_a_wandb_problem_is_an_error_only_where_online_is_asked_for(
     [
         (32, 6000, 1, []),
         (32, 6016, 4, []),
-        (32, 6000, 3, ["a multiple, e.g. 33"]),
-        (2, 6000, 4, ["some 0 and some 1", "a multiple, e.g. 4"]),
+        (32, 6000, 3, ["use a multiple of 3, e.g. 33"]),
+        (2, 6000, 4, ["some 0 and some 1", "use a multiple of 4, e.g. 4"]),
         (32, 6001, 1, []),  # 17 in the last batch
         (32, 33, 1, ["only 1 of 32", "--batch-size 33 would be better"]),
         (64, 6 * 64 + 7, 1, ["only 7 of 64", "--batch-size 66 would be better"]),

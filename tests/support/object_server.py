@@ -104,6 +104,9 @@ class ObjectServer:
         assert self.process
         self.process.kill()
         self.process.wait()
+        for name, port in self.ports.items():  # it has its sockets there, whatever TMPDIR is
+            for socket_name in (f"{name}-{port}", f"{name}-grpc-{port + 10_000}"):
+                Path(f"/tmp/seaweedfs-{socket_name}.sock").unlink(missing_ok=True)
 
 
 def free_port() -> int:
