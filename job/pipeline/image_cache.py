@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from job.console import amount, say
 from job.data.cache.leader import CacheOptions
-from job.data.cache.place import choose_place
+from job.data.cache.place import choose_place, uncached_message
 from job.data.cache.sharing import share_cache
 from job.distributed.collectives import on_main
 from job.errors import shown
@@ -39,9 +39,11 @@ def forecast_cache(setup: Setup) -> None:
         say(f"cache: {amount(needed)} of decoded images are found")
         return
     place = choose_place(options.mode, options.cache_dir, options.run, needed)
-    where = shown(place.folder) if place.folder else "memory" if place.memory else ""
-    they = f"are stored in {where}" if where else "are not stored, for lack of space"
-    say(f"cache: decoded images take {amount(needed)}; they {they}")
+    if not place.exists:
+        say(uncached_message(place.reason))
+        return
+    where = shown(place.folder) if place.folder else "memory"
+    say(f"cache: decoded images take {amount(needed)}; they are stored in {where}")
 
 
 def _options(setup: Setup, run: Path) -> CacheOptions:

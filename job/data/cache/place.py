@@ -41,6 +41,11 @@ class CachePlace:
         return self.memory or self.folder is not None
 
 
+def uncached_message(reason: str) -> str:
+    """Return the message of a run whose images have no cache, for a ``reason``."""
+    return f"cache: none, images are decoded in every epoch: {reason}"
+
+
 def scratch_folder() -> Path | None:
     """Return the folder for caches in node-local scratch, of this user; None without scratch."""
     for name in SCRATCH:

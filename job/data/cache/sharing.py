@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from job.console import amount, counted, phase, say, warn
 from job.data.cache.build import ShareBuilder
 from job.data.cache.leader import Leader
+from job.data.cache.place import uncached_message
 from job.data.cache.store import StoredImages, StoreWriter
 from job.distributed.collectives import gather
 from job.distributed.cores import available_cores
@@ -170,7 +171,7 @@ def _conclude(
 def _summary(images: ImageSet, step: NodeStep, seconds: float) -> str:
     count = counted(len(images), "decoded image")
     if step.state == "off":
-        return f"cache: none, images are decoded in every epoch: {step.reason}"
+        return uncached_message(step.reason)
     if step.path and step.path.is_relative_to("/proc"):
         where = "in memory"
     else:
