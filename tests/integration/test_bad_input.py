@@ -109,13 +109,16 @@ def log(case: Case, end: End, found: list[str]) -> None:
 
 
 def play(case: Case, folder: Path, run: Run) -> tuple[End, list[str]]:
-    """Build a case in ``folder``, run it, check the files that remain, and remove the folder."""
-    inputs, cwd, out, logs = (folder / name for name in ("in", "cwd", "out", "logs"))
-    for place in (inputs, cwd, out, logs):
+    """Build a case in ``folder``, run it, check the files that remain, and remove the folder.
+
+    Its caches are in a scratch of its own, so that no case finds those of another.
+    """
+    inputs, cwd, out, logs, scratch = (folder / n for n in ("in", "cwd", "out", "logs", "scratch"))
+    for place in (inputs, cwd, out, logs, scratch):
         place.mkdir(parents=True)
     args = [os.fsdecode(os.fsencode(str(a))).replace("$OUT", str(out)) for a in case.build(inputs)]
     before = fingerprint(inputs)
-    end = run(args, dict(case.env), cwd, logs)
+    end = run(args, {"TMPDIR": str(scratch), **case.env}, cwd, logs)
     found = complaints(case, end, several="--dry-run" in args)
     touched = fingerprint(inputs) != before and not case.resumes
     found += ["the input was touched"] * touched
@@ -151,7 +154,7 @@ def test_bad_input_in_numbers(
     assert codes.total() - codes[0] >= 400 // share
 
 
-CLOCK = re.compile(r" *[\d.]+ (ms|seconds?)\b| *[\d.]+x\b|about [\w ]+ left")
+CLOCK = re.compile(r" *[\d.]+ (ms|s|seconds?)\b| *[\d.]+x\b|about [\w ]+ left")
 
 
 def in_a_process(args: list[str], env: dict[str, str], cwd: Path, logs: Path) -> End:
