@@ -7,12 +7,17 @@ inputs can fit few images without an error and still be wrong on all others.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from job.distributed.collectives import total
 from job.processes import rank, world_size
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BLOCK = 256  # columns; products of two columns are computed once, but for those within a block
 GOLDEN_RATIO = 2654435769  # its inverse, times 2**32: multiples of it are evenly spread
 
 
@@ -178,7 +183,10 @@ class SplitSums:
 
 
 class _Sums:
-    """Sums over rows, shifted by the mean of the first ones."""
+    """Sums over rows, shifted by the mean of the first ones.
+
+    ``products`` holds the products of each column with those from its block on.
+    """
 
     def __init__(
         self, groups: int, columns: int, size: int, device: torch.device, dtype: torch.dtype
@@ -194,7 +202,9 @@ class _Sums:
         if not self.count:
             self.shift = rows.mean(0, dtype=torch.float64)
         rows = (rows - self.shift.to(rows.dtype)).transpose(0, 1)
-        self.products += rows[:, :, : self.columns].transpose(1, 2) @ rows
+        for first, last in self._blocks():
+            left, right = rows[:, :, first:last], rows[:, :, first:]
+            self.products[:, first:last, first:] += left.transpose(1, 2) @ right
         self.sums += rows.sum(1, dtype=torch.float64)
         self.count += rows.shape[1]
 
@@ -203,9 +213,17 @@ class _Sums:
         mean = self.shift + self.sums / max(1, self.count)
         count = int(total(mean.new_tensor(float(self.count))))
         overall = total(mean * self.count) / max(1, count)
+        for first, last in self._blocks():
+            above = self.products[:, first:last, last : self.columns]
+            self.products[:, last:, first:last] = above.transpose(1, 2)
         scatter = self._plus(self.products, self.sums, -1 / max(1, self.count))
         scatter = total(self._plus(scatter, mean - overall, self.count))
         return Moments(count, overall.cpu(), scatter.cpu())
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield the first column of each block and that after its last one."""
+        for first in range(0, self.columns, BLOCK):
+            yield first, min(first + BLOCK, self.columns)
 
     def _plus(self, matrix: torch.Tensor, vectors: torch.Tensor, factor: float) -> torch.Tensor:
         """Return ``matrix`` plus ``factor`` times the products of ``vectors``."""

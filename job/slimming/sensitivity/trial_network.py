@@ -6,6 +6,7 @@ A pass computes only the layers from the first consumer on and replays the earli
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -57,6 +58,7 @@ class TrialNetwork:
     ) -> None:
         self.graph, self.statistics = graph, statistics
         self.logits = False  # whether the outputs of the last batch were logits
+        self.uses = Counter(call.weight for call in graph.calls)
         biases = {
             layer: LayerChannels(bias=True) for layer in layers_without_constant(network, graph)
         }
@@ -85,7 +87,7 @@ class TrialNetwork:
             for number in range(rounds):
                 replay, reference, parts = None, list[torch.Tensor](), list[torch.Tensor]()
                 if number < len(batches):
-                    replay = Replay(self.network, batches[number])
+                    replay = self._replay(batches[number])
                     reference = reference_outputs(replay.outputs)
                     self.logits = are_logits(reference)
                 for place, (ranked, counts) in enumerate(zip(groups, points, strict=True)):
@@ -112,6 +114,10 @@ class TrialNetwork:
             terms = torch.zeros(evaluations, size, 2, dtype=torch.float64, device=device)
         return mean_loss(total(terms)).cpu()
 
+    def _replay(self, batch: Example) -> Replay:
+        blocks = not self.graph.forward.keeps_activations  # a replayed block would not keep any
+        return Replay(self.network, batch, blocks=blocks)
+
     def _terms(
         self,
         replay: Replay,
@@ -121,12 +127,15 @@ class TrialNetwork:
         consumers: Sequence[Consumer],
     ) -> Iterator[torch.Tensor]:
         """Yield the terms (tensors, 2) of the loss of one batch at each point of one group."""
-        place = replay.first_call({consumer.layer for consumer in consumers})
+        place = replay.first_call({consumer.layer: self._uses(consumer) for consumer in consumers})
         for count in counts:
             keep = keep_all(self.graph)
             keep[ranked.units[count:].reshape(-1)] = False
             with self._reduced(consumers, keep):
                 yield loss_terms(reference, replay.run_from(place))
+
+    def _uses(self, consumer: Consumer) -> int:
+        return self.uses[f"{consumer.layer}.weight"]
 
     @contextmanager
     def _reduced(self, consumers: Sequence[Consumer], keep: Ids) -> Iterator[None]:

@@ -163,7 +163,56 @@ def best_slope(measured: Any, stays: torch.Tensor) -> tuple[torch.Tensor, torch.
     return fits[-1]
 
 
-@pytest.mark.parametrize("make", [Residual, InPlace, OwnForward])
+class Keeps(nn.Module):
+    """Two blocks, one with a hook inside, and a weight that is used in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), Block(), Block()
+        self.head, self.seen = nn.Linear(8, 5), list[torch.Tensor]()
+        self.two.conv.register_forward_hook(lambda *args: self.seen.append(args[-1].mean((2, 3))))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.clear()
+        x = self.two(self.one(F.conv2d(x, self.stem.weight) + self.stem(x)[:, :, 1:-1, 1:-1]))
+        return self.head(x.mean((2, 3)) + self.seen[0])
+
+
+class Block(nn.Module):
+    """A convolution and functions that no layer computes."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Block.calls += 1
+        return F.relu(self.conv(x) + x, inplace=True)
+
+
+def test_a_block_is_replayed_whole_unless_its_layers_are_observed() -> None:
+    wide = randomise(Keeps())
+    with torch.no_grad():
+        expected, replay = wide(IMAGES), Replay(wide, IMAGES)
+        place, Block.calls = replay.order.index("head"), 0
+        assert torch.equal(replay.run_from(place), expected)
+        assert Block.calls == 1  # two, which has a hook; not one
+        leaves = Replay(wide, IMAGES, blocks=False)
+        assert torch.equal(leaves.run_from(place), expected)
+        assert Block.calls == 1 + 2 + 2
+
+
+def test_passes_are_whole_where_a_weight_is_also_used_outside_of_its_layer() -> None:
+    wide = randomise(Keeps())
+    with torch.no_grad():
+        replay = Replay(wide, IMAGES)
+    assert replay.first_call({"two.conv": 1}) == 2
+    assert replay.first_call({"two.conv": 1, "head": 2}) == 0
+
+
+@pytest.mark.parametrize("make", [Residual, InPlace, OwnForward, Keeps])
 def test_replayed_passes_give_the_outputs_of_whole_passes(make: type[nn.Module]) -> None:
     wide = randomise(make())
     with torch.no_grad():
@@ -199,8 +248,8 @@ def test_passes_are_whole_where_the_calls_of_a_layer_are_not_observed() -> None:
     wide = randomise(Residual())
     with torch.no_grad():
         replay = Replay(wide, IMAGES)
-    assert replay.first_call({replay.order[2], replay.order[1]}) == 1
-    assert replay.first_call({replay.order[2], "of another kind"}) == 0
+    assert replay.first_call({replay.order[2]: 1, replay.order[1]: 1}) == 1
+    assert replay.first_call({replay.order[2]: 1, "of another kind": 1}) == 0
 
 
 def test_curves_interpolate_and_never_rise() -> None:
