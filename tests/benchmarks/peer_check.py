@@ -3,7 +3,8 @@
 The narrow network is compared with a wide one in which the removed channels are zero: the rows of
 the layers that produce them, with γ and β of their norms, and the columns of the layers that read
 them. Norms over channels are computed from the channels that are left, and so are softmaxes over
-channels: their columns that are zero in every row are left out.
+channels: their columns that are zero in every row are left out. Weights that are standardised in
+each pass are standardised over the inputs that are left.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def without_channels(network: nn.Module, layers: Layers) -> nn.Module:
                     wide.set_submodule(name, _KeptNorm(modules[name], channels.out))
             elif name in modules:
                 _zero_layer(modules[name], channels)
+                if "StdConv" in type(modules[name]).__name__ and channels.in_ is not None:
+                    wide.set_submodule(name, _KeptInputs(modules[name], channels.in_))
             elif type(modules.get(name.rpartition(".")[0])).__name__ == "GlobalResponseNorm":
                 if channels.out is not None:
                     owner = name.rpartition(".")[0]
@@ -66,6 +69,21 @@ class _KeptNorm(nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         with _OverKept(self.kept):
             return self.norm(values)
+
+
+class _KeptInputs(nn.Module):
+    """A convolution of timm with a standardised weight, which runs on the inputs ``kept`` alone.
+
+    They are the same in each group.
+    """
+
+    def __init__(self, layer: Any, kept: Sequence[int]) -> None:
+        super().__init__()
+        self.layer, self.kept = layer, list(kept)
+        layer.weight = nn.Parameter(layer.weight[:, self.kept[: len(kept) // layer.groups]])
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.layer(values[:, self.kept])
 
 
 class _KeptResponse(nn.Module):

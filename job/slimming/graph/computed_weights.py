@@ -107,7 +107,7 @@ def computed_from(state: PropagationState, op: Op, weight: torch.Tensor) -> str 
     """
     sources = state.derived.sources(weight)
     whole = {each.name for each in sources if not each.reduced and each.shape == weight.shape}
-    if len(whole) != 1 or int(op.argument(6, "groups", 1)) not in (1, weight.shape[0]):
+    if len(whole) != 1:
         return None
     (name,) = whole
     if owner_of(name) in state.layers and not name.endswith(".weight"):
@@ -126,7 +126,8 @@ def end_computed(
 ) -> None:
     """Note the statistics of a computed weight, and the parameters of its rows.
 
-    ``ids`` are the inputs of the convolution, ``produced`` its outputs.
+    ``ids`` are the inputs of the convolution, ``produced`` its outputs. Each group of a grouped
+    convolution loses the same inputs, so that the statistics of all rows are over the same ones.
     """
     state.union.computed.add(owner_of(name))
     state.trace.computed[id(weight)] = name
@@ -139,9 +140,12 @@ def end_computed(
             axis, of_rows, together = on_axis
             state.union.unite(*together)
             cut_parameter(state, source.name, axis, of_rows)
-    if weight.shape[1] == len(ids):  # no depthwise convolution, whose rows have one input
+    of_row, *others = ids.reshape(-1, weight.shape[1])
+    if len(of_row) > 1 or not others:  # no depthwise convolution, whose rows have one input
+        for of_other in others:
+            state.union.unite(of_row, of_other)
         for each in state.derived.row_statistics.get(name, ()):
-            _add_read(state, each, ids)
+            _add_read(state, each, of_row)
         shape = [-1, *[1] * (weight.dim() - 2)]
         operand = Operand(0, "input", 1, ids.reshape(shape))
         state.add_read(op, ChannelRead(op.name, (operand,), zeroed=True))

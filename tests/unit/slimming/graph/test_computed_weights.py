@@ -92,6 +92,28 @@ def test_a_standardised_weight_takes_its_statistics_over_the_kept_inputs(
     assert narrow[3].weight.grad is not None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_of_a_standardised_weight_lose_the_same_inputs(kind: type[nn.Conv2d]) -> None:
+    torch.manual_seed(0)
+    grouped = kind(16, 24, 3, padding=1, groups=4)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)
+    wide = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), grouped, nn.ReLU(), *head).eval()
+    narrow, plan = job.slim(wide, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    assert [b.layer for b in plan.blocked] == ["6"]
+    assert (narrow[2].in_channels, narrow[2].out_channels, narrow[2].groups) == (8, 12, 4)
+    kept = torch.tensor(plan.layers["2"].in_).reshape(4, 2)
+    assert torch.equal(kept, kept[:1] + torch.arange(0, 16, 4)[:, None])
+    rows = torch.tensor(plan.layers["2"].out)
+    of_kept = kind(8, 12, 3, padding=1, groups=4)  # its code takes their statistics
+    of_kept.weight.data = wide[2].weight[rows][:, kept[0]]
+    of_kept.bias.data = wide[2].bias[rows]
+    if kind is ByBatchNorm:
+        of_kept.gain.data = wide[2].gain[rows]
+    with torch.no_grad():
+        values = wide[:2](IMAGE)
+        torch.testing.assert_close(narrow[:3](IMAGE), of_kept(values[:, kept.flatten()]))
+
+
 @pytest.mark.parametrize("compensate", ["mean", "regress"])
 def test_weights_that_are_computed_are_not_fitted(compensate: str) -> None:
     wide, images = network(ByMeans), [torch.rand(16, 3, 12, 12)]
@@ -166,13 +188,6 @@ class OfGains(ByBatchNorm):
         return F.conv2d(x, self.weight * (self.gain / self.gain.mean(0, keepdim=True)))
 
 
-class Grouped(ByMeans):
-    """Groups, whose rows read other inputs each."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
-        super().__init__(inputs, outputs, kernel, padding=kernel // 2, groups=4)
-
-
 class Read(Net):
     """Statistics of a weight that the output of the layer is scaled by."""
 
@@ -185,7 +200,7 @@ class Read(Net):
         return self.one(x) * self.one.weight.mean((1, 2, 3))[:, None, None]
 
 
-@pytest.mark.parametrize("kind", [Transposed, Flipped, OfGains, Grouped])
+@pytest.mark.parametrize("kind", [Transposed, Flipped, OfGains])
 def test_other_computed_weights_are_left_alone(kind: type[nn.Conv2d]) -> None:
     layers = nn.Conv2d(3, 8, 1), kind(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model = nn.Sequential(*layers, nn.Linear(8, 5)).eval()
