@@ -59,7 +59,8 @@ def attribute_sizes(
 def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Iterator[Sized]:
     if op.name in ("split", "split_with_sizes"):
         sections = op.argument(1, "split_size_or_sections", op.kwargs.get("split_size"))
-        parts = [flat_ids(labels) for labels in after]
+        axis = op.argument(2, "dim", 0) % before.dim()
+        parts = [_along(labels, axis) for labels in after]  # of one head, if there are several
         each = [sections] * len(parts) if isinstance(sections, int) else list(sections or ())
         yield from zip(each, parts, strict=False)
     elif op.name == "narrow":

@@ -28,6 +28,7 @@ from job.slimming.graph.union import FIXED
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import torch
     from torch import nn
 
     from job.slimming.graph.propagation_state import Rule
@@ -123,7 +124,7 @@ def _propagate_op(
 def _skip(state: PropagationState, op: Op) -> None:
     """Skip an op on weights, or on values from which nothing can be cut."""
     state.forget(op)
-    inputs = op.inputs[:1] if op.name in LIKE else op.inputs
+    inputs = _with_values(op)
     if state.derived.derive(op, inputs):
         return
     if op.name in REDUCING and reduce_rows(state, op, state.call_number(op)):
@@ -135,12 +136,17 @@ def _skip(state: PropagationState, op: Op) -> None:
             state.read_elsewhere(op, tensor)
 
 
+def _with_values(op: Op) -> tuple[torch.Tensor, ...]:
+    """Return the inputs of an op whose values it uses, not only their sizes."""
+    return op.inputs[:1] if op.name in LIKE else op.inputs
+
+
 def _shared_results(trace: Trace) -> list[bool]:
-    """Return for each op whether its result is an input of several later ops."""
+    """Return for each op whether later ops use its values several times."""
     producers: dict[int, int] = {}
     count: Counter[int] = Counter()
     for number, op in enumerate(trace.ops):
-        for key in {id(tensor) for tensor in op.inputs}:
+        for key in {id(tensor) for tensor in _with_values(op)}:
             if key in producers:
                 count[producers[key]] += 1
         for result in op.results:

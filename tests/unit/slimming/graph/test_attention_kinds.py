@@ -332,3 +332,68 @@ def test_a_stream_with_both_kinds_of_norms_is_cut() -> None:
     narrow, plan = job.slim(Mixed().double().eval(), IMAGE, policy="uniform", target="width=0.5")
     assert {blocked.layer for blocked in plan.blocked} == {"head"}
     assert narrow.embed.out_channels == narrow.norm.num_features == DIM // 2
+
+
+class NormedLinear(nn.Module):
+    """A linear layer and its BatchNorm, whose result has the shape of what the layer returned."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        return self.bn(x.flatten(0, 1)).reshape_as(x)
+
+
+class Uneven(nn.Module):
+    """Attention whose values are wider than its keys, split by attributes (LeViT)."""
+
+    def __init__(self, *, first: bool) -> None:
+        super().__init__()
+        self.heads, self.width, self.value_width, self.first = HEADS, WIDTH, 2 * WIDTH, first
+        self.values = HEADS * 2 * WIDTH
+        self.qkv = NormedLinear(DIM, HEADS * 4 * WIDTH)
+        self.proj = NormedLinear(self.values, DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        sizes = [self.width, self.width, self.value_width]
+        if self.first:  # channels before positions, as after a convolution
+            x = self.qkv(x).mT.reshape(batch, self.heads, -1, tokens)
+            q, k, v = (part.mT for part in x.split(sizes, dim=2))
+        else:
+            x = self.qkv(x).view(batch, tokens, self.heads, -1)
+            q, k, v = (part.transpose(1, 2) for part in x.split(sizes, dim=3))
+        x = (q @ k.mT * WIDTH**-0.5).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, self.values))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_values_wider_than_keys_are_split_by_attributes(first: bool) -> None:
+    torch.manual_seed(0)
+    network = Transformer(lambda: Uneven(first=first)).eval().double()
+    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm1d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.running_mean)
+    narrow, plan = job.slim(network, IMAGE, policy="uniform", target="width=0.5")
+    assert {blocked.layer for blocked in plan.blocked} == {"head"}
+    block = narrow.blocks[0]
+    assert block.qkv.linear.out_features == HEADS * (2 * block.width + block.value_width)
+    assert 1 <= block.width < WIDTH < block.value_width + block.width < 2 * WIDTH
+    assert block.values == HEADS * block.value_width
+    assert plan.proof.error <= 1e-12
+    torch.testing.assert_close(narrow(IMAGE), without_heads(network, plan)(IMAGE))
+
+
+def without_heads(network: nn.Module, plan: Any) -> nn.Module:
+    """The wide network whose norms and embedding give zeros for the removed channels."""
+    masked = copy.deepcopy(network)
+    with torch.no_grad():
+        for name, channels in plan.layers.items():
+            layer = masked.get_submodule(name)
+            if channels.out is not None and isinstance(layer, nn.BatchNorm1d | nn.Conv2d):
+                removed = sorted(set(range(len(layer.bias))) - set(channels.out))
+                layer.weight[removed] = 0
+                layer.bias[removed] = 0
+    return masked
