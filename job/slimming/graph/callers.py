@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,17 @@ def calling_module() -> tuple[nn.Module | None, frozenset[str]]:
             return value, frozenset(frame.f_code.co_names)
         frame = frame.f_back
     return NO_CALLER
+
+
+def line_of_error(error: BaseException) -> str:
+    """Return ``file:line`` of the network's code that raised ``error``, or its first cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if not frame.f_code.co_filename.startswith((TORCH, OWN)):
+            line = f"{Path(frame.f_code.co_filename).name}:{number}"
+    return line
 
 
 def line_of_network() -> str:

@@ -14,6 +14,8 @@ from job.slimming.graph.place_rules import along_channels
 from job.slimming.graph.reasons import COMPUTED_BY, COMPUTED_PLACES, COMPUTED_WEIGHT_OR_MIXED
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from job.slimming.graph.propagation_state import PropagationState
     from job.slimming.graph.reasons import Reason
     from job.slimming.graph.trace import Op
@@ -38,7 +40,7 @@ def convolution(state: PropagationState, op: Op) -> None:
     name = name or computed_from(state, op, weight)
     state.count_call(op, name)
     if ids is None or name is None:
-        reason = computed_weight(op) if name is None else None
+        reason = computed_weight(op.module) if name is None else None
         return state.give_up(op, reason or COMPUTED_WEIGHT_OR_MIXED("a convolution"))
     if groups == len(ids) and groups > 1:
         passed = np.repeat(ids, outputs // groups)
@@ -57,10 +59,10 @@ def convolution(state: PropagationState, op: Op) -> None:
     return state.set_ids(op.result, produced, 1)
 
 
-def computed_weight(op: Op) -> Reason | None:
+def computed_weight(layer: nn.Module | None) -> Reason | None:
     """Return why the weight of a layer is computed, or None where the way is not known."""
     for attribute, way in COMPUTED_WAYS.items():
-        if hasattr(op.module, attribute):
+        if hasattr(layer, attribute):
             return COMPUTED_BY(way)
     return None
 

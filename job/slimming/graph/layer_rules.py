@@ -87,7 +87,7 @@ def linear(state: PropagationState, op: Op) -> None:
     ids, computed = state.ids_along(image, -1), name is None
     name = name or computed_from(state, op, weight)
     if ids is None or name is None:
-        reason = computed_weight(op) if name is None else None
+        reason = computed_weight(op.module) if name is None else None
         return state.give_up(op, reason or COMPUTED_WEIGHT_OR_MIXED("a linear layer"))
     state.add_slot(name, "in", ids)
     produced = produce(state, op, name, weight.shape[0])

@@ -26,6 +26,7 @@ from job.slimming.graph.reasons import (
     MIXES,
     NOT_SUPPORTED_HERE,
     OP_COUNT,
+    SEVERAL_AXES,
 )
 
 if TYPE_CHECKING:
@@ -177,6 +178,20 @@ def _merge(state: PropagationState, op: Op, ids: Ids, axis: int) -> None:
     for column in parts.T[1:]:
         state.union.unite(parts[:, 0], column)
     return state.set_labels(op.result, labels_along(parts[:, 0], axis, op.result.dim()))
+
+
+def glu(state: PropagationState, op: Op) -> None:
+    """Unite the two halves of the channels that GLU multiplies (Dauphin et al. 2017)."""
+    image = op.inputs[0]
+    axis = op.argument(1, "dim", -1) % image.dim()
+    ids, labels = state.ids_along(image, axis), state.labels_of(image)
+    if labels is not None and axis not in label_axes(labels):
+        return state.set_labels(op.result, labels)
+    if ids is None:
+        return state.give_up(op, SEVERAL_AXES("glu"))
+    half, gate = np.split(ids, 2)
+    state.union.unite(half, gate)
+    return state.set_labels(op.result, labels_along(half, axis, op.result.dim()))
 
 
 def sampled(state: PropagationState, op: Op) -> None:

@@ -9,10 +9,10 @@ blocks the channels that it uses.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from job.slimming.graph.assignment_rules import write
@@ -27,6 +27,7 @@ from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.move_rules import (
     cat,
     fold,
+    glu,
     pad,
     pixel_shuffle,
     rearrange,
@@ -49,7 +50,6 @@ from job.slimming.graph.reasons import (
     NEVER_CUT,
     NO_CHANNELS,
     ONE_WITH_SEVERAL,
-    SEVERAL_AXES,
     SEVERAL_INPUTS,
 )
 from job.slimming.graph.union import ChannelRead, Operand
@@ -67,12 +67,31 @@ def elementwise(state: PropagationState, op: Op) -> None:
     several = op.name not in LIKE and any(other.numel() > 1 for other in others)
     if labels is None or several:
         return state.give_up(op, SEVERAL_INPUTS(op.name))
+    if set(label_axes(labels)) & set(_pooled_axes(op)):
+        return state.give_up(op, ACROSS_CHANNELS(op.name))
     for result in op.results:
         same = result.dim() == image.dim()
         if not same or any(result.shape[a] != image.shape[a] for a in label_axes(labels)):
             return state.give_up(op, ACROSS_CHANNELS(op.name))
         state.set_labels(result, labels)
     return None
+
+
+def _pooled_axes(op: Op) -> range:
+    """Return the axes that a pooling op computes over."""
+    pooled = re.search(r"pool([123])d", op.name)
+    count = op.inputs[0].dim()
+    return range(count - int(pooled[1]) if pooled else count, count)
+
+
+def along_positions(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
+    """Keep the labels of ops along an axis of positions, such as sorting; not along channels."""
+    labels, axes = state.labels_of(op.inputs[0]), _axes_of(op, dim_at)
+    if labels is None or axes is None:
+        return state.give_up(op, ALL_AXES(op.name))
+    if axes & set(label_axes(labels)):
+        return state.give_up(op, ACROSS_CHANNELS(op.name))
+    return along_axes(state, op, dim_at=dim_at)
 
 
 def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
@@ -142,20 +161,6 @@ def _axes_of(op: Op, dim_at: int) -> set[int] | None:
         return None
     count = op.inputs[0].dim()
     return {axis % count for axis in dims}
-
-
-def glu(state: PropagationState, op: Op) -> None:
-    """Unite the two halves of the channels that GLU multiplies (Dauphin et al. 2017)."""
-    image = op.inputs[0]
-    axis = op.argument(1, "dim", -1) % image.dim()
-    ids, labels = state.ids_along(image, axis), state.labels_of(image)
-    if labels is not None and axis not in label_axes(labels):
-        return state.set_labels(op.result, labels)
-    if ids is None:
-        return state.give_up(op, SEVERAL_AXES("glu"))
-    half, gate = np.split(ids, 2)
-    state.union.unite(half, gate)
-    return state.set_labels(op.result, labels_along(half, axis, op.result.dim()))
 
 
 def pairwise(state: PropagationState, op: Op) -> None:
@@ -228,7 +233,9 @@ def _for_each(names: str, rule: Rule) -> dict[str, Rule]:
 
 REDUCTIONS = frozenset("mean sum std var norm linalg_vector_norm normalize".split())
 CONCATENATIONS = frozenset("cat concat concatenate".split())
-LIKE = frozenset("expand_as view_as reshape_as type_as".split())  # a second input gives sizes
+LIKE = frozenset(  # a second input gives sizes, or a dtype
+    "expand_as view_as reshape_as type_as to".split()
+)
 
 OP_RULES: dict[str, Rule] = {
     **_for_each(
@@ -237,10 +244,13 @@ OP_RULES: dict[str, Rule] = {
         logsigmoid hardshrink softshrink tanhshrink threshold threshold_ rrelu dropout dropout1d
         dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout clone contiguous
         detach data to float double half bfloat16 type type_as requires_grad_ cpu cuda neg __neg__
-        abs exp log sqrt
-        rsqrt square pow __pow__ clamp clamp_ clip sin cos erf reciprocal max_pool1d
+        abs abs_ sign sgn exp exp_ exp2 expm1 log log_ log1p log2 log10 sqrt sqrt_ rsqrt square
+        square_ pow pow_ __pow__ clamp clamp_ clamp_min clamp_max clip sin cos tan asin acos atan
+        sinh cosh asinh acosh atanh sinc erf erfc logit reciprocal round trunc frac floor ceil
+        nan_to_num isnan isinf isfinite logical_not hardswish_ hardsigmoid_ silu_ mish_ max_pool1d
         max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool2d adaptive_avg_pool1d
-        adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d _max_pool2d
+        adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+        adaptive_max_pool3d _max_pool2d
         _adaptive_max_pool2d max_pool2d_with_indices adaptive_max_pool2d_with_indices interpolate
         upsample zeros_like ones_like empty_like full_like rand_like randn_like bernoulli""",
         elementwise,
@@ -249,10 +259,17 @@ OP_RULES: dict[str, Rule] = {
         """add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__ __rsub__ rsub mul mul_
         multiply __mul__ __imul__ __rmul__ div div_ true_divide __truediv__ __itruediv__ maximum
         minimum where lerp lerp_ copy_ addcmul addcmul_ addcdiv addcdiv_ masked_fill masked_fill_
-        gt lt ge le eq ne __gt__ __lt__ __ge__ __le__ __eq__ __ne__""",
+        gt lt ge le eq ne __gt__ __lt__ __ge__ __le__ __eq__ __ne__ atan2 hypot fmax fmin copysign
+        logaddexp xlogy logical_and logical_or __and__ __or__ max_unpool1d max_unpool2d
+        max_unpool3d""",
         pairwise,
     ),
-    **_for_each("mean sum amax amin max min logsumexp std var prod", along_axes),
+    **_for_each(
+        "mean sum amax amin max min logsumexp std var var_mean std_mean nanmean nansum prod",
+        along_axes,
+    ),
+    **_for_each("median cummax cummin logcumsumexp argsort sort", along_positions),
+    **_for_each("topk kthvalue quantile diff", partial(along_positions, dim_at=2)),
     **_for_each("softmax log_softmax softmin cumsum cumprod", along_axes),
     **_for_each("norm linalg_vector_norm normalize", partial(along_axes, dim_at=2)),
     **dict.fromkeys(CONCATENATIONS, cat),

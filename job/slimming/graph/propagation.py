@@ -94,9 +94,12 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
     for slot in union.slots:
         if slot.layer in state.other_uses:
             union.fix(slot.ids, OTHER_USE(state.other_uses[slot.layer]))
-    for tensor in trace.measured:
-        if (labels := state.labels_of(tensor)) is not None:
+    for read in trace.measured:
+        if (labels := state.labels_of(read.tensor)) is not None:
             union.suspects.append((CODE_COUNT(), flat_ids(labels)))
+            union.place = read.line
+            union.end_op()
+    union.place = ""
 
 
 def _propagate_op(

@@ -228,8 +228,8 @@ class PropagationState:
 
     def measured_channels(self, module: nn.Module | None) -> Iterator[Ids]:
         """Yield the elements of the activations of which ``module`` has read the size."""
-        for tensor, by in zip(self.trace.measured, self.trace.measured_by, strict=True):
-            labels = self.labels_of(tensor) if by is module else None
+        for read in self.trace.measured:
+            labels = self.labels_of(read.tensor) if read.module is module else None
             if labels is not None and len(label_axes(labels)) == 1:
                 yield flat_ids(labels)
 

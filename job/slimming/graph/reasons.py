@@ -187,6 +187,9 @@ COMPUTED_PLACES = ReasonKind(
 
 # no change is needed, or none would help
 OUTPUT = ReasonKind("the network's output", NO_CHANGE)
+NO_CHANNELS_OF_ITS_OWN = ReasonKind(
+    "neither its inputs nor its outputs are channels that can be cut", NO_CHANGE
+)
 SELECTION = ReasonKind("channels are selected before each BatchNorm that reads them", NO_CHANGE)
 UNRANKED = ReasonKind("no importance ranks them", NO_CHANGE)
 ASKED = ReasonKind("asked to be ignored", "leave it out of ignore")

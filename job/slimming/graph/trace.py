@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from job.slimming.graph.callers import NO_CALLER, calling_module, line_of_network
 from job.slimming.graph.layers import tensors_of
 from job.slimming.graph.modes import training_mode
+from job.slimming.graph.reshaped_in_place import RESHAPING_IN_PLACE, before_reshaping
 from job.slimming.graph.shape_inference import infer_result
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.inputs import (
@@ -71,13 +72,20 @@ class Op:
         return self.kwargs.get(name, default)
 
 
+class SizeRead(NamedTuple):
+    """Read of the size of a tensor along an axis other than the first, by a method of a module."""
+
+    tensor: torch.Tensor
+    module: nn.Module | None
+    line: str
+
+
 @dataclass(frozen=True)
 class Trace:
     """Ops of one forward pass on ``inputs``, which contain ``sample_count`` samples.
 
     ``names`` are the names of parameters and buffers by id. ``constants`` are the ids of other
-    tensors that the network or its code keeps. ``measured`` are tensors whose size along an axis
-    other than the first was read, ``measured_by`` the modules whose methods did so.
+    tensors that the network or its code keeps. ``measured`` are the reads of sizes of tensors.
     ``custom_autograd`` tells that the pass called functions of autograd that its code defines.
     ``computed`` are the weights of layers by the ids of tensors that are computed from them.
     """
@@ -88,8 +96,7 @@ class Trace:
     inputs: list[torch.Tensor]
     sample_count: int
     outputs: list[torch.Tensor]
-    measured: list[torch.Tensor]
-    measured_by: list[nn.Module | None] = field(default_factory=list)
+    measured: list[SizeRead]
     custom_autograd: bool = False
     computed: dict[int, str] = field(default_factory=dict)
 
@@ -159,8 +166,7 @@ class _Tracer(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[Op] = []
-        self.measured: list[torch.Tensor] = []
-        self.measured_by: list[nn.Module | None] = []
+        self.measured: list[SizeRead] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -168,9 +174,16 @@ class _Tracer(TorchFunctionMode):
         name, kwargs = func.__name__, kwargs or {}
         if name == "__get__":  # of a property such as ``mT``
             name = func.__self__.__name__
+        before = args
+        if name in RESHAPING_IN_PLACE:
+            self.ops, view = before_reshaping(self.ops, args[0])
+            before = (view, *args[1:])
         result = infer_result(name, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
+        if name in RESHAPING_IN_PLACE:
+            name = name.removesuffix("_")
+            func, args = getattr(torch.Tensor, name), before
         results = tuple(tensors_in(result))
         if results or name == "__setitem__":
             args, kwargs = _copy_lists(args), _copy_lists(kwargs)
@@ -180,8 +193,7 @@ class _Tracer(TorchFunctionMode):
             line = line_of_network()
             self.ops.append(Op(name, func, args, kwargs, result, inputs, results, *caller, line))
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
-            self.measured.append(args[0])
-            self.measured_by.append(calling_module()[0])
+            self.measured.append(SizeRead(args[0], calling_module()[0], line_of_network()))
         return result
 
 
@@ -236,7 +248,6 @@ def trace_on(
         sample_count(batch),
         list(tensors_in(outputs)),
         tracer.measured,
-        tracer.measured_by,
         bool(calls),
     )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from job.slimming.graph.convolution_rules import computed_weight
 from job.slimming.graph.groups import BlockedChannels
 from job.slimming.graph.layer_rules import is_layer
 from job.slimming.graph.layers import SUMMING, is_depthwise, modules_of, owner_of
-from job.slimming.graph.reasons import COMPUTED_OR_SHARED, UNKNOWN_LAYER
+from job.slimming.graph.reasons import COMPUTED_OR_SHARED, NO_CHANNELS_OF_ITS_OWN, UNKNOWN_LAYER
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +25,7 @@ def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[Blocked
     covered = {name for slot in graph.slots for name in (slot.layer, owner_of(slot.layer))}
     named = {layer for group in graph.groups for layer in group.layers}
     named |= {blocked.layer for blocked in graph.blocked}
+    called = {call.weight for call in graph.calls}
     found = []
     for name, module in modules_of(network, once=True).items():
         weights = [p for p in module.parameters(recurse=False) if p.dim() > 1]
@@ -34,6 +36,8 @@ def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[Blocked
         if is_layer(module):
             if not isinstance(module, SUMMING) or is_depthwise(module) or name in named:
                 continue
-            reason = COMPUTED_OR_SHARED()
+            reason = computed_weight(module) or COMPUTED_OR_SHARED()
+            if f"{name}.weight" in called:
+                reason = NO_CHANNELS_OF_ITS_OWN()
         found.append(BlockedChannels.by(name or "the network", len(weights[0]), reason))
     return tuple(found)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.errors import DataError, UsageError
-from job.slimming.graph.reasons import REARRANGED
+from job.slimming.graph.callers import line_of_error
+from job.slimming.graph.reasons import CODE_COUNT, REARRANGED
 from job.slimming.planning.plan import layers_of
 from job.slimming.planning.ranked_groups import KeptChannels, rank_groups
 from job.slimming.surgery.probe import smallest_equivalent_input
@@ -37,14 +38,18 @@ def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Exampl
         return graph
     if not graph.auxiliary:
         example = smallest_equivalent_input(network, example, graph.forward.treatment)
-    if _is_verified(network, graph, names, example):
+    failure = _failure(network, graph, names, example)
+    if failure is None:
         return graph
     whys = {name: (reason, place) for name, reason, place in graph.suspects}
-    for name in _wrong_suspects(network, graph, names, example):
-        graph = graph.without([name], *whys[name])
+    wrong = _wrong_suspects(network, graph, names, example, line_of_error(failure))
+    for name, line in wrong.items():
+        reason, place = whys[name]
+        of_code = reason == CODE_COUNT()  # one of all lines that read a size
+        graph = graph.without([name], reason, (line or place) if of_code else (place or line))
     unblocked = {group.name for group in graph.groups}
     remaining = [name for name in names if name in unblocked]
-    if remaining and not _is_verified(network, graph, remaining, example):
+    if remaining and _failure(network, graph, remaining, example):
         graph = graph.without(remaining, REARRANGED())
     return graph
 
@@ -56,33 +61,38 @@ def all_suspects_pass(network: nn.Module, graph: ChannelGraph, example: Example)
         return True
     if not graph.auxiliary:
         example = smallest_equivalent_input(network, example, graph.forward.treatment)
-    return _is_verified(network, graph, names, example)
+    return _failure(network, graph, names, example) is None
 
 
 def _wrong_suspects(
-    network: nn.Module, graph: ChannelGraph, names: list[str], example: Example
-) -> list[str]:
-    """Return the groups whose trial cut fails, among ``names``, whose joint trial cut fails."""
+    network: nn.Module, graph: ChannelGraph, names: list[str], example: Example, line: str
+) -> dict[str, str]:
+    """Return the groups whose trial cut fails, with the line of the network's code that fails.
+
+    The joint trial cut of ``names`` fails, at ``line``. A line is empty if no code fails.
+    """
     if len(names) == 1:
-        return names
-    halves = names[: len(names) // 2], names[len(names) // 2 :]
-    wrong = [half for half in halves if not _is_verified(network, graph, half, example)]
-    return [name for half in wrong for name in _wrong_suspects(network, graph, half, example)]
+        return {names[0]: line}
+    wrong: dict[str, str] = {}
+    for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+        if failure := _failure(network, graph, half, example):
+            wrong |= _wrong_suspects(network, graph, half, example, line_of_error(failure))
+    return wrong
 
 
-def _is_verified(
+def _failure(
     network: nn.Module, graph: ChannelGraph, names: list[str], example: Example
-) -> bool:
-    """Return whether a cut of about a third of the channels of the groups ``names`` is right."""
+) -> Exception | None:
+    """Return the error of a cut of about a third of the channels of the groups ``names``."""
     layers = layers_of(graph, _trial(graph, names))
     try:
         narrow = apply_plan(network, layers)
         verify(network, narrow, layers, example, graph)
     except (UsageError, DataError):
         raise
-    except Exception:  # user code may raise anything when it gets fewer channels
-        return False
-    return True
+    except Exception as error:  # user code may raise anything when it gets fewer channels
+        return error
+    return None
 
 
 def _trial(graph: ChannelGraph, names: list[str]) -> Ids:

@@ -145,7 +145,7 @@ class Uncuttable(Net):
 
 
 def test_with_images_too_it_is_said_why_nothing_can_be_cut() -> None:
-    with pytest.raises(UsageError, match="sort is not supported"):
+    with pytest.raises(UsageError, match="sort across channels is not supported"):
         job.slim(Uncuttable(), IMAGE, calibration=BATCHES)
 
 
