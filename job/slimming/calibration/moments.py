@@ -17,7 +17,7 @@ from job.processes import rank, world_size
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BLOCK = 256  # columns; products of two columns are computed once, but for those within a block
+GRAM_BLOCK = 256  # columns; products of two columns are computed once, but for those within a block
 GOLDEN_RATIO = 2654435769  # its inverse, times 2**32: multiples of it are evenly spread
 
 
@@ -222,8 +222,8 @@ class _Sums:
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the first column of each block and that after its last one."""
-        for first in range(0, self.columns, BLOCK):
-            yield first, min(first + BLOCK, self.columns)
+        for first in range(0, self.columns, GRAM_BLOCK):
+            yield first, min(first + GRAM_BLOCK, self.columns)
 
     def _plus(self, matrix: torch.Tensor, vectors: torch.Tensor, factor: float) -> torch.Tensor:
         """Return ``matrix`` plus ``factor`` times the products of ``vectors``."""

@@ -30,10 +30,11 @@ from job.slimming.graph.reasons import (
     UNBALANCED,
     UNKNOWN_COUNT,
 )
+from job.slimming.graph.same_ops import same_ops
 from job.slimming.graph.selection import batchnorms, unwrap_selection
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.ties import tie_overlapping
-from job.slimming.graph.trace import same_ops, trace_with_snapshot
+from job.slimming.graph.trace import trace_with_snapshot
 from job.slimming.graph.trace_summary import summarise_trace
 from job.slimming.graph.union import FIXED, ChannelUnion, Ids, ScaledRows
 from job.slimming.graph.unsupported import unsupported_layers

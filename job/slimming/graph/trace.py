@@ -7,7 +7,8 @@ functions and modules are treated alike. On torch's ``meta`` device no values ar
 from __future__ import annotations
 
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from job.slimming.graph.callers import NO_CALLER, calling_module, line_of_network
 from job.slimming.graph.layers import tensors_of
 from job.slimming.graph.modes import training_mode
-from job.slimming.graph.reshaped_in_place import RESHAPING_IN_PLACE, before_reshaping
 from job.slimming.graph.shape_inference import infer_result
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.inputs import (
@@ -30,7 +30,7 @@ from job.slimming.inputs import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from job.slimming.graph.snapshot import Snapshot, TensorPlace
     from job.slimming.inputs import Example
@@ -41,6 +41,7 @@ SIZED = frozenset("split split_with_sizes narrow __getitem__ __setitem__ view re
 SIZED |= {"layer_norm", "rms_norm", "conv1d", "conv2d", "conv3d"}
 CALLED_BY_MODULES = NORM_OPS | SIZED | {"linear"}
 CALLED_BY_MODULES |= {"scaled_dot_product_attention"}
+RESHAPING_IN_PLACE = frozenset("unsqueeze_ squeeze_ transpose_ t_ swapaxes_ swapdims_".split())
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
 
@@ -135,33 +136,6 @@ def trace_with_snapshot(
         return trace_on(network, example, None, snapshot, training=training)
 
 
-SCALARS = frozenset([int, float, str, slice, torch.device])
-
-
-def same_ops(one: Trace, other: Trace) -> bool:
-    """Return whether two traces have the same ops, apart from flags such as ``training``."""
-
-    def same(first: Any, second: Any) -> bool:
-        kind = type(first)
-        if kind is not type(second):
-            return False
-        if isinstance(first, torch.Tensor):
-            return one.name(first) == other.name(second)
-        if isinstance(first, (list, tuple)):
-            return len(first) == len(second) and all(map(same, first, second))
-        return kind is bool or first is second or (kind in SCALARS and bool(first == second))
-
-    def same_op(a: Op, b: Op) -> bool:
-        if a.name != b.name:
-            return False
-        if a.name == "batch_norm":  # momentum is passed only in train mode
-            return same(a.args[:3], b.args[:3])
-        return same(a.args, b.args) and same(list(a.kwargs.items()), list(b.kwargs.items()))
-
-    first, second = one.without_counters(), other.without_counters()
-    return len(first) == len(second) and all(map(same_op, first, second))
-
-
 class _Tracer(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +150,7 @@ class _Tracer(TorchFunctionMode):
             name = func.__self__.__name__
         before = args
         if name in RESHAPING_IN_PLACE:
-            self.ops, view = before_reshaping(self.ops, args[0])
+            self.ops, view = _before_reshaping(self.ops, args[0])
             before = (view, *args[1:])
         result = infer_result(name, args, kwargs)
         if result is None:
@@ -195,6 +169,26 @@ class _Tracer(TorchFunctionMode):
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
             self.measured.append(SizeRead(args[0], calling_module()[0], line_of_network()))
         return result
+
+
+def _before_reshaping(ops: Sequence[Op], tensor: torch.Tensor) -> tuple[list[Op], torch.Tensor]:
+    """Return ``ops`` with a view in place of ``tensor``, whose shape is about to change; the view.
+
+    The tensor itself stands for the result of the change.
+    """
+    view = tensor.view_as(tensor)
+    return [_with_view(op, tensor, view) for op in ops], view
+
+
+def _with_view(op: Op, tensor: torch.Tensor, view: torch.Tensor) -> Op:
+    if not any(each is tensor for each in (*op.inputs, *op.results)):
+        return op
+    exchange = partial(map_tensors, change=lambda each: view if each is tensor else each)
+    fields: dict[str, Any] = {
+        name: exchange(getattr(op, name))
+        for name in ("args", "kwargs", "result", "inputs", "results")
+    }
+    return replace(op, **fields)
 
 
 LEAVES = frozenset([torch.Tensor, nn.Parameter, int, float, bool, str, NoneType])
