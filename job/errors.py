@@ -8,7 +8,9 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import traceback
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -153,6 +155,25 @@ def cannot_begin(path: str | os.PathLike[str], error: OSError) -> GammaslimError
     if error.errno in _STORAGE | _FULL:
         return cannot("write into", path, error)
     return OutputError(f"cannot write into {shown(path)}: {error.strerror}")
+
+
+def located(error: BaseException) -> str:
+    """Return an error in one line, with the last line of code outside of installed packages."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "site-packages" not in frame.filename and "/job/" not in frame.filename
+    ]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {reason(error)}{place}"
+
+
+def item_error(where: str, error: Exception) -> DataError | StorageError:
+    """Return the error of an item of a user's data that cannot be read; 74 for a failing disk."""
+    kind: type[DataError | StorageError] = DataError
+    if isinstance(error, OSError) and error.errno in _STORAGE | _FULL:
+        kind = StorageError
+    return kind(f"{where} cannot be read: {located(error)}")
 
 
 def exit_code(error: BaseException) -> int:

@@ -32,6 +32,7 @@ MAX_WORKERS = 8  # loader processes of a rank, unless --workers asks for more
 SOCKET_PATH = 107  # bytes, on Linux
 SOCKET_NAME = len("/pymp-abcdefgh/listener-abcdefgh")
 SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
+JOB, SERVER = "_GAMMASLIM_JOB", "_GAMMASLIM_SERVER"  # ids of the processes that start others
 _reported: set[str] = set()  # reasons that this process has reported
 
 
@@ -84,10 +85,14 @@ def default_workers(local_world_size: int, cuda: bool) -> int:
 def prepare_worker(_worker: int = 0) -> None:
     """Make a loader process, or its server, ignore stop requests and end with the job.
 
-    Launchers signal the whole process group; a dead loader process would make the save fail.
+    Launchers signal the whole process group; a dead loader process would make the save fail. The
+    server imports torch before; if the job has ended meanwhile, it ends at once.
     """
     ignore_requests()
-    end_with_parent(signal.SIGKILL)
+    server = os.environ.get(SERVER)
+    parent = server or os.environ.get(JOB)
+    os.environ.setdefault(SERVER, str(os.getpid()))  # of the processes that it forks
+    end_with_parent(signal.SIGKILL, int(parent) if parent else None)
     sys.excepthook = report_uncaught
 
 
@@ -109,6 +114,7 @@ def _worker_server() -> Any:
     _shorten_socket_paths()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["job.data.worker"])
+    os.environ[JOB] = str(os.getpid())
     return context
 
 

@@ -15,16 +15,19 @@ import torch
 from job.data.batches import FAILURES, AugmentedImages, PlainImages
 from job.data.sample_order import Draw
 from job.data.splits import UNLABELLED, Labels
-from job.errors import DataError
+from job.errors import DataError, item_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from PIL import Image
 
     from job.data.batches import Failure
     from job.data.preprocessing import Preprocessing
     from job.data.splits import Split
+
+
+SHOWN = 5  # numbers of items in a message
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,13 @@ class ItemSplit:
             return self.items.sample(number, seed)
         with _seeded(seed):
             return self.items[number]
+
+    def describe(self, indices: Sequence[int]) -> str:
+        """Return the task and the numbers of items in its data set, for a message."""
+        numbers = [i if self.numbers is None else int(self.numbers[i]) for i in indices]
+        words = ", ".join(map(str, numbers[:SHOWN])) + ", …" * (len(numbers) > SHOWN)
+        task = self.identity.partition("\0")[0]
+        return f"--task {task}: " * bool(task) + f"item{'s' * (len(numbers) > 1)} {words}"
 
     def image(self, index: int) -> Image.Image:
         """Raise DataError: items are not images."""
@@ -102,12 +112,25 @@ class TaskItems:
     def __getitems__(self, rows: list[Draw] | list[int]) -> Any | Failure:
         """Return a batch, possibly of no items; a DataError or StorageError is returned."""
         try:
-            items = [self.split.read(*_number_and_seed(row)) for row in rows or [0]]
-            inputs, targets = self.split.collate(items)
+            return self.batch(rows)
         except FAILURES as error:  # raised in a loader process it would show its traceback
             return error
+        except Exception as error:  # user code may raise anything
+            numbers = [_number_and_seed(row)[0] for row in rows or [0]]
+            return item_error(self.split.describe(numbers), error)
+
+    def batch(self, rows: list[Draw] | list[int]) -> ItemBatch:
+        """Return a batch, possibly of no items; raises what the data set and ``collate`` raise."""
+        items = [self._read(*_number_and_seed(row)) for row in rows or [0]]
+        inputs, targets = self.split.collate(items)
         batch = ItemBatch(inputs, targets)
         return batch if rows else ItemBatch(*take_samples(tuple(batch), 0, 0))
+
+    def _read(self, index: int, seed: int) -> Any:
+        try:
+            return self.split.read(index, seed)
+        except OSError as error:
+            raise item_error(self.split.describe([index]), error) from error
 
 
 def training_items(

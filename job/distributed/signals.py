@@ -87,12 +87,17 @@ def ignore_requests() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_with_parent(number: signal.Signals) -> None:
-    """Receive ``number`` when the thread that started this process ends, for any reason (Linux)."""
+def end_with_parent(number: signal.Signals, parent: int | None = None) -> None:
+    """Receive ``number`` when the thread that started this process ends, for any reason (Linux).
+
+    If ``parent``, the id of the process that started this one, has ended before, receive it now.
+    """
     import ctypes
 
     with suppress(AttributeError):
         ctypes.CDLL(None).prctl(1, number, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 @contextmanager

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import traceback
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +12,9 @@ import torch
 
 from job.config import CLASSIFICATION, DETECTION
 from job.data.task_items import ItemSplit, TaskItems, stack_items
-from job.errors import GammaslimError, InputNotFound, UsageError, did_you_mean, reason
+from job.errors import GammaslimError, InputNotFound, UsageError, did_you_mean, located, reason
 from job.models.custom_network import import_factory, is_own_code
+from job.slimming.inputs import tensors_in
 from job.tasks.detection import Detection
 from job.tasks.multi_label import MULTI_LABEL, MultiLabel
 from job.tasks.segmentation import SEGMENTATION, Segmentation
@@ -72,7 +71,7 @@ def load_task(
     except FileNotFoundError as error:
         raise InputNotFound(f"--task {name}: {reason(error)}") from error
     except Exception as error:  # user code may raise anything
-        raise UsageError(f"--task {name} cannot be built: {_problem(error)}") from error
+        raise UsageError(f"--task {name} cannot be built: {located(error)}") from error
     _check_parts(name, task)
     return task  # type: ignore[no-any-return]
 
@@ -127,15 +126,14 @@ def try_task(name: str, task: Task, network: nn.Module) -> TaskObjective:
     Raises UsageError when the network, the loss or the metrics fail, or return something else.
     """
     inputs, targets = _first_batch(name, task)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         network = copy.deepcopy(network).cpu().train()
         shape = tuple(inputs.shape)
         outputs = _attempt(f"--task {name}: the network fails on {shape}", network, inputs)
         loss = _attempt(f"--task {name}: loss() fails", task.loss, outputs, targets)
-        found = _attempt(f"--task {name}: metrics() fails", task.metrics, outputs, targets)
-    pair = isinstance(loss, tuple | list) and len(loss) == 2
-    if not pair or not isinstance(loss[0], torch.Tensor) or loss[0].numel() != 1:
-        raise UsageError(f"--task {name}: loss() must return a sum, as a tensor, and a count")
+        with torch.no_grad():
+            found = _attempt(f"--task {name}: metrics() fails", task.metrics, outputs, targets)
+    _check_loss(name, loss, trained=any(t.requires_grad for t in tensors_in(outputs)))
     objective = TaskObjective(task, _layout(name, found))
     if not hasattr(task, "scores"):
         _check_names(name, found)
@@ -147,6 +145,20 @@ def try_task(name: str, task: Task, network: nn.Module) -> TaskObjective:
         raise UsageError(f"--task {name}: scores() must return a dict of metrics by name")
     _check_names(name, scores)
     return replace(objective, names=tuple(scores))
+
+
+def _check_loss(name: str, loss: Any, *, trained: bool) -> None:
+    """Raise UsageError if what ``loss`` returned is of no use for training ``trained`` outputs."""
+    pair = isinstance(loss, tuple | list) and len(loss) == 2
+    if not pair or not isinstance(loss[0], torch.Tensor) or loss[0].numel() != 1:
+        raise UsageError(f"--task {name}: loss() must return a sum, as a tensor, and a count")
+    if trained and not loss[0].requires_grad:
+        raise UsageError(
+            f"--task {name}: the sum that loss() returns has no gradient: compute it from the "
+            "outputs by torch ops, without detach(), item() or numpy()"
+        )
+    if loss[0].isnan():
+        raise UsageError(f"--task {name}: loss() returns nan for the first {TRIED} training items")
 
 
 def try_own_objective(name: str, task: Task, objective: Any, network: nn.Module) -> None:
@@ -183,10 +195,15 @@ def _layout(name: str, found: Any) -> dict[str, int]:
     for metric, pair in found.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise UsageError(f"--task {name}: the metric {metric} must be a sum and a count")
-        sizes = {len(as_sums(part, cpu)) for part in pair}
-        if len(sizes) > 1:
+        sums, counts = (as_sums(part, cpu) for part in pair)
+        if len(sums) != len(counts):
             raise UsageError(f"--task {name}: sums and counts of {metric} differ in number")
-        layout[metric] = sizes.pop()
+        if not (sums.isfinite().all() and counts.isfinite().all()):
+            raise UsageError(
+                f"--task {name}: metrics() returns a sum or count of {metric} that is not finite, "
+                f"for the first {TRIED} training items"
+            )
+        layout[metric] = len(sums)
     return layout
 
 
@@ -200,10 +217,7 @@ def _first_batch(name: str, task: Task) -> tuple[torch.Tensor, Any]:
         if not isinstance(item, tuple | list) or len(item) != 2:
             kind = type(item).__name__
             raise UsageError(f"--task {name}: an item must be a pair (inputs, targets); got {kind}")
-    batch = _attempt(message, items.__getitems__, numbers)
-    if isinstance(batch, GammaslimError):
-        raise batch
-    inputs, targets = batch
+    inputs, targets = _attempt(message, items.batch, numbers)
     if convert := getattr(task, "inputs", None):
         inputs = _attempt(f"--task {name}: inputs() fails", convert, inputs)
     fits = isinstance(inputs, torch.Tensor) and inputs.is_floating_point() and inputs.dim() > 1
@@ -223,15 +237,4 @@ def _attempt(message: str, work: Callable[..., Any], *args: Any) -> Any:
     except GammaslimError:
         raise
     except Exception as error:  # user code may raise anything
-        raise UsageError(f"{message}: {_problem(error)}") from error
-
-
-def _problem(error: Exception) -> str:
-    """Return the error in one line, with the last line of code outside of installed packages."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "site-packages" not in frame.filename and "/job/" not in frame.filename
-    ]
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {reason(error)}{place}"
+        raise UsageError(f"{message}: {located(error)}") from error

@@ -88,7 +88,14 @@ class Segmentation:
     def loss(self, outputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cross entropy, summed over the pixels that have a class, and their number."""
         targets = targets.long()
-        loss = _pixel_loss(logits_at(outputs, targets), targets)
+        logits = logits_at(outputs, targets)
+        if logits.shape[1] < len(self.class_names):
+            raise DataError(
+                f"the network returns logits for {logits.shape[1]} classes, but the masks have "
+                f"{len(self.class_names)}: give it as many outputs as classes (a factory receives "
+                "their number as num_classes)"
+            )
+        loss = _pixel_loss(logits, targets)
         if torch.is_grad_enabled() and isinstance(outputs, Mapping) and "aux" in outputs:
             auxiliary = _pixel_loss(_resized(outputs["aux"], targets), targets)
             loss = loss + AUXILIARY_SHARE * auxiliary

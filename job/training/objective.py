@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from job.errors import DataError, UsageError
 from job.models.outputs import Logits
 from job.processes import world_size
 from job.slimming.inputs import map_tensors, tensors_in
@@ -211,6 +213,11 @@ class TaskObjective:
             loss = loss + torch.stack([t[:0].sum() for t in _floats_in(outputs) if t.dim()]).sum()
         with torch.no_grad():
             found = self.task.metrics(map_tensors(outputs, torch.Tensor.detach), targets)
+        if found.keys() != self.layout.keys():
+            raise UsageError(
+                f"metrics() returned {', '.join(map(str, found)) or 'nothing'} for a batch, and "
+                f"{', '.join(self.layout)} before: return the same metrics for every batch"
+            )
         parts = [loss.detach(), count, *(part for name in self.layout for part in found[name])]
         sums = torch.cat([as_sums(part, loss.device) for part in parts])
         if distillation:
@@ -245,6 +252,11 @@ class TaskObjective:
             metrics = {name: float(found[name]) for name in self.names}
         else:
             metrics = {name: mean_ratio(*pair) for name, pair in totals.items()}
+        if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise DataError(
+                f"the metric {wrong[0]} of a split is {metrics[wrong[0]]}: metrics() returned a "
+                "sum or count that is not finite for some of its items"
+            )
         return SplitScores(loss / count if count else float("nan"), self.metric, metrics)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +33,15 @@ if __name__ == "__main__":
     print(get_temp_dir(), flush=True)
     leave()  # as the job does: its loader processes ignore signals
 """
+
+
+def test_a_loader_process_ends_if_the_job_has_ended_before_it_was_ready() -> None:
+    """The server imports torch for seconds, and hears of no end before it asks for the signal."""
+    code = "from job.data.loader import prepare_worker; prepare_worker(); print('alive')"
+    for parent, ends in ((os.getpid(), 0), (2**22 + 1, -signal.SIGKILL)):
+        env = os.environ | {loader.JOB: str(parent), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code], env=env, check=False)
+        assert done.returncode == ends
 
 
 def test_images_load_below_a_long_tmpdir(tmp_path: Path) -> None:

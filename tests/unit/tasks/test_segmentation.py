@@ -127,6 +127,8 @@ def test_loss_and_iou_are_those_of_their_definitions(tmp_path: Path) -> None:
     small = F.avg_pool2d(logits, 2)  # a network with a stride
     assert task.metrics(small, targets)["pixel_acc"][1] == known.sum()
     assert task.distillation_loss(logits, logits, 2.0).item() == pytest.approx(0, abs=1e-5)
+    with pytest.raises(DataError, match=r"logits for 1 classes, but the masks have"):
+        task.loss(torch.zeros(2, 1, *targets.shape[-2:]), targets)
     with pytest.raises(DataError, match=r"returns \(2, 3\): --task segmentation needs logits"):
         task.metrics(torch.rand(2, 3), targets)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import random
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,7 @@ from job.config import PruneConfig
 from job.data.sample_order import epoch_table
 from job.data.task_items import ItemSplit, TaskItems, stack_items, take_samples
 from job.distributed.collectives import start
-from job.errors import InputNotFound, UsageError
+from job.errors import DataError, InputNotFound, StorageError, UsageError
 from job.pipeline.prune import prune
 from job.pipeline.task_data import task_dataset, task_preprocessing
 from job.tasks.loading import input_shape_of, load_task, try_task
@@ -139,6 +141,9 @@ def fails(*_: Any) -> Any:
         ({"loss": fails}, r"loss\(\) fails: ValueError: of my own \(test_tasks.py, line"),
         ({"metrics": fails}, r"metrics\(\) fails: ValueError"),
         ({"loss": lambda *_: 1.0}, r"loss\(\) must return a sum, as a tensor, and a count"),
+        ({"loss": lambda x, _: (x.detach().sum(), 2)}, r"that loss\(\) returns has no gradient"),
+        ({"loss": lambda x, _: (x.sum() * torch.nan, 2)}, r"returns nan for the first 2 training"),
+        ({"metrics": lambda *_: {"a": (torch.nan, 1)}}, "a sum or count of a that is not finite"),
         ({"metrics": lambda *_: {}}, "must return a dict of sums and counts"),
         ({"metrics": lambda *_: {"loss": (1, 1)}}, "a metric is named 'loss'"),
         ({"metrics": lambda *_: {"a b": (1, 1)}}, "a metric is named 'a b'"),
@@ -158,6 +163,47 @@ def test_what_is_wrong_with_a_task_is_said(
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(task=lambda: Signals(**changes)))
     with pytest.raises(UsageError, match=message):
         try_task("mine:task", load_task("mine:task", {}), signal_network())
+
+
+class Later(Rows):
+    """Item 4 cannot be read for ``reason``, or has another shape."""
+
+    def __init__(self, reason: Exception | None = None) -> None:
+        super().__init__(6)
+        self.reason = reason
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == 4 and self.reason:
+            raise self.reason
+        inputs, target = super().__getitem__(index)
+        return inputs[:, : 8 - (index == 4)], target
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "message"),
+    [
+        (OSError("file 4 is gone"), DataError, r"item 4 .*OSError: file 4 is gone \(test_tasks"),
+        (OSError(errno.EIO, "disk"), StorageError, r"item 4 cannot be read: OSError: .*disk"),
+        (KeyError("of my own"), DataError, r"items 3, 4 cannot be read: KeyError: .*of my own"),
+        (None, DataError, r"items 3, 4 cannot be read: ValueError: items of several shapes"),
+    ],
+)
+def test_an_item_that_fails_later_is_named(
+    reason: Exception | None, kind: type[Exception], message: str
+) -> None:
+    items = TaskItems(ItemSplit(Later(reason), stack_items, "mine:task\0"))
+    error = items.__getitems__([3, 4])  # returned, as by a loader process
+    assert type(error) is kind
+    assert re.match(f"--task mine:task: {message}", str(error))
+
+
+def test_metrics_that_change_or_become_nan_are_named() -> None:
+    objective = TaskObjective(Signals(metrics=lambda *_: {"other": (1, 1)}), {"right": 1})
+    with pytest.raises(UsageError, match=r"returned other for a batch, and right before"):
+        objective.measure(torch.rand(2, 3), torch.rand(2, 2, 8), torch.tensor([0, 1]))
+    sums = torch.tensor([1.0, 2.0, torch.nan, 2.0], dtype=torch.float64)
+    with pytest.raises(DataError, match="the metric right of a split is nan"):
+        objective.scores(sums, 2)
 
 
 @pytest.mark.parametrize(
