@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 DIM = 24
+MAKERS = nn.Linear | nn.Conv2d | nn.BatchNorm1d
 
 
 class Transformer(nn.Module):
@@ -24,3 +27,19 @@ class Transformer(nn.Module):
         for attention in self.blocks:
             x = x + attention(x)
         return self.head(x.mean(1))
+
+
+def zeroed_outputs(network: nn.Module, plan: Any) -> nn.Module:
+    """The wide network in which layers produce zeros for the removed channels."""
+    masked = copy.deepcopy(network)
+    with torch.no_grad():
+        for name, channels in plan.layers.items():
+            layer = masked.get_submodule(name)
+            if channels.out is not None and isinstance(
+                layer, nn.Linear | nn.Conv2d | nn.BatchNorm1d
+            ):
+                removed = sorted(set(range(len(layer.weight))) - set(channels.out))
+                layer.weight[removed] = 0
+                if layer.bias is not None:
+                    layer.bias[removed] = 0
+    return masked

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from typing import Any
@@ -16,7 +15,7 @@ import job
 from job.errors import DataError
 from job.slimming.planning.layer_channels import LayerChannels, compose
 from job.slimming.surgery.surgery import apply_plan
-from support.transformer import DIM, Transformer
+from support.transformer import DIM, Transformer, zeroed_outputs
 
 HEADS, WIDTH = 3, 8
 IMAGE = torch.rand(1, 3, 16, 16)
@@ -84,19 +83,6 @@ def transformer(how: str) -> nn.Module:
     return network
 
 
-def without_outputs(network: nn.Module, plan: Any) -> nn.Module:
-    """The wide network in which layers produce zeros for the removed channels."""
-    masked = copy.deepcopy(network)
-    with torch.no_grad():
-        for name, channels in plan.layers.items():
-            layer = masked.get_submodule(name)
-            if channels.out is not None and isinstance(layer, nn.Linear | nn.Conv2d):
-                removed = sorted(set(range(len(layer.weight))) - set(channels.out))
-                layer.weight[removed] = 0
-                layer.bias[removed] = 0
-    return masked
-
-
 @pytest.mark.parametrize("how", ["fused", "attribute", "separate", "chunks", "stream", "einsum"])
 def test_heads_lose_width_or_leave_and_the_scale_stays(how: str) -> None:
     network, example = transformer(how), IMAGE.double()
@@ -121,7 +107,7 @@ def test_heads_lose_width_or_leave_and_the_scale_stays(how: str) -> None:
     images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(
-            narrow(images), without_outputs(network, plan)(images), rtol=1e-10, atol=1e-12
+            narrow(images), zeroed_outputs(network, plan)(images), rtol=1e-10, atol=1e-12
         )
     narrow.train()(images).sum().backward()
 

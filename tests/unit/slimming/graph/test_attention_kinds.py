@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import job
-from support.transformer import DIM, Transformer
+from support.transformer import DIM, Transformer, zeroed_outputs
 
 HEADS, WIDTH, TOKENS = 4, 8, 9
 IMAGE = torch.rand(1, 3, 12, 12, dtype=torch.float64)
@@ -383,17 +383,4 @@ def test_values_wider_than_keys_are_split_by_attributes(first: bool) -> None:
     assert 1 <= block.width < WIDTH < block.value_width + block.width < 2 * WIDTH
     assert block.values == HEADS * block.value_width
     assert plan.proof.error <= 1e-12
-    torch.testing.assert_close(narrow(IMAGE), without_heads(network, plan)(IMAGE))
-
-
-def without_heads(network: nn.Module, plan: Any) -> nn.Module:
-    """The wide network whose norms and embedding give zeros for the removed channels."""
-    masked = copy.deepcopy(network)
-    with torch.no_grad():
-        for name, channels in plan.layers.items():
-            layer = masked.get_submodule(name)
-            if channels.out is not None and isinstance(layer, nn.BatchNorm1d | nn.Conv2d):
-                removed = sorted(set(range(len(layer.bias))) - set(channels.out))
-                layer.weight[removed] = 0
-                layer.bias[removed] = 0
-    return masked
+    torch.testing.assert_close(narrow(IMAGE), zeroed_outputs(network, plan)(IMAGE))
