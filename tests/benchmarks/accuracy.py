@@ -51,6 +51,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", default="1,5", help="of fine-tuning; 0 for none")
     parser.add_argument("--tuned", type=int, default=None, help="images an epoch")
+    parser.add_argument("--bfloat16", action="store_true", help="fine-tune under autocast")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines")
     return parser.parse_args()
 
@@ -87,7 +88,8 @@ def measure(given: argparse.Namespace) -> None:
         }  # fmt: skip
         for epochs in filter(None, map(int, given.epochs.split(","))):
             everything = splits["train"].sample(given.tuned, 0)
-            tuned = fine_tune(copy.deepcopy(narrow), everything, epochs, normalise)
+            tuned = copy.deepcopy(narrow)
+            fine_tune(tuned, everything, epochs, normalise, given.bfloat16)
             row[f"after {epochs} epochs"] = score(tuned)
         with given.output.open("a") as file:
             file.write(json.dumps(row) + "\n")
