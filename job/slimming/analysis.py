@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from job.errors import UsageError, reason
 from job.slimming.graph.grouping import channel_graph
 from job.slimming.inputs import describe_inputs
-from job.slimming.surgery.trial_cuts import all_suspects_pass, drop_wrong_suspects
+from job.slimming.surgery.trial_cuts import drop_wrong_suspects, suspects_pass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,14 +31,19 @@ def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) ->
         raise UsageError(
             f"the network does not run on {describe_inputs(example)}: {reason(error)}"
         ) from error
+    if not graph.sizes:
+        return drop_wrong_suspects(network, graph, example)
     plain = replace(graph, sizes=())
-    if graph.sizes:  # before separating the suspects, which takes many trial cuts
-        for each in (plain, graph):
-            if all_suspects_pass(network, each, example):
-                return each
-    checked = drop_wrong_suspects(network, plain, example)
-    if graph.sizes and checked.channel_count < graph.channel_count:
-        with_sizes = drop_wrong_suspects(network, graph, example)
-        if with_sizes.channel_count > checked.channel_count:
-            return with_sizes
+    for each in (plain, graph):  # before separating the suspects, which takes many trial cuts
+        if suspects_pass(network, each, example):
+            return each
+    checked = drop_wrong_suspects(network, graph, example)
+    without_sizes = replace(checked, sizes=())
+    if suspects_pass(network, without_sizes, example):
+        return without_sizes
+    dropped = {name for name, *_ in graph.suspects} - {name for name, *_ in checked.suspects}
+    if suspects_pass(network, plain, example, dropped):  # the sizes are what makes them wrong
+        checked_plain = drop_wrong_suspects(network, plain, example)
+        if checked_plain.channel_count > checked.channel_count:
+            return checked_plain
     return checked

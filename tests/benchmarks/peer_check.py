@@ -2,9 +2,9 @@
 
 The narrow network is compared with a wide one in which the removed channels are zero: the rows of
 the layers that produce them, with γ and β of their norms, and the columns of the layers that read
-them. Norms over channels are computed from the channels that are left, and so are softmaxes over
-channels: their columns that are zero in every row are left out. Weights that are standardised in
-each pass are standardised over the inputs that are left.
+them. Norms over channels are computed from the channels that are left, and so are softmaxes, means
+and maxima over channels: columns that are zero in every row are left out. Weights that are
+standardised in each pass are standardised over the inputs that are left.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def outputs64(network: nn.Module, run: Run, images: torch.Tensor) -> list[torch.
     """Outputs of a copy in float64."""
     with torch.no_grad():
         twin = copy.deepcopy(network).double().eval()
-        with _SoftmaxOfKept():
+        with _ChannelsLeft():
             outputs = run(twin, images.double())
         return [t for t in tensors_in(outputs) if t.is_floating_point()]
 
@@ -133,18 +133,21 @@ class _OverKept(TorchFunctionMode):
         return torch.zeros_like(values).index_copy(axis, torch.tensor(kept), left)
 
 
-class _SoftmaxOfKept(TorchFunctionMode):
-    """Leave columns that are zero in every row out of a softmax over the last axis."""
+class _ChannelsLeft(TorchFunctionMode):
+    """Leave zeros out: columns of a softmax over the last axis; channels of a mean or maximum."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in (F.softmax, torch.softmax, torch.Tensor.softmax):
-            given = dict(zip(("input", "dim"), args, strict=False)) | (kwargs or {})
-            scores = given["input"]
-            if given.get("dim") in (-1, scores.dim() - 1) and scores.dim() > 2:
-                dead = (scores == 0).all(-2, keepdim=True)
-                args = (scores.masked_fill(dead, -torch.inf), *args[1:])
+        name, given = func.__name__, dict(zip(("input", "dim"), args, strict=False))
+        given |= kwargs or {}
+        values, axis = given.get("input"), given.get("dim")
+        if name == "softmax" and values.dim() > 2 and axis in (-1, values.dim() - 1):
+            dead = (values == 0).all(-2, keepdim=True)
+            args = (values.masked_fill(dead, -torch.inf), *args[1:])
+        if name in ("mean", "amax") and axis == 1 and values.dim() == 4:
+            alive = (values != 0).any(0).flatten(1).any(1).nonzero().flatten()
+            args = (values.index_select(1, alive), *args[1:])
         return func(*args, **(kwargs or {}))
 
 

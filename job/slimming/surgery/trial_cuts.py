@@ -17,9 +17,11 @@ from job.slimming.planning.plan import layers_of
 from job.slimming.planning.ranked_groups import KeptChannels, rank_groups
 from job.slimming.surgery.probe import smallest_equivalent_input
 from job.slimming.surgery.surgery import apply_plan
-from job.slimming.surgery.verification import verify
+from job.slimming.surgery.verification import check_it_runs, verify
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from torch import nn
 
     from job.slimming.graph.groups import ChannelGraph
@@ -30,69 +32,93 @@ if TYPE_CHECKING:
 def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Example) -> ChannelGraph:
     """Return ``graph`` with those suspects blocked whose trial cut fails verification.
 
-    All suspects are cut together first, and halves of them only if that fails. Raises UsageError or
+    All suspects are cut together first, and fewer of them only if that fails. Raises UsageError or
     DataError if no cut of the network can be verified.
     """
     names = list(dict.fromkeys(name for name, *_ in graph.suspects))
-    if not names:
-        return graph
-    if not graph.auxiliary:
-        example = smallest_equivalent_input(network, example, graph.forward.treatment)
-    failure = _failure(network, graph, names, example)
-    if failure is None:
+    trials = _Trials(network, graph, example)
+    if not names or (failure := trials.failure(names)) is None:
         return graph
     whys = {name: (reason, place) for name, reason, place in graph.suspects}
-    wrong = _wrong_suspects(network, graph, names, example, line_of_error(failure))
+    wrong = trials.wrong_by_line(names, failure)
     for name, line in wrong.items():
         reason, place = whys[name]
         of_code = reason == CODE_COUNT()  # one of all lines that read a size
         graph = graph.without([name], reason, (line or place) if of_code else (place or line))
     unblocked = {group.name for group in graph.groups}
     remaining = [name for name in names if name in unblocked]
-    if remaining and _failure(network, graph, remaining, example):
+    if remaining and _Trials(network, graph, example).failure(remaining):
         graph = graph.without(remaining, REARRANGED())
     return graph
 
 
-def all_suspects_pass(network: nn.Module, graph: ChannelGraph, example: Example) -> bool:
-    """Return whether one trial cut of all suspects together is right."""
-    names = list(dict.fromkeys(name for name, *_ in graph.suspects))
-    if not names:
-        return True
-    if not graph.auxiliary:
-        example = smallest_equivalent_input(network, example, graph.forward.treatment)
-    return _failure(network, graph, names, example) is None
+def suspects_pass(
+    network: nn.Module, graph: ChannelGraph, example: Example, names: Collection[str] | None = None
+) -> bool:
+    """Return whether one trial cut of all suspects, or of those in ``names``, is right."""
+    suspects = list({name for name, *_ in graph.suspects if names is None or name in names})
+    return not suspects or _Trials(network, graph, example).failure(suspects) is None
 
 
-def _wrong_suspects(
-    network: nn.Module, graph: ChannelGraph, names: list[str], example: Example, line: str
-) -> dict[str, str]:
-    """Return the groups whose trial cut fails, with the line of the network's code that fails.
+class _Trials:
+    """Trial cuts of a network, on images as small as they may be."""
 
-    The joint trial cut of ``names`` fails, at ``line``. A line is empty if no code fails.
-    """
-    if len(names) == 1:
-        return {names[0]: line}
-    wrong: dict[str, str] = {}
-    for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-        if failure := _failure(network, graph, half, example):
-            wrong |= _wrong_suspects(network, graph, half, example, line_of_error(failure))
-    return wrong
+    def __init__(self, network: nn.Module, graph: ChannelGraph, example: Example) -> None:
+        self.network, self.graph, self.example = network, graph, example
+        if graph.suspects and not graph.auxiliary:
+            self.example = smallest_equivalent_input(network, example, graph.forward.treatment)
 
+    def wrong_by_line(self, names: list[str], failure: Exception) -> dict[str, str]:
+        """Return the groups whose trial cut fails, with the line of the network's code that fails.
 
-def _failure(
-    network: nn.Module, graph: ChannelGraph, names: list[str], example: Example
-) -> Exception | None:
-    """Return the error of a cut of about a third of the channels of the groups ``names``."""
-    layers = layers_of(graph, _trial(graph, names))
-    try:
-        narrow = apply_plan(network, layers)
-        verify(network, narrow, layers, example, graph)
-    except (UsageError, DataError):
-        raise
-    except Exception as error:  # user code may raise anything when it gets fewer channels
-        return error
-    return None
+        The joint trial cut of ``names`` ends in ``failure``. The groups that the failing line of
+        code rearranges are set aside until the others pass. A line is empty if no code fails.
+        """
+        left = names
+        aside: list[list[str]] = []
+        failing: Exception | None = failure
+        while failing is not None:
+            line = line_of_error(failing)
+            near = {name for name, _, place in self.graph.suspects if place == line}
+            chosen = [name for name in left if name in near]
+            if not chosen:
+                break
+            aside.append(chosen)
+            left = [name for name in left if name not in near]
+            failing = self.failure(left, quick=True) if left else None
+        wrong = self._wrong(left, line_of_error(failing)) if failing is not None else {}
+        for chosen in aside:
+            if failing := self.failure(chosen, quick=True):
+                wrong |= self._wrong(chosen, line_of_error(failing))
+        return wrong
+
+    def _wrong(self, names: list[str], line: str) -> dict[str, str]:
+        """Separate the wrong groups by halves; the joint trial cut of ``names`` fails."""
+        if len(names) == 1:
+            return {names[0]: line}
+        wrong: dict[str, str] = {}
+        for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+            if failing := self.failure(half, quick=True):
+                wrong |= self._wrong(half, line_of_error(failing))
+        return wrong
+
+    def failure(self, names: list[str], quick: bool = False) -> Exception | None:
+        """Return the error of a cut of about a third of the channels of the groups ``names``.
+
+        With ``quick``, the narrow network runs by itself first. Raises UsageError or DataError
+        otherwise if no cut can be verified.
+        """
+        layers = layers_of(self.graph, _trial(self.graph, names))
+        try:
+            narrow = apply_plan(self.network, layers)
+            if quick:
+                check_it_runs(narrow, self.example, self.graph.auxiliary)
+            verify(self.network, narrow, layers, self.example, self.graph)
+        except (UsageError, DataError):
+            raise
+        except Exception as error:  # user code may raise anything when it gets fewer channels
+            return error
+        return None
 
 
 def _trial(graph: ChannelGraph, names: list[str]) -> Ids:

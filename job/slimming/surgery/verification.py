@@ -100,7 +100,19 @@ def _narrow_outputs(
         # another seed, since outputs that depend on random numbers prove nothing
         return _probe_outputs(copy, example, auxiliary, seed=1)
     except Exception as failure:  # user code may raise anything
-        raise GammaslimError(f"the narrow network does not run: {reason(failure)}") from failure
+        raise _not_running(failure) from failure
+
+
+def check_it_runs(narrow: nn.Module, example: Example, auxiliary: bool) -> None:
+    """Run the narrow network on noise like ``example``; raises GammaslimError if that fails."""
+    try:
+        _probe_outputs(clone_to(narrow, "cpu"), example, auxiliary)
+    except Exception as failure:  # user code may raise anything
+        raise _not_running(failure) from failure
+
+
+def _not_running(failure: Exception) -> GammaslimError:
+    return GammaslimError(f"the narrow network does not run: {reason(failure)}")
 
 
 def _expected(
