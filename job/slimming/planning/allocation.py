@@ -12,6 +12,7 @@ from job.slimming.planning.cost_model import CostModel
 from job.slimming.planning.planner import Planner
 from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.ranked_groups import rank_groups
+from job.slimming.planning.search import check_any_group
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,6 +85,7 @@ def make_plan(
     exact = uniform_widths is not None
     planner = Planner(graph, costs, groups, sizes, cost, curves=curves, exact_widths=exact)
     allocation.budget.fraction(planner.base)  # raises UsageError above the base
+    check_any_group(planner, allocation.budget)
     return replace(policy.allocate(planner, allocation.budget), policy=allocation.policy)
 
 

@@ -48,10 +48,14 @@ def first_within_budget(
     return steps[low]
 
 
-def check_reachable(planner: Planner, budget: Budget, limit: float, floors: Sequence[int]) -> None:
-    """Raise UsageError if ``floors`` (groups,), the fewest units, cost more than ``limit``."""
+def check_any_group(planner: Planner, budget: Budget) -> None:
+    """Raise UsageError with the main reason if no group can be cut."""
     if not planner.groups:
         raise UsageError(f"{budget} cannot be reached: {NOTHING}{_main_obstacle(planner.graph)}")
+
+
+def check_reachable(planner: Planner, budget: Budget, limit: float, floors: Sequence[int]) -> None:
+    """Raise UsageError if ``floors`` (groups,), the fewest units, cost more than ``limit``."""
     least = planner.metric(budget.metric, floors)
     if least > limit:
         error = OutOfReachError(

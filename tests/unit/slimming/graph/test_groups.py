@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from job import UsageError, slim
 from job.models.factory import build_network
 from job.slimming.analysis import analyse
 from job.slimming.calibration.input_statistics import CalibrationData
@@ -177,6 +178,12 @@ def test_without_auxiliary_heads(name: str) -> None:
     assert not analyse(network, torch.rand(1, 3, 96, 96)).auxiliary
     if name == "googlenet":
         check_cut(network, torch.rand(1, 3, 96, 96), 0.5, "gamma")
+
+
+def test_an_auxiliary_head_that_images_are_too_small_for_is_the_reason_of_a_refusal() -> None:
+    network = torchvision_network("inception_v3")
+    with pytest.raises(UsageError, match=r"AuxLogits.* in train mode, which fails; to cut them: "):
+        slim(network, torch.rand(1, 3, 96, 96), target="width=0.5", policy="uniform")
 
 
 def test_shufflenet_leaves_long_shuffled_streams_alone_and_says_so() -> None:

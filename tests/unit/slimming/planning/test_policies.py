@@ -104,8 +104,10 @@ def test_floors_hold_and_an_unreachable_target_says_what_is_reachable(
     with pytest.raises(UsageError, match=r"^--target bytes=50.0 .*; did you mean bytes=0\.5\?$"):
         plan_of(network, graph, "bytes=50.0")
     nothing = torchvision.models.squeezenet1_0()
-    with pytest.raises(UsageError, match="no channel of this network can be cut"):
-        plan_of(nothing, analyse(nothing, IMAGE), "macs=0.9")
+    uncut = analyse(nothing, IMAGE)
+    for policy, target in (("global", "macs"), ("uniform", "macs"), ("uniform", "width")):
+        with pytest.raises(UsageError, match="no channel of this network can be cut"):
+            plan_of(nothing, uncut, f"{target}=0.9", policy=policy)
 
 
 def test_absurd_ratios_leave_one_channel_a_group(network: nn.Module, graph: ChannelGraph) -> None:
