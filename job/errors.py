@@ -106,6 +106,16 @@ def reason(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory, of the host or of a GPU, was short, as ``error`` or its cause says."""
+    words = ("MemoryError", "OutOfMemoryError")
+    return (
+        type(error).__name__ in words
+        or "t allocate memory" in str(error)
+        or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+    )
+
+
 def describe_error(error: BaseException) -> str:
     """Return one line about ``error``: its message, after the type unless it is written for users.
 

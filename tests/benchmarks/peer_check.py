@@ -202,7 +202,7 @@ def _zero_parameter(weight: torch.Tensor, channels: LayerChannels) -> None:
         axis = next((place for place, size in enumerate(weight.shape) if size > 1), 0)
     _zero(weight, axis, channels.out)
     if channels.in_ is not None:
-        _zero(weight, 1, channels.in_)
+        _zero(weight, 1 - axis if weight.dim() == 2 else 1, channels.in_)
 
 
 def _zero(weight: torch.Tensor | None, axis: int, kept: tuple[int, ...] | None) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from job.errors import UsageError, reason
+from job.errors import UsageError, is_out_of_memory, reason
 from job.slimming.graph.layers import modules_of, tensors_of
 from job.slimming.graph.snapshot import slots
 
@@ -54,20 +54,6 @@ def clone_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 class _Cloner:
     def __init__(self, root: nn.Module, memo: dict[int, Any]) -> None:
         self.root, self.memo = root, memo
-        self.by_type: dict[Any, Callable[[Any], Any]] = {
-            tuple: self.clone_tuple,
-            list: self.clone_list,
-            set: self.clone_set,
-            deque: self.clone_deque,
-            dict: self.clone_dict,
-            OrderedDict: self.clone_dict,
-            defaultdict: self.clone_dict,
-            types.MethodType: self.clone_method,
-            functools.partial: self.clone_partial,
-            types.FunctionType: self.clone_function,
-            functools._lru_cache_wrapper: self.clone_cache,
-            weakref.ref: self.clone_reference,
-        }
 
     def clone(self, value: Value) -> Value:
         """Copy any value, or return its copy in the memo."""
@@ -79,8 +65,8 @@ class _Cloner:
             return copied  # type: ignore[no-any-return]
         if isinstance(value, torch.Tensor):
             copied = self.clone_tensor(value)
-        elif kind in self.by_type:
-            copied = self.by_type[kind](value)
+        elif kind in BY_TYPE:
+            copied = BY_TYPE[kind](self, value)
         elif _copies_plainly(kind):
             copied = self.clone_object(value)
         else:
@@ -107,6 +93,8 @@ class _Cloner:
         try:
             return self.clone(value)
         except (TypeError, AttributeError, RuntimeError) as error:  # e.g. of a generator
+            if is_out_of_memory(error):
+                raise
             where = f"{type(owner).__name__}.{name}"
             raise UsageError(
                 f"the network cannot be copied because of its attribute {where}: {reason(error)}"
@@ -210,6 +198,23 @@ class _Cloner:
             return False
         visited.add(id(value))
         return any(self.refers(part, visited) for part in _contents(value))
+
+
+# functions, not methods of a cloner: a cycle would keep the copies in memory for a while
+BY_TYPE: dict[Any, Callable[[_Cloner, Any], Any]] = {
+    tuple: _Cloner.clone_tuple,
+    list: _Cloner.clone_list,
+    set: _Cloner.clone_set,
+    deque: _Cloner.clone_deque,
+    dict: _Cloner.clone_dict,
+    OrderedDict: _Cloner.clone_dict,
+    defaultdict: _Cloner.clone_dict,
+    types.MethodType: _Cloner.clone_method,
+    functools.partial: _Cloner.clone_partial,
+    types.FunctionType: _Cloner.clone_function,
+    functools._lru_cache_wrapper: _Cloner.clone_cache,
+    weakref.ref: _Cloner.clone_reference,
+}
 
 
 def _contents(value: Any) -> Iterable[Any]:

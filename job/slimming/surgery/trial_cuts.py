@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.errors import DataError, UsageError
+from job.errors import DataError, UsageError, is_out_of_memory
 from job.slimming.graph.callers import line_of_error
 from job.slimming.graph.reasons import CODE_COUNT, REARRANGED
 from job.slimming.planning.plan import layers_of
@@ -117,6 +117,8 @@ class _Trials:
         except (UsageError, DataError):
             raise
         except Exception as error:  # user code may raise anything when it gets fewer channels
+            if is_out_of_memory(error):
+                raise
             return error
         return None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from job.errors import GammaslimError, UsageError, reason
+from job.errors import GammaslimError, UsageError, is_out_of_memory, reason
 from job.slimming.graph.layer_rules import layer_rule
 from job.slimming.graph.layers import inputs_axis, is_depthwise, tensor_named
 from job.slimming.graph.modes import training_mode
@@ -66,14 +66,16 @@ def verify(
     if not auxiliary:  # auxiliary heads need images of the full size
         small = smallest_equivalent_input(wide, example, graph.forward.treatment if graph else None)
     kept = None if graph is None else KeptReads(graph.reads, keep_in(graph, layers))
-    masked, expected, precision = _expected(filled, layers, small, auxiliary, kept)
+    expected, precision = _expected(filled, layers, small, auxiliary, kept)
     actual = _narrow_outputs(cut, filled, layers, small, auxiliary, precision)
     tolerance = PROOF_TOLERANCE
     if precision != torch.float64:
+        masked = _masked(filled, layers, precision)
         tolerance = _rounding_tolerance(masked, expected, small, auxiliary, kept)
     error = relative_difference(actual, expected)
     proof = Proof(error, str(precision).removeprefix("torch."), tolerance)
     if not proof.error <= tolerance:
+        masked = _masked(filled, layers, precision)
         check_comparable(masked, _noise_for(masked, small))
         raise GammaslimError(
             f"the cut is wrong: the narrow network differs from the wide one without the removed "
@@ -112,6 +114,8 @@ def check_it_runs(narrow: nn.Module, example: Example, auxiliary: bool) -> None:
 
 
 def _not_running(failure: Exception) -> GammaslimError:
+    if is_out_of_memory(failure):
+        return GammaslimError(f"there is not enough memory to verify the cut: {reason(failure)}")
     return GammaslimError(f"the narrow network does not run: {reason(failure)}")
 
 
@@ -121,19 +125,19 @@ def _expected(
     example: Example,
     auxiliary: bool,
     kept: KeptReads | None,
-) -> tuple[nn.Module, list[torch.Tensor], torch.dtype]:
-    """Return the wide network without the removed channels, its outputs, and their precision."""
+) -> tuple[list[torch.Tensor], torch.dtype]:
+    """Return the outputs of the wide network without the removed channels, and their precision."""
     try:
         masked = _masked(wide, layers, torch.float64)
         expected = _probe_outputs(masked, example, auxiliary, kept=kept)
         if all(t.dtype == torch.float64 for t in expected if t.is_floating_point()):
-            return masked, expected, torch.float64
+            return expected, torch.float64
     except Exception:  # user code may require float32
         pass
     precision = _precision(wide)
     masked = _masked(wide, layers, precision)
     try:
-        return masked, _probe_outputs(masked, example, auxiliary, kept=kept), precision
+        return _probe_outputs(masked, example, auxiliary, kept=kept), precision
     except Exception as failure:  # e.g. ops that run on a GPU only
         raise UsageError(
             f"a cut is verified on the CPU, where the network does not run: {reason(failure)}"

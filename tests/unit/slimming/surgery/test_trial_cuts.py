@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
+from job import GammaslimError
 from job.slimming.analysis import analyse
-from job.slimming.surgery import trial_cuts
+from job.slimming.surgery import trial_cuts, verification
+from job.slimming.surgery.clone import clone_module
 from support.cuts import randomise
 
 BLOCKS = 12
@@ -69,3 +74,23 @@ def test_the_wrong_suspects_are_blocked_and_no_others(
     assert cut == set(range(BLOCKS)) - set(wrong)
     assert {b.place for b in graph.blocked if "conv" in b.layer} == ({LINE} if wrong else set())
     assert len(trials) <= 6 + 2 * len(wrong)  # by halves alone, 33 for the first block
+
+
+def test_a_trial_for_which_memory_is_short_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 B")
+
+    network = network_of(Right, Wrong)
+    monkeypatch.setattr(verification, "set_exact_constants", short)
+    with pytest.raises(GammaslimError, match="not enough memory to verify the cut: Default"):
+        analyse(network, torch.rand(1, 3, 4, 4))
+
+
+def test_copies_for_the_proof_are_freed_at_once() -> None:
+    network = network_of(Right)
+    gc.disable()
+    try:
+        copy = weakref.ref(clone_module(network, {}))
+        assert copy() is None
+    finally:
+        gc.enable()
