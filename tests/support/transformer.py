@@ -32,9 +32,10 @@ class Transformer(nn.Module):
 def zeroed_outputs(network: nn.Module, plan: Any) -> nn.Module:
     """The wide network in which layers produce zeros for the removed channels."""
     masked = copy.deepcopy(network)
+    modules = dict(masked.named_modules())
     with torch.no_grad():
         for name, channels in plan.layers.items():
-            layer = masked.get_submodule(name)
+            layer = modules.get(name)  # None for a parameter outside of layers
             if channels.out is not None and isinstance(
                 layer, nn.Linear | nn.Conv2d | nn.BatchNorm1d
             ):

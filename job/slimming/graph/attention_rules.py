@@ -117,8 +117,8 @@ def attention(state: PropagationState, op: Op) -> None:
     )
     mask, scale = op.argument(3, "attn_mask"), op.kwargs.get("scale")
     labels, keys, passing = (state.labels_of(each) for each in (query, key, value))
-    if mask is not None and state.labels_of(mask) is not None:
-        return state.give_up(op, COMPUTED_MASK(op.name))
+    if mask is not None:
+        state.fix(mask, COMPUTED_MASK(op.name))
     if (labels is None) != (keys is None):
         return state.give_up(op, FIXED_QUERIES(op.name))
     if op.kwargs.get("enable_gqa"):
@@ -129,6 +129,7 @@ def attention(state: PropagationState, op: Op) -> None:
         ids = flat_ids(labels)
         if scale is None or state.heads.is_computed(op, float(scale), ids):
             state.heads.scaled.append(ids)
+            state.heads.keys[ids.tobytes()] = flat_ids(keys)
     heads = state.labels_of(op.result)
     if passing is None:
         return state.forget(op)

@@ -82,6 +82,8 @@ class Heads:
         self._numbers: list[Ids] = []  # arrays of the number of a split by element, -1 for none
         self._scores: dict[int, Ids] = {}  # queries by id of their products with keys
         self.scaled: list[Ids] = []  # queries or keys whose scale depends on their number
+        self.keys: dict[bytes, Ids] = {}  # keys by their queries
+        self.tables: list[Ids] = []  # channels that are summed over with those of a table
         self.biases: dict[str, list[str]] = {}  # parameters outside a layer that are its bias
         self.norms: list[tuple[Ids, list[str]]] = []  # channels and slots of LayerNorm, RMSNorm
 
@@ -202,7 +204,15 @@ class Heads:
         self._tie_by_attributes(union)
         for ids in {ids.tobytes(): ids for ids in self.scaled}.values():
             if all(split.narrows or not split.whole for split in self.of(ids)):
-                self._add_scale(union, ids)  # the width of whole heads does not change
+                self._add_scale(
+                    union, self._scalable(union, ids)
+                )  # the width of whole heads does not change
+
+    def _scalable(self, union: ChannelUnion, queries: Ids) -> Ids:
+        """Return the queries, or their keys if layers or tables read the queries too."""
+        read = [slot.ids for slot in union.slots if slot.side == "in"] + self.tables
+        keys = self.keys.get(queries.tobytes())
+        return queries if keys is None or not any(np.isin(queries, r).any() for r in read) else keys
 
     def _add_scale(self, union: ChannelUnion, ids: Ids) -> None:
         """Record the rows of the layer that produces ``ids``, whose weights make up for a scale.

@@ -84,7 +84,7 @@ def linear(state: PropagationState, op: Op) -> None:
     state.count_call(op, name)
     if labels is not None and labels.shape[-1] == 1 and image.shape[-1] > 1:
         return state.set_labels(op.result, labels)  # channels are along another axis
-    ids, computed = state.ids_along(image, -1), name is None
+    ids, computed = state.ids_of_lines(image, -1), name is None
     name = name or computed_from(state, op, weight)
     if ids is None or name is None:
         reason = computed_weight(op.module) if name is None else None

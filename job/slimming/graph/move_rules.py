@@ -111,6 +111,8 @@ def _count_with_streams(state: PropagationState, op: Op, labels: torch.Tensor) -
     axes = label_axes(labels)
     if not axes or fixed_size(op, axes[-1], labels.dim(), splits=len(axes) > 1) is None:
         return
+    if state.is_measured(op.inputs[0], op.module):
+        return  # its own size decides
     streams, ids = list(state.measured_channels(op.module)), flat_ids(labels)
     splits = list(state.heads.of(ids))
     for split in splits:

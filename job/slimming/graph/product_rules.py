@@ -9,8 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from job.slimming.graph.attention_rules import einsum, matmul
+from job.slimming.graph.channel_labels import labels_along
 from job.slimming.graph.computed_weights import computed_from, end_computed
-from job.slimming.graph.followed_parameters import follow_parameters, produced_by
+from job.slimming.graph.followed_parameters import (
+    cut_parameter,
+    follow_parameters,
+    produced_by,
+)
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.reasons import BUFFER, COMPUTED_BIAS, MIXED, NOT_SUPPORTED
 from job.slimming.graph.union import ChannelRead, Operand
@@ -79,8 +84,44 @@ def product_by_letters(state: PropagationState, op: Op) -> None:
             (made,) = set(matrix_letters) - {summed}
             axis = image.index(summed)
             return _multiply(state, op, op.args[1 + place], axis, own, result.index(made))
+    if _sum_with_table(state, op):
+        return None
     state.read_inputs_elsewhere(op)
     return einsum(state, op)
+
+
+def _sum_with_table(state: PropagationState, op: Op) -> bool:
+    """Sum over the channels of activations and a table, such as that of relative positions.
+
+    All lines of the activations share the table, and lose the same channels. Returns False for
+    other products.
+    """
+    sides = str(op.args[0]).replace(" ", "").replace("->", ",").split(",")
+    if len(sides) != 3 or len(op.args) != 3 or "." in str(op.args[0]):
+        return False
+    for place in (0, 1):
+        image, table = op.args[1 + place], op.args[2 - place]
+        labels, sources = state.labels_of(image), state.derived.sources(table)
+        summed = "".join(set(sides[place]) & set(sides[1 - place]) - set(sides[2]))
+        if labels is None or not sources or len(summed) != 1:
+            continue
+        axis = sides[place].index(summed)
+        if labels.shape[axis] == 1 or (ids := state.unite_lines(labels, axis)) is None:
+            return False
+        along_table = labels_along(ids, sides[1 - place].index(summed), table.dim())
+        places = [None if s.reduced else s.ids_on_axis(along_table) for s in sources]
+        for source, found in zip(sources, places, strict=True):
+            if found is None:
+                return False
+            state.union.unite(*found[2])
+            cut_parameter(state, source.name, found[0], found[1])
+        state.heads.tables.append(ids)
+        shape = [-1 if each == axis else 1 for each in range(image.dim())]
+        operand = Operand(1 + place, "operands", axis, ids.reshape(shape))
+        state.add_read(op, ChannelRead(op.name, (operand,), zeroed=True))
+        state.forget(op)
+        return True
+    return False
 
 
 def distances(state: PropagationState, op: Op) -> None:
@@ -136,7 +177,7 @@ def _multiply(
         result_axis = axis
         if labels.shape[axis] == 1 < image.shape[axis] and image.dim() == op.result.dim():
             return state.set_labels(op.result, labels)  # channels are along another axis
-    ids = state.ids_along(image, axis)
+    ids = state.ids_of_lines(image, axis)
     if ids is None:
         return state.give_up(op, MIXED(op.name))
     state.add_slot(matrix.name, "in", ids, axis=matrix.axis)

@@ -102,6 +102,17 @@ class PropagationState:
             return None
         return flat_ids(labels.reshape(-1).expand(tensor.shape[axis]))
 
+    def ids_of_lines(self, tensor: torch.Tensor, axis: int) -> Ids | None:
+        """Return the elements (n,) along ``axis``, united if several lines share a weight.
+
+        None if they do not depend on it.
+        """
+        ids = self.ids_along(tensor, axis)
+        if ids is not None:
+            return ids
+        labels = self.labels_of(tensor)
+        return None if labels is None else self.unite_lines(labels, axis % tensor.dim())
+
     def unite_lines(self, labels: torch.Tensor, axis: int) -> Ids | None:
         """Unite the channels at the same index along ``axis``, such as those of all heads.
 
@@ -232,6 +243,11 @@ class PropagationState:
             labels = self.labels_of(read.tensor) if read.module is module else None
             if labels is not None and len(label_axes(labels)) == 1:
                 yield flat_ids(labels)
+
+    def is_measured(self, tensor: torch.Tensor, module: nn.Module | None) -> bool:
+        """Return whether ``module`` has read the size of ``tensor``."""
+        reads = self.trace.measured
+        return any(each.tensor is tensor and each.module is module for each in reads)
 
     def add_slice(self, before: Ids, after: Ids) -> None:
         """Add a slice ``after`` of the channels ``before`` (n,)."""

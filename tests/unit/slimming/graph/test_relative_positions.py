@@ -1,0 +1,94 @@
+"""Attention with relative positions: tables, matrices and layers that all heads share.
+
+Shaw et al. 2018; decomposed into rows and columns in MViTv2 (Li et al. 2022) and SAM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import job
+from support.transformer import DIM, Transformer, zeroed_outputs
+
+HEADS, WIDTH, SIDE = 4, 8, 3
+TOKENS = SIDE * SIDE
+IMAGE = torch.rand(1, 3, 4 * SIDE, 4 * SIDE, dtype=torch.float64)
+
+
+class Attention(nn.Module):
+    """Attention whose bias is computed from the queries, by ``how``."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.heads = how, HEADS
+        self.qkv, self.proj = nn.Linear(DIM, 3 * HEADS * WIDTH), nn.Linear(HEADS * WIDTH, DIM)
+        if how == "decomposed":
+            self.rows = nn.Parameter(torch.randn(2 * SIDE - 1, WIDTH))
+            self.columns = nn.Parameter(torch.randn(2 * SIDE - 1, WIDTH))
+        elif how == "layer":
+            self.bias = nn.Linear(WIDTH, TOKENS)
+        else:
+            shapes = {"matrix": (WIDTH, TOKENS), "pairs": (TOKENS, TOKENS, WIDTH)}
+            self.table = nn.Parameter(torch.randn(shapes[how]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        count, tokens = x.shape[:2]
+        qkv = self.qkv(x).view(count, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.reshape(3, count * self.heads, tokens, -1).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.positions(q))
+        x = x.view(count, self.heads, tokens, -1).transpose(1, 2)
+        return self.proj(x.reshape(count, tokens, -1))
+
+    def positions(self, q: torch.Tensor) -> torch.Tensor:
+        if self.how == "layer":
+            return self.bias(q)
+        if self.how == "matrix":
+            return q @ self.table
+        if self.how == "pairs":
+            return torch.einsum("b i d, i j d -> b i j", q, self.table)
+        places = torch.arange(SIDE)[:, None] - torch.arange(SIDE) + SIDE - 1
+        grid = q.reshape(q.shape[0], SIDE, SIDE, q.shape[-1])
+        rows = torch.einsum("bhwc,hkc->bhwk", grid, self.rows[places])
+        columns = torch.einsum("wkc,bhwc->bhwk", self.columns[places], grid)
+        bias = rows[..., :, None] + columns[..., None, :]
+        return bias.reshape(-1, TOKENS, TOKENS)
+
+
+def transformer(how: str) -> nn.Module:
+    torch.manual_seed(0)
+    return Transformer(lambda: Attention(how)).double().eval()
+
+
+KINDS = ["decomposed", "layer", "matrix", "pairs"]
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_heads_lose_the_channels_of_the_table(how: str) -> None:
+    """The keys make up for the scale of attention, since queries go to the table as well."""
+    network: Any = transformer(how)
+    narrow, plan = job.slim(
+        network, IMAGE, policy="uniform", target="width=0.5", importance="l2", ignore=["embed"]
+    )
+    for attention in narrow.blocks:
+        assert attention.qkv.out_features == 3 * HEADS * WIDTH // 2
+        for name, parameter in attention.named_parameters():
+            if name.partition(".")[0] in ("rows", "columns", "table"):
+                assert WIDTH // 2 in parameter.shape
+                assert WIDTH not in parameter.shape
+    images = torch.rand(3, *IMAGE.shape[1:], dtype=torch.float64)
+    torch.testing.assert_close(narrow(images), zeroed_outputs(network, plan)(images))
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_the_stream_is_cut_apart_from_the_heads(how: str) -> None:
+    narrow, plan = job.slim(
+        transformer(how), IMAGE, target="channels=0.6", importance="l2", min_keep=0.2
+    )
+    assert plan.proof is not None
+    assert narrow.embed.out_channels < DIM
+    assert {b.layer.rpartition(".")[2] for b in plan.blocked} <= {"head", "bias", "table"}
