@@ -111,20 +111,27 @@ def _leading_axes(shape: torch.Size, product: int) -> int | None:
 
 
 def run_on_labels(
-    op: Op, labels_of: LabelsOf, function: Callable[..., Any] | None = None
+    op: Op,
+    labels_of: LabelsOf,
+    function: Callable[..., Any] | None = None,
+    *,
+    any_index: bool = False,
 ) -> list[torch.Tensor] | None:
     """Return the labels of the results of an op that only moves data, by running it on labels.
 
-    ``function`` replaces the function of the op, with the same arguments. Returns None on failure.
+    ``function`` replaces the function of the op, with the same arguments. With ``any_index``, the
+    first entry stands for those that an index without values selects. Returns None on failure.
     """
 
     def expanded(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             labels = labels_of(value)
             if labels is None and not value.is_floating_point():
-                if value.is_meta:
+                if not value.is_meta:
+                    return value
+                if not any_index:
                     raise TypeError("an index without values")
-                return value
+                return torch.zeros(value.shape, dtype=value.dtype)
             if labels is None:
                 labels = torch.zeros([1] * value.dim(), dtype=torch.int64)
             return labels.expand(value.shape)

@@ -36,6 +36,9 @@ def convolution(state: PropagationState, op: Op) -> None:
     groups = int(op.argument(6, "groups", 1))
     ids = state.ids_along(image, 1) if image.dim() == weight.dim() else None
     name, outputs = state.trace.name(weight), weight.shape[0]
+    lines = None if ids is not None else state.labels_of(image)
+    if lines is not None and 1 < groups == outputs:  # of several heads
+        ids = state.unite_lines(lines, 1)
     computed = name is None
     name = name or computed_from(state, op, weight)
     state.count_call(op, name)
@@ -49,6 +52,8 @@ def convolution(state: PropagationState, op: Op) -> None:
         add_bias(state, op, name, passed)
         if computed:
             end_computed(state, op, name, weight, ids, passed)
+        if lines is not None:
+            return state.set_labels(op.result, lines)
         return state.set_ids(op.result, passed, 1)
     state.add_slot(name, "in", ids)
     produced = produce(state, op, name, outputs)

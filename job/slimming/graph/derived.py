@@ -144,7 +144,11 @@ class DerivedValues:
         for kind, first in kinds.items():
             # from 1, since 0 stands for tensors without a value of this parameter
             indices = {k: of[kind].indices + 1 for k, of in of_tensors.items() if kind in of}
-            outcomes = run_on_labels(op, lambda t, of=indices: of.get(id(t)))  # type: ignore[misc]
+            outcomes = run_on_labels(
+                op,
+                lambda t, of=indices: of.get(id(t)),  # type: ignore[misc]
+                any_index=True,
+            )
             if outcomes is None:
                 return []
             for part, outcome in zip(moved, outcomes, strict=True):

@@ -94,7 +94,8 @@ def reshape(state: PropagationState, op: Op) -> None:
     state.note_sizes(op, [labels])
     if maps:
         labels = labels_along(lines[0], label_axes(labels)[0], labels.dim())
-    _count_with_streams(state, op, labels)
+    if split or not state.is_measured(image, op.module):  # else its own size decides
+        _count_with_streams(state, op, labels)
     if split or not any_size:
         state.union.suspects.append((OP_COUNT(op.name), flat_ids(labels)))
     return state.set_labels(result, labels)
@@ -111,8 +112,6 @@ def _count_with_streams(state: PropagationState, op: Op, labels: torch.Tensor) -
     axes = label_axes(labels)
     if not axes or fixed_size(op, axes[-1], labels.dim(), splits=len(axes) > 1) is None:
         return
-    if state.is_measured(op.inputs[0], op.module):
-        return  # its own size decides
     streams, ids = list(state.measured_channels(op.module)), flat_ids(labels)
     splits = list(state.heads.of(ids))
     for split in splits:

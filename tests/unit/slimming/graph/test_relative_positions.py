@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import job
+from job.slimming.analysis import analyse
 from support.transformer import DIM, Transformer, zeroed_outputs
 
 HEADS, WIDTH, SIDE = 4, 8, 3
@@ -27,7 +28,14 @@ class Attention(nn.Module):
         super().__init__()
         self.how, self.heads = how, HEADS
         self.qkv, self.proj = nn.Linear(DIM, 3 * HEADS * WIDTH), nn.Linear(HEADS * WIDTH, DIM)
-        if how == "decomposed":
+        places = torch.arange(SIDE)[:, None] - torch.arange(SIDE) + SIDE - 1
+        if how == "of a buffer":  # whose values the analysis does not have
+            self.register_buffer("places", places)
+        else:
+            self.places = places
+        if how == "pooled":
+            self.pool = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH, bias=False)
+        if how in ("decomposed", "of a buffer", "pooled"):
             self.rows = nn.Parameter(torch.randn(2 * SIDE - 1, WIDTH))
             self.columns = nn.Parameter(torch.randn(2 * SIDE - 1, WIDTH))
         elif how == "layer":
@@ -40,9 +48,16 @@ class Attention(nn.Module):
         count, tokens = x.shape[:2]
         qkv = self.qkv(x).view(count, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.reshape(3, count * self.heads, tokens, -1).unbind(0)
+        if self.how == "pooled":
+            q, k, v = (self.pooled(t) for t in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.positions(q))
         x = x.view(count, self.heads, tokens, -1).transpose(1, 2)
         return self.proj(x.reshape(count, tokens, -1))
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """One depthwise kernel for all heads, as in MViT."""
+        grid = self.pool(x.reshape(-1, SIDE, SIDE, x.shape[-1]).permute(0, 3, 1, 2))
+        return grid.flatten(2).mT
 
     def positions(self, q: torch.Tensor) -> torch.Tensor:
         if self.how == "layer":
@@ -51,10 +66,9 @@ class Attention(nn.Module):
             return q @ self.table
         if self.how == "pairs":
             return torch.einsum("b i d, i j d -> b i j", q, self.table)
-        places = torch.arange(SIDE)[:, None] - torch.arange(SIDE) + SIDE - 1
         grid = q.reshape(q.shape[0], SIDE, SIDE, q.shape[-1])
-        rows = torch.einsum("bhwc,hkc->bhwk", grid, self.rows[places])
-        columns = torch.einsum("wkc,bhwc->bhwk", self.columns[places], grid)
+        rows = torch.einsum("bhwc,hkc->bhwk", grid, self.rows[self.places])
+        columns = torch.einsum("wkc,bhwc->bhwk", self.columns[self.places], grid)
         bias = rows[..., :, None] + columns[..., None, :]
         return bias.reshape(-1, TOKENS, TOKENS)
 
@@ -64,7 +78,7 @@ def transformer(how: str) -> nn.Module:
     return Transformer(lambda: Attention(how)).double().eval()
 
 
-KINDS = ["decomposed", "layer", "matrix", "pairs"]
+KINDS = ["decomposed", "of a buffer", "pooled", "layer", "matrix", "pairs"]
 
 
 @pytest.mark.parametrize("how", KINDS)
@@ -77,7 +91,7 @@ def test_heads_lose_the_channels_of_the_table(how: str) -> None:
     for attention in narrow.blocks:
         assert attention.qkv.out_features == 3 * HEADS * WIDTH // 2
         for name, parameter in attention.named_parameters():
-            if name.partition(".")[0] in ("rows", "columns", "table"):
+            if name.partition(".")[0] in ("rows", "columns", "table", "pool"):
                 assert WIDTH // 2 in parameter.shape
                 assert WIDTH not in parameter.shape
     images = torch.rand(3, *IMAGE.shape[1:], dtype=torch.float64)
@@ -92,3 +106,28 @@ def test_the_stream_is_cut_apart_from_the_heads(how: str) -> None:
     assert plan.proof is not None
     assert narrow.embed.out_channels < DIM
     assert {b.layer.rpartition(".")[2] for b in plan.blocked} <= {"head", "bias", "table"}
+
+
+@pytest.mark.parametrize("how", ["a row", "the order of the channels", "the order of the rows"])
+def test_a_table_is_cut_where_a_buffer_chooses_its_rows(how: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+            self.table = nn.Parameter(torch.rand(16, 16) + 0.5)
+            self.register_buffer("row", torch.tensor([3]))
+            self.register_buffer("order", torch.randperm(16))
+            self.last = nn.Conv2d(16, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = {
+                "a row": lambda: self.table[self.row],
+                "the order of the channels": lambda: self.table[:, self.order][3],
+                "the order of the rows": lambda: self.table[self.order][:, 3],
+            }
+            x = self.norm(self.first(x)).relu() * rows[how]().view(1, -1, 1, 1)
+            return self.last(x).flatten(1)
+
+    torch.manual_seed(0)
+    graph = analyse(Scaled().eval(), torch.rand(1, 3, 12, 12))
+    assert [group.name for group in graph.groups] == (["first"] if how == "a row" else [])
