@@ -79,7 +79,7 @@ class _Line:
         return "  ".join(part for part in (name, share, left) if part)
 
     def _phase_left(self) -> str:
-        if not self.share:
+        if not self.share or self.share > 0.99:  # the end is near, whatever a span is rounded to
             return ""
         took = time.monotonic() - self.began
         return f"about {span(took / self.share - took)} left"

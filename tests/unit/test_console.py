@@ -121,6 +121,17 @@ def test_a_line_of_progress_does_not_wrap(clock: Clock) -> None:
     assert terminal.rows() == [""]
 
 
+def test_no_time_is_left_at_the_end(clock: Clock) -> None:
+    with on_terminal() as terminal:
+        console.phase("evaluating", share=0.5)
+        clock.now += 10
+        console.phase("evaluating", share=0.6)
+        assert terminal.rows()[-1].startswith("evaluating  60%  about ")
+        clock.now += 10
+        console.phase("evaluating", share=1.0)
+        assert terminal.rows()[-1] == "evaluating  100%"
+
+
 def test_an_error_line_starts_on_a_fresh_line(clock: Clock) -> None:
     """Of the launcher, too, whose process 0 was killed in the middle of its line."""
     with on_terminal() as terminal:

@@ -11,14 +11,21 @@ from job.slimming.graph.computed_weights import computed_from, end_computed
 from job.slimming.graph.followed_parameters import add_bias, produce, produced_by
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.place_rules import along_channels
-from job.slimming.graph.reasons import COMPUTED_BY, COMPUTED_PLACES, COMPUTED_WEIGHT_OR_MIXED
+from job.slimming.graph.reasons import (
+    COMPUTED_BY,
+    COMPUTED_PLACES,
+    COMPUTED_WEIGHT_OR_MIXED,
+    OP_COUNT,
+)
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from job.slimming.graph.propagation_state import PropagationState
     from job.slimming.graph.reasons import Reason
     from job.slimming.graph.trace import Op
+    from job.slimming.graph.union import Ids
 
 COMPUTED_WAYS = {  # attributes of layers, and the ways that their weights are computed in each pass
     "parametrizations": "a parametrization",
@@ -34,16 +41,20 @@ def convolution(state: PropagationState, op: Op) -> None:
         return None
     image, weight = op.argument(0, "input"), op.argument(1, "weight")
     groups = int(op.argument(6, "groups", 1))
-    ids = state.ids_along(image, 1) if image.dim() == weight.dim() else None
+    ids = lines = None
+    if image.dim() == weight.dim() and (ids := state.ids_along(image, 1)) is None:
+        lines = state.labels_of(image)  # of heads, or of the places that a pixel shuffle writes
+        ids = None if lines is None else state.unite_lines(lines, 1)
     name, outputs = state.trace.name(weight), weight.shape[0]
-    lines = None if ids is not None else state.labels_of(image)
-    if lines is not None and 1 < groups == outputs:  # of several heads
-        ids = state.unite_lines(lines, 1)
     computed = name is None
     name = name or computed_from(state, op, weight)
     state.count_call(op, name)
     if ids is None or name is None:
         reason = computed_weight(op.module) if name is None else None
+        depthwise = ids is not None and 1 < groups == len(ids) == outputs
+        if ids is not None and depthwise and not reason and _is_alone(state, op, weight):
+            state.union.suspects.append((OP_COUNT(op.name), np.unique(ids)))
+            return _pass_lines(state, op, ids, lines)
         return state.give_up(op, reason or COMPUTED_WEIGHT_OR_MIXED("a convolution"))
     if groups == len(ids) and groups > 1:
         passed = np.repeat(ids, outputs // groups)
@@ -52,9 +63,7 @@ def convolution(state: PropagationState, op: Op) -> None:
         add_bias(state, op, name, passed)
         if computed:
             end_computed(state, op, name, weight, ids, passed)
-        if lines is not None:
-            return state.set_labels(op.result, lines)
-        return state.set_ids(op.result, passed, 1)
+        return _pass_lines(state, op, passed, lines if outputs == groups else None)
     state.add_slot(name, "in", ids)
     produced = produce(state, op, name, outputs)
     if computed:
@@ -62,6 +71,20 @@ def convolution(state: PropagationState, op: Op) -> None:
     if groups > 1:
         state.union.blocks += [ids.reshape(groups, -1), produced.reshape(groups, -1)]
     return state.set_ids(op.result, produced, 1)
+
+
+def _is_alone(state: PropagationState, op: Op, weight: torch.Tensor) -> bool:
+    """Return whether an op with the ``weight`` has no bias, and computes it from no channels."""
+    return op.argument(2, "bias") is None and state.labels_of(weight) is None
+
+
+def _pass_lines(state: PropagationState, op: Op, passed: Ids, lines: torch.Tensor | None) -> None:
+    """Pass channels through a depthwise convolution; those of heads stay apart in a batch."""
+    if lines is None:
+        return state.set_ids(op.result, passed, 1)
+    for axis in range(2, lines.dim()):
+        lines = lines.narrow(axis, 0, 1)
+    return state.set_labels(op.result, lines)
 
 
 def computed_weight(layer: nn.Module | None) -> Reason | None:

@@ -110,6 +110,31 @@ class Blurred(Net):
         return self.after(F.conv2d(x, self.filter, stride=2, groups=self.channels))
 
 
+class Smoothed(Blurred):
+    """One filter for all channels, expanded to as many as there are."""
+
+    def build(self) -> None:
+        self.filter, self.after = nn.Buffer(torch.rand(1, 1, 3, 3)), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.filter.expand(x.shape[1], 1, 3, 3)
+        return self.after(F.conv2d(x, weight, padding=1, groups=x.shape[1]))
+
+
+class PixelsByHand(Net):
+    """A pixel shuffle of four quarters of the channels, before convolutions of both kinds."""
+
+    def build(self) -> None:
+        self.wide = block(12, 48)
+        self.each, self.after = nn.Conv2d(12, 12, 3, groups=12), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        count, channels, height, width = self.wide(x).shape
+        parts = self.wide(x).view(count, 2, 2, channels // 4, height, width)
+        x = parts.permute(0, 3, 4, 1, 5, 2).reshape(count, -1, 2 * height, 2 * width)
+        return self.after(self.each(x))
+
+
 class Warped(Net):
     """Sampled at places that a convolution computes (Jaderberg et al. 2015)."""
 
@@ -179,7 +204,9 @@ FIXED = {
     Context: {"score"},
     Clusters: {"assign"},
 }
-KINDS = [Windows, Patches, Sliding, Shifted, Partial, Silenced, Blurred, *FIXED]
+KINDS = [
+    Windows, Patches, Sliding, Shifted, Partial, Silenced, Blurred, Smoothed, PixelsByHand, *FIXED
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -230,3 +257,17 @@ def test_parts_that_only_the_current_number_of_channels_has_stay(value: str) -> 
     assert narrow.stem[0].out_channels == 12
     assert narrow.after[0].out_channels == 6
     assert {blocked.layer for blocked in plan.blocked} == {"head", "stem.0"}
+
+
+def test_a_filter_that_differs_between_channels_blocks_them() -> None:
+    class Ramp(Net):
+        def build(self) -> None:
+            self.after = block(12, 12)
+
+        def body(self, x: torch.Tensor) -> torch.Tensor:
+            weight = torch.arange(12.0).to(x).view(-1, 1, 1, 1)
+            return self.after(F.conv2d(x, weight, groups=x.shape[1]))
+
+    narrow, plan = halve(randomise(Ramp()), IMAGE)
+    assert {blocked.layer for blocked in plan.blocked} == {"head", "stem.0"}
+    assert narrow.after[0].out_channels == 6
