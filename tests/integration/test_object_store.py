@@ -1,4 +1,7 @@
-"""``--output s3://…`` on a real S3 server, which is killed, paused, and refuses keys."""
+"""``--output s3://…`` on a real S3 server, which is killed, paused, and refuses keys.
+
+And ``gs://…`` on a server of Google Cloud Storage.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from support.cloud_server import CloudServer
 from support.commands import ROOT, Result, clean_environ, run
 from support.interrupted_runs import assert_same_run, small_run
 from support.object_server import ACCESS, BUCKET, SECRET, ObjectServer
+
+Server = ObjectServer | CloudServer
 
 # the command with less patience at its end
 HASTY = """
@@ -47,19 +53,30 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
         server.kill()
 
 
+@pytest.fixture
+def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CloudServer]:
+    server = CloudServer(tmp_path / "gs")
+    for name, value in server.environ.items():
+        monkeypatch.setenv(name, value)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
 def options(data: object, output: object, *more: object) -> tuple[object, ...]:
     cut = ("--importance", "gamma", "--compensate", "none", "--workers", 0)
     brief = ("--base-epochs", 1, "--rounds", 1)
     return small_run(data, output, "--model-arg", "base=4", *brief, *cut, *more)  # type: ignore[arg-type]
 
 
-def environ(server: ObjectServer, machine: Path, **more: str) -> dict[str, str]:
+def environ(server: Server, machine: Path, **more: str) -> dict[str, str]:
     """The environment of a job on a machine with the scratch folder ``machine``."""
     machine.mkdir(exist_ok=True)
     return {**server.environ, "TMPDIR": str(machine), "OMP_NUM_THREADS": "1", **more}
 
 
-def begin(server: ObjectServer, machine: Path, *args: object, hasty: bool = False) -> Started:
+def begin(server: Server, machine: Path, *args: object, hasty: bool = False) -> Started:
     program = ["-c", HASTY] if hasty else ["-m", "job"]
     return Started(
         [sys.executable, *program, *map(str, args)], {**clean_environ(), **environ(server, machine)}
@@ -80,7 +97,7 @@ class Started:
         return Result(command)
 
 
-def wait_for(server: ObjectServer, pattern: str, job: Started) -> None:
+def wait_for(server: Server, pattern: str, job: Started) -> None:
     """Wait until the store has a file whose name matches ``pattern``."""
     files, until = server.files(), time.monotonic() + 60
     while not any(fnmatch(path, pattern) for path in files.find(BUCKET)):
@@ -92,8 +109,27 @@ def wait_for(server: ObjectServer, pattern: str, job: Started) -> None:
 def test_a_killed_run_goes_on_from_the_store_on_another_machine(
     noise: Path, undisturbed: Path, server: ObjectServer, tmp_path: Path
 ) -> None:
+    url, done = kill_and_go_on(server, noise, undisturbed, tmp_path)
+    assert SECRET not in done.out + done.err
+    lineage = json.loads((tmp_path / "fetched/rounds/01/model.json").read_text())["lineage"]
+    assert lineage["run"] == url
+    for path in (tmp_path / "fetched").rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_killed_run_goes_on_from_google_cloud_storage(
+    noise: Path, undisturbed: Path, cloud: CloudServer, tmp_path: Path
+) -> None:
+    kill_and_go_on(cloud, noise, undisturbed, tmp_path)
+
+
+def kill_and_go_on(
+    server: Server, noise: Path, undisturbed: Path, tmp_path: Path
+) -> tuple[str, Result]:
+    """Kill a job after its first save; a job elsewhere ends with the files of ``undisturbed``."""
     server.files().put(str(noise), f"{BUCKET}/noise", recursive=True)
-    args = options(f"s3://{BUCKET}/noise", f"s3://{BUCKET}/runs/killed")
+    url = f"{server.scheme}://{BUCKET}/runs/killed"
+    args = options(f"{server.scheme}://{BUCKET}/noise", url)
     job = begin(server, tmp_path / "a", *args)
     wait_for(server, "*killed/checkpoints/*/manifest.json", job)  # written last
     job.process.kill()
@@ -102,17 +138,12 @@ def test_a_killed_run_goes_on_from_the_store_on_another_machine(
     done = run(sys.executable, "-m", "job", *args, env=environ(server, tmp_path / "b"))
     assert done.code == 0, done
     assert "fetching" in done.out
-    url = f"s3://{BUCKET}/runs/killed"
     assert f"all files are in {url}\n" in done.out
     assert f"next: gammaslim evaluate {url} --split testing\n" in done.out
-    assert SECRET not in done.out + done.err
     server.files().get(f"{BUCKET}/runs/killed", str(tmp_path / "fetched"), recursive=True)
     assert_same_run(tmp_path / "fetched", undisturbed)
     assert '"event": "resume"' in (tmp_path / "fetched" / "metrics.jsonl").read_text()
-    lineage = json.loads((tmp_path / "fetched/rounds/01/model.json").read_text())["lineage"]
-    assert lineage["run"] == url
-    for path in (tmp_path / "fetched").rglob("*"):
-        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+    return url, done
 
 
 def test_a_run_outlives_a_server_that_pauses_and_dies_and_is_stored_later(

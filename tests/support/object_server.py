@@ -21,6 +21,8 @@ BUCKET = "bucket"
 class ObjectServer:
     """The server with its files in ``folder``; it can be killed, paused and started again."""
 
+    scheme = "s3"
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "data").mkdir(parents=True)
