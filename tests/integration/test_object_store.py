@@ -142,7 +142,10 @@ def kill_and_go_on(
     assert f"next: gammaslim evaluate {url} --split testing\n" in done.out
     server.files().get(f"{BUCKET}/runs/killed", str(tmp_path / "fetched"), recursive=True)
     assert_same_run(tmp_path / "fetched", undisturbed)
-    assert '"event": "resume"' in (tmp_path / "fetched" / "metrics.jsonl").read_text()
+    events = (tmp_path / "fetched" / "metrics.jsonl").read_text()
+    # on a busy machine the killed job may have ended a round, or all but its last uploads
+    on = '"event": "resume"' in events, "earlier attempt" in done.out, "only shown" in done.out
+    assert any(on), (done.out, events)
     return url, done
 
 
