@@ -34,6 +34,20 @@ from job.__main__ import main
 sys.exit(main())
 """
 
+# the command, killed when its first position is in the store: the manifest is written last
+SUDDEN = """
+import os, signal, sys
+from job.artifacts.object_store import Store
+put = Store.put
+def put_and_die(store, path, name):
+    put(store, path, name)
+    if name.startswith("checkpoints/") and name.endswith("/manifest.json"):
+        os.kill(os.getpid(), signal.SIGKILL)
+Store.put = put_and_die
+from job.__main__ import main
+sys.exit(main())
+"""
+
 
 @pytest.fixture(scope="module")
 def undisturbed(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -76,8 +90,9 @@ def environ(server: Server, machine: Path, **more: str) -> dict[str, str]:
     return {**server.environ, "TMPDIR": str(machine), "OMP_NUM_THREADS": "1", **more}
 
 
-def begin(server: Server, machine: Path, *args: object, hasty: bool = False) -> Started:
-    program = ["-c", HASTY] if hasty else ["-m", "job"]
+def begin(
+    server: Server, machine: Path, *args: object, program: tuple[str, ...] = ("-m", "job")
+) -> Started:
     return Started(
         [sys.executable, *program, *map(str, args)], {**clean_environ(), **environ(server, machine)}
     )
@@ -130,9 +145,7 @@ def kill_and_go_on(
     server.files().put(str(noise), f"{BUCKET}/noise", recursive=True)
     url = f"{server.scheme}://{BUCKET}/runs/killed"
     args = options(f"{server.scheme}://{BUCKET}/noise", url)
-    job = begin(server, tmp_path / "a", *args)
-    wait_for(server, "*killed/checkpoints/*/manifest.json", job)  # written last
-    job.process.kill()
+    job = begin(server, tmp_path / "a", *args, program=("-c", SUDDEN))
     assert job.end().code == -signal.SIGKILL
     shutil.rmtree(tmp_path / "a")
     done = run(sys.executable, "-m", "job", *args, env=environ(server, tmp_path / "b"))
@@ -142,10 +155,7 @@ def kill_and_go_on(
     assert f"next: gammaslim evaluate {url} --split testing\n" in done.out
     server.files().get(f"{BUCKET}/runs/killed", str(tmp_path / "fetched"), recursive=True)
     assert_same_run(tmp_path / "fetched", undisturbed)
-    events = (tmp_path / "fetched" / "metrics.jsonl").read_text()
-    # on a busy machine the killed job may have ended a round, or all but its last uploads
-    on = '"event": "resume"' in events, "earlier attempt" in done.out, "only shown" in done.out
-    assert any(on), (done.out, events)
+    assert '"event": "resume"' in (tmp_path / "fetched" / "metrics.jsonl").read_text()
     return url, done
 
 
@@ -153,7 +163,7 @@ def test_a_run_outlives_a_server_that_pauses_and_dies_and_is_stored_later(
     noise: Path, undisturbed: Path, server: ObjectServer, tmp_path: Path
 ) -> None:
     args = options(noise, f"s3://{BUCKET}/runs/unplugged")
-    job = begin(server, tmp_path / "a", *args, hasty=True)
+    job = begin(server, tmp_path / "a", *args, program=("-c", HASTY))
     wait_for(server, "*unplugged/config.toml", job)
     server.send(signal.SIGSTOP)
     time.sleep(1)
