@@ -68,10 +68,16 @@ def matmul(state: PropagationState, op: Op) -> None:
     return state.set_labels(op.result, labels)
 
 
+def sides_of(op: Op) -> list[str] | None:
+    """Return the letters of both operands and of the result of an einsum; None for others."""
+    sides = str(op.args[0]).replace(" ", "").replace("->", ",").split(",")
+    return sides if len(sides) == len(op.args) == 3 else None
+
+
 def einsum(state: PropagationState, op: Op) -> None:
     """Multiply queries with keys, or weights with values, as an einsum equation states."""
-    sides = str(op.args[0]).replace(" ", "").replace("->", ",").split(",")
-    if len(sides) != 3 or len(op.args) != 3 or "." in str(op.args[0]):
+    sides = sides_of(op)
+    if sides is None or "." in str(op.args[0]):
         return state.give_up(op, NOT_SUPPORTED("einsum"))
     first, second, result = sides
     labels = [state.labels_of(tensor) for tensor in op.args[1:]]

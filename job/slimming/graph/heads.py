@@ -204,9 +204,8 @@ class Heads:
         self._tie_by_attributes(union)
         for ids in {ids.tobytes(): ids for ids in self.scaled}.values():
             if all(split.narrows or not split.whole for split in self.of(ids)):
-                self._add_scale(
-                    union, self._scalable(union, ids)
-                )  # the width of whole heads does not change
+                # the width of whole heads does not change
+                self._add_scale(union, self._scalable(union, ids))
 
     def _scalable(self, union: ChannelUnion, queries: Ids) -> Ids:
         """Return the queries, or their keys if layers or tables read the queries too."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from job.slimming.graph.attention_rules import einsum, matmul
+from job.slimming.graph.attention_rules import einsum, matmul, sides_of
 from job.slimming.graph.channel_labels import labels_along
 from job.slimming.graph.computed_weights import computed_from, end_computed
 from job.slimming.graph.followed_parameters import (
@@ -96,8 +96,8 @@ def _sum_with_table(state: PropagationState, op: Op) -> bool:
     All lines of the activations share the table, and lose the same channels. Returns False for
     other products.
     """
-    sides = str(op.args[0]).replace(" ", "").replace("->", ",").split(",")
-    if len(sides) != 3 or len(op.args) != 3 or "." in str(op.args[0]):
+    sides = sides_of(op)
+    if sides is None or "." in str(op.args[0]):
         return False
     for place in (0, 1):
         image, table = op.args[1 + place], op.args[2 - place]
@@ -145,8 +145,8 @@ def _letters(op: Op, place: int) -> tuple[str, str, str, str] | None:
     These are the letters of the operand, of the matrix, the one that is summed over, and those of
     the result.
     """
-    sides = str(op.args[0]).replace(" ", "").replace("->", ",").split(",")
-    if len(sides) != 3 or len(op.args) != 3:
+    sides = sides_of(op)
+    if sides is None:
         return None
     rest = "ABCDEFGH"[: op.args[1 + place].dim() - len(sides[place].replace("...", ""))]
     image, result = (side.replace("...", rest) for side in (sides[place], sides[2]))

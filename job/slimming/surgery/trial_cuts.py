@@ -47,7 +47,8 @@ def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Exampl
         graph = graph.without([name], reason, (line or place) if of_code else (place or line))
     unblocked = {group.name for group in graph.groups}
     remaining = [name for name in names if name in unblocked]
-    if remaining and _Trials(network, graph, example).failure(remaining):
+    trials.graph = graph
+    if remaining and trials.failure(remaining):
         graph = graph.without(remaining, REARRANGED())
     return graph
 
