@@ -10,10 +10,16 @@ if TYPE_CHECKING:
     from job.slimming.graph.trace import Op, Trace
 
 SCALARS = frozenset([int, float, str, slice, torch.device])
+DRAWING = frozenset("empty new_empty full new_full rand bernoulli bernoulli_ uniform_".split())
+COMPUTING = frozenset("add add_ sub mul mul_ div div_ floor floor_".split())
+SCALING = frozenset("mul mul_ div div_".split())
 
 
 def same_ops(one: Trace, other: Trace) -> bool:
-    """Return whether two traces have the same ops, apart from flags such as ``training``."""
+    """Return whether two traces have the same ops, apart from flags such as ``training``.
+
+    The noise by which drop path scales whole samples in train mode is left out. It has no channels.
+    """
 
     def same(first: Any, second: Any) -> bool:
         kind = type(first)
@@ -32,5 +38,28 @@ def same_ops(one: Trace, other: Trace) -> bool:
             return same(a.args[:3], b.args[:3])
         return same(a.args, b.args) and same(list(a.kwargs.items()), list(b.kwargs.items()))
 
-    first, second = one.without_counters(), other.without_counters()
+    first, second = _without_sample_noise(one), _without_sample_noise(other)
     return len(first) == len(second) and all(map(same_op, first, second))
+
+
+def _without_sample_noise(trace: Trace) -> list[Op]:
+    """Return the ops except counters, draws of a number a sample, and products with numbers.
+
+    Stochastic depth (Huang et al. 2016) multiplies the result of a branch by such draws.
+    """
+    ops, noise = [], set[int]()
+    for op in trace.without_counters():
+        values = [id(t) for t in op.inputs if id(t) not in noise]
+        if _is_sample_noise(op, values):
+            noise.update(map(id, op.results))
+        elif not (op.name in SCALING and (len(values) < len(op.inputs) or len(op.inputs) == 1)):
+            ops.append(op)
+    return ops
+
+
+def _is_sample_noise(op: Op, values: list[int]) -> bool:
+    """Return whether ``op`` draws, or computes from draws, one number for each sample, or one."""
+    drawn = op.name in DRAWING and (not values or op.name.startswith("new_"))
+    if not drawn and not (op.name in COMPUTING and op.inputs and not values):
+        return False
+    return all(result.shape.numel() == result.shape[:1].numel() for result in op.results)

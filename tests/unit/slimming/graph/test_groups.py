@@ -205,3 +205,38 @@ def test_costs_of_a_plan_are_those_of_the_built_network(name: str) -> None:
     for target in ("channels=0.4", "params=0.31", "macs=0.2", "bytes=0.6"):
         plan = make_plan(network, graph, scores, Allocation("global", Budget.parse(target)))
         assert counted(apply_plan(network, plan.layers), image) == plan.after, target
+
+
+class Drawn(nn.Module):
+    """Stochastic depth by the ops of torchvision, of timm, or of the first implementations."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        shape = (len(x), 1, 1, 1)
+        if self.by == "torchvision":
+            return x * torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(0.9).div_(0.9)
+        if self.by == "timm":
+            return x * x.new_empty(shape).bernoulli_(0.9).div_(0.9)
+        if self.by == "old":
+            noise = 0.9 + torch.rand(shape, dtype=x.dtype, device=x.device)
+            return x.div(0.9) * noise.floor_()
+        return x * torch.rand((1, x.shape[1], 1, 1), dtype=x.dtype, device=x.device)
+
+
+@pytest.mark.parametrize("by", ["torchvision", "timm", "old", "channels"])
+def test_noise_of_drop_path_calls_for_no_trial_cut_and_other_noise_blocks(by: str) -> None:
+    network = randomise(nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Drawn(by), nn.ReLU(), nn.Conv2d(8, 5, 3),
+    ))  # fmt: skip
+    image = torch.rand(1, 3, 8, 8)
+    graph = analyse(network, image)
+    assert graph.odd == (by == "channels")
+    assert bool(graph.groups) == (by != "channels")
+    if graph.groups:
+        assert not graph.suspects
+        check_cut(network, image, 0.5, "gamma")
