@@ -103,18 +103,18 @@ def _note_statistics(
 def computed_from(state: PropagationState, op: Op, weight: torch.Tensor) -> str | None:
     """Return the parameter that the ``weight`` of a layer is computed from, or None.
 
-    Each row must be computed from the same row.
+    Each row must be computed from the same row. Other parameters of its shape are masks.
     """
     sources = state.derived.sources(weight)
     whole = {each.name for each in sources if not each.reduced and each.shape == weight.shape}
-    if len(whole) != 1:
+    of_layers = {each for each in whole if owner_of(each) in state.layers}
+    weights = [each for each in of_layers if each.endswith(".weight")] or list(whole - of_layers)
+    if len(weights) != 1:
         return None
-    (name,) = whole
-    if owner_of(name) in state.layers and not name.endswith(".weight"):
-        return None
+    (name,) = weights
     order = torch.arange(weight.numel()).reshape(weight.shape)
     for source in sources:
-        if source.name == name and not source.reduced and not torch.equal(source.indices, order):
+        if source.name in whole and not source.reduced and not torch.equal(source.indices, order):
             return None
         if (source.reduced and source.name != name) or not _follows_rows(source, weight):
             return None
@@ -131,8 +131,12 @@ def end_computed(
     """
     state.union.computed.add(owner_of(name))
     state.trace.computed[id(weight)] = name
+    of_row, *others = ids.reshape(-1, weight.shape[1])
     for source in state.derived.sources(weight):
-        if source.name != name and source.indices.numel() > 1:
+        if source.name != name and source.shape == weight.shape and len(of_row) > 1:  # a mask
+            state.add_slot(source.name, "out", produced, axis=0)
+            state.add_slot(source.name, "in", of_row, axis=0)
+        elif source.name != name and source.indices.numel() > 1:
             labels = labels_along(produced, 0, weight.dim())
             if (on_axis := source.ids_on_axis(labels)) is None:
                 state.union.fix(produced, COMPUTED_WEIGHT(op.name))
@@ -140,7 +144,6 @@ def end_computed(
             axis, of_rows, together = on_axis
             state.union.unite(*together)
             cut_parameter(state, source.name, axis, of_rows)
-    of_row, *others = ids.reshape(-1, weight.shape[1])
     if len(of_row) > 1 or not others:  # no depthwise convolution, whose rows have one input
         for of_other in others:
             state.union.unite(of_row, of_other)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from job.slimming.graph.blank_channels import fits_blank, label_blank
 from job.slimming.graph.channel_labels import (
     cat_labels,
     flat_ids,
@@ -63,14 +64,17 @@ def cat(state: PropagationState, op: Op) -> None:
 def _followed(
     state: PropagationState, op: Op, tensor: torch.Tensor, axis: int
 ) -> torch.Tensor | None:
-    """Return labels for a parameter that is concatenated along another axis than the channels."""
+    """Return labels for a part without: those of others, of a parameter, or of blank channels."""
     for other in op.argument(0, "tensors"):
         labels = state.labels_of(other)
         if labels is not None and label_axes(labels) and axis not in label_axes(labels):
             labels = labels.narrow(axis, 0, 1)
-            follows = state.derived.sources(tensor) and follow_parameters(state, op, tensor, labels)
+            follows = fits_blank(state, tensor, labels) or (
+                state.derived.sources(tensor) and follow_parameters(state, op, tensor, labels)
+            )
             return labels if follows else None
-    return None
+    ids = label_blank(state, tensor, axis)
+    return None if ids is None else labels_along(ids, axis, tensor.dim())
 
 
 def reshape(state: PropagationState, op: Op) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from job.slimming.graph.assignment_rules import write
 from job.slimming.graph.attention_rules import attention, matmul
+from job.slimming.graph.blank_channels import fits_blank
 from job.slimming.graph.channel_labels import (
     flat_ids,
     label_axes,
@@ -206,6 +207,8 @@ def _follows_cut(
     """Return whether an operand without labels broadcasts, or is derived from parameters to cut."""
     missing = labels.dim() - tensor.dim()
     if all(axis < missing for axis in label_axes(labels)):
+        return True
+    if fits_blank(state, tensor, labels):
         return True
     return follow_parameters(state, op, tensor, labels)
 

@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from job.slimming.graph.blank_channels import (
+    concatenates_blanks,
+    follow_blank,
+    label_blank_input,
+)
 from job.slimming.graph.channel_labels import flat_ids
 from job.slimming.graph.computed_weights import REDUCING, normalise_rows, reduce_rows
 from job.slimming.graph.derived import DerivedValues
@@ -110,7 +115,10 @@ def _propagate_op(
     labelled = [tensor for tensor in op.inputs if state.labels_of(tensor) is not None]
     state.begin_op(op, labelled, result_shared=shared)
     if op.name in layer_ops:
+        label_blank_input(state, op)
         layer_ops[op.name](state, op)
+    elif not labelled and op.name in CONCATENATIONS and concatenates_blanks(state, op):
+        OP_RULES[op.name](state, op)
     elif not labelled or (op.name in LIKE and labelled == list(op.inputs[1:2])):
         _skip(state, op)
     elif op.name in OP_RULES:
@@ -119,6 +127,7 @@ def _propagate_op(
         OP_RULES[op.name](state, op)
     else:
         state.give_up(op, NOT_SUPPORTED(op.name))
+    follow_blank(state, op, _with_values(op), pointwise=op.name in POINTWISE)
     for result in op.results:
         if (labels := state.labels_of(result)) is not None:
             state.heads.check(labels)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from job.slimming.graph.union import ChannelRead, Ids, Side
 
     Rule = Callable[["PropagationState", Op], None]
+
+
+class Blank(NamedTuple):
+    """Axes of a tensor along which all values are alike, and the ops that set their sizes."""
+
+    axes: frozenset[int]
+    makers: tuple[Op, ...]
 
 
 class PropagationState:
@@ -69,12 +76,13 @@ class PropagationState:
         self._labels: dict[int, torch.Tensor] = {}  # by id of the activation
         self.rows: dict[int, torch.Tensor] = {}  # of products of channels, by their id
         self._shared: set[int] = set()  # ids of activations used by several ops
+        self.blanks: dict[int, Blank] = {}  # by id of the tensor
 
     def begin(self, trace: Trace, derived: DerivedValues, *, main: bool) -> None:
         """Continue with another trace of the same network."""
         self.trace, self.derived, self.main = trace, derived, main
         self._calls: Counter[str] = Counter()
-        self._labels, self._shared, self.rows = {}, set(), {}
+        self._labels, self._shared, self.rows, self.blanks = {}, set(), {}, {}
         self.heads.begin_trace()
 
     def begin_op(self, op: Op, inputs: Collection[torch.Tensor], *, result_shared: bool) -> None:
@@ -211,11 +219,19 @@ class PropagationState:
 
     def note_sizes(self, op: Op, results: Sequence[torch.Tensor]) -> None:
         """Note the attributes that count the channels of an op that moves them."""
-        module, before = self._module_names.get(id(op.module)), self.labels_of(op.inputs[0])
-        if module is None or module in self.layers:  # a layer's attributes follow its tensors
+        module, before = self.module_name(op.module), self.labels_of(op.inputs[0])
+        if module is None:
             return
         if self.main and before is not None and op.name in SIZED:
             self.union.sizes += attribute_sizes(op, module, before, results)
+
+    def module_name(self, module: nn.Module | None) -> str | None:
+        """Return the name of a module whose attributes may count channels; not of a layer.
+
+        The attributes of a layer follow its tensors.
+        """
+        name = self._module_names.get(id(module))
+        return None if name in self.layers else name
 
     def read_elsewhere(self, op: Op, tensor: torch.Tensor) -> None:
         """Note an op that reads parameters in a way that no rule follows."""

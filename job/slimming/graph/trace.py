@@ -6,7 +6,7 @@ functions and modules are treated alike. On torch's ``meta`` device no values ar
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import NoneType
@@ -21,10 +21,10 @@ from job.slimming.graph.layers import tensors_of
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.shape_inference import infer_result
 from job.slimming.graph.snapshot import preserve_state
+from job.slimming.graph.traced_copies import batch_on, copy_tensors, replaced
 from job.slimming.inputs import (
     call_network,
     map_tensors,
-    repeat_first_sample,
     sample_count,
     tensors_in,
 )
@@ -32,15 +32,17 @@ from job.slimming.inputs import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from job.slimming.graph.snapshot import Snapshot, TensorPlace
+    from job.slimming.graph.snapshot import Snapshot
     from job.slimming.inputs import Example
 
 SIZE_QUERIES = frozenset({"size", "numel", "nelement"})
 NORM_OPS = frozenset("batch_norm instance_norm group_norm layer_norm rms_norm".split())
 SIZED = frozenset("split split_with_sizes narrow __getitem__ __setitem__ view reshape".split())
 SIZED |= {"layer_norm", "rms_norm", "conv1d", "conv2d", "conv3d"}
+FILLING = frozenset("zeros ones full new_zeros new_ones new_full".split())
+EXPANDING = frozenset("expand expand_as repeat tile broadcast_to".split())
 CALLED_BY_MODULES = NORM_OPS | SIZED | {"linear"}
-CALLED_BY_MODULES |= {"scaled_dot_product_attention"}
+CALLED_BY_MODULES |= {"scaled_dot_product_attention", *FILLING, *EXPANDING}
 RESHAPING_IN_PLACE = frozenset("unsqueeze_ squeeze_ transpose_ t_ swapaxes_ swapdims_".split())
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
@@ -180,6 +182,32 @@ def _before_reshaping(ops: Sequence[Op], tensor: torch.Tensor) -> tuple[list[Op]
     return [_with_view(op, tensor, view) for op in ops], view
 
 
+def _without_wrappers(ops: list[Op], tensors: Sequence[torch.Tensor]) -> list[Op]:
+    """Return ``ops`` on the tensors themselves where code has wrapped them, as in ``Variable(x)``.
+
+    ``tensors`` are those that no op makes. A wrapper has all values of its tensor, and no origin.
+    """
+    known = {id(tensor) for tensor in (*tensors, *(t for op in ops for t in op.results))}
+    if all(id(tensor) in known for op in ops for tensor in op.inputs):
+        return ops
+    places = {_place_in_memory(tensor): tensor for tensor in tensors}
+    unwrapped = []
+    for op in ops:
+        for tensor in op.inputs:
+            if id(tensor) not in known and _place_in_memory(tensor) in places:
+                op = _with_view(op, tensor, places[_place_in_memory(tensor)])
+        places |= {_place_in_memory(tensor): tensor for tensor in op.results}
+        unwrapped.append(op)
+    return unwrapped
+
+
+def _place_in_memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if tensor.layout != torch.strided:
+        return (id(tensor),)
+    storage = tensor.untyped_storage()._cdata
+    return (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def _with_view(op: Op, tensor: torch.Tensor, view: torch.Tensor) -> Op:
     if not any(each is tensor for each in (*op.inputs, *op.results)):
         return op
@@ -216,9 +244,9 @@ def trace_on(
 
     Tensors that are not stored in attributes cannot be replaced; their values are restored.
     """
-    batch = _batch_on(network, example, device)
+    batch = batch_on(network, example, device, BATCH)
     places = snapshot.tensor_places
-    copies = _copy_tensors(network, places, device)
+    copies = copy_tensors(network, places, device)
     names = {
         id(copies.get(id(tensor), tensor)): name
         for name, *_, tensor in reversed(list(tensors_of(network)))
@@ -229,13 +257,14 @@ def trace_on(
     tracer, new = _Tracer(), list[torch.Tensor]()
     try:
         mode = training_mode(network, training=training)
-        with _replaced(places, copies), mode, torch.no_grad(), _autograd_calls() as calls, tracer:
+        with replaced(places, copies), mode, torch.no_grad(), _autograd_calls() as calls, tracer:
             outputs = call_network(network, batch)
     finally:
         new += snapshot.restore()
-    constants = {*map(id, copies.values()), *map(id, others), *map(id, new)}
+    kept = [*copies.values(), *others, *new]
+    constants = {*map(id, kept)}
     return Trace(
-        tracer.ops,
+        _without_wrappers(tracer.ops, [*kept, *tensors_in(batch)]),
         names,
         frozenset(constants),
         list(tensors_in(batch)),
@@ -262,48 +291,3 @@ def _autograd_calls() -> Iterator[list[Any]]:
         yield calls
     finally:
         torch.autograd.Function.apply = own
-
-
-@contextmanager
-def _replaced(places: list[TensorPlace], copies: dict[int, torch.Tensor]) -> Iterator[None]:
-    """Replace tensors by their copies within the context."""
-    try:
-        for store, key, tensor in places:
-            store[key] = copies[id(tensor)]
-        yield
-    finally:
-        for store, key, tensor in places:
-            with suppress(LookupError):
-                if store[key] is copies[id(tensor)]:
-                    store[key] = tensor
-
-
-def _batch_on(network: nn.Module, example: Example, device: str | None) -> Example:
-    """Return ``BATCH`` samples like those of ``example``, without values if ``device`` is set."""
-    batch: Example = repeat_first_sample(example, BATCH)
-    if device:
-        empty: Example = map_tensors(batch, lambda t: torch.empty_like(t, device=device))
-        return empty
-    weight = next(network.parameters(), torch.empty(0))
-    random: Example = map_tensors(  # an example may be on meta, without values
-        batch, lambda t: torch.rand_like(t, device=weight.device) if t.is_meta else t
-    )
-    return random
-
-
-def _copy_tensors(
-    network: nn.Module, places: list[TensorPlace], device: str | None
-) -> dict[int, torch.Tensor]:
-    """Return copies of the tensors in ``places``, by id of the original."""
-    registered = {id(tensor) for *_, tensor in tensors_of(network)}
-    copies: dict[int, torch.Tensor] = {}
-    for _, _, tensor in places:
-        if id(tensor) not in copies:
-            # integers that are not buffers may be indices, whose values matter
-            values = id(tensor) not in registered and not tensor.is_floating_point()
-            copies[id(tensor)] = (
-                torch.empty_like(tensor, device=device)
-                if device and not values
-                else tensor.detach().clone()
-            )
-    return copies

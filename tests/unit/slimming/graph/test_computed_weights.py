@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import job
 from job.slimming.analysis import analyse
+from support.masked import masked_network
 from support.networks import Net
 
 IMAGE = torch.rand(1, 3, 12, 12)
@@ -256,3 +257,28 @@ def test_the_features_of_cosines_are_cut(bare: bool) -> None:
     assert {*fitted.state_dict()} == {*wide.state_dict()}
     fitted.train()(images).square().sum().backward()
     assert all(parameter.grad is not None for parameter in fitted.parameters())
+
+
+class ByMask(nn.Conv2d):
+    """Only some values of the weight, as in X-DenseNet (Prabhu et al. 2018)."""
+
+    def __init__(self, *args: int, **kwargs: int) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("mask", (torch.rand_like(self.weight) > 0.5).float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight * self.mask
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, 1, self.groups)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_the_mask_of_a_weight_is_cut_with_it(groups: int) -> None:
+    torch.manual_seed(0)
+    middle = ByMask(16, 16, 3, groups=groups)
+    layers = nn.Conv2d(3, 16, 3), nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(16, 5, 1)
+    wide = nn.Sequential(*layers).double().eval()
+    narrow, plan = job.slim(wide, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    assert narrow[2].mask.shape == narrow[2].weight.shape
+    assert narrow[2].out_channels == 8
+    images = torch.rand(3, 3, 12, 12, dtype=torch.float64)
+    torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))

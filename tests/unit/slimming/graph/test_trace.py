@@ -9,9 +9,11 @@ import torch
 import torchvision
 from torch import nn
 
+from job import slim
 from job.slimming.graph.grouping import channel_graph
 from job.slimming.graph.snapshot import Snapshot
 from job.slimming.graph.trace import Trace, trace_network, trace_on
+from support.masked import masked_network
 
 
 class Convolutions(nn.Module):
@@ -108,3 +110,25 @@ def test_only_functions_of_autograd_that_are_called_raise_doubts(*, called: bool
     assert len(graph.groups) == 1
     assert bool(graph.suspects) == called
     assert torch.autograd.Function.__dict__["apply"] is apply
+
+
+def test_a_wrapped_tensor_is_the_tensor_itself() -> None:
+    class Chosen(nn.Module):
+        """Chooses channels by a wrapped buffer, as CondenseNet does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(12, 4, 3)
+            self.register_buffer("index", torch.randperm(16)[:12])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            index = torch.autograd.Variable(self.index)
+            return self.last(torch.index_select(self.first(x).relu(), 1, index))
+
+    torch.manual_seed(0)
+    wide = Chosen().double().eval()
+    image = torch.rand(1, 3, 8, 8)
+    narrow, plan = slim(wide, image, policy="uniform", target="width=0.5", importance="l2")
+    assert narrow.first.out_channels == 8
+    images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))

@@ -1,0 +1,166 @@
+"""Tensors that code fills for all channels: states, gates and padding are cut with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import job
+from job.slimming.analysis import analyse
+from support.cuts import randomise
+from support.masked import masked_network
+
+IMAGE, VIDEO = torch.rand(1, 3, 12, 12), torch.rand(1, 3, 3, 8, 8)
+
+
+class LstmCell(nn.Module):
+    """A cell whose state is filled by an attribute (Shi et al. 2015)."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden_dim = hidden
+        self.gates = nn.Conv2d(inputs + hidden, 4 * hidden, 3, padding=1)
+
+    def start(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        zeros = torch.zeros(len(x), self.hidden_dim, *x.shape[2:], dtype=x.dtype)
+        return zeros, zeros.clone()
+
+    def forward(
+        self, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, cell = state
+        gates = self.gates(torch.cat([x, hidden], dim=1))
+        i, f, o, g = gates.chunk(4, 1)
+        cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(cell), cell
+
+
+class ConvLstm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList([LstmCell(3, 16), LstmCell(16, 12)])
+        self.last = nn.Conv2d(12, 4, 1)
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        images = video.unbind(1)
+        for cell in self.cells:
+            state, outputs = cell.start(images[0]), []
+            for image in images:
+                state = cell(image, state)
+                outputs.append(state[0])
+            images = outputs
+        return self.last(images[-1])
+
+
+class ConvGru(nn.Module):
+    """Separate convolutions of the input and of the state, which starts from the input's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.gates, self.new = nn.Conv2d(8, 24, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.of_state = nn.Conv2d(12, 24, 3, padding=1)
+        self.again = nn.Conv2d(12, 12, 3, padding=1)
+        self.last = nn.Conv2d(12, 4, 1)
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        state = None
+        for image in video.unbind(1):
+            x = self.norm(self.embed(image)).relu()
+            new = self.new(x)
+            state = new.new_zeros(new.shape) if state is None else state
+            z, r = (self.gates(x) + self.of_state(state)).sigmoid().chunk(2, 1)
+            state = (1 - z) * state + z * torch.tanh(new + self.again(r * state))
+        return self.last(state)
+
+
+class SpatialGate(nn.Module):
+    """A map for all channels, expanded as in BAM (Park et al. 2018), by sizes, or repeated."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.squeeze, self.excite = nn.Linear(16, 4), nn.Linear(4, 16)
+        self.place = nn.Conv2d(16, 1, 3, padding=1)
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x)).relu()
+        b, c, h, w = x.shape
+        channel = self.excite(self.squeeze(x.mean((2, 3))).relu())[:, :, None, None].expand_as(x)
+        place = {
+            "expand_as": lambda: self.place(x).expand_as(x),
+            "expand": lambda: torch.sigmoid(self.place(x)).expand(b, c, h, w),
+            "repeat": lambda: self.place(x).repeat(1, c, 1, 1) + torch.ones(b, c, h, w).to(x),
+        }[self.how]()
+        return self.last((x * (1 + torch.sigmoid(channel * place))).mean((2, 3)))
+
+
+class PaddedByZeros(nn.Module):
+    """A shortcut that zeros fill up to more channels (option A of He et al. 2016)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.second, self.last = nn.Conv2d(16, 32, 3, padding=1), nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x)).relu()
+        y = self.second(x)
+        zeros = torch.zeros(len(x), y.shape[1] - x.shape[1], *x.shape[2:], dtype=x.dtype)
+        return self.last((y + torch.cat([x, zeros], 1)).relu().mean((2, 3)))
+
+
+NETWORKS = {
+    "a state by an attribute": (ConvLstm, VIDEO, 0.28),
+    "a state by the input": (ConvGru, VIDEO, 0.28),
+    "expand_as": (lambda: SpatialGate("expand_as"), IMAGE, 0.5),
+    "expand": (lambda: SpatialGate("expand"), IMAGE, 0.5),
+    "repeat": (lambda: SpatialGate("repeat"), IMAGE, 0.5),
+    "zeros beside a stream": (PaddedByZeros, IMAGE, 0.33),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_code_fills_is_cut_with_the_channels_it_meets(name: str) -> None:
+    build, example, share = NETWORKS[name]
+    torch.manual_seed(0)
+    wide = randomise(build()).double()
+    narrow, plan = job.slim(wide, example, policy="uniform", target="width=0.5", importance="l2")
+    assert plan.after.params <= share * plan.before.params
+    inputs = torch.rand(3, *example.shape[1:], dtype=torch.float64)
+    torch.testing.assert_close(narrow(inputs), masked_network(wide, plan.layers)(inputs))
+    narrow.train()(inputs).square().sum().backward()
+
+
+def test_a_number_in_the_code_blocks_what_it_fills() -> None:
+    class Sixteen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.place = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 1, 1)
+            self.last = nn.Conv2d(16, 5, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            return self.last(x * self.place(x).expand(-1, 16, -1, -1))
+
+    blocked = {b.layer: b for b in analyse(Sixteen(), IMAGE).blocked}
+    assert blocked["first"].reason == "expand works only for the current number of channels"
+    assert blocked["first"].place.startswith("test_blank_channels.py")
+
+
+def test_zeros_that_no_layer_makes_later_are_never_cut() -> None:
+    class Zeros(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(12, 5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            return self.last(torch.cat([x, torch.zeros(len(x), 4, *x.shape[2:]).to(x)], 1))
+
+    _, plan = job.slim(Zeros().eval(), IMAGE, target="channels=0.5", importance="l2")
+    assert plan.layers["last"].in_ is not None
+    assert set(range(8, 12)) < set(plan.layers["last"].in_)
