@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 import random
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
 ABSENT = object()
+CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, deque, set)  # the first comes first
 
 
 class Saved(Protocol):
@@ -30,19 +32,37 @@ class Saved(Protocol):
 
 
 class SavedContainer(NamedTuple):
-    """Items of a dict, list, deque or set; ``before`` is a copy of a dict, else a list."""
+    """Items of a dict, list, deque or set; ``before`` is a copy of a dict, else a list.
+
+    The methods of a class that derives from these are not called, e.g. a ``__getitem__`` that makes
+    an object of each item.
+    """
 
     store: Any
     before: Any
 
+    @classmethod
+    def of(cls, store: Any) -> SavedContainer:
+        """Save the items of ``store``."""
+        base = container_class(store)
+        if issubclass(base, dict):
+            return cls(store, dict(store if type(store) is base else base.items(store)))
+        return cls(store, list(base.__iter__(store)))
+
     def restore(self) -> Iterable[Any]:
         """Restore the items."""
         store, before = self
-        if _same_items(store, before):
+        base: Any = container_class(store)
+        now = store if type(store) is base else SavedContainer.of(store).before
+        if _same_items(now, before):
             return ()
-        replaced = list(store.values() if isinstance(store, dict) else store)
-        store.clear()
-        (store.update if isinstance(store, (dict, set)) else store.extend)(before)
+        replaced = list(now.values() if isinstance(now, dict) else now)
+        base.clear(store)
+        if isinstance(before, dict):
+            for key, value in before.items():
+                base.__setitem__(store, key, value)
+        else:
+            (base.update if base is set else base.extend)(store, before)
         return replaced
 
 
@@ -204,15 +224,27 @@ def save_generators(tensors: Iterable[torch.Tensor]) -> list[SavedGenerator]:
     ]
 
 
-def _same_items(store: Any, before: Any) -> bool:
-    if len(store) != len(before):
+def container_class(store: Any) -> Any:
+    """Return the class of a container, or the one of Python that it derives from."""
+    kind = type(store)
+    return kind if kind in CONTAINERS else next(c for c in CONTAINERS if isinstance(store, c))
+
+
+def has_plain_items(store: Any) -> bool:
+    """Return whether the items of a container are read and set as those of Python's own."""
+    kind, base = type(store), container_class(store)
+    return all(getattr(kind, n) is getattr(base, n) for n in ("__getitem__", "__setitem__"))
+
+
+def _same_items(now: Any, before: Any) -> bool:
+    if len(now) != len(before):
         return False
     if not before:  # a quick test, e.g. for the dicts of hooks of every module
         return True
-    if isinstance(store, dict):
-        same = all(map(operator.is_, store.values(), before.values()))
-        return same and all(map(operator.is_, store, before))
-    return store == set(before) if isinstance(store, set) else all(map(operator.is_, store, before))
+    if isinstance(now, dict):
+        same = all(map(operator.is_, now.values(), before.values()))
+        return same and all(map(operator.is_, now, before))
+    return now == set(before) if isinstance(now, set) else all(map(operator.is_, now, before))
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -35,6 +35,7 @@ from job.slimming.graph.saved_state import (
     SavedSlots,
     SavedType,
     SavedValues,
+    has_plain_items,
     save_generators,
 )
 
@@ -102,7 +103,7 @@ class Snapshot:
             store, before = saved
             if not before:
                 continue
-            if type(before) is dict:
+            if type(before) is dict and has_plain_items(store):
                 yield from ((store, k, v) for k, v in before.items() if isinstance(v, torch.Tensor))
             elif type(store) is list:
                 yield from ((store, k, v) for k, v in enumerate(before) if type(v) is torch.Tensor)
@@ -134,8 +135,8 @@ class Snapshot:
             elif isinstance(value, torch.Tensor):
                 self.tensors.append(value)
             elif isinstance(value, (dict, list, deque, set)):
-                before = dict(value) if isinstance(value, dict) else list(value)
-                self._saved.append(SavedContainer(value, before))
+                self._saved.append(saved := SavedContainer.of(value))
+                before = saved.before
                 if len(before) < MAX_PARTS:
                     waiting += before.values() if isinstance(before, dict) else before
             elif isinstance(value, (tuple, frozenset)):

@@ -234,7 +234,7 @@ def _contents(value: Any) -> Iterable[Any]:
     if isinstance(value, weakref.ref):
         return (value(),)
     if isinstance(value, dict):
-        return value.values()
+        return dict.values(value)  # not those that a class derived from dict makes of them
     if isinstance(value, (list, tuple, set, deque)):
         return value
     if _copies_plainly(type(value)) and not isinstance(value, nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+from collections import OrderedDict, deque
 from typing import Any
 
 import numpy as np
@@ -338,3 +339,42 @@ def test_a_weight_that_is_read_elsewhere_is_left_alone() -> None:
 def test_copies_of_copies_are_whole() -> None:
     narrow, _ = job.slim(randomise(Closing()), IMAGE)
     assert copy.deepcopy(narrow)(IMAGE).shape == (1, 5)
+
+
+class Instances(OrderedDict):
+    """Makes an object of each class that it holds when it is asked for it, as a table of ops."""
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name)()
+
+    def __setitem__(self, name: str, kind: type) -> None:
+        super().__setitem__(name, kind if isinstance(kind, type) else None)
+
+
+class Backwards(list):
+    """A list that is iterated from its end."""
+
+    def __iter__(self) -> Any:
+        return reversed(list(super().__iter__()))
+
+
+OPS, KEPT, USES = Instances(relu=nn.ReLU, silu=nn.SiLU), Backwards([1, 2, 3]), deque([0], maxlen=1)
+
+
+class FromTables(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3), OPS["relu"], nn.Conv2d(8, 4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        OPS["gelu"] = nn.GELU
+        KEPT.append(len(KEPT))
+        USES.append(USES[0] + 1)
+        return super().forward(x)
+
+
+def test_containers_with_methods_of_their_own_keep_their_items() -> None:
+    job.slim(FromTables().eval(), IMAGE, target="params=0.9", importance="l2")
+    assert list(OPS.items()) == [("relu", nn.ReLU), ("silu", nn.SiLU)]
+    assert list.copy(KEPT) == [1, 2, 3]
+    assert list(USES) == [0]
+    assert isinstance(OPS["silu"], nn.SiLU)
