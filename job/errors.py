@@ -25,6 +25,10 @@ class GammaslimError(Exception):
     late = False  # if True, another process caused it and should print its own error first
 
 
+class WrongCutError(GammaslimError):
+    """A narrow network that differs from the wide one, does not run, or does not train (1)."""
+
+
 class UsageError(GammaslimError):
     """Options that contradict each other, or do not fit the network (2)."""
 

@@ -30,6 +30,7 @@ from job.slimming.planning.cost import example_image, network_cost
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.target import Budget
+from job.slimming.proven_plan import prove_plan
 from job.slimming.recovery.recovery import recover
 from job.slimming.sensitivity.measure import FRACTIONS
 from job.slimming.sensitivity.summary import summarise_losses
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
     from job.config import PruneConfig
     from job.slimming.calibration.progress import Progress
+    from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
     from job.slimming.latency.network_latency import NetworkLatency
     from job.slimming.planning.loss_curves import LossCurve
@@ -113,7 +115,7 @@ def plan_round(config: PruneConfig, model: Model, round_index: int) -> Plan:
         config = replace(config, target=_macs_instead(config, model, round_index))
     importance = "gamma" if CRITERIA[config.importance].images else config.importance
     scores = score_channels(importance, model.network, model.graph, CalibrationData(), config.seed)
-    return _plan_by_scores(config, model, round_index, scores)
+    return _plan_by_scores(config, model, model.graph, round_index, scores)
 
 
 def _macs_instead(config: PruneConfig, model: Model, round_index: int) -> str:
@@ -132,6 +134,7 @@ def _macs_instead(config: PruneConfig, model: Model, round_index: int) -> str:
 def _plan_by_scores(
     config: PruneConfig,
     model: Model,
+    graph: ChannelGraph,
     round_index: int,
     scores: Scores,
     curves: Mapping[str, LossCurve] | None = None,
@@ -140,7 +143,7 @@ def _plan_by_scores(
 
     def plan_after(steps: int) -> Plan:
         allocation = allocation_of(config, model.card, round_index, steps)
-        parts = model.network, model.graph, scores, allocation, method_of(config)
+        parts = model.network, graph, scores, allocation, method_of(config)
         return plan_cut(*parts, model.card.base, curves)
 
     return plan_after(1) if config.last_round is not None else _first_cut(plan_after)
@@ -149,6 +152,7 @@ def _plan_by_scores(
 def _plan_by_latency(
     config: PruneConfig,
     model: Model,
+    graph: ChannelGraph,
     round_index: int,
     scores: Scores,
     curves: Mapping[str, LossCurve],
@@ -162,13 +166,13 @@ def _plan_by_latency(
     network, device = model.network, next(model.network.parameters()).device
 
     def plan_with(limited: Allocation, latency: NetworkLatency | None) -> Plan:
-        parts = network, model.graph, scores, limited, method_of(config), model.card.base
+        parts = network, graph, scores, limited, method_of(config), model.card.base
         return plan_cut(*parts, curves, latency)
 
     image = example_image(model.card.preprocessing.input_size)
     before = next((base or network).parameters()).device
     reference = (base or network).to(device)
-    plan = meet_latency(network, model.graph, image, allocation, plan_with, reference, progress)
+    plan = meet_latency(network, graph, image, allocation, plan_with, reference, progress)
     reference.to(before)
     return plan
 
@@ -237,13 +241,13 @@ def cut(
     scores, data = measure_importance(network, graph, method, calibration.batches, step)
     curves = measure_losses(network, graph, scores, method, data, image, step)
     data = data_of_compensation(method.compensate, data)
-    plan = on_main(
-        lambda: (
-            _plan_by_latency(config, model, round_index, scores, curves, base, progress)
-            or _plan_by_scores(config, model, round_index, scores, curves)
-        ),
-        interrupt=True,
-    )
+
+    def plan_of(own: ChannelGraph) -> Plan:
+        parts = config, model, own, round_index, scores, curves
+        return _plan_by_latency(*parts, base, progress) or _plan_by_scores(*parts)
+
+    planned = partial(prove_plan, plan_of, network, graph, image, progress)
+    plan, graph = on_main(planned, interrupt=True)
     sensitivity = None
     if curves:
         summarise = partial(summarise_losses, network, graph, curves, FRACTIONS, plan)

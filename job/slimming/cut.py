@@ -8,6 +8,7 @@ command ``slim``. The main job runs the same steps one by one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,11 +33,11 @@ from job.slimming.planning.allocation import make_plan
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.ranked_groups import rank_groups
+from job.slimming.proven_plan import prove, prove_plan
 from job.slimming.sensitivity.measure import measure_curves
 from job.slimming.surgery.comparison import check_finite_weights
 from job.slimming.surgery.removable import removable_groups
 from job.slimming.surgery.surgery import apply_plan
-from job.slimming.surgery.verification import verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -63,10 +64,9 @@ DEPTHS = ("auto", "off")
 class Method:
     """Method of a cut: importance criterion, compensation of removed channels, seed, allocation.
 
-    ``allocate`` is what the groups of a global cut are compared by: ``outputs``, the loss of the
-    network's outputs when each is cut, or ``local``, the importance of the channels. ``depth`` is
-    whether whole branches of the network may be removed where the outputs lose least (``auto``) or
-    not (``off``).
+    ``allocate`` is what a global cut compares groups by: ``outputs``, the loss of the network's
+    outputs when each is cut, or ``local``, the importance of the channels. ``depth`` is whether
+    whole branches may be removed where the outputs lose least (``auto``) or not (``off``).
     """
 
     importance: str = "gamma"
@@ -270,21 +270,22 @@ def make_cut(
 ) -> tuple[nn.Module, Plan]:
     """Return the narrow network of ``plan``, compensated, and the plan with its proof.
 
-    ``example`` is a batch of inputs; only its shape matters. Every process makes the cut, and the
-    main process verifies it before the compensation. Raises GammaslimError if verification fails,
-    and UsageError if the compensation needs images and no process has any.
+    ``example`` is a batch of inputs; only its shape matters. Every process makes the cut. The main
+    process verifies it before the compensation, unless the plan has a proof. Raises GammaslimError
+    if verification fails, and UsageError if the compensation needs images and no process has any.
     """
-    progress("proving the cut", 0, 0)
     narrow = apply_plan(network, plan.layers)
     if world_size() > 1:
         check_same(digest(narrow.state_dict()), "the slimmed network")
-    proof = on_main(lambda: verify(network, narrow, plan.layers, example, graph), interrupt=True)
-    if proof.precision != "float64" and rank() == 0:
-        warn(f"the network does not run in float64: the cut is exact to {proof}")
+    if plan.proof is None:
+        progress("proving the cut", 0, 0)
+        plan = on_main(lambda: prove(plan, network, narrow, graph, example), interrupt=True)
+    if plan.proof and plan.proof.precision != "float64" and rank() == 0:
+        warn(f"the network does not run in float64: the cut is exact to {plan.proof}")
     keep = keep_of(graph, plan.groups)
     pair = CutPair(network, narrow, graph, keep, plan.layers, example)
     compensate_cut(compensate, pair, calibration, progress)
-    return narrow, replace(plan, proof=proof)
+    return narrow, plan
 
 
 def cut_network(
@@ -300,21 +301,20 @@ def cut_network(
 ) -> tuple[nn.Module, Plan]:
     """Return the narrow network of ``allocation`` and the plan with its proof: all steps of a cut.
 
-    A latency target is a fraction of the latency of ``timed_base``, by default ``network``. See the
-    functions of the steps for the other arguments and the errors.
+    A latency target is a fraction of the latency of ``timed_base``, by default ``network``.
     """
     scores, data = measure_importance(network, graph, method, batches, progress)
     curves = measure_losses(network, graph, scores, method, data, example, progress)
     data = data_of_compensation(method.compensate, data)
 
-    def plan_with(own: Allocation, latency: NetworkLatency | None) -> Plan:
-        return plan_cut(network, graph, scores, own, method, base, curves, latency)
+    def plan_of(own: ChannelGraph) -> Plan:
+        def plan_with(each: Allocation, latency: NetworkLatency | None) -> Plan:
+            return plan_cut(network, own, scores, each, method, base, curves, latency)
 
-    plan = on_main(
-        lambda: (
-            meet_latency(network, graph, example, allocation, plan_with, timed_base, progress)
-            if allocation.budget.metric == "latency"
-            else plan_with(allocation, None)
-        )
-    )
+        if allocation.budget.metric != "latency":
+            return plan_with(allocation, None)
+        return meet_latency(network, own, example, allocation, plan_with, timed_base, progress)
+
+    planned = partial(prove_plan, plan_of, network, graph, example, progress)
+    plan, graph = on_main(planned, interrupt=True)
     return make_cut(plan, network, graph, example, method.compensate, data, progress)

@@ -18,15 +18,25 @@ NO_CALLER: tuple[None, frozenset[str]] = (None, frozenset())
 
 
 def calling_module() -> tuple[nn.Module | None, frozenset[str]]:
-    """Return the module of the innermost running method, and the attributes that it names."""
+    """Return the module of the innermost running method, and the attributes that it names.
+
+    A function that gets the module as its first argument counts as a method. The attributes include
+    those that the method names which calls it, such as a scale that is passed to the function.
+    """
     frame: FrameType | None = sys._getframe(2)
+    module: nn.Module | None = None
+    named: frozenset[str] = frozenset()
     while frame is not None:
         names = frame.f_code.co_varnames
         value = frame.f_locals.get(names[0]) if frame.f_code.co_argcount else None
         if isinstance(value, nn.Module):
-            return value, frozenset(frame.f_code.co_names)
+            if module is not None and value is not module:
+                break
+            module, named = value, named.union(frame.f_code.co_names)
+            if frame.f_code.co_name == "forward":
+                break
         frame = frame.f_back
-    return NO_CALLER
+    return module, named
 
 
 def line_of_error(error: BaseException) -> str:

@@ -131,11 +131,15 @@ def mismatch(first: Plan, later: Plan) -> str | None:
 
 
 def keep_of(graph: ChannelGraph, groups: Mapping[str, Kept]) -> Ids:
-    """Return the mask (count,) of kept channels, given their indices in ``groups``, by name."""
+    """Return the mask (count,) of kept channels, given their indices in ``groups``, by name.
+
+    A group that is not in ``groups`` keeps all of its channels.
+    """
     keep = keep_all(graph)
     for group in graph.groups:
-        keep[group.channels] = False
-        keep[group.channels[list(groups[group.name])]] = True
+        if group.name in groups:
+            keep[group.channels] = False
+            keep[group.channels[list(groups[group.name])]] = True
     return keep
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from job.errors import DataError, UsageError, is_out_of_memory
 from job.slimming.graph.callers import line_of_error
 from job.slimming.graph.reasons import CODE_COUNT, REARRANGED
-from job.slimming.planning.plan import layers_of
+from job.slimming.planning.plan import keep_all, layers_of
 from job.slimming.planning.ranked_groups import KeptChannels, rank_groups
 from job.slimming.surgery.probe import smallest_equivalent_input
 from job.slimming.surgery.surgery import apply_plan
@@ -53,6 +53,20 @@ def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Exampl
     return graph
 
 
+def without_wrong_groups(
+    network: nn.Module, graph: ChannelGraph, example: Example, keep: Ids, failure: Exception
+) -> ChannelGraph:
+    """Return ``graph`` with those groups blocked that make a cut wrong; it may be ``graph`` itself.
+
+    The cut keeps the channels of the mask ``keep`` (count,) and ends in ``failure``. Fewer groups
+    lose the same channels in its trial cuts.
+    """
+    names = [group.name for group in graph.groups if not keep[group.channels].all()]
+    for name, line in _Trials(network, graph, example, keep).wrong_by_line(names, failure).items():
+        graph = graph.without([name], CODE_COUNT(), line)
+    return graph
+
+
 def suspects_pass(
     network: nn.Module, graph: ChannelGraph, example: Example, names: Collection[str] | None = None
 ) -> bool:
@@ -62,11 +76,16 @@ def suspects_pass(
 
 
 class _Trials:
-    """Trial cuts of a network, on images as small as they may be."""
+    """Trial cuts of a network, on images as small as they may be.
 
-    def __init__(self, network: nn.Module, graph: ChannelGraph, example: Example) -> None:
-        self.network, self.graph, self.example = network, graph, example
-        if graph.suspects and not graph.auxiliary:
+    They keep the channels of the mask ``keep`` (count,), by default about two thirds of a group.
+    """
+
+    def __init__(
+        self, network: nn.Module, graph: ChannelGraph, example: Example, keep: Ids | None = None
+    ) -> None:
+        self.network, self.graph, self.example, self.keep = network, graph, example, keep
+        if (graph.suspects or keep is not None) and not graph.auxiliary:
             self.example = smallest_equivalent_input(network, example, graph.forward.treatment)
 
     def wrong_by_line(self, names: list[str], failure: Exception) -> dict[str, str]:
@@ -104,12 +123,18 @@ class _Trials:
         return wrong
 
     def failure(self, names: list[str], quick: bool = False) -> Exception | None:
-        """Return the error of a cut of about a third of the channels of the groups ``names``.
+        """Return the error of a cut of the groups ``names`` alone.
 
         With ``quick``, the narrow network runs by itself first. Raises UsageError or DataError
         otherwise if no cut can be verified.
         """
-        layers = layers_of(self.graph, _trial(self.graph, names))
+        keep = _trial(self.graph, names)
+        if self.keep is not None:
+            keep = keep_all(self.graph)
+            for group in self.graph.groups:
+                if group.name in names:
+                    keep[group.channels] = self.keep[group.channels]
+        layers = layers_of(self.graph, keep)
         try:
             narrow = apply_plan(self.network, layers)
             if quick:

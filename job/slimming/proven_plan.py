@@ -1,0 +1,62 @@
+"""A plan with its proof, made by the main process before every process applies it.
+
+If the cut proves wrong, the channel groups that are wrong are blocked and it is planned again. This
+happens where code branches on its sizes, and trial cuts of other sizes took another branch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from job.errors import WrongCutError
+from job.slimming.calibration.progress import no_progress
+from job.slimming.planning.plan import keep_of
+from job.slimming.surgery.surgery import apply_plan
+from job.slimming.surgery.trial_cuts import without_wrong_groups
+from job.slimming.surgery.verification import verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from job.slimming.calibration.progress import Progress
+    from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.inputs import Example
+    from job.slimming.planning.plan import Plan
+
+MAX_PLANS = 3  # until a wrong cut is an error
+
+
+def prove_plan(
+    plan_of: Callable[[ChannelGraph], Plan],
+    network: nn.Module,
+    graph: ChannelGraph,
+    example: Example,
+    progress: Progress = no_progress,
+) -> tuple[Plan, ChannelGraph]:
+    """Return the plan that ``plan_of`` makes of a graph, with its proof, and this graph.
+
+    The graph is ``graph``, or that of fewer groups if a cut is wrong. Raises WrongCutError if there
+    is no group that makes it wrong, and whatever ``plan_of`` raises.
+    """
+    for left in reversed(range(MAX_PLANS)):
+        plan = plan_of(graph)
+        progress("proving the cut", 0, 0)
+        try:
+            return prove(plan, network, apply_plan(network, plan.layers), graph, example), graph
+        except WrongCutError as error:
+            keep = keep_of(graph, plan.groups)
+            fewer = without_wrong_groups(network, graph, example, keep, error)
+            if fewer is graph or not left:
+                raise
+            graph = fewer
+    raise AssertionError
+
+
+def prove(
+    plan: Plan, network: nn.Module, narrow: nn.Module, graph: ChannelGraph, example: Example
+) -> Plan:
+    """Return ``plan`` with the proof of its ``narrow`` network; raises WrongCutError."""
+    return replace(plan, proof=verify(network, narrow, plan.layers, example, graph))
