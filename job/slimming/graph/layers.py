@@ -47,6 +47,19 @@ def tensors_of(
                     yield prefix + key, store, key, tensor
 
 
+def constants_of(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the full name and the tensor of each constant that a module keeps in an attribute.
+
+    It is neither a parameter nor a buffer, e.g. a table of sines. Weights of layers that hooks
+    compute are left out.
+    """
+    for name, module in modules_of(network).items():
+        for key, tensor in vars(module).items():
+            computed = hasattr(module, f"{key}_orig") or hasattr(module, f"{key}_v")
+            if type(tensor) is torch.Tensor and tensor.is_floating_point() and not computed:
+                yield f"{name}.{key}" if name else key, tensor
+
+
 def tensor_named(network: nn.Module, name: str) -> Any:
     """Return the parameter or buffer with a full name."""
     owner, _, attribute = name.rpartition(".")

@@ -284,7 +284,7 @@ OP_RULES: dict[str, Rule] = {
     ),
     **_for_each(
         """unbind __getitem__ narrow select expand expand_as roll channel_shuffle
-        native_channel_shuffle index_select repeat_interleave pixel_unshuffle""",
+        native_channel_shuffle index_select repeat_interleave pixel_unshuffle embedding""",
         rearrange,
     ),
     **_for_each("chunk split tensor_split", partial(rearrange, splits=True)),

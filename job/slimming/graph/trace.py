@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from job.slimming.graph.callers import NO_CALLER, calling_module, line_of_network
-from job.slimming.graph.layers import tensors_of
+from job.slimming.graph.layers import constants_of, tensors_of
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.shape_inference import infer_result
 from job.slimming.graph.snapshot import preserve_state
@@ -247,10 +247,8 @@ def trace_on(
     batch = batch_on(network, example, device, BATCH)
     places = snapshot.tensor_places
     copies = copy_tensors(network, places, device)
-    names = {
-        id(copies.get(id(tensor), tensor)): name
-        for name, *_, tensor in reversed(list(tensors_of(network)))
-    }
+    named = [*((name, t) for name, *_, t in tensors_of(network)), *constants_of(network)]
+    names = {id(copies.get(id(tensor), tensor)): name for name, tensor in reversed(named)}
     others = [tensor for tensor in snapshot.tensors if id(tensor) not in copies]
     if device is None:
         snapshot.keep_values(t for t in others if not isinstance(t, nn.Parameter))
