@@ -16,11 +16,11 @@ from job.slimming.graph.heads import is_part_of
 from job.slimming.graph.union import AttributeSize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     import torch
 
-    from job.slimming.graph.trace import Op
+    from job.slimming.graph.trace import Op, SizeRead
     from job.slimming.graph.union import Ids
 
 Sized = tuple[Any, "Ids"]  # an argument of an op, and the elements that it may count
@@ -54,6 +54,19 @@ def attribute_sizes(
         elif isinstance(value, (tuple, list)) and list(value) == [n for n, _ in numbers]:
             for place, (_, ids) in enumerate(numbers):
                 yield AttributeSize(module, attribute, place, ids)
+
+
+def compared_sizes(
+    read: SizeRead, module: str, ids: Ids, known: Collection[tuple[str, str]]
+) -> Iterator[AttributeSize]:
+    """Yield the attributes that equal a size that the code of ``module`` reads, but no op takes.
+
+    ``ids`` are the channels that are read, ``known`` the modules and attributes that ops take.
+    """
+    for attribute in sorted(read.names_used):
+        value = vars(read.module).get(attribute)
+        if type(value) is int and value == len(ids) and (module, attribute) not in known:
+            yield AttributeSize(module, attribute, None, ids)
 
 
 def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Iterator[Sized]:

@@ -28,6 +28,7 @@ from job.slimming.graph.reasons import (
     NOT_SUPPORTED_HERE,
     OP_COUNT,
     SEVERAL_AXES,
+    UNEQUAL_SLICES,
 )
 
 if TYPE_CHECKING:
@@ -233,6 +234,24 @@ def pad(state: PropagationState, op: Op) -> None:
     _set_rearranged(state, op, results, any_size=False, splits=False)
 
 
+def _parts_of_measured_sizes(state: PropagationState, op: Op, parts: list[Ids]) -> bool:
+    """Unite the parts of a split into sizes that the code has read elsewhere with what it has read.
+
+    Parts of other sizes are never cut. Returns False if no part has such a size.
+    """
+    values = [vars(op.module).get(name) for name in op.names_used] if op.module else []
+    streams = {len(ids): ids for ids in state.measured_channels(op.module)}
+    tied = [part for part in parts if len(part) in streams and len(part) not in values]
+    if op.name not in ("split", "split_with_sizes") or not tied:
+        return False
+    for part in parts:
+        if any(part is each for each in tied):
+            state.union.unite(part, streams[len(part)])
+        else:
+            state.union.fix(part, UNEQUAL_SLICES())
+    return True
+
+
 def _set_rearranged(
     state: PropagationState,
     op: Op,
@@ -250,6 +269,8 @@ def _set_rearranged(
         parts = [flat_ids(labels) for labels in results]
         if {len(part) for part in parts} == {len(before) / len(parts)}:
             state.union.blocks.append(np.stack(parts))
+            sliced = False
+        elif len(label_axes(sources[0])) == 1 and _parts_of_measured_sizes(state, op, parts):
             sliced = False
     for result, labels in zip(op.results, results, strict=True):
         after = flat_ids(labels)

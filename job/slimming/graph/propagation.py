@@ -102,6 +102,7 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
     for read in trace.measured:
         if (labels := state.labels_of(read.tensor)) is not None:
             union.suspects.append((CODE_COUNT(), flat_ids(labels)))
+            state.note_compared(read, labels)
             union.place = read.line
             union.end_op()
     union.place = ""

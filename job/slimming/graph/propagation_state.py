@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from job.slimming.graph.attribute_sizes import attribute_sizes
+from job.slimming.graph.attribute_sizes import attribute_sizes, compared_sizes
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
 from job.slimming.graph.heads import Heads
 from job.slimming.graph.layers import modules_of, owner_of
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from job.slimming.graph.derived import DerivedValues
     from job.slimming.graph.reasons import Reason
-    from job.slimming.graph.trace import Op, Trace
+    from job.slimming.graph.trace import Op, SizeRead, Trace
     from job.slimming.graph.union import ChannelRead, Ids, Side
 
     Rule = Callable[["PropagationState", Op], None]
@@ -232,6 +232,13 @@ class PropagationState:
         """
         name = self._module_names.get(id(module))
         return None if name in self.layers else name
+
+    def note_compared(self, read: SizeRead, labels: torch.Tensor) -> None:
+        """Note the attributes that code may compare with the size that it reads."""
+        module = self.module_name(read.module)
+        if self.main and module is not None and len(label_axes(labels)) == 1:
+            known = {(size.module, size.attribute) for size in self.union.sizes}
+            self.union.sizes += compared_sizes(read, module, flat_ids(labels), known)
 
     def read_elsewhere(self, op: Op, tensor: torch.Tensor) -> None:
         """Note an op that reads parameters in a way that no rule follows."""

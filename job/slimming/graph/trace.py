@@ -76,10 +76,14 @@ class Op:
 
 
 class SizeRead(NamedTuple):
-    """Read of the size of a tensor along an axis other than the first, by a method of a module."""
+    """Read of the size of a tensor along an axis other than the first, by a method of a module.
+
+    ``names_used`` are the attributes that the method names.
+    """
 
     tensor: torch.Tensor
     module: nn.Module | None
+    names_used: frozenset[str]
     line: str
 
 
@@ -169,7 +173,7 @@ class _Tracer(TorchFunctionMode):
             line = line_of_network()
             self.ops.append(Op(name, func, args, kwargs, result, inputs, results, *caller, line))
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
-            self.measured.append(SizeRead(args[0], calling_module()[0], line_of_network()))
+            self.measured.append(SizeRead(args[0], *calling_module(), line_of_network()))
         return result
 
 
