@@ -102,8 +102,8 @@ def _pass(
 ) -> None:
     """Pass the channels of one operand along letters that the result has and the other has not."""
     for own, other in ((0, 1), (1, 0)):
-        image = labels[own]
-        if image is None or labels[other] is not None:
+        image, factors = labels[own], labels[other]
+        if image is None or (factors is not None and label_axes(factors)):
             continue
         along = {sides[own][axis] for axis in label_axes(image)}
         if along <= set(sides[2]) - set(sides[other]) and len(set(sides[own])) == image.dim():
@@ -112,6 +112,8 @@ def _pass(
             order = [sides[own].index(letter) for letter in sides[2] if letter in along]
             passed = image.permute(*rest, *order).reshape(sizes)
             state.union.suspects.append((OP_COUNT(op.name), flat_ids(passed)))
+            if factors is not None:  # weights from a layer of one output
+                state.fix(op.args[1 + other], ONE_WITH_SEVERAL(op.name))
             return state.set_labels(op.result, passed)
     return state.give_up(op, NOT_SUPPORTED("einsum"))
 

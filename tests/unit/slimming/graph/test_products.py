@@ -255,3 +255,31 @@ def test_a_buffer_is_cut_like_a_parameter() -> None:
     kept = network.matrix[list(channels.in_)][:, list(channels.out)]
     assert torch.equal(narrow.matrix, kept)
     assert tuple(kept.shape) == (6, 6)
+
+
+class SequencePool(nn.Module):
+    """A mean of tokens, weighted by a layer of one output (CCT, Hassani et al. 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.pool, self.last = (
+            nn.Conv2d(3, 16, 4, 4),
+            nn.Linear(16, 1),
+            nn.Linear(16, 5),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x).flatten(2).mT.relu()
+        weights = self.pool(x).reshape(len(x), -1).softmax(1)
+        return self.last(torch.einsum("bn,bnd->bd", weights, x))
+
+
+def test_tokens_are_pooled_by_weights() -> None:
+    torch.manual_seed(0)
+    wide = SequencePool().double().eval()
+    narrow, plan = job.slim(
+        wide, torch.rand(1, 3, 16, 16), policy="uniform", target="width=0.5", importance="l2"
+    )
+    assert {b.layer for b in plan.blocked} == {"pool", "last"}
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
