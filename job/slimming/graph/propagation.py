@@ -84,8 +84,9 @@ def _selected_next_to_norms(state: PropagationState) -> set[str]:
 def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> None:
     trace, union = state.trace, state.union
     known = {*map(id, trace.inputs), *trace.names, *trace.constants}
+    on_meta = any(tensor.is_meta for tensor in trace.inputs)  # others are constants of the code
     for op, shared in zip(trace.ops, _shared_results(trace), strict=True):
-        if not known.issuperset(map(id, op.inputs)):
+        if any(id(tensor) not in known and tensor.is_meta == on_meta for tensor in op.inputs):
             union.fix(np.arange(union.count), UNKNOWN_ORIGIN(op.name))
         _propagate_op(state, op, layer_ops, shared)
         union.end_op()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -132,3 +133,22 @@ def test_a_wrapped_tensor_is_the_tensor_itself() -> None:
     assert narrow.first.out_channels == 8
     images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
+
+
+@pytest.mark.parametrize("make", [torch.from_numpy, lambda array: torch.Tensor(array.tolist())])
+def test_constants_that_code_makes_of_numbers_block_nothing(make: Any) -> None:
+    class Scaled(nn.Module):
+        """Draws a factor with NumPy in train mode, as FractalNet chooses its paths."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scale = make(np.ones(1, np.float32)).to(x)
+            return self.last(self.first(x).relu() * scale)
+
+    network, image = Scaled().eval(), torch.rand(1, 3, 8, 8)
+    narrow, plan = slim(network, image, policy="uniform", target="width=0.5", importance="l2")
+    assert narrow.first.out_channels == 8
+    assert [blocked.layer for blocked in plan.blocked] == ["last"]
