@@ -1,4 +1,4 @@
-"""The networks that the tools of peer.py cut: torchvision's, timm's and those of the tests."""
+"""The networks that the tools of peer.py cut: those of public libraries and of the tests."""
 
 from __future__ import annotations
 
@@ -110,7 +110,27 @@ def _tests(name: str, entry: Listed) -> tuple[nn.Module, Any]:
     return SMALL[name](), None
 
 
-BUILDERS = {"torchvision": _torchvision, "timm": _timm, "tests": _tests}
+def _pytorchcv(name: str, entry: Listed) -> tuple[nn.Module, Any]:
+    del entry
+    from pytorchcv.model_provider import get_model
+
+    return get_model(name), None
+
+
+def _segmentation(name: str, entry: Listed) -> tuple[nn.Module, Any]:
+    """Build a network of segmentation-models-pytorch, named ``ARCHITECTURE:ENCODER``."""
+    del entry
+    import segmentation_models_pytorch as smp
+
+    architecture, _, encoder = name.partition(":")
+    network = smp.create_model(architecture, encoder, encoder_weights=None, classes=CLASSES)
+    return network, None
+
+
+BUILDERS = {
+    "torchvision": _torchvision, "timm": _timm, "tests": _tests, "pytorchcv": _pytorchcv,
+    "smp": _segmentation,
+}  # fmt: skip
 
 
 def randomise(network: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from peer_networks import Case
 from torch import nn
 
 import job
-import job.slimming.cut
+import job.slimming.proven_plan
 from job.errors import GammaslimError, UsageError
 from job.slimming.inputs import tensors_in
 
@@ -67,7 +67,7 @@ def by_gammaslim(case: Case) -> Cut:
 @contextmanager
 def _timed_proof(spent: list[float]) -> Iterator[None]:
     """Add the CPU seconds of the final verification to ``spent``."""
-    verify = job.slimming.cut.verify
+    verify = job.slimming.proven_plan.verify
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         began = time.process_time()
@@ -76,11 +76,11 @@ def _timed_proof(spent: list[float]) -> Iterator[None]:
         finally:
             spent[0] += time.process_time() - began
 
-    job.slimming.cut.verify = timed
+    job.slimming.proven_plan.verify = timed
     try:
         yield
     finally:
-        job.slimming.cut.verify = verify
+        job.slimming.proven_plan.verify = verify
 
 
 def by_torch_pruning(case: Case) -> Cut:

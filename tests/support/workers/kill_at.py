@@ -24,6 +24,7 @@ import job.files
 import job.pipeline.prune
 import job.pipeline.session
 import job.slimming.cut
+import job.slimming.proven_plan
 import job.slimming.recovery.recovery
 import job.slimming.sensitivity.replay
 import job.training.evaluation
@@ -127,7 +128,7 @@ PLACES = {
     "evaluation": in_evaluation,
     "output loss": lambda: after(job.slimming.sensitivity.replay.Replay, "run_from"),
     "surgery": lambda: before(job.slimming.cut, "apply_plan"),
-    "proof of a cut": lambda: after(job.slimming.cut, "verify"),
+    "proof of a cut": lambda: after(job.slimming.proven_plan, "verify"),
     "recovery step": lambda: after(job.slimming.recovery.recovery.Recovery, "step"),
     "file write": half_a_file,
     "fsync": lambda: before(job.files, "sync_path"),
