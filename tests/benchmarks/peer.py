@@ -9,7 +9,8 @@ of time and memory, and appends a row to a JSON lines file: the shares of the pa
 multiply-adds that are left, CPU seconds, and what failed. It continues where it stopped. A cut of
 ours is compared with the wide network in which the removed channels are zero, in float64 and
 without the verification of the project; a cut of another tool is only run. ``table`` prints the
-table and the counts. Needs ``pip install timm torch-pruning torch-kirigami``.
+table and the counts. Needs ``pip install timm torch-pruning torch-kirigami``, and for the networks
+of these libraries pytorchcv, segmentation-models-pytorch, transformers, and ultralytics.
 """
 
 from __future__ import annotations

@@ -148,6 +148,9 @@ class _ChannelsLeft(TorchFunctionMode):
         if name in ("mean", "amax") and axis == 1 and values.dim() == 4:
             alive = (values != 0).any(0).flatten(1).any(1).nonzero().flatten()
             args = (values.index_select(1, alive), *args[1:])
+        if name == "mean" and axis == -1 and values.dim() == 4 and values.shape[1:3] == (1, 1):
+            alive = (values != 0).flatten(0, 2).any(0).nonzero().flatten()
+            args = (values.index_select(3, alive), *args[1:])
         return func(*args, **(kwargs or {}))
 
 

@@ -13,6 +13,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from transformers_networks import transformers_network
 
 from support import dense_networks, shapes
 from support import networks as small_networks
@@ -127,9 +128,21 @@ def _segmentation(name: str, entry: Listed) -> tuple[nn.Module, Any]:
     return network, None
 
 
+def _transformers(name: str, entry: Listed) -> tuple[nn.Module, Any]:
+    del entry
+    return transformers_network(name, CLASSES), None
+
+
+def _ultralytics(name: str, entry: Listed) -> tuple[nn.Module, Any]:
+    del entry
+    from ultralytics.nn.tasks import DetectionModel
+
+    return DetectionModel(f"{name}.yaml", nc=CLASSES, verbose=False), None
+
+
 BUILDERS = {
     "torchvision": _torchvision, "timm": _timm, "tests": _tests, "pytorchcv": _pytorchcv,
-    "smp": _segmentation,
+    "smp": _segmentation, "transformers": _transformers, "ultralytics": _ultralytics,
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def counts(rows: Rows, listed: int) -> str:
     for peer in PEERS:
         both = [n for n in networks if (n, OURS) in rows and (n, peer) in rows]
         public = [n for n in both if not n.startswith("tests/")]
-        for words, some in (("all networks", both), ("torchvision and timm", public)):
+        for words, some in (("all networks", both), ("public networks", public)):
             if some:
                 text += [_reach(rows, some, peer, words), *_speed(rows, some, peer)]
     text.append(_conditions(rows.values()))
