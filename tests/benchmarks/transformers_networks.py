@@ -5,6 +5,7 @@ A name is that of the class of the network, without ``ForImageClassification`` i
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -52,7 +53,7 @@ def transformers_network(name: str, classes: int) -> nn.Module:
     """Build the network ``name`` with random weights."""
     import transformers
 
-    kind = name if "For" in name else f"{name}ForImageClassification"
-    config = getattr(transformers, f"{kind.partition('For')[0]}Config")
+    kind = name if re.search("For[A-Z]", name) else f"{name}ForImageClassification"
+    config = getattr(transformers, f"{kind.rpartition('For')[0]}Config")
     network: nn.Module = getattr(transformers, kind)(config(num_labels=classes, **OPTIONS[name]))
     return network
