@@ -12,7 +12,7 @@ import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
 from job.slimming.graph.layers import owner_of
-from job.slimming.graph.reasons import COMPUTED_BIAS
+from job.slimming.graph.reasons import COMPUTED_BIAS, OP_COUNT
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +31,10 @@ def follow_parameters(
     channels are united. Returns False if the parameters do not have these channels.
     """
     sizes = [1] * (labels.dim() - tensor.dim()) + list(tensor.shape)
-    if sizes[label_axes(labels)[-1]] == 1 and state.heads.keep_their_number(labels):
+    if sizes[label_axes(labels)[-1]] == 1 and _keeps_lines(state, labels):
         state.read_elsewhere(op, tensor)
-        return True  # alike for all channels of a head
+        state.union.suspects.append((OP_COUNT(op.name), flat_ids(labels)))
+        return True  # alike for all channels of a head, or of an activation in a stack
     first = labels
     for axis in label_axes(labels):
         first = first.narrow(axis, 0, 1) if sizes[axis] == 1 else first
@@ -56,6 +57,14 @@ def follow_parameters(
         state.union.unite(*together)
         cut_parameter(state, name, axis, ids)
     return True
+
+
+def _keeps_lines(state: PropagationState, labels: torch.Tensor) -> bool:
+    """Return whether ``labels`` are of several heads, none cut whole, or of stacked activations."""
+    stacked = len(label_axes(labels)) > 1 and not any(
+        True for _ in state.heads.of(flat_ids(labels))
+    )
+    return stacked or state.heads.keep_their_number(labels)
 
 
 def produce(state: PropagationState, op: Op, weight: str, count: int) -> Ids:

@@ -10,7 +10,7 @@ from torchvision.ops import DeformConv2d
 
 import job
 from support.cuts import randomise
-from support.masked import assert_compensated, halve
+from support.masked import assert_compensated, halve, masked_network
 from support.networks import Net, block
 
 IMAGE = torch.rand(1, 3, 20, 28)
@@ -271,3 +271,28 @@ def test_a_filter_that_differs_between_channels_blocks_them() -> None:
     narrow, plan = halve(randomise(Ramp()), IMAGE)
     assert {blocked.layer for blocked in plan.blocked} == {"head", "stem.0"}
     assert narrow.after[0].out_channels == 6
+
+
+class Columns(nn.Module):
+    """A stack of activations, each weighted by a number, as in FractalNet (Larsson et al. 2017)."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.one, self.two = nn.Conv2d(3, 16, 3), nn.Conv2d(3, 16, 3)
+        self.register_buffer("weights", torch.rand(2, 1, 1, 1, 1) + 0.5)
+        self.last = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        stack = torch.stack([self.one(x).relu(), self.two(x).relu()], self.axis)
+        return self.last((stack * self.weights.movedim(0, self.axis)).sum(self.axis))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_numbers_that_weight_a_stack_leave_its_channels_free(axis: int) -> None:
+    torch.manual_seed(0)
+    wide, image = Columns(axis).double().eval(), torch.rand(1, 3, 8, 8)
+    narrow, plan = job.slim(wide, image, policy="uniform", target="width=0.5", importance="l2")
+    assert narrow.one.out_channels == narrow.two.out_channels == 8
+    images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
