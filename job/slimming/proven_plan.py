@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from job.errors import WrongCutError
 from job.slimming.calibration.progress import no_progress
-from job.slimming.planning.plan import keep_of
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.trial_cuts import without_wrong_groups
 from job.slimming.surgery.verification import verify
@@ -47,8 +46,7 @@ def prove_plan(
         try:
             return prove(plan, network, apply_plan(network, plan.layers), graph, example), graph
         except WrongCutError as error:
-            keep = keep_of(graph, plan.groups)
-            fewer = without_wrong_groups(network, graph, example, keep, error)
+            fewer = without_wrong_groups(network, graph, example, plan.groups, error)
             if fewer is graph or not left:
                 raise
             graph = fewer

@@ -199,7 +199,7 @@ class SavedValues:
     def restore(self) -> Iterable[Any]:
         """Restore memory and values."""
         changed = self.tensor._version != self.version
-        if _layout(self.tensor) != _layout(self.memory):
+        if memory_layout(self.tensor) != memory_layout(self.memory):
             self.tensor.data = self.memory
         if changed:
             self.memory.copy_(self.values)
@@ -247,7 +247,7 @@ def _same_items(now: Any, before: Any) -> bool:
     return now == set(before) if isinstance(now, set) else all(map(operator.is_, now, before))
 
 
-def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
+def memory_layout(tensor: torch.Tensor) -> tuple[object, ...]:
     """Return where and how the values of a tensor are stored; () without plain memory."""
     try:
         memory = tensor.untyped_storage()._cdata, tensor.storage_offset()

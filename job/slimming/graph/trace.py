@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from job.slimming.graph.callers import NO_CALLER, calling_module, line_of_network
 from job.slimming.graph.layers import constants_of, tensors_of
 from job.slimming.graph.modes import training_mode
+from job.slimming.graph.saved_state import memory_layout
 from job.slimming.graph.shape_inference import infer_result
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.graph.traced_copies import batch_on, copy_tensors, replaced
@@ -194,22 +195,16 @@ def _without_wrappers(ops: list[Op], tensors: Sequence[torch.Tensor]) -> list[Op
     known = {id(tensor) for tensor in (*tensors, *(t for op in ops for t in op.results))}
     if all(id(tensor) in known for op in ops for tensor in op.inputs):
         return ops
-    places = {_place_in_memory(tensor): tensor for tensor in tensors}
+    places = {memory_layout(tensor): tensor for tensor in tensors}
     unwrapped = []
     for op in ops:
         for tensor in op.inputs:
-            if id(tensor) not in known and _place_in_memory(tensor) in places:
-                op = _with_view(op, tensor, places[_place_in_memory(tensor)])
-        places |= {_place_in_memory(tensor): tensor for tensor in op.results}
+            layout = () if id(tensor) in known else memory_layout(tensor)
+            if layout and layout in places:
+                op = _with_view(op, tensor, places[layout])
+        places |= {memory_layout(tensor): tensor for tensor in op.results}
         unwrapped.append(op)
     return unwrapped
-
-
-def _place_in_memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    if tensor.layout != torch.strided:
-        return (id(tensor),)
-    storage = tensor.untyped_storage()._cdata
-    return (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _with_view(op: Op, tensor: torch.Tensor, view: torch.Tensor) -> Op:

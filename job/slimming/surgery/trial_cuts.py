@@ -13,20 +13,21 @@ import numpy as np
 from job.errors import DataError, UsageError, is_out_of_memory
 from job.slimming.graph.callers import line_of_error
 from job.slimming.graph.reasons import CODE_COUNT, REARRANGED
-from job.slimming.planning.plan import keep_all, layers_of
+from job.slimming.planning.plan import keep_of, layers_of
 from job.slimming.planning.ranked_groups import KeptChannels, rank_groups
 from job.slimming.surgery.probe import smallest_equivalent_input
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import check_it_runs, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from torch import nn
 
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.graph.union import Ids
     from job.slimming.inputs import Example
+    from job.slimming.planning.layer_channels import Kept
 
 
 def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Example) -> ChannelGraph:
@@ -54,15 +55,19 @@ def drop_wrong_suspects(network: nn.Module, graph: ChannelGraph, example: Exampl
 
 
 def without_wrong_groups(
-    network: nn.Module, graph: ChannelGraph, example: Example, keep: Ids, failure: Exception
+    network: nn.Module,
+    graph: ChannelGraph,
+    example: Example,
+    kept: Mapping[str, Kept],
+    failure: Exception,
 ) -> ChannelGraph:
     """Return ``graph`` with those groups blocked that make a cut wrong; it may be ``graph`` itself.
 
-    The cut keeps the channels of the mask ``keep`` (count,) and ends in ``failure``. Fewer groups
+    The cut keeps the indices ``kept`` of each group, by name, and ends in ``failure``. Fewer groups
     lose the same channels in its trial cuts.
     """
-    names = [group.name for group in graph.groups if not keep[group.channels].all()]
-    for name, line in _Trials(network, graph, example, keep).wrong_by_line(names, failure).items():
+    names = [group.name for group in graph.groups if len(kept[group.name]) < group.size]
+    for name, line in _Trials(network, graph, example, kept).wrong_by_line(names, failure).items():
         graph = graph.without([name], CODE_COUNT(), line)
     return graph
 
@@ -78,14 +83,18 @@ def suspects_pass(
 class _Trials:
     """Trial cuts of a network, on images as small as they may be.
 
-    They keep the channels of the mask ``keep`` (count,), by default about two thirds of a group.
+    They keep the indices ``kept`` of each group, by name, by default about two thirds of them.
     """
 
     def __init__(
-        self, network: nn.Module, graph: ChannelGraph, example: Example, keep: Ids | None = None
+        self,
+        network: nn.Module,
+        graph: ChannelGraph,
+        example: Example,
+        kept: Mapping[str, Kept] | None = None,
     ) -> None:
-        self.network, self.graph, self.example, self.keep = network, graph, example, keep
-        if (graph.suspects or keep is not None) and not graph.auxiliary:
+        self.network, self.graph, self.example, self.kept = network, graph, example, kept
+        if (graph.suspects or kept) and not graph.auxiliary:
             self.example = smallest_equivalent_input(network, example, graph.forward.treatment)
 
     def wrong_by_line(self, names: list[str], failure: Exception) -> dict[str, str]:
@@ -128,12 +137,10 @@ class _Trials:
         With ``quick``, the narrow network runs by itself first. Raises UsageError or DataError
         otherwise if no cut can be verified.
         """
-        keep = _trial(self.graph, names)
-        if self.keep is not None:
-            keep = keep_all(self.graph)
-            for group in self.graph.groups:
-                if group.name in names:
-                    keep[group.channels] = self.keep[group.channels]
+        if self.kept:
+            keep = keep_of(self.graph, {name: self.kept[name] for name in names})
+        else:
+            keep = _trial(self.graph, names)
         layers = layers_of(self.graph, keep)
         try:
             narrow = apply_plan(self.network, layers)
