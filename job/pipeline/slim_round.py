@@ -252,7 +252,7 @@ def cut(
     if curves:
         summarise = partial(summarise_losses, network, graph, curves, FRACTIONS, plan)
         sensitivity = on_main(summarise)
-    narrow, plan = make_cut(plan, network, graph, image, method.compensate, data, step)
+    narrow = make_cut(plan, network, graph, image, method.compensate, data, step)
     if config.recalibrate:
         step("recalibrating", 0, 0)
         images = config.recalibrate * config.batch_size

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
 
 
-def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) -> ChannelGraph:
+def analyse(
+    network: nn.Module, example: Example, ignore: Iterable[str] = (), *, trials: bool = True
+) -> ChannelGraph:
     """Return the channel groups of ``network`` on inputs like ``example``.
 
     Layers in ``ignore``, given by name, are not cut. Doubtful groups are verified by trial cuts and
-    blocked if these fail. Raises UsageError if the network does not run on such inputs.
+    blocked if these fail, unless the caller makes the ``trials`` itself. Raises UsageError if the
+    network does not run on such inputs.
     """
     try:
         graph = channel_graph(network, example, ignore)
@@ -31,9 +34,19 @@ def analyse(network: nn.Module, example: Example, ignore: Iterable[str] = ()) ->
         raise UsageError(
             f"the network does not run on {describe_inputs(example)}: {reason(error)}"
         ) from error
+    return try_suspects(network, graph, example) if trials else graph
+
+
+def sizes_tried(graph: ChannelGraph) -> tuple[ChannelGraph, ...]:
+    """Return the graph without attributes that count channels, and then with them, if any."""
+    return (replace(graph, sizes=()), graph) if graph.sizes else (graph,)
+
+
+def try_suspects(network: nn.Module, graph: ChannelGraph, example: Example) -> ChannelGraph:
+    """Return ``graph`` with doubtful groups verified by trial cuts, and blocked if these fail."""
     if not graph.sizes:
         return drop_wrong_suspects(network, graph, example)
-    plain = replace(graph, sizes=())
+    plain, _ = sizes_tried(graph)
     for each in (plain, graph):  # before separating the suspects, which takes many trial cuts
         if suspects_pass(network, each, example):
             return each

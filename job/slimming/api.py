@@ -122,7 +122,8 @@ def slim(
     allocation = _allocation(policy, target, round_to, min_keep)
     with forward_pass(model, forward), _naming_arguments():
         inputs, names = example_of(model, example), ignored_layers(model, ignore)
-        graph = _analyse_example(model, inputs, names)
+        planned_at_once = calibration is None and allocation.budget.metric != "latency"
+        graph = _analyse_example(model, inputs, names, trials=not planned_at_once)
         images = _read_images(model, inputs, calibration, calibration_images, recalibrate, recover)
         batches = (lambda: images) if images else None
         method, reason = choose_method(
@@ -130,7 +131,9 @@ def slim(
         )
         _log(reason)
         with _preserve_weights(model, runs=bool(images)):
-            narrow, plan = cut_network(model, graph, inputs, allocation, method, batches)
+            narrow, plan = cut_network(
+                model, graph, inputs, allocation, method, batches, tried=not planned_at_once
+            )
         if recalibrate:
             recalibrate_batchnorms(narrow, images[:recalibrate])
         if recover and batches:
@@ -231,10 +234,12 @@ def _naming_arguments() -> Iterator[None]:
         raise UsageError(in_python(str(error))) from error
 
 
-def _analyse_example(model: nn.Module, inputs: Example, names: list[str]) -> ChannelGraph:
+def _analyse_example(
+    model: nn.Module, inputs: Example, names: list[str], *, trials: bool = True
+) -> ChannelGraph:
     try:
         with collecting_new_objects():
-            return analyse(model, inputs, names)
+            return analyse(model, inputs, names, trials=trials)
     except UsageError as error:
         single = isinstance(inputs, torch.Tensor) and inputs.dim() == 3
         hint = "; for a single image give example[None], a batch of one" if single else ""

@@ -33,7 +33,7 @@ from job.slimming.planning.allocation import make_plan
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.ranked_groups import rank_groups
-from job.slimming.proven_plan import prove, prove_plan
+from job.slimming.proven_plan import prove_plan
 from job.slimming.sensitivity.measure import measure_curves
 from job.slimming.surgery.comparison import check_finite_weights
 from job.slimming.surgery.removable import removable_groups
@@ -267,25 +267,21 @@ def make_cut(
     compensate: str,
     calibration: CalibrationData,
     progress: Progress = no_progress,
-) -> tuple[nn.Module, Plan]:
-    """Return the narrow network of ``plan``, compensated, and the plan with its proof.
+) -> nn.Module:
+    """Return the narrow network of a ``plan`` that has a proof, compensated.
 
-    ``example`` is a batch of inputs; only its shape matters. Every process makes the cut. The main
-    process verifies it before the compensation, unless the plan has a proof. Raises GammaslimError
-    if verification fails, and UsageError if the compensation needs images and no process has any.
+    ``example`` is a batch of inputs; only its shape matters. Every process makes the cut. Raises
+    UsageError if the compensation needs images and no process has any.
     """
     narrow = apply_plan(network, plan.layers)
     if world_size() > 1:
         check_same(digest(narrow.state_dict()), "the slimmed network")
-    if plan.proof is None:
-        progress("proving the cut", 0, 0)
-        plan = on_main(lambda: prove(plan, network, narrow, graph, example), interrupt=True)
     if plan.proof and plan.proof.precision != "float64" and rank() == 0:
         warn(f"the network does not run in float64: the cut is exact to {plan.proof}")
     keep = keep_of(graph, plan.groups)
     pair = CutPair(network, narrow, graph, keep, plan.layers, example)
     compensate_cut(compensate, pair, calibration, progress)
-    return narrow, plan
+    return narrow
 
 
 def cut_network(
@@ -298,10 +294,13 @@ def cut_network(
     base: Base | None = None,
     progress: Progress = no_progress,
     timed_base: nn.Module | None = None,
+    *,
+    tried: bool = True,
 ) -> tuple[nn.Module, Plan]:
     """Return the narrow network of ``allocation`` and the plan with its proof: all steps of a cut.
 
-    A latency target is a fraction of the latency of ``timed_base``, by default ``network``.
+    A latency target is a fraction of the latency of ``timed_base``, by default ``network``. The
+    graph's suspects get trial cuts now if they were not ``tried`` and their cut is wrong.
     """
     scores, data = measure_importance(network, graph, method, batches, progress)
     curves = measure_losses(network, graph, scores, method, data, example, progress)
@@ -315,6 +314,6 @@ def cut_network(
             return plan_with(allocation, None)
         return meet_latency(network, own, example, allocation, plan_with, timed_base, progress)
 
-    planned = partial(prove_plan, plan_of, network, graph, example, progress)
+    planned = partial(prove_plan, plan_of, network, graph, example, progress, tried=tried)
     plan, graph = on_main(planned, interrupt=True)
-    return make_cut(plan, network, graph, example, method.compensate, data, progress)
+    return make_cut(plan, network, graph, example, method.compensate, data, progress), plan

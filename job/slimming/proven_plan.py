@@ -1,7 +1,8 @@
 """A plan with its proof, made by the main process before every process applies it.
 
 If the cut proves wrong, the channel groups that are wrong are blocked and it is planned again. This
-happens where code branches on its sizes, and trial cuts of other sizes took another branch.
+happens where code branches on its sizes, and trial cuts of other sizes took another branch. Where
+planning is cheap, it comes before the trial cuts: a proof makes them unnecessary.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from job.errors import WrongCutError
+from job.errors import DataError, UsageError, WrongCutError, is_out_of_memory
+from job.slimming.analysis import sizes_tried, try_suspects
 from job.slimming.calibration.progress import no_progress
+from job.slimming.graph.trace import trace_network
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.trial_cuts import without_wrong_groups
 from job.slimming.surgery.verification import verify
@@ -34,17 +37,26 @@ def prove_plan(
     graph: ChannelGraph,
     example: Example,
     progress: Progress = no_progress,
+    *,
+    tried: bool = True,
 ) -> tuple[Plan, ChannelGraph]:
     """Return the plan that ``plan_of`` makes of a graph, with its proof, and this graph.
 
-    The graph is ``graph``, or that of fewer groups if a cut is wrong. Raises WrongCutError if there
-    is no group that makes it wrong, and whatever ``plan_of`` raises.
+    The graph is ``graph``, or that of fewer groups if a cut is wrong. Suspects that were not
+    ``tried`` yet get trial cuts if the first plan of all of them is wrong. Raises WrongCutError if
+    there is no group that makes a cut wrong, and whatever ``plan_of`` raises.
     """
+    if not tried and graph.suspects:
+        progress("proving the cut", 0, 0)
+        for each in sizes_tried(graph):
+            if proven := _proven(plan_of(each), network, each, example):
+                return proven, each
+        graph = try_suspects(network, graph, example)
     for left in reversed(range(MAX_PLANS)):
         plan = plan_of(graph)
         progress("proving the cut", 0, 0)
         try:
-            return prove(plan, network, apply_plan(network, plan.layers), graph, example), graph
+            return _prove(plan, network, apply_plan(network, plan.layers), graph, example), graph
         except WrongCutError as error:
             fewer = without_wrong_groups(network, graph, example, plan.groups, error)
             if fewer is graph or not left:
@@ -53,7 +65,21 @@ def prove_plan(
     raise AssertionError
 
 
-def prove(
+def _proven(plan: Plan, network: nn.Module, graph: ChannelGraph, example: Example) -> Plan | None:
+    """Return ``plan`` with its proof; None if the cut is wrong or does not run."""
+    try:
+        narrow = apply_plan(network, plan.layers)
+        trace_network(narrow, example)  # faster than the forward pass of the wide network
+        return _prove(plan, network, narrow, graph, example)
+    except (UsageError, DataError):
+        raise
+    except Exception as error:  # user code may raise anything when it gets fewer channels
+        if is_out_of_memory(error):
+            raise
+        return None
+
+
+def _prove(
     plan: Plan, network: nn.Module, narrow: nn.Module, graph: ChannelGraph, example: Example
 ) -> Plan:
     """Return ``plan`` with the proof of its ``narrow`` network; raises WrongCutError."""

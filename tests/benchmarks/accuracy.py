@@ -16,8 +16,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from images import IMAGENET, Data, Normalisation, accuracy, fine_tune, read_folder
@@ -25,6 +27,7 @@ from networks import build, load_weights
 from torch import nn
 
 import job
+from job.slimming.compensation import reconstruction
 from job.slimming.planning.cost import network_cost
 
 METHODS: dict[str, dict[str, object]] = {
@@ -33,6 +36,7 @@ METHODS: dict[str, dict[str, object]] = {
     "allocate local": {"allocate": "local"},
     "recover 2": {"recover": 2},
     "gamma alone": {"importance": "gamma", "compensate": "none"},
+    "channel maps": {},
 }
 PEERS = ("bnscale", "l2", "taylor")
 BATCH = 128
@@ -110,11 +114,17 @@ def cut(
         held_out = splits["train"].sample(1000, int(str(cell["seed"])), skip=len(images))
         return _cut_by_peer(wide, method, target, images, sample, normalise, held_out)
     began = time.process_time()
-    narrow, _ = job.slim(
-        wide, example, target=f"macs={target}", policy="global",
-        calibration=list(images.split(BATCH)), **METHODS[method],
-    )  # fmt: skip
+    with _channel_maps_alone() if method == "channel maps" else nullcontext():
+        narrow, _ = job.slim(
+            wide, example, target=f"macs={target}", policy="global",
+            calibration=list(images.split(BATCH)), **METHODS[method],
+        )  # fmt: skip
     return narrow, time.process_time() - began, ""
+
+
+def _channel_maps_alone() -> AbstractContextManager[object]:
+    """Return a context in which no kernel is fitted: maps of channels are fitted instead."""
+    return mock.patch.object(reconstruction, "can_fit_kernel", return_value=False)
 
 
 def _cut_by_peer(

@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
             for tool in args.tools:
                 if (entry.name, tool) in done:
                     continue
-                row = limited(entry, tool, args.limit, args.memory)
+                row = limited(entry.at_least(args.size), tool, args.limit, args.memory)
                 file.write(json.dumps({**row, "conditions": where}) + "\n")
                 file.flush()
                 print(entry.name, tool, row["status"], row.get("params_left", ""), flush=True)
@@ -186,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cut.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     cut.add_argument("--limit", type=int, default=120, help="CPU seconds for a network and tool")
     cut.add_argument("--memory", type=float, default=8, help="GiB for a network and tool")
+    cut.add_argument("--size", type=int, default=1, help="pixels of an image side, at the least")
     cut.add_argument("--again", action="store_true", help="also those that have a row")
     cut.set_defaults(command=run)
     printed = commands.add_parser("table", help="print the table as Markdown")

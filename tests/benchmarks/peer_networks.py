@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ class Listed:
     height: int
     width: int
     built_for_size: bool = False
+
+    def at_least(self, size: int) -> Listed:
+        """Return the line with images of ``size`` pixels, where these were smaller."""
+        return replace(self, height=max(self.height, size), width=max(self.width, size))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from job.slimming.planning.cost_model import CostModel
 from job.slimming.planning.plan import Plan
 from job.slimming.planning.planner import Planner
 from job.slimming.planning.ranked_groups import rank_groups
+from job.slimming.proven_plan import prove_plan
 from job.slimming.surgery.removable import removable_groups
 
 
@@ -47,4 +48,5 @@ def remove(
     if batches is not None:
         pairs = [(batch, None) for batch in batches]
         data = CalibrationData(lambda: pairs, measure_inputs(network, graph, pairs))
-    return make_cut(plan, network, graph, example, compensate, data)
+    proven, _ = prove_plan(lambda _: plan, network, graph, example)
+    return make_cut(proven, network, graph, example, compensate, data), proven

@@ -20,6 +20,7 @@ from job.slimming.analysis import analyse
 from job.slimming.cut import Method, make_cut, measure_importance, plan_cut
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.target import Budget
+from job.slimming.proven_plan import prove_plan
 
 
 class Clock:
@@ -200,7 +201,9 @@ def test_a_cut_tells_its_steps_to_a_callback_and_the_library_prints_nothing(
         steps.append(step)
 
     scores, data = measure_importance(network, graph, method, lambda: batches, show)
-    plan = plan_cut(network, graph, scores, allocation, method)
+    plan, _ = prove_plan(
+        lambda own: plan_cut(network, own, scores, allocation, method), network, graph, image, show
+    )
     make_cut(plan, network, graph, image, method.compensate, data, show)
     names = [name for name, _, _ in steps]
     assert list(dict.fromkeys(names)) == [

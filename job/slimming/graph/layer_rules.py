@@ -7,6 +7,7 @@ attributes of the layer that count them. Surgery, verification and costs use the
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +71,11 @@ class LayerRule:
     sizes: Mapping[str, Side] = field(default_factory=dict)
     names: tuple[str, ...] = ()
 
-    def covers(self, module: nn.Module) -> bool:
-        """Return whether this is the rule of ``module``."""
-        if isinstance(module, self.types):
+    def covers(self, kind: type[Any]) -> bool:
+        """Return whether this is the rule of the layers of a class."""
+        if issubclass(kind, self.types):
             return True
-        return any(f"{c.__module__}.{c.__qualname__}" in self.names for c in type(module).__mro__)
+        return any(f"{c.__module__}.{c.__qualname__}" in self.names for c in kind.__mro__)
 
 
 def linear(state: PropagationState, op: Op) -> None:
@@ -242,7 +243,14 @@ LAYER_RULES: list[LayerRule] = [
 
 def layer_rule(module: nn.Module) -> LayerRule | None:
     """Return the rule of a layer; None for modules of other types."""
-    return next((rule for rule in LAYER_RULES if rule.covers(module)), None)
+    kind: Any = type(module)
+    return _rule_of(kind, len(LAYER_RULES))
+
+
+@functools.lru_cache(maxsize=4096)
+def _rule_of(kind: type[Any], _: int) -> LayerRule | None:
+    """Return the rule of a class, which is looked up again when a rule has been added."""
+    return next((rule for rule in LAYER_RULES if rule.covers(kind)), None)
 
 
 def is_layer(module: nn.Module | None) -> bool:

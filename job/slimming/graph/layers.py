@@ -55,8 +55,9 @@ def constants_of(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     for name, module in modules_of(network).items():
         for key, tensor in vars(module).items():
-            computed = hasattr(module, f"{key}_orig") or hasattr(module, f"{key}_v")
-            if type(tensor) is torch.Tensor and tensor.is_floating_point() and not computed:
+            if type(tensor) is not torch.Tensor or not tensor.is_floating_point():
+                continue
+            if not hasattr(module, f"{key}_orig") and not hasattr(module, f"{key}_v"):
                 yield f"{name}.{key}" if name else key, tensor
 
 

@@ -233,7 +233,9 @@ def container_class(store: Any) -> Any:
 def has_plain_items(store: Any) -> bool:
     """Return whether the items of a container are read and set as those of Python's own."""
     kind, base = type(store), container_class(store)
-    return all(getattr(kind, n) is getattr(base, n) for n in ("__getitem__", "__setitem__"))
+    return kind is base or all(
+        getattr(kind, n) is getattr(base, n) for n in ("__getitem__", "__setitem__")
+    )
 
 
 def _same_items(now: Any, before: Any) -> bool:

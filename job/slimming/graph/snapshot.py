@@ -86,6 +86,7 @@ class Snapshot:
         self.tensors: list[torch.Tensor] = []
         self.has_locks = False
         self._saved: list[Saved] = []
+        self._empty: list[dict[Any, Any]] = []  # most are dicts of hooks
         self._values: list[SavedValues] = []
         self._visited: set[int] = set()
         self._entered: set[int] = set()  # classes
@@ -101,8 +102,6 @@ class Snapshot:
             if not isinstance(saved, SavedContainer):
                 continue
             store, before = saved
-            if not before:
-                continue
             if type(before) is dict and has_plain_items(store):
                 yield from ((store, k, v) for k, v in before.items() if isinstance(v, torch.Tensor))
             elif type(store) is list:
@@ -117,7 +116,8 @@ class Snapshot:
     def restore(self) -> list[torch.Tensor]:
         """Restore all state; returns the tensors that it replaces."""
         replaced: list[Any] = []
-        for saved in (*self._saved, *self._values, *self._generators):
+        filled = [SavedContainer(store, EMPTY) for store in self._empty if store]
+        for saved in (*filled, *self._saved, *self._values, *self._generators):
             replaced += saved.restore()
         return Snapshot(*replaced).tensors if replaced else []
 
@@ -130,15 +130,16 @@ class Snapshot:
             if kind in ATOMS or id(value) in visited:
                 continue
             visited.add(id(value))
-            if kind in DICTS and not value:  # most are dicts of hooks
-                self._saved.append(SavedContainer(value, EMPTY))
-            elif isinstance(value, torch.Tensor):
+            if kind in DICTS and not value:
+                self._empty.append(value)
+            elif kind is not dict and isinstance(value, torch.Tensor):
                 self.tensors.append(value)
             elif isinstance(value, (dict, list, deque, set)):
                 self._saved.append(saved := SavedContainer.of(value))
                 before = saved.before
                 if len(before) < MAX_PARTS:
-                    waiting += before.values() if isinstance(before, dict) else before
+                    parts = before.values() if isinstance(before, dict) else before
+                    waiting += [part for part in parts if type(part) not in ATOMS]
             elif isinstance(value, (tuple, frozenset)):
                 waiting += value if len(value) < MAX_PARTS else ()
             elif isinstance(value, nn.Module):

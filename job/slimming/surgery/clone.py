@@ -10,6 +10,7 @@ import copy
 import copyreg
 import functools
 import io
+import operator
 import threading
 import types
 import weakref
@@ -58,15 +59,17 @@ class _Cloner:
     def clone(self, value: Value) -> Value:
         """Copy any value, or return its copy in the memo."""
         kind: Any = type(value)
-        if kind in IMMUTABLE or isinstance(value, SHARED):
+        if kind in IMMUTABLE:
             return value
         copied: Any = self.memo.get(id(value))
         if copied is not None:
             return copied  # type: ignore[no-any-return]
-        if isinstance(value, torch.Tensor):
-            copied = self.clone_tensor(value)
-        elif kind in BY_TYPE:
+        if kind in BY_TYPE:
             copied = BY_TYPE[kind](self, value)
+        elif isinstance(value, torch.Tensor):
+            copied = self.clone_tensor(value)
+        elif isinstance(value, SHARED):
+            return value
         elif _copies_plainly(kind):
             copied = self.clone_object(value)
         else:
@@ -118,8 +121,8 @@ class _Cloner:
         return new
 
     def clone_tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        parts = [self.clone(part) for part in value]
-        same = all(new is old for new, old in zip(parts, value, strict=True))
+        parts = list(map(self.clone, value))
+        same = all(map(operator.is_, parts, value))
         return value if same else tuple(parts)
 
     def clone_list(self, value: list[Any]) -> list[Any]:
