@@ -1,8 +1,9 @@
 """Shape inference for the most frequent ops on the ``meta`` device.
 
 On this device torch infers shapes through decompositions in Python. These rules replace them for
-the ops of common CNNs, which saves 0.3 s of the analysis and verification of ResNet-50, and 0.9 s
-for DenseNet-121. A rule returns None for arguments that it leaves to torch, including invalid ones.
+the ops of common networks, which saves 0.3 s of the analysis and verification of ResNet-50, 0.9 s
+for DenseNet-121, and 0.4 s for ViT-Ti. A rule returns None for arguments that it leaves to torch,
+including invalid ones.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _conv2d(
     if kwargs or not (_is_meta(image) and _is_meta(weight) and image.is_contiguous()):
         return None
     fits = image.dim() == weight.dim() == 4 and image.shape[1] == weight.shape[1] * groups
-    bias_fits = bias is None or (bias.shape == weight.shape[:1] and bias.dtype == image.dtype)
+    bias_fits = _fits(bias, image, weight.shape[:1])
     pairs = (stride, padding, dilation)
     if not (fits and bias_fits and weight.dtype == image.dtype):
         return None
@@ -102,6 +103,80 @@ def _conv2d(
     return _empty((len(image), len(weight), *sizes), image) if min(sizes) > 0 else None
 
 
+def _linear(
+    image: Any = None, weight: Any = None, bias: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """Return the result (…, O) of a linear layer on features (…, I)."""
+    if kwargs or not (_is_meta(image) and _is_meta(weight)) or image.dim() < 1 or weight.dim() != 2:
+        return None
+    if image.shape[-1] != weight.shape[1] or not _fits(bias, image, weight.shape[:1]):
+        return None
+    if weight.dtype != image.dtype:
+        return None
+    return _empty((*image.shape[:-1], len(weight)), image)
+
+
+def _layer_norm(
+    image: Any = None,
+    normalized_shape: Any = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 0.0,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Return the result of a LayerNorm, which keeps the shape."""
+    if kwargs or not _is_meta(image) or type(normalized_shape) not in (tuple, list):
+        return None
+    sizes = torch.Size(normalized_shape)
+    if not sizes or image.shape[-len(sizes) :] != sizes:
+        return None
+    fits = _fits(weight, image, sizes) and _fits(bias, image, sizes)
+    return _empty(image.shape, image) if fits else None
+
+
+def _attention(
+    queries: Any = None, keys: Any = None, values: Any = None, *args: Any, **kwargs: Any
+) -> torch.Tensor | None:
+    """Return the result (…, L, V) of attention without a mask, on queries (…, L, E)."""
+    given = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)), **kwargs}
+    if given.get("attn_mask") is not None or given.get("enable_gqa") or len(args) > 3:
+        return None
+    if not all(map(_is_meta, (queries, keys, values))):
+        return None
+    (*batch, length, width), places = queries.shape, keys.shape[-2:-1]
+    same = keys.shape == (*batch, *places, width) and values.shape[:-1] == keys.shape[:-1]
+    if not same or {keys.dtype, values.dtype} != {queries.dtype}:
+        return None
+    return _empty((*batch, length, values.shape[-1]), queries)
+
+
+def _interpolate(
+    image: Any = None,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    antialias: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Return images (B, C, H, W) interpolated to a size (H, W)."""
+    if kwargs or scale_factor is not None or not _is_meta(image) or image.dim() != 4:
+        return None
+    smooth = mode in ("bilinear", "bicubic")
+    options = align_corners is not None or antialias
+    if not (smooth or (mode == "nearest" and not options)):
+        return None
+    if type(size) not in (tuple, list, torch.Size) or len(size) != 2:
+        return None
+    valid = all(type(side) is int and side > 0 for side in size)
+    return _empty((*image.shape[:2], *size), image) if valid else None
+
+
+def _fits(parameter: torch.Tensor | None, image: torch.Tensor, shape: torch.Size) -> bool:
+    """Return whether a parameter is absent, or has a shape and the dtype of an activation."""
+    return parameter is None or (parameter.shape == shape and parameter.dtype == image.dtype)
+
+
 SHAPE_RULES: dict[str, Callable[..., torch.Tensor | None]] = {
     **dict.fromkeys("batch_norm relu relu6 hardtanh silu gelu hardswish".split(), _same_shape),
     **dict.fromkeys("hardsigmoid sigmoid tanh leaky_relu elu".split(), _same_shape),
@@ -109,4 +184,8 @@ SHAPE_RULES: dict[str, Callable[..., torch.Tensor | None]] = {
     **dict.fromkeys("add_ __iadd__ mul_ __imul__".split(), _in_place),
     "cat": _cat,
     "conv2d": _conv2d,
+    "interpolate": _interpolate,
+    "linear": _linear,
+    "layer_norm": _layer_norm,
+    "scaled_dot_product_attention": _attention,
 }
