@@ -247,12 +247,13 @@ def cut(
         return _plan_by_latency(*parts, base, progress) or _plan_by_scores(*parts)
 
     planned = partial(prove_plan, plan_of, network, graph, image, progress)
-    plan, graph = on_main(planned, interrupt=True)
+    proven = on_main(planned, interrupt=True)
+    plan, graph, _ = proven
     sensitivity = None
     if curves:
         summarise = partial(summarise_losses, network, graph, curves, FRACTIONS, plan)
         sensitivity = on_main(summarise)
-    narrow = make_cut(plan, network, graph, image, method.compensate, data, step)
+    narrow = make_cut(proven, network, image, method.compensate, data, step)
     if config.recalibrate:
         step("recalibrating", 0, 0)
         images = config.recalibrate * config.batch_size

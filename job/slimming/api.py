@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from job.slimming.compensation.methods import COMPENSATIONS
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
 from job.slimming.cut import ALLOCATIONS, DEPTHS, choose_method, cut_network
 from job.slimming.forward_call import forward_pass, own_forward_pass
+from job.slimming.graph.saved_state import save_generators
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.group_sensitivity import measure_sensitivity
 from job.slimming.importance.criteria import CRITERIA
@@ -130,7 +131,7 @@ def slim(
             importance, compensate, allocate, images=bool(images), depth=depth, policy=policy
         )
         _log(reason)
-        with _preserve_weights(model, runs=bool(images)):
+        with _preserve_weights(model, runs=not planned_at_once):
             narrow, plan = cut_network(
                 model, graph, inputs, allocation, method, batches, tried=not planned_at_once
             )
@@ -248,12 +249,19 @@ def _analyse_example(
 
 @contextmanager
 def _preserve_weights(model: nn.Module, runs: bool) -> Iterator[None]:
-    """Restore random states at the end and, if the network ``runs``, weights that it changes."""
+    """Restore random states at the end and, if the network ``runs``, all that it changes."""
+    if not runs:  # only copies run
+        generators = save_generators(model.parameters())
+        try:
+            with collecting_new_objects():  # calibration takes minutes
+                yield
+        finally:
+            for generator in generators:
+                generator.restore()
+        return
     with preserve_state(model, values=False) as snapshot:
-        if runs:
-            snapshot.keep_values(t for t in snapshot.tensors if isinstance(t, nn.Parameter))
-        with nullcontext() if runs else collecting_new_objects():  # calibration takes minutes
-            yield
+        snapshot.keep_values(t for t in snapshot.tensors if isinstance(t, nn.Parameter))
+        yield
 
 
 def _log(message: str) -> None:

@@ -17,7 +17,7 @@ from job.console import warn
 from job.distributed.collectives import check_same, digest, on_main, total
 from job.distributed.memory import trim_heap
 from job.errors import UsageError
-from job.processes import rank, world_size
+from job.processes import rank
 from job.slimming.calibration.batch import inputs_of
 from job.slimming.calibration.consumers import consumers_of
 from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from job.slimming.planning.base import Base
     from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.plan import Plan
+    from job.slimming.proven_plan import ProvenPlan
 
 
 ALLOCATIONS = ("outputs", "local")
@@ -260,21 +261,21 @@ def plan_cut(
 
 
 def make_cut(
-    plan: Plan,
+    proven: ProvenPlan,
     network: nn.Module,
-    graph: ChannelGraph,
     example: Example,
     compensate: str,
     calibration: CalibrationData,
     progress: Progress = no_progress,
 ) -> nn.Module:
-    """Return the narrow network of a ``plan`` that has a proof, compensated.
+    """Return the narrow network of a ``proven`` plan, compensated.
 
     ``example`` is a batch of inputs; only its shape matters. Every process makes the cut. Raises
     UsageError if the compensation needs images and no process has any.
     """
-    narrow = apply_plan(network, plan.layers)
-    if world_size() > 1:
+    plan, graph, narrow = proven
+    if narrow is None:
+        narrow = apply_plan(network, plan.layers)
         check_same(digest(narrow.state_dict()), "the slimmed network")
     if plan.proof and plan.proof.precision != "float64" and rank() == 0:
         warn(f"the network does not run in float64: the cut is exact to {plan.proof}")
@@ -315,5 +316,5 @@ def cut_network(
         return meet_latency(network, own, example, allocation, plan_with, timed_base, progress)
 
     planned = partial(prove_plan, plan_of, network, graph, example, progress, tried=tried)
-    plan, graph = on_main(planned, interrupt=True)
-    return make_cut(plan, network, graph, example, method.compensate, data, progress), plan
+    proven = on_main(planned, interrupt=True)
+    return make_cut(proven, network, example, method.compensate, data, progress), proven.plan

@@ -8,9 +8,10 @@ planning is cheap, it comes before the trial cuts: a proof makes them unnecessar
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from job.errors import DataError, UsageError, WrongCutError, is_out_of_memory
+from job.processes import world_size
 from job.slimming.analysis import sizes_tried, try_suspects
 from job.slimming.calibration.progress import no_progress
 from job.slimming.graph.trace import trace_network
@@ -31,6 +32,17 @@ if TYPE_CHECKING:
 MAX_PLANS = 3  # until a wrong cut is an error
 
 
+class ProvenPlan(NamedTuple):
+    """Plan of a graph, with its proof, and the narrow network that was proven.
+
+    This is None if there are several processes, each of which makes the cut.
+    """
+
+    plan: Plan
+    graph: ChannelGraph
+    narrow: nn.Module | None
+
+
 def prove_plan(
     plan_of: Callable[[ChannelGraph], Plan],
     network: nn.Module,
@@ -39,8 +51,8 @@ def prove_plan(
     progress: Progress = no_progress,
     *,
     tried: bool = True,
-) -> tuple[Plan, ChannelGraph]:
-    """Return the plan that ``plan_of`` makes of a graph, with its proof, and this graph.
+) -> ProvenPlan:
+    """Return the plan that ``plan_of`` makes of a graph, with its proof.
 
     The graph is ``graph``, or that of fewer groups if a cut is wrong. Suspects that were not
     ``tried`` yet get trial cuts if the first plan of all of them is wrong. Raises WrongCutError if
@@ -49,14 +61,14 @@ def prove_plan(
     if not tried and graph.suspects:
         progress("proving the cut", 0, 0)
         for each in sizes_tried(graph):
-            if proven := _proven(plan_of(each), network, each, example):
-                return proven, each
+            if proven := _try_plan(plan_of(each), network, each, example):
+                return proven
         graph = try_suspects(network, graph, example)
     for left in reversed(range(MAX_PLANS)):
         plan = plan_of(graph)
         progress("proving the cut", 0, 0)
         try:
-            return _prove(plan, network, apply_plan(network, plan.layers), graph, example), graph
+            return _prove(plan, network, apply_plan(network, plan.layers), graph, example)
         except WrongCutError as error:
             fewer = without_wrong_groups(network, graph, example, plan.groups, error)
             if fewer is graph or not left:
@@ -65,7 +77,9 @@ def prove_plan(
     raise AssertionError
 
 
-def _proven(plan: Plan, network: nn.Module, graph: ChannelGraph, example: Example) -> Plan | None:
+def _try_plan(
+    plan: Plan, network: nn.Module, graph: ChannelGraph, example: Example
+) -> ProvenPlan | None:
     """Return ``plan`` with its proof; None if the cut is wrong or does not run."""
     try:
         narrow = apply_plan(network, plan.layers)
@@ -81,6 +95,7 @@ def _proven(plan: Plan, network: nn.Module, graph: ChannelGraph, example: Exampl
 
 def _prove(
     plan: Plan, network: nn.Module, narrow: nn.Module, graph: ChannelGraph, example: Example
-) -> Plan:
+) -> ProvenPlan:
     """Return ``plan`` with the proof of its ``narrow`` network; raises WrongCutError."""
-    return replace(plan, proof=verify(network, narrow, plan.layers, example, graph))
+    plan = replace(plan, proof=verify(network, narrow, plan.layers, example, graph))
+    return ProvenPlan(plan, graph, narrow if world_size() == 1 else None)

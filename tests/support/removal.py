@@ -48,5 +48,5 @@ def remove(
     if batches is not None:
         pairs = [(batch, None) for batch in batches]
         data = CalibrationData(lambda: pairs, measure_inputs(network, graph, pairs))
-    proven, _ = prove_plan(lambda _: plan, network, graph, example)
-    return make_cut(proven, network, graph, example, compensate, data), proven
+    proven = prove_plan(lambda _: plan, network, graph, example)
+    return make_cut(proven, network, example, compensate, data), proven.plan

@@ -201,10 +201,10 @@ def test_a_cut_tells_its_steps_to_a_callback_and_the_library_prints_nothing(
         steps.append(step)
 
     scores, data = measure_importance(network, graph, method, lambda: batches, show)
-    plan, _ = prove_plan(
+    proven = prove_plan(
         lambda own: plan_cut(network, own, scores, allocation, method), network, graph, image, show
     )
-    make_cut(plan, network, graph, image, method.compensate, data, show)
+    make_cut(proven, network, image, method.compensate, data, show)
     names = [name for name, _, _ in steps]
     assert list(dict.fromkeys(names)) == [
         "measuring channels", "proving the cut", "reconstructing layers", "reconstructing layer",

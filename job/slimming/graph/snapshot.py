@@ -130,7 +130,9 @@ class Snapshot:
             if kind in ATOMS or id(value) in visited:
                 continue
             visited.add(id(value))
-            if kind in DICTS and not value:
+            if kind is types.FunctionType or kind is type:
+                self._code.append(value)
+            elif kind in DICTS and not value:
                 self._empty.append(value)
             elif kind is not dict and isinstance(value, torch.Tensor):
                 self.tensors.append(value)
@@ -202,23 +204,29 @@ class Snapshot:
     def _enter_class(self, kind: type) -> None:
         attributes = dict(vars(kind))
         self._saved.append(SavedClass(kind, attributes))
-        for value in attributes.values():
-            inner = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
-            self._visit([inner])
+        self._visit(map(_function_in, attributes.values()))
 
     def _enter_function(self, function: types.FunctionType) -> None:
-        self._visit([function.__defaults__, function.__kwdefaults__, function.__dict__])
+        parts = [function.__defaults__, function.__kwdefaults__, function.__dict__]
         for cell in function.__closure__ or ():
             try:
                 content = cell.cell_contents
             except ValueError:  # an empty cell
                 continue
             self._saved.append(SavedCell(cell, content))
-            self._visit([content])
+            parts.append(content)
         space = function.__globals__
         names = {name: space.get(name, ABSENT) for name in _global_names(function.__code__)}
         self._saved.append(SavedGlobals(space, names))
-        self._visit([v for v in names.values() if not isinstance(v, types.ModuleType)])
+        parts += [v for v in names.values() if type(v) is not types.ModuleType]
+        self._visit(parts)
+
+
+def _function_in(attribute: Any) -> Any:
+    """Return the function of an attribute of a class: a method of any kind, or a property."""
+    if type(attribute) is types.FunctionType:
+        return attribute
+    return getattr(attribute, "__func__", None) or getattr(attribute, "fget", None) or attribute
 
 
 @functools.lru_cache(maxsize=4096)

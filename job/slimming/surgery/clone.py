@@ -39,6 +39,7 @@ SHARED = (
     io.IOBase, types.ModuleType,
 )  # fmt: skip
 IMMUTABLE = frozenset([bool, int, float, str, type(None)])
+PLAIN_CONTAINERS = frozenset([dict, OrderedDict, list, set])
 
 
 def clone_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -82,8 +83,13 @@ class _Cloner:
         new = self.memo[id(value)] = kind.__new__(kind)
         attributes = getattr(new, "__dict__", {})
         for name, part in getattr(value, "__dict__", {}).items():
-            known = type(part) in IMMUTABLE
-            attributes[name] = part if known else self.clone_attribute(value, name, part)
+            kind_of_part = type(part)
+            if kind_of_part in IMMUTABLE:
+                attributes[name] = part
+            elif kind_of_part in PLAIN_CONTAINERS and not part and id(part) not in self.memo:
+                attributes[name] = self.memo[id(part)] = kind_of_part()  # e.g. of hooks
+            else:
+                attributes[name] = self.clone_attribute(value, name, part)
         for name in slots(kind):
             if hasattr(value, name):
                 part = self.clone_attribute(value, name, getattr(value, name))
