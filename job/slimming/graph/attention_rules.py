@@ -13,7 +13,11 @@ import numpy as np
 import torch
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes
-from job.slimming.graph.cross_covariance import multiply_channels, sum_over_columns
+from job.slimming.graph.cross_covariance import (
+    attend_channels,
+    multiply_channels,
+    sum_over_columns,
+)
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.reasons import (
     COMPUTED_MASK,
@@ -21,6 +25,7 @@ from job.slimming.graph.reasons import (
     FIXED_QUERIES,
     NEVER_CUT,
     NOT_SUPPORTED,
+    NUMBER_OF_HEADS,
     ONE_WITH_SEVERAL,
     OP_COUNT,
     OTHER_HEADS,
@@ -61,6 +66,8 @@ def matmul(state: PropagationState, op: Op) -> None:
     heads = state.labels_of(factors)
     if heads is not None and not label_axes(heads):  # weights from a layer of one output
         state.fix(factors, ONE_WITH_SEVERAL(op.name))
+    elif heads is not None and not state.heads.are_cut_whole(labels):
+        state.fix(factors, NUMBER_OF_HEADS(op.name))
     elif heads is not None and not _unite_heads(state, heads, labels):
         return state.give_up(op, DIFFERENT_AXES(op.name))
     state.heads.attend(labels)
@@ -125,6 +132,8 @@ def attention(state: PropagationState, op: Op) -> None:
     )
     mask, scale = op.argument(3, "attn_mask"), op.kwargs.get("scale")
     labels, keys, passing = (state.labels_of(each) for each in (query, key, value))
+    if attend_channels(state, op, (labels, keys, passing)):
+        return None
     if mask is not None:
         state.fix(mask, COMPUTED_MASK(op.name))
     if (labels is None) != (keys is None):

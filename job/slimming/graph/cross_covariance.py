@@ -16,7 +16,7 @@ from job.slimming.graph.reasons import NOT_SUPPORTED, OP_COUNT
 from job.slimming.graph.union import ChannelRead, Operand
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -73,6 +73,31 @@ def sum_over_columns(state: PropagationState, op: Op, rows: torch.Tensor) -> Non
     operand = Operand(0, name, label_axes(weights)[-1], weights.numpy())
     state.add_read(op, ChannelRead(op.name, (operand,), zeroed=True))
     return state.set_labels(op.result, rows)
+
+
+def attend_channels(state: PropagationState, op: Op, labels: Sequence[torch.Tensor | None]) -> bool:
+    """Attend to channels with ``scaled_dot_product_attention``, without a mask.
+
+    ``labels`` are those of queries, keys and values. Returns False if these have no channels in
+    place of tokens, or have other heads.
+    """
+    queries, keys, values = labels
+    masked = op.argument(3, "attn_mask") is not None or op.argument(5, "is_causal", False)
+    if queries is None or keys is None or values is None or masked:
+        return False
+    if any(each.shape[-1] > 1 or each.shape[-2] == 1 for each in (queries, keys, values)):
+        return False
+    if queries.shape[:-2] != keys.shape[:-2] or values.shape != keys.shape:
+        return False
+    state.union.unite(flat_ids(keys), flat_ids(values))
+    for each in (queries, keys, values):
+        state.heads.attend(each)
+        state.union.suspects.append((OP_COUNT(op.name), flat_ids(each)))
+    if not state.heads.are_cut_whole(keys):
+        operand = Operand(3, "attn_mask", keys.dim() - 2, keys.mT.numpy())
+        state.add_read(op, ChannelRead(op.name, (operand,), zeroed=True))
+    state.set_labels(op.result, queries)
+    return True
 
 
 def _multiply_values(state: PropagationState, op: Op) -> bool:

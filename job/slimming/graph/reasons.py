@@ -154,6 +154,11 @@ ONE_WITH_SEVERAL = ReasonKind(
     "expand the one channel with a layer, e.g. a 1x1 convolution",
 )
 
+NUMBER_OF_HEADS = ReasonKind(
+    "{} of the weights of heads whose number stays",
+    "give the width of a head in place of their number, as in view(B, N, -1, 64)",
+)
+
 # several axes, and ops across channels
 PACKED_OR_MIXED = ReasonKind("{} of packed sequences or mixed channels", _ONE_AXIS)
 MIXED = ReasonKind("{} of mixed channels", _ONE_AXIS)

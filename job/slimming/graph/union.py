@@ -73,7 +73,7 @@ class ChannelRead:
     first operand along ``result_axis``, which is None if it has no channels. In the wide network of
     the verification this op is computed from the kept channels alone. If ``zeroed``, the removed
     channels of the operands are set to zero instead, or for a softmax to a value so low that its
-    weights are zero.
+    weights are zero. An ``attn_mask`` masks them out.
     """
 
     name: str

@@ -70,8 +70,11 @@ class KeptChannelsOnly(TorchFunctionMode):
     ) -> Any:
         if read.zeroed:
             for operand in read.operands:
-                value = _get(args, kwargs, operand)
                 kept = torch.from_numpy(self.keep[operand.ids])
+                if operand.name == "attn_mask":
+                    _set(args, kwargs, operand.position, operand.name, kept)
+                    continue
+                value = _get(args, kwargs, operand)
                 if read.name == "softmax":
                     value = value.masked_fill(~kept, torch.finfo(value.dtype).min)
                 else:

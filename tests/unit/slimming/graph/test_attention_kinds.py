@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import job
+from support.masked import masked_network
 from support.transformer import DIM, Transformer, zeroed_outputs
 
 HEADS, WIDTH, TOKENS = 4, 8, 9
@@ -224,6 +226,45 @@ def test_heads_whose_width_is_one_attribute_keep_the_same_number() -> None:
     narrow, plan = job.slim(network, IMAGE, target="channels=0.6", importance="l2")
     assert narrow.blocks[0].width in widths(plan, "value") & widths(plan, "query")
     assert plan.proof.error <= 1e-12
+
+
+class TalkingHeads(Attention):
+    """Heads that are mixed before and after the softmax, as in CaiT."""
+
+    def __init__(self, view: tuple[int, int]) -> None:
+        super().__init__("plain", HEADS)
+        self.view = view
+        self.before, self.after = nn.Linear(HEADS, HEADS), nn.Linear(HEADS, HEADS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (*x.shape[:2], *self.view)
+        q, k, v = (
+            each(x).view(shape).transpose(1, 2) for each in (self.query, self.key, self.value)
+        )
+        weights = self.before((q * self.scale @ k.mT).permute(0, 2, 3, 1))
+        weights = self.after(weights.softmax(2)).permute(0, 3, 1, 2)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("view", "left"), [((HEADS, -1), {4}), ((-1, WIDTH), {WIDTH})])
+def test_heads_that_are_mixed_lose_channels_or_leave_whole(
+    view: tuple[int, int], left: set[int]
+) -> None:
+    network = transformer("plain")
+    network.blocks = nn.ModuleList(TalkingHeads(view) for _ in range(2)).double()
+    narrow, plan = job.slim(network, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    assert widths(plan, "query") == widths(plan, "key") == widths(plan, "value") == left
+    assert narrow.blocks[0].value.out_features == HEADS * WIDTH // 2
+    wide = masked_network(network, plan.layers)
+    with torch.no_grad():
+        for block, name in itertools.product((0, 1), ("query", "key")):
+            layer = wide.blocks[block].get_submodule(name)
+            gone = sorted({*range(HEADS * WIDTH)} - {*plan.layers[f"blocks.{block}.{name}"].out})
+            layer.weight[gone], layer.bias[gone] = 0, 0
+        images = torch.rand(4, 3, 12, 12, dtype=torch.float64)
+        torch.testing.assert_close(narrow(images), wide(images), rtol=1e-10, atol=1e-12)
+    blocked = {b.layer: b.explanation for b in plan.blocked}
+    assert ("heads whose number stays" in blocked.get("blocks.0.after", "")) == (left == {4})
 
 
 class Fused(Attention):

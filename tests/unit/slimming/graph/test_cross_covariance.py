@@ -48,6 +48,11 @@ class CrossCovariance(nn.Module):
         )
         if self.how == "rows of keys":
             q, k, v = k, v, q
+        if self.how == "one call":
+            q, k = F.normalize(q, dim=-1) * self.temperature, F.normalize(k, dim=-1)
+            mask = None if self.allowed is None else self.allowed[:, None]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+            return self.proj(y.permute(0, 3, 1, 2).reshape(samples, tokens, -1))
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.temperature
         weights = self.weights(scores)
         y = (weights.mT if self.how == "transposed" else weights) @ v
@@ -89,7 +94,7 @@ def of_kept_columns(network: nn.Module, plan: Any, rows: str, columns: str) -> n
     return masked
 
 
-@pytest.mark.parametrize("how", ["stream", "open", "linear", "rows of keys"])
+@pytest.mark.parametrize("how", ["stream", "open", "linear", "rows of keys", "one call"])
 def test_rows_and_columns_of_the_weights_are_cut(how: str) -> None:
     network, narrow, plan = cut(how)
     assert {blocked.layer for blocked in plan.blocked} == {"head"}
