@@ -17,6 +17,7 @@ from job.slimming.graph.cross_covariance import (
     attend_channels,
     multiply_channels,
     sum_over_columns,
+    sum_over_rows,
 )
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.reasons import (
@@ -47,6 +48,8 @@ def matmul(state: PropagationState, op: Op) -> None:
         return state.give_up(op, NOT_SUPPORTED(op.name))
     if (rows := state.rows.get(id(one))) is not None:
         return sum_over_columns(state, op, rows)
+    if (rows := state.rows.get(id(other))) is not None:
+        return sum_over_rows(state, op, rows)
     summed = _depends(state, one, -1), _depends(state, other, -2)
     free = _depends(state, one, -2), _depends(state, other, -1)
     if all(summed) and not any(free):

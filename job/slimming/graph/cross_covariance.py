@@ -2,9 +2,11 @@
 
 The products have the channels of one operand, such as queries, along their rows, and those of the
 other, such as keys, along their columns (El-Nouby et al. 2021). A softmax over the columns and a
-product with the values sum over the columns, and the result has the channels of the rows. The
-labels of the products are the labels of their columns; ``state.rows`` has the labels of their rows.
-Verification compares with the wide network in which the weights of removed columns are zero.
+product with the values sum over the columns, and the result has the channels of the rows. In
+linear attention, q @ (k.mT @ v), the sum is over the rows, and the result has the channels of the
+columns. The labels of the products are the labels of their columns; ``state.rows`` has the labels
+of their rows. Verification compares with the wide network in which the weights of removed columns
+are zero.
 """
 
 from __future__ import annotations
@@ -75,6 +77,24 @@ def sum_over_columns(state: PropagationState, op: Op, rows: torch.Tensor) -> Non
     return state.set_labels(op.result, rows)
 
 
+def sum_over_rows(state: PropagationState, op: Op, rows: torch.Tensor) -> None:
+    """Multiply queries by products of channels with channels, as in q @ (k.mT @ v).
+
+    The products have the labels ``rows`` along their rows, which are summed over.
+    """
+    queries, columns = (state.labels_of(tensor) for tensor in op.args[:2])
+    fits = queries is not None and queries.shape == rows.mT.shape
+    if queries is None or columns is None or not fits:
+        state.union.fix(flat_ids(rows), NOT_SUPPORTED(op.name))
+        return state.give_up(op, NOT_SUPPORTED(op.name))
+    state.union.unite(flat_ids(queries), flat_ids(rows))
+    state.heads.attend(queries)
+    name = "self" if op.name.startswith("__") else "input"
+    operand = Operand(0, name, label_axes(queries)[-1], queries.numpy())
+    state.add_read(op, ChannelRead(op.name, (operand,), zeroed=True))
+    return state.set_labels(op.result, columns)
+
+
 def attend_channels(state: PropagationState, op: Op, labels: Sequence[torch.Tensor | None]) -> bool:
     """Attend to channels with ``scaled_dot_product_attention``, without a mask.
 
@@ -101,7 +121,7 @@ def attend_channels(state: PropagationState, op: Op, labels: Sequence[torch.Tens
 
 
 def _multiply_values(state: PropagationState, op: Op) -> bool:
-    """Return whether the products of ``op`` end as the first operand of a product."""
+    """Return whether the products of ``op`` end as one operand of a product."""
     *_, last = _uses(state, op)
     return last.name in PRODUCTS and last is not op
 
@@ -122,7 +142,7 @@ def _uses(state: PropagationState, op: Op) -> Iterator[Op]:
         if not any(tensor is each for each in use.inputs):
             continue
         if use.name in PRODUCTS:
-            if tensor is use.args[0] and tensor is not use.args[1]:
+            if (tensor is use.args[0]) != (tensor is use.args[1]):
                 yield use
             return
         if len(use.results) != 1 or use.results[0].shape != tensor.shape:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import job
+from support.masked import masked_network
 from support.transformer import DIM, Transformer
 
 HEADS = 4
@@ -122,3 +123,49 @@ def test_weights_that_are_used_in_another_way_are_blocked(how: str, names: str) 
     expected = {f"blocks.{number}.{name}" for name in names.split() for number in range(2)}
     assert blocked.keys() == {"head"} | expected
     assert "matmul" in blocked["blocks.0.query"]
+
+
+class LinearAttention(nn.Module):
+    """Queries times the products of keys and values (Shen et al. 2021), as in CoaT."""
+
+    def __init__(self, softmax: bool) -> None:
+        super().__init__()
+        self.softmax = softmax
+        self.query, self.key, self.value = (nn.Linear(DIM, HEADS * 8) for _ in range(3))
+        self.proj = nn.Linear(HEADS * 8, DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        samples, tokens, _ = x.shape
+        q, k, v = (
+            layer(x).view(samples, tokens, HEADS, -1).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        context = k.softmax(2).mT @ v
+        y = q @ (context.softmax(-2) if self.softmax else context * 0.3)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+def test_the_channels_of_linear_attention_are_cut() -> None:
+    torch.manual_seed(0)
+    network = Transformer(lambda: LinearAttention(softmax=False)).eval().double()
+    narrow, plan = job.slim(network, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    assert {blocked.layer for blocked in plan.blocked} == {"head"}
+    query, key, value = (plan.layers[f"blocks.0.{n}"].out for n in ("query", "key", "value"))
+    assert query == key != value
+    assert len(value) == HEADS * 4
+    wide = masked_network(network, plan.layers)
+    with torch.no_grad():
+        for number, block in enumerate(wide.blocks):
+            gone = sorted({*range(HEADS * 8)} - {*plan.layers[f"blocks.{number}.query"].out})
+            block.query.weight[gone], block.query.bias[gone] = 0, 0
+        images = torch.rand(4, 3, 12, 12, dtype=torch.float64)
+        torch.testing.assert_close(narrow(images), wide(images), rtol=1e-10, atol=1e-12)
+
+
+def test_a_softmax_over_the_channels_of_keys_is_blocked() -> None:
+    network = Transformer(lambda: LinearAttention(softmax=True)).eval().double()
+    _, plan = job.slim(network, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    blocked = {b.layer: b.explanation for b in plan.blocked}
+    assert {"blocks.0.query", "blocks.0.key"} <= blocked.keys()
+    assert "softmax" in blocked["blocks.0.key"]
+    assert plan.proof is not None
