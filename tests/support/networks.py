@@ -241,22 +241,6 @@ class FixedSplit(Net):
         return torch.cat([two, one], 1)
 
 
-class Attention(Net):
-    """Channels compared with one another: nothing of it may be cut."""
-
-    def build(self) -> None:
-        self.conv = block(12, 12)
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv(x)
-        flat = x.flatten(2)
-        return (
-            (flat.transpose(1, 2) @ (flat @ flat.transpose(1, 2)).softmax(-1))
-            .transpose(1, 2)
-            .view_as(x)
-        )
-
-
 class EfficientAttention(Net):
     """ECA: a convolution along the channels."""
 
@@ -552,7 +536,7 @@ CUTTABLE = [
 LEFT_ALONE = {
     FixedHalves: "conv.0", OddSlices: "conv.0", FixedNoise: "conv.0", Bank: "conv.0",
     FixedBackward: "conv.0",
-    FixedView: "conv.0", FixedSplit: "conv.0", Attention: "conv.0",
+    FixedView: "conv.0", FixedSplit: "conv.0",
     Written: "conv.0", Custom: "conv.0",
     Measured: "conv.0", Counted: "conv.0", AcrossChannels: "conv.0",
 }  # fmt: skip

@@ -56,6 +56,14 @@ def attribute_sizes(
                 yield AttributeSize(module, attribute, place, ids)
 
 
+def splits_by_attributes(op: Op, parts: Sequence[Ids]) -> bool:
+    """Return whether the sizes of all ``parts`` of a split are attributes that its caller names."""
+    sizes = [len(part) for part in parts]
+    values = [vars(op.module).get(name) for name in op.names_used] if op.module else []
+    lists = [list(value) for value in values if isinstance(value, (tuple, list))]
+    return sizes in lists or all(type(n) is int and n in values for n in sizes)
+
+
 def compared_sizes(
     read: SizeRead, module: str, ids: Ids, known: Collection[tuple[str, str]]
 ) -> Iterator[AttributeSize]:

@@ -18,7 +18,7 @@ from job.slimming.graph.layers import modules_of, owner_of
 from job.slimming.graph.pause_points import multiplied_values
 from job.slimming.graph.reasons import OP_COUNT, PARAMETER_COUNT, TWO_AXES, UNEQUAL_SLICES
 from job.slimming.graph.trace import SIZED
-from job.slimming.graph.union import ChannelSlot, ChannelUnion, LayerCall
+from job.slimming.graph.union import FIXED, ChannelSlot, ChannelUnion, LayerCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -72,7 +72,8 @@ class PropagationState:
         self.other_uses: dict[str, str] = {}  # by layer or weight: another op that uses it
         self._slots: dict[tuple[str, Side], ChannelSlot] = {}
         self.parts: dict[tuple[str, int], Ids] = {}  # by name and axis of a parameter
-        self._slices: dict[bytes, tuple[Ids, set[int]]] = {}  # bounds by sliced channels
+        # bounds by sliced channels, and whether they are free
+        self._slices: dict[bytes, tuple[Ids, set[int], set[bool]]] = {}
         self._labels: dict[int, torch.Tensor] = {}  # by id of the activation
         self.rows: dict[int, torch.Tensor] = {}  # of products of channels, by their id
         self._shared: set[int] = set()  # ids of activations used by several ops
@@ -272,19 +273,26 @@ class PropagationState:
         reads = self.trace.measured
         return any(each.tensor is tensor and each.module is module for each in reads)
 
-    def add_slice(self, before: Ids, after: Ids) -> None:
-        """Add a slice ``after`` of the channels ``before`` (n,)."""
+    def add_slice(self, before: Ids, after: Ids, free: bool = False) -> None:
+        """Add a slice ``after`` of channels ``before`` (n,), ``free`` if a cut sets its size."""
         if not len(after):
             return
         start = int(np.argmax(before == after[0]))
         if len(after) < len(before) and np.array_equal(before[start : start + len(after)], after):
-            bounds = self._slices.setdefault(before.tobytes(), (before, set()))[1]
-            bounds.update((start, start + len(after)))
+            slices = self._slices.setdefault(before.tobytes(), (before, set(), set()))
+            slices[1].update((start, start + len(after)))
+            slices[2].add(free)
 
     def end_slices(self) -> None:
-        """Keep the same number of channels in equal parts, so that slices keep their fractions."""
-        for channels, bounds in self._slices.values():
+        """Keep the same number of channels in equal parts, so that slices keep their fractions.
+
+        Free slices are cut on their own where some have no common size or are never cut.
+        """
+        never_cut = np.concatenate([[FIXED], *(ids for _, ids in self.union.fixes)])
+        for channels, bounds, free in self._slices.values():
             size = int(np.gcd.reduce([len(channels), *bounds]))
+            if all(free) and (size == 1 or np.isin(channels, never_cut).any()):
+                continue
             if size == 1:
                 self.union.fix(channels, UNEQUAL_SLICES())
             else:

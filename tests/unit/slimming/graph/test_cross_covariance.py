@@ -169,3 +169,42 @@ def test_a_softmax_over_the_channels_of_keys_is_blocked() -> None:
     assert {"blocks.0.query", "blocks.0.key"} <= blocked.keys()
     assert "test_cross_covariance.py" in blocked["blocks.0.key"]
     assert plan.proof is not None
+
+
+class ChannelAttention(nn.Module):
+    """Sums of channels, weighted by their products with one another, as in DANet (Fu et al. 2019).
+
+    Only the channels ``kept`` take part, all by default.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 5, 1)
+        self.kept = list(range(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)[:, self.kept] if len(self.kept) < 12 else self.first(x)
+        flat = x.flatten(2)
+        y = (flat.mT @ (flat @ flat.mT).softmax(-1)).mT
+        return F.conv2d(y.view_as(x), self.last.weight[:, self.kept], self.last.bias)
+
+
+class Whole(ChannelAttention):
+    """The same by the last layer itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        flat = x.flatten(2)
+        return self.last((flat.mT @ (flat @ flat.mT).softmax(-1)).mT.view_as(x))
+
+
+def test_attention_of_channels_to_one_another_is_cut() -> None:
+    torch.manual_seed(0)
+    network, image = Whole().double(), torch.rand(2, 3, 9, 9, dtype=torch.float64)
+    narrow, plan = job.slim(network, image, policy="uniform", target="width=0.5", importance="l2")
+    kept = plan.layers["first"].out
+    assert len(kept) == narrow.first.out_channels == 6
+    wide = ChannelAttention().double()
+    wide.load_state_dict(network.state_dict())
+    wide.kept = list(kept)
+    torch.testing.assert_close(narrow(image), wide(image), rtol=1e-10, atol=1e-12)

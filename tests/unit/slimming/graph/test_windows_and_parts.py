@@ -296,3 +296,35 @@ def test_numbers_that_weight_a_stack_leave_its_channels_free(axis: int) -> None:
     assert narrow.one.out_channels == narrow.two.out_channels == 8
     images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
+
+
+class FocalModulation(nn.Module):
+    """Two parts and a few gates of one channel each, of sizes in an attribute (Yang et al. 2022)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.levels = [12, 12, 3], 2
+        self.stem, self.mixed = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 27, 1)
+        self.focal = nn.ModuleList(
+            nn.Conv2d(12, 12, 3, padding=1, groups=12) for _ in range(self.levels)
+        )
+        self.context, self.last = nn.Conv2d(12, 12, 1), nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        queries, context, gates = torch.split(self.mixed(self.stem(x)), self.sizes, 1)
+        total = torch.zeros_like(queries)
+        for level, focal in enumerate(self.focal):
+            context = focal(context)
+            total = total + context * gates[:, level : level + 1]
+        total = total + context.mean((2, 3), keepdim=True) * gates[:, self.levels :]
+        return self.last(queries * self.context(total))
+
+
+def test_parts_beside_one_that_is_never_cut_are_cut() -> None:
+    torch.manual_seed(0)
+    wide, image = FocalModulation().double().eval(), torch.rand(2, 3, 9, 9, dtype=torch.float64)
+    narrow, plan = job.slim(wide, image, policy="uniform", target="width=0.5", importance="l2")
+    assert narrow.sizes == [6, 6, 3]
+    assert (narrow.stem.out_channels, narrow.context.in_channels) == (6, 6)
+    assert wide.sizes == [12, 12, 3]
+    torch.testing.assert_close(narrow(image), masked_network(wide, plan.layers)(image))
