@@ -299,7 +299,7 @@ def test_numbers_that_weight_a_stack_leave_its_channels_free(axis: int) -> None:
 
 
 class FocalModulation(nn.Module):
-    """Two parts and a few gates of one channel each, of sizes in an attribute (Yang et al. 2022)."""
+    """Two parts and gates of one channel each, of sizes in an attribute (Yang et al. 2022)."""
 
     def __init__(self) -> None:
         super().__init__()
