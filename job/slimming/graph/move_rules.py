@@ -33,6 +33,8 @@ from job.slimming.graph.reasons import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from job.slimming.graph.propagation_state import PropagationState
     from job.slimming.graph.trace import Op
     from job.slimming.graph.union import Ids
@@ -42,10 +44,13 @@ def cat(state: PropagationState, op: Op) -> None:
     """Concatenate channels, or unite them in a concatenation along another axis."""
     axis = op.argument(1, "dim", op.kwargs.get("axis", 0)) % op.result.dim()
     parts = []
-    for tensor in op.argument(0, "tensors"):
+    tensors = [t for t in op.argument(0, "tensors") if t.numel()]  # others add nothing
+    if not tensors:
+        return state.forget(op)
+    for tensor in tensors:
         part = state.labels_of(tensor)
         if part is None:
-            part = _followed(state, op, tensor, axis)
+            part = _followed(state, op, tensors, tensor, axis)
         if part is None:
             part = torch.zeros([1] * tensor.dim(), dtype=torch.int64)
         shape = list(part.shape)
@@ -64,10 +69,14 @@ def cat(state: PropagationState, op: Op) -> None:
 
 
 def _followed(
-    state: PropagationState, op: Op, tensor: torch.Tensor, axis: int
+    state: PropagationState,
+    op: Op,
+    tensors: Sequence[torch.Tensor],
+    tensor: torch.Tensor,
+    axis: int,
 ) -> torch.Tensor | None:
     """Return labels for a part without: those of others, of a parameter, or of blank channels."""
-    for other in op.argument(0, "tensors"):
+    for other in tensors:
         labels = state.labels_of(other)
         if labels is not None and label_axes(labels) and axis not in label_axes(labels):
             labels = labels.narrow(axis, 0, 1)

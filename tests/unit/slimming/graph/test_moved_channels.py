@@ -278,3 +278,22 @@ def test_channels_of_merged_patches_are_cut() -> None:
     narrow, plan = halve(randomise(Merging()), IMAGE)
     assert (narrow.stem[0].out_channels, narrow.merge.in_features) == (6, 24)
     assert {b.layer for b in plan.blocked} == {"head"}
+
+
+class NothingMore(Net):
+    """Samples put together with no samples at all, e.g. of an expert that none was sent to."""
+
+    def build(self) -> None:
+        self.one, self.two = block(12, 12), block(12, 12)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        nothing = torch.cat([x[:0], x[:0]])
+        return self.two(torch.cat([torch.empty(0), x, nothing]))
+
+
+def test_concatenated_parts_may_be_empty() -> None:
+    torch.manual_seed(0)
+    narrow, plan = halve(randomise(NothingMore()), IMAGE)
+    assert (narrow.one[0].out_channels, narrow.two[0].in_channels) == (6, 6)
+    assert {b.layer for b in plan.blocked} == {"head"}
