@@ -69,12 +69,8 @@ def sum_over_columns(state: PropagationState, op: Op, rows: torch.Tensor) -> Non
     if weights is None or values is None or not fits or weights.shape[-2] > 1:
         state.union.fix(flat_ids(rows), NOT_SUPPORTED(op.name))
         return state.give_up(op, NOT_SUPPORTED(op.name))
-    state.union.unite(flat_ids(weights), flat_ids(values))
     state.heads.attend(values)
-    name = "self" if op.name.startswith("__") else "input"
-    operand = Operand(0, name, label_axes(weights)[-1], weights.numpy())
-    state.add_read(op, ChannelRead(op.name, (operand,), zeroed=True))
-    return state.set_labels(op.result, rows)
+    return _sum_over(state, op, weights, values, rows)
 
 
 def sum_over_rows(state: PropagationState, op: Op, rows: torch.Tensor) -> None:
@@ -87,12 +83,23 @@ def sum_over_rows(state: PropagationState, op: Op, rows: torch.Tensor) -> None:
     if queries is None or columns is None or not fits:
         state.union.fix(flat_ids(rows), NOT_SUPPORTED(op.name))
         return state.give_up(op, NOT_SUPPORTED(op.name))
-    state.union.unite(flat_ids(queries), flat_ids(rows))
     state.heads.attend(queries)
+    return _sum_over(state, op, queries, rows, columns)
+
+
+def _sum_over(
+    state: PropagationState,
+    op: Op,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    result: torch.Tensor,
+) -> None:
+    """Sum over the channels of both operands, whose labels are ``first`` and ``second``."""
+    state.union.unite(flat_ids(first), flat_ids(second))
     name = "self" if op.name.startswith("__") else "input"
-    operand = Operand(0, name, label_axes(queries)[-1], queries.numpy())
+    operand = Operand(0, name, label_axes(first)[-1], first.numpy())
     state.add_read(op, ChannelRead(op.name, (operand,), zeroed=True))
-    return state.set_labels(op.result, columns)
+    return state.set_labels(op.result, result)
 
 
 def attend_channels(state: PropagationState, op: Op, labels: Sequence[torch.Tensor | None]) -> bool:
