@@ -140,7 +140,8 @@ def slim(
         if recover and batches:
             keep = keep_of(graph, plan.groups)
             recover_outputs(model, narrow, graph, keep, batches, int(recover))
-    record_origin(own_forward_pass(narrow), model, plan.layers)
+    with _preserve_weights(model, runs=False):
+        record_origin(own_forward_pass(narrow), model, plan.layers)
     return narrow, replace(plan, example=None if forward else strip_values(inputs))
 
 

@@ -378,3 +378,30 @@ def test_containers_with_methods_of_their_own_keep_their_items() -> None:
     assert list.copy(KEPT) == [1, 2, 3]
     assert list(USES) == [0]
     assert isinstance(OPS["silu"], nn.SiLU)
+
+
+class Drawing(nn.Module):
+    """A layer whose copy is built anew, with random weights at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Drawing:
+        copied = memo[id(self)] = Drawing()
+        copied.load_state_dict(self.state_dict())
+        return copied
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+def test_copies_that_draw_random_numbers_leave_the_generator_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 1), Drawing(), nn.Conv2d(8, 4, 1))
+    image, chance = torch.rand(1, 3, 12, 12), torch.get_rng_state()
+    narrow, _ = job.slim(
+        network, image, policy="uniform", target="width=0.5", importance="l2", ignore=["2"]
+    )
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert narrow[0].out_channels == 3
+    torch.testing.assert_close(narrow[2].conv.weight, network[2].conv.weight)
