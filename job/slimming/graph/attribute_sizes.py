@@ -56,12 +56,17 @@ def attribute_sizes(
                 yield AttributeSize(module, attribute, place, ids)
 
 
-def splits_by_attributes(op: Op, parts: Sequence[Ids]) -> bool:
-    """Return whether the sizes of all ``parts`` of a split are attributes that its caller names."""
+def sliced_by_attributes(op: Op, parts: Sequence[Ids]) -> bool:
+    """Return whether attributes that its caller names are the sizes of all ``parts`` of a split.
+
+    For a slice, they are its bounds.
+    """
     sizes = [len(part) for part in parts]
+    if op.name == "__getitem__":
+        sizes = [bound for bound in _bounds(op) if bound]
     values = [vars(op.module).get(name) for name in op.names_used] if op.module else []
     lists = [list(value) for value in values if isinstance(value, (tuple, list))]
-    return sizes in lists or all(type(n) is int and n in values for n in sizes)
+    return sizes in lists or (bool(sizes) and all(n in values for n in sizes))
 
 
 def compared_sizes(
@@ -88,11 +93,8 @@ def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Ite
         yield op.argument(3, "length"), flat_ids(after[0])
         yield op.argument(2, "start"), flat_ids(before)[: op.argument(2, "start")]
     elif op.name in ("__getitem__", "__setitem__"):
-        index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
-        for part in index:
-            for bound in (part.start, part.stop) if isinstance(part, slice) else ():
-                if isinstance(bound, int):
-                    yield bound, flat_ids(before)[:bound]
+        for bound in _bounds(op):
+            yield bound, flat_ids(before)[:bound]
     elif op.name in ("layer_norm", "rms_norm"):
         yield op.argument(1, "normalized_shape")[0], flat_ids(after[0])
     else:
@@ -100,6 +102,15 @@ def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Ite
         if len(sizes) == after[0].dim():
             for axis in _cut_axes(after[0]):
                 yield sizes[axis], _along(after[0], axis)
+
+
+def _bounds(op: Op) -> Iterator[int]:
+    """Yield the bounds of the slices of an index."""
+    index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+    for part in index:
+        for bound in (part.start, part.stop) if isinstance(part, slice) else ():
+            if isinstance(bound, int):
+                yield bound
 
 
 def _sizes_of_view(op: Op) -> Sequence[Any]:

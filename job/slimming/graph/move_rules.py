@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from job.slimming.graph.attribute_sizes import splits_by_attributes
+from job.slimming.graph.attribute_sizes import sliced_by_attributes
 from job.slimming.graph.blank_channels import fits_blank, label_blank
 from job.slimming.graph.channel_labels import (
     cat_labels,
@@ -275,21 +275,20 @@ def _set_rearranged(
     before = np.concatenate([flat_ids(labels) for labels in sources])
     sliced = len(sources) == 1
     state.note_sizes(op, results)
-    free = False
+    parts = [flat_ids(labels) for labels in results]
+    free = sliced_by_attributes(op, parts)
     if splits and len(results) > 1:
-        parts = [flat_ids(labels) for labels in results]
         if {len(part) for part in parts} == {len(before) / len(parts)}:
             state.union.blocks.append(np.stack(parts))
             sliced = False
         elif len(label_axes(sources[0])) == 1 and _parts_of_measured_sizes(state, op, parts):
             sliced = False
-        free = splits_by_attributes(op, parts)
     for result, labels in zip(op.results, results, strict=True):
         after = flat_ids(labels)
         unmoved = np.array_equal(before, after) and not op.name.startswith("expand")
         if not (any_size or unmoved):
             state.union.suspects += [(OP_COUNT(op.name), ids) for ids in (before, after)]
-            if sliced:
+            if sliced and not (free and op.name == "__getitem__"):
                 state.add_slice(before, after, free)
         state.set_labels(result, labels)
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -327,4 +329,29 @@ def test_parts_beside_one_that_is_never_cut_are_cut() -> None:
     assert narrow.sizes == [6, 6, 3]
     assert (narrow.stem.out_channels, narrow.context.in_channels) == (6, 6)
     assert wide.sizes == [12, 12, 3]
+    torch.testing.assert_close(narrow(image), masked_network(wide, plan.layers)(image))
+
+
+class PartialShortcut(nn.Module):
+    """A shortcut to the first channels of a wider output, as in ReXNet (Han et al. 2021)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs, self.conv = inputs, nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self.conv(x)
+        return torch.cat([wide[:, : self.inputs] + x, wide[:, self.inputs :]], 1)
+
+
+def test_a_shortcut_to_the_first_channels_is_cut() -> None:
+    torch.manual_seed(0)
+    widths = (8, 12, 17, 24)  # with a common divisor, and without
+    blocks = [PartialShortcut(*pair) for pair in itertools.pairwise(widths)]
+    wide = nn.Sequential(nn.Conv2d(3, 8, 3), *blocks, nn.Conv2d(24, 5, 1)).double().eval()
+    image = torch.rand(2, 3, 9, 9, dtype=torch.float64)
+    narrow, plan = job.slim(wide, image, policy="uniform", target="width=0.5", importance="l2")
+    assert {b.layer for b in plan.blocked} == {"4"}
+    assert [block.inputs for block in narrow[1:4]] == [b.conv.in_channels for b in narrow[1:4]]
+    assert narrow[4].in_channels == 12
     torch.testing.assert_close(narrow(image), masked_network(wide, plan.layers)(image))
