@@ -123,24 +123,24 @@ def slim(
     allocation = _allocation(policy, target, round_to, min_keep)
     with forward_pass(model, forward), _naming_arguments():
         inputs, names = example_of(model, example), ignored_layers(model, ignore)
-        planned_at_once = calibration is None and allocation.budget.metric != "latency"
-        graph = _analyse_example(model, inputs, names, trials=not planned_at_once)
+        runs = calibration is not None or allocation.budget.metric == "latency"
+        graph = _analyse_example(model, inputs, names, trials=runs)  # else a proof stands for them
         images = _read_images(model, inputs, calibration, calibration_images, recalibrate, recover)
         batches = (lambda: images) if images else None
         method, reason = choose_method(
             importance, compensate, allocate, images=bool(images), depth=depth, policy=policy
         )
         _log(reason)
-        with _preserve_weights(model, runs=not planned_at_once):
+        with _preserve_weights(model) if runs else _preserve_chance(model):
             narrow, plan = cut_network(
-                model, graph, inputs, allocation, method, batches, tried=not planned_at_once
+                model, graph, inputs, allocation, method, batches, tried=runs
             )
         if recalibrate:
             recalibrate_batchnorms(narrow, images[:recalibrate])
         if recover and batches:
             keep = keep_of(graph, plan.groups)
             recover_outputs(model, narrow, graph, keep, batches, int(recover))
-    with _preserve_weights(model, runs=False):
+    with _preserve_chance(model):
         record_origin(own_forward_pass(narrow), model, plan.layers)
     return narrow, replace(plan, example=None if forward else strip_values(inputs))
 
@@ -186,7 +186,7 @@ def sensitivity(
         inputs, names = example_of(model, example), ignored_layers(model, ignore)
         graph = _analyse_example(model, inputs, names)
         images = read_batches(model, inputs, calibration, most=calibration_images)
-        with _preserve_weights(model, runs=True):
+        with _preserve_weights(model):
             return measure_sensitivity(model, graph, lambda: images, inputs, allocation)
 
 
@@ -249,20 +249,23 @@ def _analyse_example(
 
 
 @contextmanager
-def _preserve_weights(model: nn.Module, runs: bool) -> Iterator[None]:
-    """Restore random states at the end and, if the network ``runs``, all that it changes."""
-    if not runs:  # only copies run
-        generators = save_generators(model.parameters())
-        try:
-            with collecting_new_objects():  # calibration takes minutes
-                yield
-        finally:
-            for generator in generators:
-                generator.restore()
-        return
+def _preserve_weights(model: nn.Module) -> Iterator[None]:
+    """Restore all that forward passes of the network change, its weights included."""
     with preserve_state(model, values=False) as snapshot:
         snapshot.keep_values(t for t in snapshot.tensors if isinstance(t, nn.Parameter))
         yield
+
+
+@contextmanager
+def _preserve_chance(model: nn.Module) -> Iterator[None]:
+    """Restore the random generators, where only copies of the network run, for a short time."""
+    generators = save_generators(model.parameters())
+    try:
+        with collecting_new_objects():
+            yield
+    finally:
+        for generator in generators:
+            generator.restore()
 
 
 def _log(message: str) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from job.errors import DataError, UsageError, WrongCutError, is_out_of_memory
+from job.errors import WrongCutError
 from job.processes import world_size
 from job.slimming.analysis import sizes_tried, try_suspects
 from job.slimming.calibration.progress import no_progress
 from job.slimming.graph.trace import trace_network
 from job.slimming.surgery.surgery import apply_plan
-from job.slimming.surgery.trial_cuts import without_wrong_groups
+from job.slimming.surgery.trial_cuts import catching_wrong_cut, without_wrong_groups
 from job.slimming.surgery.verification import verify
 
 if TYPE_CHECKING:
@@ -81,16 +81,12 @@ def _try_plan(
     plan: Plan, network: nn.Module, graph: ChannelGraph, example: Example
 ) -> ProvenPlan | None:
     """Return ``plan`` with its proof; None if the cut is wrong or does not run."""
-    try:
+    proven: ProvenPlan | None = None
+    with catching_wrong_cut():
         narrow = apply_plan(network, plan.layers)
         trace_network(narrow, example)  # faster than the forward pass of the wide network
-        return _prove(plan, network, narrow, graph, example)
-    except (UsageError, DataError):
-        raise
-    except Exception as error:  # user code may raise anything when it gets fewer channels
-        if is_out_of_memory(error):
-            raise
-        return None
+        proven = _prove(plan, network, narrow, graph, example)
+    return proven
 
 
 def _prove(

@@ -283,8 +283,7 @@ def _set_rearranged(
             sliced = False
         elif len(label_axes(sources[0])) == 1 and _parts_of_measured_sizes(state, op, parts):
             sliced = False
-    for result, labels in zip(op.results, results, strict=True):
-        after = flat_ids(labels)
+    for result, labels, after in zip(op.results, results, parts, strict=True):
         unmoved = np.array_equal(before, after) and not op.name.startswith("expand")
         if not (any_size or unmoved):
             state.union.suspects += [(OP_COUNT(op.name), ids) for ids in (before, after)]

@@ -157,7 +157,7 @@ class Snapshot:
             return value.func, value.args, value.keywords
         if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
             return (getattr(value, "__func__", None), value.__self__)
-        if isinstance(value, (types.FunctionType, type, functools._lru_cache_wrapper)):
+        if isinstance(value, (type, functools._lru_cache_wrapper)):
             self._code.append(value)
         elif isinstance(value, (torch.Generator, np.random.RandomState)):
             self._saved.append(SavedGenerator(value.set_state, value.get_state()))

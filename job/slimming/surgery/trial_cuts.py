@@ -6,6 +6,7 @@ fewer. A cut of the group and its verification show whether it is.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import check_it_runs, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import nn
 
@@ -142,18 +143,30 @@ class _Trials:
         else:
             keep = _trial(self.graph, names)
         layers = layers_of(self.graph, keep)
-        try:
+        with catching_wrong_cut() as errors:
             narrow = apply_plan(self.network, layers)
             if quick:
                 check_it_runs(narrow, self.example, self.graph.auxiliary)
             verify(self.network, narrow, layers, self.example, self.graph)
-        except (UsageError, DataError):
+        return errors[0] if errors else None
+
+
+@contextmanager
+def catching_wrong_cut() -> Iterator[list[Exception]]:
+    """Catch the error of a cut that is wrong or does not run, into the list that is yielded.
+
+    Other errors are raised: UsageError and DataError, if no cut can be verified, and those of
+    memory.
+    """
+    errors: list[Exception] = []
+    try:
+        yield errors
+    except (UsageError, DataError):
+        raise
+    except Exception as error:  # user code may raise anything when it gets fewer channels
+        if is_out_of_memory(error):
             raise
-        except Exception as error:  # user code may raise anything when it gets fewer channels
-            if is_out_of_memory(error):
-                raise
-            return error
-        return None
+        errors.append(error)
 
 
 def _trial(graph: ChannelGraph, names: list[str]) -> Ids:
