@@ -81,12 +81,11 @@ def _try_plan(
     plan: Plan, network: nn.Module, graph: ChannelGraph, example: Example
 ) -> ProvenPlan | None:
     """Return ``plan`` with its proof; None if the cut is wrong or does not run."""
-    proven: ProvenPlan | None = None
-    with catching_wrong_cut():
+    with catching_wrong_cut() as errors:
         narrow = apply_plan(network, plan.layers)
         trace_network(narrow, example)  # faster than the forward pass of the wide network
         proven = _prove(plan, network, narrow, graph, example)
-    return proven
+    return None if errors else proven
 
 
 def _prove(
