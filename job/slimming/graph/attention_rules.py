@@ -229,7 +229,7 @@ def multi_head_attention(state: PropagationState, op: Op) -> None:
             state.add_slot(own, "through", ids, axis=2)
     split = state.heads.add(made.reshape(3 * heads, -1))
     split.attended = True
-    split.count_with(stream, whole=True)
+    split.count_with(stream, made, merged=True)
     state.heads.scaled.append(query)
     state.add_slot(out, "in", value)
     operands = [Operand(5, "in_proj_weight", 0, made[:, None])]

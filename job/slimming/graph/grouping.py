@@ -33,7 +33,7 @@ from job.slimming.graph.reasons import (
 from job.slimming.graph.same_ops import same_ops
 from job.slimming.graph.selection import batchnorms, unwrap_selection
 from job.slimming.graph.snapshot import preserve_state
-from job.slimming.graph.ties import tie_overlapping
+from job.slimming.graph.ties import tie_beside, tie_overlapping
 from job.slimming.graph.trace import trace_with_snapshot
 from job.slimming.graph.trace_summary import summarise_trace
 from job.slimming.graph.union import FIXED, ChannelUnion, Ids, ScaledRows
@@ -112,8 +112,9 @@ def _grouped(network: nn.Module, union: ChannelUnion) -> ChannelGraph:
     roots = union.roots()
     if union.heads:
         merge_head_blocks(union, roots)
-    if tie_overlapping(union, roots):
-        roots = union.roots()
+    for tie in (tie_overlapping, tie_beside):
+        if tie(union, roots):
+            roots = union.roots()
     blocks = _balanced_blocks(union, roots)
     fixed = _fixed_roots(union, roots)
     produced = np.zeros(union.count, bool)

@@ -36,8 +36,9 @@ class HeadSplit:
     """Lines (R, D) of channels.
 
     If a view leaves their number open, ``whole`` lines are cut, unless their width is ``held`` by
-    an attribute and attention uses them. ``streams`` are other channels that the size of the view
-    counts. ``normed`` lines are reduced one by one, as in norms of queries and keys.
+    an attribute and attention uses them. ``streams`` are lines, or the same part of each, and other
+    channels that the size of a view of theirs counts. ``normed`` lines are reduced one by one, as
+    in norms of queries and keys.
     """
 
     lines: Ids
@@ -46,7 +47,7 @@ class HeadSplit:
     attended: bool = False
     mixed: bool = False
     normed: bool = False
-    streams: list[Ids] = field(default_factory=list)
+    streams: list[tuple[Ids, Ids]] = field(default_factory=list)
 
     @property
     def width(self) -> int:
@@ -58,14 +59,21 @@ class HeadSplit:
         """The lines as bytes."""
         return self.lines.tobytes() + bytes([self.width % 251])
 
-    def count_with(self, stream: Ids, *, whole: bool) -> None:
-        """Keep as many of the channels ``stream`` as of all lines, or of a part of them."""
-        fits = len(stream) % self.width == 0 and self.lines.size % len(stream) == 0
-        if whole:
-            fits = fits and len(stream) > self.width
+    def count_with(self, stream: Ids, viewed: Ids, *, merged: bool) -> None:
+        """Keep as many of the channels ``stream`` as of the channels ``viewed`` of the lines.
+
+        They are those of one line or, if they are ``merged``, of several.
+        """
+        inside = np.isin(self.lines, viewed)
+        alike = (inside == inside[0]).all()  # e.g. values in lines of queries, keys, and values
+        lines = self.lines[:, inside[0]] if alike else self.lines
+        width = lines.shape[1]
+        fits = len(stream) % width == 0 and lines.size % len(stream) == 0
+        if merged or (width < self.width and len(lines) > 1):
+            fits = fits and len(stream) > width
         own = np.isin(stream, self.lines).any()
-        if fits and not own and not any(np.array_equal(stream, s) for s in self.streams):
-            self.streams.append(stream)
+        if fits and not own and not any(np.array_equal(stream, s) for _, s in self.streams):
+            self.streams.append((lines, stream))
 
     @property
     def narrows(self) -> bool:
@@ -181,7 +189,7 @@ class Heads:
 
     def is_computed(self, op: Op, scale: float, ids: Ids) -> bool:
         """Return whether ``scale`` is computed from a width rather than read from an attribute."""
-        widths = {split.width for split in self.of(ids)}
+        widths = {int(np.isin(split.lines, ids).sum(1).max()) for split in self.of(ids)}
         roots = [root for width in widths for root in (width**0.5, width**-0.5)]
         if not any(math.isclose(scale, root, rel_tol=1e-6) for root in roots):
             return False
@@ -192,15 +200,14 @@ class Heads:
         """Add the lines to ``union``."""
         for split in self.splits.values():
             if split.narrows:
-                streams = [stream.reshape(-1, split.width) for stream in split.streams]
-                union.heads.append(np.concatenate([split.lines, *streams]))
+                union.heads.append(split.lines)
+                union.heads += [_stacked(lines, stream) for lines, stream in split.streams]
             else:
                 together = split.lines.T if split.whole else split.lines
                 for line in together[1:]:
                     union.unite(together[0], line)
-                if split.streams and split.attended and not split.whole:
-                    streams = [stream.reshape(-1, split.width) for stream in split.streams]
-                    union.heads.append(np.concatenate([split.lines[:1], *streams]))
+                if split.attended and not split.whole:
+                    union.heads += [_stacked(lines[:1], stream) for lines, stream in split.streams]
         self._tie_by_attributes(union)
         for ids in {ids.tobytes(): ids for ids in self.scaled}.values():
             if all(split.narrows or not split.whole for split in self.of(ids)):
@@ -251,6 +258,10 @@ class Heads:
                     of_attribute = lines.setdefault((size.module, size.attribute), {})
                     of_attribute[split.lines.tobytes()] = split.lines[0]
         union.heads += [np.stack(list(same.values())) for same in lines.values() if len(same) > 1]
+
+
+def _stacked(lines: Ids, stream: Ids) -> Ids:
+    return np.concatenate([lines, stream.reshape(-1, lines.shape[1])])
 
 
 def _is_whole(labels: torch.Tensor, lines: Ids) -> bool:

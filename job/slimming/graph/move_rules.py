@@ -131,7 +131,7 @@ def _count_with_streams(state: PropagationState, op: Op, labels: torch.Tensor) -
     splits = list(state.heads.of(ids))
     for split in splits:
         for stream in streams:
-            split.count_with(stream, whole=labels.shape[axes[-1]] > split.width)
+            split.count_with(stream, ids, merged=labels.shape[axes[-1]] > split.width)
     alike = [stream for stream in streams if len(stream) == len(ids)]
     if not splits and len(axes) == 1 and not any(np.array_equal(ids, each) for each in alike):
         for stream in alike:

@@ -15,7 +15,7 @@ import numpy as np
 from job.slimming.graph.union import FIXED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from job.slimming.graph.union import ChannelUnion, Ids
 
@@ -24,8 +24,32 @@ Rows = list[list[int]]  # elements of parts
 
 def tie_overlapping(union: ChannelUnion, roots: Ids) -> bool:
     """Unite the channels of overlapping blocks by colour; return whether any were united."""
+    return _tie(union, roots, _overlapping(_distinct_blocks(union, roots)))
+
+
+def tie_beside(union: ChannelUnion, roots: Ids) -> bool:
+    """Unite by colour the channels of layers that are only in part in blocks.
+
+    A layer of queries, keys and values whose values alone must stay as many as those of another
+    layer is an example. Returns whether any were united.
+    """
+    blocks = _distinct_blocks(union, roots)
+    parts = []
+    for _, made in union.producers:
+        channels = np.unique(roots[made])
+        touched = [block for block in blocks if np.isin(channels, block).any()]
+        beside = np.setdiff1d(
+            channels, np.concatenate([b.ravel() for b in touched]) if touched else []
+        )
+        if touched and len(beside):
+            parts.append([*touched, beside[None]])
+    return _tie(union, roots, parts)
+
+
+def _tie(union: ChannelUnion, roots: Ids, parts: Iterable[list[Ids]]) -> bool:
+    """Unite the channels of the blocks of each part by colour; return whether any were united."""
     count = len(union.pairs)
-    for blocks in _overlapping(_distinct_blocks(union, roots)):
+    for blocks in parts:
         rows = [row for block in blocks for row in block.tolist()]
         if any(roots[FIXED] in row for row in rows):
             continue

@@ -194,3 +194,45 @@ def test_a_key_and_a_value_that_are_parameters_are_cut() -> None:
     attention = narrow.blocks[0].attention
     assert attention.bias_k.shape == attention.bias_v.shape == (1, 1, 12)
     assert plan.after.params == sum(p.numel() for p in narrow.parameters())
+
+
+class PositionSensitive(nn.Module):
+    """Attention over the places of a map: one convolution gives queries, keys and wider values."""
+
+    def __init__(self, heads: int, stream: int) -> None:
+        super().__init__()
+        self.heads, self.key, self.value = heads, 8, 16
+        inner = heads * self.value
+        self.measured = stream == inner
+        self.enter = nn.Conv2d(3, stream, 3)
+        self.qkv = nn.Conv2d(stream, inner + 2 * heads * self.key, 1)
+        self.place = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.proj = nn.Conv2d(inner, stream, 1)
+        self.head = nn.Linear(stream, 5)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.enter(image))
+        batch, channels, height, width = x.shape
+        shape = (batch, channels if self.measured else -1, height, width)
+        lines = self.qkv(x).view(batch, self.heads, 2 * self.key + self.value, height * width)
+        q, k, v = lines.split([self.key, self.key, self.value], 2)
+        weights = (q.transpose(-2, -1) @ k * self.key**-0.5).softmax(-1)
+        y = (v @ weights.transpose(-2, -1)).view(shape) + self.place(v.reshape(shape))
+        return self.head(F.relu(self.proj(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("heads", "stream"), [(2, 32), (4, 64), (2, 24)])
+def test_heads_of_queries_keys_and_wider_values_are_cut(heads: int, stream: int) -> None:
+    torch.manual_seed(0)
+    network = PositionSensitive(heads, stream).double().eval()
+    example = IMAGE.double()
+    narrow, plan = job.slim(network, example, policy="uniform", target="width=0.5", importance="l2")
+    assert {blocked.layer for blocked in plan.blocked} == {"head"}
+    assert narrow.key + narrow.value == 12  # each head loses the same channels
+    assert narrow.qkv.out_channels == heads * (2 * narrow.key + narrow.value)
+    assert plan.proof.error <= 1e-12
+    with torch.no_grad():
+        torch.testing.assert_close(
+            narrow(example), zeroed_outputs(network, plan)(example), rtol=1e-10, atol=1e-12
+        )
+    narrow.train()(example).sum().backward()

@@ -393,7 +393,7 @@ class Uneven(nn.Module):
     def __init__(self, *, first: bool) -> None:
         super().__init__()
         self.heads, self.width, self.value_width, self.first = HEADS, WIDTH, 2 * WIDTH, first
-        self.values = HEADS * 2 * WIDTH
+        self.values, self.scale = HEADS * 2 * WIDTH, WIDTH**-0.5
         self.qkv = NormedLinear(DIM, HEADS * 4 * WIDTH)
         self.proj = NormedLinear(self.values, DIM)
 
@@ -406,7 +406,7 @@ class Uneven(nn.Module):
         else:
             x = self.qkv(x).view(batch, tokens, self.heads, -1)
             q, k, v = (part.transpose(1, 2) for part in x.split(sizes, dim=3))
-        x = (q @ k.mT * WIDTH**-0.5).softmax(-1) @ v
+        x = (q @ k.mT * self.scale).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, self.values))
 
 
