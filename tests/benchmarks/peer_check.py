@@ -50,10 +50,10 @@ def without_channels(network: nn.Module, layers: Layers) -> nn.Module:
                 _zero_layer(modules[name], channels)
                 if "StdConv" in type(modules[name]).__name__ and channels.in_ is not None:
                     wide.set_submodule(name, _KeptInputs(modules[name], channels.in_))
-            elif type(modules.get(name.rpartition(".")[0])).__name__ == "GlobalResponseNorm":
-                if channels.out is not None:
-                    owner = name.rpartition(".")[0]
-                    wide.set_submodule(owner, _KeptResponse(modules[owner], channels.out))
+            elif _is_norm_by_hand(owner := modules.get(name.rpartition(".")[0])):
+                if channels.out is not None and not isinstance(owner, _KeptByHand):
+                    kept = _KeptByHand(owner, name.rpartition(".")[2], channels.out)
+                    wide.set_submodule(name.rpartition(".")[0], kept)
             elif name in parameters:
                 _zero_parameter(parameters[name], channels)
     return wide
@@ -86,17 +86,34 @@ class _KeptInputs(nn.Module):
         return self.layer(values[:, self.kept])
 
 
-class _KeptResponse(nn.Module):
-    """A GlobalResponseNorm of timm that is computed from the channels ``kept``; zeros elsewhere."""
+def _is_norm_by_hand(module: Any) -> bool:
+    """Whether a module is a norm over channels that is not one of torch."""
+    by_torch = type(module).__module__.startswith("torch.")
+    return "norm" in type(module).__name__.lower() and not by_torch
 
-    def __init__(self, norm: Any, kept: Sequence[int]) -> None:
+
+class _KeptByHand(nn.Module):
+    """A norm over channels, written by hand, that is computed from the channels ``kept``.
+
+    The others are zero. ``name`` is a parameter of the norm that has a value for each channel.
+    """
+
+    def __init__(self, norm: Any, name: str, kept: Sequence[int]) -> None:
         super().__init__()
         self.norm, self.kept = copy.deepcopy(norm), list(kept)
-        for name in ("weight", "bias"):
-            setattr(self.norm, name, nn.Parameter(getattr(norm, name)[self.kept]))
+        self.count = getattr(norm, name).numel()
+        for key, values in norm.named_parameters(recurse=False):
+            axis = next(n for n, size in enumerate(values.shape) if size == self.count)
+            left = values.index_select(axis, torch.tensor(self.kept))
+            setattr(self.norm, key, nn.Parameter(left))
+        for key, value in vars(norm).items():
+            if value in ((self.count,), [self.count], torch.Size((self.count,))):
+                setattr(self.norm, key, (len(self.kept),))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        axis, kept = self.norm.channel_dim % values.dim(), torch.tensor(self.kept)
+        axes = [a for a in (1, values.dim() - 1) if values.shape[a] == self.count]
+        axis = getattr(self.norm, "channel_dim", axes[0]) % values.dim()
+        kept = torch.tensor(self.kept)
         left = self.norm(values.index_select(axis, kept))
         return torch.zeros_like(values).index_copy(axis, kept, left)
 
@@ -142,6 +159,12 @@ class _ChannelsLeft(TorchFunctionMode):
         name, given = func.__name__, dict(zip(("input", "dim"), args, strict=False))
         given |= kwargs or {}
         values, axis = given.get("input"), given.get("dim")
+        if name == "scaled_dot_product_attention" and not {"attn_mask", "is_causal"} & given.keys():
+            query, key, value = args[:3]
+            scale = given.get("scale") or query.shape[-1] ** -0.5
+            scores = query @ key.mT
+            scores = scores.masked_fill((scores == 0).all(-2, keepdim=True), -torch.inf)
+            return (scores * scale).softmax(-1) @ value
         if name == "softmax" and values.dim() > 2 and axis in (-1, values.dim() - 1):
             dead = (values == 0).all(-2, keepdim=True)
             args = (values.masked_fill(dead, -torch.inf), *args[1:])
