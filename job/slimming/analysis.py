@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from job.errors import UsageError, reason
 from job.slimming.graph.grouping import channel_graph
-from job.slimming.inputs import describe_inputs
+from job.slimming.graph.modes import eval_with_hooks
+from job.slimming.inputs import call_network, describe_inputs, repeat_first_sample
 from job.slimming.surgery.trial_cuts import drop_wrong_suspects, suspects_pass
 
 if TYPE_CHECKING:
@@ -31,10 +32,20 @@ def analyse(
     try:
         graph = channel_graph(network, example, ignore)
     except Exception as error:  # user code may raise anything
+        batch = "a batch of two " if _runs_on_one_sample(network, example) else ""
         raise UsageError(
-            f"the network does not run on {describe_inputs(example)}: {reason(error)}"
+            f"the network does not run on {batch}{describe_inputs(example)}: {reason(error)}"
         ) from error
     return try_suspects(network, graph, example) if trials else graph
+
+
+def _runs_on_one_sample(network: nn.Module, example: Example) -> bool:
+    try:
+        with eval_with_hooks(network, ()):
+            call_network(network, repeat_first_sample(example, 1))
+    except Exception:  # user code may raise anything
+        return False
+    return True
 
 
 def sizes_tried(graph: ChannelGraph) -> tuple[ChannelGraph, ...]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from job.errors import GammaslimError, UsageError, reason
+from job.slimming.analysis import analyse
 from job.slimming.arguments import check_network, example_of
 from job.slimming.forward_call import forward_pass, own_forward_pass
-from job.slimming.graph.grouping import channel_graph
-from job.slimming.inputs import describe_inputs, kind_of
+from job.slimming.inputs import kind_of
 from job.slimming.planning.plan import Plan, sizes_of
 from job.slimming.surgery.origin import record_origin
 from job.slimming.surgery.surgery import apply_plan
@@ -64,12 +64,7 @@ def apply(
 def _verified(model: nn.Module, plan: Plan, inputs: Example) -> nn.Module:
     """Return the narrow copy of ``model``; raises UsageError or GammaslimError."""
     other = f"plan was made for another network than the {type(model).__name__} given"
-    try:
-        graph = channel_graph(model, inputs)
-    except Exception as error:  # user code may raise anything
-        raise UsageError(
-            f"the network does not run on {describe_inputs(inputs)}: {reason(error)}"
-        ) from error
+    graph = analyse(model, inputs, trials=False)
     if why := _mismatch(plan, graph):
         raise UsageError(f"{other}: {why}")
     try:

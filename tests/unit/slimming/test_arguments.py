@@ -219,3 +219,14 @@ def test_a_plan_prints_as_a_table(make: Callable[[], nn.Module]) -> None:
     assert row.endswith(f"{plan.sizes[first][1]:,} -> {len(plan.layers[first].out):,}")
     assert ("more layers" in str(plan)) == (len(plan.sizes) > 24)
     assert "the network's output" in lines[-1] + lines[-2]
+
+
+def test_a_network_that_takes_one_sample_alone_is_told_so(network: nn.Module) -> None:
+    def first(module: Any, inputs: Any, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.expand(1, *outputs.shape[1:])
+
+    network.register_forward_hook(first)
+    message = "the network does not run on a batch of two images of 3 x 24 x 24: "
+    with pytest.raises(UsageError, match=message):
+        job.slim(network, EXAMPLE)
+    assert len(network(EXAMPLE)) == 1
