@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from job.slimming.graph.pause_points import PausePoint
     from job.slimming.graph.trace import Trace
 
-Treatment = list[tuple[object, ...]]
 LAYER_CALLS = {  # position and name of the argument that identifies the layer
     **dict.fromkeys(CONSUMERS, (1, "weight")),
     "batch_norm": (1, "running_mean"),
@@ -42,13 +41,23 @@ class FlowStep(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Treatment:
+    """How a network processes an image: ops, the parameters they use, which axes have size 1.
+
+    ``smallest_side`` is the fewest pixels, more than one, along a side of a feature map.
+    """
+
+    ops: list[tuple[object, ...]]
+    smallest_side: int = field(compare=False)
+
+
+@dataclass(frozen=True)
 class TraceSummary:
     """Facts of one forward pass in eval mode.
 
     ``norms_after`` maps a convolution or linear layer to the BatchNorms that are the only consumers
     of its outputs. ``keeps_activations`` tells that the network stores activations of a batch,
-    which another pass could use. ``treatment`` describes the ops, for any image size: see
-    ``treatment_of``. ``pause_points`` are those of each layer, in the order of the ops. ``steps``
+    which another pass could use. ``treatment`` is that of an image of any size. ``pause_points`` are those of each layer, in the order of the ops. ``steps``
     are the data flow, and ``outputs`` the steps whose results the network returns.
     """
 
@@ -76,8 +85,11 @@ def summarise_trace(trace: Trace) -> TraceSummary:
 
 
 def treatment_of(trace: Trace) -> Treatment:
-    """Return the ops of a trace, the parameters that they use, and which axes have size 1."""
-    return [
+    """Return how the network of a trace processes its input."""
+    results = [result for op in trace.ops for result in op.results]
+    dims = max((tensor.dim() for tensor in trace.inputs), default=0)
+    sides = [side for r in results if r.dim() == dims for side in r.shape[2:] if side > 1]
+    ops = [
         (
             op.name,
             *(trace.name(tensor) for tensor in op.inputs),
@@ -85,6 +97,7 @@ def treatment_of(trace: Trace) -> Treatment:
         )
         for op in trace.ops
     ]
+    return Treatment(ops, min(sides, default=1))
 
 
 def _data_flow(trace: Trace) -> tuple[tuple[FlowStep, ...], tuple[int, ...]]:

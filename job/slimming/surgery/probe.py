@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
 
 PROBE_SAMPLES = 2
-PROBE_SIZES = (64, 96)  # pixels, tried in this order
+PROBE_SIZES = {16: 4, 32: 4, 64: 2, 96: 2}  # pixels, tried in this order, and fewest in any map
 
 
 def probe_batch(example: Example, dtype: torch.dtype = torch.float64) -> Any:
@@ -45,16 +45,17 @@ def smallest_equivalent_input(
     ``image`` (B, C, H, W) itself is returned if there is no such image, as for inputs that are not
     images. The same axes of activations must have size 1, so that each element of a kernel still
     meets some input. ``treatment`` is that of ``image``, if known. This saves 0.4 s of the
-    verification of ResNet-50.
+    verification of ResNet-50 at 224 pixels, and 55 of 64 s of an ESRGAN at 64 pixels.
     """
     if not (isinstance(image, torch.Tensor) and image.is_floating_point()):
         return image
     sides = image.shape[2:]
-    sizes = [size for size in PROBE_SIZES if sides and 2 * size <= min(sides)]
-    if not sizes:
+    if not sides or 2 * min(PROBE_SIZES) > min(sides):
         return image
     wanted = treatment or treatment_of(trace_network(network, image))
-    for size in sizes:
+    for size, fewest in PROBE_SIZES.items():
+        if 2 * size > min(sides) or wanted.smallest_side * size <= (fewest - 1) * min(sides):
+            continue
         small = [max(size, round(side * size / min(sides))) for side in sides]
         candidate = image.new_zeros(()).expand(1, image.shape[1], *small)
         try:

@@ -115,13 +115,16 @@ class Halves(nn.Module):
 @pytest.mark.parametrize(
     ("network", "sides", "proven"),
     [
-        (Halves(3), (224, 224), (64, 64)),
+        (Halves(3), (224, 224), (32, 32)),
+        (Halves(4), (224, 224), (64, 64)),  # at 32, two places of the last for kernels of 3
+        (Halves(1), (32, 48), (16, 24)),
+        (Halves(3), (32, 32), (32, 32)),
         (Halves(5), (200, 300), (64, 96)),
         (Halves(6), (224, 224), (96, 96)),  # at 64, every place of the last would see but one
         (Halves(7), (224, 224), (224, 224)),
         (Halves(3, "linear"), (224, 224), (224, 224)),
         (Halves(3, "branch"), (224, 224), (224, 224)),
-        (Halves(3), (100, 100), (100, 100)),
+        (Halves(4), (100, 100), (100, 100)),
     ],
 )
 def test_proofs_take_smaller_images_only_where_they_are_as_good(
