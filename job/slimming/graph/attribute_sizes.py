@@ -35,10 +35,9 @@ def attribute_sizes(
     """
     numbers = [(n, ids) for n, ids in _numbers(op, before, after) if n == len(ids) and n > 1]
     whole, sizes = flat_ids(before), _sizes_of_view(op)
-    values = [vars(op.module).get(attribute) for attribute in op.names_used]
-    counted = any(type(value) is int and value == n for value in values for n, _ in numbers)
-    for attribute in sorted(op.names_used):
-        value = vars(op.module).get(attribute)
+    named = op.numbers
+    counted = any(type(value) is int and value == n for value in named.values() for n, _ in numbers)
+    for attribute, value in named.items():
         if type(value) is int and value == len(whole):  # e.g. halves of this number
             yield AttributeSize(module, attribute, None, whole)
         elif type(value) is int:
@@ -64,7 +63,7 @@ def sliced_by_attributes(op: Op, parts: Sequence[Ids]) -> bool:
     sizes = [len(part) for part in parts]
     if op.name == "__getitem__":
         sizes = [bound for bound in _bounds(op) if bound]
-    values = [vars(op.module).get(name) for name in op.names_used] if op.module else []
+    values = op.numbers.values()
     lists = [list(value) for value in values if isinstance(value, (tuple, list))]
     return sizes in lists or (bool(sizes) and all(n in values for n in sizes))
 
@@ -76,8 +75,7 @@ def compared_sizes(
 
     ``ids`` are the channels that are read, ``known`` the modules and attributes that ops take.
     """
-    for attribute in sorted(read.names_used):
-        value = vars(read.module).get(attribute)
+    for attribute, value in read.numbers.items():
         if type(value) is int and value == len(ids) and (module, attribute) not in known:
             yield AttributeSize(module, attribute, None, ids)
 

@@ -122,7 +122,6 @@ def _note_sizes(state: PropagationState, blank: Blank, ids: Ids) -> None:
     for maker in blank.makers:
         state.union.suspects.append((OP_COUNT(maker.name), ids))
         name = state.module_name(maker.module)
-        for attribute in sorted(maker.names_used) if state.main and name is not None else ():
-            value = vars(maker.module).get(attribute)
+        for attribute, value in maker.numbers.items() if state.main and name is not None else ():
             if type(value) is int and value == len(ids):
                 state.union.sizes.append(AttributeSize(str(name), attribute, None, ids))

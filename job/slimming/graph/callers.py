@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from types import FrameType
 
 TORCH, OWN = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
@@ -37,6 +38,18 @@ def calling_module() -> tuple[nn.Module | None, frozenset[str]]:
                 break
         frame = frame.f_back
     return module, named
+
+
+def numbers_named(module: nn.Module | None, names: Collection[str]) -> dict[str, Any]:
+    """Return the numbers, and the lists of numbers, among the attributes ``names`` of a module."""
+    attributes = {} if module is None else vars(module)
+    values = {name: attributes[name] for name in sorted(names) if name in attributes}
+    return {name: value for name, value in values.items() if _is_numeric(value)}
+
+
+def _is_numeric(value: Any) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else (value,)
+    return all(type(part) in (int, float) for part in parts)
 
 
 def line_of_error(error: BaseException) -> str:

@@ -16,7 +16,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from job.slimming.graph.callers import NO_CALLER, calling_module, line_of_network
+from job.slimming.graph.callers import (
+    NO_CALLER,
+    calling_module,
+    line_of_network,
+    numbers_named,
+)
 from job.slimming.graph.layers import constants_of, tensors_of
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.saved_state import memory_layout
@@ -69,6 +74,11 @@ class Op:
     names_used: frozenset[str] = frozenset()
     line: str = ""
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Attributes that the method names and that are numbers, or lists of numbers."""
+        return numbers_named(self.module, self.names_used)
+
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument that was passed by position or by name."""
         if position < len(self.args):
@@ -86,6 +96,11 @@ class SizeRead(NamedTuple):
     module: nn.Module | None
     names_used: frozenset[str]
     line: str
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Attributes that the method names and that are numbers, or lists of numbers."""
+        return numbers_named(self.module, self.names_used)
 
 
 @dataclass(frozen=True)

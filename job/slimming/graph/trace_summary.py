@@ -9,7 +9,7 @@ from job.slimming.graph.layers import owner_of
 from job.slimming.graph.pause_points import CONSUMERS, consumer_of, pause_points
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from job.slimming.graph.pause_points import PausePoint
     from job.slimming.graph.trace import Trace
@@ -47,7 +47,7 @@ class Treatment:
     ``smallest_side`` is the fewest pixels, more than one, along a side of a feature map.
     """
 
-    ops: list[tuple[object, ...]]
+    ops: Sequence[tuple[object, ...]]
     smallest_side: int = field(compare=False)
 
 
@@ -57,8 +57,9 @@ class TraceSummary:
 
     ``norms_after`` maps a convolution or linear layer to the BatchNorms that are the only consumers
     of its outputs. ``keeps_activations`` tells that the network stores activations of a batch,
-    which another pass could use. ``treatment`` is that of an image of any size. ``pause_points`` are those of each layer, in the order of the ops. ``steps``
-    are the data flow, and ``outputs`` the steps whose results the network returns.
+    which another pass could use. ``treatment`` is that of an image of any size. ``pause_points``
+    are those of each layer, in the order of the ops. ``steps`` are the data flow, and ``outputs``
+    the steps whose results the network returns.
     """
 
     norms_after: Mapping[str, tuple[str, ...]]

@@ -306,6 +306,7 @@ class FocalModulation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.sizes, self.levels = [12, 12, 3], 2
+        self.scales = [torch.ones(2) for _ in self.sizes]  # as many as there are parts
         self.stem, self.mixed = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 27, 1)
         self.focal = nn.ModuleList(
             nn.Conv2d(12, 12, 3, padding=1, groups=12) for _ in range(self.levels)
@@ -314,6 +315,7 @@ class FocalModulation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         queries, context, gates = torch.split(self.mixed(self.stem(x)), self.sizes, 1)
+        queries = queries * self.scales[0].sum()
         total = torch.zeros_like(queries)
         for level, focal in enumerate(self.focal):
             context = focal(context)
@@ -338,9 +340,10 @@ class PartialShortcut(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.inputs, self.conv = inputs, nn.Conv2d(inputs, outputs, 1)
+        self.scales = torch.ones(3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = self.conv(x)
+        wide = self.conv(x) * self.scales.sum()
         return torch.cat([wide[:, : self.inputs] + x, wide[:, self.inputs :]], 1)
 
 
