@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from job.artifacts.json_records import from_json
+from job.artifacts.object_store import is_store_url
 from job.artifacts.records import LockRecord
 from job.artifacts.run_config import CONFIG_FILE
 from job.artifacts.run_reader import read_events, read_run
+from job.artifacts.stored_places import place_of
 from job.config import CLASSIFICATION
 from job.errors import shown
 from job.files import read_json, shell_word
@@ -86,7 +88,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     speed = last.images_per_second if last else math.nan
     return RunStatus(
         run=history.name,
-        path=shown(path),
+        path=shown(place_of(path)),
         state=history.state,
         alive=alive,
         exit_code=history.exit_code,
@@ -162,13 +164,14 @@ def seconds_left(history: History) -> float | None:
 
 def next_commands(history: History) -> tuple[str, ...]:
     """Return the command lines to type next, for the state of the run."""
-    run = shell_word(str(history.path))
-    if history.state == "running":
-        return (f"touch {shell_word(str(history.path / 'STOP'))}",)
+    place = place_of(history.path)
+    run = shell_word(place)
+    if history.state == "running":  # a file in a store stops nothing
+        return () if is_store_url(place) else (f"touch {shell_word(f'{place}/STOP')}",)
     if history.state == "finished":
         task = str(history.setting("prune", "task") or CLASSIFICATION)
-        return commands_after(str(history.path), task)
-    config = shell_word(str(history.path / CONFIG_FILE))
+        return commands_after(place, task)
+    config = shell_word(f"{place}/{CONFIG_FILE}")
     data, root = history.setting("prune", "data"), history.setting("dataset", "path")
     data_option = f" --data {shell_word(root)}" if data and isinstance(root, str) else ""
     return (f"gammaslim prune --config {config} --output {run}{data_option}",)

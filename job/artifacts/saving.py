@@ -18,6 +18,7 @@ from job.artifacts.model_card import (
     read_card,
     save_model,
 )
+from job.artifacts.stored_copy import local_path
 from job.data.preprocessing_options import PreprocessingOptions
 from job.errors import DataError, GammaslimError, OutputError, UsageError, shown
 from job.files import check_writable, is_file
@@ -107,14 +108,16 @@ def save(
 def load(path: str | Path, *, network: nn.Module | None = None) -> nn.Module:
     """Load the network saved at ``path`` (a run, a round or a model folder), in eval mode.
 
-    ``network`` is the network before any cut, with any weights. It is needed if ``save`` did not
-    know how to build it, and is not changed. No pickle is executed. Raises InputNotFound, DataError
-    for damaged files, or UsageError if a network is needed.
+    ``path`` may be in an object store, e.g. s3://bucket/runs/a. ``network`` is the network before
+    any cut, with any weights. It is needed if ``save`` did not know how to build it, and is not
+    changed. No pickle is executed. Raises InputNotFound, DataError for damaged files, or UsageError
+    if a network is needed.
 
     >>> network = job.load("runs/student-fashion-mnist")  # doctest: +SKIP
     >>> logits = network(torch.rand(1, 3, 32, 32))  # doctest: +SKIP
     """
     _check_path(path)
+    path = local_path(str(path), weights=True)
     if is_file(Path(path)):
         raise UsageError(
             f"path must be a folder; {shown(path)} is a file: give the weights in it to the "

@@ -10,13 +10,10 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from job.artifacts.object_store import Store, is_store_url
+from job.artifacts.stored_places import note_place
 from job.errors import InputNotFound
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # what no command reads: temporary files, saved positions, offline W&B runs, decoded images
 _UNREAD = re.compile(
@@ -48,6 +45,7 @@ def local_path(path: str, *, weights: bool) -> str:
         base = Path(tempfile.mkdtemp(prefix="gammaslim-"))
         atexit.register(shutil.rmtree, base, ignore_errors=True)
         _copies[path] = base / store.name
+        note_place(_copies[path], path)
     for name, time in names.items():
         copy = _copies[path] / name if name else _copies[path]
         if time is not None and copy.is_file() and copy.stat().st_mtime == time:
@@ -57,18 +55,6 @@ def local_path(path: str, *, weights: bool) -> str:
             if (time := _beat(copy) or time) is not None:
                 os.utime(copy, (time, time))
     return str(_copies[path])
-
-
-def copied_urls() -> Iterator[tuple[str, str]]:
-    """Yield the local copies and their URLs."""
-    yield from ((str(copy), url) for url, copy in _copies.items())
-
-
-def with_urls(text: str) -> str:
-    """Return ``text`` with URLs in place of the local copies that it names."""
-    for copy, url in copied_urls():
-        text = text.replace(copy, url.rstrip("/"))
-    return text
 
 
 def _beat(copy: Path) -> float | None:

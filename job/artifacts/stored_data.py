@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from job.artifacts.object_store import Store, is_store_url, local_scratch
+from job.artifacts.stored_places import note_place
 from job.console import counted, say
 from job.errors import InputNotFound, OutputError, StorageError, shown, writing
 from job.files import remove
@@ -44,6 +45,7 @@ def local_data(path: str | None) -> str | None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when this process ends, for any reason
             if not copy.exists():
                 _download(store, copy, len(names))
+    note_place(copy, store.url)
     return str(copy)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from job.artifacts.mirror import Mirror
 from job.artifacts.object_store import Store, is_store_url, local_scratch
+from job.artifacts.stored_places import note_place
 from job.console import say
 from job.distributed.collectives import on_main
 from job.distributed.signals import deferred
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 GUARD = 5.0  # seconds that a job waits for another one on this machine to end
 STORE_PATIENCE = 300.0  # seconds that the end of a run waits for a store that takes no file
 STORE_STOP_PATIENCE = 20.0  # the same for a job that is stopped
-_urls: dict[Path, str] = {}  # of the runs that this process keeps in a store, by their folders
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def stored_output(config: PruneConfig) -> Iterator[PruneConfig]:
     store = Store(config.output)
     run = scratch_of(store)
     local = replace(config, output=str(run))
-    _urls[run] = store.url
+    note_place(run, store.url)
     if not is_main():
         with _waiting_for_main():
             yield local
@@ -117,11 +117,6 @@ def _uploading(mirror: Mirror) -> Iterator[None]:
     if not complete:
         raise StorageError(mirror.unsent())
     say(f"stored in {mirror.store.url}")
-
-
-def place_of(run: Path) -> str:
-    """Return the location of a run for messages: its URL in a store, or its folder ``run``."""
-    return _urls.get(run) or str(run)
 
 
 def scratch_of(store: Store) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from job.artifacts.stored_places import with_urls
 from job.cli.config_file import config_option
 from job.cli.environment import check_environment
 from job.cli.help import write_examples, write_options
@@ -101,8 +102,7 @@ class Command(click.Command):
         if not error.reported and _reports(error):
             if debug:
                 traceback.print_exception(error)
-            copies = sys.modules.get("job.artifacts.stored_copy")  # if a URL was read
-            print_error(copies.with_urls(str(error)) if copies else str(error))
+            print_error(with_urls(str(error)))
         if isinstance(error, StopRequest) and error.abrupt:
             _leave()
             exit_now(error.exit_code)

@@ -71,6 +71,10 @@ def _read_config(source: str) -> tuple[str, JsonObject]:
             name = f"recipe {source}"
             file = resources.files("job") / "recipes" / f"{source}.toml"
             return name, parse_toml(file.read_text("utf-8"))
+        if "://" in source:  # of a run in an object store
+            from job.artifacts.stored_copy import local_path
+
+            source = local_path(source, weights=False)
         if not Path(source).is_file():
             raise InputNotFound(
                 f"--config {name} is neither a file nor a recipe ({', '.join(_recipes())})"

@@ -6,16 +6,14 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.artifacts.json_records import to_json
 from job.artifacts.run_reader import find_runs
 from job.artifacts.run_status import read_status
-from job.artifacts.stored_copy import copied_urls, local_path
+from job.artifacts.stored_copy import local_path
 from job.console import print_result, warn
-from job.files import shell_word
 from job.report.status import status_text
 
 if TYPE_CHECKING:
@@ -66,22 +64,7 @@ def _read(paths: Sequence[str]) -> list[RunStatus]:
     for path in paths:
         for run in find_runs(Path(local_path(path, weights=False))):
             unique.setdefault(os.path.realpath(run), run)
-    return [_stored(read_status(run)) for run in unique.values()]
-
-
-def _stored(status: RunStatus) -> RunStatus:
-    """Replace the path of a local copy by the URL of the run in the object store."""
-    for copy, url in copied_urls():
-        if Path(status.path).is_relative_to(copy):
-            path = url.rstrip("/") + status.path.removeprefix(copy)
-            lines = () if status.alive else status.next
-            words = {f"--output {shell_word(status.path)}": f"--output {shell_word(path)}"}
-            if status.state == "finished":
-                words = {shell_word(status.path): shell_word(path)}
-            for old, new in words.items():
-                lines = tuple(line.replace(old, new) for line in lines)
-            return replace(status, path=path, next=lines)
-    return status
+    return [read_status(run) for run in unique.values()]
 
 
 def _print(statuses: Sequence[RunStatus], *, as_json: bool) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from job.artifacts.json_records import to_json
 from job.artifacts.run_status import commands_after
-from job.artifacts.stored_output import place_of
+from job.artifacts.stored_places import place_of
 from job.console import counted, say, say_cautions, say_event
 from job.errors import shown
 from job.report.tables import rounds_table

@@ -12,7 +12,7 @@ from job.artifacts.evaluation_record import find_evaluation
 from job.artifacts.json_records import to_json
 from job.artifacts.recommendation import points_lost
 from job.artifacts.records import LatencyRecord, RoundRecord, SlimRecord
-from job.artifacts.stored_output import place_of
+from job.artifacts.stored_places import place_of
 from job.console import say, say_cautions, show_step
 from job.distributed.collectives import digest, on_main
 from job.distributed.memory import return_freed_memory

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from job.artifacts.provenance import stored_listing
 from job.artifacts.records import DatasetRecord
 from job.artifacts.run_folder import likely_run_folder
+from job.artifacts.stored_places import place_of
 from job.console import counted, progress, say
 from job.data.cache.image_set import ImageSet
 from job.data.cache.leader import CacheOptions
@@ -105,7 +106,7 @@ def known_sizes(config: PruneConfig, data: Dataset, output: Path | None) -> dict
 
 def dataset_record(data: Dataset, max_side: int | None = None) -> DatasetRecord:
     """Return the record of the data set for config.toml; ``max_side`` limits its images."""
-    path = shown(os.path.abspath(data.source))  # noqa: PTH100 (links stay links)
+    path = shown(place_of(os.path.abspath(data.source)))  # noqa: PTH100 (links stay links)
     return DatasetRecord(
         layout=data.layout,
         root=str(data.root),

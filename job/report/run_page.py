@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, get_args
 
 from job.artifacts.accuracy import signed_points
+from job.artifacts.stored_places import place_of
 from job.config import CLASSIFICATION
 from job.console import counted, span
 from job.errors import shown
@@ -211,7 +212,8 @@ def _commands(history: History) -> dict[str, str]:
     inputs, images, outputs = "images (B, 3, H, W) float32", "images", "logits"
     if task != CLASSIFICATION:
         inputs, images, outputs = f"inputs as {shown(str(task))} makes them", "inputs", "outputs"
-    run, model = shown(history.path), f"{shown(history.path)}/rounds/{history.best.round:02d}"
+    run = shown(place_of(history.path))
+    model = f"{run}/rounds/{history.best.round:02d}"
     return {
         "In Python": (
             "import gammaslim\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -148,7 +149,13 @@ def kill_and_go_on(
     job = begin(server, tmp_path / "a", *args, program=("-c", SUDDEN))
     assert job.end().code == -signal.SIGKILL
     shutil.rmtree(tmp_path / "a")
-    done = run(sys.executable, "-m", "job", *args, env=environ(server, tmp_path / "b"))
+    elsewhere = environ(server, tmp_path / "b")
+    status = run(sys.executable, "-m", "job", "status", url, "--json", env=elsewhere)
+    (line,) = json.loads(status.out)["runs"][0]["next"]
+    _, *args = shlex.split(line)
+    assert [a for a in args if "/" in a] == [f"{url}/config.toml", url, args[-1]]
+    assert args[-1] == f"{server.scheme}://{BUCKET}/noise"
+    done = run(sys.executable, "-m", "job", *args, env=elsewhere)
     assert done.code == 0, done
     assert "fetching" in done.out
     assert f"all files are in {url}\n" in done.out

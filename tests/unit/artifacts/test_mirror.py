@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from job.artifacts.mirror import Mirror
 from job.artifacts.object_store import Store, is_store_url
+from job.artifacts.saving import load
 from job.artifacts.store_lock import StoreLock
 from job.artifacts.stored_data import local_data
 from job.artifacts.stored_output import stored_output
@@ -431,7 +432,10 @@ def test_commands_read_a_run_in_a_store(
     assert (status["path"], status["run"], status["state"]) == (url, "a", "finished")
     assert status["next"][0] == f"gammaslim report {url}"
     assert "accuracy" in invoke("report", url)
-    assert (tmp_path / "report.html").is_file()
+    page = (tmp_path / "report.html").read_text()
+    assert f"gammaslim.load(&#39;{url}/rounds/" in page
+    assert "/gammaslim-" not in page
+    assert sum(p.numel() for p in load(url).parameters()) == 5337
     assert "5,337 params" in invoke("inspect", url)
     assert "5,337 params" in invoke("inspect", f"{url}/rounds/01")
     weights = f"{url}/rounds/00/model.safetensors"
