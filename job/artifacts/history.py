@@ -40,11 +40,11 @@ class MeasuredRound:
 class History:
     """Contents of a run folder. ``rounds`` begins with the base; ``time`` is in Unix seconds.
 
-    ``position`` is the round, epoch and step. ``layers`` describes the recommended model, and
-    ``measured`` the cut that made it, or else the last one that was measured. ``evaluations`` has
-    those of the base and of the recommended model, ``latencies`` those of the rounds that were
-    timed, by round. ``settings`` holds the tables of config.toml. ``problems`` names each
-    unreadable file.
+    ``position`` is the round, epoch and step, ``processes`` the number of the last job. ``layers``
+    describes the recommended model, and ``measured`` the cut that made it, or else the last one
+    that was measured. ``evaluations`` has those of the base and of the recommended model,
+    ``latencies`` those of the rounds that were timed, by round. ``settings`` holds the tables of
+    config.toml. ``problems`` names each unreadable file.
     """
 
     path: Path
@@ -52,6 +52,7 @@ class History:
     exit_code: int | None = None
     time: float | None = None
     position: tuple[int, int, int] | None = None
+    processes: int | None = None
     rounds: tuple[RoundRecord, ...] = ()
     epochs: tuple[EpochRecord, ...] = ()
     recommended: int | None = None

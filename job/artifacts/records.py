@@ -191,7 +191,7 @@ def to_line(record: EventRecord) -> JsonObject:
 
 @dataclass(frozen=True)
 class StatusRecord:
-    """State and position of a run; ``time`` is in Unix seconds."""
+    """State, position and number of processes of a run; ``time`` is in Unix seconds."""
 
     state: str
     exit_code: int | None
@@ -199,6 +199,7 @@ class StatusRecord:
     epoch: int
     step: int
     time: float
+    processes: int | None = None  # None in the files of earlier versions
 
     @property
     def at(self) -> tuple[int, int, int]:

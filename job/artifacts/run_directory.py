@@ -31,6 +31,7 @@ from job.artifacts.run_config import (
     stored_rounds,
     write_run_config,
 )
+from job.artifacts.status_file import read_status_file, write_status_file
 from job.errors import (
     DataError,
     InputNotFound,
@@ -45,11 +46,11 @@ from job.files import (
     is_file,
     read_bytes,
     read_json,
-    remove,
     tidy,
     write_bytes,
     write_json,
 )
+from job.processes import world_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,8 +62,6 @@ if TYPE_CHECKING:
     from job.artifacts.records import BaseRecord, DatasetRecord, EventRecord, LatencyRecord
     from job.config import PruneConfig
     from job.slimming.sensitivity.record import Sensitivity
-
-RESERVE = 8192  # bytes kept so that a full disk still takes the last status
 
 
 class Run:
@@ -246,30 +245,17 @@ class Run:
     # -- status.json
 
     @property
-    def state(self) -> str | None:
-        """State in status.json; None if the file cannot be read."""
-        try:
-            return str(read_json(self.path / "status.json")["state"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
+    def recorded_status(self) -> StatusRecord | None:
+        """Status of the last job; None if there is none, or status.json is damaged."""
+        return read_status_file(self.path)
 
     def status(
         self, state: str, exit_code: int | None, round_index: int, epoch: int, step: int
     ) -> None:
         """Replace status.json and metrics.prom; a reserve file keeps space for the last update."""
-        path, reserve = self.path / "status.json", self.path / ".reserve"
-        record = StatusRecord(state, exit_code, round_index, epoch, step, time.time())
-        if state == "running":
-            if not is_file(reserve):
-                write_bytes(reserve, os.urandom(RESERVE))  # no file system stores this smaller
-            write_json(path, to_json(record))
-        else:
-            try:
-                write_json(path, to_json(record))
-            except StorageError:
-                remove(reserve)
-                write_json(path, to_json(record))
-            remove(reserve)
+        now, processes = time.time(), world_size()
+        record = StatusRecord(state, exit_code, round_index, epoch, step, now, processes)
+        write_status_file(self.path, record)
         text = openmetrics_text(self.path.name, record, self.last_epoch, self.last_round)
         with suppress(StorageError):  # it only repeats what other files say
             write_bytes(self.path / PROM_FILE, text.encode())

@@ -119,6 +119,7 @@ def read_run(path: Path) -> History:
         exit_code=status.exit_code if status else None,
         time=status.time if status else None,
         position=status.at if status else None,
+        processes=status.processes if status else None,
         rounds=rounds,
         epochs=_epochs(events),
         recommended=recommended,

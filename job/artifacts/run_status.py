@@ -82,6 +82,8 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     ended = history.state in ("stopped", "finished", "failed")
     since = history.time if ended or heartbeat is None else heartbeat
     saved = _last_save(path)
+    if saved and history.time and not alive:  # files of a copy are newer
+        saved = min(saved, history.time)
     position = history.position or (None, None, None)
     best, last = history.best, history.epochs[-1] if history.epochs else None
     scores = [e.valid_acc for e in history.epochs if math.isfinite(e.valid_acc)]
@@ -174,7 +176,9 @@ def next_commands(history: History) -> tuple[str, ...]:
     config = shell_word(f"{place}/{CONFIG_FILE}")
     data, root = history.setting("prune", "data"), history.setting("dataset", "path")
     data_option = f" --data {shell_word(root)}" if data and isinstance(root, str) else ""
-    return (f"gammaslim prune --config {config} --output {run}{data_option}",)
+    processes = history.processes or 1
+    launch = f"launch --nproc {processes} -- " if processes > 1 else ""
+    return (f"gammaslim {launch}prune --config {config} --output {run}{data_option}",)
 
 
 def commands_after(place: str, task: str) -> tuple[str, ...]:

@@ -133,8 +133,9 @@ def _open_run(setup: Setup, run: Run) -> tuple[Position | None, str | None]:
     Returns the position within a round to resume from, and how the previous job ended. Removes the
     metrics logged after that position.
     """
-    state = run.state
-    before = "died" if state == "running" else state
+    last = run.recorded_status
+    before, processes_before = (last.state, last.processes) if last else (None, None)
+    before = "died" if before == "running" else before
     saved = run.open(setup.config, setup.dataset_record, setup.base_record)
     setup.watch.forget_old_request()
     if run.finished_summary():  # by the job that has just released the lock
@@ -150,7 +151,7 @@ def _open_run(setup: Setup, run: Run) -> tuple[Position | None, str | None]:
             epoch=resume.epoch if resume else 0,
             batch=resume.batch if resume else 0,
             processes=world_size(),
-            processes_before=resume.training.processes if resume else None,
+            processes_before=resume.training.processes if resume else processes_before,
         )
         run.log(record)
     if resume:

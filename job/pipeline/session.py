@@ -148,7 +148,7 @@ class Session(TrainingSession):
         """Write the final summary and show the table of rounds."""
         summary = on_main(self.run.finished_summary) or self.summarise("finished")
         # a full disk may have prevented the write
-        if on_main(lambda: self.run.state) != "finished":
+        if on_main(lambda: getattr(self.run.recorded_status, "state", None)) != "finished":
             last = len(self.entries) - 1
             self._move(last, self.epochs_of(last), self.entries[last].step)
             self._status("finished", 0)

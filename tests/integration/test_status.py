@@ -97,9 +97,13 @@ def test_json_is_for_scripts(tmp_path: Path) -> None:
     assert "b: disk \\x1b full" in text.out
 
 
-def test_the_line_to_resume_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_line_to_resume_resumes(tmp_path: Path, processes: int) -> None:
     run = tmp_path / "my runs" / "stopped"
     shutil.copytree(OLD_RUNS / "stopped", run)
+    shutil.rmtree(run / "checkpoints")  # from the end of a round
+    recorded = json.loads((run / "status.json").read_text()) | {"processes": processes}
+    (run / "status.json").write_text(json.dumps(recorded))
     status = read_status(run)
     assert (status.state, status.exit_code) == ("stopped", 75)
     (line,) = status.next
@@ -107,9 +111,28 @@ def test_the_line_to_resume_resumes(tmp_path: Path) -> None:
     assert program == "gammaslim"
     done = gammaslim(*args, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
     assert done.code == 0, done
+    events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    resumed = [e for e in events if e["event"] == "resume"][-1]
+    assert (resumed["processes_before"], resumed["processes"]) == (processes, processes)
+    assert json.loads((run / "status.json").read_text())["processes"] == processes
     after = read_status(run)
     assert (after.state, after.seconds_left) == ("finished", None)
     assert after.next[0] == f"gammaslim report '{run}'"
+
+
+def test_the_line_to_resume_starts_as_many_processes(tmp_path: Path) -> None:
+    run = running(tmp_path / "run", 3600)
+    assert read_status(run).next[0].startswith("gammaslim prune --config ")
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"processes": 4}))
+    assert read_status(run).next[0].startswith("gammaslim launch --nproc 4 -- prune --config ")
+
+
+def test_a_copy_of_a_run_was_saved_when_the_run_was(tmp_path: Path) -> None:
+    run = running(tmp_path / "run", 3600)
+    (run / "checkpoints" / "000000000000").mkdir(parents=True)
+    (run / "checkpoints" / "000000000000" / "manifest.json").write_text("{}")  # now
+    assert read_status(run).saved_age == pytest.approx(3600, abs=60)
 
 
 def test_the_line_to_resume_works_in_another_folder(tmp_path: Path) -> None:
