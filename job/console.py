@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from job.errors import OutputClosedError, printable
+from job.errors import OutputClosedError, fitted, printable
 from job.processes import is_main
 
 if TYPE_CHECKING:
@@ -94,11 +94,11 @@ class _Line:
             self.drawn = []
 
     def draw(self) -> None:
-        """Write the lines on the terminal, cut so that they do not wrap."""
+        """Write the lines on the terminal, without the last facts where they would wrap."""
         if self.phase and self._is_live():
             columns = shutil.get_terminal_size().columns
             lines = filter(None, (self.text(), self.run_facts() if self.run_facts else ""))
-            self.drawn = [printable(line)[: columns - 1] for line in lines]
+            self.drawn = [fitted(line, columns - 1) for line in lines]
             sys.stderr.write("\n".join(self.drawn))
             sys.stderr.flush()
 

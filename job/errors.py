@@ -100,6 +100,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def fitted(line: str, columns: int) -> str:
+    """Return the facts of a line, separated by two spaces, that ``columns`` have space for."""
+    line = printable(line)
+    end = len(line) if len(line) <= columns else line.rfind("  ", 0, columns + 2)
+    return line[: end if end > 0 else columns]
+
+
 def shown(path: str | os.PathLike[str]) -> str:
     """Return a path that can be printed anywhere, with escapes for bytes that are not UTF-8."""
     return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))

@@ -52,7 +52,7 @@ def _several(statuses: Sequence[RunStatus]) -> str:
             printable(status.state) + (f" ({status.exit_code})" if status.exit_code else ""),
             _ago(status.age),
             _of(status.round, status.rounds),
-            _of(_counted_from_one(status.epoch), status.epochs),
+            "" if status.epochs == 0 else _of(_counted_from_one(status.epoch), status.epochs),
             "" if status.best_acc is None else f"{status.best_acc:.4f}",
             "" if status.params is None else f"{status.params:.1%}",
             _ago(status.saved_age),
@@ -87,6 +87,8 @@ def _position(status: RunStatus) -> str:
     if status.round is None or status.state == "finished":
         return ""
     name = "the base" if status.round == 0 else f"round {_of(status.round, status.rounds)}"
+    if status.epochs == 0:  # a base that is given is not trained
+        return name
     epoch = _of(_counted_from_one(status.epoch), status.epochs)
     return f"{name}, epoch {epoch}, step {status.step}"
 

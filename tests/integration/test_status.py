@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -118,6 +119,14 @@ def test_the_line_to_resume_resumes(tmp_path: Path, processes: int) -> None:
     after = read_status(run)
     assert (after.state, after.seconds_left) == ("finished", None)
     assert after.next[0] == f"gammaslim report '{run}'"
+
+
+def test_a_base_that_is_given_has_no_epochs(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", (), state="stopped", code=75)
+    with (folder / "config.toml").open("a") as file:
+        file.write("\n[base]\nepochs = 0\n")
+    done = gammaslim("status", folder)
+    assert re.search(r"^position +the base$", done.out, re.MULTILINE)
 
 
 def test_the_line_to_resume_starts_as_many_processes(tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ def test_a_line_of_progress_does_not_wrap(clock: Clock) -> None:
     with on_terminal() as terminal:
         console.phase("x" * 200)
         assert terminal.rows() == ["x" * 59]
+        console.phase("round 2 of 5", "epoch 1  8,123 images/s  best valid_acc 0.8883", share=0.5)
+        assert terminal.rows() == ["round 2 of 5, epoch 1  8,123 images/s"]
         console.phase("")
     assert terminal.rows() == [""]
 
