@@ -136,7 +136,7 @@ class ModelConfig:
     model: str = option(
         "student",
         "Network: student, vgg19-cifar, resnet164-cifar, densenet40-cifar, a torchvision "
-        "classification model, or your own as module:factory.",
+        "classification model, one of timm as timm:NAME, or your own as module:factory.",
     )
     model_arg: tuple[tuple[str, int | float | bool | str], ...] = option(
         (),

@@ -99,16 +99,25 @@ def scaled(preprocessing: Preprocessing, size: int | None) -> Preprocessing:
     return replace(preprocessing, size=size, resize=resize)
 
 
-def _timm_config(name: str, option: str) -> TimmConfig:
+def check_timm_name(name: str, option: str) -> None:
+    """Raise UsageError unless timm has a model ``name``, with or without a tag of weights."""
     if importlib.util.find_spec("timm") is None:
         raise UsageError(f"{option} needs the package timm: pip install timm")
+    import timm
+
+    if not name or not timm.is_model(name):
+        near = did_you_mean(name.partition(".")[0], timm.list_models())
+        raise UsageError(
+            f"{option}: timm has no model {name!r}{near or '; see timm.list_models()'}"
+        )
+
+
+def _timm_config(name: str, option: str) -> TimmConfig:
+    check_timm_name(name, option)
     import timm
     from timm.data.config import resolve_data_config
 
     architecture = name.partition(".")[0]
-    if not name or not timm.is_model(name):
-        near = did_you_mean(architecture, timm.list_models()) or "; see timm.list_models()"
-        raise UsageError(f"{option}: timm has no model {name!r}{near}")
     try:
         pretrained_cfg = timm.get_pretrained_cfg(name)
     except RuntimeError as error:

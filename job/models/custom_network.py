@@ -7,16 +7,19 @@ import inspect
 import sys
 import sysconfig
 import typing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from job.data.pretrained import check_timm_name
 from job.errors import UsageError, did_you_mean, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+TIMM_FUNCTIONS = ("create_model", "models.")  # others are models of timm
 _trusted: set[str] = set()  # factories that the user named in this process
 
 
@@ -80,9 +83,13 @@ def call_builder(name: str, build: Callable[..., Any], args: Mapping[str, Any]) 
 def import_factory(name: str, option: str = "--model") -> Any:
     """Import the callable that ``module:factory`` names; raises UsageError if there is none.
 
+    ``timm:NAME`` is a model of timm, which ``create_model`` builds, without trained weights.
     ``option`` is the one that names it.
     """
     module_name, _, path = name.partition(":")
+    if (module_name, option) == ("timm", "--model") and not path.startswith(TIMM_FUNCTIONS):
+        check_timm_name(path, f"{option} {name}")
+        return partial(_import_module(name, module_name, option).create_model, path)
     if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
         raise UsageError(f"{option} {name!r} is not of the form module:factory, e.g. nets:tiny")
     if module_name.partition(".")[0] in sys.stdlib_module_names:
@@ -92,10 +99,6 @@ def import_factory(name: str, option: str = "--model") -> Any:
         if not hasattr(factory, part):
             callables = [key for key, value in vars(factory).items() if callable(value)]
             near = did_you_mean(part, callables)
-            if (
-                module_name == "timm" and option == "--model"
-            ):  # the user may think of --transform timm:NAME
-                near = f"; type --model timm:create_model --model-arg model_name={part}"
             raise UsageError(f"{option} {name}: no {part} in {module_name}{near}")
         factory = getattr(factory, part)
     if not callable(factory):
@@ -124,6 +127,7 @@ def _declares_network(factory: Any) -> bool:
     for code outside of installed packages, which is the user's own. Any other function, e.g. one
     that deletes files, is refused.
     """
+    factory = factory.func if isinstance(factory, partial) else factory
     if inspect.isclass(factory):
         return issubclass(factory, nn.Module)
     try:

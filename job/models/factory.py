@@ -156,7 +156,8 @@ def _torchvision_builder(name: str, classifier: bool) -> Callable[..., nn.Module
         near = did_you_mean(name, [*NETWORKS, *names])
         raise UsageError(
             f"--model {name!r} is unknown{near}; models: {', '.join(NETWORKS)}, torchvision's "
-            "classification networks (resnet50 and others), or your own as module:factory"
+            "classification networks (resnet50 and others), those of timm as timm:NAME, "
+            "or your own as module:factory"
         )
 
     # torchvision would download the weights of the backbone

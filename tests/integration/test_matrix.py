@@ -62,7 +62,7 @@ class Case:
         args = ["--model-arg", f"{sized}={self.size}"] if sized else []
         if self.name.startswith("timm-"):
             name = self.name.removeprefix("timm-")
-            return ["--model", "timm:create_model", "--model-arg", f"model_name={name}", *args]
+            return ["--model", f"timm:{name}", *args]
         return ["--model", self.name, *args]
 
 

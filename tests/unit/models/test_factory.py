@@ -113,6 +113,14 @@ def test_torchvisions_names_are_its_networks(
         ("resnet81", {}, "did you mean resnet18"),
         ("vgg19-cifr", {}, "did you mean vgg19-cifar"),
         ("", {}, "module:factory"),
+        ("convnext_atto", {}, "those of timm as timm:NAME"),
+        (
+            "timm:mobilenetv3_smal_050",
+            {},
+            "timm has no model .*; did you mean mobilenetv3_small_050",
+        ),
+        ("timm:", {}, "timm has no model ''"),
+        ("timm:test_resnet", {"depth": 3}, "timm:test_resnet does not take --model-arg depth=3"),
         ("resnet18", {"depth": 3}, "resnet18 does not take --model-arg depth=3"),
         ("resnet18", {"weights": "DEFAULT"}, "its own option: --weights"),
         ("vgg19-cifar", {"num_classes": 3}, "its own option: --num-classes"),
@@ -238,6 +246,23 @@ def test_the_classifier_of_one_that_does_not_is_replaced_and_said(nets: Path) ->
     states = [network.state_dict() for network in made]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert build_with_note("gammaslim_nets:plain", 5, {})[1] == ""
+
+
+def test_a_model_of_timm_is_built_by_its_name_with_its_tag_or_without(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    card = ModelCard(
+        "timm:test_resnet.r160_in1k", {"drop_rate": 0.1}, 3,
+        preprocessing=Preprocessing.of("small", 32),
+    )  # fmt: skip
+    network = card.build()
+    assert (type(network).__module__, network.drop_rate) == ("timm.models.resnet", 0.1)
+    save_model(tmp_path / "model", network, card)
+    loaded, _ = load_model(tmp_path / "model")
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.equal(loaded(image), network.eval()(image))
+    assert loaded(image).shape == (1, 3)
+    assert build_network("timm:test_resnet", 4, {}).num_classes == 4
+    assert build_network("timm:create_model", 4, {"model_name": "test_resnet"}).num_classes == 4
 
 
 @pytest.mark.parametrize(
