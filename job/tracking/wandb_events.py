@@ -149,7 +149,9 @@ def run_inputs(data: DatasetRecord, base: BaseRecord, weights: str | None) -> li
 def summary_values(summary: SummaryRecord) -> JsonObject:
     """Return W&B's summary of a run: the recommended round, its record and the change to the base.
 
-    ``points`` are percentage points of accuracy, ``params_of_base`` and the like fractions.
+    ``points`` are percentage points of accuracy, ``params_of_base`` and the like fractions. Scores
+    of the last round, e.g. ``last_valid_acc``, compare runs to the same size, whatever each of them
+    recommends.
     """
     recommended, base = summary.entries[summary.recommended_round], summary.base
     change = {
@@ -158,7 +160,10 @@ def summary_values(summary: SummaryRecord) -> JsonObject:
         "macs_of_base": recommended.macs / max(base.macs, 1),
         "bytes_of_base": recommended.bytes / max(base.bytes, 1),
     }
-    return {"recommended": summary.recommended, **_with_metrics(to_json(recommended)), **change}
+    last = _with_metrics(to_json(summary.entries[-1]))
+    scores = {f"last_{key}": last[key] for key in last if key.startswith("valid_")}
+    best = _with_metrics(to_json(recommended))
+    return {"recommended": summary.recommended, **best, **change, **scores}
 
 
 def gamma_histograms(network: nn.Module) -> dict[str, Histogram]:

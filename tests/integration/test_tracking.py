@@ -160,7 +160,9 @@ def test_the_command_of_the_sweep_runs(flat_data: Path, tmp_path: Path) -> None:
         if record.HasField("summary")
         for update in record.summary.update
     }
-    assert sweep["metric"]["name"] in summary
+    last = json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"][-1]
+    assert last["round"] == 1  # also where the base is recommended
+    assert json.loads(summary[sweep["metric"]["name"]]) == last["valid_acc"]
     for name, entry in sweep["parameters"].items():
         for value in entry["values"]:
             assert gammaslim("prune", f"--{name}={value}", "--help").code == 0
