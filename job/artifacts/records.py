@@ -73,7 +73,7 @@ class RoundRecord(PlannedRound):
     since the run began, ``seconds`` is the time that the round took. ``latency`` is the median
     time of the network for one image on the device of the run, in seconds, and ``speedup`` says
     how many times as fast as the base it is: they were timed in turn, and the latency is the base's
-    divided by the speed-up.
+    divided by the speed-up. It is from ``speedup_low`` to ``speedup_high`` (95 %).
     """
 
     EVENT: ClassVar[str] = "round"
@@ -91,6 +91,8 @@ class RoundRecord(PlannedRound):
     seconds: float | None = None
     latency: float | None = None
     speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
     metric: str = field(default=ACCURACY, metadata=BRIEF)
     metrics: Mapping[str, float] = field(default_factory=dict, metadata=BRIEF)
 

@@ -9,6 +9,7 @@ from job.artifacts.run_status import commands_after
 from job.artifacts.stored_places import place_of
 from job.console import counted, say, say_cautions, say_event
 from job.errors import shown
+from job.report.latency import latency_cautions
 from job.report.tables import rounds_table
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def print_summary(
     say("")
     say(rounds_table(entries), event=True)
     say(f"\nrecommended: {summary.recommended} ({summary.reason})")
-    say_cautions(summary.cautions)
+    say_cautions([*summary.cautions, *latency_cautions(entries, place)])
     say(f"{counted(summary.seconds, 'second')}; all files are in {shown(place)}")
     for line in commands_after(place, task):
         say(f"next: {line}")

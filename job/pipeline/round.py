@@ -253,9 +253,11 @@ def _with_latency(session: Session, entry: RoundRecord, network: nn.Module) -> R
     base = base if entry.round else None
     latency, gain = on_main(lambda: measure_round(network, base, session.image_size, device))
     first = session.entries[0].latency if session.entries else None
-    if first is not None and gain is not None:
-        latency = first / gain
-    return replace(entry, latency=latency, speedup=gain)
+    if gain is None:
+        return replace(entry, latency=latency)
+    latency = latency if first is None else first / gain.value
+    entry = replace(entry, speedup_low=gain.low, speedup_high=gain.high)
+    return replace(entry, latency=latency, speedup=gain.value)
 
 
 def _evaluation_record(session: Session, network: nn.Module) -> RoundEvaluation | None:

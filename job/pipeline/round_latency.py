@@ -13,7 +13,7 @@ from job.slimming.latency.alternation import TimeLimits, time_alternately
 from job.slimming.latency.clock import clock_of
 from job.slimming.latency.profile import random_images
 from job.slimming.latency.runtimes import eager
-from job.slimming.latency.statistics import latency_of, speedup
+from job.slimming.latency.statistics import Series, Speedup, latency_of, speedup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,16 +24,19 @@ if TYPE_CHECKING:
     from job.models.input_size import InputSize
     from job.slimming.latency.clock import Clock
 
-# a tenth of a second shows what a cut gained; the command bench measures it well
+# a tenth of a second shows what a cut gained; on a busy machine more of them do
 QUICK = TimeLimits(seconds=0.1, warmup=0.02)
+MOST_REPEATS = 10
+CERTAIN = 1.1  # ratio of the bounds of a speed-up below which nothing is measured again
 
 
 def measure_round(
     network: nn.Module, base: nn.Module | None, size: InputSize, device: torch.device
-) -> tuple[float | None, float | None]:
+) -> tuple[float | None, Speedup | None]:
     """Return the median latency of ``network`` in seconds, and its speed-up over ``base``.
 
-    Both networks are timed in turn on one random input of ``size``; their mode and device are
+    Both networks are timed in turn on one random input of ``size``, for longer where other programs
+    disturb the measurement; their mode and device are
     restored. ``base`` is None for the base itself, and the speed-up is then None. If a network
     raises an error, a warning is printed and both values are None.
     """
@@ -46,7 +49,7 @@ def measure_round(
 
 def _measure(
     network: nn.Module, base: nn.Module | None, size: InputSize, device: torch.device, clock: Clock
-) -> tuple[float, float | None]:
+) -> tuple[float, Speedup | None]:
     networks = [network, *([base] if base is not None else [])]
     with ExitStack() as stack:
         for each in networks:
@@ -54,9 +57,15 @@ def _measure(
             stack.enter_context(eval_with_hooks(each, []))
         dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
         images = random_images((1, *input_shape(size)), device, dtype)
-        series = time_alternately([eager(each, images) for each in networks], clock, QUICK)
-    gain = speedup(series[1], series[0]).value if base is not None else None
-    return latency_of(series[0], 1).median, gain
+        calls = [eager(each, images) for each in networks]
+        series = time_alternately(calls, clock, QUICK)
+        for _ in range(MOST_REPEATS if base is not None else 0):
+            gain = speedup(series[1], series[0])
+            if gain.high <= CERTAIN * gain.low:
+                break
+            more = time_alternately(calls, clock, QUICK)
+            series = [Series(a.rounds + b.rounds) for a, b in zip(series, more, strict=True)]
+    return latency_of(series[0], 1).median, None if base is None else speedup(series[1], series[0])
 
 
 @contextmanager

@@ -6,11 +6,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from job.console import counted, table
+from job.files import shell_word
 from job.slimming.latency.explanation import bottlenecks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from job.artifacts.records import RoundRecord
     from job.slimming.latency.benchmark import (
         BenchmarkResult,
         Conditions,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 MAX_LAYER_ROWS = 12  # rows of a table of layers; the last row is the sum of all others
 MAX_DRIFT = 0.1  # relative; a larger drift is reported
 MAX_OUTLIERS = 0.05  # share of the calls; more outliers are reported
+UNCERTAIN = 1.25  # ratio of the bounds of a speed-up; a larger one is reported
 EXPECTED_SPEEDUP = 0.75  # of the ratio of MACs; a smaller speed-up is explained
 
 
@@ -84,6 +87,18 @@ def _ratios(base: Cost | None, cost: Cost | None) -> tuple[str, str]:
     pairs = (base.macs, cost.macs), (base.params, cost.params)
     macs, params = (f"{whole / left:.2f}x" if left else "" for whole, left in pairs)
     return macs, params
+
+
+def latency_cautions(rounds: Sequence[RoundRecord], place: str) -> list[str]:
+    """Return a caution if speed-ups of a run in ``place`` were measured on a busy machine."""
+    wide = [e for e in rounds if (e.speedup_high or 0) > UNCERTAIN * (e.speedup_low or 0)]
+    if not wide:
+        return []
+    texts = [f"round {e.round}: {e.speedup_low:.2f}x to {e.speedup_high:.2f}x" for e in wide]
+    return [
+        f"other programs used the machine while latencies were measured ({', '.join(texts)}): "
+        f"gammaslim bench {shell_word(place)} measures them again"
+    ]
 
 
 def _notes(rows: Sequence[Measurement]) -> Iterator[str]:

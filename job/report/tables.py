@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from job.artifacts.accuracy import signed_points
 from job.artifacts.records import PlannedRound, RoundRecord
+from job.artifacts.stored_places import place_of
 from job.console import table
 from job.errors import printable
 from job.report.comparison import COSTS, common_metric, comparison_caution, run_names
 from job.report.configuration import differing_options
-from job.report.latency import milliseconds
+from job.report.latency import latency_cautions, milliseconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,7 +86,8 @@ def run_overview(history: History) -> str:
         lines.append("no round is finished yet")
     if history.best:
         lines += ["", f"recommended: rounds/{history.best.round:02d} ({printable(history.reason)})"]
-    lines += [f"caution: {printable(caution)}" for caution in history.cautions]
+    cautions = [*history.cautions, *latency_cautions(history.rounds, place_of(history.path))]
+    lines += [f"caution: {printable(caution)}" for caution in cautions]
     if history.state == "died":
         advice = "its process was killed or its machine was lost: run the same command to resume"
         lines += ["", advice]

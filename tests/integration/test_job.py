@@ -59,10 +59,11 @@ def test_the_run_directory_is_as_documented(finished_run: Path) -> None:
     for entry in summary["rounds"]:
         assert {
             "round", "width", "params", "macs", "bytes", "channels", "valid_acc_pruned",
-            "valid_acc", "valid_loss", "best_epoch", "seconds", "latency", "speedup",
+            "valid_acc", "valid_loss", "best_epoch", "seconds", "latency",
+            "speedup", "speedup_low", "speedup_high",
         } <= set(entry)  # fmt: skip
         assert entry["latency"] > 0
-        assert entry["speedup"] > 0
+        assert 0 < entry["speedup_low"] <= entry["speedup"] <= entry["speedup_high"]
     assert "speedup" not in summary["base"]
     assert summary["base"]["latency"] > 0
     assert not list(finished_run.rglob("*.tmp"))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -10,10 +15,13 @@ from job.artifacts.records import RoundRecord
 from job.models.student import StudentNet
 from job.pipeline import round_latency
 from job.pipeline.round_latency import measure_round
+from job.report.latency import latency_cautions
 from job.report.tables import rounds_table
 from support.clocks import FakeClock
 
 CPU = torch.device("cpu")
+COSTS: dict[str, Any] = {"width": 1, "channels": 1, "params": 1, "macs": 1, "bytes": 1,
+                         "valid_acc": 0.5, "valid_loss": 1.0, "step": 1}  # fmt: skip
 
 
 class Slow(nn.Module):
@@ -48,10 +56,27 @@ def test_a_round_is_as_many_times_as_fast_as_the_base(monkeypatch: pytest.Monkey
     monkeypatch.setattr(round_latency, "clock_of", lambda _device: clock)
     base, slim = Slow(clock, 0.002), Slow(clock, 0.001)
     latency, gain = measure_round(slim, base, 8, CPU)
-    assert gain == pytest.approx(2, rel=0.1)
+    assert gain is not None
+    assert gain.value == pytest.approx(2, rel=0.1)
     assert latency is not None
     assert latency >= 0.001
     assert measure_round(base, None, 8, CPU)[1] is None
+
+
+def test_a_disturbed_measurement_goes_on_and_an_uncertain_one_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed, chance = mock.Mock(wraps=round_latency.time_alternately), random.Random(0)
+    monkeypatch.setattr(round_latency, "time_alternately", timed)
+    for clock, repeats in (FakeClock(), 1), (FakeClock(lambda _: 1 + 4 * chance.random()), 11):
+        monkeypatch.setattr(round_latency, "clock_of", lambda _device, clock=clock: clock)
+        timed.reset_mock()
+        measure_round(Slow(clock, 0.001), Slow(clock, 0.002), 8, CPU)
+        assert timed.call_count == repeats
+    entry = RoundRecord(round=2, speedup=1.5, speedup_low=1.0, speedup_high=2.4, **COSTS)
+    (caution,) = latency_cautions([entry], "runs/my run")
+    assert "(round 2: 1.00x to 2.40x): gammaslim bench 'runs/my run' measures" in caution
+    assert latency_cautions([replace(entry, speedup_low=1.4, speedup_high=1.6)], "a") == []
 
 
 def test_measuring_changes_neither_networks_nor_random_numbers() -> None:
@@ -73,8 +98,7 @@ def test_a_network_that_cannot_be_measured_is_warned_of(capsys: pytest.CaptureFi
 
 
 def test_the_table_has_latencies_where_there_are_any() -> None:
-    more = {"width": 1, "channels": 1, "params": 1, "macs": 1, "bytes": 1, "valid_acc": 0.5,
-            "valid_loss": 1.0, "step": 1}  # fmt: skip
+    more = COSTS
     old = [RoundRecord(round=0, **more), RoundRecord(round=1, **more)]
     assert "latency" not in rounds_table(old)
     new = [RoundRecord(round=0, latency=0.0042, **more), old[1],
