@@ -294,6 +294,19 @@ JOBSET = [
     ("replicas: 1", "replicas: 2"),
     ("jobset.sigs.k8s.io/jobset-name", "batch.kubernetes.io/job-name"),
 ]
+TRAINJOB = [
+    ("trainer.kubeflow.org/v1alpha1\nkind: TrainJob", "trainer.kubeflow.org/v1\nkind: TrainJob"),
+    ("runtimeRef:", "runtimeReference:"),
+    ("numNodes: 2", 'numNodes: "2"'),
+    ("numNodes: 2", "numNodes: 2\n    numProcPerNode: auto"),
+    ("resourcesPerNode:", "resources:"),
+    ("torch: {}", "pytorch: {}"),
+    ("torch: {}", "torch: {numProcPerNode: 8}"),
+    ("  # podGroupPolicy:\n  #   volcano: {}", "  podGroupPolicy:\n    volcano: {minMember: 2}"),
+    ("maxRestarts: 3", "maxRestart: 3"),
+    ("podReplacementPolicy: Failed", "podReplacementPolicies: Failed"),
+    ("readOnlyRootFilesystem: true", "readOnlyRootFileSystem: true"),
+]
 
 
 @pytest.mark.parametrize(
@@ -302,6 +315,7 @@ JOBSET = [
         *(("job.yaml", *edit) for edit in SINGLE),
         *(("multinode/gammaslim.yaml", *edit) for edit in SEVERAL),
         *(("jobset/gammaslim.yaml", *edit) for edit in JOBSET),
+        *(("trainjob.yaml", *edit) for edit in TRAINJOB),
     ],
     ids=lambda value: re.sub(r"\s+", " ", str(value))[:40],
 )
