@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,10 @@ MODELS = {
     ("trainer.kubeflow.org/v1alpha1", "TrainJob"): models.TrainerV1alpha1TrainJob,
     ("trainer.kubeflow.org/v1alpha1", "TrainingRuntime"): models.TrainerV1alpha1TrainingRuntime,
 }
+GATE = re.search(
+    r"enabling the (\w+) feature gate",
+    models.TrainerV1alpha1TrainJobStatus.model_fields["trainer_status"].description,
+)[1]  # of Kubeflow Trainer, for the progress of a TrainJob
 # what this job needs of the JobSet, whose keys and types the model checks
 JOBSET = {
     "required": ["ttlSecondsAfterFinished", "network", "failurePolicy", "replicatedJobs"],
