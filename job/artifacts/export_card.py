@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from job import __version__
 from job.artifacts.accuracy import accuracy_change, score_name, signed_points
 from job.artifacts.export import INPUT_NAME, OUTPUT_NAME
+from job.artifacts.export_coreml import MAX_BATCH
 from job.artifacts.export_loading import loading_section
 from job.artifacts.json_records import from_json
 from job.artifacts.records import RoundRecord
@@ -36,7 +37,8 @@ MARK = "<!-- written by gammaslim export -->"  # a README without it is the user
 SHOWN_CLASSES = 50
 CARD_TAGS = '"channel-pruning", "network-slimming", "gammaslim"'
 LIBRARIES = {
-    "onnx": "onnx", "openvino": "openvino", "torch-export": "pytorch", "state-dict": "pytorch",
+    "onnx": "onnx", "openvino": "openvino", "coreml": "coreml", "torch-export": "pytorch",
+    "state-dict": "pytorch",
 }  # fmt: skip
 MIT_DATA = "a sample of Fashion-MNIST (MIT licence, Zalando SE)"
 
@@ -126,6 +128,8 @@ def _summary(model: ExportedModel) -> str:
     how = {
         "onnx": "an ONNX model", "torch-export": "a program of `torch.export`",
         "openvino": "an OpenVINO model (its weights are in the `.bin` file of the same name)",
+        "coreml": "a Core ML model, a folder with an ML program in float32 for up to "
+        f"{MAX_BATCH} images",
         "state-dict": "a state dict",
     }[model.format]  # fmt: skip
     card = model.card

@@ -19,6 +19,8 @@ def loading_section(format: str, name: str, size: tuple[int, ...]) -> str:
     if format == "openvino":
         return "\n\n".join((_code("python", _openvino_python(file, size)),
                             _code("cpp", _openvino_cpp(file, size))))  # fmt: skip
+    if format == "coreml":
+        return _code("python", _coreml_python(file, size))
     if format == "torch-export":
         return _code("python", (
             "import torch\n\n"
@@ -95,6 +97,15 @@ int main() {{
   const float* logits = request.get_tensor("{OUTPUT_NAME}").data<float>();
   std::cout << logits[0] << '\\n';
 }}"""
+
+
+def _coreml_python(file: str, size: tuple[int, ...]) -> str:
+    return (
+        "import coremltools\nimport numpy as np\n\n"
+        f"model = coremltools.models.MLModel({file})\n"
+        f"images = np.zeros((1, {_sides(size)}), np.float32)\n"
+        f'logits = model.predict({{"{INPUT_NAME}": images}})["{OUTPUT_NAME}"]  # on macOS'
+    )
 
 
 def _code(language: str, text: str) -> str:

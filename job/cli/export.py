@@ -1,4 +1,4 @@
-"""``export``: write MODEL to a file for PyTorch, ONNX or OpenVINO."""
+"""``export``: write MODEL to a file for PyTorch, ONNX, OpenVINO or Core ML."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from job.artifacts.export import format_of, state_dict_bytes, torch_export_bytes
 from job.artifacts.export_card import ExportedModel, base_of_run, card_path, export_readme
+from job.artifacts.export_coreml import check_coreml, write_coreml
 from job.artifacts.export_onnx import needs_data_file, onnx_bytes, onnx_with_data
 from job.artifacts.export_openvino import check_openvino, openvino_files
 from job.artifacts.model_card import find_model
@@ -15,7 +16,7 @@ from job.cli.command_options import QuantisationOptions
 from job.cli.export_int8 import check_int8, int8_bytes
 from job.cli.open_model import open_model
 from job.console import counted, say
-from job.errors import UsageError, shown
+from job.errors import shown
 from job.files import check_output, write_output
 
 if TYPE_CHECKING:
@@ -41,17 +42,22 @@ def export(
     contradict each other.
     """
     format = format_of(Path(output), format)
-    check_output(Path(output))
+    if format == "coreml":
+        check_coreml(Path(output))
+    else:
+        check_output(Path(output))
     quantisation = quantisation or QuantisationOptions()
     check_int8(format, quantisation)
-    _check_packages(format, Path(output))
+    if format == "openvino":
+        check_openvino(Path(output))
     if quantisation.int8:
         described, content, how = int8_bytes(model, quantisation)
+        write_output(Path(output), content)
     else:
         network, described = open_model(model)
-        content, how = _exported(network, described, format, Path(output))
-    is_stream = Path(output).exists() and not Path(output).is_file()
-    write_output(Path(output), content)
+        how = _write_exported(network, described, format, Path(output))
+    # a Core ML model is a folder
+    is_stream = not (Path(output).is_file() or Path(output).is_dir())
     # StudentNet(width_mult=…) needs all digits
     width = repr(described.width) if described.model == "student" else f"{described.width:.4f}"
     say(f"{described.model} at width {width}: {how} in {shown(output)}")
@@ -72,17 +78,13 @@ def _write_card(model: ModelOptions, card: ModelCard, output: Path, format: str,
     return path
 
 
-def _check_packages(format: str, output: Path) -> None:
-    """Raise UsageError for a format whose packages are missing, or that cannot be written."""
-    if format == "openvino":
-        check_openvino(output)
+def _write_exported(network: nn.Module, card: ModelCard, format: str, output: Path) -> str:
+    """Write a network to ``output``; return how it was checked."""
     if format == "coreml":
-        program = output.with_suffix(".pt2").name
-        raise UsageError(
-            "--format coreml is not written by Gammaslim, because Core ML models can be run, and "
-            f"so compared with torch, on macOS only: export with --output {shown(program)}, and "
-            f"convert it (pip install coremltools): {_coreml_lines(program, output.name)}"
-        )
+        return write_coreml(network, card, output)
+    content, how = _exported(network, card, format, output)
+    write_output(output, content)
+    return how
 
 
 def _exported(network: nn.Module, card: ModelCard, format: str, output: Path) -> tuple[bytes, str]:
@@ -103,12 +105,3 @@ def _exported(network: nn.Module, card: ModelCard, format: str, output: Path) ->
         return files.graph, files.how
     content = state_dict_bytes(network, output.suffix)
     return content, counted(len(network.state_dict()), "tensor")
-
-
-def _coreml_lines(program: str, package: str) -> str:
-    """Return a Python program of one line that converts a .pt2 file to Core ML."""
-    return (
-        f"import coremltools, torch; program = torch.export.load({program!r}); "
-        "coremltools.convert(program.run_decompositions({})).save("
-        f"{Path(package).with_suffix('.mlpackage').name!r})"
-    )

@@ -258,7 +258,7 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
     "--format",
     type=click.Choice(["state-dict", "onnx", "torch-export", "openvino", "coreml"]),
     help="File format. Default: set by the suffix, .onnx, .pt2 (torch-export), .xml (openvino), "
-    "else state-dict. coreml: says how to convert a .pt2.",
+    ".mlpackage (coreml), else state-dict.",
 )
 @local_path_option("--output", metavar="FILE", required=True, help="File to write.")
 @click.option(
@@ -268,10 +268,10 @@ def bench_command(paths: tuple[str, ...], json: bool, **options: Any) -> None:
 )
 @click_options(QuantisationOptions)
 def export_command(format: str | None, output: str, card: bool, **options: Any) -> None:
-    """Export MODEL to a file for PyTorch, ONNX or OpenVINO.
+    """Export MODEL to a file for PyTorch, ONNX, OpenVINO or Core ML.
 
     The state dict of a StudentNet loads into the homework's StudentNet(width_mult=…). ONNX needs
-    the extra gammaslim[onnx], OpenVINO (NAME.xml and NAME.bin) gammaslim[openvino].
+    the extra gammaslim[onnx], OpenVINO (NAME.xml, NAME.bin) [openvino], Core ML [coreml].
     torch.export.load reads a .pt2 file without the code of the network.
     """
     model = model_of(options)

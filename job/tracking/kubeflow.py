@@ -1,7 +1,7 @@
 """Progress of a run on its Kubeflow TrainJob (`Kubeflow Trainer`_, KEP-2779).
 
 The controller sets ``KUBEFLOW_TRAINER_SERVER_URL``, and the files of a token and of a certificate
-authority, where its feature gate ``TrainJobRuntimeStatus`` is on. The main process posts the share
+authority, where its feature gate ``TrainJobStatus`` is on. The main process posts the share
 that is done, the seconds left and the last metrics there, read from the files of the run.
 
 .. _Kubeflow Trainer: https://www.kubeflow.org/docs/components/trainer

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from job.artifacts.json_records import from_json, to_json
 from job.artifacts.records import MlflowRecord
-from job.console import warn
+from job.console import say, warn
 from job.errors import GammaslimError, StopRequest, UsageError, reason
-from job.files import read_json, write_json
+from job.files import read_json, shell_word, write_json
 from job.tracking.wandb_events import AXES
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ FINAL_FLUSH = 10.0  # seconds that the end of a job waits for a tracker
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # by name of the tracker
 EXPERIMENT = "gammaslim"
 SERVER_VARIABLES = ("MLFLOW_TRACKING_URI", "DATABRICKS_HOST")
+# MLflow 3 opens a folder only with it; a database needs packages that mlflow-skinny lacks
+ALLOW_FOLDER = ("MLFLOW_ALLOW_FILE_STORE", "true")
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -158,9 +160,11 @@ class MlflowSink:
         from accelerate.tracking import MLflowTracker
 
         self._mlflow: Any = mlflow
+        self._folder: Path | None = None
         if not any(map(os.environ.get, SERVER_VARIABLES)):
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow prefers a database
-            mlflow.set_tracking_uri((run.path.absolute() / "mlruns").as_uri())
+            os.environ.setdefault(*ALLOW_FOLDER)
+            self._folder = run.path.absolute() / "mlruns"
+            mlflow.set_tracking_uri(self._folder.as_uri())
         stored = self._stored_id(run.path / "mlflow.json")
         self._tracker: Any = MLflowTracker(EXPERIMENT, run_id=stored, run_name=run.path.name)
         self._tracker.start()
@@ -187,6 +191,9 @@ class MlflowSink:
             self._tracker.log(dict(values), step)
 
     def finish(self, exit_code: int) -> None:
-        """End the run with the state that MLflow shows."""
+        """End the run with the state that MLflow shows; print how to open its folder."""
         states = {0: "FINISHED", StopRequest.exit_code: "KILLED"}
         self._mlflow.end_run(states.get(exit_code, "FAILED"))
+        if self._folder is not None:
+            command = f"mlflow ui --backend-store-uri {shell_word(str(self._folder))}"
+            say(f"MLflow: to see the run: {'='.join(ALLOW_FOLDER)} {command}")

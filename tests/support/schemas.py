@@ -1,13 +1,16 @@
-"""The schemas that a manifest has to keep: Kubernetes' own, a JobSet's, YAML's."""
+"""The schemas that a manifest has to keep: Kubernetes' own, those of its extensions, YAML's."""
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import pydantic
+from kubeflow_trainer_api import models
 from kubernetes_validate.utils import SchemaNotFoundError, ValidationError
 from yamllint import linter
 from yamllint.config import YamlLintConfig
@@ -19,25 +22,29 @@ LINT = YamlLintConfig(
     "rules: {line-length: {max: 120}, document-start: disable, braces: {max-spaces-inside: 1},"
     " comments: {min-spaces-from-content: 1}}"
 )
-# the JobSet's own fields, of jobset.x-k8s.io/v1alpha2; what is within its Job is checked as a Job
+# of the APIs that Kubernetes itself lacks; they include the Job and the pod within
+MODELS = {
+    ("jobset.x-k8s.io/v1alpha2", "JobSet"): models.JobsetV1alpha2JobSet,
+    ("trainer.kubeflow.org/v1alpha1", "TrainJob"): models.TrainerV1alpha1TrainJob,
+    ("trainer.kubeflow.org/v1alpha1", "TrainingRuntime"): models.TrainerV1alpha1TrainingRuntime,
+}
+GATE = re.search(
+    r"enabling the (\w+) feature gate",
+    models.TrainerV1alpha1TrainJobStatus.model_fields["trainer_status"].description,
+)[1]  # of Kubeflow Trainer, for the progress of a TrainJob
+# what this job needs of the JobSet, whose keys and types the model checks
 JOBSET = {
-    "additionalProperties": False,
     "required": ["ttlSecondsAfterFinished", "network", "failurePolicy", "replicatedJobs"],
     "properties": {
-        "ttlSecondsAfterFinished": {"type": "integer", "minimum": 0},
-        "network": {
-            "const": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-        },
+        "network": {"const": {"enableDNSHostnames": True, "publishNotReadyAddresses": True}},
         "failurePolicy": {
-            "additionalProperties": False,
             "required": ["maxRestarts", "rules"],
             "properties": {
-                "maxRestarts": {"type": "integer", "minimum": 1},
+                "maxRestarts": {"minimum": 1},
                 "rules": {
                     "minItems": 1,
                     "items": {
-                        "additionalProperties": False,
-                        "required": ["name", "action", "onJobFailureReasons"],
+                        "required": ["onJobFailureReasons"],
                         "properties": {
                             "name": {"pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
                             "action": {"const": "FailJobSet"},
@@ -51,82 +58,25 @@ JOBSET = {
             "minItems": 1,
             "maxItems": 1,
             "items": {
-                "additionalProperties": False,
-                "required": ["name", "replicas", "template"],
                 "properties": {
                     "name": {"pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"},
                     "replicas": {"const": 1},
-                    "template": {
-                        "additionalProperties": False,
-                        "required": ["spec"],
-                        "properties": {"spec": {"type": "object"}},
-                    },
                 },
             },
         },
     },
 }
-# of the CustomResourceDefinitions of Kubeflow Trainer 2.3 and Volcano 1.13, what the manifests use
-NAME = {"type": "string", "minLength": 1}
-RESOURCES = {
-    "type": "object",
+# of the CustomResourceDefinition of Volcano 1.13, what the manifests use
+PODGROUP = {
     "additionalProperties": False,
-    "required": ["requests", "limits"],
-    "properties": {"requests": {"type": "object"}, "limits": {"type": "object"}},
-}
-CUSTOM: dict[tuple[str, str], Document] = {
-    ("trainer.kubeflow.org/v1alpha1", "TrainJob"): {
-        "additionalProperties": False,
-        "required": ["runtimeRef", "trainer"],
-        "properties": {
-            "runtimeRef": {
-                "additionalProperties": False,
-                "required": ["name", "kind"],
-                "properties": {
-                    "apiGroup": {"const": "trainer.kubeflow.org"},
-                    "kind": {"enum": ["TrainingRuntime", "ClusterTrainingRuntime"]},
-                    "name": NAME,
-                },
-            },
-            "suspend": {"type": "boolean"},
-            "trainer": {
-                "additionalProperties": False,
-                "properties": {
-                    "image": NAME,
-                    "numNodes": {"type": "integer", "minimum": 1},
-                    "resourcesPerNode": RESOURCES,
-                },
-            },
-        },
-    },
-    ("trainer.kubeflow.org/v1alpha1", "TrainingRuntime"): {
-        "additionalProperties": False,
-        "required": ["mlPolicy", "template"],
-        "properties": {
-            "mlPolicy": {
-                "additionalProperties": False,
-                "properties": {
-                    "numNodes": {"type": "integer", "minimum": 1},
-                    "torch": {"type": "object", "maxProperties": 0},
-                },
-            },
-            "podGroupPolicy": {
-                "additionalProperties": False,
-                "properties": {"volcano": {"type": "object"}, "coscheduling": {"type": "object"}},
-            },
-            "template": {
-                "additionalProperties": False,
-                "required": ["spec"],
-                "properties": {"spec": {"type": "object"}},
-            },
-        },
-    },
-    ("scheduling.volcano.sh/v1beta1", "PodGroup"): {
-        "additionalProperties": False,
-        "required": ["minMember"],
-        "properties": {"minMember": {"type": "integer", "minimum": 1}, "queue": NAME},
+    "required": ["minMember"],
+    "properties": {
+        "minMember": {"type": "integer", "minimum": 1},
+        "queue": {"type": "string", "minLength": 1},
     },
 }
+REQUIREMENTS = {"JobSet": JOBSET, "PodGroup": PODGROUP}
+WITHOUT_JOB = {"TrainJob", "TrainingRuntime", "PodGroup"}  # no kind of Kubernetes, nor made of one
 
 
 def lint(text: str) -> Iterator[str]:
@@ -146,18 +96,33 @@ def as_job(document: Document) -> Document:
     }  # fmt: skip
 
 
+def custom(document: Document) -> Iterator[str]:
+    """What breaks the schema of an API that Kubernetes itself lacks."""
+    kind, version = document["kind"], document["apiVersion"]
+    if kind in REQUIREMENTS:
+        for error in jsonschema.Draft7Validator(REQUIREMENTS[kind]).iter_errors(document["spec"]):
+            yield error.message
+    if kind == "PodGroup":
+        if version != "scheduling.volcano.sh/v1beta1":
+            yield f"no such API: {version} {kind}"
+    elif (version, kind) not in MODELS:
+        yield f"no such API: {version} {kind}"
+    else:
+        try:
+            kept = MODELS[version, kind].from_dict(document).to_dict()
+        except pydantic.ValidationError as error:
+            yield str(error)
+        else:  # a model drops the keys that it does not have
+            if kept != document:
+                yield f"{kind} has only {kept}"
+
+
 def schema(documents: list[Document], versions: tuple[str, ...] = VERSIONS) -> Iterator[str]:
     """What breaks the schema of a supported version; a kind without one is a problem too."""
     for document in documents:
-        if document["kind"] == "JobSet":
-            if document["apiVersion"] != "jobset.x-k8s.io/v1alpha2":
-                yield f"no such API: {document['apiVersion']}"
-            for error in jsonschema.Draft7Validator(JOBSET).iter_errors(document["spec"]):
-                yield error.message
-        custom = CUSTOM.get((document["apiVersion"], document["kind"]))
-        if custom is not None:
-            for error in jsonschema.Draft7Validator(custom).iter_errors(document["spec"]):
-                yield error.message
+        if document["kind"] in WITHOUT_JOB | {"JobSet"}:
+            yield from custom(document)
+        if document["kind"] in WITHOUT_JOB:
             continue
         for version in versions:
             try:
@@ -170,7 +135,10 @@ def as_controller(documents: list[Document]) -> list[Document]:
     """``documents`` with the JobSet that Kubeflow Trainer makes of a TrainJob and its runtime."""
     kinds = {document["kind"]: document for document in documents}
     job, runtime = copy.deepcopy(kinds["TrainJob"]), copy.deepcopy(kinds["TrainingRuntime"])
-    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    assert job["spec"]["runtimeRef"] == {
+        "apiGroup": runtime["apiVersion"].partition("/")[0], "kind": runtime["kind"],
+        "name": runtime["metadata"]["name"],
+    }  # fmt: skip
     trainer, spec = job["spec"]["trainer"], runtime["spec"]["template"]["spec"]
     (replicated,) = spec["replicatedJobs"]
     labels = replicated["template"].pop("metadata")["labels"]

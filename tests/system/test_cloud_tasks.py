@@ -55,7 +55,7 @@ DSTACK = {
         "name": TEXT,
         "nodes": {"type": "integer", "minimum": 1},
         "python": {"enum": ["3.11", "3.12", "3.13"]},
-        "repos": {"const": [".."]},
+        "repos": {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 1},
         "env": {"type": "array", "items": {"pattern": "^[A-Z_]+(=.+)?$"}},
         "commands": {"type": "array", "items": TEXT},
         "resources": {
@@ -131,6 +131,12 @@ def test_its_commands_start_the_job_on_each_node(tmp_path: Path, name: str, node
     )
     found = find_nodes(started)
     assert found == (Nodes() if nodes == 1 else Nodes(3, 2, "10.0.0.1", found.port))
+
+
+def test_dstack_takes_the_repository_from_its_root() -> None:
+    """A path in the file is relative to the file, and dstack takes no folder inside of a clone."""
+    (path,) = read("gammaslim.dstack.yml")["repos"]
+    assert (CLOUD / path).resolve() == ROOT
 
 
 def test_skypilot_recovers_from_codes_that_ask_for_it() -> None:

@@ -12,7 +12,7 @@ import pytest
 from job.cli.main import prune_command
 from support.commands import ROOT
 from support.manifests import K8S, documents, kustomize, problems
-from support.schemas import VERSIONS, Document, as_controller, as_job, lint, schema
+from support.schemas import GATE, VERSIONS, Document, as_controller, as_job, lint, schema
 
 OVERLAYS = ("multinode", "jobset", "kueue", "volcano")
 
@@ -75,6 +75,11 @@ def test_a_trainjob_becomes_the_jobset() -> None:
         for rule in each["spec"]["podFailurePolicy"]["rules"]:
             rule.get("onExitCodes", {}).pop("containerName", None)
     assert job["spec"] == jobset["spec"]
+
+
+@pytest.mark.parametrize("file", ["k8s/README.md", "k8s/trainjob.yaml", "job/tracking/kubeflow.py"])
+def test_the_gate_of_the_progress_is_named_as_kubeflow_trainer_names_it(file: str) -> None:
+    assert set(re.findall(r"gate `*(\w+)", (ROOT / file).read_text())) == {GATE}
 
 
 def test_each_recipe_of_the_sweep_has_its_index_and_fails_alone(tmp_path: Path) -> None:
@@ -294,6 +299,19 @@ JOBSET = [
     ("replicas: 1", "replicas: 2"),
     ("jobset.sigs.k8s.io/jobset-name", "batch.kubernetes.io/job-name"),
 ]
+TRAINJOB = [
+    ("trainer.kubeflow.org/v1alpha1\nkind: TrainJob", "trainer.kubeflow.org/v1\nkind: TrainJob"),
+    ("runtimeRef:", "runtimeReference:"),
+    ("numNodes: 2", 'numNodes: "2"'),
+    ("numNodes: 2", "numNodes: 2\n    numProcPerNode: auto"),
+    ("resourcesPerNode:", "resources:"),
+    ("torch: {}", "pytorch: {}"),
+    ("torch: {}", "torch: {numProcPerNode: 8}"),
+    ("  # podGroupPolicy:\n  #   volcano: {}", "  podGroupPolicy:\n    volcano: {minMember: 2}"),
+    ("maxRestarts: 3", "maxRestart: 3"),
+    ("podReplacementPolicy: Failed", "podReplacementPolicies: Failed"),
+    ("readOnlyRootFilesystem: true", "readOnlyRootFileSystem: true"),
+]
 
 
 @pytest.mark.parametrize(
@@ -302,6 +320,7 @@ JOBSET = [
         *(("job.yaml", *edit) for edit in SINGLE),
         *(("multinode/gammaslim.yaml", *edit) for edit in SEVERAL),
         *(("jobset/gammaslim.yaml", *edit) for edit in JOBSET),
+        *(("trainjob.yaml", *edit) for edit in TRAINJOB),
     ],
     ids=lambda value: re.sub(r"\s+", " ", str(value))[:40],
 )

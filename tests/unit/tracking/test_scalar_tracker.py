@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from job.tracking.scalar_tracker import ScalarTracker, TrackedRun, check_tracker
 from job.tracking.trackers import Trackers
 from job.tracking.wandb_events import WandbEvent
 from job.tracking.wandb_tracker import Tracker
+from support.commands import ROOT
 from support.mlflow_stand_in import write_stand_in
 
 
@@ -87,6 +89,33 @@ def test_mlflow_continues_one_run_and_repeats_no_step(tmp_path: Path, mlflow: Pa
     assert stored["params"] == {"rate": 0.9, "mean": "[1, 2]"}
     assert stored["uri"] == (run / "mlruns").as_uri()
     assert read_json(run / "mlflow.json") == {"id": "run-1"}
+
+
+@pytest.mark.parametrize("code", [0, StopRequest.exit_code])
+def test_a_run_without_a_server_ends_with_the_command_that_opens_its_folder(
+    tmp_path: Path, mlflow: Path, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    run = tmp_path / "a run"
+    run.mkdir()
+    attempt(run, ("mlflow",), range(1), code)
+    command = capsys.readouterr().out.partition("MLflow: to see the run: ")[2]
+    assert shlex.split(command) == [
+        "MLFLOW_ALLOW_FILE_STORE=true", "mlflow", "ui", "--backend-store-uri", str(run / "mlruns"),
+    ]  # fmt: skip
+    manual = (ROOT / "job" / "README.md").read_text("utf-8")
+    assert "`MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri RUN/mlruns`" in manual
+
+
+def test_on_a_server_there_is_no_folder_to_open(
+    tmp_path: Path,
+    mlflow: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    attempt(tmp_path, ("mlflow",), range(1), 0)
+    assert capsys.readouterr().out == ""
+    assert json.loads(mlflow.read_text())["uri"] is None
 
 
 def test_several_trackers_receive_an_event_that_is_built_once(tmp_path: Path, mlflow: Path) -> None:
