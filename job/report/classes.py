@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from job.artifacts.accuracy import accuracy_change, signed_points
-from job.report.html import HtmlTable
+from job.report.html import HtmlTable, NumberCell
 
 if TYPE_CHECKING:
     from job.artifacts.evaluation_record import RoundEvaluation
@@ -83,10 +83,10 @@ def changed_classes(history: History) -> HtmlTable | None:
         tuple(
             (
                 history.class_name(number),
-                f"{best.counts[number]:,}",
-                f"{before:.1%}",
-                f"{after:.1%}",
-                signed_points(change),
+                NumberCell(f"{best.counts[number]:,}", best.counts[number]),
+                NumberCell(f"{before:.1%}", before),
+                NumberCell(f"{after:.1%}", after),
+                NumberCell(signed_points(change), change),
                 _confused(history, best, number),
             )
             for change, number, before, after in shown

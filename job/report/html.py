@@ -19,6 +19,18 @@ STYLE_SHEET, SCRIPT = "style.css.j2", "script.js.j2"
 
 
 @dataclass(frozen=True)
+class NumberCell:
+    """Text of a cell, and the exact ``value`` by which the table is sorted; None if empty."""
+
+    text: str
+    value: float | None
+
+    def __str__(self) -> str:
+        """Return the text."""
+        return self.text
+
+
+@dataclass(frozen=True)
 class HtmlTable:
     """Table whose first ``left`` columns are left-aligned and whose row ``best`` is highlighted.
 
@@ -26,7 +38,7 @@ class HtmlTable:
     """
 
     header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[str | NumberCell, ...], ...]
     title: str = ""
     left: int = 1
     best: int | None = None

@@ -16,7 +16,7 @@ from job.report.chart import Axis, Section
 from job.report.classes import changed_classes, confusion_matrices
 from job.report.configuration import changed_options, grouped_options
 from job.report.figures import COST_AXES
-from job.report.html import HtmlTable, render
+from job.report.html import HtmlTable, NumberCell, render
 from job.report.tables import describe_state, format_points
 
 if TYPE_CHECKING:
@@ -142,15 +142,17 @@ def _rounds_table(history: History) -> HtmlTable:
     )  # fmt: skip
     rows = tuple(
         (
-            "★ " + entry.name if entry is history.best else entry.name,
-            _percent(entry.valid_acc),
-            format_points(history.points(entry)) if entry.round else "",
-            f"{entry.valid_loss:.4f}",
-            _percent(entry.valid_acc_pruned),
-            *((_percent(entry.valid_acc_recovered),) if recovered else ()),
-            *(cost_text(history, entry, cost) for cost in costs),
-            f"{entry.width:.4f}",
-            f"{entry.channels:,}",
+            NumberCell("★ " + entry.name if entry is history.best else entry.name, entry.round),
+            score_cell(entry.valid_acc),
+            NumberCell(
+                format_points(history.points(entry)) if entry.round else "", history.points(entry)
+            ),
+            NumberCell(f"{entry.valid_loss:.4f}", entry.valid_loss),
+            score_cell(entry.valid_acc_pruned),
+            *((score_cell(entry.valid_acc_recovered),) if recovered else ()),
+            *(cost_cell(history, entry, cost) for cost in costs),
+            NumberCell(f"{entry.width:.4f}", entry.width),
+            NumberCell(f"{entry.channels:,}", entry.channels),
             "" if entry.best_epoch is None else str(entry.best_epoch),
         )
         for entry in history.rounds
@@ -184,7 +186,14 @@ def _sensitivity_table(history: History) -> HtmlTable | None:
         return None
     record = measured.sensitivity
     title = f"Channel groups before the cut of round {measured.round}: {record.describe()}"
-    return HtmlTable(record.header(), tuple(record.cells()), title=title, sortable=True)
+    rows = tuple(
+        tuple(
+            text if isinstance(value, str) else NumberCell(text, value)
+            for text, value in zip(cells, values, strict=True)
+        )
+        for cells, values in zip(record.cells(), record.values(), strict=True)
+    )
+    return HtmlTable(record.header(), rows, title=title, sortable=True)
 
 
 def _examples(history: History) -> tuple[list[ShownExample], list[ShownExample]]:
@@ -253,11 +262,17 @@ def _percent(accuracy: float | None) -> str:
     return "" if accuracy is None else f"{accuracy:.2%}"
 
 
-def cost_text(history: History, entry: RoundRecord, cost: str) -> str:
-    """Return a cost of ``entry`` and its share of the base's; "" if it is not known."""
+def score_cell(score: float | None) -> NumberCell:
+    """Return a score between 0 and 1 as a percentage; an empty cell for None."""
+    return NumberCell(_percent(score), score)
+
+
+def cost_cell(history: History, entry: RoundRecord, cost: str) -> NumberCell:
+    """Return a cost of ``entry`` and its share of the base's; empty if it is not known."""
     value, share = history.cost(entry, cost), history.share(entry, cost)
     if value is None:
-        return ""
+        return NumberCell("", None)
     exact = cost != "latency" and value < MAX_EXACT_COST
     text = f"{value:,.0f}" if exact else COST_AXES[cost].text(value)
-    return text + ("" if share is None or not entry.round else f" ({share:.1%})")
+    text += "" if share is None or not entry.round else f" ({share:.1%})"
+    return NumberCell(text, value)

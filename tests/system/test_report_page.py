@@ -114,6 +114,29 @@ def test_a_click_on_a_head_sorts_the_rows(chromium: Browser, pages: dict[str, Pa
     assert chromium.console == []
 
 
+def test_numbers_are_sorted_by_their_values(chromium: Browser, tmp_path: Path) -> None:
+    """Not by their digits: costs have units, and the recommended round a star."""
+    costs = ((11_184_202, 1_777e6), (6_306_154, 1_256e6), (5_264_088, 888e6), (4_000_000, 0.9e6))
+    entries = tuple(
+        entry(n, 0.9 - 0.002 * n, params, macs=int(macs)) for n, (params, macs) in enumerate(costs)
+    )
+    folder = make_run(tmp_path / "run", entries)
+    write_evaluations(folder)  # only the base and round 2 were timed
+    write_run_report(folder)
+    chromium.open(folder / "report.html", 1200)
+    head = "[...document.querySelectorAll('table.sortable')[0].querySelectorAll('th button')]"
+    order = """[...document.querySelector("table.sortable").tBodies[0].rows]
+        .map((row) => row.cells[0].textContent)"""
+    down = ["base", "1", "★ 2", "3"]
+    for name in ("parameters", "MACs", "bytes", "round"):
+        button = f"{head}.find((button) => button.textContent === '{name}')"
+        orders = [chromium.evaluate(f"{button}.click(); {order}") for _ in range(2)]
+        assert orders == ([down, down[::-1]] if name == "round" else [down[::-1], down]), name
+    button = f"{head}.find((button) => button.textContent === 'latency')"
+    orders = [chromium.evaluate(f"{button}.click(); {order}")[:2] for _ in range(2)]
+    assert orders == [["★ 2", "base"], ["base", "★ 2"]]  # rounds without a latency are last
+
+
 def test_print_is_dark_on_white_in_the_dark_mode_too(
     chromium: Browser, pages: dict[str, Path]
 ) -> None:
