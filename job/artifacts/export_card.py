@@ -6,6 +6,7 @@ Its head is the metadata of a model card as model hubs read it.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,7 +96,7 @@ class ExportedModel:
 def export_readme(model: ExportedModel) -> str:
     """Return the README of an exported model, in Markdown."""
     parts = [
-        _metadata(model), MARK, f"# {printable(_title(model))}", _summary(model), _metrics(model),
+        _metadata(model), MARK, f"# {as_markdown(_title(model))}", _summary(model), _metrics(model),
         _data(model), _input(model.card), "## Load", loading_section(
             model.format, model.file, input_shape(model.card.preprocessing.input_size)
         ), _origin(model.card.lineage),
@@ -120,6 +121,18 @@ def base_of_run(folder: Path) -> RoundRecord | None:
         return from_json(RoundRecord, read_json(path)["metrics"], lenient=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def as_markdown(text: str) -> str:
+    """Return ``text`` on one line of Markdown that shows it as it is, in paragraphs and tables."""
+    escaped = re.sub(r"([\\`*_{}\[\]<>#!|~&$])", r"\\\1", printable(text))
+    return re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", escaped)  # no list, no heading
+
+
+def _code(text: str) -> str:
+    """Return ``text`` as code in Markdown; it can contain backticks."""
+    marks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{marks} {text} {marks}" if "`" in text else f"{marks}{text}{marks}"
 
 
 def _title(model: ExportedModel) -> str:
@@ -162,9 +175,9 @@ def _summary(model: ExportedModel) -> str:
     card = model.card
     what = f"an image classifier for {counted(card.num_classes, 'class')}"
     if not card.is_classifier:
-        what = f"a network for the task {printable(card.task)}"
+        what = f"a network for the task {as_markdown(card.task)}"
     return (
-        f"`{shown(model.file)}` is {how}: {what}, made smaller by Gammaslim {__version__} "
+        f"{_code(shown(model.file))} is {how}: {what}, made smaller by Gammaslim {__version__} "
         "(channels removed, not masked)."
         + (f"\n\nIt is quantised: {model.int8.how}." if model.int8 else "")
     )
@@ -201,7 +214,7 @@ def _score_row(model: ExportedModel) -> tuple[str, str, str, str, str]:
     if int8 and int8.scores:
         before = int8.scores[0]
         split = f"{int8.split} split"
-        split += f" of {printable(_data_name(int8.data))}" if int8.data else ""
+        split += f" of {as_markdown(_data_name(int8.data))}" if int8.data else ""
         base = base if int8.is_comparable else None
     change = ""
     if base and model.score is not None:
@@ -221,10 +234,11 @@ def _data(model: ExportedModel) -> str:
     counts = (f"{model.data[k]:,} {k} images" for k in ("training", "validation")
               if isinstance(model.data.get(k), int))  # fmt: skip
     licence = "" if _is_built_in(model.data) else " Its licence is not known to Gammaslim."
-    text = f"{printable(_data_name(model.data))}: {', '.join(counts)}.{licence}"
+    text = f"{as_markdown(_data_name(model.data))}: {', '.join(counts)}.{licence}"
     fingerprint = model.data.get("fingerprint")
-    print_ = f"\n\nFingerprint: `{printable(fingerprint)}`" if isinstance(fingerprint, str) else ""
-    return f"## Data\n\n{text}{print_}"
+    if isinstance(fingerprint, str):
+        text += f"\n\nFingerprint: {_code(printable(fingerprint))}"
+    return f"## Data\n\n{text}"
 
 
 def _is_built_in(data: Mapping[str, object] | None) -> bool:
@@ -264,7 +278,7 @@ def _task_input(card: ModelCard) -> str:
 
 
 def _classes(card: ModelCard) -> str:
-    names = [f"{number} {printable(name)}" for number, name in enumerate(card.class_names)]
+    names = [f"{number} {as_markdown(name)}" for number, name in enumerate(card.class_names)]
     return ", ".join(names[:SHOWN_CLASSES]) + (", …" if len(names) > SHOWN_CLASSES else "")
 
 
@@ -277,6 +291,6 @@ def _origin(lineage: Lineage) -> str:
         ("SHA-256 of the base", lineage.base_sha256),
         ("SHA-256 of the network before the last cut", lineage.wide_sha256),
     )
-    rows = [f"| {name} | {printable(str(value))} |" for name, value in facts if value is not None]
+    rows = [f"| {name} | {as_markdown(str(value))} |" for name, value in facts if value is not None]
     rows += [f"| {name} | {version} |" for name, version in package_versions().items()]
     return "## Origin\n\n| | |\n|---|---|\n" + "\n".join(rows)
