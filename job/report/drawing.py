@@ -106,8 +106,9 @@ def _draw_series(axes: Axes, series: PlotSeries) -> None:
         color=color,
         linestyle=series.dash if series.line else "none",
         marker="o" if ring else series.marker or None,
-        markersize=12 if ring else 5,
+        markersize=12 if ring else 5 if series.filled else 7,
         fillstyle="full" if series.filled else "none",
+        zorder=2 if series.filled else 3,  # an open marker does not cover what it is around
     )
     finite = [point for point in series.points if math.isfinite(sum(point))]
     for name, point in list(zip(series.names, finite, strict=False))[:MAX_LABELS]:
