@@ -137,6 +137,33 @@ def test_numbers_are_sorted_by_their_values(chromium: Browser, tmp_path: Path) -
     assert orders == [["★ 2", "base"], ["base", "★ 2"]]  # rounds without a latency are last
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_larger_share_of_a_confusion_matrix_has_the_stronger_colour(
+    chromium: Browser, pages: dict[str, Path], scheme: str, width: int
+) -> None:
+    chromium.open(pages["full"], width, prefers_color_scheme=scheme)
+    colors = """[...document.querySelectorAll(".matrix td.{}")].map((cell) => {{
+        const canvas = Object.assign(document.createElement("canvas"), {{width: 1, height: 1}});
+        const pen = canvas.getContext("2d");
+        pen.fillStyle = getComputedStyle(cell).backgroundColor;
+        pen.fillRect(0, 0, 1, 1);
+        const rgb = [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        return [parseInt(cell.style.getPropertyValue("--share")),
+                Math.max(...rgb) - Math.min(...rgb)];
+    }})"""
+    for kind in ("right", "wrong"):
+        shares = sorted(chromium.evaluate(colors.format(kind)))
+        assert len({share for share, _ in shares}) > 1
+        assert [strength for _, strength in shares] == sorted(strength for _, strength in shares)
+    text = chromium.evaluate("document.body.textContent")
+    assert "The stronger the colour of a cell, the larger its share of the row." in text
+    assert "darker" not in text  # larger shares are lighter in the dark mode
+    cut = """[...document.querySelectorAll(".matrix th.corner")]
+        .filter((head) => head.scrollWidth > head.clientWidth).length"""
+    assert chromium.evaluate(cut) == 0
+
+
 def test_print_is_dark_on_white_in_the_dark_mode_too(
     chromium: Browser, pages: dict[str, Path]
 ) -> None:
