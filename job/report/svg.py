@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup, escape
 
 from job.errors import printable
-from job.report.chart import ticks
+from job.report.chart import shorten_name, ticks
 from job.report.labels import LETTER, Label, Rectangle, place_label, square
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from job.report.chart import Axis, Chart, PlotSeries, Point
 
 WIDTH, LEFT, RIGHT, BOTTOM, PLOT = 380, 50, 10, 40, 200  # pixels at full size
-NAMES_HEIGHT = 74  # pixels below the axis, for its names
+NAME_LETTERS, SLOPE = 12, 55  # of a name below the axis; degrees
 OPEN = 1.25  # scale of open markers: around a filled one at the same place, both are seen
-RADIUS, RING = 5, 8  # pixels; half the width of a marker, and of a ring
+RADIUS, RING = 5, 10  # pixels; half the width of a marker, and of a ring
 ROW = 15  # pixels; height of a row of the legend
 MAX_HOVER_TEXTS = 200  # of a series
 DASHES = {"-": "", "--": "5 3", ":": "1.5 3", "-.": "6 3 1.5 3"}
@@ -83,7 +83,10 @@ class _Frame:
 
     @property
     def height(self) -> int:
-        return self.bottom + (NAMES_HEIGHT if self.chart.x.names else BOTTOM)
+        names = self.chart.x.names
+        letters = max((len(shorten_name(name, NAME_LETTERS)) for name in names), default=0)
+        slope = math.ceil(math.sin(math.radians(SLOPE)) * LETTER * letters)
+        return self.bottom + (slope + 30 if names else BOTTOM)
 
     @cached_property
     def ranges(self) -> tuple[Point, Point]:
@@ -136,9 +139,8 @@ def _x_names(frame: _Frame) -> Iterator[str]:
     every = 1 + (len(names) - 1) // 26  # as many as do not overlap
     for number in range(0, len(names), every):
         x, y = frame.place((number, 0))[0] + 3, frame.bottom + 8
-        turned = f'transform="translate({x:.1f} {y}) rotate(-55)"'
-        name = names[number]
-        short = name if len(name) <= 12 else f"…{name[-11:]}"
+        turned = f'transform="translate({x:.1f} {y}) rotate(-{SLOPE})"'
+        short = shorten_name(names[number], NAME_LETTERS)
         yield f'<text {turned} text-anchor="end" class="small">{_text(short)}</text>'
 
 

@@ -164,6 +164,26 @@ def test_a_larger_share_of_a_confusion_matrix_has_the_stronger_colour(
     assert chromium.evaluate(cut) == 0
 
 
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_title_of_an_axis_is_below_its_names(
+    chromium: Browser, pages: dict[str, Path], width: int
+) -> None:
+    chromium.open(pages["full"], width)
+    boxes = """[...document.querySelectorAll("#channels svg text{}")].map((text) => {{
+        const box = text.getBoundingClientRect();
+        return [text.textContent, box.top, box.bottom];
+    }})"""
+    ((top, bottom),) = [
+        box for name, *box in chromium.evaluate(boxes.format("")) if name == "layer"
+    ]
+    names = chromium.evaluate(boxes.format(".small[transform]"))
+    assert names
+    assert all(LONG.endswith(name.removeprefix("…")) or name == "fc" for name, *_ in names)
+    assert all(name_bottom <= top for *_, name_bottom in names)
+    place = 'document.querySelector("#channels svg").getBoundingClientRect().bottom'
+    assert bottom <= chromium.evaluate(place) + 1
+
+
 def test_print_is_dark_on_white_in_the_dark_mode_too(
     chromium: Browser, pages: dict[str, Path]
 ) -> None:

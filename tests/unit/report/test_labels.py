@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from job.artifacts.run_reader import read_run
-from job.report.figures import accuracy_chart
+from job.report.figures import accuracy_chart, throughput_chart, training_chart
 from job.report.labels import HEIGHT, LETTER
-from job.report.svg import to_svg
+from job.report.svg import LEFT, RIGHT, WIDTH, to_svg
 from support.report_pages import entry, make_run
 
 LABEL = re.compile(
@@ -42,3 +42,17 @@ def test_neither_a_name_nor_a_marker_covers_a_point(tmp_path: Path) -> None:
             assert beside or marker_y + 3 < y - HEIGHT or y < marker_y - 3, text
     kinds = [kind for kind, *_ in markers]
     assert kinds == sorted(kinds)  # the open ones, which are not filled, are on top
+
+
+def test_the_mark_of_a_base_without_training_is_in_the_plot(tmp_path: Path) -> None:
+    """With --weights the base ends at step 0, before the first epoch."""
+    folder = make_run(tmp_path / "run", (entry(0, 0.9, 1000, step=0), entry(1, 0.8, 500, step=940)))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if '"event": "epoch", "round": 0' not in line]
+    (folder / "metrics.jsonl").write_text("\n".join(kept).replace('"step": 30', '"step": 470'))
+    history = read_run(folder)
+    for chart in (training_chart(history, "acc"), throughput_chart(history)):
+        assert chart
+        assert [text for _, text in chart.marks] == ["base", "1"]
+        marks = re.findall(r'<path class="mark" d="M([\d.]+) ', str(to_svg(chart)))
+        assert all(LEFT < float(x) < WIDTH - RIGHT for x in marks)
