@@ -25,9 +25,10 @@ class NumberCell:
     text: str
     value: float | None
 
-    def __str__(self) -> str:
-        """Return the text."""
-        return self.text
+    @property
+    def parts(self) -> list[str]:
+        """Parts of the text between which a line can break: before a share in parentheses."""
+        return self.text.replace(" (", "\n(").splitlines()
 
 
 @dataclass(frozen=True)

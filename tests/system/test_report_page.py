@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pypdf import PdfReader
 
 from job.report.page import write_run_report
 from support.browser import CHROMIUM, Browser, browser
@@ -197,6 +200,57 @@ def test_print_is_dark_on_white_in_the_dark_mode_too(
     assert chromium.evaluate(hidden) == 0
     chromium.call("Page.printToPDF")
     assert chromium.evaluate("[...document.querySelectorAll('details')].every((d) => d.open)")
+
+
+def test_no_printed_page_ends_with_a_heading(chromium: Browser, tmp_path: Path) -> None:
+    """Whatever number of rounds moves the headings down the pages."""
+    for count in (2, 5, 8, 11):
+        entries = tuple(entry(n, 0.9, 31_850_000 - 2_000_000 * n) for n in range(count))
+        folder = make_run(tmp_path / str(count), entries, best=1)
+        write_evaluations(folder, best=1)
+        write_run_report(folder)
+        chromium.open(folder / "report.html", 1200)
+        answer = chromium.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)
+        headings = chromium.evaluate("""[...document.querySelectorAll("h1, h2, h3, summary")]
+            .map((heading) => heading.textContent)""")
+        pages = PdfReader(io.BytesIO(base64.b64decode(answer["data"]))).pages
+        assert len(headings) > 15
+        assert len(pages) > 3
+        for page in pages:
+            last = page.extract_text().strip().splitlines()[-1]
+            assert all(not heading.endswith(last.strip()) for heading in headings), last
+
+
+@pytest.mark.parametrize("name", ["full", "compared"])
+@pytest.mark.parametrize("width", [360, 700, 1000, 1280])
+def test_no_number_is_broken_from_its_unit(
+    chromium: Browser, pages: dict[str, Path], name: str, width: int
+) -> None:
+    for media in ("", "print"):
+        chromium.open(pages[name], width)
+        chromium.call("Emulation.setEmulatedMedia", media=media)
+        lines = chromium.evaluate("""[...document.querySelectorAll("[data-value]")].map((cell) => {
+            const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), rows = [];
+            for (let text; (text = texts.nextNode()); ) {
+                const range = document.createRange();
+                range.selectNodeContents(text);
+                rows.push([text.textContent, range.getClientRects().length]);
+            }
+            return rows;
+        })""")
+        parts = [part for cell in lines for part in cell if part[0].strip()]
+        assert any(text.endswith(" M") for text, _ in parts)
+        assert [text for text, rows in parts if rows != 1] == []
+
+
+def test_a_column_of_short_names_is_narrow(chromium: Browser, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_run(tmp_path / name)
+    done = gammaslim("report", tmp_path, "--output", tmp_path / "compared.html")
+    assert done.code == 0, done
+    chromium.open(tmp_path / "compared.html", 1280)
+    column = "document.querySelector('table.cards thead th:nth-child(2)').offsetWidth"
+    assert chromium.evaluate(column) < 60
 
 
 def test_a_screen_reader_gets_every_chart_table_and_image(
