@@ -133,7 +133,7 @@ def throughput_chart(history: History) -> Chart | None:
 
 
 def channels_chart(history: History) -> Chart | None:
-    """Return the chart of the channels of each layer, in the recommended model and the base."""
+    """Return the chart of the channels of each layer, in the slim model and the base."""
     layers = history.layers
     if not layers:
         return None
@@ -144,7 +144,7 @@ def channels_chart(history: History) -> Chart | None:
     cut = sorted(layers, key=lambda layer: layer.kept / max(1, layer.full))[:3]
     return Chart(
         "channels",
-        "Output channels of each layer of the recommended model, and of the base",
+        f"Output channels of each layer of {history.slim_name}, and of the base",
         Axis("layer", names=names),
         Axis("output channels"),
         (
@@ -195,9 +195,12 @@ def sensitivity_chart(history: History) -> Chart | None:
 
 
 def gamma_chart(history: History) -> Chart | None:
-    """Return the chart of the histograms of γ of the base and of the recommended model."""
-    series, words = [], []
-    for name, number in (("base", 0), ("recommended", history.recommended)):
+    """Return the chart of the histograms of γ of the base and of the slim model."""
+    series, words, slim = [], [], history.slim_round
+    for name, number in (
+        ("base", 0),
+        ("recommended" if history.recommended else f"round {slim}", slim),
+    ):
         evaluation = history.evaluations.get(-1 if number is None else number)
         gamma = evaluation.gamma if evaluation else None
         if not gamma or not gamma.bins or (name != "base" and number == 0):
@@ -215,7 +218,7 @@ def gamma_chart(history: History) -> Chart | None:
         return None
     return Chart(
         "gamma",
-        "Absolute values of γ of every BatchNorm, in the base and in the recommended model",
+        f"Absolute values of γ of every BatchNorm, in the base and in {history.slim_name}",
         Axis("|γ|"),
         Axis("channels"),
         tuple(series),

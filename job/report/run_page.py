@@ -39,23 +39,23 @@ SIZE = Axis("", unit="B", prefixes=True)
 
 @dataclass(frozen=True)
 class ResultRow:
-    """Value of the base and of the recommended model, and the ``change`` between them."""
+    """Value of the base and of a slim model, and the ``change`` between them."""
 
     name: str
     base: str
-    best: str
+    slim: str
     change: str
 
 
 @dataclass(frozen=True)
 class ShownExample:
-    """Image that the base and the recommended model classify differently."""
+    """Image that the base and the slim model classify differently."""
 
     image: str
     name: str
     true: str
     base: str
-    best: str
+    slim: str
 
 
 def run_page(history: History, charts: Sequence[Chart]) -> bytes:
@@ -66,6 +66,7 @@ def run_page(history: History, charts: Sequence[Chart]) -> bytes:
         if chart is not first:
             sections[chart.section].append(chart)
     lost, won = _examples(history)
+    compared = _compared(history)
     return render(
         _TEMPLATE,
         history=history,
@@ -74,6 +75,7 @@ def run_page(history: History, charts: Sequence[Chart]) -> bytes:
         cautions=(*history.cautions, *history.problems),
         headline=_headline(history),
         result=_result_rows(history),
+        compared=compared,
         first=first,
         charts=sections,
         rounds=_rounds_table(history),
@@ -83,7 +85,7 @@ def run_page(history: History, charts: Sequence[Chart]) -> bytes:
         changed=changed_classes(history),
         lost=lost,
         won=won,
-        evaluation=history.evaluations.get(history.recommended or 0),
+        evaluation=history.evaluations.get(history.slim_round or 0),
         commands=_commands(history),
         options=changed_options(history),
         groups=grouped_options(history),
@@ -97,7 +99,8 @@ def _headline(history: History) -> str:
     if not base or not best:
         return "No round is finished yet." if not base else "No model is recommended yet."
     if best.round == 0:
-        return f"Recommended: ★ rounds/00, {history.reason}."
+        text = f"Recommended: ★ rounds/00, {history.reason}."
+        return f"{text} {_most_accurate(history, top)}" if (top := history.most_accurate) else text
     parts = [
         f"{share:.1%} of the {name}"
         for cost, name in (("params", "parameters"), ("macs", "MACs"), ("latency", "latency"))
@@ -110,19 +113,35 @@ def _headline(history: History) -> str:
     )
 
 
+def _most_accurate(history: History, entry: RoundRecord) -> str:
+    """Return a sentence on the most accurate round, where none is recommended."""
+    points = format_points(history.points(entry))
+    return (
+        f"No round kept the {history.score_name}: the best one is round {entry.round}, with "
+        f"{entry.valid_acc:.2%} ({points} points)."
+    )
+
+
+def _compared(history: History) -> RoundRecord | None:
+    """Return the round next to the base in the result: recommended, or the most accurate."""
+    return history.best if history.recommended else history.most_accurate
+
+
 def _result_rows(history: History) -> tuple[ResultRow, ...]:
-    base, best = history.base, history.best
-    if not base or not best:
+    """Return the result; without a round it has the values of the base alone."""
+    base, slim = history.base, _compared(history)
+    if not base or not history.best:
         return ()
-    points = format_points(history.change)
-    rows = [ResultRow(history.score_name, _percent(base.valid_acc), _percent(best.valid_acc),
-                      f"{points} points" if best.round else "")]  # fmt: skip
+    rows = [ResultRow(history.score_name, _percent(base.valid_acc),
+                      _percent(slim.valid_acc if slim else None),
+                      f"{format_points(history.points(slim))} points" if slim else "")]  # fmt: skip
     for cost, name in RESULT_COSTS.items():
-        before, after = history.cost(base, cost), history.cost(best, cost)
-        if before is None or after is None:
+        before, after = history.cost(base, cost), history.cost(slim, cost) if slim else None
+        if before is None or (slim and after is None):
             continue
-        change = f"× {after / before:.3f}" if before and best.round else ""
-        rows.append(ResultRow(name, _short(cost, before), _short(cost, after), change))
+        text = "" if after is None else _short(cost, after)
+        change = f"× {after / before:.3f}" if before and after is not None else ""
+        rows.append(ResultRow(name, _short(cost, before), text, change))
     return tuple(rows)
 
 
@@ -197,8 +216,8 @@ def _sensitivity_table(history: History) -> HtmlTable | None:
 
 
 def _examples(history: History) -> tuple[list[ShownExample], list[ShownExample]]:
-    """Return the examples that only the base, and that only the recommended model, gets right."""
-    evaluation = history.evaluations.get(history.recommended or 0)
+    """Return the examples that only the base, and that only the slim model, gets right."""
+    evaluation = history.evaluations.get(history.slim_round or 0)
     lost: list[ShownExample] = []
     won: list[ShownExample] = []
     for each in evaluation.examples if evaluation else ():
