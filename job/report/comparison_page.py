@@ -8,6 +8,7 @@ from job.report.comparison import (
     COSTS,
     common_score_name,
     comparison_caution,
+    latency_note,
     pareto_models,
     run_names,
 )
@@ -34,6 +35,7 @@ def comparison_page(histories: Sequence[History], charts: Sequence[Chart]) -> by
         heading=f"{len(histories)} runs",
         cautions=(*([caution] if caution else []), *problems),
         table=_runs_table(histories),
+        note=latency_note(histories),
         options=_options_table(histories),
         charts=charts,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from job.errors import printable
 from job.report.chart import CYCLE, MARKERS, Axis, Chart, PlotSeries
-from job.report.comparison import COSTS, common_score_name, pareto_front
+from job.report.comparison import COSTS, common_score_name, compared_cost, pareto_front
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,6 +29,7 @@ COST_AXES = {
     "bytes": Axis("size of all tensors", unit="B", prefixes=True),
     "latency": Axis("measured latency", unit="s", prefixes=True),
 }
+COMPARED_AXES = COST_AXES | {"latency": Axis("latency relative to the run's own base")}
 
 
 def run_charts(history: History) -> list[Chart]:
@@ -239,7 +240,7 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
         points = [
             (entry, (x, 100 * entry.valid_acc))
             for entry in history.rounds
-            if (x := history.cost(entry, cost)) is not None
+            if (x := compared_cost(history, entry, cost)) is not None
         ]
         lines.append((number, history, points))
     all_points = [point for _, _, points in lines for _, point in points]
@@ -260,18 +261,16 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
                 in_legend=len(histories) <= MAX_NAMED_RUNS,
             )
         )
-    score = common_score_name(histories)
+    score, axis = common_score_name(histories), COMPARED_AXES[cost]
     front = tuple(dict.fromkeys(all_points[index] for index in pareto_front(all_points)))
     series.append(PlotSeries("Pareto front", front, "black", "ring", ":", filled=False))
     return Chart(
         f"pareto-{cost}",
-        f"{_capital(score)} of all rounds of all runs against {COST_AXES[cost].label}, with the "
-        "Pareto front",
-        COST_AXES[cost],
+        f"{_capital(score)} of all rounds of all runs against {axis.label}, with the Pareto front",
+        axis,
         _score_axis(score),
         tuple(series),
-        summary="Pareto front: "
-        + "; ".join(f"{COST_AXES[cost].text(x)}, {y:.2f}%" for x, y in front[:20]),
+        summary="Pareto front: " + "; ".join(f"{axis.text(x)}, {y:.2f}%" for x, y in front[:20]),
     )
 
 
