@@ -6,6 +6,7 @@ Its head is the metadata of a model card as model hubs read it.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from job.data.layout import BUILT_IN
 from job.errors import printable, shown
 from job.files import read_json
 from job.models.input_size import input_shape
+from job.training.epoch import ACCURACY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,11 +46,30 @@ MIT_DATA = "a sample of Fashion-MNIST (MIT licence, Zalando SE)"
 
 
 @dataclass(frozen=True)
+class Quantisation:
+    """Quantisation of a file: how, and its size and accuracy before and after.
+
+    ``sizes`` are in bytes. ``scores`` are accuracies on the ``split`` of ``data``, by default the
+    data of the run; None where they were not measured.
+    """
+
+    how: str
+    sizes: tuple[int, int]
+    scores: tuple[float, float] | None = None
+    split: str = ""
+    data: JsonObject | None = None
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether the accuracies are those of the images that the run was validated on."""
+        return self.split == "validation" and self.data is None
+
+
+@dataclass(frozen=True)
 class ExportedModel:
     """An exported file: its name and format, the card of its network, and what is known of its run.
 
-    ``data`` is the table [dataset] of the run, ``base`` the record of the run's base. Metrics are
-    those before quantisation.
+    ``data`` is the table [dataset] of the run, ``base`` the record of the run's base.
     """
 
     file: str
@@ -56,7 +77,7 @@ class ExportedModel:
     card: ModelCard
     data: JsonObject | None = None
     base: RoundRecord | None = None
-    int8: str = ""  # how it was quantised, and its accuracy before and after
+    int8: Quantisation | None = None
 
     @property
     def record(self) -> RoundRecord | None:
@@ -66,11 +87,18 @@ class ExportedModel:
         except ValueError:
             return None
 
+    @property
+    def score(self) -> float | None:
+        """Metric of the file itself; None where it was not measured."""
+        if self.int8:
+            return self.int8.scores[1] if self.int8.scores else None
+        return self.record.valid_acc if self.record else None
+
 
 def export_readme(model: ExportedModel) -> str:
     """Return the README of an exported model, in Markdown."""
     parts = [
-        _metadata(model), MARK, f"# {printable(_title(model))}", _summary(model), _metrics(model),
+        _metadata(model), MARK, f"# {as_markdown(_title(model))}", _summary(model), _metrics(model),
         _data(model), _input(model.card), "## Load", loading_section(
             model.format, model.file, input_shape(model.card.preprocessing.input_size)
         ), _origin(model.card.lineage),
@@ -97,6 +125,18 @@ def base_of_run(folder: Path) -> RoundRecord | None:
         return None
 
 
+def as_markdown(text: str) -> str:
+    """Return ``text`` on one line of Markdown that shows it as it is, in paragraphs and tables."""
+    escaped = re.sub(r"([\\`*_{}\[\]<>#!|~&$])", r"\\\1", printable(text))
+    return re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", escaped)  # no list, no heading
+
+
+def _code(text: str) -> str:
+    """Return ``text`` as code in Markdown; it can contain backticks."""
+    marks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{marks} {text} {marks}" if "`" in text else f"{marks}{text}{marks}"
+
+
 def _title(model: ExportedModel) -> str:
     return f"{model.card.model} at width {model.card.width:.4g}"
 
@@ -112,14 +152,18 @@ def _metadata(model: ExportedModel) -> str:
         f"tags: [{classifier}{CARD_TAGS}]",
     ]
     lines += ['datasets: ["zalando-datasets/fashion_mnist"]'] if _is_built_in(data) else []
-    lines += [f"metrics: [{json.dumps(score_name(record.metric))}]"] if record else []
-    if record and data and classifier:
-        name = json.dumps(printable(_data_name(data)))
+    metric = score_name(record.metric if record else ACCURACY)
+    lines += [f"metrics: [{json.dumps(metric)}]"] if model.score is not None else []
+    scored, split = data, "validation"
+    if model.int8:
+        scored, split = model.int8.data or data, model.int8.split
+    if model.score is not None and scored and classifier:
+        name = json.dumps(printable(_data_name(scored)))
         lines += [
             "model-index:", f"- name: {json.dumps(printable(_title(model)))}", "  results:",
             "  - task: {type: image-classification}",
-            f"    dataset: {{name: {name}, type: image-folder, split: validation}}",
-            f"    metrics: [{{type: accuracy, value: {record.valid_acc}}}]",
+            f"    dataset: {{name: {name}, type: image-folder, split: {split}}}",
+            f"    metrics: [{{type: accuracy, value: {model.score}}}]",
         ]  # fmt: skip
     return "\n".join([*lines, "---"])
 
@@ -135,36 +179,57 @@ def _summary(model: ExportedModel) -> str:
     card = model.card
     what = f"an image classifier for {counted(card.num_classes, 'class')}"
     if not card.is_classifier:
-        what = f"a network for the task {printable(card.task)}"
+        what = f"a network for the task {as_markdown(card.task)}"
     return (
-        f"`{shown(model.file)}` is {how}: {what}, made smaller by Gammaslim {__version__} "
+        f"{_code(shown(model.file))} is {how}: {what}, made smaller by Gammaslim {__version__} "
         "(channels removed, not masked)."
-        + (
-            f"\n\nIt is quantised: {printable(model.int8)}. The metrics below are those before "
-            "quantisation."
-            if model.int8
-            else ""
-        )
+        + (f"\n\nIt is quantised: {model.int8.how}." if model.int8 else "")
     )
 
 
 def _metrics(model: ExportedModel) -> str:
-    record, base = model.record, model.base
-    if not record:
+    """Return the table of metrics: of this file, before its quantisation, and of the base."""
+    record, base, int8 = model.record, model.base, model.int8
+    if not record and not int8:
         return ""
-    rows = [(f"{score_name(record.metric)} on the validation split", f"{record.valid_acc:.2%}",
-             f"{base.valid_acc:.2%}" if base else "",
-             f"{signed_points(accuracy_change(record.valid_acc, base.valid_acc))} points"
-             if base else "")]  # fmt: skip
-    for name, key in (("parameters", "params"), ("multiply-adds for one image", "macs"),
-                      ("bytes of all tensors", "bytes")):  # fmt: skip
-        value = getattr(record, key)
-        before = getattr(base, key) if base else None
-        rows.append((name, f"{value:,}", f"{before:,}" if before else "",
+    rows = [_score_row(model)]
+    costs = [("parameters", "params"), ("multiply-adds for one image", "macs")]
+    costs += [] if int8 else [("bytes of all tensors", "bytes")]
+    for name, key in costs if record else ():
+        value, before = getattr(record, key), getattr(base, key) if base else None
+        rows.append((name, f"{value:,}", f"{value:,}", f"{before:,}" if before else "",
                      f"{value / before:.1%}" if before else ""))  # fmt: skip
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    if int8:
+        plain, size = int8.sizes
+        rows.append(("bytes of the file", f"{size:,}", f"{plain:,}", "", ""))
+    header = ["", "this model", "before quantisation", "base", ""]
+    table = [header, ["---"] * len(header), *map(list, rows)]
+    if not int8:
+        table = [[*row[:2], *row[3:]] for row in table]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in table)
     note = "The validation split chose the epoch and the round; the test split took no part."
-    return f"## Metrics\n\n| | this model | base | |\n|---|---|---|---|\n{lines}\n\n{note}"
+    return f"## Metrics\n\n{lines}" + (f"\n\n{note}" if record else "")
+
+
+def _score_row(model: ExportedModel) -> tuple[str, str, str, str, str]:
+    """Return the row of the metric: this file, before its quantisation, the base, the change."""
+    record, base, int8 = model.record, model.base, model.int8
+    split, before = "validation split", record.valid_acc if record else None
+    if int8 and int8.scores:
+        before = int8.scores[0]
+        split = f"{int8.split} split"
+        split += f" of {as_markdown(_data_name(int8.data))}" if int8.data else ""
+        base = base if int8.is_comparable else None
+    change = ""
+    if base and model.score is not None:
+        change = f"{signed_points(accuracy_change(model.score, base.valid_acc))} points"
+    return (
+        f"{score_name(record.metric if record else ACCURACY)} on the {split}",
+        "not measured" if model.score is None else f"{model.score:.2%}",
+        "" if before is None else f"{before:.2%}",
+        f"{base.valid_acc:.2%}" if base else "",
+        change,
+    )
 
 
 def _data(model: ExportedModel) -> str:
@@ -173,10 +238,11 @@ def _data(model: ExportedModel) -> str:
     counts = (f"{model.data[k]:,} {k} images" for k in ("training", "validation")
               if isinstance(model.data.get(k), int))  # fmt: skip
     licence = "" if _is_built_in(model.data) else " Its licence is not known to Gammaslim."
-    text = f"{printable(_data_name(model.data))}: {', '.join(counts)}.{licence}"
+    text = f"{as_markdown(_data_name(model.data))}: {', '.join(counts)}.{licence}"
     fingerprint = model.data.get("fingerprint")
-    print_ = f"\n\nFingerprint: `{printable(fingerprint)}`" if isinstance(fingerprint, str) else ""
-    return f"## Data\n\n{text}{print_}"
+    if isinstance(fingerprint, str):
+        text += f"\n\nFingerprint: {_code(printable(fingerprint))}"
+    return f"## Data\n\n{text}"
 
 
 def _is_built_in(data: Mapping[str, object] | None) -> bool:
@@ -216,7 +282,7 @@ def _task_input(card: ModelCard) -> str:
 
 
 def _classes(card: ModelCard) -> str:
-    names = [f"{number} {printable(name)}" for number, name in enumerate(card.class_names)]
+    names = [f"{number} {as_markdown(name)}" for number, name in enumerate(card.class_names)]
     return ", ".join(names[:SHOWN_CLASSES]) + (", …" if len(names) > SHOWN_CLASSES else "")
 
 
@@ -229,6 +295,6 @@ def _origin(lineage: Lineage) -> str:
         ("SHA-256 of the base", lineage.base_sha256),
         ("SHA-256 of the network before the last cut", lineage.wide_sha256),
     )
-    rows = [f"| {name} | {printable(str(value))} |" for name, value in facts if value is not None]
+    rows = [f"| {name} | {as_markdown(str(value))} |" for name, value in facts if value is not None]
     rows += [f"| {name} | {version} |" for name, version in package_versions().items()]
     return "## Origin\n\n| | |\n|---|---|\n" + "\n".join(rows)

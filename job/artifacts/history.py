@@ -11,7 +11,7 @@ from job.errors import shown
 from job.training.epoch import ACCURACY
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from job.artifacts.evaluation_record import RoundEvaluation
@@ -41,8 +41,8 @@ class History:
     """Contents of a run folder. ``rounds`` begins with the base; ``time`` is in Unix seconds.
 
     ``position`` is the round, epoch and step, ``processes`` the number of the last job. ``layers``
-    describes the recommended model, and ``measured`` the cut that made it, or else the last one
-    that was measured. ``evaluations`` has those of the base and of the recommended model,
+    describes the model of ``slim_round``, and ``measured`` the cut that made it, or else the last
+    one that was measured. ``evaluations`` has those of the base and of ``slim_round``,
     ``latencies`` those of the rounds that were timed, by round. ``settings`` holds the tables of
     config.toml. ``problems`` names each unreadable file.
     """
@@ -81,6 +81,24 @@ class History:
     def best(self) -> RoundRecord | None:
         """Round of the recommended model."""
         return next((entry for entry in self.rounds if entry.round == self.recommended), None)
+
+    @property
+    def slim_round(self) -> int | None:
+        """Round that is compared with the base in detail, see the function of this name."""
+        return slim_round(self.rounds, self.recommended)
+
+    @property
+    def slim_name(self) -> str:
+        """Name in sentences of the model of ``slim_round``."""
+        if self.recommended or not self.slim_round:
+            return "the recommended model"
+        return "the model of the last round"
+
+    @property
+    def most_accurate(self) -> RoundRecord | None:
+        """Round of the highest accuracy, the smallest of several; None if only the base exists."""
+        rounds = [entry for entry in self.rounds if entry.round]
+        return max(rounds, key=lambda entry: (entry.valid_acc, -entry.params), default=None)
 
     @property
     def metric(self) -> str:
@@ -123,3 +141,8 @@ class History:
         """Return the name of a class, fit for printing; its number if it has none."""
         names = self.class_names
         return shown(names[number]) if number < len(names) else str(number)
+
+
+def slim_round(rounds: Sequence[RoundRecord], recommended: int | None) -> int | None:
+    """Return the recommended round, or the last round if the base is recommended."""
+    return rounds[-1].round if recommended == 0 and rounds else recommended

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from job.artifacts.evaluation_record import EVALUATION_FILE, read_evaluation
-from job.artifacts.history import History, LayerWidth, MeasuredRound
+from job.artifacts.history import History, LayerWidth, MeasuredRound, slim_round
 from job.artifacts.json_records import from_json
 from job.artifacts.lock import current_state
 from job.artifacts.records import (
@@ -112,7 +112,8 @@ def read_run(path: Path) -> History:
     outcome = _plausible(from_json(_Outcome, summary, lenient=True)) or _Outcome()
     chosen = (e.round for e in rounds if outcome.recommended == f"rounds/{e.round:02d}")
     recommended = next(chosen, None)
-    card = None if recommended is None else _read_card(path, recommended, problems)
+    slim = slim_round(rounds, recommended)
+    card = None if slim is None else _read_card(path, slim, problems)
     return History(
         path=path,
         state=current_state(path, status.state if status else "unknown"),
@@ -128,8 +129,8 @@ def read_run(path: Path) -> History:
         seconds=outcome.seconds,
         layers=_layers(card) if card else (),
         class_names=card.class_names if card else (),
-        measured=_measured(path, rounds, recommended, problems),
-        evaluations=_by_round(path, (0, recommended), EVALUATION_FILE, read_evaluation, problems),
+        measured=_measured(path, rounds, slim, problems),
+        evaluations=_by_round(path, (0, slim), EVALUATION_FILE, read_evaluation, problems),
         latencies=_by_round(path, (e.round for e in rounds), LATENCY_FILE, _read_latency, problems),
         settings=settings or {},
         problems=tuple(problems),
@@ -244,12 +245,12 @@ def _layers(card: _CardWidths) -> tuple[LayerWidth, ...]:
 
 
 def _measured(
-    run: Path, rounds: Sequence[RoundRecord], recommended: int | None, problems: list[str]
+    run: Path, rounds: Sequence[RoundRecord], slim: int | None, problems: list[str]
 ) -> MeasuredRound | None:
-    """Return what was measured for the cut of the recommended model, or else of the last one."""
+    """Return what was measured for the cut of the round ``slim``, or else of the last one."""
     numbers = [entry.round for entry in reversed(rounds)]
-    if recommended is not None:
-        numbers.insert(0, recommended)
+    if slim is not None:
+        numbers.insert(0, slim)
     for number in dict.fromkeys(numbers):
         path = run / "rounds" / f"{number:02d}" / SENSITIVITY_FILE
         sensitivity = _read_file(path, _read_sensitivity, problems)

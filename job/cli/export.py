@@ -22,6 +22,7 @@ from job.files import check_output, write_output
 if TYPE_CHECKING:
     from torch import nn
 
+    from job.artifacts.export_card import Quantisation
     from job.artifacts.model_card import ModelCard
     from job.cli.command_options import ModelOptions
 
@@ -51,10 +52,11 @@ def export(
     if format == "openvino":
         check_openvino(Path(output))
     if quantisation.int8:
-        described, content, how = int8_bytes(model, quantisation)
+        described, content, int8, how = int8_bytes(model, quantisation)
         write_output(Path(output), content)
     else:
         network, described = open_model(model)
+        int8 = None
         how = _write_exported(network, described, format, Path(output))
     # a Core ML model is a folder
     is_stream = not (Path(output).is_file() or Path(output).is_dir())
@@ -62,11 +64,12 @@ def export(
     width = repr(described.width) if described.model == "student" else f"{described.width:.4f}"
     say(f"{described.model} at width {width}: {how} in {shown(output)}")
     if card and not is_stream:
-        int8 = how if quantisation.int8 else ""
         say(f"model card: {shown(_write_card(model, described, Path(output), format, int8))}")
 
 
-def _write_card(model: ModelOptions, card: ModelCard, output: Path, format: str, int8: str) -> Path:
+def _write_card(
+    model: ModelOptions, card: ModelCard, output: Path, format: str, int8: Quantisation | None
+) -> Path:
     """Write the README of an exported model next to it; return its path."""
     base, data = None, None
     if Path(model.path).is_dir():

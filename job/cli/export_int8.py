@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from job.artifacts.accuracy import accuracy_change, signed_points
+from job.artifacts.export_card import Quantisation
 from job.artifacts.export_onnx import onnx_bytes
 from job.artifacts.onnx_int8 import OnnxNetwork, quantise
 from job.cli.calibration_images import calibration_data, open_images
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
     from job.cli.calibration_images import SlimImages
     from job.cli.command_options import ModelOptions, QuantisationOptions
+    from job.files import JsonObject
 
 
 def check_int8(format: str, options: QuantisationOptions) -> None:
@@ -39,8 +41,10 @@ def check_int8(format: str, options: QuantisationOptions) -> None:
         raise UsageError("--int8 needs the package onnxruntime: pip install 'gammaslim[onnx]'")
 
 
-def int8_bytes(model: ModelOptions, options: QuantisationOptions) -> tuple[ModelCard, bytes, str]:
-    """Return the card of MODEL, its quantised ONNX model, and a sentence with both accuracies.
+def int8_bytes(
+    model: ModelOptions, options: QuantisationOptions
+) -> tuple[ModelCard, bytes, Quantisation, str]:
+    """Return the card of MODEL, its quantised ONNX model, both accuracies, and a sentence on them.
 
     Raises UsageError for a network of another task, and InputNotFound or DataError for the images.
     """
@@ -55,23 +59,35 @@ def int8_bytes(model: ModelOptions, options: QuantisationOptions) -> tuple[Model
     quantised = quantise(plain, (inputs for inputs, _ in calibration.batches()))
     used = min(calibration.most, len(images.calibration))
     sizes = f"{amount(len(plain))} before, {amount(len(quantised))} after"
-    how = f"int8, calibrated on {counted(used, 'image')}; {sizes}; "
-    scores = _compared(images, card, accelerator, plain, quantised)
-    return card, quantised, how + scores
+    scores = _scores(images, card, accelerator, plain, quantised)
+    how = f"int8, calibrated on {counted(used, 'image')}"
+    other: JsonObject | None = None
+    if options.data:
+        other = {"root": images.data.root, "layout": images.data.layout}
+    int8 = Quantisation(how, (len(plain), len(quantised)), scores, images.scored, other)
+    return card, quantised, int8, f"{how}; {sizes}; {_compared(images, scores)}"
 
 
-def _compared(
+def _scores(
     images: SlimImages, card: ModelCard, accelerator: Accelerator, plain: bytes, quantised: bytes
-) -> str:
-    """Return the accuracies before and after, or why there are none."""
+) -> tuple[float, float] | None:
+    """Return the accuracies before and after; None without labels."""
     if images.scoring is None:
-        return f"accuracy not measured: {images.unscored}"
+        return None
     evaluator = Evaluator(images.scoring, card.num_classes, card.preprocessing, accelerator, 0)
     bar, count = progress("evaluating"), len(evaluator.batches)
     before, after = (
         evaluator(OnnxNetwork(content), lambda batches: bar(batches, count)).accuracy
         for content in (plain, quantised)
     )
+    return before, after
+
+
+def _compared(images: SlimImages, scores: tuple[float, float] | None) -> str:
+    """Return the accuracies before and after in words, or why there are none."""
+    if scores is None:
+        return f"accuracy not measured: {images.unscored}"
+    before, after = scores
     change = signed_points(accuracy_change(after, before))
     return f"accuracy {before:.4f} before, {after:.4f} after ({change} points) on " + (
         images.describe()

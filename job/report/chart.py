@@ -98,6 +98,7 @@ class Chart:
             return -0.5, len(shape.names) - 0.5
         stepped = any(series.steps for series in self.series)
         values = [v for s in self.series for p in s.points if math.isfinite(v := p[axis])]
+        values += [] if axis else [value for value, _ in self.marks]
         low, high = min(values, default=0.0), max(values, default=1.0)
         if stepped:
             return (low, high) if axis == 0 else (0.0, 1.05 * high or 1.0)
@@ -106,6 +107,11 @@ class Chart:
             return low / margin, high * max(margin, 1.1)
         margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
         return low - margin, high + margin
+
+
+def shorten_name(name: str, letters: int) -> str:
+    """Return the end of a name, by which layers differ, in at most ``letters``."""
+    return name if len(name) <= letters else f"…{name[1 - letters :]}"
 
 
 def ticks(axis: Axis, low: float, high: float, count: int = 5) -> list[float]:

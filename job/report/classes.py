@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from job.artifacts.accuracy import accuracy_change, signed_points
-from job.report.html import HtmlTable
+from job.report.html import HtmlTable, NumberCell
 
 if TYPE_CHECKING:
     from job.artifacts.evaluation_record import RoundEvaluation
@@ -36,10 +36,10 @@ class ConfusionMatrix:
 
 
 def confusion_matrices(history: History) -> tuple[ConfusionMatrix, ...]:
-    """Return the matrices of the base and of the recommended model; none for many classes."""
-    titles = {0: "Base"}
-    if history.recommended:
-        titles[history.recommended] = f"Recommended: round {history.recommended}"
+    """Return the matrices of the base and of the slim model; none for many classes."""
+    titles, slim = {0: "Base"}, history.slim_round
+    if slim:
+        titles[slim] = f"{'Recommended' if history.recommended else 'Last'}: round {slim}"
     return tuple(
         _matrix(history, titles[number], history.evaluations[number])
         for number in titles
@@ -65,10 +65,11 @@ def _matrix(history: History, title: str, evaluation: RoundEvaluation) -> Confus
 
 
 def changed_classes(history: History) -> HtmlTable | None:
-    """Return the classes whose accuracy changed most from the base to the recommended model."""
-    best = history.evaluations.get(history.recommended or 0)
+    """Return the classes whose accuracy changed most from the base to the slim model."""
+    slim = history.slim_round
+    best = history.evaluations.get(slim or 0)
     base = history.evaluations.get(0)
-    if not history.recommended or not base or not best or len(base.counts) != len(best.counts):
+    if not slim or not base or not best or len(base.counts) != len(best.counts):
         return None
     rows = []
     pairs = zip(base.class_accuracy(), best.class_accuracy(), strict=True)
@@ -77,16 +78,17 @@ def changed_classes(history: History) -> HtmlTable | None:
             rows.append((accuracy_change(after, before), number, before, after))
     rows.sort(key=lambda row: (-abs(row[0]), row[1]))
     shown = sorted(rows[:MAX_CHANGED_CLASSES])
-    header = ("class", "images", "base", "recommended", "points", "most often misclassified as")
+    name = "recommended" if history.recommended else f"round {slim}"
+    header = ("class", "images", "base", name, "points", "most often misclassified as")
     return HtmlTable(
         header,
         tuple(
             (
                 history.class_name(number),
-                f"{best.counts[number]:,}",
-                f"{before:.1%}",
-                f"{after:.1%}",
-                signed_points(change),
+                NumberCell(f"{best.counts[number]:,}", best.counts[number]),
+                NumberCell(f"{before:.1%}", before),
+                NumberCell(f"{after:.1%}", after),
+                NumberCell(signed_points(change), change),
                 _confused(history, best, number),
             )
             for change, number, before, after in shown

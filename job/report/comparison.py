@@ -49,6 +49,25 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
+def compared_cost(history: History, entry: RoundRecord, cost: str) -> float | None:
+    """Return the cost by which models of several runs are compared; None if it is not known.
+
+    A latency is divided by that of the run's own base, which was timed next to it: runs are timed
+    at different moments, and the time of the same network differs between them.
+    """
+    return history.share(entry, cost) if cost == "latency" else history.cost(entry, cost)
+
+
+def latency_note(histories: Sequence[History]) -> str | None:
+    """Return how the latencies of several runs are compared; None if none was measured."""
+    if not any(history.latencies for history in histories):
+        return None
+    return (
+        "latencies are compared as shares of each run's own base, because the runs were timed at "
+        "different moments"
+    )
+
+
 def pareto_models(histories: Sequence[History]) -> dict[str, list[tuple[int, int]]]:
     """Return the Pareto-optimal models of all runs by cost: (index of the run, round)."""
     fronts = {}
@@ -57,7 +76,7 @@ def pareto_models(histories: Sequence[History]) -> dict[str, list[tuple[int, int
             (index, entry.round, x, entry.valid_acc)
             for index, history in enumerate(histories)
             for entry in history.rounds
-            if (x := history.cost(entry, cost)) is not None
+            if (x := compared_cost(history, entry, cost)) is not None
         ]
         front = pareto_front([(x, accuracy) for _, _, x, accuracy in models])
         fronts[cost] = [models[place][:2] for place in front]
@@ -90,9 +109,13 @@ class ParetoModel(TypedDict):
 
 
 class MeasuredLatency(TypedDict, total=False):
-    """Measured seconds of a batch, by round, e.g. ``rounds/01``; absent without measurements."""
+    """Measured seconds of a batch, by round, e.g. ``rounds/01``; absent without measurements.
+
+    ``latency_of_base`` has the fractions of the latency of the run's base.
+    """
 
     latency: dict[str, float]
+    latency_of_base: dict[str, float]
 
 
 class RunJson(MeasuredLatency):
@@ -114,12 +137,16 @@ class RunJson(MeasuredLatency):
 
 
 class ComparisonJson(TypedDict):
-    """Comparison of runs; ``pareto`` is by cost, ``options`` has the values of each run."""
+    """Comparison of runs; ``pareto`` is by cost, ``options`` has the values of each run.
+
+    ``notes`` says how costs are compared.
+    """
 
     format: int
     runs: list[RunJson]
     pareto: dict[str, list[ParetoModel]]
     options: dict[str, list[str]]
+    notes: list[str]
 
 
 def comparison_json(histories: Sequence[History]) -> ComparisonJson:
@@ -132,13 +159,16 @@ def comparison_json(histories: Sequence[History]) -> ComparisonJson:
     }
     runs = [_run_json(name, history) for name, history in zip(names, histories, strict=True)]
     options = {flag.removeprefix("--"): values for flag, values in differing_options(histories)}
-    return {"format": 1, "runs": runs, "pareto": fronts, "options": options}
+    note = latency_note(histories)
+    notes = [note] if note else []
+    return {"format": 1, "runs": runs, "pareto": fronts, "options": options, "notes": notes}
 
 
 def comparison_csv(histories: Sequence[History]) -> str:
     """Return a line for each model of each run, with the options that differ between the runs.
 
     Accuracies are fractions, ``points`` percentage points above the base, ``latency`` seconds.
+    ``pareto_latency`` compares ``latency_of_base``, the fraction of the latency of the run's base.
     """
     text, fronts = io.StringIO(), pareto_models(histories)
     options = differing_options(histories)
@@ -146,7 +176,7 @@ def comparison_csv(histories: Sequence[History]) -> str:
     writer.writerow((
         "run", "path", "state", "round", "recommended", "width", "channels", *COSTS,
         f"valid_{common_metric(histories)}", "valid_loss", "points",
-        *(f"pareto_{cost}" for cost in COSTS),
+        *(f"pareto_{cost}" for cost in COSTS), "latency_of_base",
         *(flag.removeprefix("--") for flag, _ in options),
     ))  # fmt: skip
     for index, (name, history) in enumerate(zip(run_names(histories), histories, strict=True)):
@@ -157,7 +187,7 @@ def comparison_csv(histories: Sequence[History]) -> str:
                 int(entry is history.best), entry.width, entry.channels, *costs,
                 history.cost(entry, "latency"), entry.valid_acc, entry.valid_loss,
                 history.points(entry), *(int((index, entry.round) in fronts[c]) for c in COSTS),
-                *(values[index] for _, values in options),
+                history.share(entry, "latency"), *(values[index] for _, values in options),
             ))  # fmt: skip
     return text.getvalue()
 
@@ -165,7 +195,12 @@ def comparison_csv(histories: Sequence[History]) -> str:
 def _run_json(name: str, history: History) -> RunJson:
     base, best = history.base, history.best
     seconds = {f"rounds/{n:02d}": latency.seconds for n, latency in history.latencies.items()}
-    measured: MeasuredLatency = {"latency": seconds} if seconds else {}
+    shares = {
+        f"rounds/{entry.round:02d}": share
+        for entry in history.rounds
+        if (share := history.share(entry, "latency")) is not None
+    }
+    measured: MeasuredLatency = {"latency": seconds, "latency_of_base": shares} if seconds else {}
     position = zip(("round", "epoch", "step"), history.position or (), strict=False)
     return {
         "run": name,

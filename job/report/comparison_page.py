@@ -8,12 +8,13 @@ from job.report.comparison import (
     COSTS,
     common_score_name,
     comparison_caution,
+    latency_note,
     pareto_models,
     run_names,
 )
 from job.report.configuration import differing_options
-from job.report.html import HtmlTable, render
-from job.report.run_page import COST_HEADINGS, cost_text
+from job.report.html import HtmlTable, NumberCell, render
+from job.report.run_page import COST_HEADINGS, cost_cell, score_cell
 from job.report.tables import describe_state, format_points
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def comparison_page(histories: Sequence[History], charts: Sequence[Chart]) -> by
         heading=f"{len(histories)} runs",
         cautions=(*([caution] if caution else []), *problems),
         table=_runs_table(histories),
+        note=latency_note(histories),
         options=_options_table(histories),
         charts=charts,
     )
@@ -52,11 +54,11 @@ def _runs_table(histories: Sequence[History]) -> HtmlTable:
         fronts = [COST_HEADINGS[c] for c in costs if best and (index, best.round) in optimal[c]]
         rows.append((
             str(index + 1), name, describe_state(history),
-            f"{base.valid_acc:.2%}" if base else "",
+            score_cell(base.valid_acc if base else None),
             f"rounds/{best.round:02d}" if best else "",
-            *(cost_text(history, best, cost) if best else "" for cost in costs),
-            f"{best.valid_acc:.2%}" if best else "",
-            format_points(history.change), ", ".join(fronts),
+            *(cost_cell(history, best, cost) if best else "" for cost in costs),
+            score_cell(best.valid_acc if best else None),
+            NumberCell(format_points(history.change), history.change), ", ".join(fronts),
         ))  # fmt: skip
     title = "Recommended model of each run"
     return HtmlTable(header, tuple(rows), title=title, left=3, cards=True, sortable=True)

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from job.errors import GammaslimError, reason
-from job.report.chart import PALETTE
+from job.report.chart import PALETTE, shorten_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,6 +33,7 @@ STYLE = {
 }  # fmt: skip
 SIZE, DPI = (6.4, 4.0), 100  # inches, dots per inch
 MAX_LABELS = 48  # of an axis or a series, to remain readable
+MAX_TICK_LETTERS = 13  # of a name below the axis
 MAX_NAMED = 10  # series in a legend
 
 
@@ -106,8 +107,9 @@ def _draw_series(axes: Axes, series: PlotSeries) -> None:
         color=color,
         linestyle=series.dash if series.line else "none",
         marker="o" if ring else series.marker or None,
-        markersize=12 if ring else 5,
+        markersize=12 if ring else 5 if series.filled else 7,
         fillstyle="full" if series.filled else "none",
+        zorder=2 if series.filled else 3,  # an open marker does not cover what it is around
     )
     finite = [point for point in series.points if math.isfinite(sum(point))]
     for name, point in list(zip(series.names, finite, strict=False))[:MAX_LABELS]:
@@ -127,7 +129,7 @@ def _set_axes(axes: Axes, chart: Chart) -> None:
     if chart.x.names:
         every = 1 + (len(chart.x.names) - 1) // MAX_LABELS
         ticks = range(0, len(chart.x.names), every)
-        names = [chart.x.names[tick][-24:] for tick in ticks]
+        names = [shorten_name(chart.x.names[tick], MAX_TICK_LETTERS) for tick in ticks]
         axes.set_xticks(list(ticks), names, rotation=90, fontsize=7, parse_math=False)
         axes.grid(visible=False, axis="x")
 

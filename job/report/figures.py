@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from job.errors import printable
 from job.report.chart import CYCLE, MARKERS, Axis, Chart, PlotSeries
-from job.report.comparison import COSTS, common_score_name, pareto_front
+from job.report.comparison import COSTS, common_score_name, compared_cost, pareto_front
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,6 +29,7 @@ COST_AXES = {
     "bytes": Axis("size of all tensors", unit="B", prefixes=True),
     "latency": Axis("measured latency", unit="s", prefixes=True),
 }
+COMPARED_AXES = COST_AXES | {"latency": Axis("latency relative to the run's own base")}
 
 
 def run_charts(history: History) -> list[Chart]:
@@ -133,7 +134,7 @@ def throughput_chart(history: History) -> Chart | None:
 
 
 def channels_chart(history: History) -> Chart | None:
-    """Return the chart of the channels of each layer, in the recommended model and the base."""
+    """Return the chart of the channels of each layer, in the slim model and the base."""
     layers = history.layers
     if not layers:
         return None
@@ -144,7 +145,7 @@ def channels_chart(history: History) -> Chart | None:
     cut = sorted(layers, key=lambda layer: layer.kept / max(1, layer.full))[:3]
     return Chart(
         "channels",
-        "Output channels of each layer of the recommended model, and of the base",
+        f"Output channels of each layer of {history.slim_name}, and of the base",
         Axis("layer", names=names),
         Axis("output channels"),
         (
@@ -195,9 +196,12 @@ def sensitivity_chart(history: History) -> Chart | None:
 
 
 def gamma_chart(history: History) -> Chart | None:
-    """Return the chart of the histograms of γ of the base and of the recommended model."""
-    series, words = [], []
-    for name, number in (("base", 0), ("recommended", history.recommended)):
+    """Return the chart of the histograms of γ of the base and of the slim model."""
+    series, words, slim = [], [], history.slim_round
+    for name, number in (
+        ("base", 0),
+        ("recommended" if history.recommended else f"round {slim}", slim),
+    ):
         evaluation = history.evaluations.get(-1 if number is None else number)
         gamma = evaluation.gamma if evaluation else None
         if not gamma or not gamma.bins or (name != "base" and number == 0):
@@ -215,7 +219,7 @@ def gamma_chart(history: History) -> Chart | None:
         return None
     return Chart(
         "gamma",
-        "Absolute values of γ of every BatchNorm, in the base and in the recommended model",
+        f"Absolute values of γ of every BatchNorm, in the base and in {history.slim_name}",
         Axis("|γ|"),
         Axis("channels"),
         tuple(series),
@@ -236,7 +240,7 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
         points = [
             (entry, (x, 100 * entry.valid_acc))
             for entry in history.rounds
-            if (x := history.cost(entry, cost)) is not None
+            if (x := compared_cost(history, entry, cost)) is not None
         ]
         lines.append((number, history, points))
     all_points = [point for _, _, points in lines for _, point in points]
@@ -257,18 +261,16 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
                 in_legend=len(histories) <= MAX_NAMED_RUNS,
             )
         )
-    score = common_score_name(histories)
+    score, axis = common_score_name(histories), COMPARED_AXES[cost]
     front = tuple(dict.fromkeys(all_points[index] for index in pareto_front(all_points)))
     series.append(PlotSeries("Pareto front", front, "black", "ring", ":", filled=False))
     return Chart(
         f"pareto-{cost}",
-        f"{_capital(score)} of all rounds of all runs against {COST_AXES[cost].label}, with the "
-        "Pareto front",
-        COST_AXES[cost],
+        f"{_capital(score)} of all rounds of all runs against {axis.label}, with the Pareto front",
+        axis,
         _score_axis(score),
         tuple(series),
-        summary="Pareto front: "
-        + "; ".join(f"{COST_AXES[cost].text(x)}, {y:.2f}%" for x, y in front[:20]),
+        summary="Pareto front: " + "; ".join(f"{axis.text(x)}, {y:.2f}%" for x, y in front[:20]),
     )
 
 

@@ -19,6 +19,19 @@ STYLE_SHEET, SCRIPT = "style.css.j2", "script.js.j2"
 
 
 @dataclass(frozen=True)
+class NumberCell:
+    """Text of a cell, and the exact ``value`` by which the table is sorted; None if empty."""
+
+    text: str
+    value: float | None
+
+    @property
+    def parts(self) -> list[str]:
+        """Parts of the text between which a line can break: before a share in parentheses."""
+        return self.text.replace(" (", "\n(").splitlines()
+
+
+@dataclass(frozen=True)
 class HtmlTable:
     """Table whose first ``left`` columns are left-aligned and whose row ``best`` is highlighted.
 
@@ -26,7 +39,7 @@ class HtmlTable:
     """
 
     header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[str | NumberCell, ...], ...]
     title: str = ""
     left: int = 1
     best: int | None = None

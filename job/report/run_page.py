@@ -17,7 +17,8 @@ from job.report.chart import Axis, Section
 from job.report.classes import changed_classes, confusion_matrices
 from job.report.configuration import changed_options, grouped_options
 from job.report.figures import COST_AXES
-from job.report.html import HtmlTable, render
+from job.report.html import HtmlTable, NumberCell, render
+from job.report.latency import latency_cautions
 from job.report.tables import describe_state, format_points
 
 if TYPE_CHECKING:
@@ -40,23 +41,23 @@ SIZE = Axis("", unit="B", prefixes=True)
 
 @dataclass(frozen=True)
 class ResultRow:
-    """Value of the base and of the recommended model, and the ``change`` between them."""
+    """Value of the base and of a slim model, and the ``change`` between them."""
 
     name: str
     base: str
-    best: str
+    slim: str
     change: str
 
 
 @dataclass(frozen=True)
 class ShownExample:
-    """Image that the base and the recommended model classify differently."""
+    """Image that the base and the slim model classify differently."""
 
     image: str
     name: str
     true: str
     base: str
-    best: str
+    slim: str
 
 
 def run_page(history: History, charts: Sequence[Chart]) -> bytes:
@@ -67,14 +68,20 @@ def run_page(history: History, charts: Sequence[Chart]) -> bytes:
         if chart is not first:
             sections[chart.section].append(chart)
     lost, won = _examples(history)
+    compared = _compared(history)
     return render(
         _TEMPLATE,
         history=history,
         heading=history.name,
         state=f"State: {describe_state(history)}{_when(history)}.",
-        cautions=(*history.cautions, *history.problems),
+        cautions=(
+            *history.cautions,
+            *latency_cautions(history.rounds, place_of(history.path)),
+            *history.problems,
+        ),
         headline=_headline(history),
         result=_result_rows(history),
+        compared=compared,
         first=first,
         charts=sections,
         rounds=_rounds_table(history),
@@ -84,7 +91,7 @@ def run_page(history: History, charts: Sequence[Chart]) -> bytes:
         changed=changed_classes(history),
         lost=lost,
         won=won,
-        evaluation=history.evaluations.get(history.recommended or 0),
+        evaluation=history.evaluations.get(history.slim_round or 0),
         commands=_commands(history),
         options=changed_options(history),
         groups=grouped_options(history),
@@ -98,7 +105,8 @@ def _headline(history: History) -> str:
     if not base or not best:
         return "No round is finished yet." if not base else "No model is recommended yet."
     if best.round == 0:
-        return f"Recommended: ★ rounds/00, {history.reason}."
+        text = f"Recommended: ★ rounds/00, {history.reason}."
+        return f"{text} {_most_accurate(history, top)}" if (top := history.most_accurate) else text
     parts = [
         f"{share:.1%} of the {name}"
         for cost, name in (("params", "parameters"), ("macs", "MACs"), ("latency", "latency"))
@@ -111,19 +119,35 @@ def _headline(history: History) -> str:
     )
 
 
+def _most_accurate(history: History, entry: RoundRecord) -> str:
+    """Return a sentence on the most accurate round, where none is recommended."""
+    points = format_points(history.points(entry))
+    return (
+        f"No round kept the {history.score_name}: the best one is round {entry.round}, with "
+        f"{entry.valid_acc:.2%} ({points} points)."
+    )
+
+
+def _compared(history: History) -> RoundRecord | None:
+    """Return the round next to the base in the result: recommended, or the most accurate."""
+    return history.best if history.recommended else history.most_accurate
+
+
 def _result_rows(history: History) -> tuple[ResultRow, ...]:
-    base, best = history.base, history.best
-    if not base or not best:
+    """Return the result; without a round it has the values of the base alone."""
+    base, slim = history.base, _compared(history)
+    if not base or not history.best:
         return ()
-    points = format_points(history.change)
-    rows = [ResultRow(history.score_name, _percent(base.valid_acc), _percent(best.valid_acc),
-                      f"{points} points" if best.round else "")]  # fmt: skip
+    rows = [ResultRow(history.score_name, _percent(base.valid_acc),
+                      _percent(slim.valid_acc if slim else None),
+                      f"{format_points(history.points(slim))} points" if slim else "")]  # fmt: skip
     for cost, name in RESULT_COSTS.items():
-        before, after = history.cost(base, cost), history.cost(best, cost)
-        if before is None or after is None:
+        before, after = history.cost(base, cost), history.cost(slim, cost) if slim else None
+        if before is None or (slim and after is None):
             continue
-        change = f"× {after / before:.3f}" if before and best.round else ""
-        rows.append(ResultRow(name, _short(cost, before), _short(cost, after), change))
+        text = "" if after is None else _short(cost, after)
+        change = f"× {after / before:.3f}" if before and after is not None else ""
+        rows.append(ResultRow(name, _short(cost, before), text, change))
     return tuple(rows)
 
 
@@ -143,15 +167,17 @@ def _rounds_table(history: History) -> HtmlTable:
     )  # fmt: skip
     rows = tuple(
         (
-            "★ " + entry.name if entry is history.best else entry.name,
-            _percent(entry.valid_acc),
-            format_points(history.points(entry)) if entry.round else "",
-            f"{entry.valid_loss:.4f}",
-            _percent(entry.valid_acc_pruned),
-            *((_percent(entry.valid_acc_recovered),) if recovered else ()),
-            *(cost_text(history, entry, cost) for cost in costs),
-            f"{entry.width:.4f}",
-            f"{entry.channels:,}",
+            NumberCell("★ " + entry.name if entry is history.best else entry.name, entry.round),
+            score_cell(entry.valid_acc),
+            NumberCell(
+                format_points(history.points(entry)) if entry.round else "", history.points(entry)
+            ),
+            NumberCell(f"{entry.valid_loss:.4f}", entry.valid_loss),
+            score_cell(entry.valid_acc_pruned),
+            *((score_cell(entry.valid_acc_recovered),) if recovered else ()),
+            *(cost_cell(history, entry, cost) for cost in costs),
+            NumberCell(f"{entry.width:.4f}", entry.width),
+            NumberCell(f"{entry.channels:,}", entry.channels),
             "" if entry.best_epoch is None else str(entry.best_epoch),
         )
         for entry in history.rounds
@@ -185,12 +211,19 @@ def _sensitivity_table(history: History) -> HtmlTable | None:
         return None
     record = measured.sensitivity
     title = f"Channel groups before the cut of round {measured.round}: {record.describe()}"
-    return HtmlTable(record.header(), tuple(record.cells()), title=title, sortable=True)
+    rows = tuple(
+        tuple(
+            text if isinstance(value, str) else NumberCell(text, value)
+            for text, value in zip(cells, values, strict=True)
+        )
+        for cells, values in zip(record.cells(), record.values(), strict=True)
+    )
+    return HtmlTable(record.header(), rows, title=title, sortable=True)
 
 
 def _examples(history: History) -> tuple[list[ShownExample], list[ShownExample]]:
-    """Return the examples that only the base, and that only the recommended model, gets right."""
-    evaluation = history.evaluations.get(history.recommended or 0)
+    """Return the examples that only the base, and that only the slim model, gets right."""
+    evaluation = history.evaluations.get(history.slim_round or 0)
     lost: list[ShownExample] = []
     won: list[ShownExample] = []
     for each in evaluation.examples if evaluation else ():
@@ -255,11 +288,17 @@ def _percent(accuracy: float | None) -> str:
     return "" if accuracy is None else f"{accuracy:.2%}"
 
 
-def cost_text(history: History, entry: RoundRecord, cost: str) -> str:
-    """Return a cost of ``entry`` and its share of the base's; "" if it is not known."""
+def score_cell(score: float | None) -> NumberCell:
+    """Return a score between 0 and 1 as a percentage; an empty cell for None."""
+    return NumberCell(_percent(score), score)
+
+
+def cost_cell(history: History, entry: RoundRecord, cost: str) -> NumberCell:
+    """Return a cost of ``entry`` and its share of the base's; empty if it is not known."""
     value, share = history.cost(entry, cost), history.share(entry, cost)
     if value is None:
-        return ""
+        return NumberCell("", None)
     exact = cost != "latency" and value < MAX_EXACT_COST
     text = f"{value:,.0f}" if exact else COST_AXES[cost].text(value)
-    return text + ("" if share is None or not entry.round else f" ({share:.1%})")
+    text += "" if share is None or not entry.round else f" ({share:.1%})"
+    return NumberCell(text, value)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup, escape
 
 from job.errors import printable
-from job.report.chart import ticks
+from job.report.chart import shorten_name, ticks
+from job.report.labels import LETTER, Label, Rectangle, place_label, square
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from job.report.chart import Axis, Chart, PlotSeries, Point
 
 WIDTH, LEFT, RIGHT, BOTTOM, PLOT = 380, 50, 10, 40, 200  # pixels at full size
-NAMES_HEIGHT = 74  # pixels below the axis, for its names
-LETTER = 6.6  # pixels; mean width of a letter of a wide font, such as DejaVu Sans
+NAME_LETTERS, SLOPE = 12, 55  # of a name below the axis; degrees
+OPEN = 1.25  # scale of open markers: around a filled one at the same place, both are seen
+RADIUS, RING = 5, 10  # pixels; half the width of a marker, and of a ring
 ROW = 15  # pixels; height of a row of the legend
 MAX_HOVER_TEXTS = 200  # of a series
 DASHES = {"-": "", "--": "5 3", ":": "1.5 3", "-.": "6 3 1.5 3"}
@@ -39,6 +41,9 @@ def to_svg(chart: Chart) -> Markup:
     parts = [*_axes(frame), *_marks(frame)]
     for series in chart.series:
         parts += _steps(frame, series) if series.steps else _line(frame, series)
+    # open markers last: they do not cover what they are around
+    for series in sorted(chart.series, key=lambda series: not series.filled):
+        parts += _markers(frame, series)
     parts += _names(frame)
     parts += _legend(frame)
     label = _text(f"{chart.caption}. {chart.summary}".rstrip(". ") + ".")
@@ -78,7 +83,10 @@ class _Frame:
 
     @property
     def height(self) -> int:
-        return self.bottom + (NAMES_HEIGHT if self.chart.x.names else BOTTOM)
+        names = self.chart.x.names
+        letters = max((len(shorten_name(name, NAME_LETTERS)) for name in names), default=0)
+        slope = math.ceil(math.sin(math.radians(SLOPE)) * LETTER * letters)
+        return self.bottom + (slope + 30 if names else BOTTOM)
 
     @cached_property
     def ranges(self) -> tuple[Point, Point]:
@@ -131,9 +139,8 @@ def _x_names(frame: _Frame) -> Iterator[str]:
     every = 1 + (len(names) - 1) // 26  # as many as do not overlap
     for number in range(0, len(names), every):
         x, y = frame.place((number, 0))[0] + 3, frame.bottom + 8
-        turned = f'transform="translate({x:.1f} {y}) rotate(-55)"'
-        name = names[number]
-        short = name if len(name) <= 12 else f"…{name[-11:]}"
+        turned = f'transform="translate({x:.1f} {y}) rotate(-{SLOPE})"'
+        short = shorten_name(names[number], NAME_LETTERS)
         yield f'<text {turned} text-anchor="end" class="small">{_text(short)}</text>'
 
 
@@ -149,7 +156,6 @@ def _marks(frame: _Frame) -> Iterator[str]:
 
 
 def _line(frame: _Frame, series: PlotSeries) -> Iterator[str]:
-    points = [(p, frame.place(p)) for p in series.points if math.isfinite(sum(p))]
     if series.line:
         path, pen = [], "M"
         for point in series.points:
@@ -162,15 +168,31 @@ def _line(frame: _Frame, series: PlotSeries) -> Iterator[str]:
         dash = DASHES[series.dash]
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
         yield f'<path class="line {series.color}"{dashes} d="{"".join(path)}"/>'
-    if series.marker:
-        for number, (point, (x, y)) in enumerate(points):
-            title = ""
-            if number < MAX_HOVER_TEXTS:
-                title = f"<title>{_hover(frame.chart, series, number, point)}</title>"
-            yield (
-                f'<path class="{"dot" if series.filled else "open"} {series.color}" '
-                f'transform="translate({x:.1f} {y:.1f})" d="{SHAPES[series.marker]}">{title}</path>'
-            )
+
+
+def _markers(frame: _Frame, series: PlotSeries) -> Iterator[str]:
+    if series.steps or not series.marker:
+        return
+    for number, point in enumerate(_finite(series)):
+        x, y = frame.place(point)
+        title = ""
+        if number < MAX_HOVER_TEXTS:
+            title = f"<title>{_hover(frame.chart, series, number, point)}</title>"
+        yield f"<path {_marker(series, x, y)}>{title}</path>"
+
+
+def _marker(series: PlotSeries, x: float, y: float) -> str:
+    """Return the attributes of a marker."""
+    kind = "dot" if series.filled else "open"
+    scale = "" if series.filled or series.marker == "ring" else f" scale({OPEN})"
+    return (
+        f'class="{kind} {series.color}" transform="translate({x:.1f} {y:.1f}){scale}" '
+        f'd="{SHAPES[series.marker]}"'
+    )
+
+
+def _finite(series: PlotSeries) -> list[Point]:
+    return [point for point in series.points if math.isfinite(sum(point))]
 
 
 def _hover(chart: Chart, series: PlotSeries, number: int, point: Point) -> str:
@@ -206,20 +228,23 @@ def _steps(frame: _Frame, series: PlotSeries) -> Iterator[str]:
 
 def _names(frame: _Frame) -> Iterator[str]:
     """Yield the names of points, except names that would overlap earlier ones."""
-    used: list[Point] = []
-    for series in frame.chart.series:
-        if series.steps:
-            continue
-        finite = [p for p in series.points if math.isfinite(sum(p))]
-        for name, point in zip(series.names, finite, strict=False):
-            x, y = frame.place(point)
-            y += -7 if y > frame.top + 14 else 16
-            wide = 6 + LETTER * len(name)
-            if all(abs(x - a) > wide or abs(y - b) > 11 for a, b in used):
-                used.append((x, y))
-                anchor = "end" if x > WIDTH - 60 else "middle" if x > LEFT + 20 else "start"
-                place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="small name"'
-                yield f"<text {place}>{_text(name)}</text>"
+    drawn = [series for series in frame.chart.series if not series.steps]
+    markers = [
+        square(*frame.place(point), RING if series.marker == "ring" else RADIUS)
+        for series in drawn
+        if series.marker
+        for point in _finite(series)
+    ]
+    plot = Rectangle(LEFT, frame.top, WIDTH, frame.bottom)
+    labels: list[Label] = []
+    for series in drawn:
+        for name, point in zip(series.names, _finite(series), strict=False):
+            own = square(*frame.place(point), RADIUS)
+            label = place_label(printable(name), own, markers, labels, plot) if name else None
+            if label:
+                labels.append(label)
+                place = f'x="{label.x:.1f}" y="{label.box.bottom:.1f}" text-anchor="{label.anchor}"'
+                yield f'<text {place} class="small name">{_text(name)}</text>'
 
 
 def _legend(frame: _Frame) -> Iterator[str]:
@@ -239,9 +264,5 @@ def _sample(series: PlotSeries, x: float, y: float) -> str:
         dash = f' stroke-dasharray="{DASHES[series.dash]}"' if DASHES[series.dash] else ""
         parts = f'<path class="line {series.color}"{dash} d="M{x:.1f} {y}h18"/>'
     if series.marker:
-        kind = "dot" if series.filled else "open"
-        parts += (
-            f'<path class="{kind} {series.color}" transform="translate({x + 9:.1f} {y})" '
-            f'd="{SHAPES[series.marker]}"/>'
-        )
+        parts += f"<path {_marker(series, x + 9, y)}/>"
     return parts

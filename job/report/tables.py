@@ -9,7 +9,7 @@ from job.artifacts.records import PlannedRound, RoundRecord
 from job.artifacts.stored_places import place_of
 from job.console import table
 from job.errors import printable
-from job.report.comparison import COSTS, common_metric, comparison_caution, run_names
+from job.report.comparison import COSTS, common_metric, comparison_caution, latency_note, run_names
 from job.report.configuration import differing_options
 from job.report.latency import latency_cautions, milliseconds
 
@@ -103,7 +103,7 @@ def comparison_table(histories: Sequence[History]) -> str:
     rows = []
     for name, history in zip(run_names(histories), histories, strict=True):
         base, best = history.base, history.best
-        cells = [_cost_text(history.cost(best, cost) if best else None, cost) for cost in costs]
+        cells = [_cost_text(history, best, cost) if best else "" for cost in costs]
         width = f"{best.width:.4f}" if best else ""
         scores = [f"{entry.valid_acc:.4f}" if entry else "" for entry in (base, best)]
         points = format_points(history.change)
@@ -113,14 +113,19 @@ def comparison_table(histories: Sequence[History]) -> str:
         names = run_names(histories)
         lines = [(name, *(v[i] for _, v in options)) for i, name in enumerate(names)]
         parts.append(table(("run", *(flag for flag, _ in options)), lines))
-    parts += [f"caution: {caution}"] if caution else []
+    notes = [f"caution: {caution}" if caution else None, latency_note(histories)]
+    parts += [note for note in notes if note]
     return "\n\n".join(parts)
 
 
-def _cost_text(value: float | None, cost: str) -> str:
+def _cost_text(history: History, entry: RoundRecord, cost: str) -> str:
+    """Return a cost, with a latency's share of the latency of the run's base."""
+    value, share = history.cost(entry, cost), history.share(entry, cost)
     if value is None:
         return ""
-    return f"{1000 * value:.3g} ms" if cost == "latency" else f"{value:,.0f}"
+    if cost != "latency":
+        return f"{value:,.0f}"
+    return f"{1000 * value:.3g} ms" + ("" if share is None else f" ({share:.1%})")
 
 
 def describe_state(history: History) -> str:

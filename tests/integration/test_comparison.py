@@ -69,6 +69,40 @@ def test_the_csv_has_a_line_for_each_model(sweep: Path, tmp_path: Path) -> None:
     assert "12.5 ms" in again.out
 
 
+def test_latencies_of_different_moments_are_compared_by_their_shares(tmp_path: Path) -> None:
+    """The same base took 6.50 ms in one run and 2.79 ms in the other."""
+    times = {"a": (0.0065, 0.0039), "b": (0.00279, 0.00195)}
+    for name, seconds in times.items():
+        write_evaluations(make_run(tmp_path / name))
+        for number, value in zip((0, 2), seconds, strict=True):
+            file = tmp_path / name / "rounds" / f"{number:02d}" / "latency.json"
+            file.write_text(json.dumps({"seconds": value, "device": "cpu"}))
+    done = gammaslim("report", tmp_path, "--output", tmp_path / "c.html", "--json")
+    assert (done.code, done.err) == (0, ""), done
+    record = json.loads(done.out)
+    front = [(Path(model["path"]).name, model["round"]) for model in record["pareto"]["latency"]]
+    assert front == [("a", 2), ("a", 0), ("b", 0)]
+    assert record["runs"][1]["latency"] == {"rounds/00": 0.00279, "rounds/02": 0.00195}
+    assert record["runs"][0]["latency_of_base"] == pytest.approx(
+        {"rounds/00": 1.0, "rounds/02": 0.6}
+    )
+    (note,) = record["notes"]
+    assert note.startswith("latencies are compared as shares of each run's own base")
+    found = page(tmp_path / "c.html")
+    assert note[1:] in found.text
+    assert [row[-1].endswith("latency") for row in found.rows[1:3]] == [True, False]
+    assert "against latency relative to the run's own base" in found.charts["pareto-latency"]
+    table = gammaslim("report", tmp_path, "--output", tmp_path / "c.html", "--csv", "-")
+    rows = {(row["run"], row["round"]): row for row in csv.DictReader(io.StringIO(table.out))}
+    assert float(rows["a", "2"]["latency_of_base"]) == pytest.approx(0.6)
+    assert rows["a", "1"]["latency_of_base"] == ""
+    optimal = [model for model, row in rows.items() if row["pareto_latency"] == "1"]
+    assert optimal == [("a", "0"), ("a", "2"), ("b", "0")]
+    text = gammaslim("report", tmp_path, "--output", tmp_path / "c.html").out
+    assert "3.9 ms (60.0%)" in text
+    assert note in text
+
+
 def test_runs_with_the_same_options_have_no_table_of_options(tmp_path: Path) -> None:
     for name in "ab":
         make_run(tmp_path / name)

@@ -50,7 +50,7 @@ def test_the_page_of_a_run_tells_what_its_files_do(tmp_path: Path) -> None:
         ["MACs", "40 k", "24 k", "× 0.600"],
         ["size", "4 kB", "2.4 kB", "× 0.600"],
     ]
-    assert ["--rate", "0.9(default: 0.95)"] in found.rows
+    assert ["--rate", "0.9 (default: 0.95)"] in found.rows
     assert ["--model", "student"] in found.rows
     assert not any(row[0] == "--model" and "default" in row[1] for row in found.rows)
     assert [found.rows[place][0] for place in found.best] == ["★ 2"]

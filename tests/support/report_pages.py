@@ -50,12 +50,14 @@ class Page(HTMLParser):
             self.in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
-        self.in_cell = self.in_cell and tag not in ("td", "th")
+        if tag in ("td", "th"):
+            self.in_cell = False
+            self.rows[-1][-1] = " ".join(self.rows[-1][-1].split())
 
     def handle_data(self, data: str) -> None:
         self.text += data
         if self.in_cell:
-            self.rows[-1][-1] += data.strip()
+            self.rows[-1][-1] += data
 
 
 def page(path: Path) -> Page:

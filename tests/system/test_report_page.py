@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pypdf import PdfReader
 
 from job.report.page import write_run_report
 from support.browser import CHROMIUM, Browser, browser
@@ -114,6 +117,76 @@ def test_a_click_on_a_head_sorts_the_rows(chromium: Browser, pages: dict[str, Pa
     assert chromium.console == []
 
 
+def test_numbers_are_sorted_by_their_values(chromium: Browser, tmp_path: Path) -> None:
+    """Not by their digits: costs have units, and the recommended round a star."""
+    costs = ((11_184_202, 1_777e6), (6_306_154, 1_256e6), (5_264_088, 888e6), (4_000_000, 0.9e6))
+    entries = tuple(
+        entry(n, 0.9 - 0.002 * n, params, macs=int(macs)) for n, (params, macs) in enumerate(costs)
+    )
+    folder = make_run(tmp_path / "run", entries)
+    write_evaluations(folder)  # only the base and round 2 were timed
+    write_run_report(folder)
+    chromium.open(folder / "report.html", 1200)
+    head = "[...document.querySelectorAll('table.sortable')[0].querySelectorAll('th button')]"
+    order = """[...document.querySelector("table.sortable").tBodies[0].rows]
+        .map((row) => row.cells[0].textContent)"""
+    down = ["base", "1", "★ 2", "3"]
+    for name in ("parameters", "MACs", "bytes", "round"):
+        button = f"{head}.find((button) => button.textContent === '{name}')"
+        orders = [chromium.evaluate(f"{button}.click(); {order}") for _ in range(2)]
+        assert orders == ([down, down[::-1]] if name == "round" else [down[::-1], down]), name
+    button = f"{head}.find((button) => button.textContent === 'latency')"
+    orders = [chromium.evaluate(f"{button}.click(); {order}")[:2] for _ in range(2)]
+    assert orders == [["★ 2", "base"], ["base", "★ 2"]]  # rounds without a latency are last
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_larger_share_of_a_confusion_matrix_has_the_stronger_colour(
+    chromium: Browser, pages: dict[str, Path], scheme: str, width: int
+) -> None:
+    chromium.open(pages["full"], width, prefers_color_scheme=scheme)
+    colors = """[...document.querySelectorAll(".matrix td.{}")].map((cell) => {{
+        const canvas = Object.assign(document.createElement("canvas"), {{width: 1, height: 1}});
+        const pen = canvas.getContext("2d");
+        pen.fillStyle = getComputedStyle(cell).backgroundColor;
+        pen.fillRect(0, 0, 1, 1);
+        const rgb = [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        return [parseInt(cell.style.getPropertyValue("--share")),
+                Math.max(...rgb) - Math.min(...rgb)];
+    }})"""
+    for kind in ("right", "wrong"):
+        shares = sorted(chromium.evaluate(colors.format(kind)))
+        assert len({share for share, _ in shares}) > 1
+        assert [strength for _, strength in shares] == sorted(strength for _, strength in shares)
+    text = chromium.evaluate("document.body.textContent")
+    assert "The stronger the colour of a cell, the larger its share of the row." in text
+    assert "darker" not in text  # larger shares are lighter in the dark mode
+    cut = """[...document.querySelectorAll(".matrix th.corner")]
+        .filter((head) => head.scrollWidth > head.clientWidth).length"""
+    assert chromium.evaluate(cut) == 0
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_title_of_an_axis_is_below_its_names(
+    chromium: Browser, pages: dict[str, Path], width: int
+) -> None:
+    chromium.open(pages["full"], width)
+    boxes = """[...document.querySelectorAll("#channels svg text{}")].map((text) => {{
+        const box = text.getBoundingClientRect();
+        return [text.textContent, box.top, box.bottom];
+    }})"""
+    ((top, bottom),) = [
+        box for name, *box in chromium.evaluate(boxes.format("")) if name == "layer"
+    ]
+    names = chromium.evaluate(boxes.format(".small[transform]"))
+    assert names
+    assert all(LONG.endswith(name.removeprefix("…")) or name == "fc" for name, *_ in names)
+    assert all(name_bottom <= top for *_, name_bottom in names)
+    place = 'document.querySelector("#channels svg").getBoundingClientRect().bottom'
+    assert bottom <= chromium.evaluate(place) + 1
+
+
 def test_print_is_dark_on_white_in_the_dark_mode_too(
     chromium: Browser, pages: dict[str, Path]
 ) -> None:
@@ -127,6 +200,57 @@ def test_print_is_dark_on_white_in_the_dark_mode_too(
     assert chromium.evaluate(hidden) == 0
     chromium.call("Page.printToPDF")
     assert chromium.evaluate("[...document.querySelectorAll('details')].every((d) => d.open)")
+
+
+def test_no_printed_page_ends_with_a_heading(chromium: Browser, tmp_path: Path) -> None:
+    """Whatever number of rounds moves the headings down the pages."""
+    for count in (2, 5, 8, 11):
+        entries = tuple(entry(n, 0.9, 31_850_000 - 2_000_000 * n) for n in range(count))
+        folder = make_run(tmp_path / str(count), entries, best=1)
+        write_evaluations(folder, best=1)
+        write_run_report(folder)
+        chromium.open(folder / "report.html", 1200)
+        answer = chromium.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)
+        headings = chromium.evaluate("""[...document.querySelectorAll("h1, h2, h3, summary")]
+            .map((heading) => heading.textContent)""")
+        pages = PdfReader(io.BytesIO(base64.b64decode(answer["data"]))).pages
+        assert len(headings) > 15
+        assert len(pages) > 3
+        for page in pages:
+            last = page.extract_text().strip().splitlines()[-1]
+            assert all(not heading.endswith(last.strip()) for heading in headings), last
+
+
+@pytest.mark.parametrize("name", ["full", "compared"])
+@pytest.mark.parametrize("width", [360, 700, 1000, 1280])
+def test_no_number_is_broken_from_its_unit(
+    chromium: Browser, pages: dict[str, Path], name: str, width: int
+) -> None:
+    for media in ("", "print"):
+        chromium.open(pages[name], width)
+        chromium.call("Emulation.setEmulatedMedia", media=media)
+        lines = chromium.evaluate("""[...document.querySelectorAll("[data-value]")].map((cell) => {
+            const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), rows = [];
+            for (let text; (text = texts.nextNode()); ) {
+                const range = document.createRange();
+                range.selectNodeContents(text);
+                rows.push([text.textContent, range.getClientRects().length]);
+            }
+            return rows;
+        })""")
+        parts = [part for cell in lines for part in cell if part[0].strip()]
+        assert any(text.endswith(" M") for text, _ in parts)
+        assert [text for text, rows in parts if rows != 1] == []
+
+
+def test_a_column_of_short_names_is_narrow(chromium: Browser, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_run(tmp_path / name)
+    done = gammaslim("report", tmp_path, "--output", tmp_path / "compared.html")
+    assert done.code == 0, done
+    chromium.open(tmp_path / "compared.html", 1280)
+    column = "document.querySelector('table.cards thead th:nth-child(2)').offsetWidth"
+    assert chromium.evaluate(column) < 60
 
 
 def test_a_screen_reader_gets_every_chart_table_and_image(

@@ -108,15 +108,17 @@ class Sensitivity:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         losses = (f"loss_{percent(fraction)}" for fraction in self.fractions)
-        has_kept = self.has_kept
-        writer.writerow(
-            ("group", "channels", "macs", "params", *losses, *(("kept",) if has_kept else ()))
-        )
-        for row in self.rows:
-            values = (row.loss_at(fraction) for fraction in self.fractions)
-            kept = (row.kept,) if has_kept else ()
-            writer.writerow((row.group, row.channels, row.macs, row.params, *values, *kept))
+        kept = ("kept",) if self.has_kept else ()
+        writer.writerow(("group", "channels", "macs", "params", *losses, *kept))
+        writer.writerows(self.values())
         return text.getvalue()
+
+    def values(self) -> Iterator[tuple[str | float | None, ...]]:
+        """Yield the values of each row; unknown losses are None."""
+        for row in self.rows:
+            losses = (row.loss_at(fraction) for fraction in self.fractions)
+            kept = (row.kept,) if self.has_kept else ()
+            yield (row.group, row.channels, row.macs, row.params, *losses, *kept)
 
     @property
     def has_kept(self) -> bool:

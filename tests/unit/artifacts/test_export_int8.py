@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import yaml
 
 import job
+from job.artifacts.export_card import ExportedModel, Quantisation, export_readme
 from job.artifacts.export_onnx import onnx_bytes
+from job.artifacts.json_records import from_json
 from job.artifacts.model_card import read_card
 from job.artifacts.onnx_int8 import OnnxNetwork, quantise
+from job.artifacts.records import RoundRecord
 from job.cli import export_int8
 from job.errors import DataError, UsageError
 from support.brightness import NAMES, call, put, write_run
@@ -80,7 +85,43 @@ def test_both_accuracies_are_printed_and_in_the_model_card(run: Path, tmp_path: 
     assert found
     assert found.groups() == ("1.0000", f"{after:.4f}", f"{100 * (after - 1) + 0.0:+.2f}")
     text = (tmp_path / "README.md").read_text()
-    assert "It is quantised: int8, calibrated on 12 images" in text
+    assert "It is quantised: int8, calibrated on 12 images." in text
+    size = (tmp_path / "m.onnx").stat().st_size
+    plain = tmp_path / "plain" / "m.onnx"
+    assert call("export", run, "--output", plain).exit_code == 0
+    assert f"| accuracy on the validation split | {after:.2%} | 100.00% |  |  |" in text
+    assert f"| bytes of the file | {size:,} | {plain.stat().st_size:,} |  |  |" in text
+    assert str(tmp_path) not in text  # it may be published
+    (result,) = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "accuracy", "value": after}]
+
+
+def test_the_card_has_the_numbers_of_the_8_bit_file_not_those_before(tmp_path: Path) -> None:
+    folder = save_slim_student(tmp_path / "run" / "rounds" / "01")
+    record = {"round": 1, "width": 0.5, "channels": 9, "params": 10, "macs": 20, "bytes": 991_072,
+              "valid_acc": 0.8783, "valid_loss": 0.5, "step": 3}  # fmt: skip
+    card = replace(read_card(folder), metrics=record)
+    base = from_json(RoundRecord, record | {"round": 0, "valid_acc": 0.9}, lenient=True)
+    data = {"root": "/home/me/photos", "training": 9, "validation": 4}
+    int8 = Quantisation("int8", (1_000_000, 345_782), (0.88, 0.875), "validation")
+    exported = ExportedModel("m.onnx", "onnx", card, data, base, int8)
+
+    text = export_readme(exported)
+    assert "value: 0.875}" in text
+    assert "| accuracy on the validation split | 87.50% | 88.00% | 90.00% | -2.50 points |" in text
+    assert "| bytes of the file | 345,782 | 1,000,000 |" in text
+    assert "991,072" not in text
+    assert "0.8783" not in text
+
+    other = replace(int8, split="testing", data={"root": "/home/me/other"})
+    text = export_readme(replace(exported, int8=other))
+    assert 'dataset: {name: "other", type: image-folder, split: testing}' in text
+    assert "| accuracy on the testing split of other | 87.50% | 88.00% |  |  |" in text
+
+    text = export_readme(replace(exported, int8=replace(int8, scores=None, split="")))
+    assert "model-index" not in text
+    assert "metrics:" not in text
+    assert "| accuracy on the validation split | not measured | 87.83% | 90.00% |  |" in text
 
 
 def test_images_without_labels_calibrate_too(run: Path, tmp_path: Path) -> None:

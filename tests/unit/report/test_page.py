@@ -27,7 +27,15 @@ from job.report.drawing import draw_charts
 from job.report.figures import comparison_charts, run_charts
 from job.report.page import write_run_report
 from job.report.run_page import run_page
-from support.report_pages import ENTRIES, Page, check_figures, make_run, page, write_evaluations
+from support.report_pages import (
+    ENTRIES,
+    Page,
+    check_figures,
+    entry,
+    make_run,
+    page,
+    write_evaluations,
+)
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -254,6 +262,42 @@ def test_the_page_shows_what_the_recommended_model_gets_wrong(tmp_path: Path) ->
     assert "Only the base is right: 2 validation images, 1 shown" in found.text
     assert "Only the recommended model is right: 1 validation image" in found.text
     assert found.alts == ["Image 8.png <b>", "Image 5.png"]
+
+
+def test_where_the_base_is_recommended_the_best_round_and_the_last_one_are_shown(
+    tmp_path: Path,
+) -> None:
+    entries = (entry(0, 0.9, 1000), entry(1, 0.885, 800), entry(2, 0.5, 600))
+    reason = "the base: every round falls more than 1 point below it"
+    folder = make_run(tmp_path / "run", entries, best=0, reason=reason)
+    write_evaluations(folder)
+    write_run_report(folder)
+    found = page(folder / "report.html")
+    assert f"Recommended: ★ rounds/00, {reason}." in found.text
+    said = "No round kept the accuracy: the best one is round 1, with 88.50% (-1.50 points)."
+    assert said in found.text
+    assert found.rows[:3] == [
+        ["", "★ base", "round 1", "change"],
+        ["accuracy", "90.00%", "88.50%", "-1.50 points"],
+        ["parameters", "1 k", "800", "× 0.800"],
+    ]
+    assert not any("★ slim" in row for row in found.rows)
+    assert "cnn.0 keeps 8 of 10" in found.charts["channels"]
+    assert "each layer of the model of the last round, and of the base" in found.charts["channels"]
+    assert "1 zero; round 2: 8 values" in found.charts["gamma"]
+    head = ["class", "images", "base", "round 2", "points", "most often misclassified as"]
+    assert head in found.rows
+    assert "Last: round 2" in found.text
+    assert "Only the model of the last round is right: 1 validation image" in found.text
+
+
+def test_a_base_without_rounds_is_shown_alone(tmp_path: Path) -> None:
+    reason = "the base: no round is finished"
+    folder = make_run(tmp_path / "run", ENTRIES[:1], best=0, reason=reason)
+    write_run_report(folder)
+    found = page(folder / "report.html")
+    assert found.rows[:2] == [["", "★ base"], ["accuracy", "90.00%"]]
+    assert "No round kept" not in found.text
 
 
 @pytest.mark.parametrize(
