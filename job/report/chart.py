@@ -72,6 +72,9 @@ class PlotSeries:
     in_legend: bool = True
 
 
+NARROW = 0.005  # of the largest value; texts of ticks have four digits
+
+
 @dataclass(frozen=True)
 class Chart:
     """Chart with a name, caption, axes, series, and labelled vertical lines at ``marks``.
@@ -105,7 +108,10 @@ class Chart:
         if shape.log:
             margin = (high / low) ** 0.05
             return low / margin, high * max(margin, 1.1)
-        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        margin = 0.05 * (high - low)
+        if high - low < NARROW * abs(high):  # the ticks would have the same text
+            margin = 0.05 * abs(high)
+        margin = margin or 1.0
         return low - margin, high + margin
 
 

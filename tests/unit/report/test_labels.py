@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from job.artifacts.run_reader import read_run
+from job.report.chart import ticks
 from job.report.figures import accuracy_chart, throughput_chart, training_chart
 from job.report.labels import HEIGHT, LETTER
 from job.report.svg import LEFT, RIGHT, WIDTH, to_svg
@@ -56,3 +57,15 @@ def test_the_mark_of_a_base_without_training_is_in_the_plot(tmp_path: Path) -> N
         assert [text for _, text in chart.marks] == ["base", "1"]
         marks = re.findall(r'<path class="mark" d="M([\d.]+) ', str(to_svg(chart)))
         assert all(LEFT < float(x) < WIDTH - RIGHT for x in marks)
+
+
+def test_ticks_of_nearly_equal_values_have_texts_of_their_own(tmp_path: Path) -> None:
+    entries = tuple(
+        entry(n, 0.9, params, **({"valid_acc_pruned": 0.9} if n else {}))
+        for n, params in enumerate((2_307_400, 2_307_300, 2_307_150))
+    )
+    chart = accuracy_chart(read_run(make_run(tmp_path / "run", entries)), "params")
+    assert chart
+    for number, axis in enumerate((chart.x, chart.y)):
+        texts = [axis.text(value) for value in ticks(axis, *chart.range(number))]
+        assert len(set(texts)) == len(texts) > 1
