@@ -193,7 +193,10 @@ def to_line(record: EventRecord) -> JsonObject:
 
 @dataclass(frozen=True)
 class StatusRecord:
-    """State, position and number of processes of a run; ``time`` is in Unix seconds."""
+    """State and position of a run; ``time`` is in Unix seconds.
+
+    ``processes`` is their number; None for a single one.
+    """
 
     state: str
     exit_code: int | None
@@ -201,7 +204,7 @@ class StatusRecord:
     epoch: int
     step: int
     time: float
-    processes: int | None = None  # None in the files of earlier versions
+    processes: int | None = None
 
     @property
     def at(self) -> tuple[int, int, int]:

@@ -253,8 +253,8 @@ class Run:
         self, state: str, exit_code: int | None, round_index: int, epoch: int, step: int
     ) -> None:
         """Replace status.json and metrics.prom; a reserve file keeps space for the last update."""
-        now, processes = time.time(), world_size()
-        record = StatusRecord(state, exit_code, round_index, epoch, step, now, processes)
+        processes = world_size() if world_size() > 1 else None
+        record = StatusRecord(state, exit_code, round_index, epoch, step, time.time(), processes)
         write_status_file(self.path, record)
         text = openmetrics_text(self.path.name, record, self.last_epoch, self.last_round)
         with suppress(StorageError):  # it only repeats what other files say

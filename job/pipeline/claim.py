@@ -134,7 +134,7 @@ def _open_run(setup: Setup, run: Run) -> tuple[Position | None, str | None]:
     metrics logged after that position.
     """
     last = run.recorded_status
-    before, processes_before = (last.state, last.processes) if last else (None, None)
+    before, processes_before = (last.state, last.processes or 1) if last else (None, None)
     before = "died" if before == "running" else before
     saved = run.open(setup.config, setup.dataset_record, setup.base_record)
     setup.watch.forget_old_request()
