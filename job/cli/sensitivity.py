@@ -73,8 +73,8 @@ def _measure(
 ) -> tuple[ModelCard, Sensitivity]:
     if card_of_task(model):
         network, card = open_model(model)
-        parts = card, network, accelerator, tick
-        calibration = open_task_images(model, options, *parts).calibration
+        opened = open_task_images(model, options, card, network, accelerator, tick)
+        calibration = opened.calibration
     else:
         data = calibration_data(model, options.data)
         images = open_images(data, options.on_bad_image, model, options.seed)
@@ -84,10 +84,13 @@ def _measure(
     image, allocation, base = example_image(card.preprocessing.input_size), None, None
     if budget:
         base = card.base or base_of(network, card)
-        allocation = Allocation("global", budget, options.round_to, options.min_keep)
+        policy = "uniform" if budget.metric == "width" else "global"  # as slim
+        allocation = Allocation(policy, budget, options.round_to, options.min_keep)
     graph, show = analyse(network, image), partial(show_step, "sensitivity")
     batches = calibration.batches
-    measured = measure_sensitivity(network, graph, batches, image, allocation, base, progress=show)
+    loss = "squared_error" if card_of_task(model) else None
+    parts = network, graph, batches, image, allocation, base
+    measured = measure_sensitivity(*parts, output_loss=loss, progress=show)
     phase("")
     return card, measured
 

@@ -58,6 +58,7 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     wide, card, tools = _open(model, options)
     allocation = _allocation(options)
     method = _method(options, allocation.policy, tools)
+    method = replace(method, output_loss="squared_error" if card_of_task(model) else None)
     accuracies = [tools.accuracy(wide)]
     _say_caution(model, tools, accuracies[0])
     image = example_image(card.preprocessing.input_size)
@@ -178,6 +179,8 @@ def _method(options: SlimOptions, policy: str, tools: _Tools) -> Method:
     )
     if line:
         say(line)
+    if options.allocate and policy == "uniform":
+        say_cautions([f"--allocate {options.allocate} has no effect without --policy global"])
     return method
 
 

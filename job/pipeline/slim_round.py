@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from job.config import CLASSIFICATION
 from job.distributed.collectives import digest, on_main
 from job.errors import DataError, UsageError, shown
 from job.pipeline.model import Model
@@ -100,7 +101,8 @@ def method_of(config: PruneConfig) -> Method:
     """Return the importance, compensation and allocation of a run."""
     allocate = choose_allocation(config.allocate, config.compensate, config.policy)
     depth = choose_depth(config.depth, allocate)
-    return Method(config.importance, config.compensate, config.seed, allocate, depth)
+    loss = None if config.task == CLASSIFICATION else "squared_error"
+    return Method(config.importance, config.compensate, config.seed, allocate, depth, loss)
 
 
 def plan_round(config: PruneConfig, model: Model, round_index: int) -> Plan:

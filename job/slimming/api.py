@@ -37,6 +37,7 @@ from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.plan import keep_of
 from job.slimming.planning.policies import POLICIES
 from job.slimming.recovery.recovery import recover as recover_outputs
+from job.slimming.sensitivity.output_loss import OUTPUT_LOSSES
 from job.slimming.surgery.origin import record_origin
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def slim(
     importance: str | None = None,
     compensate: str | None = None,
     allocate: str | None = None,
+    output_loss: str | None = None,
     depth: str = "auto",
     recalibrate: int = 0,
     recover: int = 0,
@@ -90,7 +92,9 @@ def slim(
     ``allocate`` selects what the policy ``global`` compares channel groups by: ``outputs``, the
     loss of the network's outputs when a group is cut, measured on a few calibration images, or
     ``local``, the importance of the channels. The default is ``outputs`` if ``compensate`` is
-    ``regress``. With ``outputs`` and the ``depth`` ``auto``, whole residual branches are also
+    ``regress``. The ``output_loss`` is ``kl``, the divergence of the softmax, for a single output
+    (B, C), else ``squared_error``; give the latter for (B, C) that are no logits of classes, as in
+    a regression. With ``outputs`` and the ``depth`` ``auto``, whole residual branches are also
     removed where the outputs lose least, and replaced by their mean, a constant. With the ``depth``
     ``off`` no branch is removed.
 
@@ -116,6 +120,7 @@ def slim(
     """
     check_network(model)
     _check_choices(policy, importance, compensate, allocate, depth)
+    check_choice("output_loss", output_loss, OUTPUT_LOSSES, none=True)
     if calibration_images is not None:
         check_number("calibration_images", calibration_images, 1)
     check_number("recalibrate", recalibrate, 0)
@@ -130,6 +135,7 @@ def slim(
         method, reason = choose_method(
             importance, compensate, allocate, images=bool(images), depth=depth, policy=policy
         )
+        method = replace(method, output_loss=output_loss)
         _log(reason)
         with _preserve_weights(model) if runs else _preserve_chance(model):
             narrow, plan = cut_network(
@@ -153,6 +159,7 @@ def sensitivity(
     calibration_images: int | None = None,
     ignore: Iterable[str | nn.Module] = (),
     target: str | None = None,
+    output_loss: str | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> Sensitivity:
     """Return the loss of the outputs of ``model`` when each channel group alone is reduced.
@@ -164,10 +171,10 @@ def sensitivity(
     relative to the squares of the outputs. ``print(result)`` shows a table, ``result.to_dict()``
     returns plain values for JSON.
 
-    ``example``, ``calibration``, ``calibration_images``, ``ignore`` and ``forward`` are those of
-    ``slim``; labels are not used. With a ``target``, e.g. "macs=0.5", each row also has the number
-    of channels that ``slim`` keeps with the same ``calibration`` and its other defaults. ``model``
-    is not changed.
+    ``example``, ``calibration``, ``calibration_images``, ``ignore``, ``output_loss`` and
+    ``forward`` are those of ``slim``; labels are not used. With a ``target``, e.g. "macs=0.5", each
+    row also has the number of channels that ``slim`` keeps with the same ``calibration`` and its
+    other defaults. ``model`` is not changed.
 
     Raises UsageError for invalid arguments, a network that does not run on ``example``, or a target
     that is out of reach; DataError for weights or inputs of layers that are not finite.
@@ -181,13 +188,16 @@ def sensitivity(
     [0.9, 0.75, 0.5, 0.25, 0.0]
     """
     check_network(model)
+    check_choice("output_loss", output_loss, OUTPUT_LOSSES, none=True)
     allocation = None if target is None else Allocation("global", budget_of(target))
     with forward_pass(model, forward), _naming_arguments():
         inputs, names = example_of(model, example), ignored_layers(model, ignore)
         graph = _analyse_example(model, inputs, names)
         images = read_batches(model, inputs, calibration, most=calibration_images)
         with _preserve_weights(model):
-            return measure_sensitivity(model, graph, lambda: images, inputs, allocation)
+            return measure_sensitivity(
+                model, graph, lambda: images, inputs, allocation, output_loss=output_loss
+            )
 
 
 def _check_choices(

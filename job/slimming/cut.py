@@ -65,9 +65,9 @@ DEPTHS = ("auto", "off")
 class Method:
     """Method of a cut: importance criterion, compensation of removed channels, seed, allocation.
 
-    ``allocate`` is what a global cut compares groups by: ``outputs``, the loss of the network's
-    outputs when each is cut, or ``local``, the importance of the channels. ``depth`` is whether
-    whole branches may be removed where the outputs lose least (``auto``) or not (``off``).
+    ``allocate`` is what a global cut compares groups by: ``outputs``, the ``output_loss`` when each
+    is cut (None for that of their shape), or ``local``, the importance of the channels. ``depth``
+    is whether branches may be removed where the outputs lose least (``auto``) or not (``off``).
     """
 
     importance: str = "gamma"
@@ -75,6 +75,7 @@ class Method:
     seed: int = 0
     allocate: str = "local"
     depth: str = "off"
+    output_loss: str | None = None
 
     def __str__(self) -> str:
         outputs = ", allocation outputs" if self.allocate == "outputs" else ""
@@ -93,9 +94,8 @@ def choose_method(
 ) -> tuple[Method, str]:
     """Return the method, and a message that explains it; None selects the best choice.
 
-    The best choice depends on whether there are calibration ``images``, and on the ``policy``. The
-    message is empty if importance and compensation are given. Refit and the loss of the outputs
-    assume regress; with another compensation gamma is better.
+    It depends on whether there are calibration ``images``, and on the ``policy``. The message is
+    empty if importance and compensation are given. Refit and output losses assume regress.
     """
     best_compensation = compensate or ("regress" if images else "none")
     refits = images and best_compensation == "regress"
@@ -116,8 +116,7 @@ def choose_method(
 def choose_allocation(allocate: str | None, compensate: str, policy: str) -> str:
     """Return the allocation; None selects the best choice.
 
-    Only some policies compare groups. The loss of the outputs is measured after a least-squares
-    fit, as in ``regress``.
+    Only some policies compare groups. Output losses are measured after a fit as in ``regress``.
     """
     if not POLICIES[policy].compares_groups:
         return "local"
@@ -216,9 +215,9 @@ def measure_losses(
 ) -> dict[str, LossCurve]:
     """Return the loss curve of each channel group, by its name.
 
-    A loss curve is the loss of the outputs by the number of channels that the group keeps. Losses
-    at ``more`` fractions of a group are measured too, and do not change the curves. The result is
-    empty if the method allocates by importance. Measurements are over all processes.
+    A loss curve is the loss of the outputs by the number of channels that the group keeps; losses
+    at ``more`` fractions are measured too, and change no curve. Without ``allocate`` outputs there
+    are none. Measurements are over all processes.
     """
     if method.allocate != "outputs":
         return {}
@@ -234,6 +233,7 @@ def measure_losses(
         accumulated=CRITERIA[method.importance].accumulated,
         more=more,
         removable=removable,
+        output_loss=method.output_loss,
         progress=progress,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from job.distributed.collectives import on_main
@@ -34,6 +35,7 @@ def measure_sensitivity(
     allocation: Allocation | None = None,
     base: Base | None = None,
     *,
+    output_loss: str | None = None,
     progress: Progress = no_progress,
 ) -> Sensitivity:
     """Return the losses of all channel groups at ``TABLE_FRACTIONS``, and what a cut would keep.
@@ -49,11 +51,12 @@ def measure_sensitivity(
         raise UsageError(
             f"{allocation.budget}: sensitivity does not measure latency; give e.g. macs=0.5"
         )
-    scores, data = measure_importance(network, graph, METHOD, batches, progress)
-    parts = network, graph, scores, METHOD, data, example, progress
+    method = replace(METHOD, output_loss=output_loss)
+    scores, data = measure_importance(network, graph, method, batches, progress)
+    parts = network, graph, scores, method, data, example, progress
     curves = measure_losses(*parts, more=TABLE_FRACTIONS)
     plan = target = None
     if allocation:
-        plan = on_main(lambda: plan_cut(network, graph, scores, allocation, METHOD, base, curves))
+        plan = on_main(lambda: plan_cut(network, graph, scores, allocation, method, base, curves))
         target = f"{allocation.budget.metric}={allocation.budget.value:g}"
     return summarise_losses(network, graph, curves, TABLE_FRACTIONS, plan, target)

@@ -107,6 +107,12 @@ def test_a_target_shows_what_slim_keeps(cut_run: Path, tmp_path: Path) -> None:
     assert on_stdout.out == file.read_text()
 
 
+def test_a_width_is_kept_of_all_groups_alike(cut_run: Path) -> None:
+    done = measure(cut_run / "rounds" / "00", "--target", "width=0.5", "--csv", "-")
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    assert {int(row["kept"]) / int(row["channels"]) for row in rows} == {0.5}
+
+
 def json_data(run_folder: Path) -> str:
     """The data of a run, by its config.toml."""
     lines = (run_folder / "config.toml").read_text().splitlines()

@@ -140,6 +140,12 @@ def test_images_without_labels_calibrate(model: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == (
         f"accuracy was not measured: {tmp_path / 'any'} has no labels"
     )
+    assert "no effect" not in done.output
+    done = command(
+        "slim", model, "--output", tmp_path / "alike", "--data", tmp_path / "any", "--workers", 0,
+        "--policy", "uniform", "--allocate", "outputs",
+    )  # fmt: skip
+    assert "--allocate outputs has no effect without --policy global" in done.output
     plain = command("slim", model, "--output", tmp_path / "plain")
     assert plain.exit_code == 0, plain.output
     image = torch.rand(1, 3, 32, 32)

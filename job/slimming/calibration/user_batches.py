@@ -42,7 +42,7 @@ def read_batches(
     Reading stops after the batch that completes ``least`` batches and ``most`` images, by default
     the number that ``image_limit`` returns. A batch has the form of the ``example``, or is a pair
     of such inputs and labels (B,). Of a dict, only the keys of the example are used. Raises
-    UsageError for anything else, or if there is no batch.
+    UsageError for anything else, or if there is no sample; batches without any are left out.
     """
     if isinstance(calibration, (torch.Tensor, str, Mapping)) or not isinstance(
         calibration, Iterable
@@ -57,6 +57,8 @@ def read_batches(
         where = f"calibration: batch {number}"
         inputs, labels = _split(model, example, batch, where)
         _check_types(example, inputs, where)
+        if not sample_count(inputs):
+            continue
         inputs = inputs if weight is None else move_like(inputs, weight)
         _check_runs(model, inputs, where, seen)
         device = next(tensors_in(inputs)).device

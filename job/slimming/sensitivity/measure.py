@@ -49,6 +49,7 @@ def measure_curves(
     accumulated: bool = False,
     more: Sequence[float] = (),
     removable: Collection[str] = (),
+    output_loss: str | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, LossCurve]:
     """Return the loss curve of each of ``groups`` that has a measured consumer, by name.
@@ -58,7 +59,8 @@ def measure_curves(
     group are accumulated losses, as in ``refit``. Curves pass through the points at
     ``FRACTIONS``. Losses at ``more`` fractions are measured on the same images, and do not change
     the curves. The groups ``removable``, by name, are also measured without any unit; this loss
-    bounds the curve, and does not change it elsewhere.
+    bounds the curve, and does not change it elsewhere. ``output_loss`` is one of OUTPUT_LOSSES, by
+    default that of the shape of the outputs.
     """
     consumers = _measured_consumers(network, graph, groups, calibration.statistics)
     chosen = [r for r in groups if r.group.name in consumers]
@@ -74,7 +76,7 @@ def measure_curves(
         _points(len(r.units), (*FRACTIONS, *more, *([0.0] if r.group.name in removable else [])))
         for r in chosen
     ]
-    trial = TrialNetwork(network, graph, example, calibration.statistics)
+    trial = TrialNetwork(network, graph, example, calibration.statistics, output_loss)
     batches = list(_measured_batches(calibration.images(), images))
     losses = iter(trial.losses(chosen, points, batches, consumers, progress).tolist())
     kind = "kl" if trial.logits else "squared_error"

@@ -55,8 +55,9 @@ class TrialNetwork:
         graph: ChannelGraph,
         example: Example,
         statistics: Mapping[str, InputStatistics],
+        output_loss: str | None = None,
     ) -> None:
-        self.graph, self.statistics = graph, statistics
+        self.graph, self.statistics, self.output_loss = graph, statistics, output_loss
         self.logits = False  # whether the outputs of the last batch were logits
         self.uses = Counter(call.weight for call in graph.calls)
         biases = {
@@ -89,7 +90,7 @@ class TrialNetwork:
                 if number < len(batches):
                     replay = self._replay(batches[number])
                     reference = reference_outputs(replay.outputs)
-                    self.logits = are_logits(reference)
+                    self.logits = are_logits(reference, self.output_loss)
                 for place, (ranked, counts) in enumerate(zip(groups, points, strict=True)):
                     progress(
                         "measuring output losses",
@@ -132,7 +133,7 @@ class TrialNetwork:
             keep = keep_all(self.graph)
             keep[ranked.units[count:].reshape(-1)] = False
             with self._reduced(consumers, keep):
-                yield loss_terms(reference, replay.run_from(place))
+                yield loss_terms(reference, replay.run_from(place), logits=self.logits)
 
     def _uses(self, consumer: Consumer) -> int:
         return self.uses[f"{consumer.layer}.weight"]

@@ -74,7 +74,7 @@ def test_a_wrong_argument_is_named(
     [
         (BATCH, "is an iterable of batches, e.g. .*; got one tensor of (4, 3, 24, 24)"),
         ({"images": BATCH}, "is an iterable of batches, .*; got a dict"),
-        ([], "it is empty"), (3, "; got 3"),
+        ([], "it is empty"), ([BATCH[:0]], "it is empty"), (3, "; got 3"),
         ([BATCH, (BATCH * 255).byte()], "batch 1 is uint8, the network takes floating-point"),
         ([BATCH.permute(0, 2, 3, 1)], "batch 0 is (4, 24, 24, 3), the example (1, 3, 24, 24)"),
         ((BATCH, LABELS), "batch 1 is (4,), the example"),
@@ -92,7 +92,7 @@ def test_a_wrong_calibration_is_named(network: nn.Module, calibration: Any, mess
 @pytest.mark.parametrize(
     "calibration",
     [
-        [BATCH, BATCH], [(BATCH, LABELS)], [[BATCH.double(), LABELS]], [(BATCH,), {"x": BATCH}],
+        [BATCH, BATCH[:0]], [(BATCH, LABELS)], [[BATCH.double(), LABELS]], [(BATCH,), {"x": BATCH}],
         [{"pixel_values": BATCH, "labels": LABELS}], iter([BATCH]),
         [(BATCH, LABELS, ["a.jpg"] * 4)],
         torch.utils.data.DataLoader(torch.utils.data.TensorDataset(BATCH, LABELS), 3),

@@ -12,6 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import job
+from job.config import PruneConfig
+from job.errors import UsageError
+from job.pipeline.slim_round import method_of
 from job.slimming.analysis import analyse
 from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
 from job.slimming.calibration.moments import is_held_out
@@ -289,6 +292,49 @@ def test_squared_errors_are_relative_and_averaged_over_the_outputs() -> None:
     changed = torch.tensor([[np.log(3.0), 0.0]])
     divergence = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
     assert float(mean_loss(loss_terms(logits, changed))) == pytest.approx(divergence)
+
+
+class Together(nn.Module):
+    """A regression whose outputs, of several values, move together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 3)
+        for weight in (self.one.weight, self.two.weight, self.head.weight):
+            nn.init.normal_(weight)
+        with torch.no_grad():
+            self.head.weight.copy_(self.head.weight[:1].expand(3, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.two(F.relu(self.one(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_change_that_all_values_have_in_common_is_an_error_of_a_regression() -> None:
+    torch.manual_seed(0)
+    wide = Together().eval()
+    given: dict[str, Any] = {"calibration": [IMAGES], "output_loss": "squared_error"}
+    blind = job.sensitivity(wide, IMAGES[:1], calibration=[IMAGES])
+    seen = job.sensitivity(wide, IMAGES[:1], **given)
+    assert (blind.loss, seen.loss) == ("kl", "squared_error")
+    assert all(row.points[-1].loss < 1e-9 for row in blind.rows)  # no channel is left
+    assert all(row.points[-1].loss > 1e-5 for row in seen.rows)
+    narrow, _ = job.slim(wide, IMAGES[:1], target="macs=0.5", **given)
+    worse, _ = job.slim(wide, IMAGES[:1], target="macs=0.5", calibration=[IMAGES])
+    with torch.no_grad():
+        errors = [(network(IMAGES) - wide(IMAGES)).square().sum() for network in (narrow, worse)]
+    assert errors[0] <= errors[1]
+    with pytest.raises(UsageError, match="output_loss must be one of kl, squared_error"):
+        job.slim(wide, IMAGES[:1], output_loss="mse")
+
+
+@pytest.mark.parametrize(
+    ("task", "loss"),
+    [("classification", None), ("multi-label", "squared_error"), ("a:Task", "squared_error")],
+)
+def test_only_classes_are_compared_by_their_softmax(task: str, loss: str | None) -> None:
+    assert method_of(PruneConfig(task=task)).output_loss == loss
 
 
 def test_a_removable_group_has_one_more_point_that_changes_no_other() -> None:
