@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import job.cli.main
 import job.gammaslim
@@ -88,6 +89,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (task,) = re.findall(r"<!-- task: begin -->\n```python\n(.*?)^```", text, re.M | re.S)
     (folder / "shapes.py").write_text(task)
     torch.save(build_network("resnet18", 3, {}).state_dict(), folder / "resnet18.pt")
+    state = build_network("timm:resnet18", 3, {}).state_dict()
+    save_file(state, folder / "model.safetensors")  # as the Hub names the weights of timm
     short = {f"GAMMASLIM_PRUNE_{name}": "1" for name in ("BASE_EPOCHS", "EPOCHS", "ROUNDS")}
     done = FIRST.run(folder, **short)
     assert done.code == 0, done
