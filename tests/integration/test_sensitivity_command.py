@@ -107,10 +107,18 @@ def test_a_target_shows_what_slim_keeps(cut_run: Path, tmp_path: Path) -> None:
     assert on_stdout.out == file.read_text()
 
 
-def test_a_width_is_kept_of_all_groups_alike(cut_run: Path) -> None:
-    done = measure(cut_run / "rounds" / "00", "--target", "width=0.5", "--csv", "-")
+def test_a_width_is_kept_of_all_groups_alike_as_by_slim(cut_run: Path, tmp_path: Path) -> None:
+    model = cut_run / "rounds" / "00"
+    done = measure(model, "--target", "width=0.5", "--csv", "-")
     rows = list(csv.DictReader(io.StringIO(done.out)))
-    assert {int(row["kept"]) / int(row["channels"]) for row in rows} == {0.5}
+    done = gammaslim("slim", model, "--output", tmp_path / "slim", "--target", "width=0.5")
+    assert done.code == 0, done
+    state = job.load(tmp_path / "slim").state_dict()
+    assert {row["group"]: int(row["kept"]) for row in rows} == {
+        row["group"]: len(state[f"{row['group']}.weight"]) for row in rows
+    }
+    # those that the width of a StudentNet does not scale stay
+    assert {int(row["kept"]) / int(row["channels"]) for row in rows} == {0.5, 1.0}
 
 
 def json_data(run_folder: Path) -> str:
