@@ -37,6 +37,20 @@ TrackerName = Literal["wandb", "tensorboard", "mlflow", "none"]
 WandbMode = Literal["auto", "online", "offline", "off"]
 
 CLASSIFICATION = "classification"
+
+
+def output_loss_of(task: str) -> str | None:
+    """Return how the outputs of a network for ``task`` are compared; None for logits of classes."""
+    return None if task == CLASSIFICATION else "squared_error"
+
+
+def allocation_caution(allocate: str | None, policy: str) -> str | None:
+    """Return the caution about an allocation that the policy does not use, or None."""
+    if allocate and policy == "uniform":
+        return f"--allocate {allocate} has no effect without --policy global"
+    return None
+
+
 DETECTION = "detection"
 LOGIT_TASKS = (CLASSIFICATION, "multi-label")  # whose networks return logits (B, classes)
 DEFAULT_BASE_EPOCHS = 24
@@ -493,9 +507,7 @@ class PruneConfig(  # Python orders the fields of the last base first
                 f"--compensate {self.compensate} the accuracy right after a cut is far lower than "
                 "with --importance gamma"
             )
-        if self.allocate and self.policy == "uniform":
-            return f"--allocate {self.allocate} has no effect without --policy global"
-        return None
+        return allocation_caution(self.allocate, self.policy)
 
     @property
     def args(self) -> dict[str, int | float | bool | str]:

@@ -11,6 +11,7 @@ from job.cli.calibration_images import calibration_data, open_images
 from job.cli.evaluate_task import card_of_task
 from job.cli.open_model import open_model
 from job.cli.task_images import open_task_images
+from job.config import output_loss_of
 from job.console import phase, print_result, say, show_step, tick
 from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import start
@@ -21,6 +22,7 @@ from job.slimming.analysis import analyse
 from job.slimming.group_sensitivity import measure_sensitivity
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.cost import example_image
+from job.slimming.planning.policies import policy_for
 from job.slimming.planning.target import Budget
 
 if TYPE_CHECKING:
@@ -84,11 +86,11 @@ def _measure(
     image, allocation, base = example_image(card.preprocessing.input_size), None, None
     if budget:
         base = card.base or base_of(network, card)
-        policy = "uniform" if budget.metric == "width" else "global"  # as slim
-        allocation = Allocation(policy, budget, options.round_to, options.min_keep)
+        bounds = options.round_to, options.min_keep
+        allocation = Allocation(policy_for(budget), budget, *bounds)
     graph, show = analyse(network, image), partial(show_step, "sensitivity")
     batches = calibration.batches
-    loss = "squared_error" if card_of_task(model) else None
+    loss = output_loss_of(card.task)
     parts = network, graph, batches, image, allocation, base
     measured = measure_sensitivity(*parts, output_loss=loss, progress=show)
     phase("")

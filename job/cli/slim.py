@@ -15,7 +15,7 @@ from job.cli.evaluate_task import card_of_task
 from job.cli.evaluation_images import loader_workers
 from job.cli.open_model import open_model
 from job.cli.task_images import TaskImages, open_task_images
-from job.config import PruneConfig
+from job.config import PruneConfig, allocation_caution, output_loss_of
 from job.console import phase, progress, say, say_cautions, show_step
 from job.data.preprocessing_options import PreprocessingOptions
 from job.distributed.collectives import start
@@ -30,6 +30,7 @@ from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.cost import example_image
 from job.slimming.planning.overview import costs_table, removed_lines
 from job.slimming.planning.plan import keep_of
+from job.slimming.planning.policies import policy_for
 from job.slimming.planning.target import Budget
 from job.slimming.recovery.recovery import recover
 from job.training.evaluation import Evaluator
@@ -57,8 +58,7 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     folder = _new_folder(output)
     wide, card, tools = _open(model, options)
     allocation = _allocation(options)
-    method = _method(options, allocation.policy, tools)
-    method = replace(method, output_loss="squared_error" if card_of_task(model) else None)
+    method = _method(options, allocation.policy, tools, card.task)
     accuracies = [tools.accuracy(wide)]
     _say_caution(model, tools, accuracies[0])
     image = example_image(card.preprocessing.input_size)
@@ -95,7 +95,7 @@ def _check_images_given(options: SlimOptions) -> None:
 def _allocation(options: SlimOptions) -> Allocation:
     """Return the target, with the policy that fits it by default."""
     budget = Budget.parse(options.target)
-    policy = options.policy or ("uniform" if budget.metric == "width" else "global")
+    policy = options.policy or policy_for(budget)
     return Allocation(
         policy, budget, options.round_to, options.min_keep, latency_batch=options.latency_batch
     )
@@ -166,7 +166,7 @@ def _open(model: ModelOptions, options: SlimOptions) -> tuple[nn.Module, ModelCa
     return network, card, _Tools(images, calibration, evaluator)
 
 
-def _method(options: SlimOptions, policy: str, tools: _Tools) -> Method:
+def _method(options: SlimOptions, policy: str, tools: _Tools, task: str) -> Method:
     """Choose the method, and print what was chosen by default."""
     method, line = choose_method(
         options.importance,
@@ -179,9 +179,8 @@ def _method(options: SlimOptions, policy: str, tools: _Tools) -> Method:
     )
     if line:
         say(line)
-    if options.allocate and policy == "uniform":
-        say_cautions([f"--allocate {options.allocate} has no effect without --policy global"])
-    return method
+    say_cautions([allocation_caution(options.allocate, policy)])
+    return replace(method, output_loss=output_loss_of(task))
 
 
 def _say_caution(model: ModelOptions, tools: _Tools, accuracy: float | None) -> None:

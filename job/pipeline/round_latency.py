@@ -36,9 +36,9 @@ def measure_round(
     """Return the median latency of ``network`` in seconds, and its speed-up over ``base``.
 
     Both networks are timed in turn on one random input of ``size``, for longer where other programs
-    disturb the measurement; their mode and device are
-    restored. ``base`` is None for the base itself, and the speed-up is then None. If a network
-    raises an error, a warning is printed and both values are None.
+    disturb the measurement; their mode and device are restored. ``base`` is None for the base
+    itself, and the speed-up is then None. If a network raises an error, a warning is printed and
+    both values are None.
     """
     try:
         return _measure(network, base, size, device, clock_of(device))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from job.config import CLASSIFICATION
+from job.config import output_loss_of
 from job.distributed.collectives import digest, on_main
 from job.errors import DataError, UsageError, shown
 from job.pipeline.model import Model
@@ -101,7 +101,7 @@ def method_of(config: PruneConfig) -> Method:
     """Return the importance, compensation and allocation of a run."""
     allocate = choose_allocation(config.allocate, config.compensate, config.policy)
     depth = choose_depth(config.depth, allocate)
-    loss = None if config.task == CLASSIFICATION else "squared_error"
+    loss = output_loss_of(config.task)
     return Method(config.importance, config.compensate, config.seed, allocate, depth, loss)
 
 

@@ -18,8 +18,7 @@ from job.report.classes import changed_classes, confusion_matrices
 from job.report.configuration import changed_options, grouped_options
 from job.report.figures import COST_AXES
 from job.report.html import HtmlTable, NumberCell, render
-from job.report.latency import latency_cautions
-from job.report.tables import describe_state, format_points
+from job.report.tables import cautions_of, describe_state, format_points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,11 +73,7 @@ def run_page(history: History, charts: Sequence[Chart]) -> bytes:
         history=history,
         heading=history.name,
         state=f"State: {describe_state(history)}{_when(history)}.",
-        cautions=(
-            *history.cautions,
-            *latency_cautions(history.rounds, place_of(history.path)),
-            *history.problems,
-        ),
+        cautions=(*cautions_of(history), *history.problems),
         headline=_headline(history),
         result=_result_rows(history),
         compared=compared,

@@ -86,12 +86,16 @@ def run_overview(history: History) -> str:
         lines.append("no round is finished yet")
     if history.best:
         lines += ["", f"recommended: rounds/{history.best.round:02d} ({printable(history.reason)})"]
-    cautions = [*history.cautions, *latency_cautions(history.rounds, place_of(history.path))]
-    lines += [f"caution: {printable(caution)}" for caution in cautions]
+    lines += [f"caution: {printable(caution)}" for caution in cautions_of(history)]
     if history.state == "died":
         advice = "its process was killed or its machine was lost: run the same command to resume"
         lines += ["", advice]
     return "\n".join(lines)
+
+
+def cautions_of(history: History) -> list[str]:
+    """Return the cautions of a run, and those about its latencies."""
+    return [*history.cautions, *latency_cautions(history.rounds, place_of(history.path))]
 
 
 def comparison_table(histories: Sequence[History]) -> str:
