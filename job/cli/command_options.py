@@ -209,10 +209,12 @@ class SensitivityOptions(ImageOptions):
     target: str | None = shared(
         PruneConfig,
         "target",
-        help="Size after a cut: channels, params, macs or bytes, as a fraction of MODEL's base (at "
-        "most 1) or an absolute number. A column shows how many channels the cut would keep.",
+        help="Size after a cut: channels, params, macs, bytes or latency, as a fraction of MODEL's "
+        "base (at most 1) or an absolute number. A column shows how many channels the cut would "
+        "keep.",
         default_text=None,
     )
+    latency_batch: int = shared(PruneConfig, "latency_batch")
     calibration_images: int | None = shared(PruneConfig, "calibration_images")
     round_to: int = shared(PruneConfig, "round_to")
     min_keep: float = shared(PruneConfig, "min_keep")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.cli.calibration_images import calibration_data, open_images
+from job.cli.cut_target import single_cut, uncut_network
 from job.cli.evaluate_task import card_of_task
 from job.cli.open_model import open_model
 from job.cli.task_images import open_task_images
@@ -20,10 +21,7 @@ from job.files import check_output, write_output
 from job.pipeline.slim_round import base_of
 from job.slimming.analysis import analyse
 from job.slimming.group_sensitivity import measure_sensitivity
-from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.cost import example_image
-from job.slimming.planning.policies import policy_for
-from job.slimming.planning.target import Budget
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from job.artifacts.model_card import ModelCard
     from job.cli.command_options import ModelOptions, SensitivityOptions
     from job.files import JsonObject
+    from job.slimming.planning.allocation import Allocation
     from job.slimming.sensitivity.record import Sensitivity
 
 _STDOUT = "-"
@@ -46,13 +45,13 @@ def print_sensitivity(
     """
     if as_json and csv == _STDOUT:
         raise UsageError("--json and --csv - both print on standard output: give --csv a file")
-    budget = Budget.parse(options.target) if options.target else None
+    allocation = single_cut(options.target, options) if options.target else None
     PreprocessingOptions.of(model).check()
     file = None if csv in (None, _STDOUT) else Path(csv)
     if file is not None:
         check_output(file)
     accelerator = start(options.device, options.precision)
-    card, measured = _measure(model, options, budget, accelerator)
+    card, measured = _measure(model, options, allocation, accelerator)
     rows = measured.to_csv().encode("utf-8", "surrogateescape")
     if file is not None:
         write_output(file, rows)
@@ -70,7 +69,7 @@ def print_sensitivity(
 def _measure(
     model: ModelOptions,
     options: SensitivityOptions,
-    budget: Budget | None,
+    allocation: Allocation | None,
     accelerator: Accelerator,
 ) -> tuple[ModelCard, Sensitivity]:
     if card_of_task(model):
@@ -83,16 +82,22 @@ def _measure(
         network, card = open_model(model, images.largest)
         calibration = images.calibrate(card, accelerator, options, tick)
     network.to(accelerator.device)
-    image, allocation, base = example_image(card.preprocessing.input_size), None, None
-    if budget:
-        base = card.base or base_of(network, card)
-        bounds = options.round_to, options.min_keep
-        allocation = Allocation(policy_for(budget), budget, *bounds)
-    graph, show = analyse(network, image), partial(show_step, "sensitivity")
-    batches = calibration.batches
-    loss = output_loss_of(card.task)
-    parts = network, graph, batches, image, allocation, base
-    measured = measure_sensitivity(*parts, output_loss=loss, progress=show)
+    image = example_image(card.preprocessing.input_size)
+    base = timed_base = None
+    if allocation:
+        base, timed_base = card.base or base_of(network, card), uncut_network(network, card)
+    graph, loss = analyse(network, image), output_loss_of(card.task)
+    measured = measure_sensitivity(
+        network,
+        graph,
+        calibration.batches,
+        image,
+        allocation,
+        base,
+        timed_base,
+        output_loss=loss,
+        progress=partial(show_step, "sensitivity"),
+    )
     phase("")
     return card, measured
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from job.artifacts.model_card import save_model
 from job.cli.calibration_images import SlimImages, open_images
+from job.cli.cut_target import single_cut, uncut_network
 from job.cli.evaluate_task import card_of_task
 from job.cli.evaluation_images import loader_workers
 from job.cli.open_model import open_model
@@ -25,13 +26,11 @@ from job.pipeline.cautions import model_caution
 from job.pipeline.slim_round import base_of
 from job.slimming.analysis import analyse
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
-from job.slimming.cut import choose_method, cut_network, options_needing_images
-from job.slimming.planning.allocation import Allocation
+from job.slimming.cut import cut_network
+from job.slimming.method import choose_method, options_needing_images
 from job.slimming.planning.cost import example_image
 from job.slimming.planning.overview import costs_table, removed_lines
 from job.slimming.planning.plan import keep_of
-from job.slimming.planning.policies import policy_for
-from job.slimming.planning.target import Budget
 from job.slimming.recovery.recovery import recover
 from job.training.evaluation import Evaluator
 
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
     from job.artifacts.model_card import ModelCard
     from job.cli.command_options import ModelOptions, SlimOptions
-    from job.slimming.cut import Method
+    from job.slimming.method import Method
     from job.slimming.planning.plan import Plan
     from job.training.calibration import Calibration
     from job.training.task_evaluation import TaskEvaluator
@@ -57,7 +56,7 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     PreprocessingOptions.of(model).check()
     folder = _new_folder(output)
     wide, card, tools = _open(model, options)
-    allocation = _allocation(options)
+    allocation = single_cut(options.target, options, options.policy)
     method = _method(options, allocation.policy, tools, card.task)
     accuracies = [tools.accuracy(wide)]
     _say_caution(model, tools, accuracies[0])
@@ -65,7 +64,7 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     graph, base = analyse(wide, image), card.base or base_of(wide, card)
     batches = tools.calibration.batches if tools.calibration else None
     narrow, plan = cut_network(
-        wide, graph, image, allocation, method, batches, base, SHOW, _uncut(wide, card)
+        wide, graph, image, allocation, method, batches, base, SHOW, uncut_network(wide, card)
     )
     phase("")
     if options.recalibrate and batches:
@@ -90,22 +89,6 @@ def _check_images_given(options: SlimOptions) -> None:
     if words and not options.data:
         verb = "needs" if len(words) == 1 else "need"
         raise UsageError(f"{' and '.join(words)} {verb} images: add --data PATH")
-
-
-def _allocation(options: SlimOptions) -> Allocation:
-    """Return the target, with the policy that fits it by default."""
-    budget = Budget.parse(options.target)
-    policy = options.policy or policy_for(budget)
-    return Allocation(
-        policy, budget, options.round_to, options.min_keep, latency_batch=options.latency_batch
-    )
-
-
-def _uncut(network: nn.Module, card: ModelCard) -> nn.Module:
-    """Return the network before all cuts; a latency target is a fraction of its latency."""
-    if not card.layers:
-        return network
-    return replace(card, layers={}).build().eval().to(next(network.parameters()).device)
 
 
 def _new_folder(output: str) -> Path:

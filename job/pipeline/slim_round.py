@@ -14,17 +14,10 @@ from job.slimming.calibration.input_statistics import CalibrationData
 from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.methods import data_of_compensation
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
-from job.slimming.cut import (
-    Method,
-    choose_allocation,
-    choose_depth,
-    make_cut,
-    measure_importance,
-    measure_losses,
-    plan_cut,
-)
+from job.slimming.cut import make_cut, measure_importance, measure_losses
 from job.slimming.importance.criteria import CRITERIA, score_channels
-from job.slimming.latency_target import meet_latency
+from job.slimming.method import Method, choose_allocation, choose_depth
+from job.slimming.planned_cut import plan_cut
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.base import Base, layer_widths
 from job.slimming.planning.cost import example_image, network_cost
@@ -48,7 +41,6 @@ if TYPE_CHECKING:
     from job.slimming.calibration.progress import Progress
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
-    from job.slimming.latency.network_latency import NetworkLatency
     from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.plan import Plan
     from job.slimming.recovery.recovery import Recovered
@@ -140,43 +132,18 @@ def _plan_by_scores(
     round_index: int,
     scores: Scores,
     curves: Mapping[str, LossCurve] | None = None,
+    timed_base: nn.Module | None = None,
+    progress: Progress = no_progress,
 ) -> Plan:
     """Return the plan of a round; with --rounds auto, the first plan that cuts anything."""
+    image = example_image(model.card.preprocessing.input_size)
 
     def plan_after(steps: int) -> Plan:
         allocation = allocation_of(config, model.card, round_index, steps)
-        parts = model.network, graph, scores, allocation, method_of(config)
-        return plan_cut(*parts, model.card.base, curves)
+        parts = model.network, graph, scores, allocation, method_of(config), image
+        return plan_cut(*parts, model.card.base, curves, timed_base, progress)
 
     return plan_after(1) if config.last_round is not None else _first_cut(plan_after)
-
-
-def _plan_by_latency(
-    config: PruneConfig,
-    model: Model,
-    graph: ChannelGraph,
-    round_index: int,
-    scores: Scores,
-    curves: Mapping[str, LossCurve],
-    base: nn.Module | None,
-    progress: Progress,
-) -> Plan | None:
-    """Return the plan of a round that meets a latency target; None if the target is another one."""
-    allocation = allocation_of(config, model.card, round_index)
-    if allocation.budget.metric != "latency":
-        return None
-    network, device = model.network, next(model.network.parameters()).device
-
-    def plan_with(limited: Allocation, latency: NetworkLatency | None) -> Plan:
-        parts = network, graph, scores, limited, method_of(config), model.card.base
-        return plan_cut(*parts, curves, latency)
-
-    image = example_image(model.card.preprocessing.input_size)
-    before = next((base or network).parameters()).device
-    reference = (base or network).to(device)
-    plan = meet_latency(network, graph, image, allocation, plan_with, reference, progress)
-    reference.to(before)
-    return plan
 
 
 def _first_cut(plan_after: Callable[[int], Plan]) -> Plan:
@@ -245,8 +212,7 @@ def cut(
     data = data_of_compensation(method.compensate, data)
 
     def plan_of(own: ChannelGraph) -> Plan:
-        parts = config, model, own, round_index, scores, curves
-        return _plan_by_latency(*parts, base, progress) or _plan_by_scores(*parts)
+        return _plan_by_scores(config, model, own, round_index, scores, curves, base, progress)
 
     planned = partial(prove_plan, plan_of, network, graph, image, progress)
     proven = on_main(planned, interrupt=True)

@@ -25,13 +25,14 @@ from job.slimming.arguments import (
 from job.slimming.calibration.user_batches import read_batches
 from job.slimming.compensation.methods import COMPENSATIONS
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
-from job.slimming.cut import ALLOCATIONS, DEPTHS, choose_method, cut_network
+from job.slimming.cut import cut_network
 from job.slimming.forward_call import forward_pass, own_forward_pass
 from job.slimming.graph.saved_state import save_generators
 from job.slimming.graph.snapshot import preserve_state
 from job.slimming.group_sensitivity import measure_sensitivity
 from job.slimming.importance.criteria import CRITERIA
 from job.slimming.inputs import strip_values
+from job.slimming.method import ALLOCATIONS, DEPTHS, choose_method
 from job.slimming.new_objects import collecting_new_objects
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.plan import keep_of

@@ -7,7 +7,6 @@ command ``slim``. The main job runs the same steps one by one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,15 +22,13 @@ from job.slimming.calibration.consumers import consumers_of
 from job.slimming.calibration.input_statistics import CalibrationData, measure_inputs
 from job.slimming.calibration.memory_format import in_image_format
 from job.slimming.calibration.progress import no_progress
-from job.slimming.compensation.constants import add_biases, layers_without_constant
 from job.slimming.compensation.cut_pair import CutPair
 from job.slimming.compensation.methods import COMPENSATIONS, compensate_cut, data_of_compensation
 from job.slimming.importance.criteria import CRITERIA, score_channels
 from job.slimming.inputs import sample_count
-from job.slimming.latency_target import meet_latency
-from job.slimming.planning.allocation import make_plan
+from job.slimming.method import Method, options_needing_images
+from job.slimming.planned_cut import plan_cut
 from job.slimming.planning.plan import keep_of
-from job.slimming.planning.policies import POLICIES
 from job.slimming.planning.ranked_groups import rank_groups
 from job.slimming.proven_plan import prove_plan
 from job.slimming.sensitivity.measure import measure_curves
@@ -40,7 +37,7 @@ from job.slimming.surgery.removable import removable_groups
 from job.slimming.surgery.surgery import apply_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import nn
 
@@ -49,97 +46,11 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.importance.scores import Scores
     from job.slimming.inputs import Example
-    from job.slimming.latency.network_latency import NetworkLatency
     from job.slimming.planning.allocation import Allocation
     from job.slimming.planning.base import Base
     from job.slimming.planning.loss_curves import LossCurve
     from job.slimming.planning.plan import Plan
     from job.slimming.proven_plan import ProvenPlan
-
-
-ALLOCATIONS = ("outputs", "local")
-DEPTHS = ("auto", "off")
-
-
-@dataclass(frozen=True)
-class Method:
-    """Method of a cut: importance criterion, compensation of removed channels, seed, allocation.
-
-    ``allocate`` is what a global cut compares groups by: ``outputs``, the ``output_loss`` when each
-    is cut (None for that of their shape), or ``local``, the importance of the channels. ``depth``
-    is whether branches may be removed where the outputs lose least (``auto``) or not (``off``).
-    """
-
-    importance: str = "gamma"
-    compensate: str = "none"
-    seed: int = 0
-    allocate: str = "local"
-    depth: str = "off"
-    output_loss: str | None = None
-
-    def __str__(self) -> str:
-        outputs = ", allocation outputs" if self.allocate == "outputs" else ""
-        return f"importance {self.importance}, compensation {self.compensate}{outputs}"
-
-
-def choose_method(
-    importance: str | None,
-    compensate: str | None,
-    allocate: str | None = None,
-    *,
-    images: bool,
-    depth: str = "auto",
-    policy: str = "global",
-    seed: int = 0,
-) -> tuple[Method, str]:
-    """Return the method, and a message that explains it; None selects the best choice.
-
-    It depends on whether there are calibration ``images``, and on the ``policy``. The message is
-    empty if importance and compensation are given. Refit and output losses assume regress.
-    """
-    best_compensation = compensate or ("regress" if images else "none")
-    refits = images and best_compensation == "regress"
-    allocate = choose_allocation(allocate, best_compensation if images else "none", policy)
-    method = Method(
-        importance or ("refit" if refits else "gamma"),
-        best_compensation,
-        seed,
-        allocate,
-        choose_depth(depth, allocate),
-    )
-    if importance and compensate:
-        return method, ""
-    why = "by the calibration images" if images else "there are no calibration images"
-    return method, f"{method}: {why}"
-
-
-def choose_allocation(allocate: str | None, compensate: str, policy: str) -> str:
-    """Return the allocation; None selects the best choice.
-
-    Only some policies compare groups. Output losses are measured after a fit as in ``regress``.
-    """
-    if not POLICIES[policy].compares_groups:
-        return "local"
-    return allocate or ("outputs" if compensate == "regress" else "local")
-
-
-def choose_depth(depth: str, allocate: str) -> str:
-    """Return the depth: only the loss of the outputs tells where a branch can be removed."""
-    return depth if allocate == "outputs" else "off"
-
-
-def options_needing_images(
-    importance: str | None, compensate: str | None, allocate: str | None = None
-) -> list[str]:
-    """Return the options, as typed, that need calibration images."""
-    options = []
-    if importance and CRITERIA[importance].images:
-        options.append(f"--importance {importance}")
-    if compensate and COMPENSATIONS[compensate].images:
-        options.append(f"--compensate {compensate}")
-    if allocate == "outputs":
-        options.append(f"--allocate {allocate}")
-    return options
 
 
 def measure_importance(
@@ -238,28 +149,6 @@ def measure_losses(
     )
 
 
-def plan_cut(
-    network: nn.Module,
-    graph: ChannelGraph,
-    scores: Scores,
-    allocation: Allocation,
-    method: Method,
-    base: Base | None = None,
-    curves: Mapping[str, LossCurve] | None = None,
-    latency: NetworkLatency | None = None,
-) -> Plan:
-    """Return the plan of a cut: the channels to keep, by ``scores`` (count,), and new biases.
-
-    With ``curves`` the policy ``global`` compares groups by their losses. Fractions are relative to
-    ``base``, by default the network itself. Raises UsageError for a budget that is out of reach.
-    """
-    gains_bias: frozenset[str] = frozenset()
-    if COMPENSATIONS[method.compensate].apply:
-        gains_bias = layers_without_constant(network, graph)
-    plan = make_plan(network, graph, scores, allocation, base, gains_bias, curves, latency)
-    return replace(plan, layers=add_biases(plan.layers, gains_bias), method=str(method))
-
-
 def make_cut(
     proven: ProvenPlan,
     network: nn.Module,
@@ -308,12 +197,8 @@ def cut_network(
     data = data_of_compensation(method.compensate, data)
 
     def plan_of(own: ChannelGraph) -> Plan:
-        def plan_with(each: Allocation, latency: NetworkLatency | None) -> Plan:
-            return plan_cut(network, own, scores, each, method, base, curves, latency)
-
-        if allocation.budget.metric != "latency":
-            return plan_with(allocation, None)
-        return meet_latency(network, own, example, allocation, plan_with, timed_base, progress)
+        parts = network, own, scores, allocation, method, example
+        return plan_cut(*parts, base, curves, timed_base, progress)
 
     planned = partial(prove_plan, plan_of, network, graph, example, progress, tried=tried)
     proven = on_main(planned, interrupt=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from job.distributed.collectives import on_main
-from job.errors import UsageError
 from job.slimming.calibration.progress import no_progress
-from job.slimming.cut import Method, measure_importance, measure_losses, plan_cut
+from job.slimming.cut import measure_importance, measure_losses
+from job.slimming.method import Method
+from job.slimming.planned_cut import plan_cut
 from job.slimming.sensitivity.summary import summarise_losses
 
 if TYPE_CHECKING:
@@ -34,29 +36,28 @@ def measure_sensitivity(
     example: Example,
     allocation: Allocation | None = None,
     base: Base | None = None,
+    timed_base: nn.Module | None = None,
     *,
     output_loss: str | None = None,
     progress: Progress = no_progress,
 ) -> Sensitivity:
     """Return the losses of all channel groups at ``TABLE_FRACTIONS``, and what a cut would keep.
 
-    With an ``allocation`` of the policy ``global`` a cut is planned, relative to ``base``, by
-    default the network itself. ``batches`` returns the calibration batches of this process;
-    measurements are over all processes. A cut with the same images measures the same losses.
+    With an ``allocation`` a cut is planned, relative to ``base``, by default the network itself; a
+    latency target is relative to the latency of ``timed_base``, by default the network itself.
+    ``batches`` returns the calibration batches of this process; measurements are over all
+    processes. A cut with the same images measures the same losses.
 
     Raises UsageError without images or for a budget that is out of reach, and DataError for values
     that are not finite.
     """
-    if allocation and allocation.budget.metric == "latency":
-        raise UsageError(
-            f"{allocation.budget}: sensitivity does not measure latency; give e.g. macs=0.5"
-        )
     method = replace(METHOD, output_loss=output_loss)
     scores, data = measure_importance(network, graph, method, batches, progress)
     parts = network, graph, scores, method, data, example, progress
     curves = measure_losses(*parts, more=TABLE_FRACTIONS)
     plan = target = None
     if allocation:
-        plan = on_main(lambda: plan_cut(network, graph, scores, allocation, method, base, curves))
-        target = f"{allocation.budget.metric}={allocation.budget.value:g}"
+        cut = network, graph, scores, allocation, method, example, base, curves
+        plan = on_main(partial(plan_cut, *cut, timed_base, progress), interrupt=True)
+        target = allocation.budget.target
     return summarise_losses(network, graph, curves, TABLE_FRACTIONS, plan, target)

@@ -7,6 +7,7 @@ built and timed in turn with the base, and the budget of the next plan is correc
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from job.slimming.planning.target import Budget
 from job.slimming.surgery.surgery import apply_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
     from torch import nn
@@ -58,14 +59,16 @@ def meet_latency(
     """Return the plan whose network meets the latency budget of ``allocation`` within 3 %.
 
     ``plan_with`` makes the plan of an allocation from predicted latencies. Fractions are relative
-    to ``base``, by default ``network``. All networks run on the device of ``network``, on inputs
-    like ``example``. Raises UsageError, with the lowest latency, if no cut meets the budget.
+    to ``base``, by default ``network``. All networks run on the device of ``network``, where
+    ``base`` is moved for the time being, on inputs like ``example``. Raises UsageError, with the
+    lowest latency, if no cut meets the budget.
     """
     weight = next(network.parameters())
     clock = clock or clock_of(weight.device)
     inputs = timing_inputs(example, allocation.latency_batch, weight)
-    with eval_with_hooks(network, []), eval_with_hooks(base or network, []):
-        timer = _Timer(network, base or network, inputs, clock)
+    base = base or network
+    with eval_with_hooks(network, []), eval_with_hooks(base, []), _on_device(base, weight.device):
+        timer = _Timer(network, base, inputs, clock)
         latency = measure_network(network, graph, inputs, clock, progress)
 
         def plan_at(fraction: float) -> Plan:
@@ -73,6 +76,17 @@ def meet_latency(
             return plan_with(replace(allocation, budget=seconds), latency)
 
         return _search(plan_at, timer, allocation, latency.whole, progress)
+
+
+@contextmanager
+def _on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move ``network`` to ``device`` within the context."""
+    before = next(network.parameters()).device
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(before)
 
 
 def timing_inputs(example: Example, batch: int, weight: torch.Tensor) -> Any:

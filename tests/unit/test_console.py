@@ -17,8 +17,12 @@ import job
 import job.console as console
 from job.models.student import StudentNet
 from job.slimming.analysis import analyse
-from job.slimming.cut import Method, make_cut, measure_importance, plan_cut
+from job.slimming.cut import make_cut, measure_importance
+from job.slimming.graph.groups import ChannelGraph
+from job.slimming.method import Method
+from job.slimming.planned_cut import plan_cut
 from job.slimming.planning.allocation import Allocation
+from job.slimming.planning.plan import Plan
 from job.slimming.planning.target import Budget
 from job.slimming.proven_plan import prove_plan
 
@@ -203,9 +207,11 @@ def test_a_cut_tells_its_steps_to_a_callback_and_the_library_prints_nothing(
         steps.append(step)
 
     scores, data = measure_importance(network, graph, method, lambda: batches, show)
-    proven = prove_plan(
-        lambda own: plan_cut(network, own, scores, allocation, method), network, graph, image, show
-    )
+
+    def plan_of(own: ChannelGraph) -> Plan:
+        return plan_cut(network, own, scores, allocation, method, image)
+
+    proven = prove_plan(plan_of, network, graph, image, show)
     make_cut(proven, network, image, method.compensate, data, show)
     names = [name for name, _, _ in steps]
     assert list(dict.fromkeys(names)) == [

@@ -73,7 +73,12 @@ class Budget:
         return cls(metric, value, f"--target {quoted}", absolute)
 
     def __str__(self) -> str:
-        return self.typed or f"--target {self.metric}={self.value:g}"
+        return self.typed or f"--target {self.target}"
+
+    @property
+    def target(self) -> str:
+        """The target as METRIC=VALUE, with the unit of a latency in seconds."""
+        return f"{self.metric}={self.value:g}{'s' if self.absolute else ''}"
 
     def fraction(self, base: Cost) -> float:
         """Return the budget as a fraction of the base; raises UsageError above the base."""

@@ -14,9 +14,10 @@ import job
 from job.errors import UsageError
 from job.slimming import latency_target
 from job.slimming.analysis import analyse
-from job.slimming.cut import Method, cut_network
+from job.slimming.cut import cut_network
 from job.slimming.latency import network_latency
 from job.slimming.latency.alternation import TimeLimits
+from job.slimming.method import Method
 from job.slimming.planning.allocation import Allocation
 from job.slimming.planning.target import Budget
 from support.clocks import FakeClock
@@ -157,7 +158,20 @@ def test_a_latency_that_is_no_time_is_refused(text: str) -> None:
         Budget.parse(text)
 
 
-def test_a_sensitivity_measures_no_latency() -> None:
+@pytest.mark.parametrize("target", ["latency=0.6", "latency=0.2ms"])
+def test_a_sensitivity_shows_what_a_cut_to_the_latency_keeps(clock: FakeClock, target: str) -> None:
+    torch.manual_seed(0)
+    network, images = Chain().eval(), torch.rand(20, 3, 16, 16)
+    measured = job.sensitivity(network, images[:1], calibration=[images], target=target)
+    assert measured.target == target.replace("0.2ms", "0.0002s")
+    narrow, plan = job.slim(network, images[:1], calibration=[images], target=target)
+    assert {row.group: row.kept for row in measured.rows} == {
+        name: len(kept) for name, kept in plan.groups.items()
+    }
+    assert time_of(narrow) < 0.8 * time_of(network)
+
+
+def test_a_sensitivity_says_which_latency_can_be_reached(clock: FakeClock) -> None:
     images = torch.rand(4, 3, 16, 16)
-    with pytest.raises(UsageError, match="sensitivity does not measure latency"):
-        job.sensitivity(Chain().eval(), images, calibration=[images], target="latency=0.5")
+    with pytest.raises(UsageError, match=r"cannot be reached here: the minimum is latency=0\.\d+"):
+        job.sensitivity(Chain().eval(), images, calibration=[images], target="latency=0.01")

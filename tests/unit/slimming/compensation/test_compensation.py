@@ -24,9 +24,10 @@ from job.slimming.compensation.cut_pair import CutPair
 from job.slimming.compensation.methods import compensate_cut
 from job.slimming.compensation.recalibration import recalibrate_batchnorms
 from job.slimming.compensation.reconstruction import reconstruct
-from job.slimming.cut import Method, measure_importance
+from job.slimming.cut import measure_importance
 from job.slimming.graph.groups import ChannelGraph
 from job.slimming.importance.criteria import score_channels
+from job.slimming.method import Method
 from job.slimming.planning.plan import keep_all, layers_of
 from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify

@@ -17,8 +17,9 @@ import job
 from job.artifacts.json_records import from_json, to_json
 from job.errors import UsageError
 from job.slimming.analysis import analyse
-from job.slimming.cut import Method, measure_importance, measure_losses
+from job.slimming.cut import measure_importance, measure_losses
 from job.slimming.group_sensitivity import TABLE_FRACTIONS, measure_sensitivity
+from job.slimming.method import Method
 from job.slimming.planning.cost import network_cost
 from job.slimming.planning.plan import keep_all, layers_of
 from job.slimming.sensitivity.measure import FRACTIONS
