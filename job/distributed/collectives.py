@@ -168,9 +168,12 @@ def _broadcast_outcome(outcome: list[Any]) -> BaseException | None:
     """Give every process the ``outcome`` of the main one; return an error if it cannot be sent."""
     try:
         dist.broadcast_object_list(outcome, src=0, group=gloo_group())
-    except (AttributeError, TypeError, pickle.PicklingError) as error:
+    except (AttributeError, ImportError, TypeError, pickle.PicklingError) as error:
         if not is_main():
-            raise
+            raise UsageError(
+                f"several processes need a network whose classes each of them can import: {error}; "
+                "name the folder of the module in PYTHONPATH, or use one process"
+            ) from error
         failure = UsageError(  # only a network contains the user's classes
             f"several processes need a network that can be pickled: {error}; define its classes "
             "and functions at the top level of a module, or use one process"

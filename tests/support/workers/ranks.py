@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 
 import numpy as np
 import torch
@@ -222,6 +224,16 @@ def check_errors_travel() -> None:
         assert error.reported == (rank() != 0)
     else:
         raise AssertionError
+    if rank() == 0:  # its factory made it importable, in this process alone
+        sys.modules["hidden"] = types.ModuleType("hidden")
+        exec("class Net: pass", vars(sys.modules["hidden"]))
+    try:
+        on_main(lambda: sys.modules["hidden"].Net())
+    except UsageError as error:
+        assert rank() != 0
+        assert "can import: No module named 'hidden'; name the folder" in str(error)
+    else:
+        assert rank() == 0
     assert on_main(lambda: "from main") == "from main"
     check_same("equal", "x")
     try:
