@@ -36,7 +36,8 @@ RUN if ! python3 -c 'import ensurepip'; then \
 RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/venv
 COPY .docker/requirements.txt /build/
 # Compile to bytecode here, since the folder is read-only later; unchecked-hash skips the comparison
-# with the sources. One of torch's own tests needs the syntax of Python 3.12.
+# with the sources. Nobody imports the tests of other packages; one of torch's own needs the syntax
+# of Python 3.12.
 # The headers are only for C++ extensions, and the image has no compiler.
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/pip/bin/pip --python /opt/venv/bin/python install --no-compile --no-deps --require-hashes \
@@ -44,7 +45,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && rm -rf /opt/venv/lib/python3*/site-packages/torch/include \
       /opt/venv/lib/python3*/site-packages/nvidia/*/include \
     && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash \
-      -x py312_intrinsics.py /opt/venv/lib
+      -x '/tests/|py312_intrinsics' /opt/venv/lib
 COPY LICENSE README.md pyproject.toml /build/
 COPY job /build/job
 RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-compile --no-deps \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.clocks import time_rounds_briefly
 from support.commands import gammaslim
 from support.datasets import draw_image, write_flat
 from support.programs import close_server
@@ -23,7 +25,6 @@ COVERING = (  # measure the coverage of job/: their tests run in its process
     "tests/integration/test_bench.py",
     "tests/integration/test_commands.py",
     "tests/integration/test_predictions.py",
-    "tests/integration/test_sensitivity_command.py",
     "tests/integration/test_slim_command.py",
     "tests/integration/test_tracking.py",
 )
@@ -48,6 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("covering", "rest"),
         help="the first case of each test in COVERING, or all others",
     )
+
+
+def pytest_collection_finish() -> None:
+    """Keep what all tests import out of collections: a run asks for several, each took a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -116,6 +123,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _programs_end_with_the_tests() -> Iterator[None]:
+    time_rounds_briefly()
     yield
     close_server()
 

@@ -61,7 +61,7 @@ class Batch:
         job = (
             *options, "--data", "data/idx", "--model", "nets:tiny", "--base-epochs", 6,
             "--epochs", 2, "--batch-size", 16, "--workers", 0, "--device", "cpu",
-            "--checkpoint-every", 1000,
+            "--checkpoint-every", 1000, "--wandb", "off",
         )  # fmt: skip
         rounds = () if "--rounds" in options else ("--rounds", 1)
         given = {"SLIM_VENV": VENV, "PAUSE": pause, **env}

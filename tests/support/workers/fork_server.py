@@ -3,7 +3,8 @@
 A program that would take seconds to start costs a fork. One JSON object a line, in and out:
 ``program`` as what follows ``python`` (``-m MODULE`` or a script, and its arguments), ``env`` and
 ``cwd`` of its own, files for its output, a time that it is held to, and for hostile input a guard
-on memory. A job draws one figure of its run in place of six; ``report`` draws them all.
+on memory. A job draws one figure of its run in place of six (``report`` draws them all), and times
+its networks briefly.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def serve() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     PIL.Image.init()
+    clocks = Path(__file__).parents[1] / "clocks.py"
+    runpy.run_path(str(clocks))["time_rounds_briefly"]()
     network = build_network("student", 3, {"base": 1})
     network_cost(network, 32)  # loads what is imported at first use
     torch.optim.AdamW(network.parameters())
