@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,14 @@ from job.errors import UsageError
 from job.slimming.new_objects import collecting_new_objects
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_frozen() -> Iterator[None]:
+    """As in a user's process; that of the tests has frozen what they import (conftest.py)."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
 def test_old_objects_are_left_to_later_collections() -> None:
     with collecting_new_objects():
         assert gc.get_freeze_count() > 0
@@ -21,12 +30,9 @@ def test_old_objects_are_left_to_later_collections() -> None:
 
 def test_objects_that_the_user_froze_stay_frozen() -> None:
     gc.freeze()
-    try:
-        with collecting_new_objects():
-            pass
-        assert gc.get_freeze_count() > 0
-    finally:
-        gc.unfreeze()
+    with collecting_new_objects():
+        pass
+    assert gc.get_freeze_count() > 0
 
 
 @pytest.mark.parametrize("fails", [False, True])
