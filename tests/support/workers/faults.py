@@ -96,8 +96,9 @@ def child(request: dict[str, Any]) -> None:
 
 
 def serve() -> None:
-    from fork_server import one_chart  # not in the loader processes
+    from fork_server import make_brief, one_chart  # not in the loader processes
 
+    make_brief()
     job.report.page.run_charts = one_chart
     gc.freeze()  # a collection in a child would copy all of torch
     for line in sys.stdin:

@@ -3,8 +3,8 @@
 A program that would take seconds to start costs a fork. One JSON object a line, in and out:
 ``program`` as what follows ``python`` (``-m MODULE`` or a script, and its arguments), ``env`` and
 ``cwd`` of its own, files for its output, a time that it is held to, and for hostile input a guard
-on memory. A job draws one figure of its run in place of six (``report`` draws them all), and times
-its networks briefly.
+on memory. A job draws one figure of its run in place of six (``report`` draws them all), times its
+networks briefly, and has no loader process unless ``--workers`` is given.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ import torch
 import torch._meta_registrations
 
 import job.__main__
+import job.cli.evaluation_images
+import job.pipeline.resources
+import job.pipeline.setup
 import job.report.page
 from job.artifacts.history import History
 from job.models.factory import build_network
@@ -51,8 +54,9 @@ def serve() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     PIL.Image.init()
-    clocks = Path(__file__).parents[1] / "clocks.py"
-    runpy.run_path(str(clocks))["time_rounds_briefly"]()
+    make_brief()
+    for module in (job.cli.evaluation_images, job.pipeline.resources, job.pipeline.setup):
+        module.default_workers = lambda *_: 0  # type: ignore[attr-defined]
     network = build_network("student", 3, {"base": 1})
     network_cost(network, 32)  # loads what is imported at first use
     torch.optim.AdamW(network.parameters())
@@ -60,6 +64,12 @@ def serve() -> None:
     gc.freeze()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
+
+
+def make_brief() -> None:
+    """Have jobs of this process time their networks a few times only."""
+    clocks = Path(__file__).parents[1] / "clocks.py"
+    runpy.run_path(str(clocks))["time_rounds_briefly"]()
 
 
 def one_chart(history: History) -> list[Chart]:
