@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from job.console import warn
 from job.errors import reason
 from job.models.input_size import input_shape
-from job.slimming.graph.modes import eval_with_hooks
+from job.slimming.graph.modes import eval_with_hooks, on_device
 from job.slimming.latency.alternation import TimeLimits, time_alternately
 from job.slimming.latency.clock import clock_of
 from job.slimming.latency.profile import random_images
@@ -16,8 +16,6 @@ from job.slimming.latency.runtimes import eager
 from job.slimming.latency.statistics import Series, Speedup, latency_of, speedup
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
     from torch import nn
 
@@ -53,7 +51,7 @@ def _measure(
     networks = [network, *([base] if base is not None else [])]
     with ExitStack() as stack:
         for each in networks:
-            stack.enter_context(_on(each, device))
+            stack.enter_context(on_device(each, device))
             stack.enter_context(eval_with_hooks(each, []))
         dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
         images = random_images((1, *input_shape(size)), device, dtype)
@@ -66,14 +64,3 @@ def _measure(
             more = time_alternately(calls, clock, QUICK)
             series = [Series(a.rounds + b.rounds) for a, b in zip(series, more, strict=True)]
     return latency_of(series[0], 1).median, None if base is None else speedup(series[1], series[0])
-
-
-@contextmanager
-def _on(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Keep ``network`` on ``device`` within the context."""
-    before = next(network.parameters()).device
-    network.to(device)
-    try:
-        yield
-    finally:
-        network.to(before)

@@ -7,13 +7,12 @@ built and timed in turn with the base, and the budget of the next plan is correc
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from job.errors import UsageError
 from job.slimming.calibration.progress import no_progress
-from job.slimming.graph.modes import eval_with_hooks
+from job.slimming.graph.modes import eval_with_hooks, on_device
 from job.slimming.inputs import call_network, map_tensors, repeat_first_sample
 from job.slimming.latency.alternation import TimeLimits, time_alternately
 from job.slimming.latency.clock import clock_of
@@ -26,7 +25,7 @@ from job.slimming.planning.target import Budget
 from job.slimming.surgery.surgery import apply_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import torch
     from torch import nn
@@ -67,7 +66,7 @@ def meet_latency(
     clock = clock or clock_of(weight.device)
     inputs = timing_inputs(example, allocation.latency_batch, weight)
     base = base or network
-    with eval_with_hooks(network, []), eval_with_hooks(base, []), _on_device(base, weight.device):
+    with on_device(base, weight.device), eval_with_hooks(network, []), eval_with_hooks(base, []):
         timer = _Timer(network, base, inputs, clock)
         latency = measure_network(network, graph, inputs, clock, progress)
 
@@ -76,17 +75,6 @@ def meet_latency(
             return plan_with(replace(allocation, budget=seconds), latency)
 
         return _search(plan_at, timer, allocation, latency.whole, progress)
-
-
-@contextmanager
-def _on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move ``network`` to ``device`` within the context."""
-    before = next(network.parameters()).device
-    network.to(device)
-    try:
-        yield
-    finally:
-        network.to(before)
 
 
 def timing_inputs(example: Example, batch: int, weight: torch.Tensor) -> Any:

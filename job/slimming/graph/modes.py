@@ -12,6 +12,7 @@ from job.slimming.graph.snapshot import preserve_state
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    import torch
     from torch import nn
 
 
@@ -44,3 +45,14 @@ def eval_with_hooks(
         for layer, hook in hooks:
             layer.register_forward_pre_hook(hook)
         yield
+
+
+@contextmanager
+def on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Keep ``network`` on ``device`` within the context."""
+    before = next(network.parameters()).device
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(before)
