@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.clocks import time_rounds_briefly
 from support.commands import gammaslim
 from support.datasets import draw_image, write_flat
 from support.programs import close_server
@@ -122,8 +121,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _programs_end_with_the_tests() -> Iterator[None]:
+def _rounds_are_timed_briefly() -> None:
+    from support.clocks import time_rounds_briefly  # with torch: not where tests are handed out
+
     time_rounds_briefly()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _programs_end_with_the_tests() -> Iterator[None]:
     yield
     close_server()
 

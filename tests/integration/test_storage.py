@@ -171,7 +171,7 @@ def test_disks_of_many_sizes_fill_up_and_are_extended(
     sizes = [f.stat().st_size for f in needed if f.is_file() and f.name != "report.html"]
     total = sum(sizes) // 1024
     hit = set()
-    for size in (4, 12, 16, 2 * total // 3):
+    for size in (4, 12, 16, total // 3, 2 * total // 3, total - 70):
         with mounted(tmp_path / "small", f"size={size}k") as small:
             command = options(noise, small / "run")
             full = call(*command)
