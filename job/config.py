@@ -44,6 +44,11 @@ def output_loss_of(task: str) -> str | None:
     return None if task == CLASSIFICATION else "squared_error"
 
 
+def policy_for(target: str | None) -> PolicyName:
+    """Return the default policy: a width, or --rate without a target, is that of all groups."""
+    return "uniform" if (target or "width").startswith("width") else "global"
+
+
 def allocation_caution(allocate: str | None, policy: str) -> str | None:
     """Return the caution about an allocation that the policy does not use, or None."""
     if allocate and policy == "uniform":
@@ -223,10 +228,11 @@ class SlimmingConfig:
     latency_batch: int = option(
         1, "Batch size at which --target latency=… is measured.", at_least=1
     )
-    policy: PolicyName = option(
-        "uniform",
+    policy: PolicyName | None = option(
+        None,
         "Allocation of the cut: the same fraction of every channel group (uniform), or one "
         "threshold over all groups (global).",
+        default_text="global with --target, but uniform for a width; uniform without",
     )
     importance: ImportanceName = option(
         "refit",
@@ -489,6 +495,11 @@ class PruneConfig(  # Python orders the fields of the last base first
         return self.rounds if isinstance(self.rounds, int) else None
 
     @property
+    def cut_policy(self) -> PolicyName:
+        """Policy of the cuts; by default the one that fits the target."""
+        return self.policy or policy_for(self.target)
+
+    @property
     def most_points_lost(self) -> float | None:
         """Largest accuracy drop below the base in percentage points; None for no limit."""
         return MAX_DROP if self.max_drop is None and self.last_round is None else self.max_drop
@@ -507,7 +518,7 @@ class PruneConfig(  # Python orders the fields of the last base first
                 f"--compensate {self.compensate} the accuracy right after a cut is far lower than "
                 "with --importance gamma"
             )
-        return allocation_caution(self.allocate, self.policy)
+        return allocation_caution(self.allocate, self.cut_policy)
 
     @property
     def args(self) -> dict[str, int | float | bool | str]:
@@ -515,7 +526,10 @@ class PruneConfig(  # Python orders the fields of the last base first
         return dict(self.model_arg)
 
     def to_dict(self) -> JsonObject:
-        """The options that are not None, as values of TOML."""
-        values = asdict(self) | {"model_arg": [f"{key}={value}" for key, value in self.model_arg]}
+        """The options that are not None, as values of TOML; with the policy of the cuts."""
+        values = asdict(self) | {
+            "model_arg": [f"{key}={value}" for key, value in self.model_arg],
+            "policy": self.cut_policy,
+        }
         lists = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
         return {key: value for key, value in lists.items() if value is not None}

@@ -3,7 +3,7 @@
 #
 # In a clone of the repository that is set up as slurm/prune.sh describes:
 #   sbatch slurm/sweep.sh                                                        # --rate 0.95 0.9 0.85 0.8, demo data
-#   sbatch --array=0-2 slurm/sweep.sh target macs=0.7 macs=0.5 macs=0.3 -- --data D --policy global
+#   sbatch --array=0-2 slurm/sweep.sh target macs=0.7 macs=0.5 macs=0.3 -- --data D
 #   sbatch --array=0-9%4 --gpus-per-node 1 slurm/sweep.sh seed {0..9} -- --data D   # at most four at a time
 # The first word is the option to vary, without --. Its values follow, one per task of the array; after -- come the options
 # that all tasks share.

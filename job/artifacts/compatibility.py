@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from job.artifacts.json_records import to_json
 from job.artifacts.run_config import CONFIG_FILE, read_run_config
-from job.config import PruneConfig
+from job.config import PruneConfig, policy_for
 from job.console import counted
 from job.errors import ConfigError, OtherRunError, shown
 from job.options import options_of
@@ -106,7 +105,7 @@ def _other_origin(
     return other_run_error(f"{run} was begun with another {other}", ": type the same to resume it")
 
 
-def check_unchanged(stored: Mapping[str, object], now: PruneConfig, run: str, done: int) -> None:
+def check_unchanged(stored: Mapping[str, Any], now: PruneConfig, run: str, done: int) -> None:
     """Check that the options in ``now`` that change the result are those of the run.
 
     ``stored`` holds the options of the run, ``done`` counts its complete rounds. The number of
@@ -146,20 +145,22 @@ def other_run_error(difference: str, advice: str) -> OtherRunError:
     )
 
 
-def _changed(stored: Mapping[str, object], now: PruneConfig) -> list[str]:
+def _changed(stored: Mapping[str, Any], now: PruneConfig) -> list[str]:
     present = now.to_dict()
-    return [
+    changed = [
         name
         for name, option in options_of(PruneConfig).items()
         if option.changes_result and _stored_value(stored, name) != present.get(name)
     ]
+    by_default = now.policy is None and stored.get("policy") == policy_for(stored.get("target"))
+    if {"target", "policy"} <= set(changed) and by_default:
+        changed.remove("policy")  # it follows from the target
+    return changed
 
 
-def _stored_value(stored: Mapping[str, object], name: str) -> object:
+def _stored_value(stored: Mapping[str, Any], name: str) -> object:
     """Return an option of the run; the default if its version did not have the option."""
-    (field,) = (field for field in fields(PruneConfig) if field.name == name)
-    default = [] if field.default is MISSING or field.default == () else field.default
-    return stored.get(name, default)
+    return stored.get(name, PruneConfig().to_dict().get(name))
 
 
 def option_text(name: str, value: object) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from job.config import policy_for
 from job.slimming.planning.allocation import Allocation
-from job.slimming.planning.policies import policy_for
 from job.slimming.planning.target import Budget
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def single_cut(
     """Return the ``target`` of a cut, with the policy that fits it by default."""
     budget = Budget.parse(target)
     bounds = options.round_to, options.min_keep, options.latency_batch
-    return Allocation(policy or policy_for(budget), budget, *bounds)
+    return Allocation(policy or policy_for(target), budget, *bounds)
 
 
 def uncut_network(network: nn.Module, card: ModelCard) -> nn.Module:

@@ -67,14 +67,14 @@ def allocation_of(
         if budget.metric == "latency":
             share, batch = round_index / config.last_round, config.latency_batch
             bounds = config.round_to, config.min_keep
-            return Allocation(config.policy, budget, *bounds, latency_batch=batch, share=share)
+            return Allocation(config.cut_policy, budget, *bounds, latency_batch=batch, share=share)
         budget = budget.spread(round_index, config.last_round, card.base.cost)
-    elif POLICIES[config.policy].by_width:
+    elif POLICIES[config.cut_policy].by_width:
         budget = Budget("width", card.width * config.rate**steps, f"--rate {config.rate:g}")
     else:
         remaining = config.rate ** (round_index + steps - 1)
         budget = Budget("channels", remaining, f"--rate {config.rate:g}")
-    return Allocation(config.policy, budget, config.round_to, config.min_keep)
+    return Allocation(config.cut_policy, budget, config.round_to, config.min_keep)
 
 
 def base_of(network: nn.Module, card: ModelCard) -> Base:
@@ -91,7 +91,7 @@ def ranking_norms(model: Model, sparse_epochs: int) -> list[str] | None:
 
 def method_of(config: PruneConfig) -> Method:
     """Return the importance, compensation and allocation of a run."""
-    allocate = choose_allocation(config.allocate, config.compensate, config.policy)
+    allocate = choose_allocation(config.allocate, config.compensate, config.cut_policy)
     depth = choose_depth(config.depth, allocate)
     loss = output_loss_of(config.task)
     return Method(config.importance, config.compensate, config.seed, allocate, depth, loss)

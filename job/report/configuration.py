@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from job.config import SECTIONS, PruneConfig
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from job.artifacts.history import History
 
 OPTION_TABLE = "prune"
-OPTION_DEFAULTS = {each.name: each.default for each in fields(PruneConfig)}
+OPTION_DEFAULTS = PruneConfig().to_dict()
 
 
 def changed_options(history: History) -> list[tuple[str, str, str]]:

@@ -101,6 +101,20 @@ def test_what_differs_is_told_as_it_is_typed_and_what_to_type() -> None:
         check_unchanged(stored, PruneConfig(target="macs=0.5"), "runs/x", 2)
 
 
+@pytest.mark.parametrize(
+    ("target", "policy"), [(None, "uniform"), ("width=0.5", "uniform"), ("macs=0.5", "global")]
+)
+def test_the_policy_follows_from_the_target(target: str | None, policy: str) -> None:
+    stored = PruneConfig(target=target).to_dict()
+    assert stored["policy"] == policy
+    check_unchanged(stored, PruneConfig(target=target), "runs/x", 2)
+    other = "uniform" if policy == "global" else "global"
+    begun = stored | {"policy": other}  # by an option, or by a version with another default
+    with pytest.raises(OtherRunError, match=f"with --policy {other}, .* type --policy {other}"):
+        check_unchanged(begun, PruneConfig(target=target), "runs/x", 2)
+    check_unchanged(begun, PruneConfig(target=target, policy=other), "runs/x", 2)
+
+
 def test_a_run_of_a_version_without_an_option_has_its_default() -> None:
     stored = PruneConfig().to_dict()
     del stored["schedule"], stored["model_arg"], stored["rounds"]

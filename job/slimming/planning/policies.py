@@ -104,8 +104,3 @@ POLICIES: dict[str, Policy] = {
         compares_groups=True,
     ),
 }
-
-
-def policy_for(budget: Budget) -> str:
-    """Return the policy that fits a target by default: a width is that of all groups alike."""
-    return "uniform" if budget.metric == "width" else "global"
