@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -40,15 +41,25 @@ def launch(command: Sequence[str], nproc: int | None, nodes: Nodes) -> int:
 
 def _default_nproc() -> int:
     """Return the number of GPUs that torch detects or, if it detects none, that were allocated."""
-    import torch
-
-    seen, (launcher, given) = torch.cuda.device_count(), given_gpus(os.environ)
+    seen, (launcher, given) = _detected_gpus(), given_gpus(os.environ)
     if seen < given:
         warn(
             f"{launcher} gave {given} GPUs of {socket.gethostname()} to this job, torch sees "
             f"{seen}: check the driver, torch's build, and the container's --nv"
         )
     return seen or given or 1
+
+
+def _detected_gpus() -> int:
+    """Return the number of GPUs that torch detects; without a driver torch is not imported."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        if not Path("/dev/kfd").exists():  # AMD's driver
+            return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def ensure_processes() -> None:

@@ -81,3 +81,28 @@ def test_variables_are_set_before_torch_is_imported(
         threads = {"OMP_NUM_THREADS": str(available_cores())}
         expected = [threads | given]
     assert found == expected, done
+
+
+WITHOUT_DRIVER = """
+import ctypes, sys
+from pathlib import Path
+from job.distributed import launch
+from job.distributed.topology import Nodes
+
+def load(name, *more, **options):
+    if name != "libcuda.so.1":
+        return library(name, *more, **options)
+    if not driver:
+        raise OSError(name)
+
+driver, library = len(sys.argv) > 1, ctypes.CDLL
+ctypes.CDLL, Path.exists = load, lambda _: False
+launch.become = lambda _: sys.exit("torch" in sys.modules)
+launch.launch(["prune"], None, Nodes())
+"""
+
+
+def test_launch_imports_torch_only_where_there_may_be_a_gpu() -> None:
+    """Its import takes seconds, and the process that trains imports it again."""
+    without, some = (run(sys.executable, "-c", WITHOUT_DRIVER, *arg) for arg in ((), ("driver",)))
+    assert (without.code, without.err, some.code, some.err) == (0, "", 1, "")
