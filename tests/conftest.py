@@ -121,10 +121,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _rounds_are_timed_briefly() -> None:
-    from support.clocks import time_rounds_briefly  # with torch: not where tests are handed out
+def _jobs_are_brief() -> None:
+    from support.brief_jobs import make_jobs_brief  # with torch: not where tests are handed out
 
-    time_rounds_briefly()
+    make_jobs_brief()
 
 
 @pytest.fixture(scope="session", autouse=True)

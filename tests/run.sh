@@ -75,7 +75,8 @@ case "${1:-}" in
     most=("${one_thread[@]}" --dist loadgroup --no-loadscope-reorder -m 'not alone')
     "${most[@]}" -n 3 --part covering --cov || failed=$?
     "${most[@]}" -n 4 --part rest || failed=$?
-    "${pytest[@]}" -m alone || failed=$?
+    mapfile -t alone < <(grep -rl --include='test_*.py' mark.alone tests)
+    "${pytest[@]}" -m alone "${alone[@]}" || failed=$?
     ;;
   *) "${pytest[@]}" "$@" || failed=$? ;;
 esac

@@ -98,7 +98,8 @@ def test_json_is_for_scripts(tmp_path: Path) -> None:
     assert "b: disk \\x1b full" in text.out
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [2, 1])
+@pytest.mark.sampled(2)
 def test_the_line_to_resume_resumes(tmp_path: Path, processes: int) -> None:
     run = tmp_path / "my runs" / "stopped"
     shutil.copytree(OLD_RUNS / "stopped", run)

@@ -5,18 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from job.pipeline import round_latency
-from job.slimming.latency.alternation import TimeLimits
-
-
-def time_rounds_briefly() -> None:
-    """Have jobs of this process time their networks a few times only.
-
-    On a machine that runs tests, any number of times would say nothing.
-    """
-    round_latency.QUICK = TimeLimits(seconds=0, warmup=0, min_rounds=3)
-    round_latency.MOST_REPEATS = 0
-
 
 class FakeClock:
     """A clock of a machine whose ``slowness`` at a time stretches all work."""

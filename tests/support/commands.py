@@ -15,6 +15,7 @@ TESTS = ROOT / "tests"  # where support.smooth can be imported
 
 # where several processes are compared, whose rounding least squares would magnify
 HOMEWORK_CUT = ("--importance", "gamma", "--compensate", "none")
+NARROW = ("--model-arg", "base=4")  # a StudentNet of a quarter of the channels
 LAUNCH = (sys.executable, "-m", "job", "launch", "--nproc", "2", "--")
 
 
@@ -31,7 +32,7 @@ class Result:
 def long_run(data: Path, output: Path) -> tuple[object, ...]:
     """Options of a run that trains until it is stopped."""
     return (
-        "prune", "--data", data, "--output", output, "--base-epochs", 400, "--rounds", 1,
+        "prune", "--data", data, "--output", output, *NARROW, "--base-epochs", 400, "--rounds", 1,
         "--epochs", 1, "--batch-size", 16, "--wandb", "off", "--checkpoint-every", 0,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from support.commands import ROOT
+from support.commands import NARROW, ROOT
 
 WORKERS = ROOT / "tests" / "support" / "workers"
 KILL_AT, RECORD = WORKERS / "kill_at.py", WORKERS / "record_batches.py"
@@ -19,10 +19,11 @@ SPEEDUP = {"speedup", "speedup_low", "speedup_high"}  # measured times
 def small_run(data: Path, output: Path, *more: object) -> tuple[object, ...]:
     """Arguments of a run of 18 steps on 48 images: a base and two rounds of 2 epochs each.
 
-    It has no loader process, which takes three seconds to start.
+    Its network is narrow, and no loader process takes three seconds to start.
     """
+    network = () if "--model" in more else NARROW
     return (
-        "prune", "--data", data, "--output", output, "--base-epochs", 2, "--rounds", 2,
+        "prune", "--data", data, "--output", output, *network, "--base-epochs", 2, "--rounds", 2,
         "--epochs", 2, "--batch-size", 16, "--wandb", "off", "--checkpoint-every", 0,
         "--workers", 0, *more,
     )  # fmt: skip

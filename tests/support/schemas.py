@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import re
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
-import pydantic
-from kubeflow_trainer_api import models
 from kubernetes_validate.utils import SchemaNotFoundError, ValidationError
 from yamllint import linter
 from yamllint.config import YamlLintConfig
@@ -24,14 +22,10 @@ LINT = YamlLintConfig(
 )
 # of the APIs that Kubernetes itself lacks; they include the Job and the pod within
 MODELS = {
-    ("jobset.x-k8s.io/v1alpha2", "JobSet"): models.JobsetV1alpha2JobSet,
-    ("trainer.kubeflow.org/v1alpha1", "TrainJob"): models.TrainerV1alpha1TrainJob,
-    ("trainer.kubeflow.org/v1alpha1", "TrainingRuntime"): models.TrainerV1alpha1TrainingRuntime,
+    ("jobset.x-k8s.io/v1alpha2", "JobSet"): "JobsetV1alpha2JobSet",
+    ("trainer.kubeflow.org/v1alpha1", "TrainJob"): "TrainerV1alpha1TrainJob",
+    ("trainer.kubeflow.org/v1alpha1", "TrainingRuntime"): "TrainerV1alpha1TrainingRuntime",
 }
-GATE = re.search(
-    r"enabling the (\w+) feature gate",
-    models.TrainerV1alpha1TrainJobStatus.model_fields["trainer_status"].description,
-)[1]  # of Kubeflow Trainer, for the progress of a TrainJob
 # what this job needs of the JobSet, whose keys and types the model checks
 JOBSET = {
     "required": ["ttlSecondsAfterFinished", "network", "failurePolicy", "replicatedJobs"],
@@ -96,6 +90,11 @@ def as_job(document: Document) -> Document:
     }  # fmt: skip
 
 
+def trainer_model(name: str) -> Any:
+    """A model of Kubeflow Trainer; importing them takes more than a second."""
+    return getattr(importlib.import_module("kubeflow_trainer_api.models"), name)
+
+
 def custom(document: Document) -> Iterator[str]:
     """What breaks the schema of an API that Kubernetes itself lacks."""
     kind, version = document["kind"], document["apiVersion"]
@@ -109,8 +108,8 @@ def custom(document: Document) -> Iterator[str]:
         yield f"no such API: {version} {kind}"
     else:
         try:
-            kept = MODELS[version, kind].from_dict(document).to_dict()
-        except pydantic.ValidationError as error:
+            kept = trainer_model(MODELS[version, kind]).from_dict(document).to_dict()
+        except ValueError as error:
             yield str(error)
         else:  # a model drops the keys that it does not have
             if kept != document:

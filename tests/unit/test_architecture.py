@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 from support.commands import ROOT
@@ -20,7 +21,12 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "job").rglob("*.py"))
 }
-TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.items()}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """The code of each module."""
+    return {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.items()}
 
 
 def layer(module: str) -> int:
@@ -35,7 +41,7 @@ def layer(module: str) -> int:
 def imports(module: str) -> set[str]:
     """The modules of ``job`` that ``module`` imports anywhere, for types only too."""
     names = set()
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(trees()[module]):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= {name if name in MODULES else node.module for name in inner}
@@ -81,7 +87,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_a_public_name_is_defined_once() -> None:
     homes = defaultdict(list)
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in tree.body:
             names: list[str] = []
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -113,7 +119,7 @@ def test_modules_hold_one_concept() -> None:
 
 
 def test_every_folder_says_what_it_holds() -> None:
-    silent = [name for name, tree in TREES.items() if not ast.get_docstring(tree)]
+    silent = [name for name, tree in trees().items() if not ast.get_docstring(tree)]
     assert not silent, silent
     assert Path(ROOT / "job" / "py.typed").is_file()
 

@@ -96,10 +96,11 @@ def child(request: dict[str, Any]) -> None:
 
 
 def serve() -> None:
-    from fork_server import make_brief, one_chart  # not in the loader processes
+    from fork_server import BRIEF  # not in the loader processes
 
-    make_brief()
-    job.report.page.run_charts = one_chart
+    BRIEF["make_jobs_brief"]()
+    charts = job.report.page.run_charts
+    job.report.page.run_charts = lambda history: charts(history)[:1]  # fewer files that can fail
     gc.freeze()  # a collection in a child would copy all of torch
     for line in sys.stdin:
         process = os.fork()

@@ -3,8 +3,8 @@
 A program that would take seconds to start costs a fork. One JSON object a line, in and out:
 ``program`` as what follows ``python`` (``-m MODULE`` or a script, and its arguments), ``env`` and
 ``cwd`` of its own, files for its output, a time that it is held to, and for hostile input a guard
-on memory. A job draws one figure of its run in place of six (``report`` draws them all), times its
-networks briefly, and has no loader process unless ``--workers`` is given.
+on memory. A job is brief (``support.brief_jobs``; ``report`` draws all figures), and has no loader
+process unless ``--workers`` is given.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ from typing import Any, NoReturn
 import PIL.Image
 import torch
 import torch._meta_registrations
+from forked_ranks import fork_ranks
 
 import job.__main__
 import job.cli.evaluation_images
 import job.pipeline.resources
 import job.pipeline.setup
-import job.report.page
-from job.artifacts.history import History
 from job.models.factory import build_network
-from job.report.chart import Chart
-from job.report.figures import training_chart
 from job.slimming.planning.cost import network_cost
 
 PRELOADED = (
@@ -45,6 +42,7 @@ PRELOADED = (
     "matplotlib.figure", "job.cli.evaluate", "job.cli.export", "job.cli.inspect", "job.cli.predict",
     "job.cli.sensitivity", "job.cli.slim", "job.pipeline.prune",
 )  # fmt: skip
+BRIEF = runpy.run_path(str(Path(__file__).parents[1] / "brief_jobs.py"))
 GUARD = 12 << 30  # bytes of address space: saves the machine; what is judged is measured
 
 
@@ -54,7 +52,7 @@ def serve() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     PIL.Image.init()
-    make_brief()
+    BRIEF["make_jobs_brief"]()
     for module in (job.cli.evaluation_images, job.pipeline.resources, job.pipeline.setup):
         module.default_workers = lambda *_: 0  # type: ignore[attr-defined]
     network = build_network("student", 3, {"base": 1})
@@ -64,18 +62,6 @@ def serve() -> None:
     gc.freeze()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
-
-
-def make_brief() -> None:
-    """Have jobs of this process time their networks a few times only."""
-    clocks = Path(__file__).parents[1] / "clocks.py"
-    runpy.run_path(str(clocks))["time_rounds_briefly"]()
-
-
-def one_chart(history: History) -> list[Chart]:
-    """One chart of a run's, which take longer than so small a run."""
-    chart = training_chart(history, "loss")
-    return [chart] if chart else []
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +84,6 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _become(case: dict[str, Any]) -> NoReturn:
-    code = 1
     try:
         os.setsid()
         if case["guard"]:
@@ -107,13 +92,23 @@ def _become(case: dict[str, Any]) -> NoReturn:
         for number, name in ((0, os.devnull), (1, case["out"]), (2, case["err"])):
             flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             os.dup2(os.open(name, flags, 0o600), number)
+        fork_ranks(case["program"], _run)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    _run(case["program"], case["env"])
+
+
+def _run(program: list[str], env: dict[str, str]) -> NoReturn:
+    code = 1
+    try:
         os.environ.clear()
-        os.environ.update(case["env"])
+        os.environ.update(env)
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
-        if case["program"][:3] != ["-m", "job", "report"]:
-            job.report.page.run_charts = one_chart
-        _start(*case["program"])
+        if program[:3] == ["-m", "job", "report"]:
+            BRIEF["draw_all"]()
+        _start(*program)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
