@@ -241,7 +241,7 @@ class TaskObjective:
         return []
 
     def scores(  # noqa: D102
-        self, sums: torch.Tensor, _samples: int, _details: Sequence[Any] | None = None
+        self, sums: torch.Tensor, samples: int, _details: Sequence[Any] | None = None
     ) -> SplitScores:
         loss, count, start, totals = float(sums[0]), float(sums[1]), 2, {}
         for name, size in self.layout.items():
@@ -252,6 +252,11 @@ class TaskObjective:
             metrics = {name: float(found[name]) for name in self.names}
         else:
             metrics = {name: mean_ratio(*pair) for name, pair in totals.items()}
+            if samples and not (totals[self.metric][1] > 0).any():
+                raise DataError(
+                    f"the metric {self.metric}, which chooses models, has no value for a split: "
+                    "metrics() returned a count of 0 for all of its items"
+                )
         if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
             raise DataError(
                 f"the metric {wrong[0]} of a split is {metrics[wrong[0]]}: metrics() returned a "

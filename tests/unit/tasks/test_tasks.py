@@ -204,6 +204,9 @@ def test_metrics_that_change_or_become_nan_are_named() -> None:
     sums = torch.tensor([1.0, 2.0, torch.nan, 2.0], dtype=torch.float64)
     with pytest.raises(DataError, match="the metric right of a split is nan"):
         objective.scores(sums, 2)
+    sums = torch.tensor([1.0, 2.0, 0, 0], dtype=torch.float64)
+    with pytest.raises(DataError, match="the metric right, which chooses models, has no value"):
+        objective.scores(sums, 2)
 
 
 @pytest.mark.parametrize(
