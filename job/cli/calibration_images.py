@@ -18,7 +18,7 @@ from job.data.folders import CURRENT_LISTING
 from job.data.image_check import check_images
 from job.data.layout import open_data, open_unlabelled
 from job.data.splits import UNLABELLED, Split
-from job.errors import DataError, UsageError
+from job.errors import DataError
 from job.training.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -112,8 +112,6 @@ class SlimImages:
 
 def calibration_data(model: ModelOptions, given: str | None) -> str:
     """Return the path of the images: ``given`` by --data, or the data of MODEL's run."""
-    if given == "":  # e.g. a shell variable that is not set
-        raise UsageError("--data is empty: give a path, or leave the option out")
     if given is not None:
         return given
     folder = Path(model.path)

@@ -17,7 +17,13 @@ from job.config import (
     PreprocessingConfig,
     PruneConfig,
 )
+from job.errors import UsageError
 from job.options import option, shared
+
+
+def _refuse_empty(data: str | None) -> None:
+    if data == "":  # e.g. a shell variable that is not set
+        raise UsageError("--data is empty: give a path, or leave the option out")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class ImageOptions:
     device: DeviceName = shared(PruneConfig, "device")
     precision: PrecisionName = shared(PruneConfig, "precision")
     workers: int | None = shared(PruneConfig, "workers")
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for empty ``data``."""
+        _refuse_empty(self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,3 +251,7 @@ class QuantisationOptions:
     on_bad_image: BadImageMode = shared(PruneConfig, "on_bad_image")
     workers: int | None = shared(PruneConfig, "workers")
     seed: int = shared(PruneConfig, "seed", help="Seed of the order of the calibration images.")
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for empty ``data``."""
+        _refuse_empty(self.data)

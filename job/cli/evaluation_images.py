@@ -122,8 +122,6 @@ def open_evaluation_images(
 
 def _open(model: ModelOptions, options: ScoringOptions, *, labelled: bool) -> tuple[Dataset, str]:
     """Open the data set, and choose the name of the split."""
-    if options.data == "":  # e.g. a shell variable that is not set
-        raise UsageError("--data is empty: give a path, or leave the option out")
     card = _card(model)
     run_data = _own(model, card, options.data)
     path = options.data or run_data

@@ -32,6 +32,7 @@ from job.slimming.planning.cost import example_image
 from job.slimming.planning.overview import costs_table, removed_lines
 from job.slimming.planning.plan import keep_of
 from job.slimming.recovery.recovery import recover
+from job.tasks.loading import brings_items
 from job.training.evaluation import Evaluator
 
 if TYPE_CHECKING:
@@ -50,12 +51,15 @@ SHOW = partial(show_step, "slimming")
 
 def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     """Cut MODEL, verify the cut in float64, save it, and print its costs and accuracy."""
-    _check_images_given(options)
-    if options.importance == "taylor" and card_of_task(model):
+    task = card_of_task(model)
+    has_images = bool(options.data) or (task is not None and brings_items(task.task))
+    if not has_images:
+        _check_no_images_needed(options)
+    if options.importance == "taylor" and task:
         raise UsageError("--importance taylor needs labels of classes: take refit or gamma")
     PreprocessingOptions.of(model).check()
     folder = _new_folder(output)
-    wide, card, tools = _open(model, options)
+    wide, card, tools = _open(model, options) if has_images else (*open_model(model), _Tools())
     allocation = single_cut(options.target, options, options.policy)
     method = _method(options, allocation.policy, tools, card.task)
     accuracies = [tools.accuracy(wide)]
@@ -81,12 +85,12 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     _say_result(plan, output, tools.images, accuracies)
 
 
-def _check_images_given(options: SlimOptions) -> None:
-    """Raise UsageError for options that need images when there are none."""
+def _check_no_images_needed(options: SlimOptions) -> None:
+    """Raise UsageError for options that need images."""
     words = options_needing_images(options.importance, options.compensate, options.allocate)
     words += ["--recalibrate"] if options.recalibrate else []
     words += ["--recover"] if options.recover else []
-    if words and not options.data:
+    if words:
         verb = "needs" if len(words) == 1 else "need"
         raise UsageError(f"{' and '.join(words)} {verb} images: add --data PATH")
 
@@ -127,15 +131,14 @@ class _Tools:
 
 
 def _open(model: ModelOptions, options: SlimOptions) -> tuple[nn.Module, ModelCard, _Tools]:
-    """Open MODEL and its card, and the images of --data, if any."""
-    if not options.data:
-        return *open_model(model), _Tools()
+    """Open MODEL and its card, and the images of --data or the items of its task."""
     accelerator = start(options.device, options.precision)
     if card_of_task(model):
         network, card = open_model(model)
         items = open_task_images(model, options, card, network, accelerator)
         network.to(accelerator.device)
         return network, card, _Tools(items, items.calibration, items.evaluator)
+    assert options.data
     images = open_images(options.data, options.on_bad_image, model, options.seed)
     network, card = open_model(model, images.largest)
     network.to(accelerator.device)

@@ -53,10 +53,7 @@ def load_task(
             f"{name} is the task of the model, and code of an installed package; if you trust it, "
             f"pass --task {name}"
         )
-    try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):
-        parameters = MappingProxyType({})
+    parameters = _parameters(factory)
     for argument in () if name in TASKS else typed:
         if argument not in parameters:
             option = "--" + argument.replace("_", "-")
@@ -74,6 +71,28 @@ def load_task(
         raise UsageError(f"--task {name} cannot be built: {located(error)}") from error
     _check_parts(name, task)
     return task  # type: ignore[no-any-return]
+
+
+def brings_items(name: str) -> bool:
+    """Return whether the items of the task ``name``, of a model card, need no ``--data``.
+
+    False as well if its code is not found here, or belongs to an installed package.
+    """
+    if name in TASKS or ":" not in name:
+        return False
+    try:
+        factory = _find_factory(name)
+    except GammaslimError:
+        return False
+    return is_own_code(factory) and "data" not in _parameters(factory)
+
+
+def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a factory; none if they are unknown."""
+    try:
+        return inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return MappingProxyType({})
 
 
 def _find_factory(name: str) -> Any:

@@ -308,6 +308,7 @@ def test_a_weights_file_needs_the_network_named(finished_run: Path, tmp_path: Pa
         (["evaluate", "."], 66, "not a model"),
         (["predict", "missing"], 2, "--output"),
         (["slim", "missing", "--output", "x", "--target", "flops=3"], 2, "is not a target"),
+        (["slim", "missing", "--output", "x", "--data", ""], 2, "--data is empty"),
     ],
 )
 @pytest.mark.sampled(3)

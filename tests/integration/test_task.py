@@ -133,6 +133,12 @@ def test_other_commands_take_the_run(undisturbed: Path, tmp_path: Path) -> None:
     assert "(B, 1, 32, 32)" in card
     assert "classif" not in card
     assert command("inspect", undisturbed).code == 0
+    slim = command("slim", undisturbed, "--output", tmp_path / "slim", "--target", "params=0.4",
+                   "--calibration-images", 16, "--workers", 0)  # fmt: skip
+    assert slim.code == 0, slim
+    assert "importance refit, compensation regress" in slim.out  # on the items of its task
+    assert "miou on the validation split of the task support.shapes:Segmentation" in slim.out
+    assert "--data" not in slim.out
     refused: Any = command("predict", undisturbed, "--data", tmp_path, "--output", "-")
     assert refused.code == 2
     assert "for support.shapes:Segmentation, load the model in Python" in refused.err
