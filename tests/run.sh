@@ -64,8 +64,10 @@ one_thread=(env OMP_NUM_THREADS=1 "${pytest[@]}")
 failed=0
 TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/gs.XXXX") # of killed jobs too; kept if a test fails
 export TMPDIR
-"$venv/bin/mypy" --strict job & # on one core, beside the first tests
+"$venv/bin/mypy" --strict job & # on one core
 types=$!
+# what all test processes import is compiled once, beside it; they tell of any error themselves
+case "${1:-}" in '' | unit) "${one_thread[@]}" --collect-only --quiet >/dev/null || true ;; esac
 case "${1:-}" in
   unit) "${one_thread[@]}" -n 3 --dist worksteal tests/unit "${@:2}" || failed=$? ;;
   '') # on one thread each: first one case of each test that measures the coverage of job/ (90 % at
@@ -74,7 +76,7 @@ case "${1:-}" in
     # those that need the machine to themselves
     most=("${one_thread[@]}" --dist loadgroup --no-loadscope-reorder -m 'not alone')
     "${most[@]}" -n 3 --part covering --cov || failed=$?
-    "${most[@]}" -n 4 --part rest || failed=$?
+    "${most[@]}" -n 5 --part rest || failed=$?
     mapfile -t alone < <(grep -rl --include='test_*.py' mark.alone tests)
     "${pytest[@]}" -m alone "${alone[@]}" || failed=$?
     ;;
