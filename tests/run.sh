@@ -76,7 +76,7 @@ case "${1:-}" in
     # those that need the machine to themselves
     most=("${one_thread[@]}" --dist loadgroup --no-loadscope-reorder -m 'not alone')
     "${most[@]}" -n 3 --part covering --cov || failed=$?
-    "${most[@]}" -n 5 --part rest || failed=$?
+    "${most[@]}" -n 4 --part rest || failed=$?
     mapfile -t alone < <(grep -rl --include='test_*.py' mark.alone tests)
     "${pytest[@]}" -m alone "${alone[@]}" || failed=$?
     ;;

@@ -33,7 +33,7 @@ def test_accelerate_and_launch_give_the_same_run(noise: Path, tmp_path: Path) ->
     assert found["accelerate 1"] == found["alone"]
     assert found["accelerate 2"] == found["launch 2"]
     assert found["alone"].keys() == found["launch 2"].keys()
-    missing = run(*started["accelerate 2"], "prune", "--data", tmp_path / "no")
+    missing = run(*started["accelerate 1"], "prune", "--data", tmp_path / "no")
     assert missing.code == 1  # launch: 66, see above
     assert missing.err.count("Error: ") == 1 + missing.err.count("CalledProcessError: ")
 

@@ -92,7 +92,7 @@ def test_programs_find_a_home_under_any_user(engine: Engine) -> None:
 
 def test_without_a_command_it_runs_the_demonstration(engine: Engine) -> None:
     """With its numbers made small by the environment; all it writes is in /tmp."""
-    small = {"BASE_EPOCHS": 1, "ROUNDS": 1, "EPOCHS": 1, "BATCH_SIZE": 128, "RATE": 0.5}
+    small = {"BASE_EPOCHS": 1, "ROUNDS": 1, "EPOCHS": 1, "BATCH_SIZE": 128, "MODEL_ARG": "base=4"}
     options = [f"--env=GAMMASLIM_PRUNE_{name}={value}" for name, value in small.items()]
     done = engine.podman("run", "--rm", *HARDENED, *options, IMAGE)
     assert done.code == 0, done
