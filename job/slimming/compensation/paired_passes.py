@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from job.distributed.memory import resident_memory, trim_heap
 from job.slimming.calibration.batch import JoinedBatch, inputs_of, join_batches
 from job.slimming.calibration.paused_forward import ForwardPass, Summands, forward_passes
 from job.slimming.graph.modes import eval_with_hooks
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from job.slimming.inputs import Example
 
 MAX_PAUSED_BYTES = 2**31  # of the activations of all paused passes
+MAX_FREED_BYTES = 2**29  # by which the process grows before freed memory is returned
 PARTS = 8  # batches of the images before the first layer, since a running pass needs memory too
 
 
@@ -85,6 +87,7 @@ class PairedPasses:
         else:
             self.batches = _Batches(join_batches(inputs, first // PARTS))
         self.largest = dict(zip(layers, largest, strict=True))
+        self.resident = 0  # bytes of this process after freed memory was returned
         self.joined: list[JoinedBatch] = []
         self.passes: list[tuple[ForwardPass, ForwardPass]] = []
         self.start: list[Callable[[Example], ForwardPass]] = []
@@ -111,6 +114,7 @@ class PairedPasses:
         once = self.calls[f"{name}.weight"] == 1 and not self.unpaused
         values: list[PairedValues] = []
         for batch, passes in zip(self.joined, self.passes, strict=True):
+            self._trim()
             if not once:  # layers between the calls of this layer are fitted later
                 values += self._from_whole_passes(name, batch)
             elif name in self.summands:
@@ -150,6 +154,12 @@ class PairedPasses:
             self.joined.append(batch)
             narrow, wide = (start(batch.inputs) for start in self.start)
             self.passes.append((narrow, wide))
+
+    def _trim(self) -> None:
+        """Return freed memory once it may be a lot: each pass frees into the heap of its thread."""
+        if resident_memory() > self.resident + MAX_FREED_BYTES:
+            trim_heap()
+            self.resident = resident_memory()
 
     def _from_whole_passes(self, name: str, batch: JoinedBatch) -> Iterator[PairedValues]:
         """Yield the values at each call of a layer, from passes that do not pause."""
