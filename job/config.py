@@ -533,3 +533,6 @@ class PruneConfig(  # Python orders the fields of the last base first
         }
         lists = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
         return {key: value for key, value in lists.items() if value is not None}
+
+
+OPTION_DEFAULTS = PruneConfig().to_dict()  # by name; an option whose default is None is left out

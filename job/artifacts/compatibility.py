@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.artifacts.json_records import to_json
 from job.artifacts.run_config import CONFIG_FILE, read_run_config
-from job.config import PruneConfig, policy_for
+from job.config import OPTION_DEFAULTS, PruneConfig, policy_for
 from job.console import counted
 from job.errors import ConfigError, OtherRunError, shown
 from job.options import options_of
@@ -160,7 +160,7 @@ def _changed(stored: Mapping[str, Any], now: PruneConfig) -> list[str]:
 
 def _stored_value(stored: Mapping[str, Any], name: str) -> object:
     """Return an option of the run; the default if its version did not have the option."""
-    return stored.get(name, PruneConfig().to_dict().get(name))
+    return stored.get(name, OPTION_DEFAULTS.get(name))
 
 
 def option_text(name: str, value: object) -> str:

@@ -59,7 +59,7 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
         raise UsageError("--importance taylor needs labels of classes: take refit or gamma")
     PreprocessingOptions.of(model).check()
     folder = _new_folder(output)
-    wide, card, tools = _open(model, options) if has_images else (*open_model(model), _Tools())
+    wide, card, tools = _open(model, options, task, has_images)
     allocation = single_cut(options.target, options, options.policy)
     method = _method(options, allocation.policy, tools, card.task)
     accuracies = [tools.accuracy(wide)]
@@ -130,10 +130,14 @@ class _Tools:
         return {self.images.scored: accuracy}
 
 
-def _open(model: ModelOptions, options: SlimOptions) -> tuple[nn.Module, ModelCard, _Tools]:
-    """Open MODEL and its card, and the images of --data or the items of its task."""
+def _open(
+    model: ModelOptions, options: SlimOptions, task: ModelCard | None, has_images: bool
+) -> tuple[nn.Module, ModelCard, _Tools]:
+    """Open MODEL and its card, and the images of --data or the items of its ``task``, if any."""
+    if not has_images:
+        return *open_model(model), _Tools()
     accelerator = start(options.device, options.precision)
-    if card_of_task(model):
+    if task:
         network, card = open_model(model)
         items = open_task_images(model, options, card, network, accelerator)
         network.to(accelerator.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from job.config import SECTIONS, PruneConfig
+from job.config import OPTION_DEFAULTS, SECTIONS, PruneConfig
 from job.errors import printable
 from job.options import options_of
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from job.artifacts.history import History
 
 OPTION_TABLE = "prune"
-OPTION_DEFAULTS = PruneConfig().to_dict()
 
 
 def changed_options(history: History) -> list[tuple[str, str, str]]:

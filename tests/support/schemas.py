@@ -9,6 +9,7 @@ from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import pydantic
 from kubernetes_validate.utils import SchemaNotFoundError, ValidationError
 from yamllint import linter
 from yamllint.config import YamlLintConfig
@@ -109,7 +110,7 @@ def custom(document: Document) -> Iterator[str]:
     else:
         try:
             kept = trainer_model(MODELS[version, kind]).from_dict(document).to_dict()
-        except ValueError as error:
+        except pydantic.ValidationError as error:
             yield str(error)
         else:  # a model drops the keys that it does not have
             if kept != document:
