@@ -1,8 +1,9 @@
 """The W&B process: isolates the job from W&B's waits, output and hooks.
 
 `job.tracking.wandb_tracker` starts it as a file; it imports nothing from the package. It reads JSON
-lines: `Settings`, then `LogEvent` and at last `FinishEvent`. It writes JSON lines, `Reply`: a
-``folder`` or ``failed``, then warnings. W&B itself is configured by its environment variables.
+lines: `Settings`, then `LogEvent` and at last `FinishEvent`. It writes JSON lines, `Reply`: the
+``mode``, a ``folder`` or ``failed``, then warnings. W&B itself is configured by its environment
+variables.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class FinishEvent(TypedDict):
 
 
 class Reply(TypedDict, total=False):
-    """The folder, mode and URL of the W&B run, or why there is none, or a warning."""
+    """The mode of the W&B run, or its folder and URL, or why there is none, or a warning."""
 
     mode: str
     folder: str
@@ -115,12 +116,14 @@ def main() -> None:
     settings: Settings = json.loads(events.readline())
     sys.argv = settings["argv"]  # W&B shows it as the run's command
     try:
-        run = _start_run(settings)
+        mode = _mode(settings["mode"])
+        _reply(replies, {"mode": mode})
+        run = _start_run(mode, settings)
     except Exception as error:  # wandb raises its own, requests' and protobuf's errors
-        _reply(replies, {"failed": _reason(error), "mode": settings["mode"]})
+        _reply(replies, {"failed": _reason(error)})
         os._exit(1)
     folder = os.path.dirname(run.dir)  # noqa: PTH120  (keeps "." in the path)
-    _reply(replies, {"folder": folder, "mode": settings["mode"], "url": run.url or ""})
+    _reply(replies, {"folder": folder, "url": run.url or ""})
     run_logger = RunLogger(run, replies)
     run_logger.use(settings["inputs"])
     for line in events:
@@ -208,15 +211,18 @@ class RunLogger:
             self.warned = True
 
 
-def _start_run(settings: Settings) -> Any:
-    """Start the W&B run; replace the mode ``auto`` in ``settings`` by the mode it selects."""
+def _mode(mode: str) -> str:
+    """Return ``mode``, or what ``auto`` stands for."""
+    if mode != "auto":
+        return mode
+    asked = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    return {"dryrun": "offline", "run": "online"}.get(asked, asked)
+
+
+def _start_run(mode: Any, settings: Settings) -> Any:  # W&B refuses unknown modes
     import wandb
 
-    if settings["mode"] == "auto":
-        asked = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-        settings["mode"] = {"dryrun": "offline", "run": "online"}.get(asked, asked)
-    names: OfflineNames = settings["offline"] if settings["mode"] == "offline" else {}
-    mode: Any = settings["mode"]  # W&B refuses unknown ones
+    names: OfflineNames = settings["offline"] if mode == "offline" else {}
     run = wandb.init(mode=mode, config=settings["config"], **names)
     for metrics, axis in settings["axes"].items():
         # separate x axes: W&B drops values whose step is below the last one

@@ -171,8 +171,11 @@ class Tracker:
         }
         process.stdin.write(json.dumps(settings) + "\n")
         process.stdin.flush()
-        answer = self._answer() or {"failed": "its process has ended"}
-        self.mode = answer.get("mode", mode)
+        answer = self._answer()
+        if "mode" in answer:  # before W&B writes anything
+            self.mode = answer["mode"]
+            answer = self._answer()
+        answer = answer or {"failed": "its process has ended"}
         if "failed" in answer:
             then = "it is off" if self.mode == "offline" else "continuing offline"
             _warn(f"W&B did not start ({answer['failed']}): {then}")

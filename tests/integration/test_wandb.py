@@ -372,6 +372,30 @@ def test_wrong_settings_cost_a_warning(
     assert not leaks(out, err)
 
 
+SLOW_START = """
+import time, wandb
+start = wandb.init
+def init(*args, **options):
+    run = start(*args, **options)
+    time.sleep(4)
+    return run
+wandb.init = init
+"""
+
+
+def test_an_offline_run_that_starts_slowly_is_not_started_twice(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("PYTHONPATH", str(place.parent))
+    (place.parent / "sitecustomize.py").write_text(SLOW_START)
+    tracker = track(place, "auto")
+    wait_for(lambda: list(place.glob("wandb/offline-run-*")))
+    assert not tracker._started
+    tracker.finish({})
+    assert len(list(place.glob("wandb/offline-run-*"))) == 1
+
+
 def test_the_final_sync_takes_at_most_a_share_of_the_jobs_time(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
