@@ -107,10 +107,14 @@ def export_readme(model: ExportedModel) -> str:
 
 
 def card_path(output: Path) -> Path:
-    """Return the file for the README next to ``output``; a README of the user's own is kept."""
+    """Return the file for the README next to ``output``.
+
+    A README of the user's own, or of another exported model, is kept.
+    """
     path = output.with_name(CARD_NAME)
     try:
-        free = not path.exists() or MARK in path.read_text("utf-8", errors="replace")
+        text = path.read_text("utf-8", errors="replace") if path.exists() else None
+        free = text is None or (MARK in text and f"\n{_subject(output.name)} " in text)
     except OSError:
         free = False
     return path if free else output.with_name(f"{output.name}.{CARD_NAME}")
@@ -168,6 +172,10 @@ def _metadata(model: ExportedModel) -> str:
     return "\n".join([*lines, "---"])
 
 
+def _subject(file: str) -> str:
+    return f"{_code(shown(file))} is"
+
+
 def _summary(model: ExportedModel) -> str:
     how = {
         "onnx": "an ONNX model", "torch-export": "a program of `torch.export`",
@@ -181,7 +189,7 @@ def _summary(model: ExportedModel) -> str:
     if not card.is_classifier:
         what = f"a network for the task {as_markdown(card.task)}"
     return (
-        f"{_code(shown(model.file))} is {how}: {what}, made smaller by Gammaslim {__version__} "
+        f"{_subject(model.file)} {how}: {what}, made smaller by Gammaslim {__version__} "
         "(channels removed, not masked)."
         + (f"\n\nIt is quantised: {model.int8.how}." if model.int8 else "")
     )

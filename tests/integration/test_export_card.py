@@ -75,6 +75,14 @@ def test_a_readme_of_the_user_is_kept(finished_run: Path, tmp_path: Path) -> Non
     assert os.listdir(tmp_path / "other") == ["m.pt"]
 
 
+def test_each_exported_file_has_its_card(finished_run: Path, tmp_path: Path) -> None:
+    for name in ("a `b`.pt", "c.pt", "a `b`.pt"):
+        export(finished_run / "rounds" / "01", tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "a `b`.pt", "c.pt", "c.pt.README.md"]
+    assert "`` a `b`.pt `` is" in (tmp_path / "README.md").read_text()
+    assert "`c.pt` is" in (tmp_path / "c.pt.README.md").read_text()
+
+
 def test_a_weights_file_has_a_card_without_metrics(finished_run: Path, tmp_path: Path) -> None:
     export(finished_run / "rounds" / "00", tmp_path / "w.pt", "--no-card")
     more = ("--model", "student", "--image-size", 32)
