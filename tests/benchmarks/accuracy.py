@@ -1,8 +1,9 @@
-"""Accuracy of pretrained networks right after one cut, and after fine-tuning, at equal MACs.
+"""Accuracy of pretrained networks right after one cut, and after fine-tuning, at equal cost.
 
-Each cell of the table is one cut: a fraction of the multiply-adds, a method, a seed of the
-calibration sample. Cells are appended to a file of JSON lines; those that it holds are not
-measured again, so that a run can be stopped and continued.
+Each cell of the table is one cut: a fraction of the multiply-adds or, with ``--cost latency``, of
+the measured latency of one image, a method, a seed of the calibration sample. Cells are appended to
+a file of JSON lines; those that it holds are not measured again, so that a run can be stopped and
+continued.
 
     python tests/benchmarks/accuracy.py --network resnet56 --weights resnet56-cifar10.pt \
         --images cifar10 --output resnet56.jsonl
@@ -22,13 +23,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from costs import LONG, latency_share, macs_share
 from images import IMAGENET, Data, Normalisation, accuracy, fine_tune, read_folder
 from networks import build, load_weights
 from torch import nn
 
 import job
 from job.slimming.compensation import reconstruction
-from job.slimming.planning.cost import network_cost
 
 METHODS: dict[str, dict[str, object]] = {
     "gammaslim": {},
@@ -45,11 +46,13 @@ BATCH = 128
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--network", default="resnet56", help="as in networks.py")
-    parser.add_argument("--weights", type=Path, required=True, help="a state dict")
+    parser.add_argument("--weights", type=Path, required=True, help="a state dict, or a new file")
+    parser.add_argument("--base-epochs", type=int, default=20, help="where --weights is a new file")
     parser.add_argument("--images", type=Path, required=True, help="train/ and test/ by class")
     parser.add_argument("--size", type=int, default=32, help="pixels")
     parser.add_argument("--count", type=int, default=4096, help="calibration images")
     parser.add_argument("--tested", type=int, default=None, help="test images; all by default")
+    parser.add_argument("--cost", default="macs", choices=["macs", "latency"])
     parser.add_argument("--targets", default="0.7,0.5,0.44,0.3")
     parser.add_argument("--methods", default=",".join(METHODS), help="and torch-pruning's: peers")
     parser.add_argument("--seeds", type=int, default=3)
@@ -67,7 +70,10 @@ def cells(given: argparse.Namespace) -> Iterator[dict[str, object]]:
     for seed in range(given.seeds):
         for target in map(float, given.targets.split(",")):
             for method in methods:
-                yield {"network": given.network, "target": target, "method": method, "seed": seed}
+                yield {
+                    "network": given.network, "cost": given.cost, "target": target,
+                    "method": method, "seed": seed,
+                }  # fmt: skip
 
 
 def measure(given: argparse.Namespace) -> None:
@@ -75,7 +81,11 @@ def measure(given: argparse.Namespace) -> None:
     splits = read_folder(given.images, given.size)
     test = splits["test"].sample(given.tested, 1)
     normalise = Normalisation(*IMAGENET)
-    wide = load_weights(build(given.network, int(test[1].max()) + 1), given.weights)
+    wide = build(given.network, int(test[1].max()) + 1)
+    if not given.weights.exists():
+        fine_tune(wide, splits["train"].sample(None, 0), given.base_epochs, normalise)
+        torch.save(wide.state_dict(), given.weights)
+    wide = load_weights(wide, given.weights)
     base = accuracy(wide, test, normalise)
     known = [json.loads(line) for line in _lines(given.output)]
     for cell in cells(given):
@@ -87,8 +97,8 @@ def measure(given: argparse.Namespace) -> None:
         score = partial(accuracy, data=test, normalise=normalise)
         row = cell | {
             "base": base, "after cut": score(narrow), "cpu seconds": round(seconds, 1),
-            "macs": network_cost(narrow, given.size).macs / network_cost(wide, given.size).macs,
-            "setting": setting,
+            "macs": macs_share(wide, given.size)(narrow),
+            "latency": latency_share(wide, images[:1], LONG)(narrow), "setting": setting,
         }  # fmt: skip
         for epochs in filter(None, map(int, given.epochs.split(","))):
             everything = splits["train"].sample(given.tuned, 0)
@@ -109,14 +119,14 @@ def cut(
     splits: dict[str, object],
 ) -> tuple[nn.Module, float, str]:
     """Return the narrow network of a cell, the processor seconds of the cut, and the setting."""
-    example, method, target = images[:1], str(cell["method"]), float(str(cell["target"]))
+    example, method = images[:1], str(cell["method"])
     if method in PEERS:
         held_out = splits["train"].sample(1000, int(str(cell["seed"])), skip=len(images))
-        return _cut_by_peer(wide, method, target, images, sample, normalise, held_out)
+        return _cut_by_peer(wide, cell, images, sample, normalise, held_out)
     began = time.process_time()
     with _channel_maps_alone() if method == "channel maps" else nullcontext():
         narrow, _ = job.slim(
-            wide, example, target=f"macs={target}", policy="global",
+            wide, example, target=f"{cell['cost']}={cell['target']}", policy="global",
             calibration=list(images.split(BATCH)), **METHODS[method],
         )  # fmt: skip
     return narrow, time.process_time() - began, ""
@@ -129,8 +139,7 @@ def _channel_maps_alone() -> AbstractContextManager[object]:
 
 def _cut_by_peer(
     wide: nn.Module,
-    method: str,
-    target: float,
+    cell: dict[str, object],
     images: torch.Tensor,
     sample: Data,
     normalise: Normalisation,
@@ -138,15 +147,18 @@ def _cut_by_peer(
 ) -> tuple[nn.Module, float, str]:
     from pruning_peer import cut_by_peer, measure_gradients
 
+    method, target = str(cell["method"]), float(str(cell["target"]))
     score: Callable[[nn.Module], float] = partial(accuracy, data=held_out, normalise=normalise)
     network, seconds = copy.deepcopy(wide), 0.0
     if method == "taylor":
         batches = zip(images.split(BATCH), sample[1].split(BATCH), strict=True)
         seconds = measure_gradients(network, list(batches))
-    macs = target * network_cost(wide, images.shape[-1]).macs
-    best = cut_by_peer(method, network, images[:1], macs, score)
+    share = macs_share(wide, images.shape[-1])
+    if cell["cost"] == "latency":
+        share = latency_share(wide, images[:1])
+    best = cut_by_peer(method, network, images[:1], share, target, score)
     if best is None:
-        raise SystemExit(f"{method}: no setting reaches {target} of the multiply-adds")
+        raise SystemExit(f"{method}: no setting reaches {target} of the {cell['cost']}")
     return best.network, seconds + best.seconds, str(best.setting)
 
 
@@ -158,15 +170,21 @@ def table(rows: list[dict[str, object]]) -> str:
     """Return a Markdown table: medians over the seeds of the accuracies, in percent."""
     after = sorted({key for row in rows for key in row if key.startswith("after ")}, key=_stage)
     lines = [
-        f"| MACs left | method | {' | '.join(after)} | CPU seconds |",
-        "|---" * (3 + len(after)) + "|",
+        f"| target | method | MACs | latency | {' | '.join(after)} | CPU seconds |",
+        "|---" * (5 + len(after)) + "|",
     ]
-    for key in dict.fromkeys((row["target"], row["method"]) for row in rows):
-        same = [row for row in rows if (row["target"], row["method"]) == key]
+    for key in dict.fromkeys(map(_kind, rows)):
+        same = [row for row in rows if _kind(row) == key]
         values = [_median(same, name) for name in after]
         seconds = statistics.median(float(str(row["cpu seconds"])) for row in same)
-        lines.append(f"| {key[0]} | {key[1]} | {' | '.join(values)} | {seconds:.0f} |")
+        costs = [_median(same, name) for name in ("macs", "latency")]
+        texts = [f"{key[2]} {key[0]}", key[1], *costs, *values, f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(map(str, texts))} |")
     return "\n".join(lines)
+
+
+def _kind(row: dict[str, object]) -> tuple[object, ...]:
+    return row["target"], row["method"], row.get("cost", "macs")
 
 
 def _stage(name: str) -> int:

@@ -1,4 +1,4 @@
-"""Cuts by Torch-Pruning to a number of multiply-adds, with the best of several settings."""
+"""Cuts by Torch-Pruning to a share of a cost, with the best of several settings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ import torch_pruning
 from torch import nn
 from torch.nn import functional as F
 
-from job.slimming.planning.cost import network_cost
-
 IMPORTANCES: dict[str, Callable[[str | None], torch_pruning.importance.Importance]] = {
     "bnscale": lambda norm: torch_pruning.importance.BNScaleImportance(normalizer=norm),
     "l2": lambda norm: torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=norm),
     "taylor": lambda norm: torch_pruning.importance.GroupTaylorImportance(normalizer=norm),
 }
-CLOSE = 0.005  # of the limit of multiply-adds: no better ratio is searched for
+CLOSE = 0.005  # of the limit: no better ratio is searched for
 TRIES = 9  # of the ratio, for each setting
 
 
@@ -79,28 +77,35 @@ def cut_by_peer(
     criterion: str,
     network: nn.Module,
     image: torch.Tensor,
-    macs: float,
+    cost: Callable[[nn.Module], float],
+    limit: float,
     score: Callable[[nn.Module], float],
     settings: list[Setting] = SETTINGS,
 ) -> PeerCut | None:
-    """Return the cut to at most ``macs`` with the highest ``score``; None where all settings fail.
+    """Return the cut with the highest ``score`` whose ``cost`` is at most ``limit``.
 
-    The score is the accuracy on images outside the calibration sample and the test images.
+    It is None where all settings fail. The score is the accuracy on images outside the calibration
+    sample and the test images.
     """
     best, highest = None, float("-inf")
     for setting in settings:
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            cut = _cut(criterion, network, image, macs, setting)
+            cut = _cut(criterion, network, image, cost, limit, setting)
             if cut and (value := score(cut.network)) > highest:
                 best, highest = cut, value
     return best
 
 
 def _cut(
-    criterion: str, network: nn.Module, image: torch.Tensor, macs: float, setting: Setting
+    criterion: str,
+    network: nn.Module,
+    image: torch.Tensor,
+    cost: Callable[[nn.Module], float],
+    limit: float,
+    setting: Setting,
 ) -> PeerCut | None:
-    """The cut with the smallest share of channels that leaves at most ``macs``."""
+    """The cut with the smallest share of channels that costs at most ``limit``."""
     low, high, best = 0.0, 1.0, None
     for _ in range(TRIES):
         began = time.process_time()
@@ -114,12 +119,12 @@ def _cut(
         for _ in range(setting.steps):
             pruner.step()
         seconds = time.process_time() - began
-        left = network_cost(narrow, image.shape[-1]).macs
-        if left > macs:
+        left = cost(narrow)
+        if left > limit:
             low = (low + high) / 2
             continue
         best, high = PeerCut(narrow, setting, seconds), (low + high) / 2
-        if left > (1 - CLOSE) * macs:
+        if left > (1 - CLOSE) * limit:
             break
     return best
 
