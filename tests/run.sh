@@ -53,6 +53,18 @@ fi
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes import job
 venv=${VENV:-.venv}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+temporary=$(mktemp -d "${TMPDIR:-/tmp}/gs.XXXX") # of killed jobs too; kept if a test fails
+if [ -z "${1:-}" ]; then
+  # the image of the containers is built beside pip, which uses one core
+  export ENGINE_OF_TESTS=$temporary/engine
+  mkdir "$ENGINE_OF_TESTS"
+  {
+    [ -z "$installing" ] || tail --pid="$installing" --follow /dev/null
+    PYTHONPATH=tests exec "$venv/bin/python" -m support.engine "$ENGINE_OF_TESTS"
+  } &
+  engine=$!
+  trap 'kill "$engine" 2>/dev/null || true; wait "$engine" || true; rm -rf "$ENGINE_OF_TESTS"' EXIT
+fi
 "$venv/bin/python" -m pip install --quiet --no-compile --editable '.[test]'
 [ -z "$installing" ] || wait "$installing"
 
@@ -62,8 +74,7 @@ export WANDB_MODE=${WANDB_MODE:-offline}
 pytest=("$venv/bin/python" -m pytest)
 one_thread=(env OMP_NUM_THREADS=1 "${pytest[@]}")
 failed=0
-TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/gs.XXXX") # of killed jobs too; kept if a test fails
-export TMPDIR
+export TMPDIR=$temporary
 "$venv/bin/mypy" --strict job & # on one core
 types=$!
 # what all test processes import is compiled once, beside it; they tell of any error themselves
@@ -83,5 +94,5 @@ case "${1:-}" in
   *) "${pytest[@]}" "$@" || failed=$? ;;
 esac
 wait "$types" || failed=$?
-[ "$failed" != 0 ] || rm -rf "$TMPDIR"
+[ "$failed" != 0 ] || rm -rf "$temporary"
 exit "$failed"

@@ -39,11 +39,28 @@ class Engine:
     """buildah and podman in namespaces of their own; all they keep ends with ``folder``.
 
     Their mounts, networks and processes are not the machine's: ``close`` ends them with one
-    process. Builds alone reach the machine's network, for packages.
+    process. Builds alone reach the machine's network, for packages. Where ``folder`` is that of an
+    engine of another process, it is that engine.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.environ = {
+            **clean_environ(),
+            "CONTAINERS_STORAGE_CONF": f"{folder}/storage.conf",
+            "CONTAINERS_CONF": f"{folder}/run.conf",
+            "BUILDAH_ISOLATION": "chroot",
+            "TMPDIR": f"{folder}/scratch",
+            "XDG_RUNTIME_DIR": f"{folder}/runtime",
+        }
+        first = folder / "first"
+        if not first.exists():
+            self._start()
+            write_whole(first, str(self.first))
+        self.first = int(first.read_text())
+
+    def _start(self) -> None:
+        folder = self.folder
         for name in ("graph", "state", "scratch", "runtime", "tmp"):
             (folder / name).mkdir()
         self.holder = subprocess.Popen(
@@ -62,14 +79,6 @@ class Engine:
         )
         self._configure("run.conf", network="private", volumes=[])
         self._configure("build.conf", network="host", volumes=_package_volumes(folder))
-        self.environ = {
-            **clean_environ(),
-            "CONTAINERS_STORAGE_CONF": f"{folder}/storage.conf",
-            "CONTAINERS_CONF": f"{folder}/run.conf",
-            "BUILDAH_ISOLATION": "chroot",
-            "TMPDIR": f"{folder}/scratch",
-            "XDG_RUNTIME_DIR": f"{folder}/runtime",
-        }
 
     def _configure(self, name: str, *, network: str, volumes: Sequence[str]) -> None:
         folder = self.folder
@@ -111,7 +120,22 @@ class Engine:
         assert done.code == 0, done
         return done.out.strip()
 
-    def make_base(self) -> None:
+    def build(self) -> None:
+        """Build the project's image from the Dockerfile as it is; ``built`` tells how it ended."""
+        try:
+            self._make_base()
+            built = self._build()
+        except AssertionError as error:
+            built = Result(subprocess.CompletedProcess([], 1, "", str(error)))
+        write_whole(self.folder / "built", json.dumps([built.code, built.out, built.err]))
+
+    def built(self) -> Result:
+        """How the build ended, of this process or of another one."""
+        file = self.folder / "built"
+        wait_for(file.exists, 1500)
+        return Result(subprocess.CompletedProcess([], *json.loads(file.read_text())))
+
+    def _make_base(self) -> None:
         """This machine's distribution with a Python: it stands in for the CUDA base image."""
         release = platform.freedesktop_os_release()
         tar = self.folder / "base.tar"
@@ -137,8 +161,7 @@ class Engine:
         self.must("podman", "import", "--quiet", str(tar), BASE)
         tar.unlink()
 
-    def build(self) -> Result:
-        """Build the project's image on the base that ``make_base`` made."""
+    def _build(self) -> Result:
         command = [
             "buildah", "build", "--format", "docker", "--tag", IMAGE,
             "--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", "REVISION=tested", str(ROOT),
@@ -150,7 +173,7 @@ class Engine:
         """End what still runs and remove every file."""
         self.podman("rm", "--all", "--force", "--time", 0)
         os.kill(self.first, signal.SIGKILL)  # the others and the mounts go with it
-        self.holder.wait(20)
+        wait_for(lambda: not Path(f"/proc/{self.first}").exists(), 20)
         for group in Path("/sys/fs/cgroup").glob("**/libpod_parent"):
             for part in sorted(group.glob("**/"), reverse=True):
                 with suppress(OSError):
@@ -163,7 +186,6 @@ class Engine:
         for place in places.values():
             place.mkdir(parents=True)
         options = "lowerdir={lower},upperdir={upper},workdir={work}".format(**places)
-        self.environ = clean_environ()
         mount = ["mount", "-t", "overlay", "overlay", "-o", options, places["merged"]]
         mounted = self.run(*mount).code == 0
         if mounted:
@@ -182,6 +204,13 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it takes too long"
         time.sleep(0.05)
+
+
+def write_whole(file: Path, content: str) -> None:
+    """Write a file that another process waits for."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(content)
+    part.rename(file)
 
 
 def _package_volumes(folder: Path) -> list[str]:
@@ -211,3 +240,9 @@ def _package_volumes(folder: Path) -> list[str]:
     config = folder / "pip.conf"
     config.write_text("".join(["[global]\n", *lines]))
     return [*dict.fromkeys(volumes), f"{config}:/etc/pip.conf:ro"]
+
+
+if __name__ == "__main__":  # build the image beside something else, for ``Engine(FOLDER).built()``
+    engine = Engine(Path(sys.argv[1]))
+    engine.build()
+    engine.holder.wait()
