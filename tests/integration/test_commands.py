@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -387,7 +388,8 @@ def test_a_misspelt_variable_is_named_and_kubernetes_are_left_alone() -> None:
 def test_the_recipes_are_what_they_say(tmp_path: Path) -> None:
     demo = gammaslim("prune", "--dry-run", "--config", "demo", cwd=tmp_path)
     plain = gammaslim("prune", "--dry-run", cwd=tmp_path)
-    assert demo.out == plain.out
+    free = re.compile(r"[\d.]+ [GT]B is free")  # other tests write too
+    assert free.sub("", demo.out) == free.sub("", plain.out)
     write_flat(tmp_path / "food-11", {"training": 2, "validation": 1}, classes=11, size=70)
     done = gammaslim("prune", "--dry-run", "--config", "hw7", cwd=tmp_path)
     assert done.code == 0, done

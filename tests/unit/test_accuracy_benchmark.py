@@ -37,6 +37,6 @@ def test_a_small_network_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (cell,) = rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert cell["macs"] <= 0.5
     assert all(0 <= cell[stage] <= 100 for stage in ("base", "after cut", "after 1 epochs"))
-    assert "| 0.5 | allocate local |" in accuracy.table(rows)
+    assert "| macs 0.5 | allocate local |" in accuracy.table(rows)
     accuracy.measure(accuracy.options())
     assert len(output.read_text("utf-8").splitlines()) == 1
