@@ -125,14 +125,15 @@ class Engine:
         try:
             self._make_base()
             built = self._build()
-        except AssertionError as error:
+        except (AssertionError, OSError, subprocess.SubprocessError) as error:
             built = Result(subprocess.CompletedProcess([], 1, "", str(error)))
         write_whole(self.folder / "built", json.dumps([built.code, built.out, built.err]))
 
     def built(self) -> Result:
         """How the build ended, of this process or of another one."""
         file = self.folder / "built"
-        wait_for(file.exists, 1500)
+        wait_for(lambda: file.exists() or not self._is_alive(), 1500)
+        assert file.exists(), "the engine has ended"
         return Result(subprocess.CompletedProcess([], *json.loads(file.read_text())))
 
     def _make_base(self) -> None:
@@ -173,12 +174,15 @@ class Engine:
         """End what still runs and remove every file."""
         self.podman("rm", "--all", "--force", "--time", 0)
         os.kill(self.first, signal.SIGKILL)  # the others and the mounts go with it
-        wait_for(lambda: not Path(f"/proc/{self.first}").exists(), 20)
+        wait_for(lambda: not self._is_alive(), 20)
         for group in Path("/sys/fs/cgroup").glob("**/libpod_parent"):
             for part in sorted(group.glob("**/"), reverse=True):
                 with suppress(OSError):
                     part.rmdir()
         shutil.rmtree(self.folder)
+
+    def _is_alive(self) -> bool:
+        return Path(f"/proc/{self.first}").exists()
 
     def _overlay_works(self) -> bool:
         probe = self.folder / "probe"
