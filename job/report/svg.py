@@ -121,7 +121,7 @@ def _axes(frame: _Frame) -> Iterator[str]:
     middle = (LEFT + right) / 2
     x_label, y_label = _text(chart.x.label), _text(chart.y.label)
     yield f'<text x="{middle}" y="{frame.height - 6}" text-anchor="middle">{x_label}</text>'
-    turned = f'transform="translate(10 {(frame.top + frame.bottom) / 2}) rotate(-90)"'
+    turned = f'transform="translate(12 {(frame.top + frame.bottom) / 2}) rotate(-90)"'
     yield f'<text {turned} text-anchor="middle">{y_label}</text>'
 
 
@@ -130,8 +130,9 @@ def _x_ticks(frame: _Frame) -> Iterator[str]:
     for value in ticks(axis, low, high):
         x = frame.place((value, 1))[0]
         yield f'<path class="grid" d="M{x:.1f} {frame.top}V{frame.bottom}"/>'
-        label = _text(axis.text(value))
-        yield f'<text x="{x:.1f}" y="{frame.bottom + 15}" text-anchor="middle">{label}</text>'
+        text = axis.text(value)
+        x = min(x, WIDTH - 0.6 * LETTER * len(text))  # a long one would be cut off
+        yield f'<text x="{x:.1f}" y="{frame.bottom + 15}" text-anchor="middle">{_text(text)}</text>'
 
 
 def _x_names(frame: _Frame) -> Iterator[str]:

@@ -43,12 +43,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     full = make_run(root / LONG, entries, best=7, layer=LONG)
     write_evaluations(full, best=7)
     begun = make_run(root / "begun", (), state="running")
-    for folder in (full, begun):
+    # whose axes have a long number at their end
+    numbers = tuple(entry(n, 0.8, 256_522 - 17_000 * n) for n in range(6))
+    small = make_run(root / "small", numbers)
+    for folder in (full, begun, small):
         write_run_report(folder)
     done = gammaslim("report", full, begun, "--output", root / "compared.html")
     assert done.code == 0, done
     return {
         "full": full / "report.html", "begun": begun / "report.html",
+        "small": small / "report.html",
         "compared": root / "compared.html",
     }  # fmt: skip
 
@@ -185,6 +189,21 @@ def test_the_title_of_an_axis_is_below_its_names(
     assert all(name_bottom <= top for *_, name_bottom in names)
     place = 'document.querySelector("#channels svg").getBoundingClientRect().bottom'
     assert bottom <= chromium.evaluate(place) + 1
+
+
+@pytest.mark.parametrize("name", ["full", "small", "compared"])
+def test_no_text_of_a_chart_is_cut_off(
+    chromium: Browser, pages: dict[str, Path], name: str
+) -> None:
+    chromium.open(pages[name], 1200)
+    outside = """[...document.querySelectorAll("svg")].flatMap((svg) => {
+        const frame = svg.getBoundingClientRect();
+        return [...svg.querySelectorAll("text")].filter((text) => {
+            const box = text.getBoundingClientRect();
+            return box.left < frame.left - 1 || box.right > frame.right + 1;
+        }).map((text) => text.textContent);
+    })"""
+    assert chromium.evaluate(outside) == []
 
 
 def test_print_is_dark_on_white_in_the_dark_mode_too(
