@@ -167,7 +167,7 @@ class SplitSums:
 
     def _accumulate(self, rows: torch.Tensor, held_out: torch.Tensor) -> None:
         for sums, chosen in zip(self.parts, (~held_out, held_out), strict=True):
-            sums.add(rows[chosen])
+            sums.add(rows.index_select(0, chosen.nonzero()[:, 0]))
 
     def _rows_of(self, part: int) -> RowMoments:
         """Return the moments of the rows of all processes, of fitted (0) or held-out images."""
@@ -196,16 +196,16 @@ class _Sums:
         self.sums, self.shift = zeros.new_zeros(2, groups, size, dtype=torch.float64)
 
     def add(self, rows: torch.Tensor) -> None:
-        """Add ``rows`` (N, G, size)."""
+        """Add ``rows`` (N, G, size), which are overwritten."""
         if not len(rows):
             return
         if not self.count:
             self.shift = rows.mean(0, dtype=torch.float64)
-        rows = (rows - self.shift.to(rows.dtype)).transpose(0, 1)
+        rows = rows.sub_(self.shift.to(rows.dtype)).transpose(0, 1)
         for first, last in self._blocks():
             left, right = rows[:, :, first:last], rows[:, :, first:]
             self.products[:, first:last, first:] += left.transpose(1, 2) @ right
-        self.sums += rows.sum(1, dtype=torch.float64)
+        self.sums += rows.sum(1)
         self.count += rows.shape[1]
 
     def moments(self) -> Moments:

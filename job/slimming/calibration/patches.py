@@ -156,14 +156,16 @@ def patches_at(
     """Return the patches (N, C, K) of padded inputs (B, C, …) at the positions ``where`` (N,).
 
     Positions are flat indices into output maps of the given ``sizes``. K is the number of elements
-    of the kernel, 1 for a linear layer.
+    of the kernel, 1 for a linear layer. In memory the channels of an element are side by side.
     """
     if isinstance(layer, nn.Linear):
         return padded.reshape(-1, padded.shape[-1])[where][:, :, None]
+    elements = torch.arange(math.prod(layer.kernel_size), device=where.device)
+    offsets = torch.unravel_index(elements, layer.kernel_size)
     sample, *places = torch.unravel_index(where, (len(padded), *sizes))
-    starts = [place * stride for place, stride in zip(places, layer.stride, strict=True)]
-    values, taps = padded.movedim(1, -1), []
-    for offsets in itertools.product(*map(range, layer.kernel_size)):
-        steps = zip(starts, offsets, layer.dilation, strict=True)
-        taps.append(values[(sample, *(start + o * dilation for start, o, dilation in steps))])
-    return torch.stack(taps, 2)
+    index = sample[:, None]
+    for dim, length in enumerate(padded.shape[2:]):
+        start = places[dim][:, None] * layer.stride[dim]
+        index = index * length + start + offsets[dim] * layer.dilation[dim]
+    values = padded.movedim(1, -1).reshape(-1, padded.shape[1])
+    return values.index_select(0, index.flatten()).view(*index.shape, -1).transpose(1, 2)

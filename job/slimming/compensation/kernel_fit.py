@@ -29,7 +29,7 @@ MIN_ROWS_PER_COLUMN = 4
 ENOUGH_ROWS = 100  # for each column, in addition to MIN_ROWS
 MIN_ROWS = 4000
 MAX_KERNEL_PRODUCTS = 2**36  # for one layer: about two seconds on two cores
-MAX_BLOCK_VALUES = 2**23  # in one block of rows
+MAX_BLOCK_VALUES = 2**22  # in one block of rows
 SMALLEST_GAIN = 1e-6  # of a BatchNorm; channels with a smaller gain are not fitted to a sum
 
 
@@ -63,15 +63,15 @@ def fit_kernel(
     earlier = 0  # images of earlier batches
     for batch in values:
         for patches, errors, images in _rows(pair, name, batch, step):
-            grouped = patches.reshape(-1, groups, columns), errors.reshape(-1, groups, outputs)
-            equations.add(*grouped, images + earlier)
+            equations.add(patches, errors.reshape(-1, groups, outputs), images + earlier)
         earlier += sum(batch.sizes)
     solution = equations.solve(name, ridge, constant=pair.holds_constant(name))
     if solution is None:
         return False
     slopes, constants = solution
     with torch.no_grad():
-        change = slopes.transpose(1, 2).reshape(weight.shape)
+        by_element = slopes.view(groups, weight[0, 0].numel(), -1, outputs)
+        change = by_element.permute(0, 3, 2, 1).reshape(weight.shape)
         weight.copy_(weight.cpu().double() + change)
         pair.add_constant(name, constants.flatten())
     return True
@@ -86,9 +86,10 @@ def _enough_rows(groups: int, columns: int, outputs: int) -> int:
 def _rows(
     pair: CutPair, name: str, batch: PairedValues, step: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield patches (N, C, K) of narrow inputs, errors (N, O) of the outputs, and images (N,).
+    """Yield patches (N, G, K · C) of narrow inputs, errors (N, O) of outputs, and images (N,).
 
-    They come in blocks. Images are indices into the batch.
+    They come in blocks. The C inputs of a group are side by side for each element of the kernel.
+    Images are indices into the batch.
     """
     layer: Any = pair.narrow.get_submodule(name)
     kept_rows = pair.kept_rows(name).to(batch.outputs.device)
@@ -99,21 +100,27 @@ def _rows(
     block = max(
         1, MAX_BLOCK_VALUES // (padded.shape[1] * math.prod(getattr(layer, "kernel_size", ())))
     )
-    weight = layer.weight.flatten(1)
     groups = int(getattr(layer, "groups", 1))
+    inputs, elements = layer.weight.shape[1], layer.weight[0, 0].numel()
+    kernels = _by_element(layer.weight.reshape(groups, -1, inputs, elements))
     for part in torch.split(where, block):
         patches = _at_least_float32(patches_at(layer, padded, part, sizes))
+        patches = _by_element(patches.view(-1, groups, inputs, elements))
         wanted = _at_least_float32(values_at(layer, batch.outputs, part)[:, kept_rows])
         wanted = wanted * scales.to(wanted)
         if batch.narrow_sum is not None:
             errors = wanted - values_at(layer, batch.narrow_sum, part)
             errors = errors * inverse_gain(pair, name).to(errors)
         else:
-            grouped = patches.reshape(len(part), groups, -1).transpose(0, 1)
-            kernels = weight.to(patches.dtype).view(groups, -1, weight.shape[1])
-            outputs = (grouped @ kernels.transpose(1, 2)).transpose(0, 1).flatten(1)
+            products = patches.transpose(0, 1) @ kernels.to(patches.dtype).transpose(1, 2)
+            outputs = products.transpose(0, 1).flatten(1)
             errors = wanted - (outputs if layer.bias is None else outputs + layer.bias)
         yield patches, errors, part * sum(batch.sizes) // rows
+
+
+def _by_element(values: torch.Tensor) -> torch.Tensor:
+    """Return kernels or patches (…, C, K) as (…, K · C)."""
+    return values.transpose(-1, -2).flatten(-2)
 
 
 def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
