@@ -156,12 +156,14 @@ def _fixed_roots(union: ChannelUnion, roots: Ids) -> Ids:
 def _balanced_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
     """Return blocks (B, n) of roots whose rows stay equally long; overlapping ones are fixed."""
     balanced: list[Ids] = []
+    within = np.zeros(union.count, bool)
     for block in union.blocks:
         rows = roots[block]
         ordered = np.sort(rows, axis=1)
         if (ordered == ordered[0]).all():
             continue  # a channel that is cut is cut from each row
-        meeting = [other for other in balanced if np.isin(rows, other).any()]
+        meets = bool(within[rows].any())
+        meeting = [other for other in balanced if np.isin(rows, other).any()] if meets else []
         if any(np.array_equal(ordered, np.sort(other, axis=1)) for other in meeting):
             continue
         flat = rows.reshape(-1)
@@ -172,6 +174,7 @@ def _balanced_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
             union.fix(block.reshape(-1), FIXED_PARTS())
         else:
             balanced.append(rows)
+            within[rows] = True
     fixed = _fixed_roots(union, roots)
     for rows in balanced:  # a root that is fixed for another reason would unbalance them
         if fixed[rows].any():
@@ -223,8 +226,10 @@ def _groups(
 
 def _is_balanced(group: ChannelGroup, blocks: Sequence[Ids]) -> bool:
     """Return whether a group has no blocks, or a single one with all of its channels."""
-    count = sum(bool(np.isin(block[0, 0], group.channels)) for block in blocks)
-    return group.blocks is None or (count == 1 and group.blocks.size == group.size)
+    if group.blocks is None:
+        return True
+    count = np.isin([block[0, 0] for block in blocks], group.channels).sum()
+    return bool(count == 1 and group.blocks.size == group.size)
 
 
 def _suspects(

@@ -34,15 +34,15 @@ def tie_beside(union: ChannelUnion, roots: Ids) -> bool:
     layer is an example. Returns whether any were united.
     """
     blocks = _distinct_blocks(union, roots)
+    within = np.zeros(union.count, bool)
+    for block in blocks:
+        within[block] = True
     parts = []
     for _, made in union.producers:
-        channels = np.unique(roots[made])
-        touched = [block for block in blocks if np.isin(channels, block).any()]
-        beside = np.setdiff1d(
-            channels, np.concatenate([b.ravel() for b in touched]) if touched else []
-        )
-        if touched and len(beside):
-            parts.append([*touched, beside[None]])
+        channels = roots[made]
+        if within[channels].any() and not within[channels].all():
+            touched = [block for block in blocks if np.isin(channels, block).any()]
+            parts.append([*touched, np.unique(channels[~within[channels]])[None]])
     return _tie(union, roots, parts)
 
 
