@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SplitScores:
-    """Means over a split: the loss, and metrics by name."""
+    """Means over a split: the loss, and metrics by name, without those that had no count."""
 
     loss: float
     metric: str
@@ -251,7 +251,11 @@ class TaskObjective:
             found = self.task.scores({n: (s.cpu(), c.cpu()) for n, (s, c) in totals.items()})  # type: ignore[attr-defined]
             metrics = {name: float(found[name]) for name in self.names}
         else:
-            metrics = {name: mean_ratio(*pair) for name, pair in totals.items()}
+            metrics = {
+                name: mean_ratio(*pair)
+                for name, pair in totals.items()
+                if name == self.metric or (pair[1] > 0).any()
+            }
             if samples and not (totals[self.metric][1] > 0).any():
                 raise DataError(
                     f"the metric {self.metric}, which chooses models, has no value for a split: "

@@ -61,6 +61,7 @@ class Task(Protocol):
 
         The value of a metric is its total sum divided by its total count over the whole split. If
         they are tensors, e.g. the intersection and union of each class, the value is the mean ratio
-        over the classes with a count. Higher is better, and 1 is the best: differences are shown in
-        percentage points.
+        over the classes with a count. A metric whose counts are all 0 has no value, and is left
+        out; the first one must have a value. Higher is better, and 1 is the best: differences are
+        shown in percentage points.
         """

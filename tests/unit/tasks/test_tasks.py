@@ -209,6 +209,16 @@ def test_metrics_that_change_or_become_nan_are_named() -> None:
         objective.scores(sums, 2)
 
 
+def test_a_metric_without_a_count_has_no_value() -> None:
+    objective = TaskObjective(Signals(), {"right": 1, "small": 2})
+    sums = torch.tensor([3.0, 2.0, 1.0, 2.0, 0, 0, 0, 0], dtype=torch.float64)
+    scores = objective.scores(sums, 2)
+    assert dict(scores.metrics) == {"right": 0.5}
+    assert not scores.others
+    sums[-1] = 4  # of the second class alone
+    assert objective.scores(sums, 2).others == {"small": 0.0}
+
+
 @pytest.mark.parametrize(
     ("name", "typed", "message"),
     [
