@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from job.config import DETECTION
-from job.console import counted, say
+from job.console import counted, say, say_cautions
 from job.data.dataset import Dataset
 from job.data.preprocessing import Preprocessing
 from job.data.preprocessing_options import PreprocessingOptions
@@ -74,6 +74,7 @@ def open_task(config: PruneConfig) -> tuple[Task, Dataset, Preprocessing]:
     how = preprocessing.describe() if config.task in TASKS else f"inputs {shape}"
     how = "" if config.task == DETECTION else f"; {how}"
     say(f"data: task {config.task}: {counts}{classes}{how}")
+    say_cautions([getattr(task, "caution", None)])
     return task, data, preprocessing
 
 

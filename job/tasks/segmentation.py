@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,10 @@ from job.data.folders import Lister, subfolders
 from job.data.geometry import limited_size
 from job.data.split_names import CANONICAL
 from job.data.splits import FileSplit
-from job.distributed.cores import available_cores
-from job.errors import DataError, InputNotFound, reason, shown
+from job.errors import DataError, InputNotFound, shown
 from job.models.outputs import main_output
 from job.tasks.image_task import LabelledImages, prepare_images
+from job.tasks.masks import IGNORED, find_values, names_of_values, numbered_mask, read_mask
 
 if TYPE_CHECKING:
     from job.data.geometry import Size
@@ -39,8 +38,6 @@ SEGMENTATION_DATA = (
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "segmentationclass", "gt")
 MASK_ENDINGS = ("", "_mask", "_labels", "_gt")  # after the name of an image
-CLASSES_FILE = "classes.txt"  # a name a line, in the order of the numbers
-IGNORED = 255  # pixels without a class
 AUXILIARY_SHARE = 0.5  # of the loss of a network's output "aux", as in torchvision's reference
 
 
@@ -67,8 +64,9 @@ class Segmentation:
             for name, each in pairs.items()
         }
         files, self.preprocessing = prepare_images(Dataset(shown(root), (), splits), options)
-        self.values = _check_masks(root, files, masks)
-        self.class_names = _class_names(root, self.values)
+        shown_in = find_values(root, files, masks)
+        self.values = tuple(shown_in)
+        self.class_names, self.caution = names_of_values(root, shown_in)
         self.sets: dict[str, LabelledImages] = {}
         self.fingerprint = ""
         for name, split in files.items():
@@ -163,7 +161,7 @@ class Masks:
 
     def __call__(self, index: int, draw: Draw | None) -> torch.Tensor:
         """Return the mask of an image; pixels that padding adds are IGNORED."""
-        mask = _numbered(read_mask(self.root / self.paths[index]), self.values)
+        mask = numbered_mask(read_mask(self.root / self.paths[index]), self.values)
         # shifted by one, so that zero padding becomes IGNORED; then transformed like the image
         plane = Image.fromarray(mask + np.uint8(1))
         plane = plane.resize(limited_size(plane.size, self.preprocessing.max_side), NEAREST)
@@ -200,69 +198,6 @@ def mask_of_image(
 
 
 NEAREST = resampling("nearest")
-
-
-def read_mask(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return the values (H, W) uint8 of a mask; raises DataError for an image of colours."""
-    try:
-        with Image.open(path) as image:
-            values = np.array(image)
-    except Exception as error:  # Pillow raises nearly anything on a corrupt file
-        raise DataError(f"{shown(path)} cannot be read as a mask: {reason(error)}") from error
-    if values.dtype == bool:
-        values = values.astype(np.uint8)
-    if values.ndim == 3 and (values == values[..., :1])[..., :3].all():
-        values = values[..., 0]
-    if values.ndim != 2:
-        raise DataError(
-            f"{shown(path)} has colours: the value of a pixel of a mask is the number of its class "
-            f"(grey or palette PNG), or {IGNORED} without one"
-        )
-    if values.max(initial=0) > IGNORED:
-        raise DataError(f"{shown(path)} has the class {values.max()}: at most {IGNORED - 1}")
-    return values.astype(np.uint8)
-
-
-def _numbered(
-    mask: np.ndarray[Any, np.dtype[np.uint8]], values: tuple[int, ...]
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return a mask of class numbers; masks of 0 and 255 alone have two classes."""
-    return (mask // 255).astype(np.uint8) if values == (0, 255) else mask
-
-
-def _check_masks(
-    root: Path, splits: Mapping[str, FileSplit], masks: Mapping[str, str]
-) -> tuple[int, ...]:
-    """Return the sorted values of all masks; raises DataError if a mask has a wrong size."""
-
-    def check(job: tuple[str, tuple[int, int]]) -> set[int]:
-        path, size = job
-        mask = read_mask(root / masks[path])
-        if mask.shape[::-1] != size:
-            raise DataError(
-                f"{shown(root / masks[path])} has {mask.shape[1]} x {mask.shape[0]} pixels, its "
-                f"image {size[0]} x {size[1]}"
-            )
-        return set(np.unique(mask).tolist())
-
-    jobs = []
-    for split in splits.values():
-        sizes = [] if split.sizes is None else split.sizes.tolist()
-        jobs += [(path, (w, h)) for path, (w, h) in zip(split.paths, sizes, strict=False)]
-    with ThreadPoolExecutor(min(16, available_cores())) as pool:
-        return tuple(sorted(set().union(*pool.map(check, jobs))))
-
-
-def _class_names(root: Path, values: tuple[int, ...]) -> tuple[str, ...]:
-    """Return the names of classes.txt, else the numbers; raises DataError for too few names."""
-    highest = 1 if values == (0, 255) else max((v for v in values if v != IGNORED), default=0)
-    file = root / CLASSES_FILE
-    if not file.is_file():
-        return tuple(map(str, range(highest + 1)))
-    names = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
-    if len(names) <= highest:
-        raise DataError(f"{shown(file)} names {len(names)} classes, but a mask has class {highest}")
-    return names
 
 
 def _find_pairs(root: Path) -> dict[str, Pairs]:

@@ -42,8 +42,24 @@ def test_masks_are_found_in_either_order_of_folders(tmp_path: Path, by_split: bo
     (tmp_path / "classes.txt").write_text("nothing\ndisc\nsquare\n")
     assert Segmentation(options(data)).class_names == ("nothing", "disc", "square")
     (tmp_path / "classes.txt").write_text("nothing\ndisc\n")
-    with pytest.raises(DataError, match="names 2 classes, but a mask has class 2"):
+    with pytest.raises(DataError, match=r"names 2 classes, but .*\.png has class 2"):
         Segmentation(options(data))
+
+
+def test_a_class_number_far_above_the_others_is_cautioned_about(tmp_path: Path) -> None:
+    data = write_masks(tmp_path, {"train": 4, "val": 2})
+    assert Segmentation(options(data)).caution is None
+    path = sorted((data / "train" / "masks").iterdir())[1]
+    mask = np.array(Image.open(path))
+    mask[0, 0] = 17
+    Image.fromarray(mask).save(path)
+    task = Segmentation(options(data))
+    assert len(task.class_names) == 18
+    assert task.caution
+    assert task.caution.startswith("14 of the classes 0 to 17 are in no mask; 17 is in ")
+    assert path.name in task.caution
+    (data / "classes.txt").write_text("\n".join(f"class {number}" for number in range(18)))
+    assert Segmentation(options(data)).caution is None
 
 
 def test_a_tenth_is_held_out_of_folders_without_splits(tmp_path: Path) -> None:
