@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from accelerate import PartialState
@@ -162,11 +163,14 @@ def test_a_tracker_that_hangs_is_not_waited_for(
 
     def hang() -> Any:
         release.wait()
+        return mock.Mock()
 
     tracker = ScalarTracker("MLflow", hang)
     tracker.finish({})
     assert "MLflow does not answer" in capsys.readouterr().err
     release.set()
+    tracker._thread.join()
+    assert not capsys.readouterr().err
 
 
 def test_a_tracker_without_its_package_says_what_to_install(
