@@ -81,28 +81,30 @@ def find_values(
 
 
 def names_of_values(root: Path, values: Mapping[int, str]) -> tuple[tuple[str, ...], str | None]:
-    """Return the names of classes.txt, else the numbers, and a caution about missing numbers.
+    """Return the names of classes.txt, else the numbers, and a caution about a gap before the last.
 
-    ``values`` are those of all masks, each with a mask that shows it. Raises DataError for too few
-    names.
+    ``values`` are those of all masks, sorted, each with a mask that shows it. Raises DataError for
+    too few names.
     """
-    used = [0, 1] if tuple(values) == (0, 255) else [v for v in values if v != IGNORED]
-    highest = max(used, default=0)
+    used = {value: path for value, path in values.items() if value != IGNORED}
+    if tuple(values) == (0, IGNORED):
+        used = {0: values[0], 1: values[IGNORED]}
+    *lower, highest = used or [0]
     file = root / CLASSES_FILE
     if file.is_file():
         lines = file.read_text("utf-8-sig").splitlines()
         names = tuple(line.strip() for line in lines if line.strip())
         if len(names) <= highest:
-            raise DataError(
-                f"{shown(file)} names {len(names)} classes, but {shown(root / values[highest])} "
-                f"has class {highest}"
+            where = (
+                f"{shown(root / used[highest])} has class {highest}" if used else "no mask has one"
             )
+            raise DataError(f"{shown(file)} names {len(names)} classes, but {where}")
         return names, None
     caution = None
-    if missing := highest + 1 - len(used):
+    if lower and highest - lower[-1] > 1:
         caution = (
-            f"{missing} of the classes 0 to {highest} are in no mask; {highest} is in "
-            f"{shown(root / values[highest])}: mend it if that is a mistake, else name the classes "
+            f"no mask has a class between {lower[-1]} and {highest}, which is in "
+            f"{shown(root / used[highest])}: mend it if that is a mistake, else name the classes "
             f"in {CLASSES_FILE}"
         )
     return tuple(map(str, range(highest + 1))), caution

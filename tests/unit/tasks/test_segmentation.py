@@ -20,6 +20,7 @@ from job.data.preprocessing_options import PreprocessingOptions
 from job.errors import DataError, InputNotFound, UsageError
 from job.models.factory import build_network
 from job.tasks.image_task import TaskOptions
+from job.tasks.masks import names_of_values
 from job.tasks.segmentation import IGNORED, Segmentation
 from support.shapes import draw, write_masks
 
@@ -56,10 +57,25 @@ def test_a_class_number_far_above_the_others_is_cautioned_about(tmp_path: Path) 
     task = Segmentation(options(data))
     assert len(task.class_names) == 18
     assert task.caution
-    assert task.caution.startswith("14 of the classes 0 to 17 are in no mask; 17 is in ")
+    assert task.caution.startswith("no mask has a class between 2 and 17, which is in ")
     assert path.name in task.caution
     (data / "classes.txt").write_text("\n".join(f"class {number}" for number in range(18)))
     assert Segmentation(options(data)).caution is None
+
+
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [((0, 255), 2), ((255,), 1), ((1, 2, 3), 4), ((4,), 5), ((0, 1, 255), 2), ((0,), 1)],
+)
+def test_numbers_without_a_gap_are_classes(
+    tmp_path: Path, values: tuple[int, ...], count: int
+) -> None:
+    shown_in = {value: f"{value}.png" for value in values}
+    assert names_of_values(tmp_path, shown_in) == (tuple(map(str, range(count))), None)
+    if count > 1:
+        (tmp_path / "classes.txt").write_text("one\n")
+        with pytest.raises(DataError, match=rf"names 1 classes, but .*png has class {count - 1}"):
+            names_of_values(tmp_path, shown_in)
 
 
 def test_a_tenth_is_held_out_of_folders_without_splits(tmp_path: Path) -> None:
