@@ -95,10 +95,10 @@ def names_of_values(root: Path, values: Mapping[int, str]) -> tuple[tuple[str, .
         lines = file.read_text("utf-8-sig").splitlines()
         names = tuple(line.strip() for line in lines if line.strip())
         if len(names) <= highest:
-            where = (
-                f"{shown(root / used[highest])} has class {highest}" if used else "no mask has one"
+            where = shown(root / used.get(highest, ""))
+            raise DataError(
+                f"{shown(file)} names {len(names)} classes, but {where} has class {highest}"
             )
-            raise DataError(f"{shown(file)} names {len(names)} classes, but {where}")
         return names, None
     caution = None
     if lower and highest - lower[-1] > 1:

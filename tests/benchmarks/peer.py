@@ -85,13 +85,15 @@ def measure(entry: Listed, tool: str) -> Row:
 
 def _medians(entry: Listed, tool: str, first: Cut) -> Row:
     """Repeat a cut unless it is slow, and return the median seconds, also of the proof."""
-    cuts = [first]
-    while len(cuts) < CUTS and first.seconds < MAX_REPEATED:
-        cuts.append(TOOLS[tool](build(entry)))
-    columns = {"seconds": [cut.seconds for cut in cuts]}
-    if "proof_seconds" in first.more:
-        columns["proof_seconds"] = [cut.more["proof_seconds"] for cut in cuts]
-    return {name: round(statistics.median(values), 3) for name, values in columns.items()}
+    times = [_times(first)]
+    while len(times) < CUTS and first.seconds < MAX_REPEATED:
+        times.append(_times(TOOLS[tool](build(entry))))
+    return {name: round(statistics.median(t[name] for t in times), 3) for name in times[0]}
+
+
+def _times(cut: Cut) -> dict[str, float]:
+    times = {"seconds": cut.seconds, **cut.more}
+    return {name: times[name] for name in ("seconds", "proof_seconds") if name in times}
 
 
 def _run(case: Case, network: nn.Module) -> tuple[list[tuple[int, ...]], int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,11 +96,9 @@ def _rows(
     sizes = batch.outputs.shape[2:]
     rows = row_count(layer, batch.outputs)
     where = sample_positions(rows, step, batch.sizes, padded.device)
-    block = max(
-        1, MAX_BLOCK_VALUES // (padded.shape[1] * math.prod(getattr(layer, "kernel_size", ())))
-    )
     groups = int(getattr(layer, "groups", 1))
     inputs, elements = layer.weight.shape[1], layer.weight[0, 0].numel()
+    block = max(1, MAX_BLOCK_VALUES // (padded.shape[1] * elements))
     kernels = _by_element(layer.weight.reshape(groups, -1, inputs, elements))
     for part in torch.split(where, block):
         patches = _at_least_float32(patches_at(layer, padded, part, sizes))

@@ -156,14 +156,14 @@ def _fixed_roots(union: ChannelUnion, roots: Ids) -> Ids:
 def _balanced_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
     """Return blocks (B, n) of roots whose rows stay equally long; overlapping ones are fixed."""
     balanced: list[Ids] = []
-    within = np.zeros(union.count, bool)
+    within = np.zeros(union.count, bool)  # roots of the balanced blocks
     for block in union.blocks:
         rows = roots[block]
         ordered = np.sort(rows, axis=1)
         if (ordered == ordered[0]).all():
             continue  # a channel that is cut is cut from each row
-        meets = bool(within[rows].any())
-        meeting = [other for other in balanced if np.isin(rows, other).any()] if meets else []
+        candidates = balanced if within[rows].any() else []
+        meeting = [other for other in candidates if np.isin(rows, other).any()]
         if any(np.array_equal(ordered, np.sort(other, axis=1)) for other in meeting):
             continue
         flat = rows.reshape(-1)
