@@ -96,7 +96,7 @@ def reshape(state: PropagationState, op: Op) -> None:
     if outcome is None:
         return state.give_up(op, MIXES(op.name))
     labels, split = outcome
-    maps = image.dim() == 2 and len(label_axes(labels)) > 2  # features become feature maps
+    maps = split and image.dim() == 2 and len(label_axes(labels)) > 2  # features become maps
     if split:  # (groups, channels per group): the same channels are kept in each group
         lines = flat_ids(labels).reshape(-1, labels.shape[label_axes(labels)[-1]])
         if maps:

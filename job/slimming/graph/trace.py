@@ -6,7 +6,6 @@ functions and modules are treated alike. On torch's ``meta`` device no values ar
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import NoneType
@@ -22,6 +21,7 @@ from job.slimming.graph.callers import (
     line_of_network,
     numbers_named,
 )
+from job.slimming.graph.hidden_calls import autograd_calls, scripted_functions_in_python
 from job.slimming.graph.layers import constants_of, tensors_of
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.saved_state import memory_layout
@@ -36,7 +36,7 @@ from job.slimming.inputs import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from job.slimming.graph.snapshot import Snapshot
     from job.slimming.inputs import Example
@@ -268,8 +268,9 @@ def trace_on(
         snapshot.keep_values(t for t in others if not isinstance(t, nn.Parameter))
     tracer, new = _Tracer(), list[torch.Tensor]()
     try:
-        mode = training_mode(network, training=training)
-        with replaced(places, copies), mode, torch.no_grad(), _autograd_calls() as calls, tracer:
+        mode, scripted = training_mode(network, training=training), scripted_functions_in_python()
+        hidden = autograd_calls()
+        with replaced(places, copies), mode, torch.no_grad(), scripted, hidden as calls, tracer:
             outputs = call_network(network, batch)
     finally:
         new += snapshot.restore()
@@ -285,21 +286,3 @@ def trace_on(
         tracer.measured,
         bool(calls),
     )
-
-
-@contextmanager
-def _autograd_calls() -> Iterator[list[Any]]:
-    """Record the functions of autograd, outside torch, that are called within the context."""
-    calls: list[Any] = []
-    own = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
-            calls.append(cls)
-        return own.__get__(None, cls)(*args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)
-    try:
-        yield calls
-    finally:
-        torch.autograd.Function.apply = own

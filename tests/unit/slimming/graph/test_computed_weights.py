@@ -282,3 +282,32 @@ def test_the_mask_of_a_weight_is_cut_with_it(groups: int) -> None:
     assert narrow[2].out_channels == 8
     images = torch.rand(3, 3, 12, 12, dtype=torch.float64)
     torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
+
+
+class Mixture(nn.Module):
+    """A convolution by a mixture of kernels for each sample (Yang et al. 2019, CondConv)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(16, 4, 1)
+        self.routing, self.kernels = nn.Linear(8, 4), nn.Parameter(torch.randn(4, 16 * 8 * 9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        count, channels, height, width = x.shape
+        mixed = torch.sigmoid(self.routing(x.mean((2, 3)))) @ self.kernels
+        weight = mixed.view(count * 16, channels, 3, 3)
+        y = F.conv2d(x.view(1, count * channels, height, width), weight, groups=count)
+        return self.last(y.view(count, 16, height - 2, width - 2).relu())
+
+
+def test_a_mixture_of_kernels_keeps_its_channels_and_loses_experts() -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1), Mixture())
+    wide.double().eval()
+    narrow, plan = job.slim(wide, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    shapes = {key: tuple(value.shape) for key, value in narrow.state_dict().items()}
+    assert (shapes["0.weight"][0], shapes["3.kernels"]) == (3, (2, 16 * 8 * 9))
+    assert {"3.first", "3.kernels"} <= {blocked.layer for blocked in plan.blocked}
+    images = torch.rand(3, 3, 12, 12, dtype=torch.float64)
+    torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))

@@ -113,6 +113,50 @@ def test_only_functions_of_autograd_that_are_called_raise_doubts(*, called: bool
     assert torch.autograd.Function.__dict__["apply"] is apply
 
 
+@torch.jit.script
+def scripted_gate(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=1)
+    return first * torch.sigmoid(second) + y
+
+
+class Scripted(nn.Module):
+    """Calls a function of TorchScript, as activations of many networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 1)
+        self.last = nn.Conv2d(16, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(scripted_gate(self.gate(x), x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_functions_of_torchscript_are_traced_as_the_python_that_they_are_made_from() -> None:
+    call = torch.jit.ScriptFunction.__call__
+    torch.manual_seed(0)
+    wide = Scripted().double().eval()
+    image = torch.rand(1, 3, 8, 8)
+    narrow, plan = slim(wide, image, policy="uniform", target="width=0.5", importance="l2")
+    assert (narrow.first.out_channels, narrow.gate.out_channels) == (8, 16)
+    assert torch.jit.ScriptFunction.__call__ is call
+    images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
+
+
+def test_a_traced_function_runs_as_its_python_too() -> None:
+    traced = torch.jit.trace(lambda x: x.relu() * 2, torch.rand(1, 8, 2, 2))
+
+    class Traced(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[1](traced(self[0](x)))
+
+    graph = channel_graph(Traced(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)), torch.rand(1, 3, 8, 8))
+    assert len(graph.groups) == 1
+
+
 def test_a_wrapped_tensor_is_the_tensor_itself() -> None:
     class Chosen(nn.Module):
         """Chooses channels by a wrapped buffer, as CondenseNet does."""
