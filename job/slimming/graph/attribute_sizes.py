@@ -13,7 +13,7 @@ import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes
 from job.slimming.graph.heads import is_part_of
-from job.slimming.graph.union import AttributeSize
+from job.slimming.graph.union import FIXED, AttributeSize
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -78,6 +78,21 @@ def compared_sizes(
     for attribute, value in read.numbers.items():
         if type(value) is int and value == len(ids) and (module, attribute) not in known:
             yield AttributeSize(module, attribute, None, ids)
+
+
+def compared_lists(reads: Sequence[tuple[SizeRead, Ids]], module: str) -> Iterator[AttributeSize]:
+    """Yield the elements of lists that equal the sizes which a method of ``module`` reads in order.
+
+    ``reads`` has one read of each tensor, with its channels; none if it has no axis of channels.
+    """
+    for attribute, value in reads[0][0].numbers.items():
+        if not isinstance(value, (tuple, list)) or len(value) != len(reads):
+            continue
+        sizes = [(len(ids), n) for (_, ids), n in zip(reads, value, strict=True)]
+        if any(size for size, _ in sizes) and all(size in (0, n) for size, n in sizes):
+            for place, (_, ids) in enumerate(reads):
+                ids = ids if len(ids) else np.full(value[place], FIXED, np.intp)
+                yield AttributeSize(module, attribute, place, ids)
 
 
 def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Iterator[Sized]:

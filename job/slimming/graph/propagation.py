@@ -7,16 +7,17 @@ The tables in op_rules and layer_rules define the effect of each op on channels.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from job.slimming.graph.attribute_sizes import compared_lists
 from job.slimming.graph.blank_channels import (
     concatenates_blanks,
     follow_blank,
     label_blank_input,
 )
-from job.slimming.graph.channel_labels import flat_ids
+from job.slimming.graph.channel_labels import flat_ids, label_axes
 from job.slimming.graph.computed_weights import REDUCING, normalise_rows, reduce_rows
 from job.slimming.graph.derived import DerivedValues
 from job.slimming.graph.followed_parameters import end_parts
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.slimming.graph.propagation_state import Rule
-    from job.slimming.graph.trace import Op, Trace
-    from job.slimming.graph.union import ChannelUnion
+    from job.slimming.graph.trace import Op, SizeRead, Trace
+    from job.slimming.graph.union import ChannelUnion, Ids
 
 
 OVER_CHANNELS = frozenset({"layer_norm", "rms_norm", "group_norm"})
@@ -107,6 +108,23 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
             union.place = read.line
             union.end_op()
     union.place = ""
+    if state.main:
+        _note_compared_lists(state)
+
+
+def _note_compared_lists(state: PropagationState) -> None:
+    """Note the lists of numbers that code may compare with the sizes of several tensors."""
+    methods: dict[Any, dict[int, tuple[SizeRead, Ids]]] = {}
+    for read in state.trace.measured:
+        labels = state.labels_of(read.tensor)
+        one = labels is not None and len(label_axes(labels)) == 1
+        ids = flat_ids(labels) if labels is not None and one else np.empty(0, np.intp)
+        tensors = methods.setdefault((id(read.module), read.names_used), {})
+        tensors.setdefault(id(read.tensor), (read, ids))
+    for tensors in methods.values():
+        reads = list(tensors.values())
+        if len(reads) > 1 and (module := state.module_name(reads[0][0].module)) is not None:
+            state.union.sizes += compared_lists(reads, module)
 
 
 def _propagate_op(

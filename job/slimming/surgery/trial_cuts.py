@@ -68,7 +68,10 @@ def without_wrong_groups(
     lose the same channels in its trial cuts.
     """
     names = [group.name for group in graph.groups if len(kept[group.name]) < group.size]
-    for name, line in _Trials(network, graph, example, kept).wrong_by_line(names, failure).items():
+    trials = _Trials(network, graph, example, kept)
+    if trials.failure(names, quick=True) is None:
+        trials.example = example  # it fails on images of the full size alone
+    for name, line in trials.wrong_by_line(names, failure).items():
         graph = graph.without([name], CODE_COUNT(), line)
     return graph
 

@@ -87,3 +87,45 @@ def test_half_of_the_channels_are_cut(block: type[nn.Module]) -> None:
     images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     without = masked_network(zeroed_outputs(wide, plan), plan.layers)
     torch.testing.assert_close(narrow(images), without(images))
+
+
+class LayoutByCount(nn.Module):
+    """Features whose layout is told by their numbers of channels, as in torchseg's encoders.
+
+    They are 64 pixels wide, as many as the first of them have channels.
+    """
+
+    listed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths = [3, 64, 24]
+        self.layers = nn.ModuleList([nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 24, 3, 2, 1)])
+        self.heads = nn.ModuleList([nn.Conv2d(64, 4, 1), nn.Conv2d(24, 4, 1)])
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        features = [x]
+        for layer in self.layers:
+            features.append(layer(features[-1]).relu())
+        widths = self.widths if self.listed else [3, 64, 24]
+        for i in range(len(features)):
+            if features[i].shape[1] != widths[i] and features[i].shape[-1] == widths[i]:
+                features[i] = features[i].permute(0, 3, 1, 2)
+        return [head(each) for head, each in zip(self.heads, features[1:], strict=True)]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_code_that_compares_sizes_with_a_list(*, listed: bool) -> None:
+    torch.manual_seed(0)
+    wide = LayoutByCount().double().eval()
+    wide.listed, image = listed, torch.rand(1, 3, 64, 64)
+    narrow, plan = job.slim(wide, image, policy="uniform", target="width=0.5", importance="l2")
+    if listed:
+        assert narrow.widths == [3, 32, 12]
+    else:  # the line fails on images of 64 pixels alone
+        assert [layer.out_channels for layer in narrow.layers] == [64, 12]
+        (blocked,) = (b for b in plan.blocked if b.layer == "layers.0")
+        assert "works only for the current number of channels" in blocked.explanation
+    images = torch.rand(3, 3, 64, 64, dtype=torch.float64)
+    for ours, theirs in zip(narrow(images), masked_network(wide, plan.layers)(images), strict=True):
+        torch.testing.assert_close(ours, theirs)
