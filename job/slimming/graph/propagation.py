@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from job.errors import GammaslimError, is_out_of_memory, reason
 from job.slimming.graph.attribute_sizes import compared_lists
 from job.slimming.graph.blank_channels import (
     concatenates_blanks,
@@ -27,7 +28,14 @@ from job.slimming.graph.layers import modules_of
 from job.slimming.graph.op_rules import CONCATENATIONS, LIKE, MOVING, OP_RULES, POINTWISE
 from job.slimming.graph.product_rules import MATRIX_PRODUCTS
 from job.slimming.graph.propagation_state import PropagationState
-from job.slimming.graph.reasons import CODE_COUNT, NOT_SUPPORTED, OTHER_USE, OUTPUT, UNKNOWN_ORIGIN
+from job.slimming.graph.reasons import (
+    CODE_COUNT,
+    FAULT,
+    NOT_SUPPORTED,
+    OTHER_USE,
+    OUTPUT,
+    UNKNOWN_ORIGIN,
+)
 from job.slimming.graph.streams import outvoted_selectors
 from job.slimming.graph.union import FIXED
 
@@ -89,7 +97,14 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
     for op, shared in zip(trace.ops, _shared_results(trace), strict=True):
         if any(id(tensor) not in known and tensor.is_meta == on_meta for tensor in op.inputs):
             union.fix(np.arange(union.count), UNKNOWN_ORIGIN(op.name))
-        _propagate_op(state, op, layer_ops, shared)
+        try:
+            _propagate_op(state, op, layer_ops, shared)
+        except GammaslimError:
+            raise
+        except Exception as error:  # of a rule: the rest of the network can be cut
+            if is_out_of_memory(error):
+                raise
+            state.give_up(op, FAULT(f"{op.name}: {reason(error)}"))
         union.end_op()
         known.update(map(id, op.results))
     union.place = ""

@@ -216,6 +216,9 @@ NOT_SUPPORTED = ReasonKind(
         "bnc,bmc->bnm"
     },
 )
+FAULT = ReasonKind(
+    "an error of Gammaslim in {}", "report it as a defect, with the line of code that is named here"
+)
 
 KINDS = tuple(value for value in globals().values() if isinstance(value, ReasonKind))
 

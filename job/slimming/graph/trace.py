@@ -50,6 +50,7 @@ EXPANDING = frozenset("expand expand_as repeat tile broadcast_to".split())
 CALLED_BY_MODULES = NORM_OPS | SIZED | {"linear"}
 CALLED_BY_MODULES |= {"scaled_dot_product_attention", *FILLING, *EXPANDING}
 RESHAPING_IN_PLACE = frozenset("unsqueeze_ squeeze_ transpose_ t_ swapaxes_ swapdims_".split())
+BY_NAME = {"reshape": ("input", "shape"), "view": ("size",)}  # arguments that rules want in order
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
 
@@ -183,6 +184,8 @@ class _Tracer(TorchFunctionMode):
         results = tuple(tensors_in(result))
         if results or name == "__setitem__":
             args, kwargs = _copy_lists(args), _copy_lists(kwargs)
+            for key in BY_NAME.get(name, ()):
+                args = (*args, kwargs.pop(key)) if key in kwargs else args
             inputs = tuple(tensors_in((args, kwargs)))
             known = name in CALLED_BY_MODULES or any(type(arg) is float for arg in args)
             caller = calling_module() if known else NO_CALLER

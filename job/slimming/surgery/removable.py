@@ -44,8 +44,7 @@ def removable_groups(network: nn.Module, graph: ChannelGraph, example: Example) 
             names.append(group.name)
     if not names:
         return frozenset()
-    if not graph.auxiliary:
-        example = smallest_equivalent_input(network, example, graph.forward.treatment)
+    example = smallest_equivalent_input(network, example, graph)
     trial = _Trial(network, graph, flow, example)
     return frozenset(_verified(trial, names, []))
 

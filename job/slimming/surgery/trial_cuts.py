@@ -98,8 +98,8 @@ class _Trials:
         kept: Mapping[str, Kept] | None = None,
     ) -> None:
         self.network, self.graph, self.example, self.kept = network, graph, example, kept
-        if (graph.suspects or kept) and not graph.auxiliary:
-            self.example = smallest_equivalent_input(network, example, graph.forward.treatment)
+        if graph.suspects or kept:
+            self.example = smallest_equivalent_input(network, example, graph)
 
     def wrong_by_line(self, names: list[str], failure: Exception) -> dict[str, str]:
         """Return the groups whose trial cut fails, with the line of the network's code that fails.

@@ -62,10 +62,8 @@ def verify(
     is ``odd``. Raises UsageError if no cut of the network can be verified.
     """
     auxiliary, odd = (graph.auxiliary, graph.odd) if graph else (False, False)
-    small = example
     filled, cut = fill_zero_weights(wide, narrow, layers)
-    if not auxiliary:  # auxiliary heads need images of the full size
-        small = smallest_equivalent_input(wide, example, graph.forward.treatment if graph else None)
+    small = smallest_equivalent_input(wide, example, graph)
     kept = None if graph is None else KeptReads(graph.reads, keep_in(graph, layers))
     expected, precision = _expected(filled, layers, small, auxiliary, kept)
     actual = _narrow_outputs(cut, filled, layers, small, auxiliary, precision)

@@ -12,7 +12,7 @@ from job.errors import DataError, GammaslimError
 from job.slimming.planning.layer_channels import LayerChannels, compose
 from job.slimming.surgery.surgery import apply_plan
 from support.cuts import randomise
-from support.masked import halve
+from support.masked import halve, masked_network
 from support.networks import Net, block
 
 IMAGE = torch.rand(1, 3, 20, 28)
@@ -257,6 +257,30 @@ def test_features_that_become_a_map_are_cut_by_channels() -> None:
     narrow, plan = halve(randomise(Generator()), torch.rand(2, 10))
     assert (narrow.fc[0].out_features, narrow.one[0].in_channels) == (96, 6)
     assert {b.layer for b in plan.blocked} == {"out"}
+
+
+class ByName(nn.Module):
+    """Sizes of views by name, as in the CRNN of docTR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16 * 8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        count, channels, height, width = x.shape
+        x = torch.reshape(input=x, shape=(count, channels * height, width)).transpose(1, 2)
+        x = self.last(x).view(size=(count, width * 5))
+        return x.reshape(shape=(count, width, 5))
+
+
+def test_the_sizes_of_a_view_may_be_passed_by_name() -> None:
+    torch.manual_seed(0)
+    wide, image = ByName().double().eval(), torch.rand(1, 3, 8, 12)
+    narrow, plan = job.slim(wide, image, policy="uniform", target="width=0.5", importance="l2")
+    assert (narrow.first.out_channels, narrow.last.in_features) == (8, 8 * 8)
+    images = torch.rand(3, 3, 8, 12, dtype=torch.float64)
+    torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
 
 
 class Merging(Net):

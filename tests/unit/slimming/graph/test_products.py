@@ -18,6 +18,7 @@ from job.slimming.planning.cost import network_cost
 from support.cuts import randomise
 from support.masked import halve, masked_network, with_kept_norms
 from support.networks import Net, block
+from support.transformer import zeroed_outputs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -283,3 +284,34 @@ def test_tokens_are_pooled_by_weights() -> None:
     assert {b.layer for b in plan.blocked} == {"pool", "last"}
     images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
+
+
+class Layers(nn.Module):
+    """Attention of layers to one another, at all places of their maps (Niu et al. 2020, HAN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(24, 4, 1)
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = [self.first(x)]
+        for layer in self.layers:
+            found.append(found[-1] + layer(found[-1].relu()))
+        maps = torch.stack(found, 1)
+        count, number, channels, height, width = maps.shape
+        rows = maps.view(count, number, -1)
+        weights = torch.bmm(rows, rows.transpose(1, 2)).softmax(-1)
+        mixed = torch.bmm(weights, rows).view(count, number, channels, height, width)
+        return self.last((mixed + maps).view(count, -1, height, width))
+
+
+def test_channels_at_all_places_are_proven_at_the_size_of_the_image() -> None:
+    torch.manual_seed(0)
+    wide, image = Layers().double().eval(), torch.rand(1, 3, 32, 32)
+    narrow, plan = job.slim(wide, image, policy="uniform", target="width=0.5", importance="l2")
+    assert (narrow.first.out_channels, narrow.last.in_channels) == (4, 12)
+    images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(
+        narrow(images), masked_network(zeroed_outputs(wide, plan), plan.layers)(images)
+    )

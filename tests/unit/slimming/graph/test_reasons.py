@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 import job
+from job import UsageError
 from job.slimming.analysis import analyse
 from job.slimming.graph import reasons
 from job.slimming.graph.groups import BlockedChannels
+from job.slimming.graph.op_rules import OP_RULES
 from job.slimming.graph.reasons import KINDS, Reason, ReasonKind, read_reason
 from support.cuts import randomise
 from support.networks import Net, block
@@ -112,3 +114,29 @@ def test_a_view_to_a_number_names_its_line_and_what_to_write() -> None:
     )
     _, plan = job.slim(network, IMAGE, target="width=0.5", policy="uniform", compensate="none")
     assert f"not cut: 16 channels: {each.explanation}" in str(plan)
+
+
+def test_a_fault_in_a_rule_leaves_the_rest_of_the_network_to_be_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def faulty(*_: object) -> None:
+        raise KeyError("axis")
+
+    monkeypatch.setitem(OP_RULES, "sigmoid", faulty)
+    layers = nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Sigmoid(), nn.Conv2d(6, 4, 1)
+    narrow, plan = job.slim(
+        nn.Sequential(*layers), IMAGE, policy="uniform", target="width=0.5", importance="l2"
+    )
+    assert (narrow[0].out_channels, narrow[2].out_channels) == (4, 6)
+    (blocked,) = (b for b in plan.blocked if b.layer == "2")
+    assert blocked.explanation.startswith("an error of Gammaslim in sigmoid: 'axis'")
+    assert "report it as a defect" in blocked.explanation
+
+
+def test_a_lack_of_memory_is_no_fault_of_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setitem(OP_RULES, "sigmoid", hungry)
+    with pytest.raises(UsageError, match="MemoryError"):
+        analyse(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 4, 1)), IMAGE)
