@@ -16,9 +16,10 @@ from job.slimming.graph.heads import is_part_of
 from job.slimming.graph.union import FIXED, AttributeSize
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     import torch
+    from torch import nn
 
     from job.slimming.graph.trace import Op, SizeRead
     from job.slimming.graph.union import Ids
@@ -53,6 +54,10 @@ def attribute_sizes(
         elif isinstance(value, (tuple, list)) and list(value) == [n for n, _ in numbers]:
             for place, (_, ids) in enumerate(numbers):
                 yield AttributeSize(module, attribute, place, ids)
+        elif _are_counts(value):
+            for n, ids in numbers:  # e.g. self.widths[stage]
+                if value.count(n) == 1:
+                    yield AttributeSize(module, attribute, value.index(n), ids)
 
 
 def sliced_by_attributes(op: Op, parts: Sequence[Ids]) -> bool:
@@ -86,13 +91,31 @@ def compared_lists(reads: Sequence[tuple[SizeRead, Ids]], module: str) -> Iterat
     ``reads`` has one read of each tensor, with its channels; none if it has no axis of channels.
     """
     for attribute, value in reads[0][0].numbers.items():
-        if not isinstance(value, (tuple, list)) or len(value) != len(reads):
+        if not _are_counts(value) or len(value) != len(reads):
             continue
         sizes = [(len(ids), n) for (_, ids), n in zip(reads, value, strict=True)]
         if any(size for size, _ in sizes) and all(size in (0, n) for size, n in sizes):
             for place, (_, ids) in enumerate(reads):
                 ids = ids if len(ids) else np.full(value[place], FIXED, np.intp)
                 yield AttributeSize(module, attribute, place, ids)
+
+
+def missing_elements(
+    sizes: Iterable[AttributeSize], modules: Mapping[str, nn.Module]
+) -> Iterator[AttributeSize]:
+    """Yield the elements that keep their number, of lists of which ``sizes`` has some elements."""
+    known: dict[tuple[str, str], set[int]] = {}
+    for size in sizes:
+        if size.place is not None:
+            known.setdefault((size.module, size.attribute), set()).add(size.place)
+    for (module, attribute), places in known.items():
+        for place, value in enumerate(vars(modules[module])[attribute]):
+            if place not in places:
+                yield AttributeSize(module, attribute, place, np.full(value, FIXED, np.intp))
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Iterator[Sized]:

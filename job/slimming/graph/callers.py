@@ -21,16 +21,16 @@ NO_CALLER: tuple[None, frozenset[str]] = (None, frozenset())
 def calling_module() -> tuple[nn.Module | None, frozenset[str]]:
     """Return the module of the innermost running method, and the attributes that it names.
 
-    A function that gets the module as its first argument counts as a method. The attributes include
-    those that the method names which calls it, such as a scale that is passed to the function.
+    A function that gets the module as its first argument, or that a method defines, counts as a
+    method. The attributes include those that the method names which calls it, such as a scale that
+    is passed to the function.
     """
     frame: FrameType | None = sys._getframe(2)
     module: nn.Module | None = None
     named: frozenset[str] = frozenset()
     while frame is not None:
-        names = frame.f_code.co_varnames
-        value = frame.f_locals.get(names[0]) if frame.f_code.co_argcount else None
-        if isinstance(value, nn.Module):
+        value = _module_of(frame)
+        if value is not None:
             if module is not None and value is not module:
                 break
             module, named = value, named.union(frame.f_code.co_names)
@@ -38,6 +38,14 @@ def calling_module() -> tuple[nn.Module | None, frozenset[str]]:
                 break
         frame = frame.f_back
     return module, named
+
+
+def _module_of(frame: FrameType) -> nn.Module | None:
+    """Return the module whose method runs, or a function that is defined within a method."""
+    code = frame.f_code
+    arguments = code.co_varnames[: min(1, code.co_argcount)]
+    values = (frame.f_locals.get(name) for name in (*arguments, *code.co_freevars))
+    return next((value for value in values if isinstance(value, nn.Module)), None)
 
 
 def numbers_named(module: nn.Module | None, names: Collection[str]) -> dict[str, Any]:

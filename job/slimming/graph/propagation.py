@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from job.errors import GammaslimError, is_out_of_memory, reason
-from job.slimming.graph.attribute_sizes import compared_lists
+from job.slimming.graph.attribute_sizes import compared_lists, missing_elements
 from job.slimming.graph.blank_channels import (
     concatenates_blanks,
     follow_blank,
@@ -124,11 +124,11 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
             union.end_op()
     union.place = ""
     if state.main:
-        _note_compared_lists(state)
+        _note_lists(state)
 
 
-def _note_compared_lists(state: PropagationState) -> None:
-    """Note the lists of numbers that code may compare with the sizes of several tensors."""
+def _note_lists(state: PropagationState) -> None:
+    """Note the lists that code may compare with the sizes of several tensors; complete all."""
     methods: dict[Any, dict[int, tuple[SizeRead, Ids]]] = {}
     for read in state.trace.measured:
         labels = state.labels_of(read.tensor)
@@ -140,6 +140,7 @@ def _note_compared_lists(state: PropagationState) -> None:
         reads = list(tensors.values())
         if len(reads) > 1 and (module := state.module_name(reads[0][0].module)) is not None:
             state.union.sizes += compared_lists(reads, module)
+    state.union.sizes += list(missing_elements(state.union.sizes, state.modules))
 
 
 def _propagate_op(

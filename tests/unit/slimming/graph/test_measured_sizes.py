@@ -129,3 +129,59 @@ def test_code_that_compares_sizes_with_a_list(*, listed: bool) -> None:
     images = torch.rand(3, 3, 64, 64, dtype=torch.float64)
     for ours, theirs in zip(narrow(images), masked_network(wide, plan.layers)(images), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class Stages(nn.Module):
+    """Views by an element of a list, as in the Swin Transformer of MMPretrain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths, self.used = [12, 16, 24], (1, 2)
+        pairs = zip([3, *self.widths], self.widths, strict=False)
+        self.stages = nn.ModuleList(nn.Conv2d(i, o, 3, 2, 1) for i, o in pairs)
+        self.heads = nn.ModuleList(nn.Conv2d(self.widths[i], 4, 1) for i in self.used)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x).relu()
+            if i in self.used:
+                tokens = x.flatten(2).mT
+                maps = tokens.view(-1, *x.shape[2:], self.widths[i]).permute(0, 3, 1, 2)
+                found.append(self.heads[len(found)](maps))
+        return found
+
+
+class Inner(nn.Module):
+    """A function within the method splits by an attribute, as in the Res2Net of MMPretrain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+        self.first, self.last = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 4, 1)
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def inner(values: torch.Tensor) -> torch.Tensor:
+            parts = torch.split(self.first(values).relu(), self.width, 1)
+            found = [parts[0]]
+            for part, layer in zip(parts[1:], self.layers, strict=True):
+                found.append(layer(found[-1] + part).relu())
+            return torch.cat(found, 1)
+
+        return self.last(inner(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "attribute", "value"), [(Stages, "widths", [12, 8, 12]), (Inner, "width", 4)]
+)
+def test_attributes_that_code_names_elsewhere(
+    make: type[nn.Module], attribute: str, value: object
+) -> None:
+    torch.manual_seed(0)
+    wide = make().double().eval()
+    narrow, plan = job.slim(wide, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    assert getattr(narrow, attribute) == value
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    without = masked_network(zeroed_outputs(wide, plan), plan.layers)(images)
+    torch.testing.assert_close(narrow(images), without)
