@@ -6,14 +6,14 @@ from collections.abc import Mapping  # noqa: TC003  (the types are read to load 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from job.slimming.graph.layer_rules import is_layer, layer_sizes
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.selection import SelectedChannels
 from job.slimming.planning.cost import Cost  # noqa: TC001
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from job.slimming.graph.groups import ChannelGraph
 
 
@@ -32,11 +32,16 @@ class Base:
 
 
 def layer_widths(network: nn.Module) -> dict[str, int]:
-    """Return the output channels of each convolution, linear layer and BatchNorm, by name."""
+    """Return the output channels of each convolution, linear layer and BatchNorm, by name.
+
+    Those of a MultiheadAttention are its queries, keys, and values.
+    """
     widths = {}
     for name, layer in modules_of(network, once=True).items():
         if isinstance(layer, SelectedChannels):
             widths[name] = len(layer.indices)
+        elif isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
+            widths[name] = len(layer.in_proj_weight)
         elif is_layer(layer):
             widths[name] = layer_sizes(layer)[1]
     return widths
@@ -53,7 +58,7 @@ def full_group_sizes(
     uniform_widths = {} if base and base.slim else getattr(network, "uniform_widths", {})
     widths = {**(base.widths if base else now), **uniform_widths}
     for group in graph.groups:
-        layer = next((layer for layer in group.layers if layer in widths), None)
-        ratio = widths[layer] / now[layer] if layer in now and layer else 1.0
+        layer = next((name for name in group.layers if widths.get(name) and now.get(name)), None)
+        ratio = widths[layer] / now[layer] if layer else 1.0
         sizes[group.name] = round(group.size * ratio)
     return sizes

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 import job
 from job.errors import DataError
+from job.slimming.graph.grouping import channel_graph
+from job.slimming.planning.base import Base, full_group_sizes, layer_widths
+from job.slimming.planning.cost import network_cost
 from job.slimming.planning.layer_channels import LayerChannels, compose
 from job.slimming.surgery.surgery import apply_plan
 from support.transformer import DIM, Transformer, zeroed_outputs
@@ -194,6 +197,34 @@ def test_a_key_and_a_value_that_are_parameters_are_cut() -> None:
     attention = narrow.blocks[0].attention
     assert attention.bias_k.shape == attention.bias_v.shape == (1, 1, 12)
     assert plan.after.params == sum(p.numel() for p in narrow.parameters())
+
+
+class OneHead(nn.Module):
+    """Attention of one head to fewer places, as in the first stage of SegFormer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.fewer = nn.Conv2d(3, DIM, 4, 4), nn.Conv2d(DIM, DIM, 2, 2)
+        self.attention = nn.MultiheadAttention(DIM, 1, batch_first=True)
+        self.head = nn.Linear(DIM, 5)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.enter(image)
+        queries, others = (each.flatten(2).mT for each in (x, self.fewer(x)))
+        x = queries + self.attention(queries, others, others, need_weights=False)[0]
+        return self.head(x.mean(1))
+
+
+def test_multihead_attention_may_have_one_head() -> None:
+    torch.manual_seed(0)
+    network = OneHead().eval()
+    base = Base(layer_widths(network), network_cost(network, 16))
+    assert base.widths["attention"] == 3 * DIM
+    narrow, plan = job.slim(network, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    assert narrow.attention.in_proj_weight.shape == (3 * DIM // 2, DIM // 2)
+    assert plan.proof.error <= 1e-12
+    sizes = full_group_sizes(narrow, channel_graph(narrow, IMAGE), base)
+    assert set(sizes.values()) == {DIM, 2 * DIM}  # the stream with the values; queries and keys
 
 
 class PositionSensitive(nn.Module):
