@@ -28,15 +28,19 @@ Sized = tuple[Any, "Ids"]  # an argument of an op, and the elements that it may 
 
 
 def attribute_sizes(
-    op: Op, module: str, before: torch.Tensor, after: Sequence[torch.Tensor]
+    op: Op,
+    module: str,
+    named: Mapping[str, Any],
+    before: torch.Tensor,
+    after: Sequence[torch.Tensor],
 ) -> Iterator[AttributeSize]:
-    """Yield the attributes of the calling module, named ``module``, that count channels in ``op``.
+    """Yield the attributes of a module, named ``module``, that count channels in ``op``.
 
-    ``before`` are the labels of its input, ``after`` those of its results.
+    ``named`` are the numbers among them that the calling method names. ``before`` are the labels of
+    the input, ``after`` those of the results.
     """
     numbers = [(n, ids) for n, ids in _numbers(op, before, after) if n == len(ids) and n > 1]
     whole, sizes = flat_ids(before), _sizes_of_view(op)
-    named = op.numbers
     counted = any(type(value) is int and value == n for value in named.values() for n, _ in numbers)
     for attribute, value in named.items():
         if type(value) is int and value == len(whole):  # e.g. halves of this number
@@ -68,7 +72,7 @@ def sliced_by_attributes(op: Op, parts: Sequence[Ids]) -> bool:
     sizes = [len(part) for part in parts]
     if op.name == "__getitem__":
         sizes = [bound for bound in _bounds(op) if bound]
-    values = op.numbers.values()
+    values = op.caller.numbers.values()
     lists = [list(value) for value in values if isinstance(value, (tuple, list))]
     return sizes in lists or (bool(sizes) and all(n in values for n in sizes))
 
@@ -80,7 +84,7 @@ def compared_sizes(
 
     ``ids`` are the channels that are read, ``known`` the modules and attributes that ops take.
     """
-    for attribute, value in read.numbers.items():
+    for attribute, value in read.caller.numbers.items():
         if type(value) is int and value == len(ids) and (module, attribute) not in known:
             yield AttributeSize(module, attribute, None, ids)
 
@@ -90,7 +94,7 @@ def compared_lists(reads: Sequence[tuple[SizeRead, Ids]], module: str) -> Iterat
 
     ``reads`` has one read of each tensor, with its channels; none if it has no axis of channels.
     """
-    for attribute, value in reads[0][0].numbers.items():
+    for attribute, value in reads[0][0].caller.numbers.items():
         if not _are_counts(value) or len(value) != len(reads):
             continue
         sizes = [(len(ids), n) for (_, ids), n in zip(reads, value, strict=True)]

@@ -122,6 +122,8 @@ def _note_sizes(state: PropagationState, blank: Blank, ids: Ids) -> None:
     for maker in blank.makers:
         state.union.suspects.append((OP_COUNT(maker.name), ids))
         name = state.module_name(maker.module)
-        for attribute, value in maker.numbers.items() if state.main and name is not None else ():
+        for attribute, value in (
+            maker.caller.numbers.items() if state.main and name is not None else ()
+        ):
             if type(value) is int and value == len(ids):
                 state.union.sizes.append(AttributeSize(str(name), attribute, None, ids))

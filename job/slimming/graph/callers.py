@@ -5,20 +5,43 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
     from types import FrameType
 
 TORCH, OWN = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
-NO_CALLER: tuple[None, frozenset[str]] = (None, frozenset())
 
 
-def calling_module() -> tuple[nn.Module | None, frozenset[str]]:
+class Caller(NamedTuple):
+    """The module whose method calls an op, and the attributes that the method names.
+
+    ``near`` are other modules in its local variables, whose attributes it may name.
+    """
+
+    module: nn.Module | None = None
+    names_used: frozenset[str] = frozenset()
+    near: tuple[nn.Module, ...] = ()
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Attributes of the module that the method names and that are numbers, or lists of them."""
+        return self.numbers_of(self.module)
+
+    def numbers_of(self, module: nn.Module | None) -> dict[str, Any]:
+        """Return such attributes of ``module``, e.g. of one that is near."""
+        attributes = {} if module is None else vars(module)
+        values = {name: attributes[name] for name in sorted(self.names_used) if name in attributes}
+        return {name: value for name, value in values.items() if _is_numeric(value)}
+
+
+NO_CALLER = Caller()
+
+
+def calling_module() -> Caller:
     """Return the module of the innermost running method, and the attributes that it names.
 
     A function that gets the module as its first argument, or that a method defines, counts as a
@@ -28,16 +51,19 @@ def calling_module() -> tuple[nn.Module | None, frozenset[str]]:
     frame: FrameType | None = sys._getframe(2)
     module: nn.Module | None = None
     named: frozenset[str] = frozenset()
+    near: dict[int, nn.Module] = {}
     while frame is not None:
         value = _module_of(frame)
         if value is not None:
             if module is not None and value is not module:
                 break
             module, named = value, named.union(frame.f_code.co_names)
+            near |= {id(v): v for v in frame.f_locals.values() if isinstance(v, nn.Module)}
             if frame.f_code.co_name == "forward":
                 break
         frame = frame.f_back
-    return module, named
+    near.pop(id(module), None)
+    return Caller(module, named, tuple(near.values()))
 
 
 def _module_of(frame: FrameType) -> nn.Module | None:
@@ -46,13 +72,6 @@ def _module_of(frame: FrameType) -> nn.Module | None:
     arguments = code.co_varnames[: min(1, code.co_argcount)]
     values = (frame.f_locals.get(name) for name in (*arguments, *code.co_freevars))
     return next((value for value in values if isinstance(value, nn.Module)), None)
-
-
-def numbers_named(module: nn.Module | None, names: Collection[str]) -> dict[str, Any]:
-    """Return the numbers, and the lists of numbers, among the attributes ``names`` of a module."""
-    attributes = {} if module is None else vars(module)
-    values = {name: attributes[name] for name in sorted(names) if name in attributes}
-    return {name: value for name, value in values.items() if _is_numeric(value)}
 
 
 def _is_numeric(value: Any) -> bool:

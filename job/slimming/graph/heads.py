@@ -193,7 +193,9 @@ class Heads:
         roots = [root for width in widths for root in (width**0.5, width**-0.5)]
         if not any(math.isclose(scale, root, rel_tol=1e-6) for root in roots):
             return False
-        return not any(type(value) is float and value == scale for value in op.numbers.values())
+        return not any(
+            type(value) is float and value == scale for value in op.caller.numbers.values()
+        )
 
     def end(self, union: ChannelUnion) -> None:
         """Add the lines to ``union``."""
@@ -290,7 +292,7 @@ def fixed_size(op: Op, result_axis: int, dims: int, *, splits: bool) -> int | No
     if op.name not in ("view", "reshape") or len(sizes) != dims or op.module is None:
         return None
     size = sizes[result_axis]
-    numbers = [value for value in op.numbers.values() if type(value) is int]
+    numbers = [value for value in op.caller.numbers.values() if type(value) is int]
     held = size in numbers or (splits and any(is_part_of(n, size, sizes) for n in numbers))
     return None if size == -1 or held else int(size)
 

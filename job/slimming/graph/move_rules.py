@@ -142,7 +142,9 @@ def _is_held(op: Op) -> bool:
     """Return whether the last size of a view is an attribute, which a cut can change."""
     sizes: Any = op.args[1:]
     sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    return any(type(value) is int and value in tuple(sizes[-1:]) for value in op.numbers.values())
+    return any(
+        type(value) is int and value in tuple(sizes[-1:]) for value in op.caller.numbers.values()
+    )
 
 
 def _leaves_group_count_open(op: Op, labels: torch.Tensor) -> bool:
@@ -248,7 +250,7 @@ def _parts_of_measured_sizes(state: PropagationState, op: Op, parts: list[Ids]) 
 
     Parts of other sizes are never cut. Returns False if no part has such a size.
     """
-    sizes = op.numbers.values()
+    sizes = op.caller.numbers.values()
     streams = {len(ids): ids for ids in state.measured_channels(op.module)}
     tied = [part for part in parts if len(part) in streams and len(part) not in sizes]
     if op.name not in ("split", "split_with_sizes") or not tied:

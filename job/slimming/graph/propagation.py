@@ -134,11 +134,11 @@ def _note_lists(state: PropagationState) -> None:
         labels = state.labels_of(read.tensor)
         one = labels is not None and len(label_axes(labels)) == 1
         ids = flat_ids(labels) if labels is not None and one else np.empty(0, np.intp)
-        tensors = methods.setdefault((id(read.module), read.names_used), {})
+        tensors = methods.setdefault((id(read.caller.module), read.caller.names_used), {})
         tensors.setdefault(id(read.tensor), (read, ids))
     for tensors in methods.values():
         reads = list(tensors.values())
-        if len(reads) > 1 and (module := state.module_name(reads[0][0].module)) is not None:
+        if len(reads) > 1 and (module := state.module_name(reads[0][0].caller.module)) is not None:
             state.union.sizes += compared_lists(reads, module)
     state.union.sizes += list(missing_elements(state.union.sizes, state.modules))
 

@@ -220,11 +220,13 @@ class PropagationState:
 
     def note_sizes(self, op: Op, results: Sequence[torch.Tensor]) -> None:
         """Note the attributes that count the channels of an op that moves them."""
-        module, before = self.module_name(op.module), self.labels_of(op.inputs[0])
-        if module is None:
+        before = self.labels_of(op.inputs[0])
+        if not self.main or before is None or op.name not in SIZED:
             return
-        if self.main and before is not None and op.name in SIZED:
-            self.union.sizes += attribute_sizes(op, module, before, results)
+        for module in (op.caller.module, *op.caller.near):
+            if (name := self.module_name(module)) is not None:
+                named = op.caller.numbers_of(module)
+                self.union.sizes += attribute_sizes(op, name, named, before, results)
 
     def module_name(self, module: nn.Module | None) -> str | None:
         """Return the name of a module whose attributes may count channels; not of a layer.
@@ -236,7 +238,7 @@ class PropagationState:
 
     def note_compared(self, read: SizeRead, labels: torch.Tensor) -> None:
         """Note the attributes that code may compare with the size that it reads."""
-        module = self.module_name(read.module)
+        module = self.module_name(read.caller.module)
         if self.main and module is not None and len(label_axes(labels)) == 1:
             known = {(size.module, size.attribute) for size in self.union.sizes}
             self.union.sizes += compared_sizes(read, module, flat_ids(labels), known)
@@ -264,14 +266,14 @@ class PropagationState:
     def measured_channels(self, module: nn.Module | None) -> Iterator[Ids]:
         """Yield the elements of the activations of which ``module`` has read the size."""
         for read in self.trace.measured:
-            labels = self.labels_of(read.tensor) if read.module is module else None
+            labels = self.labels_of(read.tensor) if read.caller.module is module else None
             if labels is not None and len(label_axes(labels)) == 1:
                 yield flat_ids(labels)
 
     def is_measured(self, tensor: torch.Tensor, module: nn.Module | None) -> bool:
         """Return whether ``module`` has read the size of ``tensor``."""
         reads = self.trace.measured
-        return any(each.tensor is tensor and each.module is module for each in reads)
+        return any(each.tensor is tensor and each.caller.module is module for each in reads)
 
     def add_slice(self, before: Ids, after: Ids, free: bool = False) -> None:
         """Add a slice ``after`` of channels ``before`` (n,), ``free`` if a cut sets its size."""

@@ -15,12 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from job.slimming.graph.callers import (
-    NO_CALLER,
-    calling_module,
-    line_of_network,
-    numbers_named,
-)
+from job.slimming.graph.callers import NO_CALLER, Caller, calling_module, line_of_network
 from job.slimming.graph.hidden_calls import autograd_calls, scripted_functions_in_python
 from job.slimming.graph.layers import constants_of, tensors_of
 from job.slimming.graph.modes import training_mode
@@ -59,9 +54,9 @@ BATCH = 2  # samples; BatchNorm in train mode needs two values per channel
 class Op:
     """Call of a torch function, with the tensors in its arguments and in its result.
 
-    ``inputs`` and ``results`` include tensors in lists and dataclasses. ``module`` is the module
-    whose method calls the function, ``names_used`` are the attributes that the method names. Both
-    are known for a few kinds of ops. ``line`` is that of the network's code, e.g. ``net.py:12``.
+    ``inputs`` and ``results`` include tensors in lists and dataclasses. ``caller`` is the method
+    that calls the function; it is known for a few kinds of ops. ``line`` is that of the network's
+    code, e.g. ``net.py:12``.
     """
 
     name: str
@@ -71,14 +66,13 @@ class Op:
     result: Any
     inputs: tuple[torch.Tensor, ...]
     results: tuple[torch.Tensor, ...]
-    module: nn.Module | None = None
-    names_used: frozenset[str] = frozenset()
+    caller: Caller = NO_CALLER
     line: str = ""
 
     @property
-    def numbers(self) -> dict[str, Any]:
-        """Attributes that the method names and that are numbers, or lists of numbers."""
-        return numbers_named(self.module, self.names_used)
+    def module(self) -> nn.Module | None:
+        """The module whose method calls the function."""
+        return self.caller.module
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument that was passed by position or by name."""
@@ -88,20 +82,11 @@ class Op:
 
 
 class SizeRead(NamedTuple):
-    """Read of the size of a tensor along an axis other than the first, by a method of a module.
-
-    ``names_used`` are the attributes that the method names.
-    """
+    """Read of the size of a tensor along an axis other than the first, by a method of a module."""
 
     tensor: torch.Tensor
-    module: nn.Module | None
-    names_used: frozenset[str]
+    caller: Caller
     line: str
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """Attributes that the method names and that are numbers, or lists of numbers."""
-        return numbers_named(self.module, self.names_used)
 
 
 @dataclass(frozen=True)
@@ -190,9 +175,9 @@ class _Tracer(TorchFunctionMode):
             known = name in CALLED_BY_MODULES or any(type(arg) is float for arg in args)
             caller = calling_module() if known else NO_CALLER
             line = line_of_network()
-            self.ops.append(Op(name, func, args, kwargs, result, inputs, results, *caller, line))
+            self.ops.append(Op(name, func, args, kwargs, result, inputs, results, caller, line))
         elif (name in SIZE_QUERIES and (*args[1:], *kwargs.values()) != (0,)) or func == SHAPE:
-            self.measured.append(SizeRead(args[0], *calling_module(), line_of_network()))
+            self.measured.append(SizeRead(args[0], calling_module(), line_of_network()))
         return result
 
 

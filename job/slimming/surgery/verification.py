@@ -71,12 +71,19 @@ def verify(
     if precision != torch.float64:
         masked = _masked(filled, layers, precision)
         tolerance = _rounding_tolerance(masked, expected, small, auxiliary, kept)
+        if not tolerance < 1:
+            check_comparable(masked, _noise_for(masked, small))
+            raise UsageError(
+                "a cut cannot be verified: the rounding of the weights alone changes the outputs "
+                f"of the network in {_name(precision)} as much as a wrong cut would; let it run in "
+                "float64, e.g. without .float() in its code"
+            )
     error = relative_difference(actual, expected)
     if precision == torch.float64 and PROOF_TOLERANCE < error < MAGNIFIED_TOLERANCE:
         masked = _masked(filled, layers, precision)
         of_rounding = _rounding_tolerance(masked, expected, small, auxiliary, kept)
         tolerance = min(max(PROOF_TOLERANCE, of_rounding), MAGNIFIED_TOLERANCE)
-    proof = Proof(error, str(precision).removeprefix("torch."), tolerance)
+    proof = Proof(error, _name(precision), tolerance)
     if not proof.error <= tolerance:
         masked = _masked(filled, layers, precision)
         check_comparable(masked, _noise_for(masked, small))
@@ -219,6 +226,10 @@ def _probe_outputs(
 def _noise_for(network: nn.Module, example: Example) -> Any:
     """Return noise like ``example`` in the precision of the network."""
     return probe_batch(example, _precision(network))
+
+
+def _name(precision: torch.dtype) -> str:
+    return str(precision).removeprefix("torch.")
 
 
 def _precision(network: nn.Module) -> torch.dtype:

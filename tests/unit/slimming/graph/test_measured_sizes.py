@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import pytest
 import torch
 from torch import nn
@@ -152,6 +154,28 @@ class Stages(nn.Module):
         return found
 
 
+class Wide(nn.Sequential):
+    """A block that knows its width, which the method of another module passes to an op."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__(nn.Conv2d(inputs, width, 3, 2, 1), nn.ReLU())
+        self.width = width
+
+
+class Near(nn.Module):
+    """Views by the attribute of a block, as in the VAN of MMPretrain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.last = Wide(3, 16), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        block = self.block
+        x = block(x)
+        tokens = x.flatten(2).mT
+        return self.last(tokens.reshape(-1, *x.shape[2:], block.width).permute(0, 3, 1, 2))
+
+
 class Inner(nn.Module):
     """A function within the method splits by an attribute, as in the Res2Net of MMPretrain."""
 
@@ -173,7 +197,8 @@ class Inner(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "attribute", "value"), [(Stages, "widths", [12, 8, 12]), (Inner, "width", 4)]
+    ("make", "attribute", "value"),
+    [(Stages, "widths", [12, 8, 12]), (Inner, "width", 4), (Near, "block.width", 8)],
 )
 def test_attributes_that_code_names_elsewhere(
     make: type[nn.Module], attribute: str, value: object
@@ -181,7 +206,7 @@ def test_attributes_that_code_names_elsewhere(
     torch.manual_seed(0)
     wide = make().double().eval()
     narrow, plan = job.slim(wide, IMAGE, policy="uniform", target="width=0.5", importance="l2")
-    assert getattr(narrow, attribute) == value
+    assert attrgetter(attribute)(narrow) == value
     images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     without = masked_network(zeroed_outputs(wide, plan), plan.layers)(images)
     torch.testing.assert_close(narrow(images), without)

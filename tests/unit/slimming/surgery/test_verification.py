@@ -59,6 +59,19 @@ def test_a_network_in_float32_alone_is_proven_in_float32(
         verify(network, wrong, plan.layers, IMAGE)
 
 
+class Magnifying(ToFloat):
+    """The last bits of its weights decide its outputs."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (super().forward(images) * 1e9).sin()
+
+
+def test_a_tolerance_that_passes_everything_proves_nothing() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UsageError, match=r"the rounding of the weights alone changes .* float32"):
+        job.slim(randomise(Magnifying()), IMAGE)
+
+
 def test_others_are_proven_in_float64() -> None:
     _, plan = job.slim(randomise(Residual()), IMAGE)
     assert plan.proof.precision == "float64"
