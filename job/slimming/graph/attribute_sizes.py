@@ -133,7 +133,7 @@ def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Ite
         yield op.argument(3, "length"), flat_ids(after[0])
         yield op.argument(2, "start"), flat_ids(before)[: op.argument(2, "start")]
     elif op.name in ("__getitem__", "__setitem__"):
-        for bound in _bounds(op):
+        for bound in _bounds(op, label_axes(before)):
             yield bound, flat_ids(before)[:bound]
     elif op.name in ("layer_norm", "rms_norm"):
         yield op.argument(1, "normalized_shape")[0], flat_ids(after[0])
@@ -144,13 +144,20 @@ def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Ite
                 yield sizes[axis], _along(after[0], axis)
 
 
-def _bounds(op: Op) -> Iterator[int]:
-    """Yield the bounds of the slices of an index."""
+def _bounds(op: Op, axes: Collection[int] | None = None) -> Iterator[int]:
+    """Yield the bounds of the slices of an index, by default along all axes."""
     index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+    axis, rest = 0, sum(part is not None and part is not Ellipsis for part in index)
     for part in index:
-        for bound in (part.start, part.stop) if isinstance(part, slice) else ():
+        if part is Ellipsis:
+            axis = op.args[0].dim() - rest
+            continue
+        along = part is not None and (axes is None or axis in axes)
+        for bound in (part.start, part.stop) if along and isinstance(part, slice) else ():
             if isinstance(bound, int):
                 yield bound
+        if part is not None:
+            axis, rest = axis + 1, rest - 1
 
 
 def _sizes_of_view(op: Op) -> Sequence[Any]:

@@ -176,6 +176,20 @@ class Near(nn.Module):
         return self.last(tokens.reshape(-1, *x.shape[2:], block.width).permute(0, 3, 1, 2))
 
 
+class Longest(nn.Module):
+    """Takes the first tokens, fewer than there are channels, as in the ViTSTR of docTR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.longest = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 4), 7
+        self.width = 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.first(x).flatten(2).mT
+        groups = tokens.view(len(x), -1, 4, self.width).amax(2)
+        return self.last((tokens + groups.repeat(1, 1, 4))[:, : self.longest])
+
+
 class Inner(nn.Module):
     """A function within the method splits by an attribute, as in the Res2Net of MMPretrain."""
 
@@ -198,7 +212,12 @@ class Inner(nn.Module):
 
 @pytest.mark.parametrize(
     ("make", "attribute", "value"),
-    [(Stages, "widths", [12, 8, 12]), (Inner, "width", 4), (Near, "block.width", 8)],
+    [
+        (Stages, "widths", [12, 8, 12]),
+        (Inner, "width", 4),
+        (Near, "block.width", 8),
+        (Longest, "longest", 7),
+    ],
 )
 def test_attributes_that_code_names_elsewhere(
     make: type[nn.Module], attribute: str, value: object
