@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.trace import Op, SizeRead
     from job.slimming.graph.union import Ids
 
+MANY = 2**20  # no layer has so many channels
 Sized = tuple[Any, "Ids"]  # an argument of an op, and the elements that it may count
 
 
@@ -119,7 +120,7 @@ def missing_elements(
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(type(n) is int and n >= 0 for n in value)
+    return isinstance(value, (tuple, list)) and all(type(n) is int and 0 <= n < MANY for n in value)
 
 
 def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Iterator[Sized]:
