@@ -110,6 +110,13 @@ def _leading_axes(shape: torch.Size, product: int) -> int | None:
     return len(shape) if size_so_far == product else None
 
 
+# ops of complex numbers, as they move labels
+OF_COMPLEX: dict[str, Callable[..., Any]] = {
+    "view_as_complex": lambda pairs: pairs.select(-1, 0),
+    "view_as_real": lambda numbers: numbers[..., None].expand(*numbers.shape, 2),
+}
+
+
 def run_on_labels(
     op: Op,
     labels_of: LabelsOf,
@@ -143,7 +150,8 @@ def run_on_labels(
         return None
     try:
         kwargs = {key: expanded(value) for key, value in op.kwargs.items()}
-        outcome = (function or op.function)(*expanded(op.args), **kwargs)
+        function = function or OF_COMPLEX.get(op.name, op.function)
+        outcome = function(*expanded(op.args), **kwargs)
     except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError):
         return None
     outcomes = [outcome] if isinstance(outcome, torch.Tensor) else list(outcome)

@@ -25,6 +25,7 @@ from job.slimming.graph.channel_labels import (
 )
 from job.slimming.graph.cross_covariance import weight_columns
 from job.slimming.graph.followed_parameters import follow_parameters
+from job.slimming.graph.fourier_rules import TRANSFORMS, transform
 from job.slimming.graph.move_rules import (
     cat,
     fold,
@@ -255,7 +256,8 @@ OP_RULES: dict[str, Rule] = {
         adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
         adaptive_max_pool3d _max_pool2d
         _adaptive_max_pool2d max_pool2d_with_indices adaptive_max_pool2d_with_indices interpolate
-        upsample zeros_like ones_like empty_like full_like rand_like randn_like bernoulli""",
+        upsample zeros_like ones_like empty_like full_like rand_like randn_like bernoulli
+        real imag conj resolve_conj angle""",
         elementwise,
     ),
     **_for_each(
@@ -264,7 +266,7 @@ OP_RULES: dict[str, Rule] = {
         minimum where lerp lerp_ copy_ addcmul addcmul_ addcdiv addcdiv_ masked_fill masked_fill_
         gt lt ge le eq ne __gt__ __lt__ __ge__ __le__ __eq__ __ne__ atan2 hypot fmax fmin copysign
         logaddexp xlogy logical_and logical_or __and__ __or__ max_unpool1d max_unpool2d
-        max_unpool3d""",
+        max_unpool3d complex polar""",
         pairwise,
     ),
     **_for_each(
@@ -279,7 +281,7 @@ OP_RULES: dict[str, Rule] = {
     **_for_each("view reshape flatten unflatten view_as reshape_as", reshape),
     **_for_each(
         """permute transpose movedim moveaxis swapaxes swapdims squeeze unsqueeze t T mT stack flip
-        repeat""",
+        repeat view_as_real view_as_complex""",
         partial(rearrange, any_size=True),
     ),
     **_for_each(
@@ -295,6 +297,7 @@ OP_RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": attention,
     **_for_each("new_empty new_zeros new_ones new_full new_tensor no_output", new_tensor),
     **_for_each("roi_align roi_pool grid_sample grid_sampler", sampled),
+    **dict.fromkeys(TRANSFORMS, transform),
     "local_response_norm": neighbours,
     "pixel_shuffle": pixel_shuffle,
     "unfold": unfold,
