@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from job.slimming.graph.propagation_state import PropagationState
     from job.slimming.graph.trace import Op
 
-KINDS = "fft ifft rfft irfft hfft ihfft"  # torch.fft.fft, fft2, fftn and so on
-TRANSFORMS = frozenset(f"fft_{kind}{axes}" for kind in KINDS.split() for axes in ("", "2", "n"))
+_KINDS = "fft ifft rfft irfft hfft ihfft"  # torch.fft.fft, fft2, fftn and so on
+TRANSFORMS = frozenset(f"fft_{kind}{axes}" for kind in _KINDS.split() for axes in ("", "2", "n"))
 
 
 def transform(state: PropagationState, op: Op) -> None:
