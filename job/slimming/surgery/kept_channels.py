@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from job.errors import GammaslimError
+from job.slimming.graph.hidden_calls import scripted_functions_in_python
 from job.slimming.inputs import map_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from job.slimming.graph.union import ChannelRead, Ids, Operand
 
@@ -38,9 +40,11 @@ class KeptReads:
     reads: Sequence[ChannelRead]
     keep: Ids
 
-    def mode(self) -> KeptChannelsOnly:
+    @contextmanager
+    def mode(self) -> Iterator[None]:
         """Return a context in which these ops compute from the kept channels of one pass."""
-        return KeptChannelsOnly(self.reads, self.keep)
+        with scripted_functions_in_python(), KeptChannelsOnly(self.reads, self.keep):
+            yield
 
 
 class KeptChannelsOnly(TorchFunctionMode):

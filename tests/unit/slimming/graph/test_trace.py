@@ -146,6 +146,33 @@ def test_functions_of_torchscript_are_traced_as_the_python_that_they_are_made_fr
     torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
 
 
+@torch.jit.script
+def scripted_centre(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean(1, keepdim=True)
+
+
+class Centred(nn.Module):
+    """Means over channels within a function of TorchScript, and outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.norm, self.last = nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = scripted_centre(self.first(x))
+        x = x.mean(1, keepdim=True) + self.second(x)
+        return self.last(self.norm(x.mean((2, 3))))
+
+
+def test_the_proof_knows_what_functions_of_torchscript_read() -> None:
+    torch.manual_seed(0)
+    wide, image = Centred().eval(), torch.rand(1, 3, 8, 8)
+    narrow, plan = slim(wide, image, policy="uniform", target="width=0.5", importance="l2")
+    assert narrow.first.out_channels == 8
+    assert plan.proof.error <= 1e-12
+
+
 def test_a_traced_function_runs_as_its_python_too() -> None:
     traced = torch.jit.trace(lambda x: x.relu() * 2, torch.rand(1, 8, 2, 2))
 
