@@ -48,20 +48,26 @@ def _runs_on_one_sample(network: nn.Module, example: Example) -> bool:
     return True
 
 
-def sizes_tried(graph: ChannelGraph) -> tuple[ChannelGraph, ...]:
-    """Return the graph without attributes that count channels, and then with them, if any."""
-    return (replace(graph, sizes=()), graph) if graph.sizes else (graph,)
+def readings(graph: ChannelGraph) -> tuple[ChannelGraph, ...]:
+    """Return the graphs to try in turn, which read the code of the network in different ways.
+
+    The first has no attributes that count channels, the next has them. A scale of attention that
+    equals 1/sqrt(D) may be computed from the number of channels or, in the last graphs, a constant.
+    """
+    scaled = (replace(graph, sizes=()), graph) if graph.sizes else (graph,)
+    return (*scaled, *(replace(each, scaled=()) for each in scaled if each.scaled))
 
 
 def try_suspects(network: nn.Module, graph: ChannelGraph, example: Example) -> ChannelGraph:
     """Return ``graph`` with doubtful groups verified by trial cuts, and blocked if these fail."""
-    if not graph.sizes:
-        return drop_wrong_suspects(network, graph, example)
-    plain, _ = sizes_tried(graph)
-    for each in (plain, graph):  # before separating the suspects, which takes many trial cuts
+    several = readings(graph)
+    for each in several if len(several) > 1 else ():  # before separating, which takes many cuts
         if suspects_pass(network, each, example):
             return each
     checked = drop_wrong_suspects(network, graph, example)
+    if not graph.sizes:
+        return checked
+    plain = replace(graph, sizes=())
     without_sizes = replace(checked, sizes=())
     if suspects_pass(network, without_sizes, example):
         return without_sizes

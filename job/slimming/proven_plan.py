@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from job.errors import WrongCutError
 from job.processes import world_size
-from job.slimming.analysis import sizes_tried, try_suspects
+from job.slimming.analysis import readings, try_suspects
 from job.slimming.calibration.progress import no_progress
 from job.slimming.graph.trace import trace_network
 from job.slimming.surgery.surgery import apply_plan
@@ -60,7 +60,7 @@ def prove_plan(
     """
     if not tried and graph.suspects:
         progress("proving the cut", 0, 0)
-        for each in sizes_tried(graph):
+        for each in readings(graph):
             if proven := _try_plan(plan_of(each), network, each, example):
                 return proven
         graph = try_suspects(network, graph, example)
@@ -70,6 +70,11 @@ def prove_plan(
         try:
             return _prove(plan, network, apply_plan(network, plan.layers), graph, example)
         except WrongCutError as error:
+            constant = replace(graph, scaled=())  # the last reading, see readings
+            if graph.scaled and (
+                proven := _try_plan(plan_of(constant), network, constant, example)
+            ):
+                return proven
             fewer = without_wrong_groups(network, graph, example, plan.groups, error)
             if fewer is graph or not left:
                 raise

@@ -48,9 +48,8 @@ class Attention(nn.Module):
             parts = self.qkv(x).chunk(3, dim=-1)
             return (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
         batch, tokens, channels = x.shape
-        width = (
-            self.width if self.how in ("fused", "attribute", "einsum") else channels // self.heads
-        )
+        own = self.how in ("fused", "attribute", "einsum", "literal")
+        width = self.width if own else channels // self.heads
         return self.qkv(x).reshape(batch, tokens, 3, self.heads, width).permute(2, 0, 3, 1, 4)
 
     def products(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -58,6 +57,8 @@ class Attention(nn.Module):
             return self.scaled(q) @ k.transpose(-2, -1)
         if self.how == "separate":
             return torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(self.width)
+        if self.how == "literal":  # 1/sqrt(8), which the narrow network has too
+            return q * 0.35355339059327373 @ k.mT
         return q * q.shape[-1] ** -0.5 @ k.mT
 
     def scaled(self, q: torch.Tensor) -> torch.Tensor:
@@ -86,7 +87,9 @@ def transformer(how: str) -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("how", ["fused", "attribute", "separate", "chunks", "stream", "einsum"])
+@pytest.mark.parametrize(
+    "how", ["fused", "attribute", "separate", "chunks", "stream", "einsum", "literal"]
+)
 def test_heads_lose_width_or_leave_and_the_scale_stays(how: str) -> None:
     network, example = transformer(how), IMAGE.double()
     narrow, plan = job.slim(
@@ -113,6 +116,16 @@ def test_heads_lose_width_or_leave_and_the_scale_stays(how: str) -> None:
             narrow(images), zeroed_outputs(network, plan)(images), rtol=1e-10, atol=1e-12
         )
     narrow.train()(images).sum().backward()
+
+
+def test_a_scale_that_is_written_down_is_found_with_images_too() -> None:
+    network = transformer("literal").float()
+    images = torch.rand(64, 3, 16, 16)
+    _, plan = job.slim(
+        network, IMAGE, target="channels=0.8", calibration=[images], compensate="regress"
+    )
+    assert {blocked.layer for blocked in plan.blocked} == {"head"}
+    assert not any(channels.scaled for channels in plan.layers.values())
 
 
 def test_a_scale_by_the_number_of_channels_is_part_of_the_plan() -> None:
