@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -113,10 +114,19 @@ def test_only_functions_of_autograd_that_are_called_raise_doubts(*, called: bool
     assert torch.autograd.Function.__dict__["apply"] is apply
 
 
-@torch.jit.script
-def scripted_gate(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def gate(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, dim=1)
     return first * torch.sigmoid(second) + y
+
+
+def centre(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean(1, keepdim=True)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, and still used
+    scripted_gate, scripted_centre = torch.jit.script(gate), torch.jit.script(centre)
+    traced = torch.jit.trace(lambda x: x.relu() * 2, torch.rand(1, 8, 2, 2))
 
 
 class Scripted(nn.Module):
@@ -132,8 +142,6 @@ class Scripted(nn.Module):
         return self.last(scripted_gate(self.gate(x), x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 def test_functions_of_torchscript_are_traced_as_the_python_that_they_are_made_from() -> None:
     call = torch.jit.ScriptFunction.__call__
     torch.manual_seed(0)
@@ -144,11 +152,6 @@ def test_functions_of_torchscript_are_traced_as_the_python_that_they_are_made_fr
     assert torch.jit.ScriptFunction.__call__ is call
     images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
-
-
-@torch.jit.script
-def scripted_centre(x: torch.Tensor) -> torch.Tensor:
-    return x - x.mean(1, keepdim=True)
 
 
 class Centred(nn.Module):
@@ -174,8 +177,6 @@ def test_the_proof_knows_what_functions_of_torchscript_read() -> None:
 
 
 def test_a_traced_function_runs_as_its_python_too() -> None:
-    traced = torch.jit.trace(lambda x: x.relu() * 2, torch.rand(1, 8, 2, 2))
-
     class Traced(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self[1](traced(self[0](x)))
