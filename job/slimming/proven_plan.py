@@ -70,10 +70,8 @@ def prove_plan(
         try:
             return _prove(plan, network, apply_plan(network, plan.layers), graph, example)
         except WrongCutError as error:
-            constant = replace(graph, scaled=())  # the last reading, see readings
-            if graph.scaled and (
-                proven := _try_plan(plan_of(constant), network, constant, example)
-            ):
+            last = readings(graph)[-1]
+            if graph.scaled and (proven := _try_plan(plan_of(last), network, last, example)):
                 return proven
             fewer = without_wrong_groups(network, graph, example, plan.groups, error)
             if fewer is graph or not left:

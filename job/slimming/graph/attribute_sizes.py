@@ -41,7 +41,7 @@ def attribute_sizes(
     the input, ``after`` those of the results.
     """
     numbers = [(n, ids) for n, ids in _numbers(op, before, after) if n == len(ids) and n > 1]
-    whole, sizes = flat_ids(before), _sizes_of_view(op)
+    whole, sizes = flat_ids(before), op.view_sizes
     counted = any(type(value) is int and value == n for value in named.values() for n, _ in numbers)
     for attribute, value in named.items():
         if type(value) is int and value == len(whole):  # e.g. halves of this number
@@ -139,7 +139,7 @@ def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Ite
     elif op.name in ("layer_norm", "rms_norm"):
         yield op.argument(1, "normalized_shape")[0], flat_ids(after[0])
     else:
-        sizes = _sizes_of_view(op)
+        sizes = op.view_sizes
         if len(sizes) == after[0].dim():
             for axis in _cut_axes(after[0]):
                 yield sizes[axis], _along(after[0], axis)
@@ -159,12 +159,6 @@ def _bounds(op: Op, axes: Collection[int] | None = None) -> Iterator[int]:
                 yield bound
         if part is not None:
             axis, rest = axis + 1, rest - 1
-
-
-def _sizes_of_view(op: Op) -> Sequence[Any]:
-    """Return the sizes that are passed to a view, or () for another op."""
-    sizes: Sequence[Any] = op.args[1:] if op.name in ("view", "reshape") else ()
-    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
 
 def _cut_axes(labels: torch.Tensor) -> list[int]:

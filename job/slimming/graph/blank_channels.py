@@ -122,8 +122,7 @@ def _note_sizes(state: PropagationState, blank: Blank, ids: Ids) -> None:
     for maker in blank.makers:
         state.union.suspects.append((OP_COUNT(maker.name), ids))
         name = state.module_name(maker.module)
-        for attribute, value in (
-            maker.caller.numbers.items() if state.main and name is not None else ()
-        ):
+        numbers = maker.caller.numbers if state.main and name is not None else {}
+        for attribute, value in numbers.items():
             if type(value) is int and value == len(ids):
                 state.union.sizes.append(AttributeSize(str(name), attribute, None, ids))

@@ -287,9 +287,8 @@ def fixed_size(op: Op, result_axis: int, dims: int, *, splits: bool) -> int | No
 
     If the view ``splits`` channels, it may also be two or three times an attribute.
     """
-    sizes: Any = op.args[1:]
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    if op.name not in ("view", "reshape") or len(sizes) != dims or op.module is None:
+    sizes = op.view_sizes
+    if len(sizes) != dims or op.module is None:
         return None
     size = sizes[result_axis]
     numbers = [value for value in op.caller.numbers.values() if type(value) is int]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -140,19 +140,15 @@ def _count_with_streams(state: PropagationState, op: Op, labels: torch.Tensor) -
 
 def _is_held(op: Op) -> bool:
     """Return whether the last size of a view is an attribute, which a cut can change."""
-    sizes: Any = op.args[1:]
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    return any(
-        type(value) is int and value in tuple(sizes[-1:]) for value in op.caller.numbers.values()
-    )
+    last = op.view_sizes[-1:]
+    return any(type(value) is int and value in last for value in op.caller.numbers.values())
 
 
 def _leaves_group_count_open(op: Op, labels: torch.Tensor) -> bool:
     """Return whether a view fixes the size of its groups and leaves their number open."""
     axes = label_axes(labels)
-    sizes: Any = op.args[1:]
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    if len(axes) != 2 or op.name not in ("view", "reshape") or len(sizes) != labels.dim():
+    sizes = op.view_sizes
+    if len(axes) != 2 or len(sizes) != labels.dim():
         return False
     if -1 in (sizes[axes[0]], sizes[axes[1]]):
         return bool(sizes[axes[0]] == -1)

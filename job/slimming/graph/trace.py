@@ -74,6 +74,12 @@ class Op:
         """The module whose method calls the function."""
         return self.caller.module
 
+    @property
+    def view_sizes(self) -> tuple[Any, ...]:
+        """The sizes that are passed to a view; empty for another op."""
+        sizes: Any = self.args[1:] if self.name in ("view", "reshape") else ()
+        return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument that was passed by position or by name."""
         if position < len(self.args):
