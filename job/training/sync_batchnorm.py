@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from job.distributed.collectives import total
 from job.processes import world_size
 from job.training.batch_normalisation import ROWS, normalise_batch
+from job.training.early_pooling import pool_before_activations
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -40,6 +41,8 @@ def prepare_batch_norms(
         if compiled:
             return torch.contiguous_format
         accurate_with_channels_last(network)
+    if device.type == "cpu" and not compiled:
+        pool_before_activations(network)
     return torch.channels_last
 
 
@@ -88,10 +91,10 @@ def average_running_statistics(network: nn.Module) -> None:
 def _intercepted(kind: Any, shared: bool) -> Any:
     """Return a subclass of ``kind`` that normalises by ``normalise_batch`` in train mode."""
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, pool: Any = None, **kwargs: Any) -> Any:
         if not self.training:
             return kind.forward(self, *args, **kwargs)
-        with _Interception(shared) as calls:
+        with _Interception(shared, pool) as calls:
             output = kind.forward(self, *args, **kwargs)
         if shared:
             self.synchronised = calls.answered
@@ -112,11 +115,11 @@ def unsynchronised(network: nn.Module) -> list[str]:
 
 
 class _Interception(TorchFunctionMode):
-    """While active, torch.nn.functional.batch_norm is ``_batch_norm``."""
+    """While active, torch.nn.functional.batch_norm is ``_batch_norm``, followed by ``pool``."""
 
-    def __init__(self, shared: bool) -> None:
+    def __init__(self, shared: bool, pool: nn.MaxPool2d | None) -> None:
         super().__init__()
-        self.shared, self.answered = shared, False
+        self.shared, self.pool, self.answered = shared, pool, False
 
     def __torch_function__(
         self,
@@ -128,11 +131,12 @@ class _Interception(TorchFunctionMode):
         if func is not F.batch_norm:
             return func(*args, **(kwargs or {}))
         self.answered = True
-        return _batch_norm(self.shared, *args, **(kwargs or {}))
+        return _batch_norm(self.shared, self.pool, *args, **(kwargs or {}))
 
 
 def _batch_norm(
     shared: bool,
+    pool: nn.MaxPool2d | None,
     input: torch.Tensor,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
@@ -144,17 +148,20 @@ def _batch_norm(
 ) -> torch.Tensor:
     """Apply batch_norm to this rank's possibly empty part (B, C, …) of a global batch.
 
-    If ``shared`` is false, the batch is that of this rank.
+    If ``shared`` is false, the batch is that of this rank. ``pool``, if given, is applied next.
     """
     if not training or not (shared or _inaccurate_in_torch(input)):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        output = F.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+        return _pooled(output, pool)
     if input.is_cuda:
         group = dist.group.WORLD
-        output: torch.Tensor = nn.modules._functions.SyncBatchNorm.apply(
+        output = nn.modules._functions.SyncBatchNorm.apply(
             input, weight, bias, running_mean, running_var, eps, momentum, group, world_size()
         )
-        return output
-    output, mean, variance, count = normalise_batch(input, weight, bias, eps, shared)
+        return _pooled(output, pool)
+    output, mean, variance, count = normalise_batch(input, weight, bias, eps, shared, pool)
     if count == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.shape}"
@@ -165,6 +172,10 @@ def _batch_norm(
             if buffer is not None:
                 buffer.lerp_(value.to(buffer.dtype), momentum)
     return output.contiguous() if input.is_contiguous() else output  # as torch's
+
+
+def _pooled(output: torch.Tensor, pool: nn.MaxPool2d | None) -> torch.Tensor:
+    return output if pool is None else pool.forward(output)
 
 
 def _inaccurate_in_torch(input: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from job.models.student import StudentNet
 from job.training import batch_normalisation, sync_batchnorm
-from job.training.sync_batchnorm import accurate_with_channels_last
+from job.training.sync_batchnorm import accurate_with_channels_last, prepare_batch_norms
 from support.datasets import draw_image
 from support.networks import Norms
 
@@ -128,3 +128,94 @@ def test_a_shared_norm_keeps_the_memory_format(layout: torch.memory_format) -> N
     output = norm(images)
     torch.testing.assert_close(output, expected)
     assert output.stride() == expected.stride()
+
+
+POOLS = {
+    "halves": nn.MaxPool2d(2),
+    "overlapping": nn.MaxPool2d(3, 2, 1),
+    "odd": nn.MaxPool2d((3, 2), (2, 1), ceil_mode=True),
+    "dilated": nn.MaxPool2d(2, 1, dilation=2),
+}
+
+
+def pooled_network(pool: nn.MaxPool2d, activation: nn.Module) -> nn.Sequential:
+    """A network whose BatchNorm has slopes of both signs, and one of 0."""
+    network = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), activation, pool),
+        nn.Sequential(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5, affine=False), nn.ReLU(), pool),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 3),
+    )
+    nn.init.uniform_(network[0][1].weight, -1, 1)
+    nn.init.constant_(network[0][1].weight[0:1], 0)
+    nn.init.uniform_(network[0][1].bias, -1, 3)
+    return network
+
+
+@pytest.fixture
+def pooled_by(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The pooling layers, or None, of the calls of ``normalise_batch``."""
+    pools: list[object] = []
+    real = sync_batchnorm.normalise_batch
+
+    def recorded(*given: object) -> object:
+        pools.append(given[-1])
+        return real(*given)
+
+    monkeypatch.setattr(sync_batchnorm, "normalise_batch", recorded)
+    return pools
+
+
+def prepare(network: nn.Module, *, shared: bool = False) -> nn.Module:
+    prepare_batch_norms(network, torch.device("cpu"), shared=shared, compiled=False)
+    return network.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6()], ids=str)
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_pooled_values_alone_are_normalised(
+    pool: nn.MaxPool2d,
+    activation: nn.Module,
+    shared: bool,
+    pooled_by: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    exact = pooled_network(pool, activation).double().train()
+    monkeypatch.setattr(sync_batchnorm, "world_size", lambda: 2)  # of which one is here
+    monkeypatch.setattr(batch_normalisation, "total", lambda values: values)
+    ours = prepare(copy.deepcopy(exact).float(), shared=shared)
+    for count in (5, 3):
+        images = torch.rand(count, 3, 25, 25)
+        expected = gradients(exact, images.double())
+        for name, found in gradients(ours, last(images)).items():
+            torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=1e-3, msg=name)
+        for (name, mine), theirs in zip(ours.named_buffers(), exact.buffers(), strict=True):
+            torch.testing.assert_close(
+                mine.double(), theirs.double(), rtol=1e-5, atol=1e-6, msg=name
+            )
+    assert len(pooled_by) == 4
+    assert None not in pooled_by
+    output = ours.eval()(last(images))
+    torch.testing.assert_close(output.double(), exact.eval()(images.double()), atol=1e-4, rtol=1e-4)
+    assert len(pooled_by) == 4
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_layers_that_are_watched_or_called_one_by_one_are_not_pooled_early(
+    pooled_by: list[object],
+) -> None:
+    torch.manual_seed(0)
+    network = prepare(pooled_network(nn.MaxPool2d(2), nn.ReLU()))
+    images = last(torch.rand(4, 3, 20, 20))
+    shapes: list[torch.Size] = []
+    network[0][2].register_forward_hook(lambda *given: shapes.append(given[-1].shape))
+    network[1][1].eval()  # frozen
+    network(images)
+    for layer in network[0]:  # as a U-Net's encoder takes its skip connections
+        images = layer(images)
+    assert pooled_by == [None, None]
+    assert shapes == [(4, 6, 18, 18)] * 2
