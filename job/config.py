@@ -356,7 +356,7 @@ class RunningConfig:
     )
     workers: int | None = option(
         None,
-        "Number of data loader processes.",
+        "Number of data loader processes, or of threads for cached images on a CPU.",
         at_least=0,
         default_text="depends on the number of cores",
         changes_result=False,

@@ -29,7 +29,7 @@ from job.config import PruneConfig
 from job.data.batches import AugmentedImages, UnrotatedBatch
 from job.data.device_batches import move_batches
 from job.data.layout import open_data
-from job.data.loader import build_loader, iterate_batches
+from job.data.loader import Loader, iterate_batches
 from job.data.preprocessing import Preprocessing
 from job.data.samplers import GlobalBatches
 from job.data.splits import ArraySplit
@@ -387,9 +387,9 @@ def test_batches_are_pinned_and_arrive_as_on_the_processor() -> None:
     split = ArraySplit(pixels, np.arange(70, dtype=np.int64))
     sampler = GlobalBatches(70, 16, seed=1, rank=0, world=1)
     preset = Preprocessing.of("homework", 48)
-    here = build_loader(AugmentedImages(split, preset), sampler, workers=0, pin=False)
+    here = Loader(AugmentedImages(split, preset), sampler, workers=0, pin=False)
     later = AugmentedImages(split, preset, rotate_later=True)
-    there = build_loader(later, sampler, workers=0, pin=CUDA)
+    there = Loader(later, sampler, workers=0, pin=CUDA)
     for batch in there:
         assert isinstance(batch, UnrotatedBatch)
         assert not CUDA or all(part.is_pinned() for part in batch)

@@ -1,4 +1,4 @@
-"""The DataLoader of one rank: its loader processes, and the batches that it yields."""
+"""The batches of one rank, loaded by processes or threads, or by this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader
 
 from job.console import warn
 from job.data.batches import FAILURES, IncompleteBatch
+from job.data.cache.cached_split import CachedSplit
 from job.data.device_batches import move_batches
+from job.data.loader_threads import batches_of_threads
 from job.data.splits import ArraySplit
 from job.data.task_items import TaskItems
 from job.distributed.cores import available_cores
@@ -36,27 +38,49 @@ JOB, SERVER = "_GAMMASLIM_JOB", "_GAMMASLIM_SERVER"  # ids of the processes that
 _reported: set[str] = set()  # reasons that this process has reported
 
 
-def build_loader(
-    images: AugmentedImages | PlainImages | TaskItems, sampler: Any, *, workers: int, pin: bool
-) -> DataLoader[Any]:
-    """Build a DataLoader over ``images``; arrays in memory need no loader processes."""
-    workers = 0 if isinstance(images.split, ArraySplit) else workers
-    pin = pin and not isinstance(images, TaskItems)  # pinning turns tuples into lists
-    dataset: Any = images  # a DataLoader with a batch sampler calls only __getitems__
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=_as_is,
-        num_workers=workers,
-        pin_memory=pin,
-        persistent_workers=workers > 0,
-        worker_init_fn=prepare_worker,
-        prefetch_factor=4 if workers else None,
-        multiprocessing_context=_worker_server() if workers else None,
-    )
+class Loader:
+    """The batches of one rank; ``len`` is their number in an epoch.
+
+    Images in memory are loaded by this process, and cached images by ``workers`` threads of it if
+    they stay on the CPU. Other images, and those for a GPU, whose steps are launched by this
+    process without a pause, are loaded by ``workers`` processes.
+    """
+
+    def __init__(
+        self,
+        images: AugmentedImages | PlainImages | TaskItems,
+        sampler: Any,
+        *,
+        workers: int,
+        pin: bool,
+    ) -> None:
+        workers = 0 if isinstance(images.split, ArraySplit) else workers
+        self.images, self.sampler = images, sampler
+        self.threads = 0 if pin else workers
+        dataset: Any = images  # a DataLoader with a batch sampler calls only __getitems__
+        self.processes: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=_as_is,
+            num_workers=workers,
+            pin_memory=pin and not isinstance(images, TaskItems),  # it turns tuples into lists
+            persistent_workers=workers > 0,
+            worker_init_fn=prepare_worker,
+            prefetch_factor=4 if workers else None,
+            multiprocessing_context=_worker_server() if workers else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        split = self.images.split
+        if self.threads and isinstance(split, CachedSplit) and split.cache.stored:
+            return batches_of_threads(self.images, self.sampler, self.threads)
+        return iter(self.processes)
 
 
-def iterate_batches(batches: DataLoader[Any], device: torch.device = CPU) -> Iterator[Any]:
+def iterate_batches(batches: Loader, device: torch.device = CPU) -> Iterator[Any]:
     """Yield the batches of a loader on ``device``; raise an error that a loader process returned.
 
     Each process warns once about every image that --on-bad-image skip replaces.
@@ -64,7 +88,7 @@ def iterate_batches(batches: DataLoader[Any], device: torch.device = CPU) -> Ite
     return move_batches(_checked(batches), device)
 
 
-def _checked(batches: DataLoader[Any]) -> Iterator[Any]:
+def _checked(batches: Loader) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, FAILURES):
             raise batch

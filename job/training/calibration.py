@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from job.data.loader import build_loader, iterate_batches
+from job.data.loader import Loader, iterate_batches
 from job.data.task_items import plain_items
 from job.processes import rank, world_size
 from job.slimming.calibration.batch import MAX_IMAGES, image_limit
@@ -47,7 +47,7 @@ class Calibration:
         self.most = image_limit(preprocessing.size) if most is None else most
         self.progress = progress
         self.sampler = _FirstShare(len(split), batch_size_at(preprocessing.size), seed)
-        self.loader = build_loader(
+        self.loader = Loader(
             plain_items(split, preprocessing),
             self.sampler,
             workers=workers,

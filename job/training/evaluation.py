@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from job.console import counted
 from job.data.batches import PlainImages
-from job.data.loader import build_loader, iterate_batches
+from job.data.loader import Loader, iterate_batches
 from job.data.samplers import RankShare
 from job.data.splits import UNLABELLED
 from job.distributed.collectives import total
@@ -102,7 +102,7 @@ class Evaluator:
         self.split, self.preprocessing, self.num_classes = split, preprocessing, num_classes
         self.accelerator = accelerator
         self.batch_size = batch_size_at(preprocessing.size)
-        self.batches = build_loader(
+        self.batches = Loader(
             PlainImages(split, preprocessing, mask_unreadable=True),
             RankShare(len(split), self.batch_size, rank(), world_size()),
             workers=workers,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.data.loader import build_loader, iterate_batches
+from job.data.loader import Loader, iterate_batches
 from job.data.samplers import RankShare
 from job.data.task_items import ItemSplit, TaskItems
 from job.distributed.collectives import gather, total
@@ -40,7 +40,7 @@ class TaskEvaluator:
     ) -> None:
         self.split, self.objective, self.accelerator = split, objective, accelerator
         self.batch_size = batch_size_at(size)
-        self.batches = build_loader(
+        self.batches = Loader(
             TaskItems(split),
             RankShare(len(split), self.batch_size, rank(), world_size()),
             workers=workers,

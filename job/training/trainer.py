@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.data.loader import build_loader, iterate_batches
+from job.data.loader import Loader, iterate_batches
 from job.data.samplers import GlobalBatches
 from job.data.task_items import training_items
 from job.distributed.collectives import check_same, digest, total
@@ -80,7 +80,7 @@ class Trainer:
         )
         cuda = accelerator.device.type == "cuda"
         samples = training_items(split, preprocessing, rotate_later=cuda)
-        self.batches = build_loader(samples, self.sampler, workers=workers, pin=cuda)
+        self.batches = Loader(samples, self.sampler, workers=workers, pin=cuda)
 
     @property
     def steps(self) -> int:

@@ -16,7 +16,7 @@ from job.data.batches import AugmentedImages
 from job.data.image_check import check_images
 from job.data.images import load_rgb
 from job.data.layout import open_data
-from job.data.loader import build_loader, iterate_batches
+from job.data.loader import Loader, iterate_batches
 from job.data.preprocessing import Preprocessing
 from job.data.samplers import GlobalBatches
 from job.errors import DataError
@@ -43,7 +43,7 @@ def stream(root: Path, on_bad_image: str, world: int = 1, workers: int = 0) -> l
     shares: list[list[torch.Tensor]] = [[] for _ in range(world)]
     for rank in range(world):
         sampler = GlobalBatches(15, 6, 0, rank, world)
-        batches = build_loader(images, sampler, workers=workers, pin=False)
+        batches = Loader(images, sampler, workers=workers, pin=False)
         for epoch in range(2):
             sampler.set_epoch(0, epoch)
             shares[rank] += [batch.clone() for batch, _ in iterate_batches(batches)]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from job.data.batches import AugmentedImages, Batch, IncompleteBatch, UnrotatedBatch
 from job.data.device_batches import move_batches
-from job.data.loader import build_loader, iterate_batches
+from job.data.loader import Loader, iterate_batches
 from job.data.preprocessing import Preprocessing, _per_channel
 from job.data.rotation import rotate_batch, rotation_coefficients
 from job.data.sample_order import epoch_table
@@ -53,7 +53,7 @@ def test_training_images_are_the_same_wherever_they_are_rotated(preset: str, siz
         images = AugmentedImages(split, preprocessing, rotate_later=later)
         found = images.__getitems__(epoch_table(9, 3, 0, 0).rows(range(2)))
         assert isinstance(found, UnrotatedBatch) == (later and preset == "homework")
-        loader = build_loader(images, sampler, workers=0, pin=False)
+        loader = Loader(images, sampler, workers=0, pin=False)
         batches.append(list(iterate_batches(loader)))
     for (here, labels), (there, others) in zip(*batches, strict=True):
         assert torch.equal(here, there)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,10 @@ from job.data.cache.sharing import share_cache
 from job.data.cache.store import StoredImages
 from job.data.image_check import check_images
 from job.data.layout import open_data
+from job.data.loader import Loader, iterate_batches
 from job.data.preprocessing import Preprocessing
 from job.data.sample_order import epoch_table
+from job.data.samplers import GlobalBatches
 from job.data.splits import ArraySplit
 from job.distributed.stop import Watch
 from job.errors import GammaslimError, OutputError, StorageError
@@ -120,6 +125,42 @@ def test_batches_are_the_same_with_and_without_a_cache(
     for plain, fast in pairs:
         assert torch.equal(plain[0], fast[0])  # type: ignore[index]
         assert torch.equal(plain[1], fast[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_load_cached_images_for_a_cpu(tmp_path: Path, threads: int) -> None:
+    images = image_set(write_images(tmp_path / "data", SIZES * 5))
+    split = cached(images, None)
+    preprocessing, sampler = Preprocessing.of("homework", 48), GlobalBatches(30, 4, 0, 0, 1)
+    expected = list(Loader(AugmentedImages(split, preprocessing), sampler, workers=0, pin=False))
+    loader = Loader(AugmentedImages(split, preprocessing), sampler, workers=threads, pin=False)
+    split.cache.stored = fill(images, tmp_path)  # after the loader was built, as in a job
+    for _ in range(2):
+        for batch, same in zip(iterate_batches(loader), expected, strict=True):
+            assert torch.equal(batch[0], same[0])
+            assert torch.equal(batch[1], same[1])
+    assert multiprocessing.active_children() == []
+    first = next(iter(iterate_batches(loader)))  # and no more: a trial step, or a request to stop
+    assert torch.equal(first[0], expected[0][0])
+    gc.collect()
+    assert [t.name for t in threading.enumerate() if "loader" in t.name] == []
+
+
+def test_a_cached_image_that_cannot_be_read_ends_the_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = image_set(write_images(tmp_path / "data"))
+    split = cached(images, fill(images, tmp_path))
+    loader = Loader(
+        PlainImages(split, Preprocessing.of("imagenet", 32)), [[0, 1], [2]], workers=1, pin=False
+    )
+
+    def fails(*_: object) -> object:
+        raise StorageError("read error")
+
+    monkeypatch.setattr(StoredImages, "pixels", fails)
+    with pytest.raises(StorageError, match="read error"):
+        list(iterate_batches(loader))
 
 
 @pytest.mark.parametrize("size", [(20, 20), (60, 33), (32, 32)])

@@ -22,13 +22,13 @@ import sys
 from multiprocessing.util import get_temp_dir
 from job.data.batches import PlainImages
 from job.data.layout import open_data
-from job.data.loader import build_loader, iterate_batches
+from job.data.loader import Loader, iterate_batches
 from job.data.preprocessing import Preprocessing
 from job.data.samplers import RankShare
 from job.distributed.collectives import leave
 if __name__ == "__main__":
     images = PlainImages(open_data(sys.argv[1]).splits["training"], Preprocessing.of("small", 32))
-    batches = build_loader(images, RankShare(12, 4, 0, 1), workers=2, pin=False)
+    batches = Loader(images, RankShare(12, 4, 0, 1), workers=2, pin=False)
     print(sum(len(labels) for _, labels in iterate_batches(batches)), flush=True)
     print(get_temp_dir(), flush=True)
     leave()  # as the job does: its loader processes ignore signals

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as F
 
 from job.data.batches import AugmentedImages, PlainImages
 from job.data.layout import open_data
-from job.data.loader import build_loader, iterate_batches, report_uncaught
+from job.data.loader import Loader, iterate_batches, report_uncaught
 from job.data.preprocessing import Preprocessing
 from job.data.sample_order import Draw, epoch_table
 from job.data.samplers import GlobalBatches, RankShare
@@ -68,7 +68,7 @@ def test_the_same_images_come_with_any_number_of_workers(tmp_path: Path) -> None
     runs = []
     for workers in (0, 1, 2):
         sampler = GlobalBatches(15, 4, seed=0, rank=0, world=1)
-        batches = iterate_batches(build_loader(images, sampler, workers=workers, pin=False))
+        batches = iterate_batches(Loader(images, sampler, workers=workers, pin=False))
         runs.append([(images.clone(), labels.clone()) for images, labels in batches])
     for other in runs[1:]:
         for (images, labels), (same_images, same_labels) in zip(runs[0], other, strict=True):
