@@ -160,6 +160,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ValueError("its values have neither 8 nor 16 bits: the value of white is unknown")
+    if image.format == "JPEG" and (orientation, image.mode) == (1, "RGB"):
+        return image  # most images are not copied once more
     upright = image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
     if not (upright.mode.startswith("I") or upright.has_transparency_data):
         return upright.convert("RGB")
