@@ -117,8 +117,9 @@ def _pool(
         return _rows(values), _rows(places), places.shape
     _, places = F.max_pool2d_with_indices(x * slope.sign()[:, None, None], *window)
     chosen = _rows(places)
-    images = _rows(x).view(*x.shape[:1], x[0, 0].numel(), -1)
-    values = images.gather(1, chosen.view(len(x), -1, len(slope)))
+    size, channels, *sides = x.shape
+    images = _rows(x).view(size, math.prod(sides), channels)
+    values = images.gather(1, chosen.view(size, math.prod(places.shape[2:]), channels))
     return values.view(chosen.shape), chosen, places.shape
 
 

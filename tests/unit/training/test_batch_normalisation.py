@@ -204,6 +204,35 @@ def test_pooled_values_alone_are_normalised(
     assert len(pooled_by) == 4
 
 
+@pytest.mark.parametrize("least", [0.5, -1])
+def test_a_rank_without_images_pools_nothing(least: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_normalisation, "total", lambda values: values + 8)  # of other ranks
+    images = torch.zeros(0, 4, 8, 6, requires_grad=True)
+    slopes = torch.linspace(least, 1, 4, requires_grad=True)
+    output, *_ = batch_normalisation.normalise_batch(
+        images, slopes, torch.zeros(4), 1e-5, True, nn.MaxPool2d(2)
+    )
+    assert output.shape == (0, 4, 4, 3)
+    output.sum().backward()
+    assert images.grad is not None
+    assert images.grad.shape == images.shape
+    assert slopes.grad is not None
+    assert not slopes.grad.any()
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_pooled_bfloat16_is_normalised_in_float32(pooled_by: list[object]) -> None:
+    torch.manual_seed(0)
+    network = prepare(pooled_network(nn.MaxPool2d(2), nn.ReLU()))
+    exact = copy.deepcopy(network).double()[0]
+    images = last(torch.rand(4, 3, 20, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network[0](images)
+    assert output.dtype == torch.bfloat16
+    assert pooled_by[0] is network[0][3]
+    torch.testing.assert_close(output.double(), exact(last(images.double())), atol=0.1, rtol=0.02)
+
+
 @pytest.mark.usefixtures("few_rows")
 def test_layers_that_are_watched_or_called_one_by_one_are_not_pooled_early(
     pooled_by: list[object],
