@@ -35,6 +35,15 @@ def last(images: torch.Tensor) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
+def compare_a_step(ours: nn.Module, exact: nn.Module, images: torch.Tensor) -> None:
+    """Compare the gradients and the buffers with those of ``exact``, in float64."""
+    expected = gradients(exact, images.double())
+    for name, found in gradients(ours, last(images)).items():
+        torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=1e-3, msg=name)
+    for (name, mine), theirs in zip(ours.named_buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=1e-6, msg=name)
+
+
 @pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("size", [9, 14, 25])
 def test_every_kind_trains_as_in_float64(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,13 +60,7 @@ def test_every_kind_trains_as_in_float64(size: int, monkeypatch: pytest.MonkeyPa
     )
     for count in (5, 3):
         images = torch.rand(count, 3, size, size)
-        expected = gradients(exact, images.double())
-        for name, found in gradients(ours, last(images)).items():
-            torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=1e-3, msg=name)
-        for (name, mine), theirs in zip(ours.named_buffers(), exact.buffers(), strict=True):
-            torch.testing.assert_close(
-                mine.double(), theirs.double(), rtol=1e-5, atol=1e-6, msg=name
-            )
+        compare_a_step(ours, exact, images)
     assert len(calls) == 2 * 6  # BatchNorm1d and 3d are torch's own
     frozen = ours.eval()(last(images))
     torch.testing.assert_close(frozen.double(), exact.eval()(images.double()), atol=1e-4, rtol=1e-4)
@@ -190,13 +193,7 @@ def test_pooled_values_alone_are_normalised(
     ours = prepare(copy.deepcopy(exact).float(), shared=shared)
     for count in (5, 3):
         images = torch.rand(count, 3, 25, 25)
-        expected = gradients(exact, images.double())
-        for name, found in gradients(ours, last(images)).items():
-            torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=1e-3, msg=name)
-        for (name, mine), theirs in zip(ours.named_buffers(), exact.buffers(), strict=True):
-            torch.testing.assert_close(
-                mine.double(), theirs.double(), rtol=1e-5, atol=1e-6, msg=name
-            )
+        compare_a_step(ours, exact, images)
     assert len(pooled_by) == 4
     assert None not in pooled_by
     output = ours.eval()(last(images))
