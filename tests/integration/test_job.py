@@ -268,7 +268,7 @@ def test_a_bug_ends_the_process_in_spite_of_loader_workers(tmp_path: Path) -> No
     began = time.monotonic()
     done = run(
         sys.executable, "-c", script, "prune", "--data", data, "--wandb", "off", "--workers", 2,
-        "--output", tmp_path / "run",
+        "--cache", "off", "--output", tmp_path / "run",
     )  # fmt: skip
     assert done.code == 1, done
     assert "a bug" in done.err

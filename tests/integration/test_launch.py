@@ -152,7 +152,7 @@ def test_loader_processes_outlive_a_request_but_not_the_job(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     data = write_flat(tmp_path / "data", {"training": 12, "validation": 6})
-    args = (*long_run(data, tmp_path / "run"), "--workers", 2)
+    args = (*long_run(data, tmp_path / "run"), "--workers", 2, "--cache", "off")
     with running(tmp_path / "run", *LAUNCH, *args) as job:
         job.wait_until_it_trains()
         processes = loaders(job)

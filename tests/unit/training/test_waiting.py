@@ -76,7 +76,7 @@ def test_evaluation_does_not_wait(tmp_path: Path, lenient: bool) -> None:
     object.__setattr__(evaluator.split, "__class__", _kind(type(evaluator.split), lenient))
     calls = []
     for size in (30, 3):
-        evaluator.batches.batch_sampler.batch_size = size  # type: ignore[union-attr]
+        evaluator.batches.sampler.batch_size = size
         with Waits() as waits:
             evaluator(network())
         calls.append(waits.calls)
