@@ -151,16 +151,16 @@ def _batch_norm(
     If ``shared`` is false, the batch is that of this rank. ``pool``, if given, is applied next.
     """
     if not training or not (shared or _inaccurate_in_torch(input)):
-        output = F.batch_norm(
+        plain = F.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
-        return _pooled(output, pool)
-    if input.is_cuda:
+        return plain if pool is None else pool.forward(plain)
+    if input.is_cuda:  # without ``pool``, which is of networks on a CPU
         group = dist.group.WORLD
-        output = nn.modules._functions.SyncBatchNorm.apply(
+        output: torch.Tensor = nn.modules._functions.SyncBatchNorm.apply(
             input, weight, bias, running_mean, running_var, eps, momentum, group, world_size()
         )
-        return _pooled(output, pool)
+        return output
     output, mean, variance, count = normalise_batch(input, weight, bias, eps, shared, pool)
     if count == 1:
         raise ValueError(
@@ -172,10 +172,6 @@ def _batch_norm(
             if buffer is not None:
                 buffer.lerp_(value.to(buffer.dtype), momentum)
     return output.contiguous() if input.is_contiguous() else output  # as torch's
-
-
-def _pooled(output: torch.Tensor, pool: nn.MaxPool2d | None) -> torch.Tensor:
-    return output if pool is None else pool.forward(output)
 
 
 def _inaccurate_in_torch(input: torch.Tensor) -> bool:
