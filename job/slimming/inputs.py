@@ -100,7 +100,10 @@ def tensors_in(value: Any, within: tuple[int, ...] = ()) -> Iterator[torch.Tenso
         yield value
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from tensors_in(part, within)
+            if isinstance(part, torch.Tensor):
+                yield part
+            elif type(part) not in WITHOUT_TENSORS:
+                yield from tensors_in(part, within)
     elif isinstance(value, Mapping):
         for part in value.values():
             yield from tensors_in(part, within)

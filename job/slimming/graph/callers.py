@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import traceback
 from pathlib import Path
@@ -90,6 +91,11 @@ def line_of_error(error: BaseException) -> str:
     return line
 
 
+@functools.lru_cache(maxsize=4096)
+def _file_name(path: str) -> str:
+    return Path(path).name
+
+
 def line_of_network() -> str:
     """Return ``file:line`` of the innermost frame outside torch; empty if only torch code runs."""
     frame: FrameType | None = sys._getframe(2)
@@ -97,4 +103,4 @@ def line_of_network() -> str:
         frame = frame.f_back
     if frame is None or frame.f_code.co_filename.startswith(OWN):
         return ""
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return f"{_file_name(frame.f_code.co_filename)}:{frame.f_lineno}"

@@ -32,7 +32,7 @@ from job.slimming.graph.reasons import (
 )
 from job.slimming.graph.same_ops import same_ops
 from job.slimming.graph.selection import batchnorms, unwrap_selection
-from job.slimming.graph.snapshot import preserve_state
+from job.slimming.graph.snapshot import Snapshot
 from job.slimming.graph.ties import tie_beside, tie_overlapping
 from job.slimming.graph.trace import trace_with_snapshot
 from job.slimming.graph.trace_summary import summarise_trace
@@ -56,10 +56,10 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
     ``ignore`` names layers, or modules that contain them, whose inputs and outputs are not cut.
     Raises whatever the network's forward pass raises.
     """
-    with preserve_state(network, values=False) as snapshot:
-        traces = [trace_with_snapshot(network, example, snapshot, training=False)]
-        with suppress(Exception):  # e.g. images that are too small for an auxiliary head
-            traces.append(trace_with_snapshot(network, example, snapshot, training=True))
+    snapshot = Snapshot(network)
+    traces = [trace_with_snapshot(network, example, snapshot, training=False)]
+    with suppress(Exception):  # e.g. images that are too small for an auxiliary head
+        traces.append(trace_with_snapshot(network, example, snapshot, training=True))
     main, custom = traces[0], any(trace.custom_autograd for trace in traces)
     unused = _unused_layers(network, main)
     auxiliary = bool(unused) and len(traces) == 1

@@ -28,7 +28,24 @@ def owner_of(name: str) -> str:
 
 def modules_of(network: nn.Module, *, once: bool = False) -> dict[str, nn.Module]:
     """Return all modules by name; shared ones under all names, or if ``once`` under the first."""
-    return dict(network.named_modules(remove_duplicate=once))
+    found: dict[str, nn.Module] = {}
+    _add_modules("", network, found, set() if once else None)
+    return found
+
+
+def _add_modules(
+    name: str, module: nn.Module, found: dict[str, nn.Module], seen: set[int] | None
+) -> None:
+    """Add a module and those within it, as ``named_modules`` does, whose generators are slow."""
+    if seen is not None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+    found[name] = module
+    prefix = f"{name}." if name else ""
+    for key, child in module._modules.items():
+        if child is not None:
+            _add_modules(prefix + key, child, found, seen)
 
 
 def tensors_of(

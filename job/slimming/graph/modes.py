@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import no_grad
 
+from job.slimming.graph.layers import modules_of
 from job.slimming.graph.snapshot import preserve_state
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @contextmanager
 def training_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
     """Put every module in train mode or eval mode within the context."""
-    changed = [module for module in network.modules() if module.training != training]
+    changed = [m for m in modules_of(network, once=True).values() if m.training != training]
     for module in changed:
         module.training = training
     try:

@@ -2,8 +2,9 @@
 
 On this device torch infers shapes through decompositions in Python. These rules replace them for
 the ops of common networks, which saves 0.3 s of the analysis and verification of ResNet-50, 0.9 s
-for DenseNet-121, and 0.4 s for ViT-Ti. A rule returns None for arguments that it leaves to torch,
-including invalid ones.
+for DenseNet-121, and 0.4 s for ViT-Ti; the mean of a squeeze-and-excitation takes torch 0.15 ms, a
+GroupNorm 0.7 ms, a product with a number 0.1 ms. A rule returns None for arguments that it leaves
+to torch, including invalid ones.
 """
 
 from __future__ import annotations
@@ -34,28 +35,34 @@ def _empty(shape: Any, like: torch.Tensor) -> torch.Tensor:
 
 def _same_shape(image: Any = None, *_: Any, inplace: bool = False, **__: Any) -> Any:
     """Return the result of an op that keeps the shape and dtype of its first argument."""
-    if not _is_meta(image):
+    if not _is_meta(image) or not image.is_floating_point():
         return None
-    return image if inplace else _empty(image.shape, image)
+    return image if inplace else torch.empty_like(image)
 
 
 def _broadcast(first: Any = None, *others: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Return the sum or product of two activations of the same dtype."""
-    if not _is_meta(first) or len(others) != 1 or kwargs or not _is_meta(others[0]):
+    """Return the sum or product of an activation and a number, or another one of its dtype."""
+    if not _is_meta(first) or len(others) != 1 or kwargs or not first.is_floating_point():
         return None
     other = others[0]
-    sizes = list(zip(first.shape, other.shape, strict=False))
-    if other.dtype != first.dtype or first.dim() != other.dim():
+    if type(other) in (int, float):
+        return torch.empty_like(first)
+    if not _is_meta(other) or other.dtype != first.dtype or not other.dim():
         return None
+    if first.shape == other.shape:
+        return torch.empty_like(first)
+    longer, shorter = sorted((first.shape, other.shape), key=len, reverse=True)
+    offset = len(longer) - len(shorter)
+    sizes = list(zip(longer[offset:], shorter, strict=True))
     if any(m != n and 1 not in (m, n) for m, n in sizes):
         return None
-    return _empty([max(both) for both in sizes], first)
+    return _empty([*longer[:offset], *(n if m == 1 else m for m, n in sizes)], first)
 
 
 def _in_place(first: Any = None, *others: Any, **kwargs: Any) -> Any:
     """Return the first operand of a sum or product in place."""
     result = _broadcast(first, *others, **kwargs)
-    return first if result is not None and first.shape == others[0].shape else None
+    return first if result is not None and first.shape == result.shape else None
 
 
 def _cat(tensors: Any = None, dim: Any = 0, **kwargs: Any) -> torch.Tensor | None:
@@ -134,6 +141,63 @@ def _layer_norm(
     return _empty(image.shape, image) if fits else None
 
 
+def _group_norm(
+    image: Any = None,
+    num_groups: Any = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 0.0,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Return the result of a GroupNorm of images (B, C, …), which keeps the shape."""
+    if kwargs or not _is_meta(image) or image.dim() < 3 or type(num_groups) is not int:
+        return None
+    if num_groups < 1 or image.shape[1] % num_groups:
+        return None
+    fits = _fits(weight, image, image.shape[1:2]) and _fits(bias, image, image.shape[1:2])
+    return _empty(image.shape, image) if fits else None
+
+
+def _prelu(image: Any = None, weight: Any = None) -> torch.Tensor | None:
+    """Return the result of a PReLU of images (B, C, …), which keeps the shape."""
+    if not (_is_meta(image) and _is_meta(weight) and image.dim() > 1):
+        return None
+    fits = len(weight) in (1, image.shape[1]) if weight.dim() == 1 else False
+    return torch.empty_like(image) if fits and weight.dtype == image.dtype else None
+
+
+def _dropout(
+    image: Any = None, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor | None:
+    """Return the result of a dropout that takes place; torch returns ``image`` itself elsewhere."""
+    return _same_shape(image, inplace=inplace) if training and 0 < p < 1 else None
+
+
+def _mean(image: Any = None, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """Return the mean over given axes."""
+    axes = (dim,) if type(dim) is int else dim
+    if kwargs or not _is_meta(image) or not image.is_floating_point():
+        return None
+    if type(axes) not in (tuple, list) or not axes or any(type(axis) is not int for axis in axes):
+        return None
+    count = image.dim()
+    if any(axis not in range(-count, count) for axis in axes):
+        return None
+    over = {axis % count for axis in axes}
+    if len(over) != len(axes):
+        return None
+    sizes = [1 if axis in over else size for axis, size in enumerate(image.shape)]
+    left = sizes if keepdim else [size for axis, size in enumerate(sizes) if axis not in over]
+    return _empty(left, image)
+
+
+def _adaptive_pool2d(image: Any = None, output_size: Any = None) -> torch.Tensor | None:
+    """Return the result (B, C, 1, 1) of pooling images to one place."""
+    if not _is_meta(image) or image.dim() != 4 or output_size not in (1, (1, 1), [1, 1]):
+        return None
+    return _empty((*image.shape[:2], 1, 1), image) if image.is_floating_point() else None
+
+
 def _attention(
     queries: Any = None, keys: Any = None, values: Any = None, *args: Any, **kwargs: Any
 ) -> torch.Tensor | None:
@@ -180,12 +244,18 @@ def _fits(parameter: torch.Tensor | None, image: torch.Tensor, shape: torch.Size
 SHAPE_RULES: dict[str, Callable[..., torch.Tensor | None]] = {
     **dict.fromkeys("batch_norm relu relu6 hardtanh silu gelu hardswish".split(), _same_shape),
     **dict.fromkeys("hardsigmoid sigmoid tanh leaky_relu elu".split(), _same_shape),
-    **dict.fromkeys("add __add__ mul __mul__".split(), _broadcast),
-    **dict.fromkeys("add_ __iadd__ mul_ __imul__".split(), _in_place),
+    **dict.fromkeys("add __add__ __radd__ mul __mul__ __rmul__".split(), _broadcast),
+    **dict.fromkeys("sub __sub__ __rsub__ rsub div __truediv__ __rtruediv__".split(), _broadcast),
+    **dict.fromkeys("add_ __iadd__ mul_ __imul__ sub_ __isub__".split(), _in_place),
+    "adaptive_avg_pool2d": _adaptive_pool2d,
     "cat": _cat,
     "conv2d": _conv2d,
+    "dropout": _dropout,
+    "group_norm": _group_norm,
     "interpolate": _interpolate,
     "linear": _linear,
     "layer_norm": _layer_norm,
+    "mean": _mean,
+    "prelu": _prelu,
     "scaled_dot_product_attention": _attention,
 }

@@ -102,8 +102,10 @@ class Snapshot:
             if not isinstance(saved, SavedContainer):
                 continue
             store, before = saved
-            if type(before) is dict and has_plain_items(store):
-                yield from ((store, k, v) for k, v in before.items() if isinstance(v, torch.Tensor))
+            if type(before) is dict and (type(store) is dict or has_plain_items(store)):
+                for key, value in before.items():
+                    if type(value) not in ATOMS and isinstance(value, torch.Tensor):
+                        yield store, key, value
             elif type(store) is list:
                 yield from ((store, k, v) for k, v in enumerate(before) if type(v) is torch.Tensor)
 
@@ -140,8 +142,12 @@ class Snapshot:
                 self._saved.append(saved := SavedContainer.of(value))
                 before = saved.before
                 if len(before) < MAX_PARTS:
-                    parts = before.values() if isinstance(before, dict) else before
-                    waiting += [part for part in parts if type(part) not in ATOMS]
+                    for part in before.values() if isinstance(before, dict) else before:
+                        kind = type(part)
+                        if kind in DICTS and not part:  # most are, of the attributes of a module
+                            self._empty.append(part)
+                        elif kind not in ATOMS:
+                            waiting.append(part)
             elif isinstance(value, (tuple, frozenset)):
                 waiting += value if len(value) < MAX_PARTS else ()
             elif isinstance(value, nn.Module):

@@ -21,7 +21,7 @@ from job.slimming.graph.layers import constants_of, tensors_of
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.saved_state import memory_layout
 from job.slimming.graph.shape_inference import infer_result
-from job.slimming.graph.snapshot import preserve_state
+from job.slimming.graph.snapshot import Snapshot
 from job.slimming.graph.traced_copies import batch_on, copy_tensors, replaced
 from job.slimming.inputs import (
     call_network,
@@ -33,7 +33,6 @@ from job.slimming.inputs import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from job.slimming.graph.snapshot import Snapshot
     from job.slimming.inputs import Example
 
 SIZE_QUERIES = frozenset({"size", "numel", "nelement"})
@@ -136,14 +135,13 @@ def trace_network(network: nn.Module, example: Example, *, training: bool = Fals
     The pass is on the ``meta`` device, or on the device of the network if that fails. Exceptions of
     the forward pass are not caught.
     """
-    with preserve_state(network, values=False) as snapshot:
-        return trace_with_snapshot(network, example, snapshot, training=training)
+    return trace_with_snapshot(network, example, Snapshot(network), training=training)
 
 
 def trace_with_snapshot(
     network: nn.Module, example: Example, snapshot: Snapshot, *, training: bool
 ) -> Trace:
-    """Trace like ``trace_network``, with a ``snapshot`` that several traces share."""
+    """Trace like ``trace_network``, with a ``snapshot`` that several traces share and restore."""
     try:
         return trace_on(network, example, "meta", snapshot, training=training)
     except Exception:  # meta tensors have no values, and some networks read values
@@ -252,16 +250,16 @@ def trace_on(
 
     Tensors that are not stored in attributes cannot be replaced; their values are restored.
     """
-    batch = batch_on(network, example, device, BATCH)
     places = snapshot.tensor_places
-    copies = copy_tensors(network, places, device)
-    named = [*((name, t) for name, *_, t in tensors_of(network)), *constants_of(network)]
-    names = {id(copies.get(id(tensor), tensor)): name for name, tensor in reversed(named)}
-    others = [tensor for tensor in snapshot.tensors if id(tensor) not in copies]
-    if device is None:
-        snapshot.keep_values(t for t in others if not isinstance(t, nn.Parameter))
     tracer, new = _Tracer(), list[torch.Tensor]()
     try:
+        batch = batch_on(network, example, device, BATCH)
+        copies = copy_tensors(network, places, device)
+        named = [*((name, t) for name, *_, t in tensors_of(network)), *constants_of(network)]
+        names = {id(copies.get(id(tensor), tensor)): name for name, tensor in reversed(named)}
+        others = [tensor for tensor in snapshot.tensors if id(tensor) not in copies]
+        if device is None:
+            snapshot.keep_values(t for t in others if not isinstance(t, nn.Parameter))
         mode, scripted = training_mode(network, training=training), scripted_functions_in_python()
         hidden = autograd_calls()
         with replaced(places, copies), mode, torch.no_grad(), scripted, hidden as calls, tracer:

@@ -56,6 +56,7 @@ def clone_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 class _Cloner:
     def __init__(self, root: nn.Module, memo: dict[int, Any]) -> None:
         self.root, self.memo = root, memo
+        self.plain: set[Any] = set()  # classes whose objects are copied attribute by attribute
 
     def clone(self, value: Value) -> Value:
         """Copy any value, or return its copy in the memo."""
@@ -67,11 +68,14 @@ class _Cloner:
             return copied  # type: ignore[no-any-return]
         if kind in BY_TYPE:
             copied = BY_TYPE[kind](self, value)
+        elif kind in self.plain:
+            copied = self.clone_object(value)
         elif isinstance(value, torch.Tensor):
             copied = self.clone_tensor(value)
         elif isinstance(value, SHARED):
             return value
         elif _copies_plainly(kind):
+            self.plain.add(kind)
             copied = self.clone_object(value)
         else:
             copied = copy.deepcopy(value, self.memo)
