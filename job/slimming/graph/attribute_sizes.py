@@ -141,7 +141,9 @@ def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Ite
     else:
         sizes = op.view_sizes
         if len(sizes) == after[0].dim():
-            for axis in _cut_axes(after[0]):
+            features = before.dim() == 2  # (B, F), which become maps if they are along 3 axes
+            axes = label_axes(after[0])
+            for axis in axes[:1] if features and len(axes) > 2 else _cut_axes(after[0]):
                 yield sizes[axis], _along(after[0], axis)
 
 

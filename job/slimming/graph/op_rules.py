@@ -107,6 +107,8 @@ def along_axes(state: PropagationState, op: Op, *, dim_at: int = 1) -> None:
     if op.name == "softmax" and weight_columns(state, op):
         return None
     labels, axes = state.labels_of(image), _axes_of(op, dim_at)
+    if axes is None and not op.results[0].dim():
+        axes = set(range(image.dim()))
     if labels is None or axes is None or others:
         return state.give_up(op, ALL_AXES(op.name))
     channel_axes = set(label_axes(labels))
@@ -257,7 +259,7 @@ OP_RULES: dict[str, Rule] = {
         adaptive_max_pool3d _max_pool2d
         _adaptive_max_pool2d max_pool2d_with_indices adaptive_max_pool2d_with_indices interpolate
         upsample zeros_like ones_like empty_like full_like rand_like randn_like bernoulli
-        real imag conj resolve_conj angle""",
+        normal_ uniform_ exponential_ bernoulli_ fill_ zero_ real imag conj resolve_conj angle""",
         elementwise,
     ),
     **_for_each(
@@ -266,16 +268,16 @@ OP_RULES: dict[str, Rule] = {
         minimum where lerp lerp_ copy_ addcmul addcmul_ addcdiv addcdiv_ masked_fill masked_fill_
         gt lt ge le eq ne __gt__ __lt__ __ge__ __le__ __eq__ __ne__ atan2 hypot fmax fmin copysign
         logaddexp xlogy logical_and logical_or __and__ __or__ max_unpool1d max_unpool2d
-        max_unpool3d complex polar""",
+        max_unpool3d complex polar normal""",
         pairwise,
     ),
     **_for_each(
-        "mean sum amax amin max min logsumexp std var var_mean std_mean nanmean nansum prod",
+        "mean sum amax amin max min logsumexp std var var_mean std_mean nanmean nansum prod all",
         along_axes,
     ),
     **_for_each("median cummax cummin logcumsumexp argsort sort", along_positions),
     **_for_each("topk kthvalue quantile diff", partial(along_positions, dim_at=2)),
-    **_for_each("softmax log_softmax softmin cumsum cumprod", along_axes),
+    **_for_each("softmax log_softmax softmin cumsum cumprod any _is_all_true", along_axes),
     **_for_each("norm linalg_vector_norm normalize", partial(along_axes, dim_at=2)),
     **dict.fromkeys(CONCATENATIONS, cat),
     **_for_each("view reshape flatten unflatten view_as reshape_as", reshape),
@@ -285,7 +287,7 @@ OP_RULES: dict[str, Rule] = {
         partial(rearrange, any_size=True),
     ),
     **_for_each(
-        """unbind __getitem__ narrow select expand expand_as roll channel_shuffle
+        """unbind __getitem__ narrow select expand expand_as broadcast_tensors roll channel_shuffle
         native_channel_shuffle index_select repeat_interleave pixel_unshuffle embedding""",
         rearrange,
     ),

@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 SIZE_QUERIES = frozenset({"size", "numel", "nelement"})
 NORM_OPS = frozenset("batch_norm instance_norm group_norm layer_norm rms_norm".split())
 SIZED = frozenset("split split_with_sizes narrow __getitem__ __setitem__ view reshape".split())
-SIZED |= {"layer_norm", "rms_norm", "conv1d", "conv2d", "conv3d"}
-FILLING = frozenset("zeros ones full new_zeros new_ones new_full".split())
+SIZED |= {"unflatten", "layer_norm", "rms_norm", "conv1d", "conv2d", "conv3d"}
+FILLING = frozenset(
+    "zeros ones full empty rand randn new_zeros new_ones new_full new_empty".split()
+)
 EXPANDING = frozenset("expand expand_as repeat tile broadcast_to".split())
 CALLED_BY_MODULES = NORM_OPS | SIZED | {"linear"}
 CALLED_BY_MODULES |= {"scaled_dot_product_attention", *FILLING, *EXPANDING}
@@ -75,7 +77,11 @@ class Op:
 
     @property
     def view_sizes(self) -> tuple[Any, ...]:
-        """The sizes that are passed to a view; empty for another op."""
+        """The sizes that a view is given, those of all axes for ``unflatten``; else empty."""
+        if self.name == "unflatten":
+            shape, within = self.inputs[0].shape, self.argument(2, "sizes")
+            axis = self.argument(1, "dim") % len(shape)
+            return (*shape[:axis], *within, *shape[axis + 1 :])
         sizes: Any = self.args[1:] if self.name in ("view", "reshape") else ()
         return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 

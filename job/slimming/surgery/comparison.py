@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,22 +13,17 @@ from job.slimming.graph.layers import modules_of
 from job.slimming.graph.modes import training_mode
 from job.slimming.graph.trace import trace_network
 from job.slimming.inputs import call_network, tensors_in
+from job.slimming.surgery.constant_noise import ConstantNoise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
 
-    from job.slimming.graph.trace import Op
     from job.slimming.inputs import Example
 
-DROPOUTS = frozenset(
-    """dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout dropout_
-    feature_dropout""".split()
-)
-RANDOM = frozenset(
-    """rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ normal
-    normal_ uniform_ random_ multinomial poisson exponential_ rrelu gumbel_softmax""".split()
+RANDOM = frozenset(  # without those that are replaced by constants
+    "randint randint_like randperm random_ multinomial poisson binomial geometric_ rrelu".split()
 )
 
 
@@ -109,20 +104,14 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _pass(network: nn.Module, noise: Example, seed: int) -> list[torch.Tensor]:
-    with training_mode(network, training=False), torch.no_grad(), torch.random.fork_rng():
+    eval_mode = training_mode(network, training=False)
+    with eval_mode, torch.no_grad(), torch.random.fork_rng(), ConstantNoise():
         torch.manual_seed(seed)
         return [tensor.clone() for tensor in tensors_in(call_network(network, noise))]
 
 
 def _culprit(network: nn.Module, noise: Example) -> str:
-    ops = trace_network(network, noise).ops
-    if any(op.name in DROPOUTS and _drops(op) for op in ops):
-        return "dropout is always on; pass training=self.training to it for the cut"
-    names = sorted({op.name for op in ops if op.name in RANDOM})
+    names = sorted({op.name for op in trace_network(network, noise).ops} & RANDOM)
     if names:
         return f"its forward pass calls {', '.join(names)}; turn that off for the cut"
     return "its forward pass keeps a state, or uses random numbers; turn that off for the cut"
-
-
-def _drops(op: Op) -> Any:
-    return op.argument(2, "training", op.argument(2, "train", True))

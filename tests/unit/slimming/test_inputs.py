@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import job
 from job.errors import DataError, GammaslimError, UsageError
@@ -164,8 +163,7 @@ def test_differences_are_told_apart(ours: Any, theirs: Any, apart: float) -> Non
 
 
 UNSURE = {
-    "dropout is always on": lambda y: F.dropout(y, 0.5, training=True),
-    "its forward pass calls randn_like": lambda y: y + torch.randn_like(y),
+    "its forward pass calls randint": lambda y: (torch.seed(), y + torch.randint(99, (1,)))[1],
     "returns no finite number": lambda y: y * NAN,
     "returns no tensor with values": lambda _: None,
 }
