@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from job.errors import UsageError, reason
 from job.slimming.graph.grouping import channel_graph
 from job.slimming.graph.modes import eval_with_hooks
-from job.slimming.inputs import call_network, describe_inputs, repeat_first_sample
+from job.slimming.inputs import call_network, describe_inputs, repeat_first_sample, tensors_in
 from job.slimming.surgery.trial_cuts import drop_wrong_suspects, suspects_pass
 
 if TYPE_CHECKING:
@@ -32,9 +32,16 @@ def analyse(
     try:
         graph = channel_graph(network, example, ignore)
     except Exception as error:  # user code may raise anything
-        batch = "a batch of two " if _runs_on_one_sample(network, example) else ""
+        batch, hint = "", ""
+        if _runs_on_one_sample(network, example):
+            batch = "a batch of two "
+            if any(t.dim() and t.numel() == 1 for t in tensors_in(example)):
+                hint = (
+                    "; a tensor with a single number is not repeated for the second sample: give "
+                    "an example of two samples"
+                )
         raise UsageError(
-            f"the network does not run on {batch}{describe_inputs(example)}: {reason(error)}"
+            f"the network does not run on {batch}{describe_inputs(example)}: {reason(error)}{hint}"
         ) from error
     return try_suspects(network, graph, example) if trials else graph
 

@@ -258,7 +258,7 @@ OP_RULES: dict[str, Rule] = {
         adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
         adaptive_max_pool3d _max_pool2d
         _adaptive_max_pool2d max_pool2d_with_indices adaptive_max_pool2d_with_indices interpolate
-        upsample zeros_like ones_like empty_like full_like rand_like randn_like bernoulli
+        upsample zeros_like ones_like empty_like full_like rand_like randn_like bernoulli as_tensor
         normal_ uniform_ exponential_ bernoulli_ fill_ zero_ real imag conj resolve_conj angle""",
         elementwise,
     ),

@@ -175,6 +175,18 @@ def test_a_network_that_cannot_be_compared_is_told_why(message: str) -> None:
         job.slim(network(lambda: Trunk(UNSURE[message])), IMAGE)
 
 
+def test_a_single_number_for_each_sample_needs_an_example_of_two() -> None:
+    class Masked(Trunk):
+        def forward(self, images: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.logits(images), lengths[:, None]], 1)
+
+    wide = network(Masked)
+    with pytest.raises(UsageError, match="give an example of two samples"):
+        job.slim(wide, (IMAGE[:1], torch.tensor([5])))
+    narrow, _ = job.slim(wide, (IMAGE[:1].expand(2, -1, -1, -1), torch.tensor([5, 4])))
+    assert narrow.get_submodule("one.0").out_channels < 8
+
+
 def test_taylor_takes_the_logits_among_the_outputs() -> None:
     wide = network(lambda: Trunk(lambda y: {"boxes": y[:, 0], "logits": y}))
     images = torch.rand(4, 3, 16, 16)
