@@ -58,7 +58,7 @@ def _normal(mean: Any = 0.0, std: Any = 1.0, *_: Any, **__: Any) -> Any:
 def _gumbel_softmax(
     logits: torch.Tensor, tau: float = 1, hard: bool = False, eps: float = 0.0, dim: int = -1
 ) -> torch.Tensor:
-    soft = (logits / tau).softmax(dim)
+    soft = torch.special.softmax(logits / tau, dim)  # not counted as a softmax of the network
     highest = soft.argmax(dim, keepdim=True)
     return torch.zeros_like(soft).scatter_(dim, highest, 1.0) if hard else soft
 
