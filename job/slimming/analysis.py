@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.inputs import Example
 
+NOT_REPEATED = (
+    "; a tensor with a single number is not repeated for the second sample: give an example of two "
+    "samples"
+)
+
 
 def analyse(
     network: nn.Module, example: Example, ignore: Iterable[str] = (), *, trials: bool = True
@@ -32,14 +37,10 @@ def analyse(
     try:
         graph = channel_graph(network, example, ignore)
     except Exception as error:  # user code may raise anything
-        batch, hint = "", ""
-        if _runs_on_one_sample(network, example):
-            batch = "a batch of two "
-            if any(t.dim() and t.numel() == 1 for t in tensors_in(example)):
-                hint = (
-                    "; a tensor with a single number is not repeated for the second sample: give "
-                    "an example of two samples"
-                )
+        one_runs = _runs_on_one_sample(network, example)
+        batch = "a batch of two " if one_runs else ""
+        shared = one_runs and any(t.dim() and t.numel() == 1 for t in tensors_in(example))
+        hint = NOT_REPEATED if shared else ""
         raise UsageError(
             f"the network does not run on {batch}{describe_inputs(example)}: {reason(error)}{hint}"
         ) from error

@@ -87,7 +87,7 @@ def line_of_error(error: BaseException) -> str:
     line = ""
     for frame, number in traceback.walk_tb(error.__traceback__):
         if not frame.f_code.co_filename.startswith((TORCH, OWN)):
-            line = f"{Path(frame.f_code.co_filename).name}:{number}"
+            line = f"{_file_name(frame.f_code.co_filename)}:{number}"
     return line
 
 
