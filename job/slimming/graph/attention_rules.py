@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes
@@ -19,7 +18,6 @@ from job.slimming.graph.cross_covariance import (
     sum_over_columns,
     sum_over_rows,
 )
-from job.slimming.graph.layers import owner_of
 from job.slimming.graph.reasons import (
     COMPUTED_MASK,
     DIFFERENT_AXES,
@@ -31,9 +29,8 @@ from job.slimming.graph.reasons import (
     OP_COUNT,
     OTHER_HEADS,
     OVER_VALUES,
-    SEPARATE_OR_FIXED,
 )
-from job.slimming.graph.union import ChannelRead, LayerCall, Operand
+from job.slimming.graph.union import ChannelRead, Operand
 
 if TYPE_CHECKING:
     from job.slimming.graph.propagation_state import PropagationState
@@ -196,57 +193,6 @@ def unite_products(
     operand = Operand(int(op.name == "einsum"), first, last, one.numpy())
     state.add_read(op, ChannelRead(op.name, (operand,), zeroed=True))
     return True
-
-
-def multi_head_attention(state: PropagationState, op: Op) -> None:
-    """Propagate channels through nn.MultiheadAttention.
-
-    All heads together have as many channels as the inputs.
-    """
-    tensors, heads = op.args[:3], int(op.argument(4, "num_heads"))
-    weight, bias = op.argument(5, "in_proj_weight"), op.argument(6, "in_proj_bias")
-    names = [state.trace.name(t) for t in (weight, op.argument(11, "out_proj_weight"))]
-    inputs = [state.ids_along(tensor, -1) for tensor in tensors]
-    module = owner_of(names[0] or "")
-    extra = [state.trace.name(t) for t in (op.argument(7, "bias_k"), op.argument(8, "bias_v"))]
-    known = all(ids is not None and ids.any() for ids in inputs)
-    if not known or None in names or module not in state.layers:
-        return state.give_up(op, SEPARATE_OR_FIXED(op.name))
-    stream, keys, values = (ids for ids in inputs if ids is not None)
-    packed, out = f"{module}.weight", str(names[1])
-    state.union.unite(stream, keys)
-    state.union.unite(stream, values)
-    state.add_slot(packed, "in", stream)
-    for name, count in ((packed, len(weight)), (out, len(stream))):
-        if name not in state.produced:
-            state.produced[name] = state.union.produce(owner_of(name), count)
-            state.add_slot(name, "out", state.produced[name])
-    made = state.produced[packed]
-    query, key, value = made.reshape(3, -1)
-    state.union.unite(query, key)
-    for own, ids in zip(extra, (key, value), strict=True):
-        if own is not None:  # one more key or value
-            state.add_slot(own, "through", ids, axis=2)
-    split = state.heads.add(made.reshape(3 * heads, -1))
-    split.attended = True
-    split.count_with(stream, made, merged=True)
-    state.heads.scaled.append(query)
-    state.add_slot(out, "in", value)
-    operands = [Operand(5, "in_proj_weight", 0, made[:, None])]
-    operands += [] if bias is None else [Operand(6, "in_proj_bias", 0, made)]
-    state.add_read(op, ChannelRead(op.name, tuple(operands), zeroed=True))
-    state.union.suspects.append((OP_COUNT(op.name), np.concatenate([stream, made])))
-    _count_projections(state, op, str(names[0]), out)
-    state.forget(op)
-    result = op.results[0]
-    return state.set_ids(result, state.produced[out], result.dim() - 1)
-
-
-def _count_projections(state: PropagationState, op: Op, packed: str, out: str) -> None:
-    """Count the calls of the two weights of nn.MultiheadAttention, used once a token."""
-    if state.main:
-        tokens = op.results[0].numel() // op.results[0].shape[-1] // state.trace.sample_count
-        state.union.calls += [LayerCall(name, max(1, tokens)) for name in (packed, out)]
 
 
 def _unite_heads(state: PropagationState, heads: torch.Tensor, labels: torch.Tensor) -> bool:

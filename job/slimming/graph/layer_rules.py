@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from job.slimming.graph.attention_rules import multi_head_attention
 from job.slimming.graph.computed_weights import computed_from, end_computed, standardise
 from job.slimming.graph.convolution_rules import (
     computed_weight,
@@ -30,6 +29,7 @@ from job.slimming.graph.layers import (
     TRANSPOSED,
     owner_of,
 )
+from job.slimming.graph.multihead_rule import multi_head_attention
 from job.slimming.graph.norm_rules import group_norm, instance_norm, layer_norm
 from job.slimming.graph.place_rules import already_spaced
 from job.slimming.graph.reasons import (

@@ -147,7 +147,7 @@ UNKNOWN_LAYER = ReasonKind(
 NEVER_CUT = ReasonKind("{} with channels that are never cut", _CUT_BOTH)
 ADDED_TO_FIXED = ReasonKind("added to channels that are never cut", _CUT_BOTH)
 FIXED_QUERIES = ReasonKind("{} of queries or keys that are never cut", _CUT_BOTH)
-SEPARATE_OR_FIXED = ReasonKind("{} of separate weights or of inputs that are never cut", _CUT_BOTH)
+FIXED_INPUTS = ReasonKind("{} of inputs that are never cut", _CUT_BOTH)
 UNKNOWN_ORIGIN = ReasonKind("{} of a tensor of unknown origin", _CUT_BOTH)
 ONE_WITH_SEVERAL = ReasonKind(
     "{} of one channel with several",

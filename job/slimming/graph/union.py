@@ -43,12 +43,12 @@ class ChannelSlot:
 class LayerCall:
     """Call of a convolution or linear layer, to count the multiply-adds for one image.
 
-    ``places`` is the number of times that each element of the parameter ``weight`` is used.
+    ``places`` is the mean number of times that an element of the parameter ``weight`` is used.
     ``weight`` is None for a computed weight; ``places`` is then the sum over its elements.
     """
 
     weight: str | None
-    places: int
+    places: float
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class CostModel:
         self.bytes = np.zeros(len(tensors), np.int64)  # of an element, for each state-dict key
         for name in keys.values():
             self.bytes[order[name]] += tensors[name].element_size()
-        self.macs = np.zeros(len(tensors), np.int64)  # for each element of a weight
+        self.macs = np.zeros(len(tensors))  # for each element of a weight
         self.other_macs = sum(call.places for call in graph.calls if call.weight is None)
         for call in graph.calls:
             if call.weight is not None:
@@ -172,7 +172,7 @@ class CostModel:
         numel = self.numel * (counts[self.first] * counts[self.second]) // self.full
         numel *= (counts[self.through_owner] > 0) & (counts[self.folding_owner] > 0)
         if metric == "macs":
-            return int(numel @ self.macs) + self.other_macs
+            return round(float(numel @ self.macs) + self.other_macs)
         is_cut = counts[self.bias_inputs] < self.bias_below
         biases = self.bias_rows * counts[self.bias_outputs] * is_cut
         if metric == "params":

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, torch.Tensor]
 
+# of a MultiheadAttention with separate weights
+SEPARATE_SIZES = {"embed_dim": "q_proj_weight", "kdim": "k_proj_weight", "vdim": "v_proj_weight"}
+
 
 def apply_plan(network: nn.Module, layers: Layers) -> nn.Module:
     """Copy ``network`` with only the channels in ``layers``; the original is not changed.
@@ -183,6 +186,9 @@ def _set_sizes(wide: Any, memo: Mapping[int, Any]) -> None:
         if size is not None and side != "whole":
             _set_size(layer, attribute, size)
     if isinstance(layer, nn.MultiheadAttention):
+        for attribute, own in SEPARATE_SIZES.items():
+            if (weight := getattr(layer, own)) is not None:
+                setattr(layer, attribute, weight.shape[1])
         layer.head_dim = layer.embed_dim // layer.num_heads
 
 

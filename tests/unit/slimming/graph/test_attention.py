@@ -13,9 +13,6 @@ from torch.nn import functional as F
 
 import job
 from job.errors import DataError
-from job.slimming.graph.grouping import channel_graph
-from job.slimming.planning.base import Base, full_group_sizes, layer_widths
-from job.slimming.planning.cost import network_cost
 from job.slimming.planning.layer_channels import LayerChannels, compose
 from job.slimming.surgery.surgery import apply_plan
 from support.transformer import DIM, Transformer, zeroed_outputs
@@ -165,79 +162,6 @@ def test_a_plan_cuts_another_network_with_the_same_scale() -> None:
         apply_plan(network, plan.layers).parameters(), narrow.parameters(), strict=True
     ):
         assert one.equal(other)
-
-
-class TorchBlock(nn.Module):
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(DIM)
-        self.attention = nn.MultiheadAttention(DIM, HEADS, batch_first=True, **options)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm(x)
-        return x + self.attention(y, y, y, need_weights=False)[0]
-
-
-def test_multihead_attention_is_as_wide_as_its_stream() -> None:
-    network = transformer("fused")
-    network.blocks = nn.ModuleList(TorchBlock() for _ in range(2)).double()
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    narrow, plan = job.slim(
-        network, IMAGE.double(), policy="uniform", target="width=0.5", importance="l2", min_keep=0
-    )
-    assert plan.proof.error <= 1e-12
-    assert plan.after.params == sum(p.numel() for p in narrow.parameters())
-    attention = narrow.blocks[0].attention
-    assert (attention.embed_dim, attention.head_dim, attention.num_heads) == (12, 4, 3)
-    assert attention.in_proj_weight.shape == (36, 12)
-    assert attention.out_proj.weight.shape == (12, 12)
-    assert plan.layers["blocks.0.attention"].scaled[0][1:] == (12, 24)
-    narrow.train()(torch.rand(4, 3, 16, 16, dtype=torch.float64)).sum().backward()
-    images = torch.rand(64, 3, 16, 16)
-    _, plan = job.slim(
-        network.float(), IMAGE, target="channels=0.8", calibration=[images], compensate="regress"
-    )
-    assert plan.proof.error <= 1e-9
-
-
-def test_a_key_and_a_value_that_are_parameters_are_cut() -> None:
-    network = transformer("fused")
-    network.blocks = nn.ModuleList(TorchBlock(add_bias_kv=True) for _ in range(2)).double()
-    narrow, plan = job.slim(network, IMAGE.double(), policy="uniform", target="width=0.5")
-    assert {blocked.layer for blocked in plan.blocked} == {"head"}
-    assert plan.proof.error <= 1e-12
-    attention = narrow.blocks[0].attention
-    assert attention.bias_k.shape == attention.bias_v.shape == (1, 1, 12)
-    assert plan.after.params == sum(p.numel() for p in narrow.parameters())
-
-
-class OneHead(nn.Module):
-    """Attention of one head to fewer places, as in the first stage of SegFormer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.fewer = nn.Conv2d(3, DIM, 4, 4), nn.Conv2d(DIM, DIM, 2, 2)
-        self.attention = nn.MultiheadAttention(DIM, 1, batch_first=True)
-        self.head = nn.Linear(DIM, 5)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        x = self.enter(image)
-        queries, others = (each.flatten(2).mT for each in (x, self.fewer(x)))
-        x = queries + self.attention(queries, others, others, need_weights=False)[0]
-        return self.head(x.mean(1))
-
-
-def test_multihead_attention_may_have_one_head() -> None:
-    torch.manual_seed(0)
-    network = OneHead().eval()
-    base = Base(layer_widths(network), network_cost(network, 16))
-    assert base.widths["attention"] == 3 * DIM
-    narrow, plan = job.slim(network, IMAGE, policy="uniform", target="width=0.5", importance="l2")
-    assert narrow.attention.in_proj_weight.shape == (3 * DIM // 2, DIM // 2)
-    assert plan.proof.error <= 1e-12
-    sizes = full_group_sizes(narrow, channel_graph(narrow, IMAGE), base)
-    assert set(sizes.values()) == {DIM, 2 * DIM}  # the stream with the values; queries and keys
 
 
 class PositionSensitive(nn.Module):

@@ -1,0 +1,125 @@
+"""Rule of nn.MultiheadAttention.
+
+Its queries, keys and values are computed by one packed weight (3E, E) from inputs of the same
+width, or by three separate weights (E, E), (E, kdim) and (E, vdim). All heads together have as many
+channels as the queries' input.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from job.slimming.graph.layers import owner_of
+from job.slimming.graph.reasons import COMPUTED_WEIGHT, FIXED_INPUTS, OP_COUNT
+from job.slimming.graph.union import ChannelRead, LayerCall, Operand
+
+if TYPE_CHECKING:
+    from job.slimming.graph.propagation_state import PropagationState
+    from job.slimming.graph.trace import Op
+    from job.slimming.graph.union import Ids
+
+PACKED = ((5, "in_proj_weight"),)
+SEPARATE = ((18, "q_proj_weight"), (19, "k_proj_weight"), (20, "v_proj_weight"))
+
+
+class Projection(NamedTuple):
+    """A weight ``slot`` that is the argument ``name`` of the op, and the channels that it makes."""
+
+    place: int
+    name: str
+    slot: str
+    made: Ids
+
+
+def multi_head_attention(state: PropagationState, op: Op) -> None:
+    """Propagate channels through nn.MultiheadAttention."""
+    weights = SEPARATE if op.argument(5, "in_proj_weight") is None else PACKED
+    out = state.trace.name(op.argument(11, "out_proj_weight"))
+    names = [state.trace.name(op.argument(place, name)) for place, name in weights]
+    if out is None or None in names or owner_of(names[0] or "") not in state.layers:
+        return state.give_up(op, COMPUTED_WEIGHT(op.name))
+    _count_calls(state, op, [*map(str, names), out])
+    inputs = [state.ids_along(tensor, -1) for tensor in op.args[:3]]
+    inputs = [ids if ids is not None and ids.any() else None for ids in inputs]
+    known = [ids for ids in inputs if ids is not None]
+    if weights is PACKED:
+        if len(known) < 3:
+            return state.give_up(op, FIXED_INPUTS(op.name))
+        for other in known[1:]:
+            state.union.unite(known[0], other)
+    projections = _projections(state, op, weights)
+    for projection, ids in zip(projections, inputs, strict=False):
+        if ids is not None:
+            state.add_slot(projection.slot, "in", ids)
+    _attend(state, op, inputs[0], projections)
+    result = op.results[0]
+    made = _made(state, out, owner_of(out), result.shape[-1])
+    return state.set_ids(result, made, result.dim() - 1)
+
+
+def _projections(
+    state: PropagationState, op: Op, weights: tuple[tuple[int, str], ...]
+) -> list[Projection]:
+    """Return the weights of queries, keys and values."""
+    found = []
+    for place, name in weights:
+        weight = op.argument(place, name)
+        slot = producer = str(state.trace.name(weight))
+        if weights is PACKED:
+            producer = owner_of(slot)
+            slot = f"{producer}.weight"
+        found.append(Projection(place, name, slot, _made(state, slot, producer, len(weight))))
+    return found
+
+
+def _made(state: PropagationState, slot: str, producer: str, count: int) -> Ids:
+    """Return the elements (count,) that a weight produces, the same ones at each call."""
+    if slot not in state.produced:
+        state.produced[slot] = state.union.produce(producer, count)
+        state.add_slot(slot, "out", state.produced[slot])
+    return state.produced[slot]
+
+
+def _attend(
+    state: PropagationState, op: Op, stream: Ids | None, projections: list[Projection]
+) -> None:
+    """Cut queries with keys, and keep as many of them in all heads as channels of the stream."""
+    made = np.concatenate([projection.made for projection in projections])
+    query, key, value = made.reshape(3, -1)
+    state.union.unite(query, key)
+    for place, name, ids in ((7, "bias_k", key), (8, "bias_v", value)):
+        extra = state.trace.name(op.argument(place, name))
+        if extra is not None:  # one more key or value
+            state.add_slot(extra, "through", ids, axis=2)
+    split = state.heads.add(made.reshape(3 * int(op.argument(4, "num_heads")), -1))
+    split.attended = True
+    state.add_slot(str(state.trace.name(op.argument(11, "out_proj_weight"))), "in", value)
+    operands = [Operand(p.place, p.name, 0, p.made[:, None]) for p in projections]
+    bias = op.argument(6, "in_proj_bias")
+    if bias is not None:
+        operands.append(Operand(6, "in_proj_bias", 0, made))
+        if len(projections) > 1:  # a packed weight has it as its own
+            name = str(state.trace.name(bias))
+            state.add_slot(name, "through", made)
+            state.heads.biases[projections[0].slot] = [name]
+    state.add_read(op, ChannelRead(op.name, tuple(operands), zeroed=True))
+    if stream is None:
+        state.union.fix(made, FIXED_INPUTS(op.name))
+    else:
+        split.count_with(stream, made, merged=True)
+        state.heads.scaled.append(query)
+        state.union.suspects.append((OP_COUNT(op.name), np.concatenate([stream, made])))
+    state.forget(op)
+
+
+def _count_calls(state: PropagationState, op: Op, names: list[str]) -> None:
+    """Count the calls of the weights, which are used once a token (…, channels) of a sample."""
+    if not state.main:
+        return
+    used = (*op.args[:3], op.results[0])
+    tokens = [t.numel() / t.shape[-1] / state.trace.sample_count for t in used]
+    if len(names) == 2:  # one weight for three inputs: the mean
+        tokens[:3] = [sum(tokens[:3]) / 3]
+    state.union.calls += map(LayerCall, names, tokens)
