@@ -48,6 +48,12 @@ def first_within_budget(
     return steps[low]
 
 
+FEWER_OUTPUTS = (
+    "If you use only some of them, pass forward= with a function that calls the network and "
+    "returns those"
+)
+
+
 def check_any_group(planner: Planner, budget: Budget) -> None:
     """Raise UsageError with the main reason if no group can be cut."""
     if not planner.groups:
@@ -94,11 +100,13 @@ def restore_within_budget(
 
 def _main_obstacle(graph: ChannelGraph) -> str:
     """Describe why most channels are blocked, apart from the output, for a message."""
+    if not graph.blocked:
+        return "; it has no layers with channels"
     count: Counter[str] = Counter()
     for blocked in graph.blocked:
         count[blocked.reason] += blocked.channels * (blocked.reason != OUTPUT.text)
-    reason = next((reason for reason, channels in count.most_common(1) if channels), None)
-    if reason is None:
-        return ""
+    ((reason, channels),) = count.most_common(1)
+    if not channels:
+        return f"; all of them are {OUTPUT.text}. {FEWER_OUTPUTS}"
     first = next(each for each in graph.blocked if each.reason == reason)
     return f"; the main reason: {first.explanation}"

@@ -162,6 +162,25 @@ def test_where_nothing_can_be_cut_it_is_said_why() -> None:
         job.slim(norm, EXAMPLE)
 
 
+def test_where_all_channels_are_outputs_it_is_said_how_to_take_fewer() -> None:
+    class AllMaps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            maps = [self.first(x)]
+            return [*maps, self.last(maps[-1])]
+
+    network = AllMaps().eval()
+    with pytest.raises(UsageError, match=r"all of them are the network's output\. .* forward="):
+        job.slim(network, EXAMPLE)
+    _, plan = job.slim(network, EXAMPLE, forward=lambda model, x: model(x)[-1])
+    assert plan.layers.keys() == {"first", "last"}
+    with pytest.raises(UsageError, match="it has no layers with channels"):
+        job.slim(nn.ReLU(), EXAMPLE)
+
+
 def test_layers_to_ignore_are_names_or_modules() -> None:
     def block(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU())
