@@ -79,13 +79,13 @@ def produced_by(state: PropagationState, weight: str, count: int, axis: int | No
 
     ``axis`` is that of a parameter outside known layers.
     """
-    if weight not in state.produced:
+    made = state.produced.get((weight, axis))
+    if made is None:
         layer = owner_of(weight)
-        state.produced[weight] = state.union.produce(
-            layer if layer in state.layers else weight, count
-        )
-        state.add_slot(weight, "out", state.produced[weight], axis=axis)
-    return state.produced[weight]
+        made = state.union.produce(layer if layer in state.layers else weight, count)
+        state.produced[weight, axis] = made
+        state.add_slot(weight, "out", made, axis=axis)
+    return made
 
 
 def add_bias(state: PropagationState, op: Op, weight: str, ids: Ids) -> None:

@@ -24,8 +24,10 @@ from job.slimming.graph.reasons import (
     ADDED_TO_FIXED,
     ALL_TOGETHER,
     ASKED,
+    FIXED_HEADS,
     FIXED_PARTS,
     OVERLAP,
+    OVERLAPPING_HEADS,
     TRAIN_MODE_FAILS,
     UNBALANCED,
     UNKNOWN_COUNT,
@@ -155,31 +157,33 @@ def _fixed_roots(union: ChannelUnion, roots: Ids) -> Ids:
 
 def _balanced_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
     """Return blocks (B, n) of roots whose rows stay equally long; overlapping ones are fixed."""
-    balanced: list[Ids] = []
+    balanced: list[tuple[Ids, Reason]] = []
     within = np.zeros(union.count, bool)  # roots of the balanced blocks
     for block in union.blocks:
         rows = roots[block]
         ordered = np.sort(rows, axis=1)
         if (ordered == ordered[0]).all():
             continue  # a channel that is cut is cut from each row
-        candidates = balanced if within[rows].any() else []
+        candidates = [other for other, _ in balanced] if within[rows].any() else []
         meeting = [other for other in candidates if np.isin(rows, other).any()]
         if any(np.array_equal(ordered, np.sort(other, axis=1)) for other in meeting):
             continue
         flat = rows.reshape(-1)
+        heads = any(block is each for each in union.heads)
+        fixed_reason = FIXED_HEADS() if heads else FIXED_PARTS()
         if meeting or len(np.unique(flat)) < len(flat):
             for each in (block, *meeting):
-                union.fix(each.reshape(-1), OVERLAP())
+                union.fix(each.reshape(-1), OVERLAPPING_HEADS() if heads else OVERLAP())
         elif (rows == roots[FIXED]).any():
-            union.fix(block.reshape(-1), FIXED_PARTS())
+            union.fix(block.reshape(-1), fixed_reason)
         else:
-            balanced.append(rows)
+            balanced.append((rows, fixed_reason))
             within[rows] = True
     fixed = _fixed_roots(union, roots)
-    for rows in balanced:  # a root that is fixed for another reason would unbalance them
+    for rows, fixed_reason in balanced:  # one fixed for another reason would unbalance them
         if fixed[rows].any():
-            union.fix(rows.reshape(-1), FIXED_PARTS())
-    return balanced
+            union.fix(rows.reshape(-1), fixed_reason)
+    return [rows for rows, _ in balanced]
 
 
 def _groups(

@@ -13,7 +13,7 @@ Lines = dict[bytes, "Ids"]  # roots of a line, by their sorted bytes
 
 
 def merge_head_blocks(union: ChannelUnion, roots: Ids) -> None:
-    """Replace the heads of ``union`` by blocks of distinct lines.
+    """Replace the heads of ``union`` by blocks of distinct lines, and add these to its blocks.
 
     Blocks with a common line become one, since all of its lines keep the same number of channels. A
     block whose rows consist of whole lines joins them, because equal lines give equal rows.
@@ -28,8 +28,8 @@ def merge_head_blocks(union: ChannelUnion, roots: Ids) -> None:
             continue
         together = {key: line for n in inside for key, line in parts[n].items()}
         parts = [part for n, part in enumerate(parts) if n not in inside] + [together]
-    union.blocks = others + [np.stack(list(part.values())) for part in parts if len(part) > 1]
-    union.heads = []
+    union.heads = [np.stack(list(part.values())) for part in parts if len(part) > 1]
+    union.blocks = others + union.heads
 
 
 def _lines(rows: Ids) -> Lines:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from job.slimming.graph.channel_labels import labels_along
+from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.reasons import COMPUTED_WEIGHT, FIXED_INPUTS, OP_COUNT
 from job.slimming.graph.union import ChannelRead, LayerCall, Operand
@@ -43,12 +45,8 @@ def multi_head_attention(state: PropagationState, op: Op) -> None:
     _count_calls(state, op, [*map(str, names), out])
     inputs = [state.ids_along(tensor, -1) for tensor in op.args[:3]]
     inputs = [ids if ids is not None and ids.any() else None for ids in inputs]
-    known = [ids for ids in inputs if ids is not None]
-    if weights is PACKED:
-        if len(known) < 3:
-            return state.give_up(op, FIXED_INPUTS(op.name))
-        for other in known[1:]:
-            state.union.unite(known[0], other)
+    if weights is PACKED and not _share_stream(state, op, inputs):
+        return state.give_up(op, FIXED_INPUTS(op.name))
     projections = _projections(state, op, weights)
     for projection, ids in zip(projections, inputs, strict=False):
         if ids is not None:
@@ -57,6 +55,21 @@ def multi_head_attention(state: PropagationState, op: Op) -> None:
     result = op.results[0]
     made = _made(state, out, owner_of(out), result.shape[-1])
     return state.set_ids(result, made, result.dim() - 1)
+
+
+def _share_stream(state: PropagationState, op: Op, inputs: list[Ids | None]) -> bool:
+    """Unite the ``inputs`` of a packed weight; those without channels may be parameters."""
+    stream = next((ids for ids in inputs if ids is not None), None)
+    if stream is None:
+        return False
+    for place, ids in enumerate(inputs):
+        tensor = op.args[place]
+        if ids is not None:
+            state.union.unite(stream, ids)
+        elif not follow_parameters(state, op, tensor, labels_along(stream, -1, tensor.dim())):
+            return False
+        inputs[place] = stream
+    return True
 
 
 def _projections(
@@ -76,10 +89,11 @@ def _projections(
 
 def _made(state: PropagationState, slot: str, producer: str, count: int) -> Ids:
     """Return the elements (count,) that a weight produces, the same ones at each call."""
-    if slot not in state.produced:
-        state.produced[slot] = state.union.produce(producer, count)
-        state.add_slot(slot, "out", state.produced[slot])
-    return state.produced[slot]
+    made = state.produced.get((slot, None))
+    if made is None:
+        made = state.produced[slot, None] = state.union.produce(producer, count)
+        state.add_slot(slot, "out", made)
+    return made
 
 
 def _attend(

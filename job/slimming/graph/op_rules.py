@@ -26,6 +26,7 @@ from job.slimming.graph.channel_labels import (
 from job.slimming.graph.cross_covariance import weight_columns
 from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.fourier_rules import TRANSFORMS, transform
+from job.slimming.graph.lookup_rule import gathered
 from job.slimming.graph.move_rules import (
     cat,
     fold,
@@ -219,13 +220,13 @@ def _follows_cut(
 def prelu(state: PropagationState, op: Op) -> None:
     """Keep the labels of PReLU, whose weight has one slope, or one for each channel."""
     image, weight = op.argument(0, "input"), op.argument(1, "weight")
-    ids, labels = state.ids_along(image, 1), state.labels_of(image)
-    name = state.trace.name(weight)
-    if ids is None or labels is None or (weight.numel() > 1 and name is None):
-        return state.give_up(op, COMPUTED_WEIGHT_OR_MIXED("a PReLU"))
+    labels, name = state.labels_of(image), state.trace.name(weight)
     if weight.numel() > 1:
-        state.add_slot(str(name), "through", ids)
-    return state.set_labels(op.result, labels)
+        ids = state.ids_along(image, 1)
+        if ids is None or name is None:
+            return state.give_up(op, COMPUTED_WEIGHT_OR_MIXED("a PReLU"))
+        state.add_slot(name, "through", ids)
+    return state.forget(op) if labels is None else state.set_labels(op.result, labels)
 
 
 def new_tensor(state: PropagationState, op: Op) -> None:
@@ -301,13 +302,9 @@ OP_RULES: dict[str, Rule] = {
     **_for_each("roi_align roi_pool grid_sample grid_sampler", sampled),
     **dict.fromkeys(TRANSFORMS, transform),
     "local_response_norm": neighbours,
-    "pixel_shuffle": pixel_shuffle,
-    "unfold": unfold,
-    "fold": fold,
+    **{rule.__name__: rule for rule in (pixel_shuffle, unfold, fold, glu, pad, prelu)},
     "cdist": distances,
-    "glu": glu,
-    "pad": pad,
-    "prelu": prelu,
+    **_for_each("gather take_along_dim", gathered),
     "__setitem__": write,
 }
 

@@ -29,7 +29,10 @@ def picked(state: PropagationState, op: Op) -> list[torch.Tensor] | None:
     Where a buffer (n,) picks channels, it is cut with them.
     """
     tables = _tables(state, op)
-    results = run_on_labels(op, lambda t: tables.get(id(t), state.labels_of(t)))
+    elsewhere = op.name == "__getitem__" and _picks_elsewhere(state, op)
+    results = run_on_labels(
+        op, lambda t: tables.get(id(t), state.labels_of(t)), any_index=elsewhere
+    )
     images = [labels for t in op.inputs if (labels := state.labels_of(t)) is not None]
     if results is None or not tables or len(images) != 1:
         return results
@@ -47,6 +50,21 @@ def picked(state: PropagationState, op: Op) -> list[torch.Tensor] | None:
     state.add_slot(str(names[0]), "through", flat_ids(after), axis=0)
     state.add_slot(str(names[0]), "places", ids)
     return results
+
+
+def _picks_elsewhere(state: PropagationState, op: Op) -> bool:
+    """Return whether indices without values pick along axes that have no channels."""
+    labels, axis = state.labels_of(op.args[0]), 0
+    parts = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+    if labels is None or any(part is Ellipsis for part in parts):
+        return False
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            whole = not part.is_meta or (labels.shape[axis] == 1 and not part.is_floating_point())
+            if not whole or part.dtype == torch.bool or state.labels_of(part) is not None:
+                return False
+        axis += part is not None
+    return True
 
 
 def _tables(state: PropagationState, op: Op) -> dict[int, torch.Tensor]:

@@ -25,6 +25,7 @@ from job.slimming.graph.followed_parameters import end_parts
 from job.slimming.graph.heads import SCALINGS
 from job.slimming.graph.layer_rules import LAYER_RULES, is_layer
 from job.slimming.graph.layers import modules_of
+from job.slimming.graph.lookup_rule import LOOKUPS, look_up
 from job.slimming.graph.op_rules import CONCATENATIONS, LIKE, MOVING, OP_RULES, POINTWISE
 from job.slimming.graph.product_rules import MATRIX_PRODUCTS
 from job.slimming.graph.propagation_state import PropagationState
@@ -172,6 +173,8 @@ def _propagate_op(
 def _skip(state: PropagationState, op: Op) -> None:
     """Skip an op on weights, or on values from which nothing can be cut."""
     state.forget(op)
+    if op.name in LOOKUPS and look_up(state, op):
+        return
     inputs = _with_values(op)
     if state.derived.derive(op, inputs):
         return

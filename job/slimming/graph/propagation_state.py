@@ -65,7 +65,7 @@ class PropagationState:
         self.union, self.heads = ChannelUnion(), Heads(normed)
         self._module_names = {id(m): n for n, m in modules_of(network, once=True).items()}
         self.twins = _twins(network, layers)
-        self.produced: dict[str, Ids] = {}  # elements by weight
+        self.produced: dict[tuple[str, int | None], Ids] = {}  # elements by weight and axis
         self.selected: dict[str, Ids] = {}  # elements by BatchNorm that selects them
         self.streams: dict[str, Ids] = {}  # elements that it selects from
         self.passed: set[str] = set()  # BatchNorms that do not select

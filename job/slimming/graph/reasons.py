@@ -109,6 +109,15 @@ UNKNOWN_COUNT = ReasonKind(f"an op that is not supported {_ONLY_FOR}", _ADD_RULE
 # parts of equal size
 OVERLAP = ReasonKind("parts that must stay equally large overlap", _OWN_CONVOLUTION)
 FIXED_PARTS = ReasonKind("parts that must stay equally large have fixed channels", _OWN_CONVOLUTION)
+FIXED_HEADS = ReasonKind(
+    "heads that must stay as wide as channels that are never cut",
+    "take the widths of the attention's views from attributes of its own or from -1, not from the "
+    "width of the stream, e.g. x.flatten(2) after the attention",
+)
+OVERLAPPING_HEADS = ReasonKind(
+    "heads that must stay equally wide overlap",
+    "split the channels into heads by views of the same sizes at each of their uses",
+)
 UNEQUAL_SLICES = ReasonKind("its slices have no common size", _OWN_CONVOLUTION)
 UNBALANCED = ReasonKind("only some of them must stay equally many in equal parts", _OWN_CONVOLUTION)
 TWO_AXES = ReasonKind("two axes of {}", "use one parameter for each axis of {}")

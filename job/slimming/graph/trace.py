@@ -7,7 +7,7 @@ functions and modules are treated alike. On torch's ``meta`` device no values ar
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -123,6 +123,15 @@ class Trace:
     def name(self, value: Any) -> str | None:
         """Return the name of a parameter or buffer; None for anything else."""
         return self.names.get(id(value))
+
+    @cached_property
+    def of_inputs(self) -> frozenset[int]:
+        """Ids of the tensors that are computed from the inputs of the pass, and of these."""
+        found = set(map(id, self.inputs))
+        for op in self.ops:
+            if not found.isdisjoint(map(id, op.inputs)):
+                found.update(map(id, op.results))
+        return frozenset(found)
 
     def is_read(self, tensor: torch.Tensor) -> bool:
         """Whether an op reads a tensor, or the network returns it."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from job.slimming.graph.convolution_rules import computed_weight
 from job.slimming.graph.groups import BlockedChannels
 from job.slimming.graph.layer_rules import is_layer
-from job.slimming.graph.layers import SUMMING, is_depthwise, modules_of, owner_of
+from job.slimming.graph.layers import SUMMING, is_depthwise, modules_of, owner_of, weight_rows
 from job.slimming.graph.reasons import COMPUTED_OR_SHARED, NO_CHANNELS_OF_ITS_OWN, UNKNOWN_LAYER
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from job.slimming.graph.groups import ChannelGraph
 
 
@@ -24,20 +24,26 @@ def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[Blocked
     """
     covered = {name for slot in graph.slots for name in (slot.layer, owner_of(slot.layer))}
     named = {layer for group in graph.groups for layer in group.layers}
-    named |= {blocked.layer for blocked in graph.blocked}
+    named |= {name for b in graph.blocked for name in (b.layer, owner_of(b.layer))}
     called = {call.weight for call in graph.calls}
     found = []
     for name, module in modules_of(network, once=True).items():
-        weights = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-        contains = any(True for _ in module.children())
-        if not weights or contains or name in covered:
+        shapes = [p.shape for p in module.parameters(recurse=False) if p.dim() > 1]
+        computed = computed_weight(module) if is_layer(module) else None
+        if computed and not shapes:
+            shapes = [weight_rows(module).shape]
+        contains = any(child != "parametrizations" for child, _ in module.named_children())
+        if not shapes or contains or name in covered:
             continue
-        reason = UNKNOWN_LAYER(type(module).__name__)
+        table = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if table and name in named:
+            continue
+        reason = NO_CHANNELS_OF_ITS_OWN() if table else UNKNOWN_LAYER(type(module).__name__)
         if is_layer(module):
             if not isinstance(module, SUMMING) or is_depthwise(module) or name in named:
                 continue
-            reason = computed_weight(module) or COMPUTED_OR_SHARED()
+            reason = computed or COMPUTED_OR_SHARED()
             if f"{name}.weight" in called:
                 reason = NO_CHANNELS_OF_ITS_OWN()
-        found.append(BlockedChannels.by(name or "the network", len(weights[0]), reason))
+        found.append(BlockedChannels.by(name or "the network", shapes[0][table], reason))
     return tuple(found)

@@ -174,7 +174,7 @@ def _cut_grouped(
 def _set_sizes(wide: Any, memo: Mapping[int, Any]) -> None:
     """Set attributes of a layer's copy, e.g. ``in_channels``, to the sizes of its tensors."""
     rule = layer_rule(wide)
-    if isinstance(wide, nn.Embedding) and id(wide) in memo:
+    if isinstance(wide, nn.Embedding | nn.EmbeddingBag) and id(wide) in memo:
         memo[id(wide)].embedding_dim = memo[id(wide)].weight.shape[1]
     if rule is None or id(wide) not in memo:
         return

@@ -206,3 +206,27 @@ def test_multiply_adds_count_the_tokens_of_queries_and_of_keys(packed: bool) -> 
     _, plan = job.slim(network.eval(), TOKENS, target="channels=0.9", importance="l2")
     linear = 7 * 8 * DIM + 4 * 6 * DIM + 5 * DIM
     assert plan.before.macs == linear + DIM * DIM * (2 * 7 + 2 * 4)
+
+
+class Probe(nn.Module):
+    """Pooling by attention whose query is a parameter, as in SigLIP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.probe = nn.Linear(8, DIM), nn.Parameter(torch.randn(1, 1, DIM))
+        self.attention = nn.MultiheadAttention(DIM, 3, batch_first=True)
+        self.head = nn.Linear(DIM, 5)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.enter(tokens)
+        probe = self.probe.repeat(len(x), 1, 1)
+        return self.head(self.attention(probe, x, x)[0][:, 0])
+
+
+def test_a_query_that_is_a_parameter_is_cut() -> None:
+    narrow, plan = job.slim(
+        drawn(Probe()), TOKENS[0].double(), policy="uniform", target="width=0.5", importance="l2"
+    )
+    assert narrow.probe.shape == (1, 1, DIM // 2)
+    assert narrow.attention.embed_dim == DIM // 2
+    assert plan.proof.error <= 1e-12
