@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from job.slimming.graph.modes import training_mode
 from job.slimming.graph.trace import trace_network
 from job.slimming.inputs import call_network, tensors_in
 from job.slimming.surgery.constant_noise import ConstantNoise
+from job.slimming.surgery.double_precision import DoublePrecision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,14 +64,17 @@ def _difference(outputs: torch.Tensor, reference: torch.Tensor) -> float:
     return worst / largest if largest and math.isfinite(worst) else math.inf
 
 
-def check_comparable(network: nn.Module, noise: Example) -> None:
+def check_comparable(network: nn.Module, noise: Example, widened: bool = False) -> None:
     """Raise an error if the outputs of ``network`` on ``noise`` cannot prove a cut.
 
-    Raises DataError for damaged weights, and UsageError for a network whose outputs are not finite
-    or differ between two passes.
+    If ``widened``, all is computed in float64. Raises DataError for damaged weights, and UsageError
+    for a network whose outputs are not finite or differ between two passes.
     """
     check_finite_weights(network)
-    outputs = _pass(network, noise, seed=0)
+    wide = DoublePrecision if widened else nullcontext
+    with wide():
+        outputs = _pass(network, noise, seed=0)
+        again = _pass(network, noise, seed=1)
     if not any(bool(tensor.isfinite().any()) for tensor in outputs):
         raise UsageError(
             "the network returns no finite number for noise in [0, 1), so that a cut cannot be "
@@ -79,7 +84,7 @@ def check_comparable(network: nn.Module, noise: Example) -> None:
             "it answers with boxes, call slim in Python with forward=, a function that returns "
             "what its layers compute"
         )
-    if relative_difference(_pass(network, noise, seed=1), outputs) > 0:
+    if relative_difference(again, outputs) > 0:
         raise UsageError(
             "the network's outputs in eval mode differ from pass to pass, so that a cut cannot be "
             f"verified: {_culprit(network, noise)}"

@@ -5,8 +5,9 @@ Both run on noise in float64, or in the precision of the network if it does not 
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from job.slimming.planning.plan import keep_in
 from job.slimming.surgery.clone import clone_module, clone_to
 from job.slimming.surgery.comparison import check_comparable, relative_difference
 from job.slimming.surgery.constant_noise import ConstantNoise
+from job.slimming.surgery.double_precision import DoublePrecision
 from job.slimming.surgery.kept_channels import KeptReads
 from job.slimming.surgery.probe import probe_batch, smallest_equivalent_input
 from job.slimming.surgery.removal import set_exact_constants
@@ -40,6 +42,26 @@ PROOF_TOLERANCE = 1e-9  # relative, in float64
 MAGNIFIED_TOLERANCE = 1e-6  # where rounding has a larger effect, e.g. before a norm of small values
 ROUNDING_MARGIN = 16  # tolerance relative to the effect of rounding, in other precisions
 ROUNDING_TRIALS = 3  # random roundings whose largest effect counts
+
+
+class Probe(NamedTuple):
+    """A pass on noise like ``example``, also of heads that run only in train mode (``auxiliary``).
+
+    If ``widened``, what the code computes in float32 is computed in float64 too.
+    """
+
+    example: Example
+    auxiliary: bool
+    widened: bool = False
+
+    def outputs(self, network: nn.Module, kept: KeptReads | None = None) -> list[torch.Tensor]:
+        """Return the tensors that a network returns."""
+        wide = DoublePrecision() if self.widened else nullcontext()
+        with preserve_state(network), _proof_mode(network, self.auxiliary), torch.inference_mode():
+            torch.default_generator.manual_seed(0)
+            noise = _noise_for(network, self.example)
+            with kept.mode() if kept else nullcontext(), ConstantNoise(), wide:
+                return list(tensors_in(call_network(network, noise)))
 
 
 def verify(
@@ -64,31 +86,13 @@ def verify(
     is ``odd``. Raises UsageError if no cut of the network can be verified.
     """
     auxiliary, odd = (graph.auxiliary, graph.odd) if graph else (False, False)
-    filled, cut = fill_zero_weights(wide, narrow, layers)
     small = smallest_equivalent_input(wide, example, graph)
     kept = None if graph is None else KeptReads(graph.reads, keep_in(graph, layers))
-    expected, precision = _expected(filled, layers, small, auxiliary, kept)
-    actual = _narrow_outputs(cut, filled, layers, small, auxiliary, precision)
-    tolerance = PROOF_TOLERANCE
-    if precision != torch.float64:
-        masked = _masked(filled, layers, precision)
-        tolerance = _rounding_tolerance(masked, expected, small, auxiliary, kept)
-        if not tolerance < 1:
-            check_comparable(masked, _noise_for(masked, small))
-            raise UsageError(
-                "a cut cannot be verified: the rounding of the weights alone changes the outputs "
-                f"of the network in {_name(precision)} as much as a wrong cut would; let it run in "
-                "float64, e.g. without .float() in its code"
-            )
-    error = relative_difference(actual, expected)
-    if precision == torch.float64 and PROOF_TOLERANCE < error < MAGNIFIED_TOLERANCE:
-        masked = _masked(filled, layers, precision)
-        of_rounding = _rounding_tolerance(masked, expected, small, auxiliary, kept)
-        tolerance = min(max(PROOF_TOLERANCE, of_rounding), MAGNIFIED_TOLERANCE)
-    proof = Proof(error, _name(precision), tolerance)
-    if not proof.error <= tolerance:
-        masked = _masked(filled, layers, precision)
-        check_comparable(masked, _noise_for(masked, small))
+    pair = _Pair(*fill_zero_weights(wide, narrow, layers), layers, kept)
+    proof, precision, widened = pair.prove(Probe(small, auxiliary))
+    if not proof.error <= proof.tolerance:
+        masked = pair.masked(precision)
+        check_comparable(masked, _noise_for(masked, small), widened)
         raise WrongCutError(
             f"the cut is wrong: the narrow network differs from the wide one without the removed "
             f"channels by {proof}"
@@ -98,28 +102,107 @@ def verify(
     return proof
 
 
-def _narrow_outputs(
-    narrow: nn.Module,
-    wide: nn.Module,
-    layers: Layers,
-    example: Example,
-    auxiliary: bool,
-    precision: torch.dtype,
-) -> list[torch.Tensor]:
-    """Return the outputs of the narrow network; raises GammaslimError if it does not run."""
-    try:
-        copy = clone_to(narrow, "cpu", precision).cpu()
-        set_exact_constants(copy, wide, layers)
-        set_exact_scales(copy, wide, layers)
-        return _probe_outputs(copy, example, auxiliary)
-    except Exception as failure:  # user code may raise anything
-        raise _not_running(failure) from failure
+@dataclass(frozen=True)
+class _Pair:
+    """A wide network and the narrow one that is cut from it, to compare."""
+
+    wide: nn.Module
+    narrow: nn.Module
+    layers: Layers
+    kept: KeptReads | None
+
+    def masked(self, precision: torch.dtype) -> nn.Module:
+        """Return the wide network without the removed channels."""
+        return _masked(self.wide, self.layers, precision)
+
+    def prove(self, probe: Probe) -> tuple[Proof, torch.dtype, bool]:
+        """Return the proof, whose error may be too large, its precision, and whether it is widened.
+
+        Where rounding in the precision that the code asks for hides the error, it is computed in
+        float64.
+        """
+        expected, precision = self._expected(probe)
+        error = self._error(probe, precision, expected)
+        if precision != torch.float64:
+            tolerance = self._rounding(probe, precision, expected)
+            if tolerance < 1:
+                return Proof(error, _name(precision), tolerance), precision, False
+        elif not PROOF_TOLERANCE < error < MAGNIFIED_TOLERANCE:
+            return Proof(error, _name(precision), PROOF_TOLERANCE), precision, False
+        widened, double = probe._replace(widened=True), torch.float64
+        try:
+            expected = widened.outputs(self.masked(double), self.kept)
+            error, probe = self._error(widened, double, expected), widened
+        except Exception as failure:  # the code does not run so
+            if precision != double:
+                raise self._hidden_by_rounding(probe, precision) from failure
+        tolerance = max(PROOF_TOLERANCE, self._rounding(probe, double, expected))
+        proof = Proof(error, _name(double), min(tolerance, MAGNIFIED_TOLERANCE))
+        return proof, double, probe.widened
+
+    def _expected(self, probe: Probe) -> tuple[list[torch.Tensor], torch.dtype]:
+        """Return the outputs of the wide network, and their precision."""
+        with suppress(Exception):  # user code may require float32
+            expected = probe.outputs(self.masked(torch.float64), self.kept)
+            if all(t.dtype == torch.float64 for t in expected if t.is_floating_point()):
+                return expected, torch.float64
+        precision = _precision(self.wide)
+        try:
+            return probe.outputs(self.masked(precision), self.kept), precision
+        except Exception as failure:  # e.g. ops that run on a GPU only
+            raise UsageError(
+                f"a cut is verified on the CPU, where the network does not run: {reason(failure)}"
+            ) from failure
+
+    def _error(self, probe: Probe, precision: torch.dtype, expected: list[torch.Tensor]) -> float:
+        """Return the difference of the outputs of the narrow network from those ``expected``.
+
+        Raises GammaslimError if it does not run.
+        """
+        try:
+            copy = clone_to(self.narrow, "cpu", precision).cpu()
+            set_exact_constants(copy, self.wide, self.layers)
+            set_exact_scales(copy, self.wide, self.layers)
+            outputs = probe.outputs(copy)
+        except Exception as failure:  # user code may raise anything
+            raise _not_running(failure) from failure
+        return relative_difference(outputs, expected)
+
+    def _rounding(
+        self, probe: Probe, precision: torch.dtype, expected: list[torch.Tensor]
+    ) -> float:
+        """Return ``ROUNDING_MARGIN`` times the change of the outputs under random rounding.
+
+        Each weight changes by one unit in its last place, up or down. This is similar to the sums
+        of the narrow network, which are taken in another order.
+        """
+        masked, worst = self.masked(precision), 0.0
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _ in range(ROUNDING_TRIALS):
+                moved = clone_module(masked, {})
+                for tensor in moved.parameters():
+                    if tensor.is_floating_point():
+                        sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+                        tensor.mul_(1 + sign.to(tensor.dtype) * torch.finfo(tensor.dtype).eps)
+                worst = max(worst, relative_difference(probe.outputs(moved, self.kept), expected))
+        eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0)
+        return ROUNDING_MARGIN * max(worst, eps)
+
+    def _hidden_by_rounding(self, probe: Probe, precision: torch.dtype) -> UsageError:
+        masked = self.masked(precision)
+        check_comparable(masked, _noise_for(masked, probe.example))
+        return UsageError(
+            "a cut cannot be verified: the rounding of the weights alone changes the outputs "
+            f"of the network in {_name(precision)} as much as a wrong cut would; let it run in "
+            "float64, e.g. without .float() in its code"
+        )
 
 
 def check_it_runs(narrow: nn.Module, example: Example, auxiliary: bool) -> None:
     """Run the narrow network on noise like ``example``; raises GammaslimError if that fails."""
     try:
-        _probe_outputs(clone_to(narrow, "cpu"), example, auxiliary)
+        Probe(example, auxiliary).outputs(clone_to(narrow, "cpu"))
     except Exception as failure:  # user code may raise anything
         raise _not_running(failure) from failure
 
@@ -128,57 +211,6 @@ def _not_running(failure: Exception) -> GammaslimError:
     if is_out_of_memory(failure):
         return GammaslimError(f"there is not enough memory to verify the cut: {reason(failure)}")
     return WrongCutError(f"the narrow network does not run: {reason(failure)}")
-
-
-def _expected(
-    wide: nn.Module,
-    layers: Layers,
-    example: Example,
-    auxiliary: bool,
-    kept: KeptReads | None,
-) -> tuple[list[torch.Tensor], torch.dtype]:
-    """Return the outputs of the wide network without the removed channels, and their precision."""
-    try:
-        masked = _masked(wide, layers, torch.float64)
-        expected = _probe_outputs(masked, example, auxiliary, kept=kept)
-        if all(t.dtype == torch.float64 for t in expected if t.is_floating_point()):
-            return expected, torch.float64
-    except Exception:  # user code may require float32
-        pass
-    precision = _precision(wide)
-    masked = _masked(wide, layers, precision)
-    try:
-        return _probe_outputs(masked, example, auxiliary, kept=kept), precision
-    except Exception as failure:  # e.g. ops that run on a GPU only
-        raise UsageError(
-            f"a cut is verified on the CPU, where the network does not run: {reason(failure)}"
-        ) from failure
-
-
-def _rounding_tolerance(
-    masked: nn.Module,
-    expected: list[torch.Tensor],
-    example: Example,
-    auxiliary: bool,
-    kept: KeptReads | None,
-) -> float:
-    """Return ``ROUNDING_MARGIN`` times the change of the outputs under random rounding.
-
-    Each weight changes by one unit in its last place, up or down. This is similar to the sums of
-    the narrow network, which are taken in another order.
-    """
-    generator, worst = torch.Generator().manual_seed(1), 0.0
-    with torch.no_grad():
-        for _ in range(ROUNDING_TRIALS):
-            moved = clone_module(masked, {})
-            for tensor in moved.parameters():
-                if tensor.is_floating_point():
-                    sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
-                    tensor.mul_(1 + sign.to(tensor.dtype) * torch.finfo(tensor.dtype).eps)
-            outputs = _probe_outputs(moved, example, auxiliary, kept=kept)
-            worst = max(worst, relative_difference(outputs, expected))
-    eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
-    return ROUNDING_MARGIN * max(worst, eps)
 
 
 def _training_error(network: nn.Module, example: Example, backward: bool) -> str | None:
@@ -208,19 +240,6 @@ def _backward(network: nn.Module, batch: Example) -> None:
         outputs = [t for t in tensors_in(call_network(network, batch)) if t.requires_grad]
         if outputs:
             torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-
-
-def _probe_outputs(
-    network: nn.Module,
-    example: Example,
-    auxiliary: bool,
-    kept: KeptReads | None = None,
-) -> list[torch.Tensor]:
-    with preserve_state(network), _proof_mode(network, auxiliary), torch.inference_mode():
-        torch.default_generator.manual_seed(0)
-        noise = _noise_for(network, example)
-        with kept.mode() if kept else nullcontext(), ConstantNoise():
-            return list(tensors_in(call_network(network, noise)))
 
 
 def _noise_for(network: nn.Module, example: Example) -> Any:

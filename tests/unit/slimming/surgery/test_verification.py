@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import job
 from job.errors import GammaslimError, UsageError
+from job.slimming.surgery import verification
 from job.slimming.surgery.verification import verify
 from support.cuts import randomise
 from support.networks import Net, Residual, block
@@ -60,16 +62,62 @@ def test_a_network_in_float32_alone_is_proven_in_float32(
 
 
 class Magnifying(ToFloat):
-    """The last bits of its weights decide its outputs."""
+    """The last bits of its weights in float32 decide its outputs."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return (super().forward(images) * 1e9).sin()
 
 
+class OfFloatAlone(Magnifying):
+    """As above, and the code fails where it is computed in float64."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        outputs = super().forward(images)
+        if outputs.dtype != torch.float32:
+            raise TypeError("not float32")
+        return outputs
+
+
 def test_a_tolerance_that_passes_everything_proves_nothing() -> None:
     torch.manual_seed(0)
     with pytest.raises(UsageError, match=r"the rounding of the weights alone changes .* float32"):
-        job.slim(randomise(Magnifying()), IMAGE)
+        job.slim(randomise(OfFloatAlone()), IMAGE)
+
+
+def test_what_float32_would_hide_is_proven_in_float64() -> None:
+    torch.manual_seed(0)
+    network = randomise(Magnifying())
+    narrow, plan = job.slim(network, IMAGE)
+    assert plan.proof.precision == "float64"
+    assert plan.proof.error <= plan.proof.tolerance <= 1e-6
+    with torch.no_grad():
+        narrow.get_parameter("one.0.weight")[0] += 1e-5
+    with pytest.raises(GammaslimError, match=r"the cut is wrong: .* in float64, where .* is"):
+        verify(network, narrow, plan.layers, IMAGE)
+
+
+class FloatWithin(Net):
+    """Attention in float32, whose scale depends on the width, in a network of float64."""
+
+    def build(self) -> None:
+        self.query, self.key, self.value = (nn.Conv2d(12, 12, 1) for _ in range(3))
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        parts = (part(x).flatten(2).mT.float() for part in (self.query, self.key, self.value))
+        y = nn.functional.scaled_dot_product_attention(*parts)
+        return x + y.mT.reshape(x.shape).to(x.dtype)
+
+
+def test_attention_in_float32_is_compared_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = randomise(FloatWithin())
+    _, plan = job.slim(network, IMAGE, importance="l2", target="channels=0.5")
+    assert "query" in plan.layers
+    assert plan.proof.precision == "float64"
+    assert plan.proof.error <= 1e-12
+    monkeypatch.setattr(verification, "DoublePrecision", nullcontext)
+    with pytest.raises(UsageError, match="cannot be reached"):  # its rounding looks like a fault
+        job.slim(network, IMAGE, importance="l2", target="channels=0.5")
 
 
 def test_others_are_proven_in_float64() -> None:
