@@ -43,8 +43,12 @@ class Source:
     indices: torch.Tensor
     reduced: bool = False
 
-    def ids_on_axis(self, labels: torch.Tensor) -> tuple[int, Ids, ElementPairs] | None:
+    def ids_on_axis(
+        self, labels: torch.Tensor, last: bool = False
+    ) -> tuple[int, Ids, ElementPairs] | None:
         """Return the axis of the parameter that ``labels`` are along, and the channels (N,) on it.
+
+        If they are along several, as in a table (heads, width), the first counts, or the ``last``.
 
         The channel is -1 where the tensor does not use the parameter. Channels that use the same
         index, such as those of the two halves of a rotary embedding, are returned as pairs to
@@ -65,7 +69,8 @@ class Source:
                 found.append((bool((ids < 0).any()), bool(others.any()), axis, ids, together))
         if not found:
             return None
-        *_, axis, ids, together = min(found, key=lambda each: each[:3])
+        turn = -1 if last else 1
+        *_, axis, ids, together = min(found, key=lambda each: (*each[:2], turn * each[2]))
         return axis, ids, together
 
     def equals(self, other: Source) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
+from job.slimming.graph.heads import ADDITIONS
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.reasons import COMPUTED_BIAS, OP_COUNT
 
@@ -44,8 +45,9 @@ def follow_parameters(
     if any(source.reduced for source in state.derived.sources(tensor)):
         state.read_elsewhere(op, tensor)
         return False
+    within = len(label_axes(first)) > 1 and not state.heads.are_cut_whole(first)  # of each head
     found = [
-        (source.name, source.ids_on_axis(first))
+        (source.name, source.ids_on_axis(first, last=within))
         for source in state.derived.sources(tensor)
         if source.indices.numel() > 1
     ]
@@ -54,6 +56,8 @@ def follow_parameters(
         return False
     state.union.unite(flat_ids(first.expand_as(labels)), flat_ids(labels))
     for name, (axis, ids, together) in cuts:
+        if op.name in ADDITIONS:
+            state.heads.added.add(name)
         state.union.unite(*together)
         cut_parameter(state, name, axis, ids)
     return True

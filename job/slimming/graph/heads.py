@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.trace import Op
     from job.slimming.graph.union import ChannelUnion, Ids
 
+ADDITIONS = frozenset("add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__".split())
 SCALINGS = frozenset(
     """mul mul_ multiply __mul__ __imul__ __rmul__ div div_ true_divide __truediv__
     __itruediv__""".split()
@@ -93,6 +94,7 @@ class Heads:
         self.keys: dict[bytes, Ids] = {}  # keys by their queries
         self.tables: list[Ids] = []  # channels that are summed over with those of a table
         self.biases: dict[str, list[str]] = {}  # parameters outside a layer that are its bias
+        self.added: set[str] = set()  # parameters that are added to activations
         self.norms: list[tuple[Ids, list[str]]] = []  # channels and slots of LayerNorm, RMSNorm
 
     def begin_trace(self) -> None:
@@ -171,6 +173,12 @@ class Heads:
         """Record that ``result`` has the products of ``queries`` with keys."""
         self._scores[id(result)] = flat_ids(queries)
 
+    def follow_scores(self, op: Op) -> None:
+        """Record that the result of an op on products of queries with keys has them too."""
+        for tensor in op.inputs if self._scores else ():
+            if (queries := self._scores.get(id(tensor))) is not None:
+                self._scores.update((id(result), queries) for result in op.results)
+
     def note_norm(self, ids: Ids, slots: list[str]) -> None:
         """Record a norm over the channels ``ids`` (n,) whose parameters have the ``slots``."""
         self.norms.append((ids, list(dict.fromkeys(slots))))
@@ -240,7 +248,8 @@ class Heads:
             rows = [(layer, made) for layer, made in union.producers if np.isin(ids, made).any()]
             if len(rows) != 1 or not np.isin(ids, rows[0][1]).all():
                 return union.fix(ids, SCALE())
-            biases = [slot for slot in slots if slot.layer in self.biases.get(rows[0][0], ())]
+            added = self.added.union(self.biases.get(rows[0][0], ()))
+            biases = [slot for slot in slots if slot.layer in added]
             if any(slot.axis is None and slot not in biases for slot in slots):  # not in a table
                 return union.fix(ids, SCALE())
             rows += [(slot.layer, slot.ids) for slot in biases]

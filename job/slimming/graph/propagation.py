@@ -175,6 +175,8 @@ def _skip(state: PropagationState, op: Op) -> None:
     state.forget(op)
     if op.name in LOOKUPS and look_up(state, op):
         return
+    if op.name in POINTWISE or op.name in MOVING:
+        state.heads.follow_scores(op)
     inputs = _with_values(op)
     if state.derived.derive(op, inputs):
         return

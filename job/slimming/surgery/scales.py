@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from job.slimming.graph.union import Side
     from job.slimming.planning.layer_channels import LayerChannels, Layers
+
+SCALED_SIDES = ("out", "through")
 
 
 def row_scales(channels: LayerChannels, count: int) -> torch.Tensor:
@@ -38,9 +39,9 @@ def scaled_rows(tensor: torch.Tensor, channels: LayerChannels, axis: int = 0) ->
     return tensor.double() * scales.reshape(-1, *[1] * (tensor.dim() - axis - 1))
 
 
-def has_scaled_rows(sides: Sequence[Side]) -> bool:
+def has_scaled_rows(sides: Sequence[str]) -> bool:
     """Return whether the rows of a tensor are outputs of its layer, or channels that pass it."""
-    return sides[0] in ("out", "through")
+    return sides[0] in SCALED_SIDES
 
 
 def set_exact_scales(copy: nn.Module, wide: nn.Module, layers: Layers) -> None:
@@ -49,22 +50,28 @@ def set_exact_scales(copy: nn.Module, wide: nn.Module, layers: Layers) -> None:
         if channels.scaled:
             for narrow, whole, sides in _scaled_tensors(copy, wide, name, channels):
                 for axis, side in enumerate(sides[: whole.dim()]):
-                    kept = channels.in_ if side == "in" else channels.out
+                    kept = channels.in_ if side == "in" else channels.out if side else None
                     if kept is not None:
                         whole = whole.index_select(axis, torch.tensor(kept, device=whole.device))
-                rows = 0 if has_scaled_rows(sides) else 1
+                rows = next(axis for axis, side in enumerate(sides) if side in SCALED_SIDES)
                 with torch.no_grad():
                     narrow.copy_(scaled_rows(whole.detach().cpu(), channels, rows))
 
 
 def _scaled_tensors(
     copy: nn.Module, wide: nn.Module, name: str, channels: LayerChannels
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, Sequence[Side]]]:
-    """Yield the tensors of the layer or parameter ``name`` in both networks, and their sides."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Sequence[str]]]:
+    """Yield the tensors of the layer or parameter ``name`` in both networks, and their sides.
+
+    The side of an axis that is not cut is empty.
+    """
     if name not in modules_of(wide):
         narrow, whole = tensor_named(copy, name), tensor_named(wide, name)
-        turned = inputs_axis(whole, channels.axis) == 0
-        yield narrow, whole, ("in", "out") if turned else ("out", "in")
+        rows = channels.axis
+        if rows is None:
+            rows = next((axis for axis, size in enumerate(whole.shape) if size > 1), 0)
+        along = {rows: "out", inputs_axis(whole, channels.axis): "in"}
+        yield narrow, whole, [along.get(axis, "") for axis in range(whole.dim())]
         return
     layers = copy.get_submodule(name), wide.get_submodule(name)
     rule = layer_rule(layers[0])

@@ -5,6 +5,7 @@ Shaw et al. 2018; decomposed into rows and columns in MViTv2 (Li et al. 2022) an
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -131,3 +132,49 @@ def test_a_table_is_cut_where_a_buffer_chooses_its_rows(how: str) -> None:
     torch.manual_seed(0)
     graph = analyse(Scaled().eval(), torch.rand(1, 3, 12, 12))
     assert [group.name for group in graph.groups] == (["first"] if how == "a row" else [])
+
+
+class Shifted(nn.Module):
+    """Relative positions of Transformer-XL and Conformer: biases of heads, added to the queries."""
+
+    def __init__(self, shape: tuple[int, ...], scale: str) -> None:
+        super().__init__()
+        inner = HEADS * WIDTH
+        self.query, self.key, self.value = (nn.Linear(DIM, inner) for _ in range(3))
+        self.places, self.proj = nn.Linear(DIM, inner, bias=False), nn.Linear(inner, DIM)
+        self.one, self.other = (nn.Parameter(torch.randn(shape)) for _ in range(2))
+        self.heads, self.width, self.how, self.scale = HEADS, WIDTH, scale, WIDTH**-0.5
+        self.register_buffer("table", torch.randn(1, 2 * TOKENS - 1, DIM))
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(len(x), -1, self.heads, self.width).transpose(1, 2)
+
+    def shifted(self, x: torch.Tensor) -> torch.Tensor:
+        padded = torch.cat([x.new_zeros(*x.shape[:3], 1), x], dim=-1)
+        padded = padded.view(*x.shape[:2], x.shape[3] + 1, x.shape[2])
+        return padded[:, :, 1:].view_as(x)[..., : x.shape[2]]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (self.split(layer(x)) for layer in (self.query, self.key, self.value))
+        p = self.split(self.places(self.table))
+        one, other = (b if b.dim() == 4 else b[:, None] for b in (self.one, self.other))
+        scores = (q + one) @ k.mT + self.shifted((q + other) @ p.mT)
+        scores = scores / math.sqrt(self.width) if self.how == "computed" else scores * self.scale
+        y = (scores.softmax(-1) @ v).transpose(1, 2)
+        return self.proj(y.reshape(len(x), -1, self.heads * self.width))
+
+
+@pytest.mark.parametrize("scale", ["computed", "attribute"])
+@pytest.mark.parametrize("shape", [(HEADS, WIDTH), (1, HEADS, 1, WIDTH)])
+def test_heads_lose_the_channels_of_biases_that_are_added(shape: Any, scale: str) -> None:
+    torch.manual_seed(0)
+    network: Any = Transformer(lambda: Shifted(shape, scale)).double().eval()
+    narrow, plan = job.slim(network, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    assert {blocked.layer for blocked in plan.blocked} == {"head"}
+    for attention in narrow.blocks:
+        assert attention.query.out_features == HEADS * WIDTH // 2
+        assert attention.one.shape == (*shape[:-1], WIDTH // 2)
+        assert attention.width == WIDTH // 2
+    assert plan.proof.error <= 1e-12
+    made = [plan.layers[f"blocks.0.{name}"].scaled for name in ("query", "one", "other")]
+    assert [bool(rows) for rows in made] == [scale == "computed"] * 3
