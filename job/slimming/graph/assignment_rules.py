@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from job.slimming.graph.channel_labels import MAX_ENTRIES, compact, flat_ids, label_axes
+from job.slimming.graph.blank_channels import label_blank
+from job.slimming.graph.channel_labels import (
+    MAX_ENTRIES,
+    compact,
+    flat_ids,
+    label_axes,
+    labels_along,
+)
 from job.slimming.graph.reasons import OP_COUNT, SLICE_ASSIGNMENT
 
 if TYPE_CHECKING:
@@ -24,6 +32,9 @@ def write(state: PropagationState, op: Op) -> None:
         return state.give_up(op, SLICE_ASSIGNMENT())
     if isinstance(index, torch.Tensor) and index.dim() == 1:
         return _write_samples(state, op)
+    if earlier is None and labels is not None and not any(map(_is_tensor, parts)):
+        _label_blank_target(state, op, labels)
+        earlier = state.labels_of(target)
     if earlier is None or len(label_axes(earlier)) != 1 or any(map(_is_tensor, parts)):
         return state.give_up(op, SLICE_ASSIGNMENT())
     written = earlier.expand(target.shape)[index]
@@ -36,6 +47,19 @@ def write(state: PropagationState, op: Op) -> None:
     state.union.suspects += [(OP_COUNT(op.name), ids) for ids in (before, after)]
     state.add_slice(before, after)
     return state.set_labels(target, earlier)
+
+
+def _label_blank_target(state: PropagationState, op: Op, labels: torch.Tensor) -> None:
+    """Label a target that code filled alike with channels along the axis that the values have."""
+    target, index, value = op.args
+    blank = state.blanks.get(id(target))
+    for axis in sorted(blank.axes) if blank else ():
+        numbers = labels_along(np.arange(target.shape[axis]), axis, target.dim())
+        written = compact(numbers.expand(target.shape)[index])
+        missing = written.dim() - value.dim()
+        if label_axes(written) == [each + missing for each in label_axes(labels)] != []:
+            label_blank(state, target, axis)
+            return
 
 
 def _write_samples(state: PropagationState, op: Op) -> None:

@@ -18,6 +18,7 @@ from job.slimming.graph.cross_covariance import (
     sum_over_columns,
     sum_over_rows,
 )
+from job.slimming.graph.letter_rules import multiply_by_letters
 from job.slimming.graph.reasons import (
     COMPUTED_MASK,
     DIFFERENT_AXES,
@@ -42,7 +43,9 @@ def matmul(state: PropagationState, op: Op) -> None:
     one, other = (op.args[0], op.args[1]) if len(op.args) > 1 else op.inputs[:2]
     dims = one.dim()
     if dims != other.dim() or dims < 3:
-        return state.give_up(op, NOT_SUPPORTED(op.name))
+        if not multiply_by_letters(state, op):
+            state.give_up(op, NOT_SUPPORTED(op.name))
+        return None
     if (rows := state.rows.get(id(one))) is not None:
         return sum_over_columns(state, op, rows)
     if (rows := state.rows.get(id(other))) is not None:
@@ -61,7 +64,9 @@ def matmul(state: PropagationState, op: Op) -> None:
     passing = one if free[0] else other
     labels = state.labels_of(passing)
     if any(summed) or sum(free) != 1 or labels is None:
-        return state.give_up(op, NEVER_CUT(op.name))
+        if not multiply_by_letters(state, op):
+            state.give_up(op, NEVER_CUT(op.name))
+        return None
     factors = other if passing is one else one
     heads = state.labels_of(factors)
     if heads is not None and not label_axes(heads):  # weights from a layer of one output
@@ -85,7 +90,9 @@ def einsum(state: PropagationState, op: Op) -> None:
     """Multiply queries with keys, or weights with values, as an einsum equation states."""
     sides = sides_of(op)
     if sides is None or "." in str(op.args[0]):
-        return state.give_up(op, NOT_SUPPORTED("einsum"))
+        if not multiply_by_letters(state, op):
+            state.give_up(op, NOT_SUPPORTED("einsum"))
+        return None
     first, second, result = sides
     labels = [state.labels_of(tensor) for tensor in op.args[1:]]
     batch, one, last = first[:-2], first[-2:-1], first[-1:]
@@ -122,7 +129,7 @@ def _pass(
             if factors is not None:  # weights from a layer of one output
                 state.fix(op.args[1 + other], ONE_WITH_SEVERAL(op.name))
             return state.set_labels(op.result, passed)
-    return state.give_up(op, NOT_SUPPORTED("einsum"))
+    return None if multiply_by_letters(state, op) else state.give_up(op, NOT_SUPPORTED("einsum"))
 
 
 def attention(state: PropagationState, op: Op) -> None:

@@ -137,6 +137,8 @@ def end_computed(
             state.add_slot(source.name, "out", produced, axis=0)
             state.add_slot(source.name, "in", of_row, axis=0)
         elif source.name != name and source.indices.numel() > 1:
+            if _is_of_kernel(source, weight):
+                continue
             labels = labels_along(produced, 0, weight.dim())
             if (on_axis := source.ids_on_axis(labels)) is None:
                 state.union.fix(produced, COMPUTED_WEIGHT(op.name))
@@ -183,14 +185,19 @@ def _is_of_rows(each: RowStatistics) -> bool:
 
 
 def _follows_rows(source: Source, weight: torch.Tensor) -> bool:
-    """Return whether the values of ``source`` are those of the same row."""
-    if source.indices.numel() == 1:
+    """Return whether the values of ``source`` are those of the same row, or alike for all."""
+    if source.indices.numel() == 1 or _is_of_kernel(source, weight):
         return True
     if source.indices.dim() != weight.dim() or len(source.shape) < 1:
         return False
     lines = [axis for axis, size in enumerate(source.shape) if size == weight.shape[0]]
     rows = torch.arange(len(weight)).reshape(-1, *[1] * (weight.dim() - 1))
     return any(torch.equal(_coordinates(source, axis), rows) for axis in lines)
+
+
+def _is_of_kernel(source: Source, weight: torch.Tensor) -> bool:
+    """Return whether the values of ``source`` are alike for all rows and inputs, as some masks."""
+    return source.indices.dim() == weight.dim() > 2 and set(source.indices.shape[:2]) == {1}
 
 
 def _reduced_axes(op: Op) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch
 from job.slimming.graph.channel_labels import compact, flat_ids, label_axes, run_on_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from job.slimming.graph.trace import Op, Trace
     from job.slimming.graph.union import Ids
@@ -105,6 +105,7 @@ class DerivedValues:
     def __init__(self, trace: Trace, moving: Collection[str], pointwise: Collection[str]) -> None:
         self.trace, self.moving, self.pointwise = trace, moving, pointwise
         self.row_statistics: dict[str, list[RowStatistics]] = {}  # of weights, until their use
+        self.blanks: Mapping[int, Any] = {}  # ``Blank`` by id: tensors alike along some axes
         self._sources: dict[int, tuple[Source, ...]] = {}
 
     def sources(self, tensor: torch.Tensor) -> tuple[Source, ...]:
@@ -177,11 +178,17 @@ class DerivedValues:
                     if not any(map(of_result.equals, sources)):
                         sources.append(of_result)
             if tensor.numel() > 1 and not self.sources(tensor):
-                shape = (*tensor.shape, 1) if column else tuple(tensor.shape)
+                shape = self._shape(tensor) + (1,) * column
                 others.append((1,) * (dims - len(shape)) + shape)
         axes = {axis for source in sources for axis in label_axes(source.indices)}
         alike = all(shape[axis] == 1 for shape in others for axis in axes)
         return sources if alike else []  # the other tensors may depend on the number of channels
+
+    def _shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """Return the shape of a tensor, with 1 for axes along which its values are alike."""
+        blank = self.blanks.get(id(tensor))
+        axes = blank.axes if blank else ()
+        return tuple(1 if axis in axes else size for axis, size in enumerate(tensor.shape))
 
 
 def _numbered(sources: tuple[Source, ...]) -> dict[tuple[str, bool, int], Source]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
-from job.slimming.graph.heads import ADDITIONS
+from job.slimming.graph.heads import SUMS
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.reasons import COMPUTED_BIAS, OP_COUNT
 
@@ -56,7 +56,7 @@ def follow_parameters(
         return False
     state.union.unite(flat_ids(first.expand_as(labels)), flat_ids(labels))
     for name, (axis, ids, together) in cuts:
-        if op.name in ADDITIONS:
+        if op.name in SUMS:
             state.heads.added.add(name)
         state.union.unite(*together)
         cut_parameter(state, name, axis, ids)
@@ -100,7 +100,8 @@ def add_bias(state: PropagationState, op: Op, weight: str, ids: Ids) -> None:
     layer = owner_of(weight)
     name = state.trace.name(bias)
     if name is None:
-        if not follow_parameters(state, op, bias, labels_along(ids, 0, 1)):
+        labels = labels_along(ids, 0, 1)
+        if len(ids) > 1 and not follow_parameters(state, op, bias, labels):
             state.union.fix(ids, COMPUTED_BIAS(op.name))
         state.heads.biases[layer] = [source.name for source in state.derived.sources(bias)]
     elif owner_of(name) not in (layer, *state.twins.get(layer, ())) or layer not in state.layers:

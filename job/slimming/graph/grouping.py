@@ -75,7 +75,7 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
     odd = len(traces) > 1
     union.doubtful |= custom or (odd and not unused)
     graph = _grouped(network, union)
-    graph = replace(graph, blocked=graph.blocked + unsupported_layers(network, graph))
+    graph = replace(graph, blocked=graph.blocked + unsupported_layers(network, graph, unused))
     forward = summarise_trace(main)
     auxiliary = auxiliary and odd  # not where only a pass in eval mode succeeds
     graph = replace(graph, auxiliary=auxiliary, odd=odd or union.doubtful, forward=forward)

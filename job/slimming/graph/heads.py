@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from job.slimming.graph.trace import Op
     from job.slimming.graph.union import ChannelUnion, Ids
 
-ADDITIONS = frozenset("add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__".split())
+SUMS = frozenset("add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__".split())
 SCALINGS = frozenset(
     """mul mul_ multiply __mul__ __imul__ __rmul__ div div_ true_divide __truediv__
     __itruediv__""".split()
@@ -198,6 +198,7 @@ class Heads:
     def is_computed(self, op: Op, scale: float, ids: Ids) -> bool:
         """Return whether ``scale`` is computed from a width rather than read from an attribute."""
         widths = {int(np.isin(split.lines, ids).sum(1).max()) for split in self.of(ids)}
+        widths = widths or {len(np.unique(ids))}  # one head, without a view
         roots = [root for width in widths for root in (width**0.5, width**-0.5)]
         if not any(math.isclose(scale, root, rel_tol=1e-6) for root in roots):
             return False

@@ -246,7 +246,10 @@ def _parts_of_measured_sizes(state: PropagationState, op: Op, parts: list[Ids]) 
 
     Parts of other sizes are never cut. Returns False if no part has such a size.
     """
-    sizes = op.caller.numbers.values()
+    sizes = set[float]()
+    for value in op.caller.numbers.values():
+        several = value if isinstance(value, (list, tuple)) else (value,)
+        sizes.update((*several, sum(several)))
     streams = {len(ids): ids for ids in state.measured_channels(op.module)}
     tied = [part for part in parts if len(part) in streams and len(part) not in sizes]
     if op.name not in ("split", "split_with_sizes") or not tied:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from job.slimming.graph.attention_rules import einsum, matmul, sides_of
-from job.slimming.graph.channel_labels import labels_along
+from job.slimming.graph.channel_labels import label_axes, labels_along
 from job.slimming.graph.computed_weights import computed_from, end_computed
 from job.slimming.graph.followed_parameters import (
     cut_parameter,
@@ -17,6 +17,7 @@ from job.slimming.graph.followed_parameters import (
     produced_by,
 )
 from job.slimming.graph.layers import owner_of
+from job.slimming.graph.letter_rules import multiply_by_letters
 from job.slimming.graph.reasons import BUFFER, COMPUTED_BIAS, MIXED, NOT_SUPPORTED
 from job.slimming.graph.union import ChannelRead, Operand
 
@@ -59,6 +60,22 @@ def product(state: PropagationState, op: Op) -> None:
     return matmul(state, op)
 
 
+def produces(state: PropagationState, op: Op) -> bool:
+    """Produce the channels of ``x @ W`` for ``x`` computed from the inputs, without channels.
+
+    Returns False for other products.
+    """
+    image, other = op.inputs[:2] if len(op.args) < 2 else op.args[:2]
+    if op.name in ("einsum", "addmm") or id(image) not in state.trace.of_inputs:
+        return False
+    matrix = _matrix(state, op, other, inputs_first=True)
+    if matrix is None or matrix.name not in dict(state.network.named_parameters()):
+        return False
+    made = produced_by(state, matrix.name, matrix.outputs, matrix.axis)
+    state.set_ids(op.result, made, op.result.dim() - 1)
+    return True
+
+
 def sum_of_product(state: PropagationState, op: Op) -> None:
     """Add a bias to a product of activations and a matrix: addmm."""
     bias, image = op.argument(0, "input"), op.argument(1, "mat1")
@@ -79,12 +96,17 @@ def product_by_letters(state: PropagationState, op: Op) -> None:
         if found is None:
             continue
         image, matrix_letters, summed, result = found
+        labels = state.labels_of(op.args[1 + place])
+        if labels is not None and label_axes(labels) and labels.shape[image.index(summed)] == 1:
+            continue  # a sum over places
         own = _matrix(state, op, op.args[2 - place], inputs_first=matrix_letters[0] == summed)
         if own is not None:
             (made,) = set(matrix_letters) - {summed}
             axis = image.index(summed)
             return _multiply(state, op, op.args[1 + place], axis, own, result.index(made))
     if _sum_with_table(state, op):
+        return None
+    if any(map(state.derived.sources, op.inputs)) and multiply_by_letters(state, op):
         return None
     state.read_inputs_elsewhere(op)
     return einsum(state, op)

@@ -27,7 +27,7 @@ from job.slimming.graph.layer_rules import LAYER_RULES, is_layer
 from job.slimming.graph.layers import modules_of
 from job.slimming.graph.lookup_rule import LOOKUPS, look_up
 from job.slimming.graph.op_rules import CONCATENATIONS, LIKE, MOVING, OP_RULES, POINTWISE
-from job.slimming.graph.product_rules import MATRIX_PRODUCTS
+from job.slimming.graph.product_rules import MATRIX_PRODUCTS, produces
 from job.slimming.graph.propagation_state import PropagationState
 from job.slimming.graph.reasons import (
     CODE_COUNT,
@@ -158,6 +158,8 @@ def _propagate_op(
         OP_RULES[op.name](state, op)
     elif not labelled or (op.name in LIKE and labelled == list(op.inputs[1:2])):
         _skip(state, op)
+    elif op.name == "__getitem__" and id(op.result) in state.trace.sizes_alone:
+        state.forget(op)
     elif op.name in OP_RULES:
         if op.name not in (*POINTWISE, *CONCATENATIONS, *MATRIX_PRODUCTS):
             state.read_inputs_elsewhere(op)
@@ -174,6 +176,8 @@ def _skip(state: PropagationState, op: Op) -> None:
     """Skip an op on weights, or on values from which nothing can be cut."""
     state.forget(op)
     if op.name in LOOKUPS and look_up(state, op):
+        return
+    if op.name in MATRIX_PRODUCTS and produces(state, op):
         return
     if op.name in POINTWISE or op.name in MOVING:
         state.heads.follow_scores(op)
@@ -195,16 +199,17 @@ def _with_values(op: Op) -> tuple[torch.Tensor, ...]:
 
 
 def _shared_results(trace: Trace) -> list[bool]:
-    """Return for each op whether later ops use its values several times."""
-    producers: dict[int, int] = {}
-    count: Counter[int] = Counter()
+    """Return for each op whether later ops use the values of one of its results several times."""
+    producers: dict[int, tuple[int, int]] = {}  # ops, and numbers of their results
+    count: Counter[tuple[int, int]] = Counter()
     for number, op in enumerate(trace.ops):
         for key in {id(tensor) for tensor in _with_values(op)}:
             if key in producers:
                 count[producers[key]] += 1
-        for result in op.results:
-            producers[id(result)] = number  # a tensor changed in place is a new result
+        for place, result in enumerate(op.results):
+            producers[id(result)] = number, place  # a tensor changed in place is a new result
     for output in trace.outputs:
         if id(output) in producers:
             count[producers[id(output)]] += 1
-    return [count[number] > 1 for number in range(len(trace.ops))]
+    shared = {number for (number, _), times in count.items() if times > 1}
+    return [number in shared for number in range(len(trace.ops))]

@@ -84,6 +84,7 @@ class PropagationState:
         self.trace, self.derived, self.main = trace, derived, main
         self._calls: Counter[str] = Counter()
         self._labels, self._shared, self.rows, self.blanks = {}, set(), {}, {}
+        derived.blanks = self.blanks
         self.heads.begin_trace()
 
     def begin_op(self, op: Op, inputs: Collection[torch.Tensor], *, result_shared: bool) -> None:

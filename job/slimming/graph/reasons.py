@@ -134,8 +134,11 @@ COMPUTED_BY = ReasonKind(
         "a pruning mask": "call torch.nn.utils.prune.remove(layer, 'weight') before the cut",
     },
 )
-COMPUTED_OR_SHARED = ReasonKind(
-    "its weight is computed from others or shared, or no pass in eval mode uses it", _PARAMETER
+COMPUTED_OR_SHARED = ReasonKind("its weight is computed from others, or shared", _PARAMETER)
+NOT_USED = ReasonKind(
+    "no pass in eval mode uses it",
+    "remove the layer, whose channels count for a target in channels, or pass an example that "
+    "uses it",
 )
 COMPUTED_WEIGHT_OR_MIXED = ReasonKind("{} with a computed weight or mixed channels", _PARAMETER)
 COMPUTED_OR_MIXED = ReasonKind("{} with computed parameters or mixed channels", _PARAMETER)
@@ -157,7 +160,11 @@ NEVER_CUT = ReasonKind("{} with channels that are never cut", _CUT_BOTH)
 ADDED_TO_FIXED = ReasonKind("added to channels that are never cut", _CUT_BOTH)
 FIXED_QUERIES = ReasonKind("{} of queries or keys that are never cut", _CUT_BOTH)
 FIXED_INPUTS = ReasonKind("{} of inputs that are never cut", _CUT_BOTH)
-UNKNOWN_ORIGIN = ReasonKind("{} of a tensor of unknown origin", _CUT_BOTH)
+UNKNOWN_ORIGIN = ReasonKind(
+    "{} of a tensor of unknown origin",
+    "make it by ops of torch, not by NumPy or a kernel of its own; a constant by torch.tensor, or "
+    "as a buffer",
+)
 ONE_WITH_SEVERAL = ReasonKind(
     "{} of one channel with several",
     "expand the one channel with a layer, e.g. a 1x1 convolution",
@@ -204,6 +211,7 @@ OUTPUT = ReasonKind("the network's output", NO_CHANGE)
 NO_CHANNELS_OF_ITS_OWN = ReasonKind(
     "neither its inputs nor its outputs are channels that can be cut", NO_CHANGE
 )
+HIDDEN = ReasonKind("hidden states of recurrent layers are not cut", NO_CHANGE)
 SELECTION = ReasonKind("channels are selected before each BatchNorm that reads them", NO_CHANGE)
 UNRANKED = ReasonKind("no importance ranks them", NO_CHANGE)
 ASKED = ReasonKind("asked to be ignored", "leave it out of ignore")

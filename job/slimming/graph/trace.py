@@ -42,6 +42,7 @@ SIZED |= {"unflatten", "layer_norm", "rms_norm", "conv1d", "conv2d", "conv3d"}
 FILLING = frozenset(
     "zeros ones full empty rand randn new_zeros new_ones new_full new_empty".split()
 )
+SHAPED_LIKE = frozenset("zeros_like ones_like full_like empty_like rand_like randn_like".split())
 EXPANDING = frozenset("expand expand_as repeat tile broadcast_to".split())
 CALLED_BY_MODULES = NORM_OPS | SIZED | {"linear"}
 CALLED_BY_MODULES |= {"scaled_dot_product_attention", *FILLING, *EXPANDING}
@@ -132,6 +133,14 @@ class Trace:
             if not found.isdisjoint(map(id, op.inputs)):
                 found.update(map(id, op.results))
         return frozenset(found)
+
+    @cached_property
+    def sizes_alone(self) -> frozenset[int]:
+        """Ids of the tensors of which the pass uses the sizes alone, e.g. in ``zeros_like``."""
+        values = {id(t) for op in self.ops if op.name not in SHAPED_LIKE for t in op.inputs}
+        values.update(map(id, self.outputs))
+        shaped = {id(t) for op in self.ops if op.name in SHAPED_LIKE for t in op.inputs}
+        return frozenset(shaped - values)
 
     def is_read(self, tensor: torch.Tensor) -> bool:
         """Whether an op reads a tensor, or the network returns it."""

@@ -9,18 +9,36 @@ from torch import nn
 from job.slimming.graph.convolution_rules import computed_weight
 from job.slimming.graph.groups import BlockedChannels
 from job.slimming.graph.layer_rules import is_layer
-from job.slimming.graph.layers import SUMMING, is_depthwise, modules_of, owner_of, weight_rows
-from job.slimming.graph.reasons import COMPUTED_OR_SHARED, NO_CHANNELS_OF_ITS_OWN, UNKNOWN_LAYER
+from job.slimming.graph.layers import (
+    BATCHNORM,
+    SUMMING,
+    is_depthwise,
+    modules_of,
+    owner_of,
+    weight_rows,
+)
+from job.slimming.graph.reasons import (
+    COMPUTED_OR_SHARED,
+    HIDDEN,
+    NO_CHANNELS_OF_ITS_OWN,
+    NOT_USED,
+    UNKNOWN_LAYER,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from job.slimming.graph.groups import ChannelGraph
 
 
-def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[BlockedChannels, ...]:
+def unsupported_layers(
+    network: nn.Module, graph: ChannelGraph, unused: Collection[str]
+) -> tuple[BlockedChannels, ...]:
     """Return the layers with a weight of two axes or more that no rule of a layer covers.
 
-    These include layers whose weight is computed in a way that no rule covers. Parameters that are
-    cut by their name, and containers of other modules, are left out.
+    These include layers whose weight is computed in a way that no rule covers, those that no pass
+    in eval mode uses (``unused``, also BatchNorms), and recurrent layers, whose hidden states are
+    not cut. Parameters that are cut by their name, and containers of other modules, are left out.
     """
     covered = {name for slot in graph.slots for name in (slot.layer, owner_of(slot.layer))}
     named = {layer for group in graph.groups for layer in group.layers}
@@ -28,6 +46,12 @@ def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[Blocked
     called = {call.weight for call in graph.calls}
     found = []
     for name, module in modules_of(network, once=True).items():
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase) and name not in unused:
+            found.append(BlockedChannels.by(name, module.hidden_size, HIDDEN()))
+            continue
+        if name in unused and name not in covered and isinstance(module, BATCHNORM):
+            found.append(BlockedChannels.by(name, module.num_features, NOT_USED()))
+            continue
         shapes = [p.shape for p in module.parameters(recurse=False) if p.dim() > 1]
         computed = computed_weight(module) if is_layer(module) else None
         if computed and not shapes:
@@ -42,7 +66,7 @@ def unsupported_layers(network: nn.Module, graph: ChannelGraph) -> tuple[Blocked
         if is_layer(module):
             if not isinstance(module, SUMMING) or is_depthwise(module) or name in named:
                 continue
-            reason = computed or COMPUTED_OR_SHARED()
+            reason = computed or (NOT_USED() if name in unused else COMPUTED_OR_SHARED())
             if f"{name}.weight" in called:
                 reason = NO_CHANNELS_OF_ITS_OWN()
         found.append(BlockedChannels.by(name or "the network", shapes[0][table], reason))

@@ -54,19 +54,43 @@ FEWER_OUTPUTS = (
 )
 
 
+NO_COUNTED_LAYER = (
+    "the network has no layers whose channels are counted; give a target in params or macs. Are "
+    "its layers in a list? An nn.ModuleList registers them"
+)
+
+
+OTHER_METRICS = (
+    "; parameters outside layers can be cut, whose channels are not counted: give a target in "
+    "params or macs"
+)
+
+
 def check_any_group(planner: Planner, budget: Budget) -> None:
     """Raise UsageError with the main reason if no group can be cut."""
     if not planner.groups:
-        raise UsageError(f"{budget} cannot be reached: {NOTHING}{_main_obstacle(planner.graph)}")
+        why = _main_obstacle(planner.graph)
+        if planner.graph.blocked and not why:
+            why = f"; all of them are {OUTPUT.text}. {FEWER_OUTPUTS}"
+        raise UsageError(f"{budget} cannot be reached: {NOTHING}{why}")
+    if budget.metric == "channels" and not planner.base.channels:
+        raise UsageError(f"{budget} cannot be reached: {NO_COUNTED_LAYER}")
 
 
 def check_reachable(planner: Planner, budget: Budget, limit: float, floors: Sequence[int]) -> None:
     """Raise UsageError if ``floors`` (groups,), the fewest units, cost more than ``limit``."""
     least = planner.metric(budget.metric, floors)
     if least > limit:
-        error = OutOfReachError(
-            str(budget) if budget.metric == "latency" else budget.unreachable(least, planner.base)
-        )
+        if budget.metric == "latency":
+            error = OutOfReachError(str(budget))
+        else:
+            lowest = planner.metric(budget.metric, [1] * len(planner.groups))
+            advice = "; lower --min-keep or --round-to to go further" if lowest < least else ""
+            if lowest > limit:
+                advice += _main_obstacle(planner.graph)
+            if budget.metric == "channels" and lowest == planner.base.channels:
+                advice += OTHER_METRICS
+            error = OutOfReachError(budget.unreachable(least, planner.base, advice))
         error.least = least
         raise error
 
@@ -107,6 +131,6 @@ def _main_obstacle(graph: ChannelGraph) -> str:
         count[blocked.reason] += blocked.channels * (blocked.reason != OUTPUT.text)
     ((reason, channels),) = count.most_common(1)
     if not channels:
-        return f"; all of them are {OUTPUT.text}. {FEWER_OUTPUTS}"
+        return ""
     first = next(each for each in graph.blocked if each.reason == reason)
-    return f"; the main reason: {first.explanation}"
+    return f"; the main reason ({first.layer}): {first.explanation}"

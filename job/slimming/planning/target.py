@@ -106,7 +106,7 @@ class Budget:
             return self
         return replace(self, value=self.fraction(base) ** (round_index / rounds))
 
-    def unreachable(self, least: float, base: Cost) -> str:
+    def unreachable(self, least: float, base: Cost, advice: str) -> str:
         """Return the message for a budget below ``least``, the smallest value within reach."""
         whole = getattr(base, self.metric)
         share = math.ceil(1000 * least / whole) / 1000
@@ -116,7 +116,7 @@ class Budget:
         number = f" (above 1: an absolute number of {unit})" if absolute else ""
         return (
             f"{self}{number} cannot be reached: the minimum is {self.metric}={least:,.0f} of "
-            f"{whole:,} ({share:g}); lower --min-keep or --round-to to go further"
+            f"{whole:,} ({share:g}){advice}"
             f"{self.hint() if absolute else ''}"
         )
 

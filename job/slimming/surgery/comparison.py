@@ -112,7 +112,7 @@ def _pass(network: nn.Module, noise: Example, seed: int) -> list[torch.Tensor]:
     eval_mode = training_mode(network, training=False)
     with eval_mode, torch.no_grad(), torch.random.fork_rng(), ConstantNoise():
         torch.manual_seed(seed)
-        return [tensor.clone() for tensor in tensors_in(call_network(network, noise))]
+        return [tensor.detach().clone() for tensor in tensors_in(call_network(network, noise))]
 
 
 def _culprit(network: nn.Module, noise: Example) -> str:

@@ -61,7 +61,7 @@ class Probe(NamedTuple):
             torch.default_generator.manual_seed(0)
             noise = _noise_for(network, self.example)
             with kept.mode() if kept else nullcontext(), ConstantNoise(), wide:
-                return list(tensors_in(call_network(network, noise)))
+                return [t.detach() for t in tensors_in(call_network(network, noise))]
 
 
 def verify(

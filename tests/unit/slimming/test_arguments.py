@@ -158,7 +158,7 @@ def test_the_line_is_seen_where_nobody_configured_logging(
 
 def test_where_nothing_can_be_cut_it_is_said_why() -> None:
     norm = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Softmax(1), nn.Conv2d(8, 4, 3))
-    with pytest.raises(UsageError, match="the main reason: softmax across channels"):
+    with pytest.raises(UsageError, match=r"the main reason \(0\): softmax across channels"):
         job.slim(norm, EXAMPLE)
 
 
@@ -179,6 +179,56 @@ def test_where_all_channels_are_outputs_it_is_said_how_to_take_fewer() -> None:
     assert plan.layers.keys() == {"first", "last"}
     with pytest.raises(UsageError, match="it has no layers with channels"):
         job.slim(nn.ReLU(), EXAMPLE)
+
+
+class Spare(nn.Module):
+    """A BatchNorm that no pass uses, whose channels count."""
+
+    def __init__(self, spare: int = 64) -> None:
+        super().__init__()
+        self.one, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+        self.spare = nn.BatchNorm2d(spare)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.one(x)).relu())
+
+
+def test_a_target_out_of_reach_names_what_is_not_cut() -> None:
+    with pytest.raises(UsageError, match=r"the main reason \(spare\): no pass .* uses it") as found:
+        job.slim(Spare(), EXAMPLE, target="channels=0.5", min_keep=0)
+    assert "min_keep" not in str(found.value)
+    with pytest.raises(UsageError, match=r"lower min_keep or round_to") as found:
+        job.slim(Spare(2), EXAMPLE, target="channels=0.3", min_keep=0.9)
+    assert "the main reason" not in str(found.value)
+
+
+def test_a_network_without_counted_channels_needs_another_target() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [[nn.Linear(6, 32), nn.Linear(32, 4)]]
+            self.own = nn.ParameterList(p for layer in self.layers[0] for p in layer.parameters())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            one, other = self.layers[0]
+            return other(one(x).relu())
+
+    with pytest.raises(UsageError, match=r"no layers whose channels are counted; .*ModuleList"):
+        job.slim(Listed(), torch.rand(2, 6), target="channels=0.5", importance="l2")
+
+
+def test_outputs_that_require_gradients_are_compared() -> None:
+    class Siren(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.last = nn.Linear(2, 16), nn.Linear(16, 1)
+
+        def forward(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            places = places.clone().detach().requires_grad_(True)
+            return self.last(self.one(places).sin()), places
+
+    narrow, _ = job.slim(Siren(), torch.rand(2, 2), target="channels=0.6", importance="l2")
+    assert narrow.one.out_features < 16
 
 
 def test_layers_to_ignore_are_names_or_modules() -> None:

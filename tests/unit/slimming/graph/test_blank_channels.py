@@ -164,3 +164,79 @@ def test_zeros_that_no_layer_makes_later_are_never_cut() -> None:
     _, plan = job.slim(Zeros().eval(), IMAGE, target="channels=0.5", importance="l2")
     assert plan.layers["last"].in_ is not None
     assert set(range(8, 12)) < set(plan.layers["last"].in_)
+
+
+class CostVolume(nn.Module):
+    """Maps of two views, assigned to a volume of zeros at each disparity (Chang and Chen 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 8, 1)
+        self.volume, self.last = nn.Conv3d(16, 6, 1), nn.Conv3d(6, 4, 1)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        left, right = (self.two(self.one(x).relu()) for x in (left, right))
+        batch, channels, height, width = left.shape
+        cost = left.new_zeros([batch, 2 * channels, 3, height, width])
+        for shift in range(3):
+            if shift:
+                cost[:, :channels, shift, :, shift:] = left[:, :, :, shift:]
+                cost[:, channels:, shift, :, shift:] = right[:, :, :, :-shift]
+            else:
+                cost[:, :channels, shift] = left
+                cost[:, channels:, shift] = right
+        return self.last(self.volume(cost.contiguous()).relu())
+
+
+def test_zeros_that_maps_are_assigned_to_are_cut_with_them() -> None:
+    torch.manual_seed(0)
+    wide, views = CostVolume().double().eval(), torch.rand(2, 2, 3, 8, 8).double()
+    narrow, plan = job.slim(
+        wide, tuple(views), policy="uniform", target="width=0.5", importance="l2"
+    )
+    assert {blocked.layer for blocked in plan.blocked} == {"last"}
+    assert (narrow.two.out_channels, narrow.volume.in_channels) == (4, 8)
+    masked = masked_network(wide, plan.layers)
+    torch.testing.assert_close(narrow(*views), masked(*views))
+
+
+def test_a_constant_channel_made_like_one_of_the_maps_is_kept_beside_them() -> None:
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(9, 6, 3)
+            self.last = nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x).relu()
+            time = torch.ones_like(x[:, :1]) * 0.3
+            return self.last(self.second(torch.cat([time, x], 1)).relu())
+
+    torch.manual_seed(0)
+    wide = Timed().double().eval()
+    narrow, plan = job.slim(wide, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    assert (narrow.first.out_channels, narrow.second.in_channels) == (4, 5)
+    images = torch.rand(2, *IMAGE.shape[1:], dtype=torch.float64)
+    torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
+
+
+def test_zeros_that_a_parameter_scales_are_cut_with_the_state() -> None:
+    class Leaky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.last = nn.Linear(6, 16), nn.Linear(16, 4)
+            self.decay = nn.Parameter(torch.rand(16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.enter(x)
+            state = torch.zeros(x.size(0), x.size(-1), dtype=x.dtype)
+            for place in range(x.shape[1]):
+                state = self.decay * state + x[:, place]
+            return self.last(state)
+
+    example = torch.rand(2, 5, 6, dtype=torch.float64)
+    narrow, plan = job.slim(
+        Leaky().double().eval(), example, policy="uniform", target="width=0.5", importance="l2"
+    )
+    assert (narrow.enter.out_features, narrow.decay.shape) == (8, (8,))
+    assert plan.proof.error <= 1e-12

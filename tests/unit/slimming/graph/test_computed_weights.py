@@ -311,3 +311,37 @@ def test_a_mixture_of_kernels_keeps_its_channels_and_loses_experts() -> None:
     assert {"3.first", "3.kernels"} <= {blocked.layer for blocked in plan.blocked}
     images = torch.rand(3, 3, 12, 12, dtype=torch.float64)
     torch.testing.assert_close(narrow(images), masked_network(wide, plan.layers)(images))
+
+
+class Masked(nn.Conv2d):
+    """A convolution that sees earlier places alone, by one mask for all kernels (PixelCNN)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        mask = torch.ones(1, 1, 3, 3)
+        mask[..., 2, :] = 0
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight * self.mask, self.bias)
+
+
+def test_a_mask_of_all_kernels_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(Masked(3, 8), nn.ReLU(), Masked(8, 6), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    wide.double().eval()
+    narrow, plan = job.slim(wide, IMAGE, policy="uniform", target="width=0.5", importance="l2")
+    assert narrow[0].mask.shape == (1, 1, 3, 3)
+    assert (narrow[0].out_channels, narrow[2].out_channels) == (4, 3)
+    assert plan.proof.error <= 1e-12
+
+
+def test_a_computed_bias_of_one_output() -> None:
+    class Equalised(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.weight * 0.5, self.bias * 2.0)
+
+    wide = nn.Sequential(Equalised(6, 16), nn.ReLU(), Equalised(16, 1)).eval()
+    narrow, plan = job.slim(wide, torch.rand(2, 6), target="channels=0.6", importance="l2")
+    assert narrow[0].out_features < 16
+    assert not any("an error of Gammaslim" in blocked.reason for blocked in plan.blocked)

@@ -203,6 +203,25 @@ def test_every_layer_that_is_left_alone_is_named() -> None:
     assert reasons["one"] == "bilinear is not supported"
 
 
+def test_hidden_states_and_layers_that_no_pass_uses_are_named() -> None:
+    class Spoken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.lstm = nn.Conv1d(3, 8, 3), nn.LSTM(8, 12, batch_first=True)
+            self.head, self.spare = nn.Linear(12, 4), nn.Conv1d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.lstm(self.one(x).mT)[0][:, -1])
+
+    graph = analyse(Spoken().eval(), torch.rand(2, 3, 9))
+    reasons = {blocked.layer: blocked.reason for blocked in graph.blocked}
+    assert reasons.pop("head") == "the network's output"
+    assert reasons == {
+        "lstm": "hidden states of recurrent layers are not cut",
+        "spare": "no pass in eval mode uses it",
+    }
+
+
 class Standardised(nn.Conv2d):
     """A convolution whose weight has mean 0 for each input."""
 

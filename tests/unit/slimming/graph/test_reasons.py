@@ -22,7 +22,8 @@ from support.networks import Net, block
 
 IMAGE = torch.rand(1, 3, 16, 16)
 NO_CHANGE = [
-    reasons.OUTPUT, reasons.NO_CHANNELS_OF_ITS_OWN, reasons.SELECTION, reasons.UNRANKED,
+    reasons.OUTPUT, reasons.NO_CHANNELS_OF_ITS_OWN, reasons.HIDDEN, reasons.SELECTION,
+    reasons.UNRANKED,
 ]  # fmt: skip
 SLIMMING = Path(job.__file__).parent / "slimming"
 NAMES = ("view", "split", "softmax", "sinc", "einsum", "weight_norm", "a pruning mask", "a.scale")
