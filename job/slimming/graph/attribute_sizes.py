@@ -141,7 +141,7 @@ def _numbers(op: Op, before: torch.Tensor, after: Sequence[torch.Tensor]) -> Ite
     else:
         sizes = op.view_sizes
         if len(sizes) == after[0].dim():
-            for axis in _cut_axes(before, after[0]):
+            for axis in _cut_axes(after[0]):
                 yield sizes[axis], _along(after[0], axis)
 
 
@@ -161,14 +161,9 @@ def _bounds(op: Op, axes: Collection[int] | None = None) -> Iterator[int]:
             axis, rest = axis + 1, rest - 1
 
 
-def _cut_axes(before: torch.Tensor, labels: torch.Tensor) -> list[int]:
-    """Return the axes of a view that lose channels: the size of groups, or the number of pairs.
-
-    Features (B, F) that become maps (B, C, H, W) lose channels along the first of these axes.
-    """
+def _cut_axes(labels: torch.Tensor) -> list[int]:
+    """Return the axes of a view that lose channels: the size of groups, or the number of pairs."""
     axes = label_axes(labels)
-    if before.dim() == 2 < len(axes):
-        return axes[:1]
     if len(axes) == 2 and labels.shape[axes[1]] == 2 < labels.shape[axes[0]]:
         return axes
     return axes[-1:]

@@ -40,6 +40,13 @@ if TYPE_CHECKING:
     from job.slimming.graph.union import Ids
 
 
+# whose channels are along the axis 1 of (B, C, L)
+OF_SIGNALS = frozenset(
+    """conv1d conv_transpose1d batch_norm instance_norm max_pool1d avg_pool1d
+    adaptive_avg_pool1d adaptive_max_pool1d interpolate upsample""".split()
+)
+
+
 def cat(state: PropagationState, op: Op) -> None:
     """Concatenate channels, or unite them in a concatenation along another axis."""
     axis = op.argument(1, "dim", op.kwargs.get("axis", 0)) % op.result.dim()
@@ -96,7 +103,8 @@ def reshape(state: PropagationState, op: Op) -> None:
     if outcome is None:
         return state.give_up(op, MIXES(op.name))
     labels, split = outcome
-    maps = split and image.dim() == 2 and len(label_axes(labels)) > 2  # features become maps
+    maps = split and image.dim() == 2  # features become maps
+    maps = maps and (len(label_axes(labels)) > 2 or _feeds_convolution(state, op))
     if split:  # (groups, channels per group): the same channels are kept in each group
         lines = flat_ids(labels).reshape(-1, labels.shape[label_axes(labels)[-1]])
         if maps:
@@ -106,14 +114,29 @@ def reshape(state: PropagationState, op: Op) -> None:
     elif _is_one_head(labels, image, result):
         state.heads.add(flat_ids(labels)[None], held=_is_held(op))
     any_size = op.name == "flatten" or (op.name in ("view", "reshape") and op.args[-1] == -1)
-    state.note_sizes(op, [labels])
     if maps:
         labels = labels_along(lines[0], label_axes(labels)[0], labels.dim())
+    state.note_sizes(op, [labels])
     if split or not state.is_measured(image, op.module):  # else its own size decides
         _count_with_streams(state, op, labels)
     if split or not any_size:
         state.union.suspects.append((OP_COUNT(op.name), flat_ids(labels)))
     return state.set_labels(result, labels)
+
+
+def _feeds_convolution(state: PropagationState, op: Op) -> bool:
+    """Return whether the next op on the result (B, C, L) that is not pointwise is of signals."""
+    reached, after = {id(op.result)}, False
+    for each in state.trace.ops:
+        after = after or each is op
+        if not after or each is op or reached.isdisjoint(map(id, each.inputs)):
+            continue
+        if each.name in OF_SIGNALS:
+            return True
+        if len(each.inputs) > 1 and each.name not in ("prelu", "add", "mul"):
+            return False
+        reached.update(map(id, each.results))
+    return False
 
 
 def _is_one_head(labels: torch.Tensor, image: torch.Tensor, result: torch.Tensor) -> bool:

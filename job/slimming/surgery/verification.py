@@ -56,8 +56,18 @@ class Probe(NamedTuple):
 
     def outputs(self, network: nn.Module, kept: KeptReads | None = None) -> list[torch.Tensor]:
         """Return the tensors that a network returns."""
+        try:
+            with torch.inference_mode():
+                return self._outputs(network, kept)
+        except RuntimeError as failure:
+            if "does not require grad" not in str(failure):
+                raise
+        with torch.no_grad():  # code that computes gradients itself, e.g. forces of an energy
+            return self._outputs(network, kept)
+
+    def _outputs(self, network: nn.Module, kept: KeptReads | None) -> list[torch.Tensor]:
         wide = DoublePrecision() if self.widened else nullcontext()
-        with preserve_state(network), _proof_mode(network, self.auxiliary), torch.inference_mode():
+        with preserve_state(network), _proof_mode(network, self.auxiliary):
             torch.default_generator.manual_seed(0)
             noise = _noise_for(network, self.example)
             with kept.mode() if kept else nullcontext(), ConstantNoise(), wide:

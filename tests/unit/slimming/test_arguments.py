@@ -231,6 +231,23 @@ def test_outputs_that_require_gradients_are_compared() -> None:
     assert narrow.one.out_features < 16
 
 
+def test_gradients_that_the_code_computes_are_compared() -> None:
+    class Forces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.last = nn.Linear(3, 16), nn.Linear(16, 1)
+
+        def forward(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.enable_grad():
+                places = places.detach().requires_grad_(True)
+                energy = self.last(self.one(places).sin()).sum()
+                return energy, -torch.autograd.grad(energy, places)[0]
+
+    narrow, plan = job.slim(Forces(), torch.rand(2, 3), target="channels=0.6", importance="l2")
+    assert narrow.one.out_features < 16
+    assert plan.proof.error <= 1e-12
+
+
 def test_layers_to_ignore_are_names_or_modules() -> None:
     def block(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU())

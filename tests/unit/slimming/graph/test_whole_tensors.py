@@ -107,3 +107,26 @@ def test_features_become_as_many_maps_as_attributes_say(view: str) -> None:
     assert narrow.get_submodule("layers.0").num_features == VIEWS[view]
     assert narrow.get_submodule("linear").out_features == VIEWS[view] * 16
     assert narrow(torch.rand(2, 6)).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_features_become_signals_by_an_attribute(norm: bool) -> None:
+    """Three axes are those of a signal where a layer of signals reads them, not heads."""
+
+    class Signals(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.one = nn.Linear(8, 16 * 12), nn.ConvTranspose1d(16, 8, 4, 2)
+            self.norm = nn.BatchNorm1d(16) if norm else nn.Identity()
+            self.last, self.channels = nn.Conv1d(8, 2, 3), 16
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.enter(x).view(-1, self.channels, 12).relu()
+            return self.last(self.one(self.norm(x)))
+
+    torch.manual_seed(0)
+    wide, example = Signals().double().eval(), torch.rand(2, 8, dtype=torch.float64)
+    narrow, plan = job.slim(wide, example, policy="uniform", target="width=0.5", importance="l2")
+    assert (narrow.enter.out_features, narrow.channels, narrow.one.in_channels) == (96, 8, 8)
+    assert {blocked.layer for blocked in plan.blocked} == {"last"}
+    assert plan.proof.error <= 1e-12
