@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes
 from job.slimming.graph.reasons import SCALE
@@ -20,12 +21,11 @@ from job.slimming.graph.reasons import SCALE
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    import torch
-
     from job.slimming.graph.trace import Op
     from job.slimming.graph.union import ChannelUnion, Ids
 
 SUMS = frozenset("add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__".split())
+REAL = frozenset({torch.float32, torch.float64})
 SCALINGS = frozenset(
     """mul mul_ multiply __mul__ __imul__ __rmul__ div div_ true_divide __truediv__
     __itruediv__""".split()
@@ -189,6 +189,9 @@ class Heads:
         ``labels`` are the labels of the scaled tensor.
         """
         number = next((arg for arg in op.args if type(arg) is float), None)
+        if number is None:  # torch.sqrt(torch.tensor(width))
+            values = (t for t in op.inputs[1:] if not t.dim() and t.dtype in REAL and not t.is_meta)
+            number = next(map(float, values), None)
         if number is None or not op.inputs:
             return
         ids = self._scores.get(id(op.inputs[0])) if labels is None else flat_ids(labels)
