@@ -15,6 +15,7 @@ from job.slimming.graph.reasons import (
     COMPUTED_BY,
     COMPUTED_PLACES,
     COMPUTED_WEIGHT_OR_MIXED,
+    MIXED,
     OP_COUNT,
 )
 
@@ -49,6 +50,9 @@ def convolution(state: PropagationState, op: Op) -> None:
     computed = name is None
     name = name or computed_from(state, op, weight)
     state.count_call(op, name)
+    if ids is None and not computed and groups == 1:  # channels are along an axis of places
+        state.fix(image, MIXED(op.name))
+        ids = np.zeros(image.shape[1], np.int64)
     if ids is None or name is None:
         reason = computed_weight(op.module) if name is None else None
         depthwise = ids is not None and 1 < groups == len(ids) == outputs

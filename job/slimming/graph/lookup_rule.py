@@ -15,6 +15,8 @@ from job.slimming.graph.layers import owner_of
 from job.slimming.graph.reasons import COMPUTED_PLACES, OP_COUNT
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from job.slimming.graph.propagation_state import PropagationState
     from job.slimming.graph.trace import Op
 
@@ -24,21 +26,31 @@ LOOKUPS = frozenset({"embedding", "embedding_bag"})
 def look_up(state: PropagationState, op: Op) -> bool:
     """Produce the channels of a table that is looked up by indices of the inputs.
 
+    A table that scores the words too, as the weight of a linear layer, has them as its inputs.
     Returns False for other indices, and for a table that is not a parameter that can be cut. One
     with ``max_norm`` cannot: its rows are normalised over all channels at each use.
     """
     indices, table = op.argument(0, "input"), op.argument(1, "weight")
-    if id(indices) not in state.trace.of_inputs:
-        return False
     name = state.trace.name(table)
-    normed = op.argument(3, "max_norm") is not None
-    if name is None or table.dim() != 2 or normed or owner_of(name) in state.layers:
+    if id(indices) not in state.trace.of_inputs or name is None or table.dim() != 2:
         return False
-    if name not in dict(state.network.named_parameters(remove_duplicate=False)):
+    if op.argument(3, "max_norm") is not None:
         return False
-    made = produced_by(state, name, table.shape[1], axis=1)
+    if any(op.name == "linear" and op.argument(1, "weight") is table for op in state.trace.ops):
+        made = state.produced.get((name, 1))
+        if made is None:
+            made = state.produced[name, 1] = state.union.produce(name, table.shape[1])
+            state.add_slot(name, "in", made)
+    elif owner_of(name) in state.layers or name not in _parameters(state):
+        return False
+    else:
+        made = produced_by(state, name, table.shape[1], axis=1)
     state.set_ids(op.result, made, op.result.dim() - 1)
     return True
+
+
+def _parameters(state: PropagationState) -> dict[str, nn.Parameter]:
+    return dict(state.network.named_parameters(remove_duplicate=False))
 
 
 def gathered(state: PropagationState, op: Op) -> None:

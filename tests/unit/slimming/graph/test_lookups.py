@@ -97,13 +97,37 @@ class Tied(nn.Module):
         return self.last(x + self.back(self.hidden(x).relu()))
 
 
-def test_an_embedding_that_scores_the_words_too_keeps_its_width() -> None:
-    narrow, plan = halved(Tied(), importance="l2")
+def test_an_embedding_that_scores_the_words_too_is_cut_once() -> None:
+    torch.manual_seed(0)
+    network = Tied().double()
+    narrow, plan = halved(network, importance="l2")
     assert narrow.words.weight is narrow.last.weight
-    assert narrow.words.weight.shape == (40, WIDTH)
-    assert narrow.hidden.out_features == 16
+    assert narrow.words.weight.shape == (40, WIDTH // 2)
+    assert (narrow.words.embedding_dim, narrow.last.in_features) == (WIDTH // 2, WIDTH // 2)
+    assert (narrow.hidden.out_features, narrow.last.out_features) == (16, 40)
     assert plan.proof.error <= 1e-12
-    assert "two axes of" in " ".join(blocked.reason for blocked in plan.blocked)
+    assert plan.after.params == sum(p.numel() for p in narrow.parameters())
+    assert apply_plan(network, plan.layers)(WORDS).equal(narrow(WORDS))
+
+
+def test_a_convolution_across_the_width_of_an_embedding_is_cut_in_its_outputs() -> None:
+    """TextCNN (Kim 2014) convolves the map of words and widths, whose widths stay."""
+
+    class TextCnn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.one = nn.Embedding(40, WIDTH), nn.Conv2d(1, 16, (3, WIDTH))
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, words: torch.Tensor) -> torch.Tensor:
+            x = self.one(self.words(words)[:, None]).squeeze(3).relu()
+            return self.head(x.max(2)[0])
+
+    narrow, plan = halved(TextCnn(), importance="l2")
+    assert (narrow.words.embedding_dim, narrow.one.out_channels) == (WIDTH, 8)
+    assert plan.proof.error <= 1e-12
+    reasons = {blocked.layer: blocked.reason for blocked in plan.blocked}
+    assert reasons["words.weight"] == "conv2d of mixed channels"
 
 
 PICKS: dict[str, Callable[..., torch.Tensor]] = {
