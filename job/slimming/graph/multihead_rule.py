@@ -14,10 +14,12 @@ import numpy as np
 from job.slimming.graph.channel_labels import labels_along
 from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.layers import owner_of
-from job.slimming.graph.reasons import COMPUTED_WEIGHT, FIXED_INPUTS, OP_COUNT
+from job.slimming.graph.reasons import COMPUTED_BIAS, COMPUTED_WEIGHT, FIXED_INPUTS, OP_COUNT
 from job.slimming.graph.union import ChannelRead, LayerCall, Operand
 
 if TYPE_CHECKING:
+    import torch
+
     from job.slimming.graph.propagation_state import PropagationState
     from job.slimming.graph.trace import Op
     from job.slimming.graph.union import Ids
@@ -43,7 +45,7 @@ def multi_head_attention(state: PropagationState, op: Op) -> None:
     if out is None or None in names or owner_of(names[0] or "") not in state.layers:
         return state.give_up(op, COMPUTED_WEIGHT(op.name))
     _count_calls(state, op, [*map(str, names), out])
-    inputs = [state.ids_along(tensor, -1) for tensor in op.args[:3]]
+    inputs = [state.ids_along(tensor, -1) for tensor in _images(op)]
     inputs = [ids if ids is not None and ids.any() else None for ids in inputs]
     if weights is PACKED and not _share_stream(state, op, inputs):
         return state.give_up(op, FIXED_INPUTS(op.name))
@@ -57,13 +59,17 @@ def multi_head_attention(state: PropagationState, op: Op) -> None:
     return state.set_ids(result, made, result.dim() - 1)
 
 
+def _images(op: Op) -> list[torch.Tensor]:
+    """Return the inputs of queries, keys and values."""
+    return [op.argument(place, name) for place, name in enumerate(("query", "key", "value"))]
+
+
 def _share_stream(state: PropagationState, op: Op, inputs: list[Ids | None]) -> bool:
     """Unite the ``inputs`` of a packed weight; those without channels may be parameters."""
     stream = next((ids for ids in inputs if ids is not None), None)
     if stream is None:
         return False
-    for place, ids in enumerate(inputs):
-        tensor = op.args[place]
+    for place, (tensor, ids) in enumerate(zip(_images(op), inputs, strict=True)):
         if ids is not None:
             state.union.unite(stream, ids)
         elif not follow_parameters(state, op, tensor, labels_along(stream, -1, tensor.dim())):
@@ -81,8 +87,9 @@ def _projections(
         weight = op.argument(place, name)
         slot = producer = str(state.trace.name(weight))
         if weights is PACKED:
+            slot = f"{owner_of(slot)}.weight"
+        if slot.endswith(".weight") and owner_of(slot) in state.layers:
             producer = owner_of(slot)
-            slot = f"{producer}.weight"
         found.append(Projection(place, name, slot, _made(state, slot, producer, len(weight))))
     return found
 
@@ -115,9 +122,7 @@ def _attend(
     if bias is not None:
         operands.append(Operand(6, "in_proj_bias", 0, made))
         if len(projections) > 1:  # a packed weight has it as its own
-            name = str(state.trace.name(bias))
-            state.add_slot(name, "through", made)
-            state.heads.biases[projections[0].slot] = [name]
+            _cut_bias(state, op, bias, projections)
     state.add_read(op, ChannelRead(op.name, tuple(operands), zeroed=True))
     if stream is None:
         state.union.fix(made, FIXED_INPUTS(op.name))
@@ -128,11 +133,26 @@ def _attend(
     state.forget(op)
 
 
+def _cut_bias(
+    state: PropagationState, op: Op, bias: torch.Tensor, projections: list[Projection]
+) -> None:
+    """Cut the bias (3E,) of separate weights: a parameter, or the biases of three layers."""
+    made = np.concatenate([projection.made for projection in projections])
+    name = state.trace.name(bias)
+    if name is not None:
+        state.add_slot(name, "through", made)
+        state.heads.biases[projections[0].slot] = [name]
+        return
+    owners = {owner_of(source.name) for source in state.derived.sources(bias)}
+    if owners != {owner_of(projection.slot) for projection in projections}:
+        state.union.fix(made, COMPUTED_BIAS(op.name))
+
+
 def _count_calls(state: PropagationState, op: Op, names: list[str]) -> None:
     """Count the calls of the weights, which are used once a token (…, channels) of a sample."""
     if not state.main:
         return
-    used = (*op.args[:3], op.results[0])
+    used = (*_images(op), op.results[0])
     tokens = [t.numel() / t.shape[-1] / state.trace.sample_count for t in used]
     if len(names) == 2:  # one weight for three inputs: the mean
         tokens[:3] = [sum(tokens[:3]) / 3]

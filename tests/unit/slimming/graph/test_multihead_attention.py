@@ -230,3 +230,48 @@ def test_a_query_that_is_a_parameter_is_cut() -> None:
     assert narrow.probe.shape == (1, 1, DIM // 2)
     assert narrow.attention.embed_dim == DIM // 2
     assert plan.proof.error <= 1e-12
+
+
+class Pool(nn.Module):
+    """Pooling by attention whose weights are those of four layers, as in CLIP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(8, DIM)
+        self.query, self.key, self.value = (nn.Linear(DIM, DIM) for _ in range(3))
+        self.out = nn.Linear(DIM, 5)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.enter(tokens).transpose(0, 1)
+        biases = torch.cat([self.query.bias, self.key.bias, self.value.bias])
+        return nn.functional.multi_head_attention_forward(
+            query=x[:1],
+            key=x,
+            value=x,
+            embed_dim_to_check=x.shape[-1],
+            num_heads=3,
+            in_proj_weight=None,
+            in_proj_bias=biases,
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=self.out.weight,
+            out_proj_bias=self.out.bias,
+            use_separate_proj_weight=True,
+            q_proj_weight=self.query.weight,
+            k_proj_weight=self.key.weight,
+            v_proj_weight=self.value.weight,
+        )[0].squeeze(0)
+
+
+def test_attention_by_the_weights_of_layers_is_cut() -> None:
+    narrow, plan = job.slim(
+        drawn(Pool()), TOKENS[0].double(), policy="uniform", target="width=0.5", importance="l2"
+    )
+    half = DIM // 2
+    assert (narrow.query.in_features, narrow.query.out_features) == (half, half)
+    assert (narrow.value.out_features, narrow.out.in_features) == (half, half)
+    assert narrow.query.bias.shape == (half,)
+    assert {blocked.layer for blocked in plan.blocked} == {"out"}
+    assert plan.proof.error <= 1e-12
