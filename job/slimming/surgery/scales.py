@@ -70,7 +70,7 @@ def _scaled_tensors(
         rows = channels.axis
         if rows is None:
             rows = next((axis for axis, size in enumerate(whole.shape) if size > 1), 0)
-        along = {rows: "out", inputs_axis(whole, channels.axis): "in"}
+        along = {inputs_axis(whole, channels.axis): "in", rows: "out"}
         yield narrow, whole, [along.get(axis, "") for axis in range(whole.dim())]
         return
     layers = copy.get_submodule(name), wide.get_submodule(name)

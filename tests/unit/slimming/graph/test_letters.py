@@ -243,3 +243,19 @@ def test_a_width_that_is_read_does_not_tie_a_split_by_a_list() -> None:
     _, narrow, plan = halved(network, MAPS)
     assert {blocked.layer for blocked in plan.blocked} == {"1"}
     assert narrow[0].widths == [4, 16]
+
+
+def test_a_bias_of_queries_along_the_axis_of_maps_is_scaled_with_them() -> None:
+    def run(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = net.enter(x)
+        q, k, v = (layer(x).flatten(2) for layer in (net.query, net.key, net.value))
+        q = q + net.bias
+        weights = ((q.mT @ k) / math.sqrt(q.shape[1])).softmax(2)
+        return net.head((x + (v @ weights.mT).reshape(x.shape)).mean((2, 3)))
+
+    layers = {name: nn.Conv2d(16, 16, 1) for name in ("query", "key", "value")}
+    bias = nn.Parameter(torch.rand(1, 16, 1))
+    network = Written(run, enter=nn.Conv2d(3, 16, 1), **layers, bias=bias, head=nn.Linear(16, 5))
+    _, narrow, plan = halved(network, MAPS)
+    assert (narrow.query.out_channels, narrow.bias.shape) == (8, (1, 8, 1))
+    assert plan.layers["bias"].scaled == plan.layers["query"].scaled != ()
