@@ -35,6 +35,7 @@ from job.slimming.graph.union import ChannelRead, Operand
 
 if TYPE_CHECKING:
     from job.slimming.graph.propagation_state import PropagationState
+    from job.slimming.graph.reasons import Reason
     from job.slimming.graph.trace import Op
 
 
@@ -43,9 +44,7 @@ def matmul(state: PropagationState, op: Op) -> None:
     one, other = (op.args[0], op.args[1]) if len(op.args) > 1 else op.inputs[:2]
     dims = one.dim()
     if dims != other.dim() or dims < 3:
-        if not multiply_by_letters(state, op):
-            state.give_up(op, NOT_SUPPORTED(op.name))
-        return None
+        return _by_letters(state, op, NOT_SUPPORTED(op.name))
     if (rows := state.rows.get(id(one))) is not None:
         return sum_over_columns(state, op, rows)
     if (rows := state.rows.get(id(other))) is not None:
@@ -64,9 +63,7 @@ def matmul(state: PropagationState, op: Op) -> None:
     passing = one if free[0] else other
     labels = state.labels_of(passing)
     if any(summed) or sum(free) != 1 or labels is None:
-        if not multiply_by_letters(state, op):
-            state.give_up(op, NEVER_CUT(op.name))
-        return None
+        return _by_letters(state, op, NEVER_CUT(op.name))
     factors = other if passing is one else one
     heads = state.labels_of(factors)
     if heads is not None and not label_axes(heads):  # weights from a layer of one output
@@ -90,9 +87,7 @@ def einsum(state: PropagationState, op: Op) -> None:
     """Multiply queries with keys, or weights with values, as an einsum equation states."""
     sides = sides_of(op)
     if sides is None or "." in str(op.args[0]):
-        if not multiply_by_letters(state, op):
-            state.give_up(op, NOT_SUPPORTED("einsum"))
-        return None
+        return _by_letters(state, op, NOT_SUPPORTED("einsum"))
     first, second, result = sides
     labels = [state.labels_of(tensor) for tensor in op.args[1:]]
     batch, one, last = first[:-2], first[-2:-1], first[-1:]
@@ -129,7 +124,13 @@ def _pass(
             if factors is not None:  # weights from a layer of one output
                 state.fix(op.args[1 + other], ONE_WITH_SEVERAL(op.name))
             return state.set_labels(op.result, passed)
-    return None if multiply_by_letters(state, op) else state.give_up(op, NOT_SUPPORTED("einsum"))
+    return _by_letters(state, op, NOT_SUPPORTED("einsum"))
+
+
+def _by_letters(state: PropagationState, op: Op, reason: Reason) -> None:
+    """Multiply by the general rule, or block the channels with the ``reason``."""
+    if not multiply_by_letters(state, op):
+        state.give_up(op, reason)
 
 
 def attention(state: PropagationState, op: Op) -> None:

@@ -136,9 +136,7 @@ def end_computed(
         if source.name != name and source.shape == weight.shape and len(of_row) > 1:  # a mask
             state.add_slot(source.name, "out", produced, axis=0)
             state.add_slot(source.name, "in", of_row, axis=0)
-        elif source.name != name and source.indices.numel() > 1:
-            if _is_of_kernel(source, weight):
-                continue
+        elif source.name != name and not _is_alike(source, weight):
             labels = labels_along(produced, 0, weight.dim())
             if (on_axis := source.ids_on_axis(labels)) is None:
                 state.union.fix(produced, COMPUTED_WEIGHT(op.name))
@@ -186,7 +184,7 @@ def _is_of_rows(each: RowStatistics) -> bool:
 
 def _follows_rows(source: Source, weight: torch.Tensor) -> bool:
     """Return whether the values of ``source`` are those of the same row, or alike for all."""
-    if source.indices.numel() == 1 or _is_of_kernel(source, weight):
+    if _is_alike(source, weight):
         return True
     if source.indices.dim() != weight.dim() or len(source.shape) < 1:
         return False
@@ -195,8 +193,10 @@ def _follows_rows(source: Source, weight: torch.Tensor) -> bool:
     return any(torch.equal(_coordinates(source, axis), rows) for axis in lines)
 
 
-def _is_of_kernel(source: Source, weight: torch.Tensor) -> bool:
+def _is_alike(source: Source, weight: torch.Tensor) -> bool:
     """Return whether the values of ``source`` are alike for all rows and inputs, as some masks."""
+    if source.indices.numel() == 1:
+        return True
     return source.indices.dim() == weight.dim() > 2 and set(source.indices.shape[:2]) == {1}
 
 

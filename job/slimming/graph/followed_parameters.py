@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
 from job.slimming.graph.heads import SUMS
-from job.slimming.graph.layers import owner_of
+from job.slimming.graph.layers import owner_of, tensor_named
 from job.slimming.graph.reasons import COMPUTED_BIAS, OP_COUNT
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ def produced_by(state: PropagationState, weight: str, count: int, axis: int | No
     """
     made = state.produced.get((weight, axis))
     if made is None:
-        layer = owner_of(weight)
-        made = state.union.produce(layer if layer in state.layers else weight, count)
+        made = state.union.produce(state.owner_or_self(weight), count)
         state.produced[weight, axis] = made
         state.add_slot(weight, "out", made, axis=axis)
     return made
@@ -107,6 +107,11 @@ def add_bias(state: PropagationState, op: Op, weight: str, ids: Ids) -> None:
     elif owner_of(name) not in (layer, *state.twins.get(layer, ())) or layer not in state.layers:
         state.add_slot(name, "through", ids)
         state.heads.biases[layer] = [name]
+
+
+def is_parameter(state: PropagationState, name: str) -> bool:
+    """Return whether a tensor of the network is a parameter, not a buffer."""
+    return isinstance(tensor_named(state.network, name), nn.Parameter)
 
 
 def cut_parameter(state: PropagationState, name: str, axis: int, ids: Ids) -> None:

@@ -10,13 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes
-from job.slimming.graph.followed_parameters import produced_by
+from job.slimming.graph.followed_parameters import is_parameter, produced_by
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.reasons import COMPUTED_PLACES, OP_COUNT
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from job.slimming.graph.propagation_state import PropagationState
     from job.slimming.graph.trace import Op
 
@@ -36,12 +34,13 @@ def look_up(state: PropagationState, op: Op) -> bool:
         return False
     if op.argument(3, "max_norm") is not None:
         return False
-    if any(op.name == "linear" and op.argument(1, "weight") is table for op in state.trace.ops):
+    linear = (each for each in state.trace.ops if each.name == "linear")
+    if any(each.argument(1, "weight") is table for each in linear):
         made = state.produced.get((name, 1))
         if made is None:
             made = state.produced[name, 1] = state.union.produce(name, table.shape[1])
             state.add_slot(name, "in", made)
-    elif owner_of(name) in state.layers or name not in _parameters(state):
+    elif owner_of(name) in state.layers or not is_parameter(state, name):
         return False
     else:
         made = produced_by(state, name, table.shape[1], axis=1)
@@ -49,15 +48,13 @@ def look_up(state: PropagationState, op: Op) -> bool:
     return True
 
 
-def _parameters(state: PropagationState) -> dict[str, nn.Parameter]:
-    return dict(state.network.named_parameters(remove_duplicate=False))
-
-
 def gathered(state: PropagationState, op: Op) -> None:
     """Keep the channels of values that are picked at indices along another axis."""
-    places = {"gather": (2, 1), "take_along_dim": (1, 2)}[op.name]
-    index = op.argument(places[0], "index" if op.name == "gather" else "indices")
-    image, axis = op.argument(0, "input"), op.argument(places[1], "dim")
+    image = op.argument(0, "input")
+    if op.name == "gather":
+        axis, index = op.argument(1, "dim"), op.argument(2, "index")
+    else:
+        index, axis = op.argument(1, "indices"), op.argument(2, "dim")
     labels = state.labels_of(image)
     if labels is None or axis is None or state.labels_of(index) is not None:
         return state.give_up(op, COMPUTED_PLACES(op.name))

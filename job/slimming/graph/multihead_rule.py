@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from job.slimming.graph.channel_labels import labels_along
-from job.slimming.graph.followed_parameters import follow_parameters
+from job.slimming.graph.followed_parameters import follow_parameters, produced_by
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.reasons import COMPUTED_BIAS, COMPUTED_WEIGHT, FIXED_INPUTS, OP_COUNT
 from job.slimming.graph.union import ChannelRead, LayerCall, Operand
@@ -55,7 +55,7 @@ def multi_head_attention(state: PropagationState, op: Op) -> None:
             state.add_slot(projection.slot, "in", ids)
     _attend(state, op, inputs[0], projections)
     result = op.results[0]
-    made = _made(state, out, owner_of(out), result.shape[-1])
+    made = produced_by(state, out, result.shape[-1])
     return state.set_ids(result, made, result.dim() - 1)
 
 
@@ -85,22 +85,11 @@ def _projections(
     found = []
     for place, name in weights:
         weight = op.argument(place, name)
-        slot = producer = str(state.trace.name(weight))
+        slot = str(state.trace.name(weight))
         if weights is PACKED:
             slot = f"{owner_of(slot)}.weight"
-        if slot.endswith(".weight") and owner_of(slot) in state.layers:
-            producer = owner_of(slot)
-        found.append(Projection(place, name, slot, _made(state, slot, producer, len(weight))))
+        found.append(Projection(place, name, slot, produced_by(state, slot, len(weight))))
     return found
-
-
-def _made(state: PropagationState, slot: str, producer: str, count: int) -> Ids:
-    """Return the elements (count,) that a weight produces, the same ones at each call."""
-    made = state.produced.get((slot, None))
-    if made is None:
-        made = state.produced[slot, None] = state.union.produce(producer, count)
-        state.add_slot(slot, "out", made)
-    return made
 
 
 def _attend(

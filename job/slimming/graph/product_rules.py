@@ -14,6 +14,7 @@ from job.slimming.graph.computed_weights import computed_from, end_computed
 from job.slimming.graph.followed_parameters import (
     cut_parameter,
     follow_parameters,
+    is_parameter,
     produced_by,
 )
 from job.slimming.graph.layers import owner_of
@@ -69,7 +70,7 @@ def produces(state: PropagationState, op: Op) -> bool:
     if op.name in ("einsum", "addmm") or id(image) not in state.trace.of_inputs:
         return False
     matrix = _matrix(state, op, other, inputs_first=True)
-    if matrix is None or matrix.name not in dict(state.network.named_parameters()):
+    if matrix is None or not is_parameter(state, matrix.name):
         return False
     made = produced_by(state, matrix.name, matrix.outputs, matrix.axis)
     state.set_ids(op.result, made, op.result.dim() - 1)
@@ -153,7 +154,7 @@ def distances(state: PropagationState, op: Op) -> None:
     ids = None if image is None or labels is None else state.ids_along(image, -1)
     if ids is None or name is None or centres.dim() != 2:
         return state.give_up(op, NOT_SUPPORTED(op.name))
-    if name not in dict(state.network.named_parameters()):
+    if not is_parameter(state, name):
         return state.give_up(op, BUFFER(op.name))
     state.add_slot(name, "through", ids, axis=1)
     operands = Operand(0, "x1", image.dim() - 1, ids), Operand(1, "x2", 1, ids)

@@ -135,6 +135,11 @@ class PropagationState:
         first: Ids = lines[0]
         return first
 
+    def owner_or_self(self, name: str) -> str:
+        """Return the layer whose weight a parameter is, or the parameter outside layers."""
+        layer, _, parameter = name.rpartition(".")
+        return layer if layer in self.layers and parameter == "weight" else name
+
     def slot_name(self, parameter: torch.Tensor) -> str:
         """Return the name of the slot of a parameter: its layer, or its own outside layers."""
         name = str(self.trace.name(parameter))
@@ -183,9 +188,8 @@ class PropagationState:
 
         ``axis`` is that of a parameter outside known layers.
         """
-        layer, _, parameter = name.rpartition(".")
-        bare = not (layer in self.layers and parameter == "weight")
-        where = name if bare else layer
+        where = self.owner_or_self(name)
+        bare = where == name
         if (where, side) in self._slots:
             earlier = self._slots[where, side]
             if len(earlier.ids) != len(ids):

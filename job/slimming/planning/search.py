@@ -52,14 +52,10 @@ FEWER_OUTPUTS = (
     "If you use only some of them, pass forward= with a function that calls the network and "
     "returns those"
 )
-
-
 NO_COUNTED_LAYER = (
     "the network has no layers whose channels are counted; give a target in params or macs. Are "
     "its layers in a list? An nn.ModuleList registers them"
 )
-
-
 OTHER_METRICS = (
     "; parameters outside layers can be cut, whose channels are not counted: give a target in "
     "params or macs"
@@ -81,18 +77,21 @@ def check_reachable(planner: Planner, budget: Budget, limit: float, floors: Sequ
     """Raise UsageError if ``floors`` (groups,), the fewest units, cost more than ``limit``."""
     least = planner.metric(budget.metric, floors)
     if least > limit:
-        if budget.metric == "latency":
-            error = OutOfReachError(str(budget))
-        else:
-            lowest = planner.metric(budget.metric, [1] * len(planner.groups))
-            advice = "; lower --min-keep or --round-to to go further" if lowest < least else ""
-            if lowest > limit:
-                advice += _main_obstacle(planner.graph)
-            if budget.metric == "channels" and lowest == planner.base.channels:
-                advice += OTHER_METRICS
-            error = OutOfReachError(budget.unreachable(least, planner.base, advice))
+        latency = budget.metric == "latency"
+        error = OutOfReachError(str(budget) if latency else _message(planner, budget, limit, least))
         error.least = least
         raise error
+
+
+def _message(planner: Planner, budget: Budget, limit: float, least: float) -> str:
+    """Return what hinders a budget: the fewest units that are kept, or what is not cut."""
+    lowest = planner.metric(budget.metric, [1] * len(planner.groups))
+    advice = "; lower --min-keep or --round-to to go further" if lowest < least else ""
+    if lowest > limit:
+        advice += _main_obstacle(planner.graph)
+    if budget.metric == "channels" and lowest == planner.base.channels:
+        advice += OTHER_METRICS
+    return budget.unreachable(least, planner.base, advice)
 
 
 def restore_within_budget(
