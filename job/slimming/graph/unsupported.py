@@ -28,6 +28,8 @@ from job.slimming.graph.reasons import (
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    import torch
+
     from job.slimming.graph.groups import ChannelGraph
 
 
@@ -52,12 +54,8 @@ def unsupported_layers(
         if name in unused and name not in covered and isinstance(module, BATCHNORM):
             found.append(BlockedChannels.by(name, module.num_features, NOT_USED()))
             continue
-        shapes = [p.shape for p in module.parameters(recurse=False) if p.dim() > 1]
-        computed = computed_weight(module) if is_layer(module) else None
-        if computed and not shapes:
-            shapes = [weight_rows(module).shape]
-        contains = any(child != "parametrizations" for child, _ in module.named_children())
-        if not shapes or contains or name in covered:
+        shape = _weight_shape(module)
+        if shape is None or name in covered:
             continue
         table = isinstance(module, nn.Embedding | nn.EmbeddingBag)
         if table and name in named:
@@ -66,8 +64,19 @@ def unsupported_layers(
         if is_layer(module):
             if not isinstance(module, SUMMING) or is_depthwise(module) or name in named:
                 continue
-            reason = computed or (NOT_USED() if name in unused else COMPUTED_OR_SHARED())
+            other = NOT_USED() if name in unused else COMPUTED_OR_SHARED()
+            reason = computed_weight(module) or other
             if f"{name}.weight" in called:
                 reason = NO_CHANNELS_OF_ITS_OWN()
-        found.append(BlockedChannels.by(name or "the network", shapes[0][table], reason))
+        found.append(BlockedChannels.by(name or "the network", shape[table], reason))
     return tuple(found)
+
+
+def _weight_shape(module: nn.Module) -> torch.Size | None:
+    """Return the shape of the weight of a module; None for containers, and for one axis."""
+    if any(child != "parametrizations" for child, _ in module.named_children()):
+        return None
+    shapes = [p.shape for p in module.parameters(recurse=False) if p.dim() > 1]
+    if not shapes and is_layer(module) and computed_weight(module):
+        shapes = [weight_rows(module).shape]
+    return shapes[0] if shapes else None
