@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,6 +82,19 @@ class Source:
         """Return the index along ``axis`` of the parameter for each of its flat ``indices``."""
         coordinates: Ids = indices // math.prod(self.shape[axis + 1 :]) % self.shape[axis]
         return coordinates
+
+    def labels(self, axis: int, ids: Ids) -> torch.Tensor:
+        """Return the labels of the tensor, if ``ids`` (N,) are along ``axis`` of the parameter."""
+        coordinates = self.along(self.indices.numpy(), axis)
+        return compact(torch.from_numpy(np.where(self.indices < 0, 0, ids[coordinates])))
+
+
+class ParameterView(NamedTuple):
+    """An op that moves values of a parameter, which come from ``before`` and go to ``after``."""
+
+    op: Op
+    before: Source
+    after: tuple[Source, ...]
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ import numpy as np
 from torch import nn
 
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
+from job.slimming.graph.derived import ParameterView
 from job.slimming.graph.heads import SUMS
 from job.slimming.graph.layers import owner_of, tensor_named
 from job.slimming.graph.reasons import COMPUTED_BIAS, OP_COUNT
+from job.slimming.graph.trace import SIZED
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +125,27 @@ def cut_parameter(state: PropagationState, name: str, axis: int, ids: Ids) -> No
     state.union.unite(earlier[both], ids[both])
     earlier[earlier < 0] = ids[earlier < 0]
     return None
+
+
+def note_view(state: PropagationState, op: Op) -> None:
+    """Note an op that moves parameters, whose sizes may be attributes of its caller."""
+    modules = (op.caller.module, *op.caller.near)
+    if not state.main or op.name not in SIZED or not any(map(op.caller.numbers_of, modules)):
+        return
+    if all(state.module_name(module) is None for module in modules):
+        return
+    before = state.derived.sources(op.inputs[0])
+    for source, *after in zip(before, *map(state.derived.sources, op.results), strict=True):
+        state.parameter_views.append(ParameterView(op, source, tuple(after)))
+
+
+def end_views(state: PropagationState) -> None:
+    """Note the attributes that count the channels of parameters in ops that move these."""
+    for op, before, after in state.parameter_views:
+        slot = state.slot(before.name, "through")
+        if slot is not None and slot.axis is not None:
+            labels, *results = (each.labels(slot.axis, slot.ids) for each in (before, *after))
+            state.note_sizes(op, results, labels)
 
 
 def end_parts(state: PropagationState) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -130,3 +130,16 @@ def weight_from_rows(layer: Any, rows: torch.Tensor) -> torch.Tensor:
 def taps_of_output(layer: Any) -> float:
     """Return the fraction of a kernel used for one output, below 1 if transposed."""
     return 1 / math.prod(layer.stride) if isinstance(layer, TRANSPOSED) else 1.0
+
+
+def twins_of(network: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:
+    """Return the layers that share a weight with an earlier layer, by the name of that layer."""
+    first: dict[int, str] = {}
+    twins: dict[str, list[str]] = {}
+    for name, layer in modules_of(network, once=True).items():
+        weight = getattr(layer, "weight", None)
+        if name in layers and weight is not None and weight.dim() > 1:
+            earlier = first.setdefault(id(weight), name)
+            if earlier != name:
+                twins.setdefault(earlier, []).append(name)
+    return twins

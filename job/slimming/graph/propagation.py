@@ -21,7 +21,7 @@ from job.slimming.graph.blank_channels import (
 from job.slimming.graph.channel_labels import flat_ids, label_axes
 from job.slimming.graph.computed_weights import REDUCING, normalise_rows, reduce_rows
 from job.slimming.graph.derived import DerivedValues
-from job.slimming.graph.followed_parameters import end_parts
+from job.slimming.graph.followed_parameters import end_parts, end_views, note_view
 from job.slimming.graph.heads import SCALINGS
 from job.slimming.graph.layer_rules import LAYER_RULES, is_layer
 from job.slimming.graph.layers import modules_of
@@ -65,6 +65,8 @@ def propagate_channels(network: nn.Module, traces: Sequence[Trace]) -> ChannelUn
             state.begin(trace, DerivedValues(trace, MOVING, POINTWISE), main=number == 0)
             _propagate_trace(state, layer_ops)
         end_parts(state)
+        end_views(state)
+        state.union.sizes += list(missing_elements(state.union.sizes, state.modules))
         state.heads.end(state.union)
         state.union.end_op()
         mixed = state.union.united_with_others(set(state.selected))
@@ -129,7 +131,7 @@ def _propagate_trace(state: PropagationState, layer_ops: Mapping[str, Rule]) -> 
 
 
 def _note_lists(state: PropagationState) -> None:
-    """Note the lists that code may compare with the sizes of several tensors; complete all."""
+    """Note the lists that code may compare with the sizes of several tensors."""
     methods: dict[Any, dict[int, tuple[SizeRead, Ids]]] = {}
     for read in state.trace.measured:
         labels = state.labels_of(read.tensor)
@@ -141,7 +143,6 @@ def _note_lists(state: PropagationState) -> None:
         reads = list(tensors.values())
         if len(reads) > 1 and (module := state.module_name(reads[0][0].caller.module)) is not None:
             state.union.sizes += compared_lists(reads, module)
-    state.union.sizes += list(missing_elements(state.union.sizes, state.modules))
 
 
 def _propagate_op(
@@ -183,6 +184,7 @@ def _skip(state: PropagationState, op: Op) -> None:
         state.heads.follow_scores(op)
     inputs = _with_values(op)
     if state.derived.derive(op, inputs):
+        note_view(state, op)
         return
     if op.name in REDUCING and reduce_rows(state, op, state.call_number(op)):
         return

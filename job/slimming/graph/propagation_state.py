@@ -14,7 +14,7 @@ import numpy as np
 from job.slimming.graph.attribute_sizes import attribute_sizes, compared_sizes
 from job.slimming.graph.channel_labels import flat_ids, label_axes, labels_along
 from job.slimming.graph.heads import Heads
-from job.slimming.graph.layers import modules_of, owner_of
+from job.slimming.graph.layers import modules_of, owner_of, twins_of
 from job.slimming.graph.pause_points import multiplied_values
 from job.slimming.graph.reasons import OP_COUNT, PARAMETER_COUNT, TWO_AXES, UNEQUAL_SLICES
 from job.slimming.graph.trace import SIZED
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from job.slimming.graph.derived import DerivedValues
+    from job.slimming.graph.derived import DerivedValues, ParameterView
     from job.slimming.graph.reasons import Reason
     from job.slimming.graph.trace import Op, SizeRead, Trace
     from job.slimming.graph.union import ChannelRead, Ids, Side
@@ -64,7 +64,7 @@ class PropagationState:
         self.modules = modules_of(network)
         self.union, self.heads = ChannelUnion(), Heads(normed)
         self._module_names = {id(m): n for n, m in modules_of(network, once=True).items()}
-        self.twins = _twins(network, layers)
+        self.twins = twins_of(network, layers)
         self.produced: dict[tuple[str, int | None], Ids] = {}  # elements by weight and axis
         self.selected: dict[str, Ids] = {}  # elements by BatchNorm that selects them
         self.streams: dict[str, Ids] = {}  # elements that it selects from
@@ -78,6 +78,7 @@ class PropagationState:
         self.rows: dict[int, torch.Tensor] = {}  # of products of channels, by their id
         self._shared: set[int] = set()  # ids of activations used by several ops
         self.blanks: dict[int, Blank] = {}  # by id of the tensor
+        self.parameter_views: list[ParameterView] = []
 
     def begin(self, trace: Trace, derived: DerivedValues, *, main: bool) -> None:
         """Continue with another trace of the same network."""
@@ -223,9 +224,14 @@ class PropagationState:
         if self.main:
             self.union.reads.append(replace(read, call=self.call_number(op)))
 
-    def note_sizes(self, op: Op, results: Sequence[torch.Tensor]) -> None:
-        """Note the attributes that count the channels of an op that moves them."""
-        before = self.labels_of(op.inputs[0])
+    def note_sizes(
+        self, op: Op, results: Sequence[torch.Tensor], before: torch.Tensor | None = None
+    ) -> None:
+        """Note the attributes that count the channels of an op that moves them.
+
+        ``before`` are the labels of its input, by default those of an activation.
+        """
+        before = self.labels_of(op.inputs[0]) if before is None else before
         if not self.main or before is None or op.name not in SIZED:
             return
         for module in (op.caller.module, *op.caller.near):
@@ -305,16 +311,3 @@ class PropagationState:
             else:
                 self.union.blocks.append(channels.reshape(-1, size))
         self._slices.clear()
-
-
-def _twins(network: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:
-    """Return the layers that share a weight with an earlier layer, by the name of that layer."""
-    first: dict[int, str] = {}
-    twins: dict[str, list[str]] = {}
-    for name, layer in modules_of(network, once=True).items():
-        weight = getattr(layer, "weight", None)
-        if name in layers and weight is not None and weight.dim() > 1:
-            earlier = first.setdefault(id(weight), name)
-            if earlier != name:
-                twins.setdefault(earlier, []).append(name)
-    return twins

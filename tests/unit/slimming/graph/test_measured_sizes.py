@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import job
-from support.masked import masked_network
+from job.slimming.surgery.trial_cuts import _Trials
+from support.masked import halve, masked_network
 from support.transformer import zeroed_outputs
 
 IMAGE = torch.rand(1, 3, 16, 16)
@@ -229,3 +230,36 @@ def test_attributes_that_code_names_elsewhere(
     images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     without = masked_network(zeroed_outputs(wide, plan), plan.layers)(images)
     torch.testing.assert_close(narrow(images), without)
+
+
+class ScaleOf(nn.Module):
+    """A scale per channel whose view is by attributes, as in MetaFormer (Yu et al. 2022)."""
+
+    def __init__(self, channels: int, how: str) -> None:
+        super().__init__()
+        self.how, self.channels = how, channels
+        self.shape: tuple[int, ...] | list[int] = (channels, 1, 1)
+        if how == "list":
+            self.shape = list(self.shape)
+        self.scale = nn.Parameter(torch.rand(channels) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "number":
+            return x * self.scale.reshape(1, self.channels, 1, 1)
+        return x * self.scale.view(self.shape)
+
+
+@pytest.mark.parametrize("how", ["tuple", "list", "number"])
+def test_attributes_that_a_view_of_a_parameter_takes(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(_Trials, "failure", lambda *_, **__: pytest.fail("a trial cut"))
+    stream = [nn.Conv2d(3, 12, 1), ScaleOf(12, how), nn.ReLU(), ScaleOf(12, how)]
+    wide = nn.Sequential(*stream, nn.Flatten(), nn.Linear(12 * 64, 4)).double().eval()
+    narrow, plan = halve(wide, torch.rand(1, 3, 8, 8, dtype=torch.float64))
+    assert [b.layer for b in plan.blocked] == ["5"]
+    for scale in (narrow[1], narrow[3]):
+        assert scale.scale.shape == (6,)
+        assert (tuple(scale.shape), scale.channels) == ((6, 1, 1), 6)
+        assert type(scale.shape) is type(wide[1].shape)
