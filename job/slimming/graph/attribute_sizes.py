@@ -7,6 +7,7 @@ attributes that the calling method names and that equal the number in the op.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from job.slimming.graph.trace import Op, SizeRead
     from job.slimming.graph.union import Ids
 
+# names of numbers of heads, unlike those of their widths: head_dim, dim_head, head_size
+COUNTS_HEADS = re.compile(r"heads|^(n|num|nb)?_?head$|^h$")
 MANY = 2**20  # no layer has so many channels
 Sized = tuple[Any, "Ids"]  # an argument of an op, and the elements that it may count
 
@@ -42,6 +45,8 @@ def attribute_sizes(
     """
     numbers = [(n, ids) for n, ids in _numbers(op, before, after) if n == len(ids) and n > 1]
     whole, sizes = flat_ids(before), op.view_sizes
+    heads = [n for n, _ in numbers if list(sizes).count(n) > 1]  # as many as each has channels
+    named = {a: n for a, n in named.items() if n not in heads or not COUNTS_HEADS.search(a)}
     counted = any(type(value) is int and value == n for value in named.values() for n, _ in numbers)
     for attribute, value in named.items():
         if type(value) is int and value == len(whole):  # e.g. halves of this number

@@ -45,8 +45,10 @@ def labels_along(ids: Ids, axis: int, dims: int) -> torch.Tensor:
 def compact(labels: torch.Tensor) -> torch.Tensor:
     """Reduce labels to size 1 along every axis on which they do not depend."""
     for axis in label_axes(labels):
-        first = labels.narrow(axis, 0, 1)
-        if labels.stride(axis) == 0 or bool((labels == first).all()):
+        first, last = labels.narrow(axis, 0, 1), labels.narrow(axis, -1, 1)
+        if labels.stride(axis) == 0 or (
+            torch.equal(first, last) and bool((labels == first).all())  # usually only the first
+        ):
             labels = first
     return labels
 

@@ -9,7 +9,6 @@ norms of the rows where a layer computes cosines (Wang et al. 2018).
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -172,8 +171,7 @@ def _add_read(state: PropagationState, each: RowStatistics, ids: Ids) -> None:
 
 def _coordinates(source: Source, axis: int) -> torch.Tensor:
     """Return the index along ``axis`` of a parameter for each value of a tensor, as labels."""
-    later = math.prod(source.shape[axis + 1 :])
-    return compact(source.indices // later % source.shape[axis])
+    return compact(torch.from_numpy(source.along(source.indices.numpy(), axis)))
 
 
 def _is_of_rows(each: RowStatistics) -> bool:

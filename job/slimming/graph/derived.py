@@ -80,8 +80,9 @@ class Source:
 
     def along(self, indices: Ids, axis: int) -> Ids:
         """Return the index along ``axis`` of the parameter for each of its flat ``indices``."""
-        coordinates: Ids = indices // math.prod(self.shape[axis + 1 :]) % self.shape[axis]
-        return coordinates
+        later = math.prod(self.shape[axis + 1 :])
+        rows: Ids = indices // later if later > 1 else indices
+        return rows % self.shape[axis] if axis else rows  # NumPy divides faster than torch
 
     def labels(self, axis: int, ids: Ids) -> torch.Tensor:
         """Return the labels of the tensor, if ``ids`` (N,) are along ``axis`` of the parameter."""

@@ -22,7 +22,7 @@ from job.slimming.graph.reasons import (
 from job.slimming.graph.union import ChannelRead, Operand
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from job.slimming.graph.propagation_state import PropagationState
     from job.slimming.graph.trace import Op
@@ -93,24 +93,21 @@ def multiply_by_letters(state: PropagationState, op: Op) -> bool:
                 state.fix(factors[number].tensor, NEVER_CUT(op.name))
                 del labelled[number]
                 continue
-            labelled[number] = _alike_along(state, factors[number], labelled[number], summed)
-    return bool(labelled) and _pass_on(state, op, factors, labelled, result)
+            for axis in map(factors[number].letters.index, letters & summed):
+                labelled[number] = _alike_along(state, labelled[number], axis)
+    weights = {n for n, letters in along.items() if letters & summed}
+    return bool(labelled) and _pass_on(state, op, factors, labelled, result, weights)
 
 
 def _letters_along(factor: Factor, labels: torch.Tensor) -> set[str]:
     return {factor.letters[axis] for axis in label_axes(labels)}
 
 
-def _alike_along(
-    state: PropagationState, factor: Factor, labels: torch.Tensor, letters: set[str]
-) -> torch.Tensor:
-    """Unite the channels along ``letters``, e.g. those of experts whose results are added."""
-    for axis, letter in enumerate(factor.letters):
-        if letter in letters and labels.shape[axis] > 1:
-            first = labels.narrow(axis, 0, 1)
-            state.union.unite(flat_ids(first.expand_as(labels)), flat_ids(labels))
-            labels = first
-    return labels
+def _alike_along(state: PropagationState, labels: torch.Tensor, axis: int) -> torch.Tensor:
+    """Unite the channels along ``axis``, e.g. those of experts whose results are added."""
+    first = labels.narrow(axis, 0, 1)
+    state.union.unite(flat_ids(first.expand_as(labels)), flat_ids(labels))
+    return first
 
 
 def _arranged(labels: torch.Tensor, letters: str, result: str) -> torch.Tensor:
@@ -161,13 +158,22 @@ def _pass_on(
     factors: Sequence[Factor],
     labelled: dict[int, torch.Tensor],
     result: str,
+    weights: Collection[int],
 ) -> bool:
-    """Pass the channels of operands to the result; those that are along other axes are fixed."""
+    """Pass the channels of operands to the result; those that are along other axes are fixed.
+
+    ``weights`` are the numbers of the operands that have channels along letters to sum over.
+    """
     arranged = {n: _arranged(x, factors[n].letters, result) for n, x in labelled.items()}
-    most = max(arranged, key=lambda n: (len(label_axes(arranged[n])), arranged[n].numel()))
+    extents = {n: (len(label_axes(x)), x.numel()) for n, x in arranged.items()}
+    most = max(arranged, key=lambda n: (n not in weights, *extents[n]))
     passed = arranged.pop(most)
     for number, labels in arranged.items():
         axes = set(label_axes(labels)), set(label_axes(passed))
+        if number in weights and axes[0] & axes[1]:  # those of a head are cut together
+            for axis in axes[0] - axes[1]:
+                labels = _alike_along(state, labels, axis)
+            axes = axes[0] & axes[1], axes[1]
         heads = axes[0] < axes[1]
         if not axes[0] <= axes[1]:
             if axes[0] & axes[1]:

@@ -259,3 +259,60 @@ def test_a_bias_of_queries_along_the_axis_of_maps_is_scaled_with_them() -> None:
     _, narrow, plan = halved(network, MAPS)
     assert (narrow.query.out_channels, narrow.bias.shape) == (8, (1, 8, 1))
     assert plan.layers["bias"].scaled == plan.layers["query"].scaled != ()
+
+
+def test_weights_of_windows_from_a_layer_of_the_values_stream() -> None:
+    """Outlook attention: a layer gives the weights of all pairs in a window (Yuan et al. 2021)."""
+
+    def run(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = net.enter(x)
+        count, width, height, columns = x.shape
+        v = F.unfold(net.value(x), 3, padding=1)
+        v = v.reshape(count, 4, width // 4, 9, -1).permute(0, 1, 4, 3, 2)
+        weights = net.weights(x).flatten(2).mT.reshape(count, -1, 4, 9, 9)
+        y = (weights.permute(0, 2, 1, 3, 4).softmax(-1) @ v).permute(0, 1, 4, 3, 2)
+        y = F.fold(y.reshape(count, width * 9, -1), (height, columns), 3, padding=1)
+        return net.head((x + net.last(y)).mean((2, 3)))
+
+    layers = {
+        "enter": nn.Conv2d(3, 32, 1),
+        "value": nn.Conv2d(32, 32, 1),
+        "weights": nn.Conv2d(32, 4 * 81, 1),
+        "last": nn.Conv2d(32, 32, 1),
+        "head": nn.Linear(32, 5),
+    }
+    _, narrow, plan = halved(Written(run, **layers), MAPS)
+    assert {blocked.layer for blocked in plan.blocked} == {"weights", "head"}
+    assert (narrow.enter.out_channels, narrow.value.out_channels) == (16, 16)
+
+
+@pytest.mark.parametrize("name", ["n_head", "num_heads", "h"])
+def test_as_many_heads_as_each_has_channels(name: str) -> None:
+    """The attribute that equals both numbers is that of the heads, which stays."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            setattr(self, name, 4)
+            self.width = 16
+            self.qkv, self.last = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            count, tokens, width = x.shape
+            if name == "n_head":
+                heads = self.n_head
+            else:
+                heads = self.num_heads if name == "num_heads" else self.h
+            parts = (
+                t.view(count, tokens, heads, width // heads)
+                for t in self.qkv(x).split(self.width, 2)
+            )
+            q, k, v = (part.transpose(1, 2) for part in parts)
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            return x + self.last(y.reshape(count, tokens, width))
+
+    network = nn.Sequential(nn.Linear(6, 16), Attention(), Attention(), nn.Linear(16, 5))
+    _, narrow, plan = halved(network, TOKENS)
+    assert {blocked.layer for blocked in plan.blocked} == {"3"}
+    assert (getattr(narrow[1], name), narrow[1].width) == (4, 8)
+    assert narrow[1].qkv.out_features == 24
