@@ -7,7 +7,6 @@ command ``slim``. The main job runs the same steps one by one.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +23,7 @@ from job.slimming.calibration.memory_format import in_image_format
 from job.slimming.calibration.progress import no_progress
 from job.slimming.compensation.cut_pair import CutPair
 from job.slimming.compensation.methods import COMPENSATIONS, compensate_cut, data_of_compensation
+from job.slimming.graph.layers import fixed_modules
 from job.slimming.importance.criteria import CRITERIA, score_channels
 from job.slimming.inputs import sample_count
 from job.slimming.method import Method, options_needing_images
@@ -200,6 +200,9 @@ def cut_network(
         parts = network, own, scores, allocation, method, example
         return plan_cut(*parts, base, curves, timed_base, progress)
 
-    planned = partial(prove_plan, plan_of, network, graph, example, progress, tried=tried)
+    def planned() -> ProvenPlan:
+        with fixed_modules(network):
+            return prove_plan(plan_of, network, graph, example, progress, tried=tried)
+
     proven = on_main(planned, interrupt=True)
     return make_cut(proven, network, example, method.compensate, data, progress), proven.plan

@@ -88,7 +88,7 @@ def new_optimizer(old: Optimizer, narrow: nn.Module) -> Optimizer:
 def _members(old: Optimizer, narrow: nn.Module) -> list[list[_Member]]:
     """Return the parameters of each group of the new optimizer; raises UsageError for none."""
     origin = origin_of(narrow)
-    wide = {id(parameter) for ref in origin.parameters if (parameter := ref()) is not None}
+    wide = {id(parameter) for ref in origin.parameters.values() if (parameter := ref()) is not None}
     old_groups = [group["params"] for group in old.param_groups]
     if not any(id(p) in wide for group in old_groups for p in group):
         raise UsageError(
@@ -117,8 +117,7 @@ def _members(old: Optimizer, narrow: nn.Module) -> list[list[_Member]]:
 def _groups_of_wide(old_groups: list[list[torch.Tensor]], origin: Origin) -> dict[str, int]:
     """Return the number of the group of each wide parameter, by name."""
     number_of = {id(p): number for number, group in enumerate(old_groups) for p in group}
-    names = (name for name, _ in origin.skeleton.named_parameters())
-    wide = zip(names, (id(ref()) for ref in origin.parameters), strict=True)
+    wide = ((name, id(ref())) for name, ref in origin.parameters.items())
     return {name: number_of[key] for name, key in wide if key in number_of}
 
 

@@ -18,7 +18,7 @@ from job.slimming.graph.groups import (
 )
 from job.slimming.graph.head_blocks import merge_head_blocks
 from job.slimming.graph.layer_rules import layer_rule
-from job.slimming.graph.layers import modules_of
+from job.slimming.graph.layers import fixed_modules, modules_of
 from job.slimming.graph.propagation import propagate_channels
 from job.slimming.graph.reasons import (
     ADDED_TO_FIXED,
@@ -58,6 +58,11 @@ def channel_graph(network: nn.Module, example: Example, ignore: Iterable[str] = 
     ``ignore`` names layers, or modules that contain them, whose inputs and outputs are not cut.
     Raises whatever the network's forward pass raises.
     """
+    with fixed_modules(network):
+        return _channel_graph(network, example, ignore)
+
+
+def _channel_graph(network: nn.Module, example: Example, ignore: Iterable[str]) -> ChannelGraph:
     snapshot = Snapshot(network)
     traces = [trace_with_snapshot(network, example, snapshot, training=False)]
     with suppress(Exception):  # e.g. images that are too small for an auxiliary head

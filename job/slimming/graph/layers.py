@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -20,16 +21,35 @@ INSTANCENORM = nn.modules.instancenorm._InstanceNorm
 NORMS = (INSTANCENORM, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # other than BatchNorm
 BATCHNORM = nn.modules.batchnorm._BatchNorm
 
+# modules by id of a network and whether each is named once, within ``fixed_modules``
+_FIXED: dict[int, dict[bool, dict[str, nn.Module]]] = {}
+
 
 def owner_of(name: str) -> str:
     """Return the name of the module that contains the parameter or module ``name``."""
     return name.rpartition(".")[0]
 
 
-def modules_of(network: nn.Module, *, once: bool = False) -> dict[str, nn.Module]:
+@contextmanager
+def fixed_modules(network: nn.Module) -> Iterator[None]:
+    """Walk the modules of ``network`` only once within the context, where they do not change."""
+    outermost = id(network) not in _FIXED
+    found = _FIXED.setdefault(id(network), {})
+    try:
+        yield
+    finally:
+        if outermost and _FIXED.get(id(network)) is found:
+            del _FIXED[id(network)]
+
+
+def modules_of(network: nn.Module, *, once: bool = False) -> Mapping[str, nn.Module]:
     """Return all modules by name; shared ones under all names, or if ``once`` under the first."""
+    walked = _FIXED.get(id(network), {})
+    if (known := walked.get(once)) is not None:
+        return known
     found: dict[str, nn.Module] = {}
     _add_modules("", network, found, set() if once else None)
+    walked[once] = found
     return found
 
 

@@ -22,12 +22,12 @@ def training_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
     """Put every module in train mode or eval mode within the context."""
     changed = [m for m in modules_of(network, once=True).values() if m.training != training]
     for module in changed:
-        module.training = training
+        vars(module)["training"] = training  # as ``nn.Module.__setattr__`` does, slowly
     try:
         yield
     finally:
         for module in changed:
-            module.training = not training
+            vars(module)["training"] = not training
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def _weight_shape(module: nn.Module) -> torch.Size | None:
     """Return the shape of the weight of a module; None for containers, and for one axis."""
     if any(child != "parametrizations" for child, _ in module.named_children()):
         return None
-    shapes = [p.shape for p in module.parameters(recurse=False) if p.dim() > 1]
+    shapes = [p.shape for p in module._parameters.values() if p is not None and p.dim() > 1]
     if not shapes and is_layer(module) and computed_weight(module):
         shapes = [weight_rows(module).shape]
     return shapes[0] if shapes else None

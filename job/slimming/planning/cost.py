@@ -78,7 +78,7 @@ def _layer_cost(network: nn.Module, name: str, op: Op, trace: Trace) -> LayerCos
     inputs = outputs = output.shape[axis]
     if is_layer(layer):
         inputs, outputs = layer_sizes(layer)
-    params = sum(p.numel() for p in layer.parameters(recurse=False))
+    params = sum(p.numel() for p in layer._parameters.values() if p is not None)
     return LayerCost(name, type(layer).__name__, inputs, outputs, params, _macs(op, trace))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,21 +17,22 @@ from torch import nn
 from job.errors import UsageError
 from job.slimming.graph.layers import owner_of
 from job.slimming.graph.removed_layers import ConstantOutput
-from job.slimming.surgery.clone import clone_module, clone_to
+from job.slimming.surgery.outline import outline_of
 from job.slimming.surgery.surgery import apply_plan
 
 if TYPE_CHECKING:
     from job.slimming.planning.layer_channels import Layers
+    from job.slimming.surgery.outline import NetworkOutline, TensorOutline
 
 NEW = 0  # position of numbers that are in no wide parameter
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Wide network of a cut to ``layers``: its ``skeleton`` without values, and its parameters."""
+    """Wide network of a cut to ``layers``: its outline, and its parameters by name."""
 
-    skeleton: nn.Module
-    parameters: tuple[weakref.ref[nn.Parameter], ...]
+    outline: NetworkOutline
+    parameters: dict[str, weakref.ref[nn.Parameter]]
     layers: Layers
 
 
@@ -63,8 +64,8 @@ def record_origin(narrow: nn.Module, wide: nn.Module, layers: Layers) -> None:
 
     The wide network is not kept alive.
     """
-    parameters = tuple(weakref.ref(parameter) for parameter in wide.parameters())
-    _ORIGINS[narrow] = Origin(clone_to(wide, "meta"), parameters, layers)
+    parameters = {name: weakref.ref(parameter) for name, parameter in wide.named_parameters()}
+    _ORIGINS[narrow] = Origin(outline_of(wide), parameters, layers)
 
 
 def origin_of(narrow: nn.Module) -> Origin:
@@ -84,8 +85,8 @@ def sources_of(narrow: nn.Module, origin: Origin) -> dict[str, ParameterSource |
     Parameters whose wide one no longer exists are left out. Raises UsageError if ``narrow`` has
     changed since the cut.
     """
-    positions, offsets = _positions_of(origin.skeleton)
-    cut = apply_plan(positions, origin.layers)
+    positions, offsets = _positions_of(origin.outline)
+    cut, parameters = apply_plan(positions, origin.layers), list(origin.parameters.values())
     found = dict(cut.named_parameters())
     sources: dict[str, ParameterSource | None] = {}
     for name, parameter in narrow.named_parameters():
@@ -95,34 +96,36 @@ def sources_of(narrow: nn.Module, origin: Origin) -> dict[str, ParameterSource |
                 "new_optimizer directly after the cut, and add later parameters by add_param_group"
             )
         place = found[name].detach()
-        if _is_new(name, place, cut, origin.skeleton):
+        if _is_new(name, place, cut, positions):
             sources[name] = None
             continue
         number = bisect_right(offsets, int(place.flatten()[0])) - 1
-        if (wide := origin.parameters[number]()) is not None:
+        if (wide := parameters[number]()) is not None:
             kept = None if place.numel() == wide.numel() else place - offsets[number]
             sources[name] = ParameterSource(wide, kept)
     return sources
 
 
-def _positions_of(skeleton: nn.Module) -> tuple[nn.Module, list[int]]:
+def _positions_of(outline: NetworkOutline) -> tuple[nn.Module, list[int]]:
     """Return the network with consecutive positions as parameters, and where each one starts."""
-    memo: dict[int, Any] = {
-        id(buffer): torch.zeros(buffer.shape, dtype=buffer.dtype) for buffer in skeleton.buffers()
-    }
-    offsets, start = [], NEW + 1
-    for parameter in skeleton.parameters():
-        places = torch.arange(start, start + parameter.numel()).view(parameter.shape)
-        memo[id(parameter)] = nn.Parameter(places, requires_grad=False)
+    offsets, end = list[int](), [NEW + 1]
+
+    def values(tensor: TensorOutline) -> torch.Tensor:
+        if not tensor.is_parameter:
+            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        start = end[0]
         offsets.append(start)
-        start += parameter.numel()
-    return clone_module(skeleton, memo), offsets
+        end[0] += tensor.shape.numel()
+        places = torch.arange(start, end[0]).view(tensor.shape)
+        return nn.Parameter(places, requires_grad=False)
+
+    return outline.build(values), offsets
 
 
-def _is_new(name: str, place: torch.Tensor, cut: nn.Module, skeleton: nn.Module) -> bool:
+def _is_new(name: str, place: torch.Tensor, cut: nn.Module, wide: nn.Module) -> bool:
     """Return whether the parameter ``name`` was added by the cut: a bias, or a constant output."""
     if not place.numel() or bool((place == NEW).any()):
         return True
     owner = owner_of(name)
     constant = isinstance(cut.get_submodule(owner), ConstantOutput)
-    return constant and not isinstance(skeleton.get_submodule(owner), ConstantOutput)
+    return constant and not isinstance(wide.get_submodule(owner), ConstantOutput)

@@ -21,6 +21,8 @@ from job.slimming.surgery.surgery import apply_plan
 from job.slimming.surgery.verification import verify
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from job.slimming.graph.groups import ChannelGraph, ChannelGroup
@@ -49,7 +51,7 @@ def removable_groups(network: nn.Module, graph: ChannelGraph, example: Example) 
     return frozenset(_verified(trial, names, []))
 
 
-def _is_replaceable(group: ChannelGroup, modules: dict[str, nn.Module]) -> bool:
+def _is_replaceable(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> bool:
     """Return whether all producers and consumers of the channels can be replaced."""
     for layer, side in group.slots:
         module = modules.get(layer)

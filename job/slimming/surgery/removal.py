@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from job.slimming.graph.selection import SelectedChannels
 if TYPE_CHECKING:
     from job.slimming.planning.layer_channels import LayerChannels, Layers
 
-Modules = dict[str, nn.Module]
+Modules = Mapping[str, nn.Module]
 
 
 def replacements(modules: Modules, layers: Layers) -> dict[str, nn.Module]:
