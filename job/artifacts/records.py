@@ -282,6 +282,7 @@ class DatasetRecord:
     path: str | None = None  # as given, absolute; None for the built-in data
     training: int
     validation: int
+    testing: int = 0  # with targets
     skipped: tuple[str, ...]
     max_side: int | None = None  # of the images, if --cache-max-side reduces any
     fingerprint: str

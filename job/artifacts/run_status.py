@@ -15,7 +15,6 @@ from job.artifacts.records import LockRecord
 from job.artifacts.run_config import CONFIG_FILE
 from job.artifacts.run_reader import read_events, read_run
 from job.artifacts.stored_places import place_of
-from job.config import CLASSIFICATION
 from job.errors import shown
 from job.files import read_json, shell_word
 from job.training.epoch import ACCURACY, BRIEF
@@ -171,8 +170,7 @@ def next_commands(history: History) -> tuple[str, ...]:
     if history.state == "running":  # a file in a store stops nothing
         return () if is_store_url(place) else (f"touch {shell_word(f'{place}/STOP')}",)
     if history.state == "finished":
-        task = str(history.setting("prune", "task") or CLASSIFICATION)
-        return commands_after(place, task)
+        return commands_after(place, tested=bool(history.setting("dataset", "testing")))
     config = shell_word(f"{place}/{CONFIG_FILE}")
     data, root = history.setting("prune", "data"), history.setting("dataset", "path")
     data_option = f" --data {shell_word(root)}" if data and isinstance(root, str) else ""
@@ -181,13 +179,13 @@ def next_commands(history: History) -> tuple[str, ...]:
     return (f"gammaslim {launch}prune --config {config} --output {run}{data_option}",)
 
 
-def commands_after(place: str, task: str) -> tuple[str, ...]:
+def commands_after(place: str, *, tested: bool) -> tuple[str, ...]:
     """Return the command lines to type after the run in ``place``, a folder or URL, has finished.
 
-    Only data for classification are known to have a test split.
+    ``tested`` tells whether its data have a test split with targets.
     """
     run = shell_word(place)
-    split = " --split testing" if task == CLASSIFICATION else ""
+    split = " --split testing" if tested else ""
     return (
         f"gammaslim report {run}",
         f"gammaslim evaluate {run}{split}",

@@ -82,7 +82,8 @@ def slim_model(model: ModelOptions, output: str, options: SlimOptions) -> None:
     lineage = replace(card.lineage, slimmed_from=shown(Path(model.path).absolute()))
     slimmed = replace(card.cut(plan.layers, plan.width), lineage=lineage, base=base)
     save_model(folder, narrow.cpu(), replace(slimmed, metrics=tools.metrics(accuracies[-1])))
-    _say_result(plan, output, tools.images, accuracies)
+    target = f"{allocation.budget}{', of the network before its first cut,' if card.layers else ''}"
+    _say_result(plan, target, output, tools.images, accuracies)
 
 
 def _check_no_images_needed(options: SlimOptions) -> None:
@@ -183,6 +184,7 @@ def _say_caution(model: ModelOptions, tools: _Tools, accuracy: float | None) -> 
 
 def _say_result(
     plan: Plan,
+    target: str,
     output: str,
     images: SlimImages | TaskImages | None,
     accuracies: list[float | None],
@@ -192,6 +194,8 @@ def _say_result(
     assert plan.after
     assert plan.proof
     say("\n".join([costs_table(plan.before, plan.after), *removed_lines(plan.layers)]))
+    if plan.after == plan.before:
+        say_cautions([f"nothing was cut: the network meets {target} already"])
     if plan.latency:
         say(str(plan.latency))
     proof = f"{plan.proof.precision}: relative error {plan.proof.error:.1e}"

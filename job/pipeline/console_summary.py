@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 
 def print_summary(
-    run: Path, summary: SummaryRecord, entries: Sequence[RoundRecord], task: str
+    run: Path, summary: SummaryRecord, entries: Sequence[RoundRecord], *, tested: bool
 ) -> None:
-    """Print the summary of a finished run in the folder ``run``, whose rounds are ``entries``."""
+    """Print the summary of a finished run in the folder ``run``, whose rounds are ``entries``.
+
+    ``tested`` tells whether its data have a test split with targets.
+    """
     place = place_of(run)
     say_event({"event": "summary", "path": shown(place), **to_json(summary)})
     say("")
@@ -30,5 +33,5 @@ def print_summary(
     say(f"\nrecommended: {summary.recommended} ({summary.reason})")
     say_cautions([*summary.cautions, *latency_cautions(entries, place)])
     say(f"{counted(summary.seconds, 'second')}; all files are in {shown(place)}")
-    for line in commands_after(place, task):
+    for line in commands_after(place, tested=tested):
         say(f"next: {line}")

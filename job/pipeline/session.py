@@ -153,7 +153,8 @@ class Session(TrainingSession):
             self._move(last, self.epochs_of(last), self.entries[last].step)
             self._status("finished", 0)
         self.report()
-        print_summary(self.run.path, summary, self.entries, self.setup.config.task)
+        tested = self.setup.dataset_record.testing > 0
+        print_summary(self.run.path, summary, self.entries, tested=tested)
         if self.tracker:
             folder = self.run.path / summary.recommended
             self.tracker.log(lambda: recommended_event(summary, read_card(folder), folder))

@@ -19,6 +19,8 @@ from job.data.image_check import check_images
 from job.data.layout import open_data
 from job.data.preprocessing_options import PreprocessingOptions
 from job.data.split_names import SPLIT_NAMES
+from job.data.splits import UNLABELLED
+from job.data.task_items import ItemSplit
 from job.distributed.collectives import on_main
 from job.errors import shown
 from job.models.input_size import check_memory
@@ -104,6 +106,15 @@ def known_sizes(config: PruneConfig, data: Dataset, output: Path | None) -> dict
     return {}
 
 
+def _testable(data: Dataset) -> int:
+    """Return the number of test images or items; 0 without their labels."""
+    split = data.splits.get("testing") or data.splits.get("evaluation")
+    if split is None:
+        return 0
+    unlabelled = not isinstance(split, ItemSplit) and (split.labels == UNLABELLED).any()
+    return 0 if unlabelled else len(split)
+
+
 def dataset_record(data: Dataset, max_side: int | None = None) -> DatasetRecord:
     """Return the record of the data set for config.toml; ``max_side`` limits its images."""
     path = shown(place_of(os.path.abspath(data.source)))  # noqa: PTH100 (links stay links)
@@ -114,6 +125,7 @@ def dataset_record(data: Dataset, max_side: int | None = None) -> DatasetRecord:
         path=path if data.source and data.layout != "built-in" else None,
         training=len(data.splits["training"]),
         validation=len(data.splits["validation"]),
+        testing=_testable(data),
         skipped=tuple(shown(name) for name in data.skipped),
         max_side=max_side,
         fingerprint=data.fingerprint(SPLITS),

@@ -248,18 +248,21 @@ def _commands(history: History) -> dict[str, str]:
             f"network = gammaslim.load({model!r})  # eval mode; {inputs}\n"
             f"{outputs} = network({images})"
         ),
-        **_scoring_commands(run, task),
+        **_scoring_commands(history, run),
         "Export": f"gammaslim export {shell_word(run)} --output model.onnx",
     }
 
 
-def _scoring_commands(run: str, task: object) -> dict[str, str]:
-    """Return lines that evaluate and predict; other tasks are only evaluated."""
+def _scoring_commands(history: History, run: str) -> dict[str, str]:
+    """Return lines that evaluate, on the test split if there is one, and that predict classes."""
     word = shell_word(run)
-    if task != CLASSIFICATION:
-        return {"Evaluate": f"gammaslim evaluate {word}"}
+    lines = {"Evaluate": f"gammaslim evaluate {word}"}
+    if history.setting("dataset", "testing"):
+        lines = {"Evaluate on the test split": f"gammaslim evaluate {word} --split testing"}
+    if (history.setting("prune", "task") or CLASSIFICATION) != CLASSIFICATION:
+        return lines
     return {
-        "Evaluate on the test split": f"gammaslim evaluate {word} --split testing",
+        **lines,
         "Predict a folder of images": (
             f"gammaslim predict {word} --data FOLDER --output classes.csv"
         ),

@@ -38,6 +38,11 @@ WRAPPER_ATTRIBUTES = {
 def check_network(model: Any) -> None:
     """Raise UsageError, with what to pass instead, if the layers of ``model`` cannot be cut."""
     kind = type(model).__name__
+    if torch.is_inference_mode_enabled():
+        raise UsageError(
+            "a cut within torch.inference_mode() would make parameters that cannot be trained: "
+            "call it outside; torch.no_grad() does no harm"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError(f"model is a TorchScript module ({kind}): {PYTHON_NETWORK}")
     if kind == "ExportedProgram" or _is_exported(model):

@@ -21,7 +21,7 @@ from job.distributed.stop import NOTHING, STOP
 from job.errors import StopRequest
 from job.models.weights import load_tensors
 from job.processes import is_main, rank, world_size
-from job.slimming.calibration.memory_format import runs_channels_last
+from job.slimming.calibration.memory_format import runs_channels_last, set_memory_format
 from job.training.checkpoint_content import Position, TrainingProgress
 from job.training.compilation import CompiledNetwork, fast_matmul
 from job.training.epoch import EpochResult
@@ -149,7 +149,7 @@ class TrainingRound:
         last = runs_channels_last(self.trained, images, training=True)
         layout = prepare_batch_norms(self.trained, device, shared=shared, compiled=compiled)
         self.layout = layout if last else torch.contiguous_format
-        self.trained.to(memory_format=self.layout)
+        set_memory_format(self.trained, self.layout)
         # with fp16 the gradient scaler decides on each step
         fused = self.accelerator.mixed_precision != "fp16"
         sizes = part_sizes(trainer.sampler.sizes()[0], self.config.accumulate)

@@ -63,6 +63,18 @@ def test_without_images_accuracy_is_said_to_be_unmeasured(model: Path, tmp_path:
         assert done.stderr.count("\n") == 1
 
 
+def test_a_target_that_is_met_already_is_told(model: Path, tmp_path: Path) -> None:
+    """It is a fraction of the network before its first cut."""
+    done = command("slim", model, "--output", tmp_path / "slim", "--target", "macs=0.5")
+    assert "nothing was cut" not in done.output
+    done = command("slim", tmp_path / "slim", "--output", tmp_path / "same", "--target", "macs=0.8")
+    assert done.exit_code == 0, done.output
+    assert (
+        "nothing was cut: the network meets --target macs=0.8, of the network before its first "
+        "cut, already" in done.stdout
+    )
+
+
 FLOAT32_ONLY = """
 import torch
 from torch import nn

@@ -6,9 +6,12 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from job.artifacts.saving import load
 from job.cli.command_options import EvaluateOptions, ModelOptions
@@ -101,3 +104,48 @@ def test_the_job_ends_with_a_smaller_unet(
     found = json.loads(capsys.readouterr().out)
     assert found["miou"] == pytest.approx(last["valid_miou"])
     assert load("run")(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+
+
+class Clips(torch.utils.data.Dataset[Any]):
+    """Clips (1, 4, 8, 8) of noise around 0 or 1, of classes 0 and 1."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(index))
+        return noise + index % 2, torch.tensor(index % 2)
+
+
+class Videos:
+    training, validation, testing = Clips(), Clips(), Clips()
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return F.cross_entropy(outputs, targets, reduction="sum"), len(targets)
+
+    def metrics(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
+        return {"right": ((outputs.argmax(1) == targets).sum(), len(targets))}
+
+
+def video_network() -> nn.Module:
+    """Weights of 2-d and of 3-d convolutions."""
+    frames = nn.Sequential(nn.Conv3d(1, 12, 3, padding=1), nn.BatchNorm3d(12), nn.ReLU())
+    images = nn.Sequential(nn.Conv2d(48, 12, 3), nn.BatchNorm2d(12), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 2))
+    return nn.Sequential(frames, nn.Flatten(1, 2), images, head)
+
+
+def test_the_job_slims_a_network_of_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = SimpleNamespace(Videos=Videos, network=video_network)
+    monkeypatch.setitem(sys.modules, "clips", names)
+    prune(PruneConfig(
+        task="clips:Videos", model="clips:network", output="run", base_epochs=2, rounds=1, epochs=1,
+        batch_size=8, lr=0.01, workers=0, wandb="off", device="cpu", target="macs=0.7",
+    ))  # fmt: skip
+    said = capsys.readouterr().out
+    assert "next: gammaslim evaluate run --split testing\n" in said
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["rounds"][0]["macs"] <= 0.7 * summary["base"]["macs"]

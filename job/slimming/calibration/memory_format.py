@@ -52,6 +52,16 @@ def in_image_format(network: nn.Module, batches: Batches) -> Batches:
     return formatted
 
 
+def set_memory_format(network: nn.Module, layout: torch.memory_format) -> None:
+    """Store the weights (O, I, H, W) of ``network`` in a memory format, in place.
+
+    ``network.to`` raises an error where it has weights of 3-d convolutions too.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
+
+
 def runs_channels_last(network: nn.Module, images: torch.Tensor, *, training: bool = False) -> bool:
     """Return whether ``network`` runs on ``images`` (B, C, H, W) with channels last.
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from job.slimming.graph.groups import ChannelGraph
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]  # (count,) by channel number; nan if not ranked
-NO_LABELS = "needs labelled calibration images, but there are none"
+NO_LABELS = (
+    "needs calibration images with labels (B,), the numbers of their classes; there are none"
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from job.errors import GammaslimError, reason
+from job.slimming.calibration.memory_format import set_memory_format
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +32,14 @@ class Placement:
     def put(self, network: nn.Module) -> nn.Module:
         """Move a network in place, and return it."""
         network.to(self.device, DTYPES[self.precision])
-        network.to(memory_format=FORMATS[self.memory_format])
+        set_memory_format(network, FORMATS[self.memory_format])
         return network
 
     def images(self, images: torch.Tensor) -> torch.Tensor:
         """Return ``images`` (B, C, H, W) as a network of this placement takes them."""
         placed = images.to(self.device, DTYPES[self.precision])
-        return placed.contiguous(memory_format=FORMATS[self.memory_format])
+        layout = FORMATS[self.memory_format]
+        return placed.contiguous(memory_format=layout) if placed.dim() == 4 else placed
 
 
 class OnnxSession(Protocol):

@@ -26,10 +26,13 @@ MIN_VARIANCE = 1e-12
 
 
 class Values(NamedTuple):
-    """Values that a network computes from a batch: its outputs, and its features."""
+    """Values that a network computes from a batch: its outputs, and its features.
+
+    A feature is None if the pass does not call its layer, e.g. one of a head for train mode.
+    """
 
     outputs: list[torch.Tensor]
-    features: list[torch.Tensor]
+    features: list[torch.Tensor | None]
 
 
 class Losses(NamedTuple):
@@ -91,9 +94,8 @@ class Comparison:
         sums = torch.zeros(len(self.variances), 3, dtype=torch.float64, device=device)
         for inputs in batches:
             values = self.targets(inputs)
-            for row, tensors in zip(
-                sums, [*([v] for v in values.features), values.outputs], strict=True
-            ):
+            groups = [*([] if v is None else [v] for v in values.features), values.outputs]
+            for row, tensors in zip(sums, groups, strict=True):
                 for tensor in tensors:
                     double = tensor.double()
                     row += torch.stack(
@@ -109,7 +111,8 @@ class Comparison:
         with torch.no_grad():
             values = self._run(self.wide, inputs)
         pairs = zip(self.features, values.features, strict=True)
-        return Values(values.outputs, [feature.select_kept(v) for feature, v in pairs])
+        kept = [None if v is None else feature.select_kept(v) for feature, v in pairs]
+        return Values(values.outputs, kept)
 
     def losses(self, inputs: Example) -> Losses:
         """Return the losses of the narrow network, as means over the samples of ``inputs``."""
@@ -125,6 +128,7 @@ class Comparison:
         features = [
             F.mse_loss(a, b) / variance
             for a, b, variance in zip(values.features, targets.features, variances, strict=True)
+            if a is not None and b is not None
         ]
         return Losses(loss, torch.stack(features).mean() if features else torch.zeros_like(loss))
 
@@ -132,7 +136,7 @@ class Comparison:
         with _record_inputs(network, self.features) as layer_inputs:
             outputs = call_network(network, inputs)
         floats = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
-        return Values(floats, [layer_inputs[feature.layer] for feature in self.features])
+        return Values(floats, [layer_inputs.get(feature.layer) for feature in self.features])
 
 
 def _divergence(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -316,3 +316,8 @@ def test_a_network_that_takes_one_sample_alone_is_told_so(network: nn.Module) ->
     with pytest.raises(UsageError, match=message):
         job.slim(network, EXAMPLE)
     assert len(network(EXAMPLE)) == 1
+
+
+def test_a_cut_in_inference_mode_is_refused(network: nn.Module) -> None:
+    with torch.inference_mode(), pytest.raises(UsageError, match="call it outside"):
+        job.slim(network, EXAMPLE, target="macs=0.5")

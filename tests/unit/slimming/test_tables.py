@@ -85,7 +85,9 @@ def test_a_criterion_that_needs_labels_asks_for_them(
 ) -> None:
     entry = Criterion(lambda inputs: np.ones(inputs.graph.count), "a test", True, labels=True)
     monkeypatch.setitem(CRITERIA, "labels", entry)
-    with pytest.raises(UsageError, match="importance labels needs labelled calibration images"):
+    with pytest.raises(
+        UsageError, match=r"importance labels needs calibration images with labels \(B,\)"
+    ):
         job.slim(network, EXAMPLE, importance="labels")
 
 

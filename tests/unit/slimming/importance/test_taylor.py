@@ -51,5 +51,5 @@ def test_taylor_without_labels_says_what_it_needs() -> None:
     network = build_streams()
     graph = analyse(network, IMAGES)
     for batches in (None, lambda: [IMAGES], lambda: [(IMAGES, torch.full((32,), -1))]):
-        with pytest.raises(UsageError, match="labelled calibration images"):
+        with pytest.raises(UsageError, match=r"calibration images with labels \(B,\)"):
             score_channels("taylor", network, graph, CalibrationData(batches))

@@ -197,5 +197,24 @@ def test_slim_recovers_and_needs_images_for_it() -> None:
     assert errors[0] < errors[1]
 
 
+class Auxiliary(Residual):
+    """A head that runs in train mode alone, whose inputs no pass in eval mode computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = super().forward(x)
+        return (y, self.auxiliary(self.stem(x)).mean((2, 3))) if self.training else y
+
+
+def test_heads_that_run_in_train_mode_alone_are_not_compared() -> None:
+    torch.manual_seed(0)
+    wide = randomise(Auxiliary())
+    narrow, _ = job.slim(wide, EXAMPLE, target="macs=0.6", calibration=BATCHES[:2], recover=1)
+    assert len(narrow.train()(BATCHES[0])) == 2
+
+
 def test_a_result_says_what_was_won() -> None:
     assert Recovered(1.0, 0.5, 2) == Recovered(before=1.0, after=0.5, epoch=2)
