@@ -66,9 +66,7 @@ def preserve_state(network: nn.Module, *, values: bool = True) -> Iterator[Snaps
     generators of torch, Python and NumPy. With ``values`` this includes the values of buffers and
     other tensors; parameters are not expected to change.
     """
-    snapshot = Snapshot(network)
-    if values:
-        snapshot.keep_values(t for t in snapshot.tensors if not isinstance(t, nn.Parameter))
+    snapshot = snapshot_of_all(network) if values else Snapshot(network)
     try:
         yield snapshot
     finally:
@@ -226,6 +224,13 @@ class Snapshot:
         self._saved.append(SavedGlobals(space, names))
         parts += [v for v in names.values() if type(v) is not types.ModuleType]
         self._visit(parts)
+
+
+def snapshot_of_all(network: nn.Module) -> Snapshot:
+    """Return a snapshot of a network that includes the values of tensors, except parameters."""
+    snapshot = Snapshot(network)
+    snapshot.keep_values(t for t in snapshot.tensors if not isinstance(t, nn.Parameter))
+    return snapshot
 
 
 def _function_in(attribute: Any) -> Any:

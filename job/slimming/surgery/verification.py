@@ -5,9 +5,10 @@ Both run on noise in float64, or in the precision of the network if it does not 
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,24 +17,21 @@ from job.errors import GammaslimError, UsageError, WrongCutError, is_out_of_memo
 from job.slimming.graph.layer_rules import layer_rule
 from job.slimming.graph.layers import inputs_axis, is_depthwise, tensor_named
 from job.slimming.graph.modes import training_mode
-from job.slimming.graph.snapshot import preserve_state
-from job.slimming.graph.trace import trace_network
+from job.slimming.graph.snapshot import Snapshot, preserve_state, snapshot_of_all
+from job.slimming.graph.trace import trace_with_snapshot
 from job.slimming.inputs import call_network, map_tensors, tensors_in
 from job.slimming.planning.measurements import Proof
 from job.slimming.planning.plan import keep_in
 from job.slimming.surgery.clone import clone_module, clone_to
 from job.slimming.surgery.comparison import check_comparable, relative_difference
-from job.slimming.surgery.constant_noise import ConstantNoise
-from job.slimming.surgery.double_precision import DoublePrecision
 from job.slimming.surgery.kept_channels import KeptReads
-from job.slimming.surgery.probe import probe_batch, smallest_equivalent_input
+from job.slimming.surgery.probe import smallest_equivalent_input
+from job.slimming.surgery.probe_pass import Probe, noise_for, precision_of
 from job.slimming.surgery.removal import set_exact_constants
 from job.slimming.surgery.scales import set_exact_scales
 from job.slimming.surgery.zero_weights import fill_zero_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from job.slimming.graph.groups import ChannelGraph
     from job.slimming.inputs import Example
     from job.slimming.planning.layer_channels import LayerChannels, Layers
@@ -42,36 +40,6 @@ PROOF_TOLERANCE = 1e-9  # relative, in float64
 MAGNIFIED_TOLERANCE = 1e-6  # where rounding has a larger effect, e.g. before a norm of small values
 ROUNDING_MARGIN = 16  # tolerance relative to the effect of rounding, in other precisions
 ROUNDING_TRIALS = 3  # random roundings whose largest effect counts
-
-
-class Probe(NamedTuple):
-    """A pass on noise like ``example``, also of heads that run only in train mode (``auxiliary``).
-
-    If ``widened``, what the code computes in float32 is computed in float64 too.
-    """
-
-    example: Example
-    auxiliary: bool
-    widened: bool = False
-
-    def outputs(self, network: nn.Module, kept: KeptReads | None = None) -> list[torch.Tensor]:
-        """Return the tensors that a network returns."""
-        try:
-            with torch.inference_mode():
-                return self._outputs(network, kept)
-        except RuntimeError as failure:
-            if "does not require grad" not in str(failure):
-                raise
-        with torch.no_grad():  # code that computes gradients itself, e.g. forces of an energy
-            return self._outputs(network, kept)
-
-    def _outputs(self, network: nn.Module, kept: KeptReads | None) -> list[torch.Tensor]:
-        wide = DoublePrecision() if self.widened else nullcontext()
-        with preserve_state(network), _proof_mode(network, self.auxiliary):
-            torch.default_generator.manual_seed(0)
-            noise = _noise_for(network, self.example)
-            with kept.mode() if kept else nullcontext(), ConstantNoise(), wide:
-                return [t.detach() for t in tensors_in(call_network(network, noise))]
 
 
 def verify(
@@ -99,15 +67,17 @@ def verify(
     small = smallest_equivalent_input(wide, example, graph)
     kept = None if graph is None else KeptReads(graph.reads, keep_in(graph, layers))
     pair = _Pair(*fill_zero_weights(wide, narrow, layers), layers, kept)
-    proof, precision, widened = pair.prove(Probe(small, auxiliary))
+    snapshot = snapshot_of_all(narrow)
+    proof, precision, widened = pair.prove(Probe(small, auxiliary, snapshot))
     if not proof.error <= proof.tolerance:
         masked = pair.masked(precision)
-        check_comparable(masked, _noise_for(masked, small), widened)
+        check_comparable(masked, noise_for(masked, small), widened)
         raise WrongCutError(
             f"the cut is wrong: the narrow network differs from the wide one without the removed "
             f"channels by {proof}"
         )
-    if (why := _training_error(narrow, example, odd)) and not _training_error(wide, example, odd):
+    why = _training_error(narrow, example, snapshot, odd)
+    if why and not _training_error(wide, example, Snapshot(wide), odd):
         raise WrongCutError(f"the narrow network does not train, as the wide one does: {why}")
     return proof
 
@@ -141,7 +111,7 @@ class _Pair:
             return Proof(error, _name(precision), PROOF_TOLERANCE), precision, False
         widened, double = probe._replace(widened=True), torch.float64
         try:
-            expected = widened.outputs(self.masked(double), self.kept)
+            expected = widened.outputs(partial(self.masked, double), self.kept)
             error, probe = self._error(widened, double, expected), widened
         except Exception as failure:  # the code does not run so
             if precision != double:
@@ -153,12 +123,12 @@ class _Pair:
     def _expected(self, probe: Probe) -> tuple[list[torch.Tensor], torch.dtype]:
         """Return the outputs of the wide network, and their precision."""
         with suppress(Exception):  # user code may require float32
-            expected = probe.outputs(self.masked(torch.float64), self.kept)
+            expected = probe.outputs(partial(self.masked, torch.float64), self.kept)
             if all(t.dtype == torch.float64 for t in expected if t.is_floating_point()):
                 return expected, torch.float64
-        precision = _precision(self.wide)
+        precision = precision_of(self.wide)
         try:
-            return probe.outputs(self.masked(precision), self.kept), precision
+            return probe.outputs(partial(self.masked, precision), self.kept), precision
         except Exception as failure:  # e.g. ops that run on a GPU only
             raise UsageError(
                 f"a cut is verified on the CPU, where the network does not run: {reason(failure)}"
@@ -170,13 +140,17 @@ class _Pair:
         Raises GammaslimError if it does not run.
         """
         try:
-            copy = clone_to(self.narrow, "cpu", precision).cpu()
-            set_exact_constants(copy, self.wide, self.layers)
-            set_exact_scales(copy, self.wide, self.layers)
-            outputs = probe.outputs(copy)
+            outputs = probe.outputs(partial(self._exact, precision))
         except Exception as failure:  # user code may raise anything
             raise _not_running(failure) from failure
         return relative_difference(outputs, expected)
+
+    def _exact(self, precision: torch.dtype) -> nn.Module:
+        """Return a copy of the narrow network in another precision."""
+        copy = clone_to(self.narrow, "cpu", precision).cpu()
+        set_exact_constants(copy, self.wide, self.layers)
+        set_exact_scales(copy, self.wide, self.layers)
+        return copy
 
     def _rounding(
         self, probe: Probe, precision: torch.dtype, expected: list[torch.Tensor]
@@ -187,21 +161,16 @@ class _Pair:
         of the narrow network, which are taken in another order.
         """
         masked, worst = self.masked(precision), 0.0
-        generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for _ in range(ROUNDING_TRIALS):
-                moved = clone_module(masked, {})
-                for tensor in moved.parameters():
-                    if tensor.is_floating_point():
-                        sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
-                        tensor.mul_(1 + sign.to(tensor.dtype) * torch.finfo(tensor.dtype).eps)
-                worst = max(worst, relative_difference(probe.outputs(moved, self.kept), expected))
+            for seed in range(1, 1 + ROUNDING_TRIALS):
+                moved = probe.outputs(partial(_rounded, masked, seed), self.kept)
+                worst = max(worst, relative_difference(moved, expected))
         eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0)
         return ROUNDING_MARGIN * max(worst, eps)
 
     def _hidden_by_rounding(self, probe: Probe, precision: torch.dtype) -> UsageError:
         masked = self.masked(precision)
-        check_comparable(masked, _noise_for(masked, probe.example))
+        check_comparable(masked, noise_for(masked, probe.example))
         return UsageError(
             "a cut cannot be verified: the rounding of the weights alone changes the outputs "
             f"of the network in {_name(precision)} as much as a wrong cut would; let it run in "
@@ -209,10 +178,21 @@ class _Pair:
         )
 
 
+def _rounded(network: nn.Module, seed: int) -> nn.Module:
+    """Return a copy whose weights are one unit larger or smaller in their last place."""
+    moved, generator = clone_module(network, {}), torch.Generator().manual_seed(seed)
+    for tensor in moved.parameters():
+        if tensor.is_floating_point():
+            sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+            tensor.mul_(1 + sign.to(tensor.dtype) * torch.finfo(tensor.dtype).eps)
+    return moved
+
+
 def check_it_runs(narrow: nn.Module, example: Example, auxiliary: bool) -> None:
     """Run the narrow network on noise like ``example``; raises GammaslimError if that fails."""
     try:
-        Probe(example, auxiliary).outputs(clone_to(narrow, "cpu"))
+        probe = Probe(example, auxiliary, snapshot_of_all(narrow))
+        probe.outputs(partial(clone_to, narrow, "cpu"))
     except Exception as failure:  # user code may raise anything
         raise _not_running(failure) from failure
 
@@ -223,13 +203,15 @@ def _not_running(failure: Exception) -> GammaslimError:
     return WrongCutError(f"the narrow network does not run: {reason(failure)}")
 
 
-def _training_error(network: nn.Module, example: Example, backward: bool) -> str | None:
+def _training_error(
+    network: nn.Module, example: Example, snapshot: Snapshot, backward: bool
+) -> str | None:
     """Return why a training step fails on samples like ``example``; None if it succeeds."""
     try:
         if backward:
             _train_a_step(network, example)
         else:
-            trace_network(network, example, training=True)
+            trace_with_snapshot(network, example, snapshot, training=True)
     except Exception as error:  # user code may raise anything
         return reason(error)
     return None
@@ -239,10 +221,10 @@ def _train_a_step(network: nn.Module, example: Example) -> None:
     """Run a copy forward and backward on the meta device, or on the CPU if that fails."""
     try:
         copy = clone_to(network, "meta")
-        _backward(copy, map_tensors(_noise_for(copy, example), lambda t: t.to("meta")))
+        _backward(copy, map_tensors(noise_for(copy, example), lambda t: t.to("meta")))
     except Exception:  # meta tensors have no values, and some networks read values
-        copy = clone_to(network, "cpu", _precision(network)).cpu()
-        _backward(copy, _noise_for(copy, example))
+        copy = clone_to(network, "cpu", precision_of(network)).cpu()
+        _backward(copy, noise_for(copy, example))
 
 
 def _backward(network: nn.Module, batch: Example) -> None:
@@ -252,27 +234,8 @@ def _backward(network: nn.Module, batch: Example) -> None:
             torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
 
 
-def _noise_for(network: nn.Module, example: Example) -> Any:
-    """Return noise like ``example`` in the precision of the network."""
-    return probe_batch(example, _precision(network))
-
-
 def _name(precision: torch.dtype) -> str:
     return str(precision).removeprefix("torch.")
-
-
-def _precision(network: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-
-
-@contextmanager
-def _proof_mode(network: nn.Module, auxiliary: bool) -> Iterator[None]:
-    """Put the network in eval mode; with ``auxiliary``, put modules with children in train mode."""
-    with training_mode(network, training=False):
-        if auxiliary:
-            for module in network.modules():
-                module.training = any(True for _ in module.children())
-        yield
 
 
 def _masked(wide: nn.Module, layers: Layers, dtype: torch.dtype) -> nn.Module:

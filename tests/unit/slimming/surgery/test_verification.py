@@ -11,7 +11,7 @@ from torch import nn
 
 import job
 from job.errors import GammaslimError, UsageError
-from job.slimming.surgery import verification
+from job.slimming.surgery import probe_pass
 from job.slimming.surgery.verification import verify
 from support.cuts import randomise
 from support.networks import Net, Residual, block
@@ -115,7 +115,7 @@ def test_attention_in_float32_is_compared_in_float64(monkeypatch: pytest.MonkeyP
     assert "query" in plan.layers
     assert plan.proof.precision == "float64"
     assert plan.proof.error <= 1e-12
-    monkeypatch.setattr(verification, "DoublePrecision", nullcontext)
+    monkeypatch.setattr(probe_pass, "DoublePrecision", nullcontext)
     with pytest.raises(UsageError, match="cannot be reached"):  # its rounding looks like a fault
         job.slim(network, IMAGE, importance="l2", target="channels=0.5")
 
