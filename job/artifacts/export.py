@@ -22,7 +22,7 @@ from job.artifacts.versions import package_versions
 from job.config import DETECTION
 from job.errors import GammaslimError, UsageError, reason, shown
 from job.models.detectors import joined_outputs
-from job.models.outputs import main_output
+from job.models.outputs import main_output, named_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +42,7 @@ INPUT_NAME, OUTPUT_NAME = "images", "logits"
 TOLERANCE = 1e-4  # relative to the largest logit, between runtimes in float32
 BATCHES = (1, 3)  # sizes for comparing an exported network; it is traced with 2 images
 EXTRA_FILE = "gammaslim.json"  # in a .pt2; ONNX has metadata_props
+ExportedOutputs = torch.Tensor | dict[str, torch.Tensor]
 
 
 class ExportMetadata(TypedDict):
@@ -98,7 +99,7 @@ def torch_export_bytes(network: nn.Module, card: ModelCard) -> tuple[bytes, str]
     Raises UsageError for a network that cannot be traced, GammaslimError when the exported program
     gives other logits than the network.
     """
-    network = with_one_output(network, card)
+    network, _ = with_named_outputs(network, card)
     with tracing("torch-export"):
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(network, (random_inputs(card, 2),), dynamic_shapes=shapes)
@@ -121,6 +122,17 @@ class _MainOutput(torch.nn.Module):
         return main_output(self.network(images))
 
 
+class _NamedOutputs(torch.nn.Module):
+    """Network that returns a dict of the tensors that another one returns."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return named_outputs(self.network(images))
+
+
 class _JoinedOutputs(torch.nn.Module):
     """Detector that returns its raw outputs as one tensor."""
 
@@ -132,14 +144,23 @@ class _JoinedOutputs(torch.nn.Module):
         return joined_outputs(self.network(images))
 
 
-def with_one_output(network: nn.Module, card: ModelCard) -> nn.Module:
-    """Return a network that returns one tensor, as exported files do; raises UsageError."""
+def with_named_outputs(network: nn.Module, card: ModelCard) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the network to export, and the names of its outputs.
+
+    It returns one tensor, ``logits``; for tasks of the user, a dict if there are several. Raises
+    UsageError for a detector without raw outputs.
+    """
     with torch.no_grad():
         outputs = network(random_inputs(card, 1))
     if card.task == DETECTION:
         joined_outputs(outputs)
-        return _JoinedOutputs(network).eval()
-    return network if isinstance(outputs, torch.Tensor) else _MainOutput(network).eval()
+        return _JoinedOutputs(network).eval(), (OUTPUT_NAME,)
+    if isinstance(outputs, torch.Tensor):
+        return network, (OUTPUT_NAME,)
+    names = tuple(named_outputs(outputs))
+    if len(names) > 1 and ":" in card.task:  # module:factory
+        return _NamedOutputs(network).eval(), names
+    return _MainOutput(network).eval(), (OUTPUT_NAME,)
 
 
 def export_metadata(card: ModelCard) -> ExportMetadata:
@@ -176,9 +197,9 @@ def compare(
     runtime: str,
     network: nn.Module,
     card: ModelCard,
-    run: Callable[[torch.Tensor], torch.Tensor],
+    run: Callable[[torch.Tensor], ExportedOutputs],
 ) -> str:
-    """Compare the logits of ``run``, another runtime, with the network's; describe the result.
+    """Compare the outputs of ``run``, another runtime, with the network's; describe the result.
 
     Raises GammaslimError if they differ by more than TOLERANCE.
     """
@@ -186,14 +207,26 @@ def compare(
     for count in BATCHES:
         images = random_inputs(card, count)
         with torch.no_grad():
-            expected, actual = network(images), run(images)
-        if actual.shape != expected.shape:
-            raise GammaslimError(f"{runtime} gives {tuple(actual.shape)} for {count} images")
-        scale = expected.abs().max().clamp_min(1)
-        worst = max(worst, float((actual - expected).abs().max() / scale))
+            expected, actual = by_name(network(images)), by_name(run(images))
+        for name, values in expected.items():
+            if name not in actual or actual[name].shape != values.shape:
+                shapes = {key: tuple(tensor.shape) for key, tensor in actual.items()}
+                raise GammaslimError(f"{runtime} gives {shapes} for {count} images")
+            scale = values.abs().max().clamp_min(1)
+            worst = max(worst, float((actual[name] - values).abs().max() / scale))
     if not worst <= TOLERANCE:  # also for NaN
         raise GammaslimError(f"{runtime} differs from torch by {worst:.1e}; nothing is written")
-    return f"{runtime} gives the same {OUTPUT_NAME}: relative difference {worst:.1e}"
+    return f"{runtime} gives the same {', '.join(expected)}: relative difference {worst:.1e}"
+
+
+def by_name(outputs: ExportedOutputs) -> dict[str, torch.Tensor]:
+    """Return outputs by name; a single tensor is the logits."""
+    return {OUTPUT_NAME: outputs} if isinstance(outputs, torch.Tensor) else outputs
+
+
+def outputs_of(tensors: Mapping[str, torch.Tensor]) -> ExportedOutputs:
+    """Return a single tensor, or several by name."""
+    return next(iter(tensors.values())) if len(tensors) == 1 else dict(tensors)
 
 
 @contextlib.contextmanager

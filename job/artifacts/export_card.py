@@ -28,7 +28,7 @@ from job.models.input_size import input_shape
 from job.training.epoch import ACCURACY
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from job.artifacts.model_card import ModelCard
     from job.artifacts.records import Lineage
@@ -69,7 +69,8 @@ class Quantisation:
 class ExportedModel:
     """An exported file: its name and format, the card of its network, and what is known of its run.
 
-    ``data`` is the table [dataset] of the run, ``base`` the record of the run's base.
+    ``data`` is the table [dataset] of the run, ``base`` the record of the run's base, ``outputs``
+    the names of the outputs in the file.
     """
 
     file: str
@@ -78,6 +79,7 @@ class ExportedModel:
     data: JsonObject | None = None
     base: RoundRecord | None = None
     int8: Quantisation | None = None
+    outputs: tuple[str, ...] = (OUTPUT_NAME,)
 
     @property
     def record(self) -> RoundRecord | None:
@@ -99,8 +101,9 @@ def export_readme(model: ExportedModel) -> str:
     """Return the README of an exported model, in Markdown."""
     parts = [
         _metadata(model), MARK, f"# {as_markdown(_title(model))}", _summary(model), _metrics(model),
-        _data(model), _input(model.card), "## Load", loading_section(
-            model.format, model.file, input_shape(model.card.preprocessing.input_size)
+        _data(model), _input(model), "## Load", loading_section(
+            model.format, model.file, input_shape(model.card.preprocessing.input_size),
+            model.outputs,
         ), _origin(model.card.lineage),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -261,10 +264,10 @@ def _data_name(data: Mapping[str, object]) -> str:
     return MIT_DATA if _is_built_in(data) else Path(str(data.get("root", "unknown"))).name
 
 
-def _input(card: ModelCard) -> str:
-    made = card.preprocessing
+def _input(model: ExportedModel) -> str:
+    card, made = model.card, model.card.preprocessing
     if not card.is_classifier:
-        return _task_input(card)
+        return _task_input(card, model.outputs)
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (made.mean, made.std))
     resize = f"resize {made.resize} ({made.interpolation}), " if made.resize.side else ""
     steps = f"{resize}central crop of {made.size} x {made.size}, scale to [0, 1]"
@@ -279,12 +282,13 @@ def _input(card: ModelCard) -> str:
 _ANCHORS = " (B, anchors, N): class logits, then box regression, then centerness if there is any"
 
 
-def _task_input(card: ModelCard) -> str:
+def _task_input(card: ModelCard, outputs: Sequence[str]) -> str:
+    names = ", ".join(_code(printable(name)) for name in outputs)
     sides = ", ".join(map(str, input_shape(card.preprocessing.input_size)))
     return (
         f"## Input and output\n\nInput: `{INPUT_NAME}` (B, {sides}) float32, as the task makes it."
         "\n\n"
-        f"Output: `{OUTPUT_NAME}`{_ANCHORS if card.task == DETECTION else ''}"
+        f"Output: {names}{_ANCHORS if card.task == DETECTION else ''}"
         + (f". Classes: {_classes(card)}" if card.class_names else "")
     )
 

@@ -14,19 +14,22 @@ import torch
 
 from job.artifacts.export import (
     INPUT_NAME,
-    OUTPUT_NAME,
+    ExportedOutputs,
     compare,
     export_metadata,
     installed,
     metadata_strings,
+    outputs_of,
     random_inputs,
     tracing,
-    with_one_output,
+    with_named_outputs,
 )
 from job.errors import OutputError, UsageError, shown
 from job.files import check_writable, new_directory, sync_path
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from job.artifacts.model_card import ModelCard
@@ -64,15 +67,15 @@ def write_coreml(network: nn.Module, card: ModelCard, output: Path) -> str:
     converted model too. Raises UsageError for a network that Core ML cannot express,
     GammaslimError when either gives other logits than torch, StorageError.
     """
-    network = with_one_output(network, card)
+    network, names = with_named_outputs(network, card)
     with tracing("coreml"):
         program = _program(network, card)
     how = compare("torch.export", network, card, program.module())
     with tracing("coreml"), contextlib.redirect_stderr(io.StringIO()):  # bars of progress
-        model = _converted(program)
+        model = _converted(program, names)
     model.user_defined_metadata.update(metadata_strings(export_metadata(card)))
     if _runs_here():
-        how = compare("Core ML", network, card, lambda images: _predicted(model, images))
+        how = compare("Core ML", network, card, lambda images: _predicted(model, images, names))
     else:
         how += " (Core ML itself runs on macOS only and is not compared)"
     with TemporaryDirectory(prefix="gammaslim-") as folder, new_directory(output) as package:
@@ -104,7 +107,7 @@ def _program(network: nn.Module, card: ModelCard) -> torch.export.ExportedProgra
     return program
 
 
-def _converted(program: torch.export.ExportedProgram) -> Any:
+def _converted(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     """Return the `coremltools.models.MLModel` of a program, in float32."""
     import coremltools
 
@@ -112,7 +115,7 @@ def _converted(program: torch.export.ExportedProgram) -> Any:
     return coremltools.convert(
         program,
         convert_to="mlprogram",
-        outputs=[coremltools.TensorType(OUTPUT_NAME)],
+        outputs=[coremltools.TensorType(name) for name in names],
         compute_precision=coremltools.precision.FLOAT32,  # the default, float16, differs by 1e-3
         compute_units=coremltools.ComputeUnit.CPU_ONLY,  # of the comparison; it is not stored
         skip_model_load=not _runs_here(),
@@ -123,5 +126,6 @@ def _runs_here() -> bool:
     return sys.platform == "darwin"
 
 
-def _predicted(model: Any, images: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(model.predict({INPUT_NAME: images.numpy()})[OUTPUT_NAME])
+def _predicted(model: Any, images: torch.Tensor, names: Sequence[str]) -> ExportedOutputs:
+    arrays = model.predict({INPUT_NAME: images.numpy()})
+    return outputs_of({name: torch.from_numpy(arrays[name]) for name in names})

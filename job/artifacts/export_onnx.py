@@ -9,14 +9,15 @@ import torch
 
 from job.artifacts.export import (
     INPUT_NAME,
-    OUTPUT_NAME,
+    ExportedOutputs,
     compare,
     export_metadata,
     installed,
     metadata_strings,
+    outputs_of,
     random_inputs,
     tracing,
-    with_one_output,
+    with_named_outputs,
 )
 from job.errors import UsageError, writing
 from job.files import sync_path
@@ -79,12 +80,12 @@ def onnx_with_data(network: nn.Module, card: ModelCard, output: Path) -> tuple[b
 
 
 def _onnx_program(network: nn.Module, card: ModelCard) -> tuple[nn.Module, Any]:
-    """Return the network with one output, and its `torch.onnx.ONNXProgram`."""
+    """Return the network with named outputs, and its `torch.onnx.ONNXProgram`."""
     if not (installed("onnx") and installed("onnxscript")):
         raise UsageError(
             "--format onnx needs the packages onnx and onnxscript: pip install 'gammaslim[onnx]'"
         )
-    network = with_one_output(network, card)
+    network, names = with_named_outputs(network, card)
     with tracing("onnx"):
         program = torch.onnx.export(
             network,
@@ -92,7 +93,7 @@ def _onnx_program(network: nn.Module, card: ModelCard) -> tuple[nn.Module, Any]:
             dynamo=True,
             opset_version=ONNX_OPSET,
             input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
+            output_names=names,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
@@ -107,15 +108,18 @@ def _compared(network: nn.Module, card: ModelCard, model: bytes | str) -> str:
     return compare("onnxruntime", network, card, open_onnx(model))
 
 
-def open_onnx(model: bytes | str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Open an ONNX model or file in onnxruntime, on the CPU: a function from images to logits."""
+def open_onnx(model: bytes | str) -> Callable[[torch.Tensor], ExportedOutputs]:
+    """Open an ONNX model or file in onnxruntime, on the CPU: a function from images to outputs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-    def run(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run([OUTPUT_NAME], {INPUT_NAME: images.numpy()})[0])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(images: torch.Tensor) -> ExportedOutputs:
+        arrays = session.run(names, {INPUT_NAME: images.numpy()})
+        return outputs_of(dict(zip(names, map(torch.from_numpy, arrays), strict=True)))
 
     return run

@@ -11,12 +11,13 @@ import torch
 
 from job.artifacts.export import (
     INPUT_NAME,
-    OUTPUT_NAME,
+    ExportedOutputs,
     compare,
     export_metadata,
     installed,
     metadata_strings,
-    with_one_output,
+    outputs_of,
+    with_named_outputs,
 )
 from job.artifacts.export_onnx import onnx_bytes
 from job.errors import GammaslimError, OutputError, UsageError, reason, shown
@@ -81,7 +82,7 @@ def openvino_files(network: nn.Module, card: ModelCard) -> OpenVinoFiles:
             openvino.serialize(model, graph, weights)
             files = graph.read_bytes(), weights.read_bytes()
             run = _open(graph)
-            how = compare("openvino", with_one_output(network, card), card, run)
+            how = compare("openvino", with_named_outputs(network, card)[0], card, run)
     except GammaslimError:
         raise
     except RuntimeError as error:  # what openvino raises for all that it does not support
@@ -90,15 +91,18 @@ def openvino_files(network: nn.Module, card: ModelCard) -> OpenVinoFiles:
     return OpenVinoFiles(*files, how)
 
 
-def _open(graph: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Open a model in OpenVINO, on the CPU in float32: a function from images to logits."""
+def _open(graph: Path) -> Callable[[torch.Tensor], ExportedOutputs]:
+    """Open a model in OpenVINO, on the CPU in float32: a function from images to outputs."""
     import openvino
 
     # on some processors the default is bfloat16
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(graph, "CPU", options)
 
-    def run(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(compiled({INPUT_NAME: images.numpy()})[OUTPUT_NAME].copy())
+    names = [output.get_any_name() for output in compiled.outputs]
+
+    def run(images: torch.Tensor) -> ExportedOutputs:
+        arrays = compiled({INPUT_NAME: images.numpy()})
+        return outputs_of({name: torch.from_numpy(arrays[name].copy()) for name in names})
 
     return run

@@ -36,7 +36,9 @@ class OnnxNetwork(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits of ``images``."""
-        return self._run(images.cpu()).to(images.device)
+        outputs = self._run(images.cpu())
+        assert isinstance(outputs, torch.Tensor)  # of a classifier
+        return outputs.to(images.device)
 
 
 class _Batches:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.artifacts.export import format_of, state_dict_bytes, torch_export_bytes
+from job.artifacts.export import (
+    OUTPUT_NAME,
+    format_of,
+    state_dict_bytes,
+    torch_export_bytes,
+    with_named_outputs,
+)
 from job.artifacts.export_card import ExportedModel, base_of_run, card_path, export_readme
 from job.artifacts.export_coreml import check_coreml, write_coreml
 from job.artifacts.export_onnx import needs_data_file, onnx_bytes, onnx_with_data
@@ -51,6 +57,7 @@ def export(
     check_int8(format, quantisation)
     if format == "openvino":
         check_openvino(Path(output))
+    outputs: tuple[str, ...] = (OUTPUT_NAME,)
     if quantisation.int8:
         described, content, int8, how = int8_bytes(model, quantisation)
         write_output(Path(output), content)
@@ -58,24 +65,32 @@ def export(
         network, described = open_model(model)
         int8 = None
         how = _write_exported(network, described, format, Path(output))
+        if format != "state-dict":
+            _, outputs = with_named_outputs(network, described)
     # a Core ML model is a folder
     is_stream = not (Path(output).is_file() or Path(output).is_dir())
     # StudentNet(width_mult=…) needs all digits
     width = repr(described.width) if described.model == "student" else f"{described.width:.4f}"
     say(f"{described.model} at width {width}: {how} in {shown(output)}")
     if card and not is_stream:
-        say(f"model card: {shown(_write_card(model, described, Path(output), format, int8))}")
+        path = _write_card(model, described, Path(output), format, outputs, int8)
+        say(f"model card: {shown(path)}")
 
 
 def _write_card(
-    model: ModelOptions, card: ModelCard, output: Path, format: str, int8: Quantisation | None
+    model: ModelOptions,
+    card: ModelCard,
+    output: Path,
+    format: str,
+    outputs: tuple[str, ...],
+    int8: Quantisation | None,
 ) -> Path:
     """Write the README of an exported model next to it; return its path."""
     base, data = None, None
     if Path(model.path).is_dir():
         base = base_of_run(find_model(model.path))
         data = find_dataset_table(model.path, card.lineage)
-    exported = ExportedModel(output.name, format, card, data, base, int8)
+    exported = ExportedModel(output.name, format, card, data, base, int8, outputs)
     path = card_path(output)
     write_output(path, export_readme(exported).encode())
     return path

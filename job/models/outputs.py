@@ -37,6 +37,23 @@ def main_output(output: Any) -> Any:
     return parts[0] if parts else output
 
 
+def named_outputs(output: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of an output by name: keys, fields, or ``output_0`` and so on."""
+    found: dict[str, torch.Tensor] = {}
+    _add_outputs("", _with_keys(output), found)
+    return found
+
+
+def _add_outputs(name: str, value: Any, found: dict[str, torch.Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        found[name or "output"] = value
+    elif isinstance(value, (Mapping, tuple, list)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, part in items:
+            prefix = name or ("" if isinstance(value, Mapping) else "output")
+            _add_outputs(f"{prefix}_{key}" if prefix else str(key), _with_keys(part), found)
+
+
 def all_logits(output: Any) -> list[torch.Tensor]:
     """Return the logits (B, C), then those of auxiliary classifiers, of the same shape.
 
@@ -52,14 +69,18 @@ def all_logits(output: Any) -> list[torch.Tensor]:
 
 def _parts(output: Any) -> list[Any]:
     """Return the parts of an output, the main one first."""
-    if is_dataclass(output) and not isinstance(output, Mapping):
-        output = {field.name: getattr(output, field.name) for field in fields(output)}
-    elif hasattr(output, "_asdict"):
-        output = output._asdict()
+    output = _with_keys(output)
     if isinstance(output, Mapping):
         main = next((name for name in MAIN_OUTPUTS if name in output), None)
         return ([output[main]] if main else []) + [v for k, v in output.items() if k != main]
     return list(output) if isinstance(output, (tuple, list)) else []
+
+
+def _with_keys(output: Any) -> Any:
+    """Return the fields of a dataclass or a named tuple as a dict, anything else as it is."""
+    if is_dataclass(output) and not isinstance(output, Mapping):
+        return {field.name: getattr(output, field.name) for field in fields(output)}
+    return output._asdict() if hasattr(output, "_asdict") else output
 
 
 class Logits(nn.Module):

@@ -111,3 +111,44 @@ def test_the_width_of_another_network_is_told_in_four_digits(
     save_model(tmp_path / "slim", network, card)
     export(ModelOptions(str(tmp_path / "slim")), str(tmp_path / "m.pt"))
     assert "resnet18 at width 0.8574: " in capsys.readouterr().out
+
+
+class Centres(nn.Module):
+    """A detector of a user's own, with two outputs."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.heat, self.size = nn.Conv2d(8, num_classes, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.stem(images)
+        return {"heat": self.heat(features), "size": self.size(features)}
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2", "xml", "mlpackage"])
+def test_all_outputs_of_a_users_task_are_exported(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    suffix: str,
+) -> None:
+    torch.manual_seed(0)
+    network, made = Centres().eval(), Preprocessing.of("small", 16)
+    card = ModelCard("nets:centres", {}, 3, preprocessing=made, task="shapes:Boxes")
+    monkeypatch.setattr("job.cli.export.open_model", lambda _: (network, card))
+    path = tmp_path / f"m.{suffix}"
+    export(ModelOptions("weights.pt"), str(path))
+    assert "gives the same heat, size: relative difference" in capsys.readouterr().out
+    page = (tmp_path / "README.md").read_text()
+    assert "Output: `heat`, `size`" in page
+    assert "logits" not in page
+    images = torch.rand(3, 3, 16, 16)
+    expected = {name: values.detach() for name, values in network(images).items()}
+    if suffix == "onnx":
+        found = job.artifacts.export_onnx.open_onnx(str(path))(images)
+    elif suffix == "pt2":
+        found = torch.export.load(path).module()(images)
+    else:
+        return
+    torch.testing.assert_close(found, expected)

@@ -141,7 +141,7 @@ def convert(slim: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def set_to(error: float, runs_here: bool) -> None:
         model = StandIn(job.load(slim), error)
         monkeypatch.setattr(job.artifacts.export_coreml, "installed", lambda _: True)
-        monkeypatch.setattr(job.artifacts.export_coreml, "_converted", lambda _: model)
+        monkeypatch.setattr(job.artifacts.export_coreml, "_converted", lambda *_: model)
         monkeypatch.setattr(job.artifacts.export_coreml, "_runs_here", lambda: runs_here)
 
     return set_to
