@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.util
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from job.data.splits import ArraySplit
 from job.data.task_items import TaskItems
 from job.distributed.cores import available_cores
 from job.distributed.signals import end_with_parent, ignore_requests
-from job.errors import ConfigError
+from job.errors import ConfigError, UsageError, reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +78,14 @@ class Loader:
         split = self.images.split
         if self.threads and isinstance(split, CachedSplit) and split.cache.stored:
             return batches_of_threads(self.images, self.sampler, self.threads)
-        return iter(self.processes)
+        try:
+            return iter(self.processes)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise UsageError(
+                f"--workers {self.processes.num_workers} needs data that can be pickled: "
+                f"{reason(error)}; define its classes and functions at the top level of a module, "
+                "or use --workers 0"
+            ) from error
 
 
 def iterate_batches(batches: Loader, device: torch.device = CPU) -> Iterator[Any]:

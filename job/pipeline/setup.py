@@ -173,9 +173,10 @@ def try_objective(setup: Setup) -> Setup:
     name, task, network = setup.config.task, setup.task, setup.network
     if task is None:
         return replace(setup, objective=None)
-    if setup.config.distill_alpha and not hasattr(task, "distillation_loss"):
+    distilled = bool(setup.config.distill_alpha)
+    if distilled and not hasattr(task, "distillation_loss"):
         raise UsageError(f"--distill-alpha needs distillation_loss() in --task {name}")
-    return replace(setup, objective=agree_objective(name, task, network))
+    return replace(setup, objective=agree_objective(name, task, network, distilled=distilled))
 
 
 def find_smallest_batch(setup: Setup) -> Setup:

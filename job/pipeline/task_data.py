@@ -86,10 +86,12 @@ def image_options(config: PruneConfig) -> TaskOptions:
     return TaskOptions(config.data, how, config.on_bad_image, config.seed, config.cache_max_side)
 
 
-def agree_objective(name: str, task: Any, network: nn.Module) -> OwnObjective:
+def agree_objective(
+    name: str, task: Any, network: nn.Module, *, distilled: bool = False
+) -> OwnObjective:
     """Return the objective of a task that is tried on the main process; collective.
 
-    Raises UsageError when loss or metrics fail.
+    Raises UsageError when loss or metrics fail, or with ``distilled`` the loss of distillation.
     """
     if name in TASKS and hasattr(task, "objective"):
         objective: OwnObjective = task.objective(network)
@@ -97,7 +99,7 @@ def agree_objective(name: str, task: Any, network: nn.Module) -> OwnObjective:
         return objective
 
     def try_it() -> tuple[Mapping[str, int], tuple[str, ...]]:
-        tried = try_task(name, task, network)
+        tried = try_task(name, task, network, distilled=distilled)
         return tried.layout, tried.names
 
     return TaskObjective(task, *on_main(try_it, interrupt=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,12 @@ from job.slimming.inputs import tensors_in
 from job.tasks.detection import Detection
 from job.tasks.multi_label import MULTI_LABEL, MultiLabel
 from job.tasks.segmentation import SEGMENTATION, Segmentation
+from job.training.attempt import attempt
 from job.training.epoch import ACCURACY
 from job.training.objective import TaskObjective, as_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -122,6 +124,12 @@ def _check_parts(name: str, task: Any) -> None:
         if not len(items):
             raise UsageError(f"--task {name}: its {part} has no items")
 
+    names, mark = getattr(task, "class_names", ()), getattr(task, "fingerprint", "")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise UsageError(f"--task {name}: its class_names must be a list of texts; got {names!r}")
+    if not isinstance(mark, str):
+        raise UsageError(f"--task {name}: its fingerprint must be a text; got {mark!r}")
+
 
 def _is_readable(items: Any) -> bool:
     return hasattr(items, "sample") or hasattr(items, "__getitem__")
@@ -139,19 +147,25 @@ def input_shape_of(name: str, task: Task) -> tuple[int, ...]:
     return tuple(inputs.shape[1:])
 
 
-def try_task(name: str, task: Task, network: nn.Module) -> TaskObjective:
+def try_task(
+    name: str, task: Task, network: nn.Module, *, distilled: bool = False
+) -> TaskObjective:
     """Return the objective of a task, after a pass of a copy of ``network`` over two items.
 
-    Raises UsageError when the network, the loss or the metrics fail, or return something else.
+    Raises UsageError when the network, the loss or the metrics fail, or return something else;
+    with ``distilled``, also when the loss of distillation fails.
     """
     inputs, targets = _first_batch(name, task)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         network = copy.deepcopy(network).cpu().train()
         shape = tuple(inputs.shape)
-        outputs = _attempt(f"--task {name}: the network fails on {shape}", network, inputs)
-        loss = _attempt(f"--task {name}: loss() fails", task.loss, outputs, targets)
+        outputs = attempt(f"--task {name}: the network fails on {shape}", network, inputs)
+        loss = attempt(f"--task {name}: loss() fails", task.loss, outputs, targets)
+        if distilled:
+            soft: Any = task.distillation_loss  # type: ignore[attr-defined]
+            attempt(f"--task {name}: distillation_loss() fails", soft, outputs, outputs, 1.0)
         with torch.no_grad():
-            found = _attempt(f"--task {name}: metrics() fails", task.metrics, outputs, targets)
+            found = attempt(f"--task {name}: metrics() fails", task.metrics, outputs, targets)
     _check_loss(name, loss, trained=any(t.requires_grad for t in tensors_in(outputs)))
     objective = TaskObjective(task, _layout(name, found))
     if not hasattr(task, "scores"):
@@ -159,7 +173,7 @@ def try_task(name: str, task: Task, network: nn.Module) -> TaskObjective:
         return objective
     cpu = torch.device("cpu")
     totals = {key: tuple(as_sums(part, cpu) for part in pair) for key, pair in found.items()}
-    scores = _attempt(f"--task {name}: scores() fails", task.scores, totals)
+    scores = attempt(f"--task {name}: scores() fails", task.scores, totals)
     if not isinstance(scores, dict) or not scores:
         raise UsageError(f"--task {name}: scores() must return a dict of metrics by name")
     _check_names(name, scores)
@@ -175,6 +189,11 @@ def _check_loss(name: str, loss: Any, *, trained: bool) -> None:
         raise UsageError(
             f"--task {name}: the sum that loss() returns has no gradient: compute it from the "
             "outputs by torch ops, without detach(), item() or numpy()"
+        )
+    if float(loss[1]) < 0:
+        raise UsageError(
+            f"--task {name}: loss() returns the count {float(loss[1]):g} for the first {TRIED} "
+            "training items: the loss is the sum over the count, which must not be negative"
         )
     if loss[0].isnan():
         raise UsageError(f"--task {name}: loss() returns nan for the first {TRIED} training items")
@@ -192,7 +211,7 @@ def try_own_objective(name: str, task: Task, objective: Any, network: nn.Module)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         module = objective.module(copy.deepcopy(network).cpu().train()).train()
         inputs, targets = objective.place(batch)
-        outputs = _attempt(f"--task {name}: the network fails", module, inputs)
+        outputs = attempt(f"--task {name}: the network fails", module, inputs)
         objective.measure(outputs, inputs, targets)
 
 
@@ -232,28 +251,25 @@ def _first_batch(name: str, task: Task) -> tuple[torch.Tensor, Any]:
     numbers = [index % len(task.training) for index in range(TRIED)]
     message = f"--task {name}: its training items cannot be read"
     if not hasattr(task, "collate"):
-        item = _attempt(message, items.split.read, 0, 0)
+        item = attempt(message, items.split.read, 0, 0)
         if not isinstance(item, tuple | list) or len(item) != 2:
             kind = type(item).__name__
             raise UsageError(f"--task {name}: an item must be a pair (inputs, targets); got {kind}")
-    inputs, targets = _attempt(message, items.batch, numbers)
+    inputs, targets = attempt(message, items.batch, numbers)
     if convert := getattr(task, "inputs", None):
-        inputs = _attempt(f"--task {name}: inputs() fails", convert, inputs)
+        inputs = attempt(f"--task {name}: inputs() fails", convert, inputs)
+    if isinstance(inputs, tuple | list | dict) and not hasattr(task, "inputs"):
+        raise UsageError(
+            f"--task {name}: the inputs of a batch are a {type(inputs).__name__}; the job trains "
+            "networks with one tensor as input. Cut a network with several inputs in a training "
+            "loop of your own, by gammaslim.slim, or give the task inputs(), which makes one tensor"
+        )
     fits = isinstance(inputs, torch.Tensor) and inputs.is_floating_point() and inputs.dim() > 1
     if not fits or len(inputs) != TRIED:
         what = f"{tuple(inputs.shape)} {inputs.dtype}" if hasattr(inputs, "shape") else type(inputs)
+        remedy = "inputs() must convert it" if convert else "add inputs() to convert it"
         raise UsageError(
             f"--task {name}: a batch of {TRIED} items must have one float tensor ({TRIED}, …) as "
-            f"inputs; got {what}: add inputs() to convert it"
+            f"inputs; got {what}: {remedy}"
         )
     return inputs, targets
-
-
-def _attempt(message: str, work: Callable[..., Any], *args: Any) -> Any:
-    """Call ``work``; raises UsageError, with the line of the user's code, if it fails."""
-    try:
-        return work(*args)
-    except GammaslimError:
-        raise
-    except Exception as error:  # user code may raise anything
-        raise UsageError(f"{message}: {located(error)}") from error

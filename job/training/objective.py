@@ -12,6 +12,7 @@ from job.errors import DataError, UsageError
 from job.models.outputs import Logits
 from job.processes import world_size
 from job.slimming.inputs import map_tensors, tensors_in
+from job.training.attempt import attempt
 from job.training.epoch import ACCURACY
 from job.training.loss import batch_loss
 from job.training.trial import has_unused_parameters
@@ -208,11 +209,12 @@ class TaskObjective:
         if not len(inputs):  # this process has no sample of the global batch
             loss = torch.stack([tensor.sum() for tensor in _floats_in(outputs)])
             return loss.sum() * 0, torch.zeros(self.length, dtype=torch.float64, device=loss.device)
-        loss, count = self.task.loss(outputs, targets)
+        loss, count = _of_task("loss", self.task.loss, outputs, targets)
         if world_size() > 1:  # DDP waits for outputs that the loss of this batch leaves out
             loss = loss + torch.stack([t[:0].sum() for t in _floats_in(outputs) if t.dim()]).sum()
         with torch.no_grad():
-            found = self.task.metrics(map_tensors(outputs, torch.Tensor.detach), targets)
+            detached = map_tensors(outputs, torch.Tensor.detach)
+            found = _of_task("metrics", self.task.metrics, detached, targets)
         if found.keys() != self.layout.keys():
             raise UsageError(
                 f"metrics() returned {', '.join(map(str, found)) or 'nothing'} for a batch, and "
@@ -222,7 +224,8 @@ class TaskObjective:
         sums = torch.cat([as_sums(part, loss.device) for part in parts])
         if distillation:
             wide = distillation.outputs(inputs)
-            soft = self.task.distillation_loss(outputs, wide, distillation.temperature)  # type: ignore[attr-defined]
+            own: Any = self.task.distillation_loss  # type: ignore[attr-defined]
+            soft = _of_task("distillation_loss", own, outputs, wide, distillation.temperature)
             loss = distillation.alpha * soft + (1 - distillation.alpha) * loss
             sums[0] = loss.detach()
         return loss, sums
@@ -244,11 +247,17 @@ class TaskObjective:
         self, sums: torch.Tensor, samples: int, _details: Sequence[Any] | None = None
     ) -> SplitScores:
         loss, count, start, totals = float(sums[0]), float(sums[1]), 2, {}
+        if samples and count <= 0:
+            raise DataError(
+                f"loss() returned counts that sum up to {count:g} for a split: the loss is the sum "
+                "over the count, which must be positive"
+            )
         for name, size in self.layout.items():
             totals[name] = sums[start : start + size], sums[start + size : start + 2 * size]
             start += 2 * size
         if self.names:
-            found = self.task.scores({n: (s.cpu(), c.cpu()) for n, (s, c) in totals.items()})  # type: ignore[attr-defined]
+            on_cpu = {name: (sums.cpu(), counts.cpu()) for name, (sums, counts) in totals.items()}
+            found = _of_task("scores", self.task.scores, on_cpu)  # type: ignore[attr-defined]
             metrics = {name: float(found[name]) for name in self.names}
         else:
             metrics = {
@@ -261,12 +270,20 @@ class TaskObjective:
                     f"the metric {self.metric}, which chooses models, has no value for a split: "
                     "metrics() returned a count of 0 for all of its items"
                 )
-        if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        mean = loss / count if count else math.nan
+        wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if wrong and (math.isfinite(mean) or not samples):  # else the loss tells more
+            why = "metrics() returned a sum or count that is not finite for some of its items"
             raise DataError(
-                f"the metric {wrong[0]} of a split is {metrics[wrong[0]]}: metrics() returned a "
-                "sum or count that is not finite for some of its items"
+                f"the metric {wrong[0]} of a split is {metrics[wrong[0]]}: "
+                f"{'scores() returned it' if self.names else why}"
             )
-        return SplitScores(loss / count if count else float("nan"), self.metric, metrics)
+        return SplitScores(mean, self.metric, metrics)
+
+
+def _of_task(name: str, method: Callable[..., Any], *args: Any) -> Any:
+    """Call a method of the user's task; raises DataError, with the line, if it fails."""
+    return attempt(f"{name}() of the task fails", method, *args, kind=DataError)
 
 
 def _floats_in(outputs: Any) -> list[torch.Tensor]:

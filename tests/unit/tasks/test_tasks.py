@@ -143,6 +143,10 @@ def fails(*_: Any) -> Any:
         ({"loss": lambda *_: 1.0}, r"loss\(\) must return a sum, as a tensor, and a count"),
         ({"loss": lambda x, _: (x.detach().sum(), 2)}, r"that loss\(\) returns has no gradient"),
         ({"loss": lambda x, _: (x.sum() * torch.nan, 2)}, r"returns nan for the first 2 training"),
+        ({"loss": lambda x, _: (x.sum(), -2)}, r"returns the count -2 for the first 2 training"),
+        ({"class_names": "abc"}, "its class_names must be a list of texts; got 'abc'"),
+        ({"fingerprint": 3}, "its fingerprint must be a text; got 3"),
+        ({"collate": lambda items: ((items[0][0],) * 2, 1)}, "are a tuple; the job trains "),
         ({"metrics": lambda *_: {"a": (torch.nan, 1)}}, "a sum or count of a that is not finite"),
         ({"metrics": lambda *_: {}}, "must return a dict of sums and counts"),
         ({"metrics": lambda *_: {"loss": (1, 1)}}, "a metric is named 'loss'"),
@@ -207,6 +211,26 @@ def test_metrics_that_change_or_become_nan_are_named() -> None:
     sums = torch.tensor([1.0, 2.0, 0, 0], dtype=torch.float64)
     with pytest.raises(DataError, match="the metric right, which chooses models, has no value"):
         objective.scores(sums, 2)
+    sums = torch.tensor([torch.nan, 2.0, torch.nan, 2.0], dtype=torch.float64)
+    assert objective.scores(sums, 2).loss != objective.scores(sums, 2).loss  # told by the epoch
+    with pytest.raises(DataError, match=r"loss\(\) returned counts that sum up to 0 for a split"):
+        objective.scores(torch.zeros(4, dtype=torch.float64), 2)
+    objective = TaskObjective(Signals(scores=lambda _: {"a": torch.nan}), {"right": 1}, ("a",))
+    with pytest.raises(DataError, match=r"a of a split is nan: scores\(\) returned it"):
+        objective.scores(torch.ones(4, dtype=torch.float64), 2)
+
+
+def test_a_method_that_fails_later_is_named() -> None:
+    objective = TaskObjective(Signals(loss=fails), {"right": 1})
+    with pytest.raises(DataError, match=r"loss\(\) of the task fails: .*own \(test_tasks.py, line"):
+        objective.measure(torch.rand(2, 3), torch.rand(2, 2, 8), torch.tensor([0, 1]))
+
+
+def test_the_loss_of_distillation_is_tried_where_it_is_used() -> None:
+    task = Signals(distillation_loss=fails)
+    try_task("mine:task", task, signal_network())
+    with pytest.raises(UsageError, match=r"distillation_loss\(\) fails: ValueError"):
+        try_task("mine:task", task, signal_network(), distilled=True)
 
 
 def test_a_metric_without_a_count_has_no_value() -> None:
