@@ -510,15 +510,29 @@ class PruneConfig(  # Python orders the fields of the last base first
         return DEFAULT_SPARSITY if self.sparsity_weight is None else self.sparsity_weight
 
     @property
-    def caution(self) -> str | None:
-        """Caution about a combination of options that costs accuracy, or None."""
+    def cautions(self) -> list[str]:
+        """Cautions about combinations of options that cost accuracy, or have no effect."""
+        found = [allocation_caution(self.allocate, self.cut_policy)]
         if self.importance == "refit" and self.compensate in ("beta", "mean"):
-            return (
+            found.append(
                 "--importance refit assumes --compensate regress: with "
                 f"--compensate {self.compensate} the accuracy right after a cut is far lower than "
                 "with --importance gamma"
             )
-        return allocation_caution(self.allocate, self.cut_policy)
+        latency = str(self.target or "").startswith("latency")
+        for name, used, with_ in (
+            ("rate", not self.target, f"with --target {self.target}"),
+            ("distill_temperature", bool(self.distill_alpha), "without --distill-alpha"),
+            ("latency_batch", latency, "without --target latency=VALUE"),
+        ):
+            if not used and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                found.append(f"--{name.replace('_', '-')} has no effect {with_}")
+        if self.accumulate > self.batch_size:
+            found.append(
+                f"--accumulate {self.accumulate} is more than --batch-size {self.batch_size}: a "
+                "batch has at most as many parts as images"
+            )
+        return [caution for caution in found if caution]
 
     @property
     def args(self) -> dict[str, int | float | bool | str]:

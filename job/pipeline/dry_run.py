@@ -93,7 +93,7 @@ def dry_run(setup: Setup) -> None:
 def _warnings(setup: Setup) -> list[str]:
     """Return warnings about slow or doubtful settings, from the results of the steps."""
     config = setup.config
-    found = [config.caution] if config.caution else []
+    found = config.cautions
     if setup.data is MISSING:
         return found
     least = 1 if setup.smallest_batch is MISSING else setup.smallest_batch

@@ -15,7 +15,7 @@ from job.artifacts.records import PlannedRound
 from job.artifacts.run_directory import Run
 from job.artifacts.run_folder import choose_run_folder, likely_run_folder
 from job.config import CLASSIFICATION, DETECTION
-from job.console import say, tick
+from job.console import say_cautions, tick
 from job.data.cache.cached_split import ImageCache
 from job.data.cache.image_set import ImageSet
 from job.data.loader import default_workers
@@ -126,8 +126,7 @@ def start_up(setup: Setup) -> Setup:
     """Run every step; raise the first GammaslimError, or StopRequest."""
     for step in START_UP:
         setup = step.run(setup)
-    if setup.config.caution:
-        say(f"caution: {setup.config.caution}")
+    say_cautions(setup.config.cautions)
     setup.watch.check()
     free_memory()  # the steps try the network and its cuts on copies
     return setup

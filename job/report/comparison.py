@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections import Counter
+from itertools import product
 from typing import TYPE_CHECKING, TypedDict
 
 from job.artifacts.accuracy import score_name
@@ -58,7 +59,12 @@ def compared_cost(history: History, entry: RoundRecord, cost: str) -> float | No
     return history.share(entry, cost) if cost == "latency" else history.cost(entry, cost)
 
 
-def latency_note(histories: Sequence[History]) -> str | None:
+def comparison_notes(histories: Sequence[History]) -> list[str]:
+    """Return how several runs are compared where that is not obvious."""
+    return [note for note in (_latency_note(histories), _metrics_note(histories)) if note]
+
+
+def _latency_note(histories: Sequence[History]) -> str | None:
     """Return how the latencies of several runs are compared; None if none was measured."""
     if not any(history.latencies for history in histories):
         return None
@@ -68,18 +74,29 @@ def latency_note(histories: Sequence[History]) -> str | None:
     )
 
 
+def _metrics_note(histories: Sequence[History]) -> str | None:
+    """Return how runs with different metrics are compared; None if they have the same."""
+    names = dict.fromkeys(history.metric for history in histories if history.rounds)
+    if len(names) < 2:
+        return None
+    return f"each metric ({', '.join(names)}) has a Pareto front of its own"
+
+
 def pareto_models(histories: Sequence[History]) -> dict[str, list[tuple[int, int]]]:
-    """Return the Pareto-optimal models of all runs by cost: (index of the run, round)."""
-    fronts = {}
-    for cost in COSTS:
+    """Return the Pareto-optimal models of all runs by cost: (index of the run, round).
+
+    Runs with different metrics have fronts of their own, one after the other.
+    """
+    fronts: dict[str, list[tuple[int, int]]] = {}
+    for cost, metric in product(COSTS, dict.fromkeys(history.metric for history in histories)):
         models = [
             (index, entry.round, x, entry.valid_acc)
             for index, history in enumerate(histories)
-            for entry in history.rounds
+            for entry in (history.rounds if history.metric == metric else ())
             if (x := compared_cost(history, entry, cost)) is not None
         ]
         front = pareto_front([(x, accuracy) for _, _, x, accuracy in models])
-        fronts[cost] = [models[place][:2] for place in front]
+        fronts.setdefault(cost, []).extend(models[place][:2] for place in front)
     return fronts
 
 
@@ -159,8 +176,7 @@ def comparison_json(histories: Sequence[History]) -> ComparisonJson:
     }
     runs = [_run_json(name, history) for name, history in zip(names, histories, strict=True)]
     options = {flag.removeprefix("--"): values for flag, values in differing_options(histories)}
-    note = latency_note(histories)
-    notes = [note] if note else []
+    notes = comparison_notes(histories)
     return {"format": 1, "runs": runs, "pareto": fronts, "options": options, "notes": notes}
 
 

@@ -8,7 +8,7 @@ from job.report.comparison import (
     COSTS,
     common_score_name,
     comparison_caution,
-    latency_note,
+    comparison_notes,
     pareto_models,
     run_names,
 )
@@ -35,7 +35,7 @@ def comparison_page(histories: Sequence[History], charts: Sequence[Chart]) -> by
         heading=f"{len(histories)} runs",
         cautions=(*([caution] if caution else []), *problems),
         table=_runs_table(histories),
-        note=latency_note(histories),
+        note="; ".join(comparison_notes(histories)) or None,
         options=_options_table(histories),
         charts=charts,
     )

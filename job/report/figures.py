@@ -262,16 +262,17 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
             )
         )
     score, axis = common_score_name(histories), COMPARED_AXES[cost]
-    front = tuple(dict.fromkeys(all_points[index] for index in pareto_front(all_points)))
-    series.append(PlotSeries("Pareto front", front, "black", "ring", ":", filled=False))
+    title = f"{_capital(score)} of all rounds of all runs against {axis.label}"
+    summary, with_front = "runs with different metrics", ""
+    if len({history.metric for history in histories}) == 1:
+        front = tuple(dict.fromkeys(all_points[index] for index in pareto_front(all_points)))
+        series.append(PlotSeries("Pareto front", front, "black", "ring", ":", filled=False))
+        points_text = "; ".join(f"{axis.text(x)}, {y:.2f}%" for x, y in front[:20])
+        summary, with_front = f"Pareto front: {points_text}", ", with the Pareto front"
     return Chart(
-        f"pareto-{cost}",
-        f"{_capital(score)} of all rounds of all runs against {axis.label}, with the Pareto front",
-        axis,
-        _score_axis(score),
-        tuple(series),
-        summary="Pareto front: " + "; ".join(f"{axis.text(x)}, {y:.2f}%" for x, y in front[:20]),
-    )
+        f"pareto-{cost}", f"{title}{with_front}", axis, _score_axis(score), tuple(series),
+        summary=summary,
+    )  # fmt: skip
 
 
 def _score_axis(name: str) -> Axis:

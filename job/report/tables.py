@@ -9,7 +9,13 @@ from job.artifacts.records import PlannedRound, RoundRecord
 from job.artifacts.stored_places import place_of
 from job.console import table
 from job.errors import printable
-from job.report.comparison import COSTS, common_metric, comparison_caution, latency_note, run_names
+from job.report.comparison import (
+    COSTS,
+    common_metric,
+    comparison_caution,
+    comparison_notes,
+    run_names,
+)
 from job.report.configuration import differing_options
 from job.report.latency import latency_cautions, milliseconds
 
@@ -117,7 +123,7 @@ def comparison_table(histories: Sequence[History]) -> str:
         names = run_names(histories)
         lines = [(name, *(v[i] for _, v in options)) for i, name in enumerate(names)]
         parts.append(table(("run", *(flag for flag, _ in options)), lines))
-    notes = [f"caution: {caution}" if caution else None, latency_note(histories)]
+    notes = [f"caution: {caution}" if caution else None, *comparison_notes(histories)]
     parts += [note for note in notes if note]
     return "\n\n".join(parts)
 

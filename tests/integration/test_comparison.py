@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from support.commands import gammaslim
-from support.report_pages import entry, make_run, page, write_evaluations
+from support.report_pages import ENTRIES, entry, make_run, page, write_evaluations
 
 
 @pytest.fixture
@@ -116,3 +116,18 @@ def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
     done = gammaslim("report", tmp_path / "empty")
     assert (done.code, done.out) == (66, "")
     assert "is not a run folder, and has none inside" in done.err
+
+
+def test_runs_of_different_metrics_have_fronts_of_their_own(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    worse = tuple({**e, "valid_acc": e["valid_acc"] / 2, "metric": "miou"} for e in ENTRIES)
+    run = make_run(tmp_path / "b", worse)
+    for name in ("metrics.jsonl", "summary.json"):
+        file = run / name
+        file.write_text(file.read_text().replace("valid_acc", "valid_miou"))
+    done = gammaslim("report", tmp_path, "--output", tmp_path / "c.html", "--json")
+    assert (done.code, done.err) == (0, ""), done
+    record = json.loads(done.out)
+    assert {Path(model["path"]).name for model in record["pareto"]["params"]} == {"a", "b"}
+    assert "each metric (acc, miou) has a Pareto front of its own" in record["notes"]
+    assert "with the Pareto front" not in page(tmp_path / "c.html").charts["pareto-params"]

@@ -104,10 +104,15 @@ def test_trained_networks_are_evaluated_again_only_in_doubt() -> None:
         ({"compensate": "beta"}, "--importance refit assumes --compensate regress"),
         ({"allocate": "local"}, "--allocate local has no effect without --policy global"),
         ({"allocate": "outputs", "policy": "global"}, None),
+        ({"target": "macs=0.5", "rate": 0.8}, "--rate has no effect with --target macs=0.5"),
+        ({"distill_temperature": 3.0}, "--distill-temperature has no effect without --distill-alp"),
+        ({"latency_batch": 4}, "--latency-batch has no effect without --target latency=VALUE"),
+        ({"target": "latency=0.5", "latency_batch": 4}, None),
+        ({"accumulate": 40}, "--accumulate 40 is more than --batch-size 32"),
     ],
 )
 def test_options_that_do_not_fit_each_other_are_cautioned_about(
     options: dict[str, Any], said: str | None
 ) -> None:
-    caution = PruneConfig(**options).caution
-    assert caution is None if said is None else said in str(caution)
+    cautions = PruneConfig(**options).cautions
+    assert cautions == [] if said is None else [said in each for each in cautions] == [True]
