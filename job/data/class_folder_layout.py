@@ -12,6 +12,8 @@ from job.data.splits import FileSplit, Split
 from job.errors import DataError, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from job.data.archive import FilePath
     from job.data.folders import Lister
 
@@ -56,7 +58,7 @@ def _dataset(root: FilePath, folders: dict[str, SplitFolder], lister: Lister) ->
     training = folders.get("training")
     every_class = {name for split in folders.values() for name in split.classes}
     names = tuple(sorted((training.classes if training else None) or every_class))
-    notes = [*_order_note(names), *lister.notes()]
+    notes = [*_order_note(names), *_mask_note(names), *lister.notes()]
     splits: dict[str, Split] = {}
     for name, split in folders.items():
         if split.classes and split.unsorted:
@@ -67,6 +69,17 @@ def _dataset(root: FilePath, folders: dict[str, SplitFolder], lister: Lister) ->
         if split.classes or split.unsorted:
             splits[name] = _labelled(root, split, names)
     return Dataset(shown(root), names, splits, notes=tuple(notes))
+
+
+def _mask_note(names: Sequence[str]) -> list[str]:
+    """Return a warning if the classes seem to be images and their masks."""
+    found = {name.lower() for name in names}
+    if not (found & {"images", "imgs"} and found & {"masks", "labels", "annotations"}):
+        return []
+    return [
+        f"warning: {' and '.join(names[:2])} are taken for classes; for masks of images, give "
+        "--task segmentation"
+    ]
 
 
 def _labelled(root: FilePath, split: SplitFolder, names: tuple[str, ...]) -> FileSplit:

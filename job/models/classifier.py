@@ -82,7 +82,11 @@ def _run(shadow: nn.Module) -> torch.Tensor:
             return logits
         why = f"it returns {getattr(logits, 'shape', type(logits).__name__)}"
     kind = type(shadow).__name__
-    raise UsageError(f"{kind} must take images (B, 3, H, W) and return logits (B, N): {why}")
+    raise UsageError(
+        f"{kind} must take images (B, 3, H, W) and return logits (B, N): {why}. Networks of other "
+        "tasks are trained and cut by gammaslim prune --task, with --weights, and in Python by "
+        "gammaslim.slim"
+    )
 
 
 def _outputs(layer: nn.Module) -> int:

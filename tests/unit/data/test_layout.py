@@ -248,3 +248,13 @@ def test_a_split_that_is_missing_is_named_with_those_that_are_there(tmp_path: Pa
         data.labelled("training")  # as prune does it, which has no --split
     with pytest.raises(InputNotFound, match=r"no validation split; --split can be testing$"):
         data.labelled("validation")
+
+
+def test_folders_of_images_and_masks_hint_at_segmentation(tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        save(tmp_path / "train" / kind / "1.png")
+    assert any("--task segmentation" in note for note in open_data(str(tmp_path)).notes)
+    save(tmp_path / "train" / "cat" / "1.png")
+    (tmp_path / "train" / "masks" / "1.png").unlink()
+    (tmp_path / "train" / "masks").rmdir()
+    assert not any("--task" in note for note in open_data(str(tmp_path)).notes)

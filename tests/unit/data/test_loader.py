@@ -10,10 +10,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from job.data import loader
 from job.data.loader import SHORT_FOLDERS
-from job.errors import ConfigError
+from job.data.samplers import RankShare
+from job.data.task_items import ItemSplit, TaskItems, stack_items
+from job.errors import ConfigError, UsageError
 from support.commands import ROOT, run
 from support.datasets import write_flat
 
@@ -67,3 +70,17 @@ def test_without_a_short_folder_the_error_says_what_to_set(
     with pytest.raises(ConfigError, match=r"TMPDIR has 100 characters.* take 75 at most"):
         loader._shorten_socket_paths()
     assert tempfile.tempdir == "/" + "x" * 99
+
+
+def test_data_that_cannot_be_pickled_name_the_remedy() -> None:
+    class Local:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.zeros(3), index
+
+    items = TaskItems(ItemSplit(Local(), stack_items, "mine:task\0"))
+    batches = loader.Loader(items, RankShare(4, 2, 0, 1), workers=1, pin=False)
+    with pytest.raises(UsageError, match=r"--workers 1 needs data .*pickle.*or use --workers 0"):
+        next(iter(batches))
