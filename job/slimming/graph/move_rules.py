@@ -22,9 +22,7 @@ from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.heads import fixed_size
 from job.slimming.graph.place_rules import picked
 from job.slimming.graph.reasons import (
-    COMPUTED_PLACES,
     DIFFERENT_CHANNELS,
-    MIXED,
     MIXES,
     NOT_SUPPORTED_HERE,
     OP_COUNT,
@@ -178,44 +176,6 @@ def _leaves_group_count_open(op: Op, labels: torch.Tensor) -> bool:
     return labels.shape[axes[1]] == 2 < labels.shape[axes[0]]  # pairs of channels
 
 
-def pixel_shuffle(state: PropagationState, op: Op) -> None:
-    """Unite the channels that become one channel."""
-    axis = op.inputs[0].dim() - 3
-    ids = state.ids_along(op.inputs[0], axis)
-    return rearrange(state, op) if ids is None else _merge(state, op, ids, axis)
-
-
-def unfold(state: PropagationState, op: Op) -> None:
-    """Repeat the channels for the places of a window: F.unfold; Tensor.unfold adds an axis."""
-    image, result = op.inputs[0], op.result
-    axis = image.dim() - 3
-    if result.dim() > image.dim():
-        return rearrange(state, op)
-    ids = state.ids_along(image, axis)
-    if ids is None:
-        return state.give_up(op, MIXED(op.name))
-    repeated = np.repeat(ids, result.shape[axis] // len(ids))
-    return state.set_labels(result, labels_along(repeated, axis, result.dim()))
-
-
-def fold(state: PropagationState, op: Op) -> None:
-    """Unite the channels of the places of a window, which become one channel."""
-    image, result = op.inputs[0], op.result
-    axis = result.dim() - 3
-    ids = state.ids_along(image, axis)
-    if ids is None:
-        return state.give_up(op, MIXED(op.name))
-    return _merge(state, op, ids, axis)
-
-
-def _merge(state: PropagationState, op: Op, ids: Ids, axis: int) -> None:
-    """Unite each run of successive ``ids`` (n,) that becomes one channel of the result."""
-    parts = ids.reshape(op.result.shape[axis], -1)
-    for column in parts.T[1:]:
-        state.union.unite(parts[:, 0], column)
-    return state.set_labels(op.result, labels_along(parts[:, 0], axis, op.result.dim()))
-
-
 def glu(state: PropagationState, op: Op) -> None:
     """Unite the two halves of the channels that GLU multiplies (Dauphin et al. 2017)."""
     image = op.inputs[0]
@@ -228,17 +188,6 @@ def glu(state: PropagationState, op: Op) -> None:
     half, gate = np.split(ids, 2)
     state.union.unite(half, gate)
     return state.set_labels(op.result, labels_along(half, axis, op.result.dim()))
-
-
-def sampled(state: PropagationState, op: Op) -> None:
-    """Keep the channels of images that are sampled at points or in boxes."""
-    image, *places = op.inputs
-    ids = state.ids_along(image, 1)
-    if ids is None:
-        return state.give_up(op, MIXED(op.name))
-    for place in places:
-        state.fix(place, COMPUTED_PLACES(op.name))
-    return state.set_labels(op.result, labels_along(ids, 1, op.result.dim()))
 
 
 def rearrange(

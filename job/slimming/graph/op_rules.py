@@ -26,18 +26,9 @@ from job.slimming.graph.channel_labels import (
 from job.slimming.graph.cross_covariance import weight_columns
 from job.slimming.graph.followed_parameters import follow_parameters
 from job.slimming.graph.fourier_rules import TRANSFORMS, transform
+from job.slimming.graph.image_rules import channel_shuffle, fold, pixel_shuffle, sampled, unfold
 from job.slimming.graph.lookup_rule import gathered
-from job.slimming.graph.move_rules import (
-    cat,
-    fold,
-    glu,
-    pad,
-    pixel_shuffle,
-    rearrange,
-    reshape,
-    sampled,
-    unfold,
-)
+from job.slimming.graph.move_rules import cat, glu, pad, rearrange, reshape
 from job.slimming.graph.product_rules import (
     distances,
     product,
@@ -288,10 +279,11 @@ OP_RULES: dict[str, Rule] = {
         partial(rearrange, any_size=True),
     ),
     **_for_each(
-        """unbind __getitem__ narrow select expand expand_as broadcast_tensors roll channel_shuffle
-        native_channel_shuffle index_select repeat_interleave pixel_unshuffle embedding""",
+        """unbind __getitem__ narrow select expand expand_as broadcast_tensors roll index_select
+        repeat_interleave pixel_unshuffle embedding""",
         rearrange,
     ),
+    **_for_each("channel_shuffle native_channel_shuffle", channel_shuffle),
     **_for_each("chunk split tensor_split", partial(rearrange, splits=True)),
     **_for_each("matmul __matmul__ mm", product),
     "bmm": matmul,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from job.slimming.graph.reasons import OVERLAP
 from job.slimming.graph.union import FIXED
 
 if TYPE_CHECKING:
@@ -53,13 +54,44 @@ def _tie(union: ChannelUnion, roots: Ids, parts: Iterable[list[Ids]]) -> bool:
         rows = [row for block in blocks for row in block.tolist()]
         if any(roots[FIXED] in row for row in rows):
             continue
-        colours = _colours(rows)
+        uneven = _uneven(rows)
+        colours = _colours([[each for each in row if each not in uneven] for row in rows])
         if colours is None:
             continue
+        if uneven:
+            _keep(union, roots, np.array(sorted(uneven)))
         first: dict[int, int] = {}
         for element, colour in colours.items():
             union.unite(np.array([first.setdefault(colour, element)]), np.array([element]))
     return len(union.pairs) > count
+
+
+def _uneven(rows: Rows) -> set[int]:
+    """Return the elements that are in some rows more often than others of the same row.
+
+    Where parts end within the channels that a shuffle puts next to each other (ShuffleNet), these
+    must stay, and as many others as the rows have more than the shortest; the others leave evenly.
+    """
+    uneven = set[int]()
+    for row in rows:
+        count = Counter(row)
+        (usual, _), *_ = Counter(count.values()).most_common(1)
+        uneven.update(element for element, times in count.items() if times != usual)
+    if uneven:
+        even = [[each for each in dict.fromkeys(row) if each not in uneven] for row in rows]
+        shortest = min(map(len, even))
+        uneven.update(element for row in even for element in row[shortest:])
+    return uneven
+
+
+def _keep(union: ChannelUnion, roots: Ids, elements: Ids) -> None:
+    """Never cut some ``elements``, and take them out of all blocks."""
+    ids = np.flatnonzero(np.isin(roots, elements))
+    union.fix(ids, OVERLAP())
+    for number, block in enumerate(union.blocks):
+        stays = ~np.isin(block, ids)
+        if not stays.all() and len(set(stays.sum(1))) == 1:
+            union.blocks[number] = block[stays].reshape(len(block), -1)
 
 
 def _distinct_blocks(union: ChannelUnion, roots: Ids) -> list[Ids]:
@@ -89,15 +121,106 @@ def _overlapping(blocks: Sequence[Ids]) -> Iterator[list[Ids]]:
 
 def _colours(rows: Rows) -> dict[int, int] | None:
     """Return a colour for each element, so that a row has each colour equally often."""
-    counts = [Counter(row) for row in rows]
-    if any(len(set(count.values())) > 1 for count in counts):
-        return None  # some elements are in a row more often than others
-    parts = [list(dict.fromkeys(row)) for row in rows]
+    if not all(rows):
+        return None
+    parts = _without_unions([list(dict.fromkeys(row)) for row in rows])
     most = math.gcd(*map(len, parts))
     for number in range(most, 1, -1):
-        if most % number == 0 and (colours := _with_colours(parts, number)) is not None:
-            return colours
+        for method in (_with_colours, _edge_colours) if most % number == 0 else ():
+            if (colours := method(parts, number)) is not None:
+                return colours
     return None
+
+
+def _without_unions(rows: Rows) -> Rows:
+    """Return the rows that are no disjoint union of shorter ones, which have the colours of these.
+
+    The groups of a convolution behind a concatenation of streams are an example.
+    """
+    kept: Rows = []
+    of_element: dict[int, list[int]] = defaultdict(list)
+    for row in sorted(rows, key=len):
+        elements, covered = set(row), set[int]()
+        for number in sorted({n for e in row for n in of_element[e]}, key=lambda n: -len(kept[n])):
+            if elements.issuperset(kept[number]) and covered.isdisjoint(kept[number]):
+                covered |= set(kept[number])
+        if covered != elements:
+            for element in row:
+                of_element[element].append(len(kept))
+            kept.append(row)
+    return kept
+
+
+def _edge_colours(rows: Rows, number: int) -> dict[int, int] | None:
+    """Return colours from 0 to ``number`` - 1 if each element is in one or two rows, else None.
+
+    Rows are the nodes of a graph, and elements its edges. If it is bipartite, its edges can be
+    coloured by as many colours as a node has edges (Kőnig 1916), where a long row is several nodes
+    of ``number`` edges each. Returns None too if it is not bipartite.
+    """
+    ends: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for row_number, row in enumerate(rows):
+        for place, element in enumerate(row):
+            ends[element].append((row_number, place // number))
+    if any(len(nodes) > 2 for nodes in ends.values()) or not _is_bipartite(ends.values()):
+        return None
+    at: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)  # elements by node and colour
+    colours: dict[int, int] = {}
+    for element, nodes in ends.items():
+        free = [next(c for c in range(number) if c not in at[node]) for node in nodes]
+        if free[-1] != free[0] and free[0] in at[nodes[-1]]:
+            _swap_along(nodes[-1], (free[0], free[-1]), at, ends, colours)
+        colours[element] = free[0]
+        for node in nodes:
+            at[node][free[0]] = element
+    return colours
+
+
+def _is_bipartite(edges: Iterable[list[tuple[int, int]]]) -> bool:
+    """Return whether the rows have two sides, so that no element is in two rows of one side."""
+    beside: dict[int, set[int]] = defaultdict(set)
+    for (row, _), (other, _) in (pair for pair in edges if len(pair) == 2):
+        beside[row].add(other)
+        beside[other].add(row)
+    side: dict[int, bool] = {}
+    for start in beside:
+        waiting = [] if start in side else [start]
+        side.setdefault(start, False)
+        while waiting:
+            row = waiting.pop()
+            for other in beside[row]:
+                if other not in side:
+                    side[other] = not side[row]
+                    waiting.append(other)
+                elif side[other] == side[row]:
+                    return False
+    return True
+
+
+def _swap_along(
+    node: tuple[int, int],
+    pair: tuple[int, int],
+    at: dict[tuple[int, int], dict[int, int]],
+    ends: dict[int, list[tuple[int, int]]],
+    colours: dict[int, int],
+) -> None:
+    """Exchange two colours along the path of edges of these that begins at ``node``."""
+    path, colour = [], pair[0]
+    at_node = node
+    while (element := at[at_node].get(colour)) is not None:
+        path.append(element)
+        others = [each for each in ends[element] if each != at_node]
+        if not others:
+            break
+        at_node, colour = others[0], pair[1] if colour == pair[0] else pair[0]
+    for element in path:
+        for each in ends[element]:
+            if at[each].get(colours[element]) == element:
+                del at[each][colours[element]]
+    for element in path:
+        colours[element] = pair[1] if colours[element] == pair[0] else pair[0]
+        for each in ends[element]:
+            at[each][colours[element]] = element
 
 
 def _with_colours(rows: Rows, number: int) -> dict[int, int] | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import job
 from support.cuts import randomise
-from support.masked import assert_equal_to_masked
+from support.masked import assert_equal_to_masked, halve
 from support.networks import PreActivation, block
 
 IMAGES = torch.rand(2, 3, 16, 16)
@@ -50,3 +51,48 @@ def test_pre_activation_still_selects() -> None:
     assert plan.layers["n1"].select is None or len(plan.layers["n1"].select) == 6
     assert narrow.get_submodule("stem.0").out_channels == 12
     assert_equal_to_masked(network, narrow, plan.layers, IMAGES)
+
+
+class Shuffled(nn.Module):
+    """A unit of ShuffleNet v1 (Zhang et al. 2018); with a stride, its inputs are concatenated."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int, stride: int, first: int) -> None:
+        super().__init__()
+        width, own = outputs // 4, outputs - inputs * (stride == 2)
+        self.one, self.norm = nn.Conv2d(inputs, width, 1, groups=first), nn.BatchNorm2d(width)
+        self.two = nn.Conv2d(width, width, 3, stride, 1, groups=width)
+        self.three = nn.Conv2d(width, own, 1, groups=groups)
+        self.shuffle, self.stride = nn.ChannelShuffle(groups), stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.three(self.two(self.shuffle(self.norm(self.one(x)).relu())))
+        if self.stride == 1:
+            return (x + y).relu()
+        return torch.cat([F.avg_pool2d(x, 3, 2, 1), y], 1).relu()
+
+
+@pytest.mark.parametrize(("groups", "widths"), [(3, (240, 480)), (4, (272, 544))])
+def test_groups_of_several_sizes_in_one_stream_lose_channels_evenly(
+    groups: int, widths: tuple[int, int]
+) -> None:
+    """Parts of 24 + 3 x 72 channels are groups of 3 x 80, and the shuffled ones end within thirds.
+
+    Half of the former leave; of the latter those that are in one group alone.
+    """
+    torch.manual_seed(0)
+    units, inputs = [], 24
+    for stage, width in enumerate(widths):
+        first = groups if stage else 1  # in the first unit
+        units += [
+            Shuffled(inputs, width, groups, 2, first),
+            Shuffled(width, width, groups, 1, groups),
+        ]
+        inputs = width
+    stem = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 5))
+    network = randomise(nn.Sequential(stem, *units, head))
+    narrow, _ = halve(network, torch.rand(2, 3, 16, 16), min_keep=0)
+    assert narrow[1].three.out_channels == network[1].three.out_channels // 2
+    assert narrow[2].one.out_channels <= 0.6 * network[2].one.out_channels
+    left = sum(p.numel() for p in narrow.parameters())
+    assert left < 0.31 * sum(p.numel() for p in network.parameters())
