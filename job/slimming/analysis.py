@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from job.slimming.graph.groups import ChannelGraph
+    from job.slimming.graph.union import AttributeSize
     from job.slimming.inputs import Example
 
 NOT_REPEATED = (
@@ -59,10 +60,14 @@ def _runs_on_one_sample(network: nn.Module, example: Example) -> bool:
 def readings(graph: ChannelGraph) -> tuple[ChannelGraph, ...]:
     """Return the graphs to try in turn, which read the code of the network in different ways.
 
-    The first has no attributes that count channels, the next has them. A scale of attention that
-    equals 1/sqrt(D) may be computed from the number of channels or, in the last graphs, a constant.
+    The first has no attributes that count channels, the next has those that ops take, and then
+    those that code only compares too. A scale of attention that equals 1/sqrt(D) may be computed
+    from the number of channels or, in the last graphs, a constant.
     """
-    scaled = (replace(graph, sizes=()), graph) if graph.sizes else (graph,)
+    taken = tuple(size for size in graph.sizes if not size.compared)
+    fewer: list[tuple[AttributeSize, ...]] = [()] if graph.sizes else []
+    fewer += [taken] if taken and len(taken) < len(graph.sizes) else []
+    scaled = (*(replace(graph, sizes=sizes) for sizes in fewer), graph)
     return (*scaled, *(replace(each, scaled=()) for each in scaled if each.scaled))
 
 

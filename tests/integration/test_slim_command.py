@@ -167,7 +167,7 @@ def test_images_without_labels_calibrate(model: Path, tmp_path: Path) -> None:
         "--importance", "taylor",
     )  # fmt: skip
     assert done.exit_code == 2
-    assert "taylor needs labelled" in done.stderr
+    assert "taylor needs calibration images with labels" in done.stderr
 
 
 def test_images_of_more_numbered_classes_calibrate_without_labels(

@@ -92,7 +92,7 @@ def compared_sizes(
     """
     for attribute, value in read.caller.numbers.items():
         if type(value) is int and value == len(ids) and (module, attribute) not in known:
-            yield AttributeSize(module, attribute, None, ids)
+            yield AttributeSize(module, attribute, None, ids, compared=True)
 
 
 def compared_lists(reads: Sequence[tuple[SizeRead, Ids]], module: str) -> Iterator[AttributeSize]:
@@ -107,21 +107,22 @@ def compared_lists(reads: Sequence[tuple[SizeRead, Ids]], module: str) -> Iterat
         if any(size for size, _ in sizes) and all(size in (0, n) for size, n in sizes):
             for place, (_, ids) in enumerate(reads):
                 ids = ids if len(ids) else np.full(value[place], FIXED, np.intp)
-                yield AttributeSize(module, attribute, place, ids)
+                yield AttributeSize(module, attribute, place, ids, compared=True)
 
 
 def missing_elements(
     sizes: Iterable[AttributeSize], modules: Mapping[str, nn.Module]
 ) -> Iterator[AttributeSize]:
     """Yield the elements that keep their number, of lists of which ``sizes`` has some elements."""
-    known: dict[tuple[str, str], set[int]] = {}
+    known: dict[tuple[str, str, bool], set[int]] = {}
     for size in sizes:
         if size.place is not None:
-            known.setdefault((size.module, size.attribute), set()).add(size.place)
-    for (module, attribute), places in known.items():
+            known.setdefault((size.module, size.attribute, size.compared), set()).add(size.place)
+    for (module, attribute, compared), places in known.items():
         for place, value in enumerate(vars(modules[module])[attribute]):
             if place not in places:
-                yield AttributeSize(module, attribute, place, np.full(value, FIXED, np.intp))
+                fixed = np.full(value, FIXED, np.intp)
+                yield AttributeSize(module, attribute, place, fixed, compared=compared)
 
 
 def _are_counts(value: Any) -> bool:

@@ -85,12 +85,16 @@ class ChannelRead:
 
 @dataclass(frozen=True)
 class AttributeSize:
-    """An attribute of a module that counts the elements ``ids``: a number, or one of a sequence."""
+    """An attribute of a module that counts the elements ``ids``: a number, or one of a sequence.
+
+    It may only be ``compared`` with their number, and equal it by chance.
+    """
 
     module: str
     attribute: str
     place: int | None
     ids: Ids
+    compared: bool = False
 
 
 @dataclass(frozen=True)

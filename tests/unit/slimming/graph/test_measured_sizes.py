@@ -263,3 +263,33 @@ def test_attributes_that_a_view_of_a_parameter_takes(
         assert scale.scale.shape == (6,)
         assert (tuple(scale.shape), scale.channels) == ((6, 1, 1), 6)
         assert type(scale.shape) is type(wide[1].shape)
+
+
+class CheckedImages(nn.Module):
+    """Patches of images whose size is compared with an attribute, as in DeiT of transformers.
+
+    By chance there are as many channels as pixels of a side.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size, self.patches = (24, 24), nn.Conv2d(3, 24, 4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, _, height, width = x.shape
+        patches = self.patches(x).flatten(2).mT
+        count, places, _ = patches.size()
+        if (height, width) != (self.image_size[0], self.image_size[1]):
+            raise ValueError("images of another size")
+        return patches + patches.new_zeros(count, places, 1)
+
+
+def test_an_attribute_that_equals_a_number_of_channels_by_chance() -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(CheckedImages(), PassedOn(), nn.Linear(24, 5)).double().eval()
+    narrow, plan = job.slim(
+        wide, torch.rand(1, 3, 24, 24), policy="uniform", target="width=0.5", importance="l2"
+    )
+    assert [blocked.layer for blocked in plan.blocked] == ["2"]
+    assert narrow[0].image_size == (24, 24)
+    assert (narrow[0].patches.out_channels, narrow[1].head_dim) == (12, 4)
