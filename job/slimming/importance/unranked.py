@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from job.slimming.graph.layers import BATCHNORM, NORMS, modules_of
+from job.slimming.graph.selection import unwrap_selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,13 +68,14 @@ def _relative(*criteria: Scores) -> Scores:
 
 
 def _gammas(network: nn.Module, graph: ChannelGraph) -> Scores:
-    """Return the mean |γ| of the norms that each channel passes through."""
+    """Return the mean |γ| of the norms that each channel passes through, or that select it."""
     modules = modules_of(network)
     sums, counts = np.zeros(graph.count), np.zeros(graph.count)
     for slot in graph.slots:
-        norm = modules.get(slot.layer)
-        weight = getattr(norm, "weight", None)
-        if isinstance(norm, (BATCHNORM, *NORMS)) and weight is not None and slot.side == "through":
+        module = modules.get(slot.layer)
+        norm = module if module is None else unwrap_selection(module)
+        weight = getattr(norm, "weight", None) if slot.side in ("through", "select") else None
+        if isinstance(norm, (BATCHNORM, *NORMS)) and weight is not None:
             np.add.at(sums, slot.ids, weight.detach().flatten().double().abs().cpu().numpy())
             np.add.at(counts, slot.ids, 1)
     with np.errstate(invalid="ignore"):

@@ -13,7 +13,7 @@ from job.slimming.calibration.input_statistics import CalibrationData
 from job.slimming.importance.criteria import gamma_importance, l2_importance, score_channels
 from support.cuts import randomise
 from support.masked import assert_equal_to_masked
-from support.networks import Gate, Net, Residual
+from support.networks import Gate, Net, PreActivation, Residual
 
 IMAGE = torch.rand(1, 3, 20, 28)
 
@@ -114,3 +114,14 @@ def test_a_network_without_norms_is_cut_by_default(calibrated: bool) -> None:
     assert plan.after.channels <= 0.6 * 36
     if not calibrated:
         assert_equal_to_masked(plain, narrow, plan.layers, IMAGE)
+
+
+def test_channels_that_a_batchnorm_selects_are_ranked_by_it_where_no_weights_produce_them() -> None:
+    torch.manual_seed(0)
+    network = randomise(PreActivation())
+    with torch.no_grad():
+        network.n1.weight[:6] *= 0.01
+    _, plan = job.slim(network, IMAGE, importance="l2", policy="uniform", target="width=0.5")
+    selected = plan.layers["n1"].select
+    assert selected is not None
+    assert set(selected) == set(range(6, 12))
