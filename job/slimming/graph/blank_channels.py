@@ -120,7 +120,7 @@ def concatenates_blanks(state: PropagationState, op: Op) -> bool:
 def _note_sizes(state: PropagationState, blank: Blank, ids: Ids) -> None:
     """Note the attributes that the code fills a blank tensor by, and that a trial cut must pass."""
     for maker in blank.makers:
-        state.union.suspects.append((OP_COUNT(maker.name), ids))
+        state.union.suspect_at(maker.line, OP_COUNT(maker.name), ids)
         name = state.module_name(maker.module)
         numbers = maker.caller.numbers if state.main and name is not None else {}
         for attribute, value in numbers.items():

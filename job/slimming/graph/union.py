@@ -160,6 +160,12 @@ class ChannelUnion:
         missing = len(self.suspects) - len(self.suspect_places)
         self.suspect_places += [self.place] * missing
 
+    def suspect_at(self, place: str, reason: Reason, ids: Ids) -> None:
+        """Add suspects that an earlier line of code has made."""
+        self.end_op()
+        self.suspects.append((reason, ids))
+        self.suspect_places.append(place or self.place)
+
     def produce(self, layer: str, count: int) -> Ids:
         """Add ``count`` elements that ``layer`` produces; returns them."""
         ids = np.arange(self.count, self.count + count)

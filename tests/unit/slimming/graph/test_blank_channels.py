@@ -240,3 +240,25 @@ def test_zeros_that_a_parameter_scales_are_cut_with_the_state() -> None:
     )
     assert (narrow.enter.out_features, narrow.decay.shape) == (8, (8,))
     assert plan.proof.error <= 1e-12
+
+
+class WrittenZeros(nn.Module):
+    """Zeros for as many channels as the code says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Conv2d(3, 12, 1), nn.Conv2d(24, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        zeros = x.new_zeros(len(x), 12, *x.shape[2:])
+        x = self.one(x).relu()
+        return self.last(self.two(torch.cat([x + zeros, zeros + x], 1)).relu())
+
+
+def test_the_line_that_fills_a_tensor_is_named() -> None:
+    torch.manual_seed(0)
+    _, plan = job.slim(randomise(WrittenZeros()), IMAGE, target="params=0.8")
+    (blocked,) = (each for each in plan.blocked if each.layer == "one")
+    line = WrittenZeros.forward.__code__.co_firstlineno + 1
+    assert "new_zeros" in blocked.explanation
+    assert f"(test_blank_channels.py:{line})" in blocked.explanation
