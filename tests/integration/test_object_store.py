@@ -159,7 +159,7 @@ def kill_and_go_on(
     assert done.code == 0, done
     assert "fetching" in done.out
     assert f"all files are in {url}\n" in done.out
-    assert f"next: gammaslim evaluate {url} --split testing\n" in done.out
+    assert f"next: gammaslim evaluate {url}\n" in done.out  # without a test split
     server.files().get(f"{BUCKET}/runs/killed", str(tmp_path / "fetched"), recursive=True)
     assert_same_run(tmp_path / "fetched", undisturbed)
     assert '"event": "resume"' in (tmp_path / "fetched" / "metrics.jsonl").read_text()
