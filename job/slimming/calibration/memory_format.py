@@ -59,7 +59,7 @@ def set_memory_format(network: nn.Module, layout: torch.memory_format) -> None:
     """
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.dim() == 4:
-            tensor.data = tensor.data.contiguous(memory_format=layout)
+            tensor.data = tensor.data.to(memory_format=layout)  # the strides of gradients too
 
 
 def runs_channels_last(network: nn.Module, images: torch.Tensor, *, training: bool = False) -> bool:
