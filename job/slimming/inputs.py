@@ -170,9 +170,14 @@ def repeat_first_sample(example: Example, count: int) -> Any:
 
 
 def strip_values(example: Example) -> Any:
-    """Reduce ``example`` to one sample without floating-point values: sizes and integers only."""
+    """Reduce ``example`` to one sample without floating-point values: sizes and integers only.
+
+    Two samples stay if there is a tensor (B,), e.g. of classes: alone, it would be one number.
+    """
+    count = sample_count(example)
+    alone = any(t.dim() == 1 and len(t) == count > 1 for t in tensors_in(example))
     return map_tensors(
-        repeat_first_sample(example, 1),
+        repeat_first_sample(example, 2 if alone else 1),
         lambda t: t.to("meta") if t.is_floating_point() else t.clone(),
     )
 

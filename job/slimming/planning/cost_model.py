@@ -10,6 +10,7 @@ from torch import nn
 from job.slimming.graph.layers import (
     CONVOLUTIONS,
     INPUT_WEIGHTS,
+    constants_of,
     modules_of,
     owner_of,
     tensors_of,
@@ -183,13 +184,17 @@ class CostModel:
 
 
 def _named_tensors(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return parameters and buffers by name, shared ones once, and names by state-dict key."""
+    """Return all tensors by name, shared ones once, and names by state-dict key.
+
+    These are parameters, buffers, and constants in other attributes, e.g. kernels that blur.
+    """
     name_of: dict[int, str] = {}
     tensors = {
         name: tensor
         for name, _, _, tensor in tensors_of(network)
         if name_of.setdefault(id(tensor), name) == name
     }
+    tensors |= {n: t for n, t in constants_of(network) if name_of.setdefault(id(t), n) == n}
     state: dict[str, object] = network.state_dict(keep_vars=True)
     keys = {key: name_of[id(value)] for key, value in state.items() if id(value) in name_of}
     return tensors, keys

@@ -8,6 +8,7 @@ from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -264,3 +265,47 @@ def test_channels_that_are_returned_in_an_object_are_not_cut() -> None:
 def test_a_batch_of_one_input_fits_an_example_in_a_tuple() -> None:
     narrow, _ = job.slim(network(Trunk), (IMAGE,), calibration=[IMAGE.expand(6, -1, -1, -1)])
     assert narrow(IMAGE).shape == (1, 3)
+
+
+class Labelled(nn.Module):
+    """A network of noise and classes, as the generator of a conditional GAN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes, self.noise, self.last = (
+            nn.Embedding(10, 8),
+            nn.Linear(4, 24),
+            nn.Linear(32, 3),
+        )
+
+    def forward(self, noise: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.cat([self.noise(noise).relu(), self.classes(classes)], 1))
+
+
+def test_a_network_of_noise_and_classes_is_saved(tmp_path: Path) -> None:
+    example = torch.rand(2, 4), torch.tensor([1, 3])
+    narrow, plan = job.slim(randomise(Labelled()), example, target="params=0.6")
+    assert [len(part) for part in plan.example] == [2, 2]
+    job.save(narrow, tmp_path / "model", plan=plan)
+    loaded = job.load(tmp_path / "model", network=Labelled())
+    torch.testing.assert_close(loaded(*example), narrow.eval()(*example))
+
+
+class Updated(nn.Module):
+    """A constant kernel in an attribute, as in partial convolutions (Liu et al. 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ones = torch.ones(1, 1, 3, 3)
+        self.one, self.two = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        update = nn.functional.conv2d(mask, self.ones, padding=1)
+        return self.two(self.one(images) * update)
+
+
+def test_multiply_adds_of_a_constant_kernel_are_counted() -> None:
+    example = torch.rand(2, 3, 8, 8), torch.rand(2, 1, 8, 8)
+    _, plan = job.slim(Updated(), example, target="width=0.5", policy="uniform", importance="l2")
+    both = plan.before, plan.after
+    assert [cost.macs for cost in both if cost] == [64 * (c * 27 + c * 4 + 9) for c in (16, 8)]
