@@ -256,7 +256,8 @@ OP_RULES: dict[str, Rule] = {
     ),
     **_for_each(
         """add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__ __rsub__ rsub mul mul_
-        multiply __mul__ __imul__ __rmul__ div div_ true_divide __truediv__ __itruediv__ maximum
+        multiply __mul__ __imul__ __rmul__ div div_ true_divide __truediv__ __itruediv__ __rdiv__
+        __rtruediv__ maximum
         minimum where lerp lerp_ copy_ addcmul addcmul_ addcdiv addcdiv_ masked_fill masked_fill_
         gt lt ge le eq ne __gt__ __lt__ __ge__ __le__ __eq__ __ne__ atan2 hypot fmax fmin copysign
         logaddexp xlogy logical_and logical_or __and__ __or__ max_unpool1d max_unpool2d
