@@ -525,7 +525,7 @@ class PruneConfig(  # Python orders the fields of the last base first
             ("distill_temperature", bool(self.distill_alpha), "without --distill-alpha"),
             ("latency_batch", latency, "without --target latency=VALUE"),
         ):
-            if not used and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            if not used and getattr(self, name) != OPTION_DEFAULTS.get(name):
                 found.append(f"--{name.replace('_', '-')} has no effect {with_}")
         if self.accumulate > self.batch_size:
             found.append(

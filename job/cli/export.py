@@ -65,7 +65,7 @@ def export(
         network, described = open_model(model)
         int8 = None
         how = _write_exported(network, described, format, Path(output))
-        if format != "state-dict":
+        if card and format != "state-dict":
             _, outputs = with_named_outputs(network, described)
     # a Core ML model is a folder
     is_stream = not (Path(output).is_file() or Path(output).is_dir())

@@ -74,9 +74,14 @@ def _latency_note(histories: Sequence[History]) -> str | None:
     )
 
 
+def compared_metrics(histories: Sequence[History]) -> list[str]:
+    """Return the metrics of the runs that have rounds, each once."""
+    return list(dict.fromkeys(history.metric for history in histories if history.rounds))
+
+
 def _metrics_note(histories: Sequence[History]) -> str | None:
     """Return how runs with different metrics are compared; None if they have the same."""
-    names = dict.fromkeys(history.metric for history in histories if history.rounds)
+    names = compared_metrics(histories)
     if len(names) < 2:
         return None
     return f"each metric ({', '.join(names)}) has a Pareto front of its own"
@@ -87,8 +92,8 @@ def pareto_models(histories: Sequence[History]) -> dict[str, list[tuple[int, int
 
     Runs with different metrics have fronts of their own, one after the other.
     """
-    fronts: dict[str, list[tuple[int, int]]] = {}
-    for cost, metric in product(COSTS, dict.fromkeys(history.metric for history in histories)):
+    fronts: dict[str, list[tuple[int, int]]] = {cost: [] for cost in COSTS}
+    for cost, metric in product(COSTS, compared_metrics(histories)):
         models = [
             (index, entry.round, x, entry.valid_acc)
             for index, history in enumerate(histories)
@@ -96,7 +101,7 @@ def pareto_models(histories: Sequence[History]) -> dict[str, list[tuple[int, int
             if (x := compared_cost(history, entry, cost)) is not None
         ]
         front = pareto_front([(x, accuracy) for _, _, x, accuracy in models])
-        fronts.setdefault(cost, []).extend(models[place][:2] for place in front)
+        fronts[cost] += [models[place][:2] for place in front]
     return fronts
 
 

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 from job.errors import printable
 from job.report.chart import CYCLE, MARKERS, Axis, Chart, PlotSeries
-from job.report.comparison import COSTS, common_score_name, compared_cost, pareto_front
+from job.report.comparison import (
+    COSTS,
+    common_score_name,
+    compared_cost,
+    compared_metrics,
+    pareto_front,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -264,7 +270,7 @@ def pareto_chart(histories: Sequence[History], cost: str) -> Chart | None:
     score, axis = common_score_name(histories), COMPARED_AXES[cost]
     title = f"{_capital(score)} of all rounds of all runs against {axis.label}"
     summary, with_front = "runs with different metrics", ""
-    if len({history.metric for history in histories}) == 1:
+    if len(compared_metrics(histories)) == 1:
         front = tuple(dict.fromkeys(all_points[index] for index in pareto_front(all_points)))
         series.append(PlotSeries("Pareto front", front, "black", "ring", ":", filled=False))
         points_text = "; ".join(f"{axis.text(x)}, {y:.2f}%" for x, y in front[:20])

@@ -131,3 +131,15 @@ def test_runs_of_different_metrics_have_fronts_of_their_own(tmp_path: Path) -> N
     assert {Path(model["path"]).name for model in record["pareto"]["params"]} == {"a", "b"}
     assert "each metric (acc, miou) has a Pareto front of its own" in record["notes"]
     assert "with the Pareto front" not in page(tmp_path / "c.html").charts["pareto-params"]
+
+
+def test_a_run_without_rounds_does_not_count_as_another_metric(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", tuple({**e, "metric": "miou"} for e in ENTRIES))
+    for name in ("metrics.jsonl", "summary.json"):
+        file = run / name
+        file.write_text(file.read_text().replace("valid_acc", "valid_miou"))
+    make_run(tmp_path / "b", (), state="running")
+    done = gammaslim("report", tmp_path, "--output", tmp_path / "c.html", "--json")
+    assert done.code == 0, done
+    assert not any("each metric" in note for note in json.loads(done.out)["notes"])
+    assert "with the Pareto front" in page(tmp_path / "c.html").charts["pareto-params"]
